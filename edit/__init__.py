@@ -1,0 +1,53 @@
+"""`edit`: a research training framework for efficient Diffusion Transformers.
+
+A DiT is a list of units. A method is an edit of that list. A recipe trains what the edit left open.
+
+    import edit
+    denoiser = edit.load("runs/digits/artifact").denoiser
+    edit.apply(denoiser, {"shallow": DepthPruning(ratio=0.5)})
+    edit.save(denoiser, "shallow")
+
+Names are resolved on first use, so `import edit` costs nothing beyond the interpreter.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from edit.checkpoint import Artifact as Artifact
+    from edit.checkpoint import load as load
+    from edit.checkpoint import save as save
+    from edit.denoiser import Condition as Condition
+    from edit.denoiser import Denoiser as Denoiser
+    from edit.denoiser import Step as Step
+    from edit.denoiser import Stream as Stream
+    from edit.denoiser import Unit as Unit
+    from edit.edits import Edit as Edit
+    from edit.edits import apply as apply
+    from edit.edits import fold as fold
+    from edit.sampling import Sampler as Sampler
+
+_HOMES = {
+    "apply": "edit.edits",
+    "fold": "edit.edits",
+    "Edit": "edit.edits",
+    "save": "edit.checkpoint",
+    "load": "edit.checkpoint",
+    "Artifact": "edit.checkpoint",
+    "Denoiser": "edit.denoiser",
+    "Condition": "edit.denoiser",
+    "Stream": "edit.denoiser",
+    "Step": "edit.denoiser",
+    "Unit": "edit.denoiser",
+    "Sampler": "edit.sampling",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'edit' has no attribute {name!r}; it offers {', '.join(sorted(_HOMES))}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,541 @@
+"""DiT and SiT: the class-conditional adaLN-zero transformer that efficiency methods are measured against.
+
+Sources: DiT (arXiv 2212.09748), SiT (arXiv 2401.08740); the optional modern parts (RMSNorm, SwiGLU, RoPE, QK-norm) as in
+LightningDiT (arXiv 2501.01423). Weights carry the names of the official checkpoints.
+
+Two facts about `diffusers.DiTTransformer2DModel` decide what converts exactly. It spaces the sinusoid's frequencies by
+1/(half - 1) where the official code uses 1/half: no change of weights can hide that, so only models built with
+`frequency_shift=1` convert to it (the digits presets are). And it keeps a copy of the time and label embedders in every
+block: reading one back demands that the copies agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from edit.denoiser import Branch, Condition, Denoiser, Layout, Output, Stream, Unit, check_layout
+
+NORM_EPS = 1e-6
+FREQUENCIES = 256  # channels of the time sinusoid
+CHOICES = {"time": ("flow", "sit", "ddpm")}
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Everything that defines a DiT. `build()` makes the denoiser; on `torch.device("meta")` it allocates nothing."""
+
+    input_size: int = 32  # rows = columns of x: latents at 1/8 of the image, or pixels
+    in_channels: int = 4
+    patch_size: int = 2
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000  # the embedding table has one more row: the null class
+    learn_sigma: bool = False  # twice the output channels; "ddpm" reads the second half as variance, others drop it
+    time: Literal["flow", "sit", "ddpm"] = "flow"  # what the network is fed and predicts, see `pack`
+    frequency_shift: float = 0.0  # 0: official sinusoid; 1: that of diffusers
+    mlp_norm_eps: float = NORM_EPS  # 1e-5 in folders written by diffusers
+    qk_norm: bool = False
+    rope: bool = False  # 2-D rotary positions on q and k, in addition to the sin-cos table
+    swiglu: bool = False
+    rms_norm: bool = False
+    registers: int = 0  # learned tokens in front of the image tokens, dropped at the end
+
+    def __post_init__(self):
+        if self.time not in CHOICES["time"]:
+            raise ValueError(f"DiT: time must be one of {', '.join(CHOICES['time'])}, got {self.time!r}")
+        if self.input_size % self.patch_size:
+            raise ValueError(f"DiT: patch_size {self.patch_size} does not divide input_size {self.input_size}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"DiT: num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
+        if self.hidden_size % 4:
+            raise ValueError(f"DiT: hidden_size must be a multiple of 4 for 2-D positions, got {self.hidden_size}")
+        if self.rope and (self.hidden_size // self.num_heads) % 4:
+            raise ValueError(
+                f"DiT: 2-D RoPE needs a head width divisible by 4, got {self.hidden_size // self.num_heads}"
+            )
+        if min(self.depth, self.num_classes, self.in_channels) < 1 or self.registers < 0:
+            raise ValueError("DiT: depth, num_classes and in_channels must be at least 1, registers at least 0")
+
+    @property
+    def grid(self) -> int:
+        """Rows = columns of tokens."""
+        return self.input_size // self.patch_size
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    def build(self) -> DiT:
+        return DiT(self)
+
+
+# ---- pieces ---------------------------------------------------------------------------------------------------------
+
+
+def position_table(width: int, grid: int) -> Tensor:
+    """2-D sin-cos positions, row-major: (grid * grid) d. The first half of the channels encodes the column."""
+    omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
+    angle = torch.arange(grid, dtype=torch.float64, device="cpu")[:, None] * omega
+    half = torch.cat((angle.sin(), angle.cos()), dim=1)  # grid d/2
+    column, row = half.repeat(grid, 1), half.repeat_interleave(grid, dim=0)
+    return torch.cat((column, row), dim=1).float()
+
+
+def rope_table(head_width: int, grid: int, registers: int) -> Tensor:
+    """2-D rotary angles: (registers + grid * grid) e, cosines then sines; rows in the first half of the pairs.
+
+    Registers sit at angle zero: they have no place in the image.
+    """
+    omega = 10000.0 ** -(torch.arange(head_width // 4, dtype=torch.float64, device="cpu") / (head_width // 4))
+    angle = torch.arange(grid, dtype=torch.float64, device="cpu")[:, None] * omega  # grid e/4
+    angles = torch.cat((angle.repeat_interleave(grid, dim=0), angle.repeat(grid, 1)), dim=1)  # n e/2
+    angles = torch.cat((angles.new_zeros(registers, head_width // 2), angles))
+    return torch.cat((angles.cos(), angles.sin()), dim=1).float()
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn neighbouring channel pairs by their position's angles: b h s e, s e -> b h s e."""
+    cos, sin = table.to(x.dtype).chunk(2, dim=-1)  # s e/2
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, channels: int, width: int, patch: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:  # b c y x -> b n d
+        return rearrange(self.proj(x), "b d y x -> b (y x) d")
+
+
+class TimeEmbed(nn.Module):
+    def __init__(self, width: int, frequency_shift: float):
+        super().__init__()
+        self.frequency_shift = frequency_shift
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:  # b -> b d
+        half = FREQUENCIES // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - self.frequency_shift)
+        angle = t.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
+        return self.mlp(torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbed(nn.Module):
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)  # the last row is the null class
+
+    def forward(self, label: Tensor) -> Tensor:  # b -> b d
+        return self.embedding_table(label)
+
+
+class Attention(nn.Module):
+    """Weights of multi-head self-attention; `DiTBlock.mixer` runs them."""
+
+    def __init__(self, c: DiTConfig):
+        super().__init__()
+        head = c.hidden_size // c.num_heads
+        self.num_heads = c.num_heads
+        self.qkv = nn.Linear(c.hidden_size, 3 * c.hidden_size)
+        self.proj = nn.Linear(c.hidden_size, c.hidden_size)
+        norm = nn.RMSNorm if c.rms_norm else nn.LayerNorm
+        self.q_norm = norm(head, eps=NORM_EPS) if c.qk_norm else nn.Identity()
+        self.k_norm = norm(head, eps=NORM_EPS) if c.qk_norm else nn.Identity()
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.w12, self.w3 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+def make_norm(c: DiTConfig, eps: float = NORM_EPS) -> nn.Module:
+    if c.rms_norm:
+        return nn.RMSNorm(c.hidden_size, eps=eps)
+    return nn.LayerNorm(c.hidden_size, elementwise_affine=False, eps=eps)
+
+
+def make_modulation(width: int, count: int) -> nn.Sequential:
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, count * width))
+
+
+class Modulation(NamedTuple):
+    """adaLN of one unit, each b 1 d; scales already carry the 1 of (1 + scale)."""
+
+    attention_shift: Tensor
+    attention_scale: Tensor
+    attention_gate: Branch
+    feed_shift: Tensor
+    feed_scale: Tensor
+    feed_gate: Branch
+
+
+class DiTBlock(Unit):
+    """x + g1 * attention(norm(x) (1 + k1) + s1), then x + g2 * mlp(norm(x) (1 + k2) + s2)."""
+
+    def __init__(self, c: DiTConfig):
+        super().__init__()
+        self.norm1 = make_norm(c)
+        self.attn = Attention(c)
+        self.norm2 = make_norm(c, c.mlp_norm_eps)
+        hidden = int(c.hidden_size * c.mlp_ratio)
+        self.mlp = SwiGLU(c.hidden_size, int(2 / 3 * hidden)) if c.swiglu else Mlp(c.hidden_size, hidden)
+        self.adaLN_modulation = make_modulation(c.hidden_size, 6)
+
+    def modulate(self, stream: Stream) -> Modulation:
+        six = rearrange(self.adaLN_modulation(stream.cond), "b (six d) -> six b 1 d", six=6)
+        s1, k1, g1, s2, k2, g2 = six.unbind(0)
+        return Modulation(s1, 1 + k1, Branch(g1), s2, 1 + k2, Branch(g2))
+
+    def attend(self, stream: Stream, modulation: Modulation) -> Branch:
+        x = torch.addcmul(modulation.attention_shift, self.norm1(stream.image), modulation.attention_scale)
+        return Branch(self.mixer(stream, x))
+
+    def feed(self, stream: Stream, modulation: Modulation) -> Branch:
+        x = torch.addcmul(modulation.feed_shift, self.norm2(stream.image), modulation.feed_scale)
+        return Branch(self.ffn(x))
+
+    def mixer(self, stream: Stream, tokens: Tensor) -> Tensor:  # b n d -> b n d
+        a, rope = self.attn, stream.layout.rope
+        q, k, v = rearrange(a.qkv(tokens), "b n (three h e) -> three b h n e", three=3, h=a.num_heads).unbind(0)
+        q, k = a.q_norm(q), a.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        o = self.attention(q, k, v, stream.layout, stream.step)
+        return a.proj(rearrange(o, "b h n e -> b n (h e)"))
+
+    def ffn(self, tokens: Tensor, routing: Tensor | None = None) -> Tensor:
+        return self.mlp(tokens)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, c: DiTConfig):
+        super().__init__()
+        self.norm_final = make_norm(c)
+        self.linear = nn.Linear(c.hidden_size, c.patch_size**2 * c.out_channels)
+        self.adaLN_modulation = make_modulation(c.hidden_size, 2)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:  # b n d, b d -> b n (p p c)
+        shift, scale = self.adaLN_modulation(cond)[:, None].chunk(2, dim=-1)
+        return self.linear(torch.addcmul(shift, self.norm_final(x), 1 + scale))
+
+
+class DiTWeights(nn.Module):
+    """The weights under the names of the official checkpoints. `DiT` runs them."""
+
+    def __init__(self, c: DiTConfig):
+        super().__init__()
+        self.x_embedder = PatchEmbed(c.in_channels, c.hidden_size, c.patch_size)
+        self.t_embedder = TimeEmbed(c.hidden_size, c.frequency_shift)
+        self.y_embedder = LabelEmbed(c.num_classes, c.hidden_size)
+        self.register_buffer("pos_embed", torch.empty(1, c.grid**2, c.hidden_size))
+        head = c.hidden_size // c.num_heads
+        self.register_buffer("rope", torch.empty(c.registers + c.grid**2, head) if c.rope else None)
+        self.registers = nn.Parameter(torch.zeros(1, c.registers, c.hidden_size)) if c.registers else None
+        self.blocks = nn.ModuleList(DiTBlock(c) for _ in range(c.depth))
+        self.final_layer = FinalLayer(c)
+
+    def initialise(self) -> None:
+        """The official initialisation. At its end every block is the identity and the output is exactly zero."""
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.out_channels, -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        if self.registers is not None:
+            nn.init.normal_(self.registers, std=0.02)
+        for m in (*self.blocks, self.final_layer):
+            nn.init.zeros_(m.adaLN_modulation[1].weight)
+            nn.init.zeros_(m.adaLN_modulation[1].bias)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.final_layer.linear.bias)
+
+
+# ---- the denoiser ---------------------------------------------------------------------------------------------------
+
+
+class DiT(Denoiser):
+    """Class-conditional DiT over latents or pixels b c y x."""
+
+    name = "dit"
+
+    def __init__(self, config: DiTConfig):
+        self.spec = config
+        model = DiTWeights(config)
+        model.initialise()
+        super().__init__(model, list(model.blocks))
+        self.reset_buffers()
+
+    @property
+    def config(self) -> dict:
+        return asdict(self.spec)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> DiT:
+        return DiTConfig(**config).build()
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        return self.spec.in_channels, self.spec.input_size, self.spec.input_size
+
+    def reset_buffers(self) -> None:
+        c, m = self.spec, self.model
+        if m.pos_embed.is_meta:
+            return
+        m.pos_embed.copy_(position_table(c.hidden_size, c.grid)[None])
+        if c.rope:
+            m.rope.copy_(rope_table(c.hidden_size // c.num_heads, c.grid, c.registers))
+
+    def pack(self, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """Times as the network was trained on them.
+
+        "flow": t itself, 1 = noise. "sit": 1 - t, since the official SiT runs from noise at 0 to data at 1 (`readout`
+        turns the sign of its velocity). "ddpm": the index 1000 t - 1 in 0..999; t = 0 is clean data, before index 0.
+        """
+        if condition.label is None:
+            raise ValueError("dit is class-conditional: condition.label is missing; use a data set with labels")
+        c = self.spec
+        native = {"flow": t, "sit": 1 - t, "ddpm": torch.round(t.float() * 1000 - 1)}[c.time]
+        return {"sample": x, "timestep": native, "label": condition.label}
+
+    def embed(self, sample: Tensor, timestep: Tensor, label: Tensor) -> Stream:
+        m, c = self.model, self.spec
+        x = m.x_embedder(sample.to(m.x_embedder.proj.weight.dtype)) + m.pos_embed
+        if m.registers is not None:
+            x = torch.cat((m.registers.expand(len(x), -1, -1), x), dim=1)
+        time = m.t_embedder(timestep)
+        layout = Layout(grid=(1, c.grid, c.grid), registers=c.registers, rope=m.rope)
+        return Stream(image=x, cond=time + m.y_embedder(label), time=time, layout=layout)
+
+    def readout(self, stream: Stream) -> Output:
+        c = self.spec
+        x = self.model.final_layer(stream.image[:, c.registers :], stream.cond)
+        _, rows, columns = stream.layout.grid
+        p = c.patch_size
+        x = rearrange(x, "b (y x) (p q c) -> b c (y p) (x q)", y=rows, x=columns, p=p, q=p)
+        sample, variance = x.chunk(2, dim=1) if c.learn_sigma else (x, None)
+        if c.time == "sit":
+            sample = -sample
+        return Output(sample, variance if c.time == "ddpm" else None, stream.trace)
+
+    def keep(self, indices: Sequence[int]) -> None:
+        blocks = self.model.blocks
+        if not indices or not all(0 <= i < len(blocks) for i in indices):
+            raise ValueError(f"dit: can keep units 0 to {len(blocks) - 1}, at least one, got {list(indices)}")
+        self.units = [self.units[i] for i in indices]
+        self.model.blocks = nn.ModuleList(blocks[i] for i in indices)
+        self.spec = replace(self.spec, depth=len(indices))
+
+    def null(self, condition: Condition) -> Condition:
+        assert condition.label is not None
+        return Condition(label=torch.full_like(condition.label, self.spec.num_classes))
+
+    @classmethod
+    def to_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+        c = DiTConfig(**config)
+        if (reason := why_not_diffusers(c)) is None:
+            return to_diffusers(c, state)
+        tables = ("pos_embed", "rope")  # recomputed, never stored
+        kept = {k: v for k, v in state.items() if k not in tables}
+        return {"_class_name": "edit.DiT", "_not_diffusers_because": reason, **asdict(c)}, kept
+
+    @classmethod
+    def from_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+        if config.get("_class_name") == "DiTTransformer2DModel":
+            c, state = from_diffusers(config, state)
+        else:
+            c, state = DiTConfig(**{k: v for k, v in config.items() if not k.startswith("_")}), dict(state)
+        state["pos_embed"] = position_table(c.hidden_size, c.grid)[None]
+        if c.rope:
+            state["rope"] = rope_table(c.hidden_size // c.num_heads, c.grid, c.registers)
+        return asdict(c), state
+
+
+# ---- official checkpoints (DiT-XL-2-256x256.pt, SiT-XL-2-256.pt) -----------------------------------------------------
+
+
+def from_official(checkpoint: Mapping[str, Any], config: DiTConfig) -> dict[str, Tensor]:
+    """State dict of `DiTWeights` from a loaded official checkpoint.
+
+    Args:
+        checkpoint: a bare state dict, or a training checkpoint; of that the "ema" entry is taken, else "model"
+        config: the model to fill; `time` must be "ddpm" for DiT weights and "sit" for SiT weights
+
+    Raises:
+        ValueError: if keys or shapes differ, naming the first few; or if the position table is not the expected one
+    """
+    state = next((checkpoint[k] for k in ("ema", "model") if isinstance(checkpoint.get(k), Mapping)), checkpoint)
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    with torch.device("meta"):
+        wanted = DiTWeights(config).state_dict()
+    check_layout(wanted, state, "the official checkpoint")
+    table = position_table(config.hidden_size, config.grid)
+    if not torch.allclose(state["pos_embed"][0].float(), table, atol=1e-4):
+        raise ValueError("the checkpoint's pos_embed is not the 2-D sin-cos table of this model: another input_size?")
+    return state
+
+
+# ---- diffusers.DiTTransformer2DModel ---------------------------------------------------------------------------------
+
+_BLOCK = {
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "adaLN_modulation.1": "norm1.linear",
+}
+_ROOT = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+_EMBEDDERS = {  # one copy per block in diffusers
+    "t_embedder.mlp.0": "norm1.emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2",
+    "y_embedder.embedding_table": "norm1.emb.class_embedder.embedding_table",
+}
+
+
+def why_not_diffusers(c: DiTConfig) -> str | None:
+    """The first option of this model that `DiTTransformer2DModel` cannot express, or None."""
+    options = {
+        "frequency_shift other than 1": c.frequency_shift != 1,
+        "qk_norm": c.qk_norm,
+        "rope": c.rope,
+        "swiglu": c.swiglu,
+        "rms_norm": c.rms_norm,
+        "registers": c.registers > 0,
+        "mlp_ratio other than 4": c.mlp_ratio != 4,
+    }
+    return next((name for name, present in options.items() if present), None)
+
+
+def to_diffusers(c: DiTConfig, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    """Configuration and weights of the equal `DiTTransformer2DModel`; feed it the times that `DiT.pack` makes.
+
+    Raises:
+        ValueError: if the model has an option that class lacks
+    """
+    if reason := why_not_diffusers(c):
+        raise ValueError(f"DiTTransformer2DModel has no {reason}: build with frequency_shift=1 and no modern options")
+    config = {
+        "_class_name": "DiTTransformer2DModel",
+        "num_attention_heads": c.num_heads,
+        "attention_head_dim": c.hidden_size // c.num_heads,
+        "in_channels": c.in_channels,
+        "out_channels": c.out_channels,
+        "num_layers": c.depth,
+        "attention_bias": True,
+        "sample_size": c.input_size,
+        "patch_size": c.patch_size,
+        "activation_fn": "gelu-approximate",
+        "num_embeds_ada_norm": c.num_classes,
+        "norm_type": "ada_norm_zero",
+        "norm_elementwise_affine": False,
+        "norm_eps": c.mlp_norm_eps,
+    }
+    stock: dict[str, Tensor] = {}
+    for ours, theirs in _ROOT.items():
+        for kind in ("weight", "bias"):
+            stock[f"{theirs}.{kind}"] = state[f"{ours}.{kind}"]
+    for i in range(c.depth):
+        ours_at, theirs_at = f"blocks.{i}", f"transformer_blocks.{i}"
+        for kind in ("weight", "bias"):
+            for ours, theirs in _BLOCK.items():
+                stock[f"{theirs_at}.{theirs}.{kind}"] = state[f"{ours_at}.{ours}.{kind}"]
+            qkv = state[f"{ours_at}.attn.qkv.{kind}"].chunk(3)
+            for name, part in zip("qkv", qkv, strict=True):
+                stock[f"{theirs_at}.attn1.to_{name}.{kind}"] = part.contiguous()
+            for ours, theirs in _EMBEDDERS.items():
+                if f"{ours}.{kind}" in state:  # the label table has no bias
+                    stock[f"{theirs_at}.{theirs}.{kind}"] = state[f"{ours}.{kind}"].clone()
+    return config, stock
+
+
+def from_diffusers(config: Mapping, state: Mapping[str, Tensor]) -> tuple[DiTConfig, dict[str, Tensor]]:
+    """Our configuration (`time="ddpm"`, as published folders are) and weights of a `DiTTransformer2DModel`.
+
+    Raises:
+        ValueError: if keys are missing, or the per-block copies of the embedders differ
+    """
+    given = {**_STOCK_DEFAULTS, **config}
+    heads, head = given["num_attention_heads"], given["attention_head_dim"]
+    channels = given["in_channels"]
+    c = DiTConfig(
+        input_size=given["sample_size"],
+        in_channels=channels,
+        patch_size=given["patch_size"],
+        hidden_size=heads * head,
+        depth=given["num_layers"],
+        num_heads=heads,
+        num_classes=given["num_embeds_ada_norm"],
+        learn_sigma=given["out_channels"] == 2 * channels,
+        time="ddpm",
+        frequency_shift=1.0,
+        mlp_norm_eps=given["norm_eps"],
+    )
+    ours_state: dict[str, Tensor] = {}
+
+    def take(key: str) -> Tensor:
+        if key not in state:
+            raise ValueError(f"not a DiTTransformer2DModel folder of this configuration: {key} is missing")
+        return state[key]
+
+    for kind in ("weight", "bias"):
+        for ours, theirs in _ROOT.items():
+            ours_state[f"{ours}.{kind}"] = take(f"{theirs}.{kind}")
+        for i in range(c.depth):
+            at = f"transformer_blocks.{i}"
+            for ours, theirs in _BLOCK.items():
+                ours_state[f"blocks.{i}.{ours}.{kind}"] = take(f"{at}.{theirs}.{kind}")
+            qkv = [take(f"{at}.attn1.to_{name}.{kind}") for name in "qkv"]
+            ours_state[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(qkv)
+            for ours, theirs in _EMBEDDERS.items():
+                if kind == "bias" and ours.startswith("y_embedder"):
+                    continue
+                first, mine = take(f"transformer_blocks.0.{theirs}.{kind}"), take(f"{at}.{theirs}.{kind}")
+                if not mine.is_meta and not torch.equal(first, mine):
+                    raise ValueError(f"block {i} of this DiTTransformer2DModel has its own {theirs}: a DiT shares one")
+                ours_state[f"{ours}.{kind}"] = first
+    return c, ours_state
+
+
+_STOCK_DEFAULTS = {  # of diffusers.DiTTransformer2DModel, for folders that leave fields out
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": None,
+    "num_layers": 28,
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+    "norm_eps": 1e-5,
+}

@@ -1,0 +1,310 @@
+"""Artifacts: what a run leaves, a folder that stock `diffusers` reads where it can express the model.
+
+    config.json, diffusion_pytorch_model.safetensors    the model under its stock names
+    edits.json                                          backbone, live and folded edits, objective, sampler, data, run
+    edits.safetensors                                   parameters that edits added, if any
+
+`load` builds the model on the meta device from the base configuration, applies the edits again, compares names and
+shapes with the file headers, and only then reads weights. Nothing pickled is ever read except official `.pt`
+checkpoints, and those with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from edit import edits as editing
+from edit.denoiser import Denoiser, check_layout
+from edit.objectives import DDPM, FlowMatching, Objective
+from edit.sampling import Sampler
+
+FORMAT = 1
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+MODEL_PREFIX = "model."  # of parameters that edits put inside the model, in edits.safetensors
+
+
+@dataclass
+class Artifact:
+    """A loaded artifact: the denoiser in eval mode, and what is needed to sample from it and judge it."""
+
+    path: Path
+    denoiser: Denoiser
+    objective: Objective
+    sampler: Sampler
+    data: dict[str, Any] = field(default_factory=dict)  # the data set's configuration node, `_target_` included
+    run: dict[str, Any] = field(default_factory=dict)  # name, step, seed, revision, versions, metrics
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def save(
+    denoiser: Denoiser,
+    path: str | os.PathLike,
+    objective: Objective | None = None,
+    sampler: Sampler | None = None,
+    data: Mapping[str, Any] | None = None,
+    run: Mapping[str, Any] | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Write an artifact; an existing one at `path` is replaced only when the new one is whole.
+
+    Args:
+        denoiser: gives structure and edits; its weights too, unless `state` is given
+        path: folder to write
+        objective: what the model predicts; None: by the backbone's convention
+        sampler: the default way to generate
+        data: configuration of the data set
+        run: provenance and metrics, JSON
+        state: full `denoiser.state_dict()` to write instead of the live weights (gathered from shards)
+        dtype: to cast floating-point weights to; None keeps them
+        max_shard_size: of one weight file
+
+    Returns:
+        The folder.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    path = Path(path)
+    stock, own = split_state(denoiser, denoiser.state_dict() if state is None else state)
+    config, stock = denoiser.to_stock(denoiser.config, stock)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_torch_state_dict(
+        {k: _plain(v, dtype) for k, v in stock.items()},
+        temporary,
+        filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    if own:
+        save_file({k: _plain(v, dtype) for k, v in own.items()}, temporary / "edits.safetensors")
+    description = {
+        "format": FORMAT,
+        "backbone": f"{type(denoiser).__module__}.{type(denoiser).__qualname__}",
+        "base": denoiser.base,
+        "edits": {name: editing.describe(e) for name, e in denoiser.applied.items()},
+        "folded": denoiser.folded,
+        "objective": editing.describe(objective or default_objective(denoiser)),
+        "sampler": editing.describe(sampler or Sampler()),
+        "data": dict(data or {}),
+        "run": dict(run or {}),
+    }
+    for name, content in (("config.json", config), ("edits.json", description)):
+        (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
+    if path.exists():
+        old = path.with_name(f"{path.name}.old-{os.getpid()}")
+        os.replace(path, old)
+        os.replace(temporary, path)
+        shutil.rmtree(old)
+    else:
+        os.replace(temporary, path)
+    return path
+
+
+def default_objective(denoiser: Denoiser) -> Objective:
+    return DDPM() if denoiser.config.get("time") == "ddpm" else FlowMatching()
+
+
+def _plain(v: Tensor, dtype: torch.dtype | None) -> Tensor:
+    v = v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
+    part = v.untyped_storage().nbytes() > v.numel() * v.element_size()  # q, k, v split from one matrix
+    return v.clone() if part else v
+
+
+def stock_key(denoiser: Denoiser, key: str) -> str | None:
+    """The stock name of a key of `denoiser.model.state_dict()`, or None where an edit put it there."""
+    for e in reversed(denoiser.applied.values()):
+        if (key := e.stock_key(key)) is None:  # type: ignore[assignment]
+            return None
+    return key
+
+
+def split_state(denoiser: Denoiser, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A denoiser's state dict as (the model's under stock names, what edits own under full names)."""
+    stock, own = {}, {}
+    for key, value in state.items():
+        inside = key.startswith(MODEL_PREFIX)
+        name = stock_key(denoiser, key.removeprefix(MODEL_PREFIX)) if inside else None
+        if name is None:
+            own[key] = value
+        else:
+            stock[name] = value
+    return stock, own
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike, device: str | torch.device = "cpu", trusted: tuple[str, ...] = ()) -> Artifact:
+    """Read an artifact, or a plain `diffusers` folder of a family we know.
+
+    Args:
+        path: the folder, or a run folder that has an `artifact` in it
+        device: to put the weights on
+        trusted: further packages whose edits may be imported; `edit` itself always is
+
+    Raises:
+        FileNotFoundError: if there is no artifact
+        ValueError: if it is of another format, or its weights do not fit the model it describes (keys are named)
+    """
+    path = find(path)
+    stock_config = _read_json(path / "config.json")
+    description = _read_json(path / "edits.json") if (path / "edits.json").exists() else _describe_stock(stock_config)
+    if description.get("format") != FORMAT:
+        raise ValueError(f"{path} has artifact format {description.get('format')}, this version of edit reads {FORMAT}")
+    family = _family(description["backbone"])
+    live = {name: editing.rebuild(node, trusted) for name, node in description["edits"].items()}
+    with torch.device("meta"):
+        base = description["base"] or family.from_stock(stock_config, _Headers(path))[0]
+        denoiser = family.from_config(base)
+        editing.apply(denoiser, live, fresh=False)
+    denoiser.folded = list(description["folded"])
+    load_weights(denoiser, path, stock_config)
+    denoiser.requires_grad_(True).eval().to(device)
+    return Artifact(
+        path=path,
+        denoiser=denoiser,
+        objective=editing.rebuild(description["objective"])
+        if description["objective"]
+        else default_objective(denoiser),
+        sampler=editing.rebuild(description["sampler"]) if description["sampler"] else Sampler(),
+        data=description["data"],
+        run=description["run"],
+    )
+
+
+def load_weights(denoiser: Denoiser, path: Path, stock_config: Mapping[str, Any]) -> None:
+    """Fill a denoiser, on any device, from an artifact folder whose model and edits are the same."""
+    wanted = {k: v.to("meta") for k, v in denoiser.state_dict().items()}
+    stock_wanted, own_wanted = split_state(denoiser, wanted)
+    headers = _Headers(path)
+    expected = denoiser.to_stock(denoiser.config, stock_wanted)[1]
+    check_layout(expected, headers, f"{path.name}/{WEIGHTS}")
+    own_file = path / "edits.safetensors"
+    own_headers = _headers_of(own_file) if own_file.exists() else {}
+    check_layout(own_wanted, own_headers, f"{path.name}/edits.safetensors")
+
+    stock: dict[str, Tensor] = {}
+    for file in headers.files:
+        stock.update(load_file(file))
+    stock = denoiser.from_stock(stock_config, stock)[1]
+    own = load_file(own_file) if own_headers else {}
+    state = {}
+    for key in wanted:
+        name = stock_key(denoiser, key.removeprefix(MODEL_PREFIX)) if key.startswith(MODEL_PREFIX) else None
+        state[key] = own[key] if name is None else stock[name]
+    trainable = {n: p.requires_grad for n, p in denoiser.named_parameters()}
+    denoiser.load_state_dict(state, assign=True)
+    for n, p in denoiser.named_parameters():
+        p.requires_grad_(trainable[n])
+
+
+def load_official(denoiser: Denoiser, path: str | os.PathLike) -> None:
+    """Fill a `DiT` from an official DiT or SiT `.pt` file (`DiT-XL-2-256x256.pt`, `SiT-XL-2-256.pt`), EMA first.
+
+    Raises:
+        FileNotFoundError: if there is no file
+        ValueError: if it is not such a checkpoint, or not of this model (keys are named)
+    """
+    from edit.backbones.dit import DiT, from_official
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: give the official .pt file, or an artifact folder")
+    if not isinstance(denoiser, DiT):
+        raise ValueError(f"{path.name}: official .pt checkpoints are read into the dit backbone, not {denoiser.name}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint of tensors alone: {error.__class__.__name__}"
+        ) from error
+    denoiser.model.load_state_dict(from_official(checkpoint, denoiser.spec), assign=False)
+
+
+def find(path: str | os.PathLike) -> Path:
+    """The artifact folder that `path` means: itself, or the `artifact` inside a run folder."""
+    path = Path(path)
+    for candidate in (path, path / "artifact"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if not path.exists():
+        raise FileNotFoundError(f"no artifact at {path}: there is no such folder")
+    raise FileNotFoundError(f"no artifact at {path}: neither it nor {path / 'artifact'} holds a config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, expected an object")
+    return content
+
+
+def _family(target: str) -> type[Denoiser]:
+    module, _, name = target.rpartition(".")
+    if not module.startswith("edit.backbones."):
+        raise ValueError(f"the artifact's backbone {target} is not one of edit.backbones")
+    try:
+        family = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"the artifact's backbone {target} is not in this version of edit") from error
+    if not (isinstance(family, type) and issubclass(family, Denoiser)):
+        raise ValueError(f"the artifact's backbone {target} is not a Denoiser")
+    return family
+
+
+_STOCK_CLASSES = {"DiTTransformer2DModel": "edit.backbones.dit.DiT"}
+
+
+def _describe_stock(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A description for a folder without edits.json: a published `diffusers` model."""
+    name = config.get("_class_name")
+    if name not in _STOCK_CLASSES:
+        raise ValueError(f"no backbone here reads a {name}; known are {', '.join(_STOCK_CLASSES)}")
+    empty: dict[str, Any] = {"base": None, "edits": {}, "folded": [], "objective": None, "sampler": None}
+    return {"format": FORMAT, "backbone": _STOCK_CLASSES[name], **empty, "data": {}, "run": {}}
+
+
+class _Headers(dict):
+    """Names and shapes of all weights in a folder as meta tensors, read from the file headers alone."""
+
+    def __init__(self, path: Path):
+        index = path / f"{WEIGHTS}.index.json"
+        if index.exists():
+            names = sorted(set(_read_json(index)["weight_map"].values()))
+            if bad := [n for n in names if Path(n).name != n]:
+                raise ValueError(f"{index} points outside its folder: {bad[0]}")
+            self.files = [path / n for n in names]
+        else:
+            self.files = [path / WEIGHTS]
+        if missing := [f for f in self.files if not f.is_file()]:
+            raise FileNotFoundError(f"{missing[0]} is missing: the artifact is not whole")
+        super().__init__()
+        for file in self.files:
+            self.update(_headers_of(file))
+
+
+def _headers_of(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as f:
+            return {k: torch.empty(f.get_slice(k).get_shape(), device="meta") for k in f.keys()}
+    except Exception as error:  # safetensors raises its own untyped errors for damaged headers
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error

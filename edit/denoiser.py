@@ -1,0 +1,318 @@
+"""The contracts: a `Denoiser` is `embed -> units -> readout`, a `Unit` maps a `Stream` to a `Stream`.
+
+Letters in shape comments: b batch, n image tokens, l text tokens, d width, h heads, e head width, c channels,
+f frames, y x grid rows and columns.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from edit.edits import Edit
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a denoiser is told besides the noisy sample and the time. New conditioning is a new named field."""
+
+    label: Tensor | None = None  # b, int64; the family's null class for the unconditional pass
+    text: Tensor | None = None  # b l c, text-encoder states
+    text_mask: Tensor | None = None  # b l, bool, True = a real token
+    pooled: Tensor | None = None  # b c, pooled text embedding
+    guidance: Tensor | None = None  # b, the guidance scale a guidance-distilled model was told
+    control: Tensor | None = None  # b c y x, control latents
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Condition:
+        """Apply `f` to every field that is present (move, slice, repeat)."""
+        values = {name: getattr(self, name) for name in _CONDITION_FIELDS}
+        return Condition(**{name: value if value is None else f(value) for name, value in values.items()})
+
+    def where(self, drop: Tensor, null: Condition) -> Condition:
+        """This condition with the samples marked in `drop` [b, bool] replaced by those of `null`.
+
+        One mask drops all fields of a sample together, as classifier-free guidance needs.
+        """
+
+        def choose(mine: Tensor | None, other: Tensor | None) -> Tensor | None:
+            if mine is None or other is None:
+                return mine
+            return torch.where(drop.view(-1, *[1] * (mine.ndim - 1)), other, mine)
+
+        return Condition(**{name: choose(getattr(self, name), getattr(null, name)) for name in _CONDITION_FIELDS})
+
+
+_CONDITION_FIELDS = tuple(f.name for f in fields(Condition))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoiser evaluation of one generation. Only the sampler makes steps, so only the sampler counts.
+
+    `memory` lives exactly as long as the generation: caches and cross-step statistics go there and nowhere else.
+    """
+
+    index: int  # evaluations made so far in this generation
+    count: int  # evaluations the whole generation makes
+    sigma: float  # time in [0, 1], 1 = pure noise
+    branch: str = "cond"  # "cond", "uncond" or "perturbed": the guidance pass
+    memory: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def recall(self, owner: str, unit: int) -> dict:
+        """The memory of one edit at one unit in this guidance branch; empty at the start of a generation."""
+        return self.memory.setdefault((owner, unit, self.branch), {})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where tokens are: what attention-like methods need to know about their order."""
+
+    grid: tuple[int, int, int]  # frames, rows, columns of the image tokens
+    registers: int = 0  # tokens in front of the image tokens that are no pixels
+    text_length: int = 0
+    text_mask: Tensor | None = None  # b l, bool
+    permutation: Tensor | None = None  # n, token order if not row-major
+    kept: Tensor | None = None  # b k, indices of the tokens still present
+    rope: Tensor | None = None  # (registers + n) e, position table: cosines then sines
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What flows through the units. Replaced, never mutated (`dataclasses.replace`)."""
+
+    image: Tensor  # b n d
+    cond: Tensor  # b d, what adaLN receives
+    layout: Layout
+    text: Tensor | None = None  # b l d
+    time: Tensor | None = None  # b d, the timestep alone, without class or text
+    step: Step | None = None  # None while training
+    trace: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def record(self, name: str, value: Tensor) -> Stream:
+        """The same stream with one more auxiliary output. It reaches the caller through `Output.trace`."""
+        return replace(self, trace={**self.trace, name: value})
+
+
+# FSDP2 finds the tensors of a unit's input and output by walking a pytree; layout and step ride along untouched.
+def _flatten_stream(s: Stream):
+    return [s.image, s.text, s.cond, s.time, dict(s.trace)], (s.layout, s.step)
+
+
+def _unflatten_stream(children, context) -> Stream:
+    image, text, cond, time, trace = children
+    return Stream(image=image, text=text, cond=cond, time=time, trace=trace, layout=context[0], step=context[1])
+
+
+register_pytree_node(Stream, _flatten_stream, _unflatten_stream)
+
+
+class Output(NamedTuple):
+    """What a denoiser returns, always."""
+
+    sample: Tensor  # the prediction, shaped as x
+    variance: Tensor | None  # the learned-variance half, shaped as x, where the model has one
+    trace: Mapping[str, Tensor]  # taps as "unit.<index>" and whatever edits recorded
+
+
+class Branch(NamedTuple):
+    """One residual branch of a unit, or its gates."""
+
+    image: Tensor
+    text: Tensor | None = None
+
+
+def check_layout(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
+    """Refuse a state dict whose keys or shapes differ from what a model wants, in one sentence.
+
+    Both may be on the meta device: only names and shapes are compared.
+    """
+    if missing := [k for k in wanted if k not in given]:
+        raise ValueError(f"{what} does not fit this model: {len(missing)} keys are missing, such as {some(missing)}")
+    if extra := [k for k in given if k not in wanted]:
+        raise ValueError(f"{what} does not fit this model: it has {len(extra)} unknown keys, such as {some(extra)}")
+    for k, v in wanted.items():
+        if v.shape != given[k].shape:
+            shapes = f"{k} has shape {tuple(given[k].shape)}, expected {tuple(v.shape)}"
+            raise ValueError(f"{what} does not fit this model: {shapes}")
+
+
+def some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3])
+
+
+SLOTS = ("attention", "mixer", "ffn", "text_ffn")
+
+
+class Unit(nn.Module, ABC):
+    """One transformer block written out as its equations.
+
+    Slots are methods that an edit may replace on one unit by assigning to them (`unit.ffn = moe`); `del unit.ffn`
+    brings the block's own back. What is assigned is *not* registered as a sub-module: an edit's parameters live in
+    `denoiser.edits`, so that the weights of the block keep their names.
+
+    | slot        | signature                                                                                 |
+    |-------------|-------------------------------------------------------------------------------------------|
+    | `attention` | `(q, k, v, layout, step) -> o`, all b h s e, after QK-norm and RoPE, in the joint order    |
+    | `mixer`     | `(stream, tokens) -> tokens`: the whole attention module on normalised tokens              |
+    | `ffn`       | `(tokens, routing=None) -> tokens`                                                         |
+    | `text_ffn`  | the same for the text tokens of two-stream families                                        |
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in SLOTS:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, step: Step | None) -> Tensor:
+        """Softmax attention over all tokens: b h s e each -> b h s e."""
+        return F.scaled_dot_product_attention(q, k, v)
+
+    @abstractmethod
+    def modulate(self, stream: Stream) -> Any:
+        """Shifts, scales and gates of this unit, computed once per call and handed to the branches."""
+
+    @abstractmethod
+    def attend(self, stream: Stream, modulation: Any) -> Branch:
+        """The attention branch before its gate."""
+
+    @abstractmethod
+    def feed(self, stream: Stream, modulation: Any) -> Branch:
+        """The feed-forward branch before its gate."""
+
+    def forward(self, stream: Stream) -> Stream:
+        modulation = self.modulate(stream)
+        stream = add(stream, self.attend(stream, modulation), modulation.attention_gate)
+        return add(stream, self.feed(stream, modulation), modulation.feed_gate)
+
+
+def add(stream: Stream, branch: Branch, gate: Branch) -> Stream:
+    """Join a residual branch: x + gate * branch, on image and, where there is one, text."""
+    image = torch.addcmul(stream.image, gate.image, branch.image)
+    if branch.text is None:
+        return replace(stream, image=image)
+    return replace(stream, image=image, text=torch.addcmul(stream.text, gate.text, branch.text))
+
+
+class Denoiser(nn.Module, ABC):
+    """A DiT of any family, seen as `embed -> units -> readout`.
+
+    `model` holds the weights under their own names; `units` are ordered views on its blocks, registered once, there.
+    `edits` holds the parameters that edits add. One calling convention for every backbone: `x` is a latent or pixels
+    b c y x (b c f y x for video), `t` in [0, 1] with 1 = pure noise.
+
+    A family implements `config`, `from_config`, `pack`, `embed`, `readout`, `keep` and the two converters
+    `to_stock` / `from_stock`; everything else is here.
+    """
+
+    name: ClassVar[str]  # short family name for messages, e.g. "dit"
+
+    def __init__(self, model: nn.Module, units: Sequence[Unit]):
+        super().__init__()
+        self.model = model
+        self.units: list[Callable[[Stream], Stream]] = list(units)
+        self.edits = nn.ModuleDict()
+        self.applied: dict[str, Edit] = {}  # live edits by name, in order of application
+        self.folded: list[dict] = []  # provenance of edits that are part of the weights by now
+        self.base = self.config  # the configuration that live edits are applied to when an artifact is read
+        self.gradient_checkpointing = False
+
+    # ---- what a family provides -------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def config(self) -> dict:
+        """The constructor's arguments as plain JSON values, describing the model as it now stands."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Denoiser:
+        """Build with fresh weights. Under `torch.device("meta")` nothing is allocated."""
+
+    @property
+    @abstractmethod
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample without the batch: (c, y, x)."""
+
+    @abstractmethod
+    def pack(self, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+        """From the framework's convention to the family's native arguments (time scale, ids, patching)."""
+
+    @abstractmethod
+    def embed(self, **native: Any) -> Stream: ...
+
+    @abstractmethod
+    def readout(self, stream: Stream) -> Output: ...
+
+    @abstractmethod
+    def keep(self, indices: Sequence[int]) -> None:
+        """Drop all units but these, for good: from `units`, from the model and from its configuration."""
+
+    @abstractmethod
+    def null(self, condition: Condition) -> Condition:
+        """The unconditional counterpart of a condition, for label drop and classifier-free guidance."""
+
+    def reset_buffers(self) -> None:  # noqa: B027 - most families have nothing to do
+        """Recompute non-persistent buffers after the model left the meta device."""
+
+    @classmethod
+    @abstractmethod
+    def to_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+        """`config.json` and state dict that are stored: those of stock `diffusers` where it has the model."""
+
+    @classmethod
+    @abstractmethod
+    def from_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+        """The inverse of `to_stock`: our configuration and the model's own state dict."""
+
+    # ---- what every family shares -----------------------------------------------------------------------------
+
+    def forward(
+        self, x: Tensor, t: Tensor, condition: Condition, step: Step | None = None, taps: Collection[int] = ()
+    ) -> Output:
+        """Predict from a noisy sample.
+
+        Args:
+            x: b c y x, noisy
+            t: b, times in [0, 1], 1 = pure noise
+            condition: labels, text, ... of the same batch
+            step: where a generation stands; None while training
+            taps: units whose output tokens are wanted; they come back as trace["unit.<index>"], b n d.
+                Negative indices count from the end.
+
+        Raises:
+            ValueError: if x does not have the model's shape, or a tap names no unit
+        """
+        self._check(x, t, taps)
+        taps = {i % len(self.units) for i in taps}
+        stream = replace(self.embed(**self.pack(x, t, condition)), step=step)
+        for i, unit in enumerate(self.units):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                stream = checkpoint(unit, stream, use_reentrant=False)
+            else:
+                stream = unit(stream)
+            if i in taps:
+                stream = stream.record(f"unit.{i}", stream.image[:, stream.layout.registers :])
+        return self.readout(stream)
+
+    def _check(self, x: Tensor, t: Tensor, taps: Collection[int]) -> None:
+        if tuple(x.shape[1:]) != self.sample_shape:
+            given, wanted = "x".join(map(str, x.shape[1:])), "x".join(map(str, self.sample_shape))
+            raise ValueError(f"{self.name} takes samples of {wanted}, got {given}: change the backbone or the data")
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t must be one time per sample, shape ({len(x)},), got {tuple(t.shape)}")
+        depth = len(self.units)
+        if bad := [i for i in taps if not -depth <= i < depth]:
+            raise ValueError(f"cannot tap unit {bad[0]} of a {self.name} with {depth} units (0 to {depth - 1})")
+
+    def extra_repr(self) -> str:
+        return f"units={len(self.units)}, edits={list(self.applied)}"

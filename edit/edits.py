@@ -1,0 +1,154 @@
+"""One method's change to a denoiser: surgery on its units, its own parameters, auxiliary losses, how it folds away.
+
+An edit is data: a dataclass whose fields are the paper's hyper-parameters, with the paper's defaults. It is found by
+importing it, there is no registry; an artifact stores its import path and fields.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from importlib import import_module
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from edit.denoiser import Denoiser
+
+
+class Edit(ABC):
+    """A final subclass is a dataclass. Its `apply` may be called on the meta device: it must not read weights."""
+
+    perturbs: ClassVar[bool] = False  # changes what the guidance branch "perturbed" computes
+    excludes: ClassVar[tuple[str, ...]] = ()  # class names of edits this one cannot live with
+
+    @abstractmethod
+    def apply(self, denoiser: Denoiser) -> nn.Module | None:
+        """Change units, slots or modules; return the edit's own parameters, to be registered under its name."""
+
+    def initialise(self, denoiser: Denoiser) -> None:  # noqa: B027 - most edits need no weights to start from
+        """Set own parameters from the weights (an SVD, a copy). Called once when the edit is new, never on reload."""
+
+    def losses(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Named auxiliary losses, already weighted, each a scalar or one number per sample [b]."""
+        return {}
+
+    def metrics(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What to log beside the losses: open rates, expert loads, confidence."""
+        return {}
+
+    def trainable(self, name: str) -> bool:
+        """Whether a parameter of the denoiser (by its full name) is still trained under this edit."""
+        return True
+
+    def stock_key(self, key: str) -> str | None:
+        """The name that a key of `model.state_dict()` had before this edit; None if the key is the edit's own."""
+        return key
+
+    def fold(self, denoiser: Denoiser) -> None:
+        """Make the change permanent in the model's own weights, leaving nothing to apply.
+
+        Raises:
+            ValueError: if the change cannot be expressed in the stock model
+        """
+        raise ValueError(f"{type(self).__name__} cannot be folded into the weights: keep it as an edit of the artifact")
+
+
+def apply(denoiser: Denoiser, edits: Mapping[str, Edit], fresh: bool = True) -> Denoiser:
+    """Apply edits in order, in place.
+
+    Args:
+        denoiser: to change
+        edits: by a name that is unique in this denoiser; own parameters are found under `denoiser.edits[name]`
+        fresh: call each edit's `initialise`; False when weights are loaded afterwards
+
+    Raises:
+        ValueError: if a name is taken, or two edits cannot live together (both are named)
+    """
+    for name, new in edits.items():
+        if name in denoiser.applied:
+            raise ValueError(f"an edit named {name!r} is already applied; give the second one another name")
+        if not is_dataclass(new):
+            raise TypeError(f"{type(new).__name__} is not a dataclass: an edit is data, its fields are stored")
+        for other_name, other in denoiser.applied.items():
+            if type(other).__name__ in new.excludes or type(new).__name__ in other.excludes:
+                raise ValueError(
+                    f"{name} ({type(new).__name__}) cannot be applied together with {other_name} "
+                    f"({type(other).__name__}): remove one of them"
+                )
+        own = new.apply(denoiser)
+        if own is not None:
+            denoiser.edits[name] = own
+        denoiser.applied[name] = new
+        if fresh:
+            new.initialise(denoiser)
+    return denoiser
+
+
+def fold(denoiser: Denoiser, *names: str) -> Denoiser:
+    """Make applied edits permanent, the last applied first; without names, all that are applied.
+
+    Raises:
+        ValueError: if a name is not applied, if an edit applied later is left live, or if an edit cannot be folded
+    """
+    names = names or tuple(denoiser.applied)
+    if unknown := [n for n in names if n not in denoiser.applied]:
+        raise ValueError(f"no edit named {unknown[0]!r} is applied; there are: {', '.join(denoiser.applied) or 'none'}")
+    for name in reversed(list(denoiser.applied)):
+        if name not in names:
+            later = [n for n in list(denoiser.applied) if n in names]
+            if later:
+                raise ValueError(f"cannot fold {later[0]!r} under {name!r}, which was applied later: fold both")
+            break
+        denoiser.applied[name].fold(denoiser)
+        denoiser.folded.insert(0, {"name": name, **describe(denoiser.applied.pop(name))})
+        if name in denoiser.edits:
+            del denoiser.edits[name]
+    if not denoiser.applied:
+        denoiser.base = denoiser.config
+    return denoiser
+
+
+def describe(value: Any) -> dict[str, Any]:
+    """Import path and fields of a dataclass, as JSON; `rebuild` is the inverse."""
+
+    def plain(v: Any) -> Any:
+        if is_dataclass(v) and not isinstance(v, type):
+            return describe(v)
+        if isinstance(v, (list, tuple)):
+            return [plain(i) for i in v]
+        if isinstance(v, Mapping):
+            return {k: plain(i) for k, i in v.items()}
+        return v
+
+    fields = {k: plain(getattr(value, k)) for k in asdict(value)}
+    return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", **fields}
+
+
+def rebuild(node: Any, trusted: tuple[str, ...] = ()) -> Any:
+    """Build what `describe` wrote down. Import paths come from outside: only `edit` and trusted packages are imported.
+
+    Raises:
+        ValueError: if a path leads outside those packages, to something that is no dataclass, or takes other fields
+    """
+    if isinstance(node, list):
+        return tuple(rebuild(v, trusted) for v in node)
+    if not isinstance(node, Mapping):
+        return node
+    if "_target_" not in node:
+        return {k: rebuild(v, trusted) for k, v in node.items()}
+    path = node["_target_"]
+    module, _, name = path.rpartition(".")
+    if module.split(".")[0] not in ("edit", *trusted):
+        raise ValueError(f"the artifact asks for {path}, outside of `edit`: trust its package to allow that")
+    try:
+        cls = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"the artifact asks for {path}, which this version of edit does not have") from error
+    if not (isinstance(cls, type) and is_dataclass(cls)):
+        raise ValueError(f"the artifact asks for {path}, which is not a dataclass")
+    try:
+        return cls(**{k: rebuild(v, trusted) for k, v in node.items() if k != "_target_"})
+    except TypeError as error:
+        raise ValueError(f"the artifact's {path} does not fit this version of edit: {error}") from error

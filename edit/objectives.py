@@ -1,0 +1,245 @@
+"""What a denoiser is trained to predict, at which times, and with which weights.
+
+One time convention everywhere: t in [0, 1], 0 = data, 1 = noise. Conversions between predictions are functions here;
+conversions of a network's own convention (SiT's reversed time, DDPM's integer steps) are the backbone's `pack`.
+
+Sources: SiT (arXiv 2401.08740), DiT (2212.09748), improved DDPM (2102.09672), SD3 (2403.03206),
+LightningDiT (2501.01423).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edit.denoiser import Output
+
+# ---- times: maps of a uniform number in (0, 1), so that a sample's time depends on its number alone -----------------
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """t ~ U(0, 1): DiT and SiT."""
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return u
+
+
+@dataclass(frozen=True)
+class LogitNormal:
+    """logit(t) ~ N(mean, std): SD3 and LightningDiT with (0, 1)."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u.double())).to(u.dtype)
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """Another law moved towards noise: t <- s t / (1 + (s - 1) t), for long token sequences (SD3, eq. 23)."""
+
+    law: Uniform | LogitNormal = field(default_factory=Uniform)
+    shift: float = 3.0
+
+    def __post_init__(self):
+        if self.shift <= 0:
+            raise ValueError(f"Shifted: shift must be positive, got {self.shift}; 1 leaves times unchanged")
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return shift_times(self.law(u), self.shift)
+
+
+TimeLaw = Uniform | LogitNormal | Shifted
+
+
+def shift_times(t: Tensor, shift: float) -> Tensor:
+    """Move times towards noise; 0 and 1 stay where they are, the order is kept."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+# ---- conversions on the linear path x_t = (1 - t) x + t noise -------------------------------------------------------
+
+
+def _like(t: Tensor, x: Tensor) -> Tensor:
+    return t.view(-1, *[1] * (x.ndim - 1))
+
+
+def velocity_to_data(v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    return x_t - _like(t, x_t) * v
+
+
+def velocity_to_noise(v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    return x_t + (1 - _like(t, x_t)) * v
+
+
+def velocity_to_score(v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """Gradient of log p_t; undefined at t = 0."""
+    return -velocity_to_noise(v, x_t, t) / _like(t, x_t)
+
+
+def noise_to_velocity(eps: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """Undefined at t = 1, where x_t is the noise itself."""
+    return (eps - x_t) / (1 - _like(t, x_t))
+
+
+# ---- objectives -----------------------------------------------------------------------------------------------------
+
+
+class Objective(ABC):
+    """One way to corrupt data and to score a prediction. Subclasses are dataclasses."""
+
+    prediction: ClassVar[Literal["velocity", "noise"]]
+    time: TimeLaw
+
+    def times(self, u: Tensor) -> Tensor:
+        """Training times from uniform numbers in (0, 1): [b] -> [b]."""
+        return self.time(u)
+
+    @abstractmethod
+    def corrupt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The noisy sample at times t [b]: b c y x -> b c y x."""
+
+    @abstractmethod
+    def losses(self, output: Output, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """Named loss terms, each one number per sample [b]; their sum is minimised."""
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class FlowMatching(Objective):
+    """Linear interpolant, velocity prediction: x_t = (1 - t) x + t noise, v = noise - x."""
+
+    prediction = "velocity"
+    time: TimeLaw = field(default_factory=Uniform)
+    weighting: Literal["none", "snr_cap"] = "none"
+    cap: float = 5.0  # of "snr_cap": min-SNR-gamma, written for velocities: min(snr, cap) / (snr + 1)
+    cosine: float = 0.0  # weight of LightningDiT's 1 - cos(prediction, v) over channels; 1 there
+
+    def __post_init__(self):
+        if self.weighting not in ("none", "snr_cap"):
+            raise ValueError(f"FlowMatching: weighting must be none or snr_cap, got {self.weighting!r}")
+
+    def corrupt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return torch.lerp(x, noise, _like(t, x))
+
+    def losses(self, output: Output, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
+        v, prediction = noise - x, output.sample.float()
+        losses = {"flow": self.weight(t) * _mean((prediction - v) ** 2)}
+        if self.cosine:
+            losses["cosine"] = self.cosine * _mean(1 - F.cosine_similarity(prediction, v, dim=1))
+        return losses
+
+    def weight(self, t: Tensor) -> Tensor:
+        if self.weighting == "none":
+            return torch.ones_like(t)
+        snr = ((1 - t) / t) ** 2
+        return snr.clamp(max=self.cap) / (snr + 1)
+
+
+@dataclass(frozen=True)
+class DDPM(Objective):
+    """Noise prediction over 1000 discrete steps, with the variance learned through the variational bound.
+
+    Index i in 0..999 stands at t = (i + 1) / 1000. The bound's gradient reaches the variance only: the predicted noise
+    enters it detached, unscaled and without clipping the predicted data (DiT's training code).
+    """
+
+    prediction = "noise"
+    time: TimeLaw = field(default_factory=Uniform)
+    steps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    bound: float = 1.0  # weight of the variational term, where the model has a variance output
+
+    def betas(self) -> Tensor:
+        return torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64, device="cpu")
+
+    def index(self, t: Tensor) -> Tensor:
+        """The discrete step of a time, 0 .. steps - 1."""
+        return (t * self.steps).ceil().long().sub_(1).clamp_(0, self.steps - 1)
+
+    def corrupt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        alpha = _like(self._tables(x.device)[0][self.index(t)], x)
+        return alpha.sqrt().to(x.dtype) * x + (1 - alpha).sqrt().to(x.dtype) * noise
+
+    def times(self, u: Tensor) -> Tensor:
+        return (self.index(self.time(u)) + 1) / self.steps
+
+    def losses(self, output: Output, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
+        eps = output.sample.float()
+        losses = {"noise": _mean((eps - noise) ** 2)}
+        if output.variance is not None:
+            losses["bound"] = self.bound * self.variational(eps.detach(), output.variance.float(), x, x_t, t)
+        return losses
+
+    def variational(self, eps: Tensor, v: Tensor, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Bits per dimension of q(x_{i-1} | x_i, x) against the model's step: [b].
+
+        log variance = u log beta_i + (1 - u) log beta~_i with u = (v + 1) / 2, not clamped; at i = 0 the likelihood of
+        the 8-bit data under the discretised Gaussian.
+        """
+        i = self.index(t)
+        alpha, log_beta, log_posterior, from_data, from_noisy = (
+            _like(v_[i], x).float() for v_ in self._tables(x.device)
+        )
+        x_hat = (x_t - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+        mean, mean_hat = from_data * x + from_noisy * x_t, from_data * x_hat + from_noisy * x_t
+        log_var = torch.lerp(log_posterior, log_beta, (v + 1) / 2)
+        kl = 0.5 * (log_var - log_posterior - 1 + (log_posterior - log_var).exp())
+        kl = kl + 0.5 * (mean - mean_hat) ** 2 * (-log_var).exp()
+        bits = torch.where(_like(i == 0, x), discretised_nll(x, mean_hat, log_var), kl)
+        return _mean(bits) / math.log(2.0)
+
+    def _tables(self, device: torch.device) -> tuple[Tensor, ...]:
+        """alpha-bar, log beta, log posterior variance, and the posterior mean's two coefficients: [steps] each."""
+        betas = self.betas()
+        alpha = torch.cumprod(1 - betas, 0)
+        before = F.pad(alpha[:-1], (1, 0), value=1.0)
+        posterior = betas * (1 - before) / (1 - alpha)
+        posterior = torch.cat((posterior[1:2], posterior[1:]))  # zero at index 0: its log takes index 1
+        from_data = before.sqrt() * betas / (1 - alpha)
+        from_noisy = (1 - betas).sqrt() * (1 - before) / (1 - alpha)
+        tables = (alpha, betas.log(), posterior.log(), from_data, from_noisy)
+        return tuple(v.to(device, torch.float32) for v in tables)
+
+
+def discretised_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    """-log probability (nats, elementwise) of data in [-1, 1] quantised to 256 levels under a Gaussian."""
+    scale = (-0.5 * log_var).exp()
+    above, below = torch.special.ndtr((x - mean + 1 / 255) * scale), torch.special.ndtr((x - mean - 1 / 255) * scale)
+    mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
+    return -mass.clamp_min(1e-12).log()
+
+
+# ---- additional terms -----------------------------------------------------------------------------------------------
+
+
+class Term(ABC):
+    """One more loss beside the objective's: what it taps, what it compares with, its weight over time.
+
+    Subclasses are dataclasses; parameters of their own (projectors) come from `build` and are trained with the model.
+    """
+
+    taps: tuple[int, ...] = ()  # units whose tokens arrive in the trace as "unit.<index>"
+
+    @abstractmethod
+    def losses(self, output: Output, batch: dict[str, Tensor], t: Tensor, step: int) -> dict[str, Tensor]:
+        """Named, already weighted loss terms, one number per sample [b].
+
+        Args:
+            output: of the student, with the tapped tokens in its trace
+            batch: as the data set made it, plus "noise" and "x_t"
+            t: b, times in [0, 1]
+            step: optimiser steps done, for schedules
+        """

@@ -1,0 +1,315 @@
+"""Generation: the sampler owns steps, guidance branches and everything that is remembered between steps.
+
+Noise is a pure function of (seed, sample number, step) (`edit.noise`), so a sample's image does not depend on the batch
+it was made in or on the number of ranks. Sources: SiT (arXiv 2401.08740) for the SDE, guidance interval (2404.07724),
+diffusers for the discrete schedulers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edit import noise
+from edit.denoiser import Condition, Denoiser, Step
+from edit.objectives import DDPM, Objective, shift_times, velocity_to_score
+
+Predict = Callable[[Tensor, float], Tensor]  # (x, t) -> guided prediction
+Draw = Callable[[int], Tensor]  # step -> fresh standard normal noise, shaped as x
+
+
+class Solver(ABC):
+    """Integrates from noise to data. Subclasses are dataclasses; `evaluations` is what one generation costs."""
+
+    steps: int
+
+    @property
+    def evaluations(self) -> int:
+        return self.steps
+
+    @abstractmethod
+    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor: ...
+
+
+def _require(objective: Objective, prediction: str, solver: Solver) -> None:
+    if objective.prediction != prediction:
+        cure = "Euler, Heun or EulerMaruyama" if objective.prediction == "velocity" else "DDPMSolver or DDIMSolver"
+        raise ValueError(
+            f"{type(solver).__name__} integrates a {prediction}, but this model predicts a "
+            f"{objective.prediction}: use {cure}"
+        )
+
+
+def _check_steps(solver: Solver, least: int = 1) -> None:
+    if solver.steps < least:
+        raise ValueError(f"{type(solver).__name__}: steps must be at least {least}, got {solver.steps}")
+
+
+def times(steps: int, shift: float) -> list[float]:
+    """steps + 1 times from 1 (noise) to 0 (data), moved towards noise by `shift`; 1 leaves them evenly spaced."""
+    return shift_times(torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu"), shift).tolist()
+
+
+@dataclass(frozen=True)
+class Euler(Solver):
+    """x <- x + v dt on the probability-flow ODE; first order."""
+
+    steps: int = 50
+    shift: float = 1.0
+
+    def __post_init__(self):
+        _check_steps(self)
+
+    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
+        _require(objective, "velocity", self)
+        ts = times(self.steps, self.shift)
+        for t, t_next in zip(ts, ts[1:], strict=False):
+            x = x + (t_next - t) * predict(x, t)
+        return x
+
+
+@dataclass(frozen=True)
+class Heun(Solver):
+    """Trapezoid rule, second order; the last step is Euler's, so 2 steps - 1 evaluations."""
+
+    steps: int = 25
+    shift: float = 1.0
+
+    def __post_init__(self):
+        _check_steps(self)
+
+    @property
+    def evaluations(self) -> int:
+        return 2 * self.steps - 1
+
+    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
+        _require(objective, "velocity", self)
+        ts = times(self.steps, self.shift)
+        for t, t_next in zip(ts, ts[1:], strict=False):
+            v = predict(x, t)
+            ahead = x + (t_next - t) * v
+            x = ahead if t_next == 0 else x + (t_next - t) * (v + predict(ahead, t_next)) / 2
+        return x
+
+
+@dataclass(frozen=True)
+class EulerMaruyama(Solver):
+    """SiT's SDE with diffusion w_t = t: steps - 1 stochastic steps from 1 to `last`, then one noiseless step to 0."""
+
+    steps: int = 250
+    last: float = 0.04  # the paper's last-step size
+
+    def __post_init__(self):
+        _check_steps(self, 2)
+        if not 0 < self.last < 1:
+            raise ValueError(f"EulerMaruyama: last must lie between 0 and 1, got {self.last}")
+
+    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
+        _require(objective, "velocity", self)
+        ts = [*torch.linspace(1, self.last, self.steps, dtype=torch.float64, device="cpu").tolist(), 0.0]
+        for k, (t, t_next) in enumerate(zip(ts, ts[1:], strict=False)):
+            v = predict(x, t)
+            at = torch.full((len(x),), t, device=x.device, dtype=x.dtype)
+            drift = v - t * velocity_to_score(v, x, at)  # half of w_t^2 = 2 t, times the score
+            x = x + (t_next - t) * drift
+            if t_next > 0:
+                x = x + (2 * t * (t - t_next)) ** 0.5 * draw(k)
+        return x
+
+
+@dataclass(frozen=True)
+class DDPMSolver(Solver):
+    """Ancestral sampling on respaced steps round(i 999 / (steps - 1)), with the learned variance where there is one.
+
+    The update is written here and not taken from diffusers' DDPMScheduler because that one cannot be handed its noise:
+    an image would depend on its batch.
+    """
+
+    steps: int = 250
+
+    def __post_init__(self):
+        _check_steps(self)
+
+    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
+        _require(objective, "noise", self)
+        assert isinstance(objective, DDPM)
+        alphas = torch.cumprod(1 - objective.betas(), 0)
+        indices = torch.linspace(0, objective.steps - 1, self.steps, dtype=torch.float64, device="cpu").round().long()
+        kept = alphas[indices]
+        before = torch.cat((kept.new_ones(1), kept[:-1]))
+        betas = 1 - kept / before
+        posterior = betas * (1 - before) / (1 - kept)
+        log_posterior = torch.cat((posterior[1:2] if self.steps > 1 else betas[:1], posterior[1:])).log()
+        for k in reversed(range(self.steps)):
+            prediction = predict(x, (indices[k].item() + 1) / objective.steps)
+            eps, v = prediction.chunk(2, dim=1) if prediction.shape[1] == 2 * x.shape[1] else (prediction, None)
+            alpha, ahead, beta = kept[k].item(), before[k].item(), betas[k].item()
+            data = (x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
+            mean = (ahead**0.5 * beta * data + (1 - beta) ** 0.5 * (1 - ahead) * x) / (1 - alpha)
+            if k == 0:
+                return mean
+            small, large = log_posterior[k].item(), betas[k].log().item()
+            log_variance = x.new_full((), small) if v is None else small + (large - small) * (v + 1) / 2
+            x = mean + (0.5 * log_variance).exp() * draw(k)
+        return x
+
+
+def _run_scheduler(
+    scheduler: Any, predict: Predict, x: Tensor, steps: int, time_of: Callable[[Any, int], float]
+) -> Tensor:
+    scheduler.set_timesteps(steps, device=x.device)
+    for k, timestep in enumerate(scheduler.timesteps):
+        prediction = predict(x, time_of(timestep, k))[:, : x.shape[1]]
+        x = scheduler.step(prediction, timestep, x, return_dict=False)[0]
+    return x
+
+
+@dataclass(frozen=True)
+class DDIMSolver(Solver):
+    """Deterministic DDIM through `diffusers.DDIMScheduler`; data predictions are not clipped."""
+
+    steps: int = 50
+
+    def __post_init__(self):
+        _check_steps(self)
+
+    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
+        from diffusers import DDIMScheduler
+
+        _require(objective, "noise", self)
+        assert isinstance(objective, DDPM)
+        scheduler = DDIMScheduler(
+            num_train_timesteps=objective.steps,
+            trained_betas=objective.betas().tolist(),
+            clip_sample=False,
+            set_alpha_to_one=True,
+            timestep_spacing="leading",
+        )
+        return _run_scheduler(scheduler, predict, x, self.steps, lambda i, k: (float(i) + 1) / objective.steps)
+
+
+@dataclass(frozen=True)
+class DPMSolver(Solver):
+    """DPM-Solver++ (multistep) through `diffusers`, for both kinds of prediction."""
+
+    steps: int = 20
+    order: int = 2
+    shift: float = 1.0  # of the flow path; ignored for noise predictions
+
+    def __post_init__(self):
+        _check_steps(self)
+        if self.order not in (1, 2, 3):
+            raise ValueError(f"DPMSolver: order must be 1, 2 or 3, got {self.order}")
+
+    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
+        from diffusers import DPMSolverMultistepScheduler
+
+        if objective.prediction == "velocity":
+            scheduler = DPMSolverMultistepScheduler(
+                solver_order=self.order, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=self.shift
+            )
+            return _run_scheduler(scheduler, predict, x, self.steps, lambda i, k: float(scheduler.sigmas[k]))
+        assert isinstance(objective, DDPM)
+        scheduler = DPMSolverMultistepScheduler(
+            solver_order=self.order,
+            num_train_timesteps=objective.steps,
+            trained_betas=objective.betas().tolist(),
+            timestep_spacing="linspace",
+        )
+        return _run_scheduler(scheduler, predict, x, self.steps, lambda i, k: (float(i) + 1) / objective.steps)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How to generate: the solver, and how much which guidance branch counts.
+
+    guided = uncond + guidance (cond - uncond) + perturbation (cond - perturbed), each branch its own evaluation, so
+    that what an edit remembers of one branch never mixes with another. A branch of no weight is not run.
+    """
+
+    solver: Solver = field(default_factory=Euler)
+    guidance: float = 1.0  # 1: the conditional prediction alone
+    interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance is applied; outside, cond alone
+    channels: int | None = None  # guide the first channels only (3 in the official DiT); None: all
+    perturbation: float = 0.0  # needs an edit that perturbs the branch "perturbed"
+
+    def __post_init__(self):
+        low, high = self.interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"Sampler: interval must be 0 <= low < high <= 1 (1 = noise), got {low}, {high}")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        objective: Objective,
+        condition: Condition,
+        samples: Tensor,
+        seed: int = 0,
+        negative: Condition | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Generate one image per sample number.
+
+        Args:
+            denoiser: in eval mode
+            objective: what the denoiser predicts
+            condition: b entries
+            samples: b int64, sample numbers; together with the seed they decide the noise
+            seed: of the whole set
+            negative: the unconditional counterpart; None asks the denoiser for its own
+            progress: called as (evaluations done, evaluations in all) after each prediction
+
+        Returns:
+            b c y x float32, as the model was trained to see data.
+
+        Raises:
+            ValueError: if the solver does not fit the objective, or a perturbed branch is asked for without an edit
+                that perturbs
+        """
+        if self.perturbation and not any(e.perturbs for e in denoiser.applied.values()):
+            raise ValueError(
+                "perturbation guidance needs an edit that perturbs the model; none of the applied ones does"
+            )
+        memory: dict = {}
+        device = next(denoiser.parameters()).device
+        samples = samples.to(device)
+        condition = condition.map(lambda v: v.to(device))
+        if self.guidance != 1 and negative is None:
+            negative = denoiser.null(condition)
+        learned = isinstance(self.solver, DDPMSolver)
+        calls: Iterator[int] = iter(range(self.solver.evaluations + 1))
+
+        def predict(x: Tensor, t: float) -> Tensor:
+            index = next(calls)
+            at = torch.full((len(x),), t, device=device, dtype=torch.float32)
+
+            def branch(name: str, told: Condition) -> Tensor:
+                step = Step(index, self.solver.evaluations, t, name, memory)
+                out = denoiser(x, at, told, step=step)
+                sample = out.sample.float()
+                return torch.cat((sample, out.variance.float()), 1) if learned and out.variance is not None else sample
+
+            cond = guided = branch("cond", condition)
+            if self.interval[0] <= t <= self.interval[1]:
+                c = x.shape[1] if self.channels is None else self.channels
+                if self.guidance != 1 and negative is not None:
+                    uncond = branch("uncond", negative)[:, :c]
+                    guided = torch.cat((torch.lerp(uncond, cond[:, :c], self.guidance), cond[:, c:]), 1)
+                if self.perturbation:
+                    shove = self.perturbation * (cond[:, :c] - branch("perturbed", condition)[:, :c])
+                    guided = torch.cat((guided[:, :c] + shove, guided[:, c:]), 1)
+            if progress is not None:
+                progress(index + 1, self.solver.evaluations)
+            return guided
+
+        shape = denoiser.sample_shape
+        x = noise.gaussian(seed, samples, noise.NOISE, shape)
+        return self.solver.integrate(
+            predict, x, objective, lambda k: noise.gaussian(seed, samples, noise.SOLVER + k, shape)
+        )

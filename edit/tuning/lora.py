@@ -1,0 +1,68 @@
+"""LoRA (arXiv 2106.09685) through `peft`: train low-rank additions to frozen linear layers.
+
+y = W x + (alpha / rank) B A x, with A random and B zero, so a fresh LoRA leaves the output unchanged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from edit.denoiser import Denoiser
+from edit.edits import Edit
+
+ADAPTER = "default"  # peft's own name for a model's only adapter, which other tools expect
+
+
+@dataclass
+class LoRA(Edit):
+    """Low-rank additions to every linear layer whose name ends in one of `targets`.
+
+    Args:
+        rank: of the addition
+        alpha: scale numerator; the paper keeps it fixed while the rank is tuned
+        dropout: on the addition's input
+        targets: name endings inside a model, e.g. "attn.qkv", or "all-linear"
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("attn.qkv", "attn.proj")
+
+    def __post_init__(self):
+        self.targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        if self.rank < 1:
+            raise ValueError(f"LoRA: rank must be at least 1, got {self.rank}")
+
+    def apply(self, denoiser: Denoiser) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+
+        if any(isinstance(m, LoraLayer) for m in denoiser.model.modules()):
+            raise ValueError("LoRA: the model already has one; fold it before adding another")
+        targets = "all-linear" if self.targets == ("all-linear",) else list(self.targets)
+        linear = [n for n, m in denoiser.model.named_modules() if isinstance(m, nn.Linear)]
+        if targets != "all-linear" and (unmet := [t for t in self.targets if not any(n.endswith(t) for n in linear)]):
+            raise ValueError(
+                f"LoRA: no linear layer's name ends in {unmet[0]!r}; there are {', '.join(linear[:8])}, ..."
+            )
+        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)
+        inject_adapter_in_model(config, denoiser.model, adapter_name=ADAPTER)
+
+    def trainable(self, name: str) -> bool:
+        return ".lora_" in name or name.startswith("edits.")
+
+    def stock_key(self, key: str) -> str | None:
+        return None if ".lora_" in key else key.replace(".base_layer.", ".")
+
+    def fold(self, denoiser: Denoiser) -> None:
+        """Add B A to the weights and take the adapters out."""
+        from peft.tuners.lora import LoraLayer
+
+        for name, module in list(denoiser.model.named_modules()):
+            if isinstance(module, LoraLayer):
+                module.merge()
+                parent, _, child = name.rpartition(".")
+                setattr(denoiser.model.get_submodule(parent), child, module.get_base_layer())
