@@ -95,7 +95,7 @@ def save(
         save_file({k: _plain(v, dtype) for k, v in own.items()}, temporary / "edits.safetensors")
     description = {
         "format": FORMAT,
-        "backbone": f"{type(denoiser).__module__}.{type(denoiser).__qualname__}",
+        "backbone": f"{denoiser.family.__module__}.{denoiser.family.__qualname__}",
         "base": denoiser.base,
         "edits": {name: editing.describe(e) for name, e in denoiser.applied.items()},
         "folded": denoiser.folded,
@@ -163,32 +163,44 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu", trusted: t
         ValueError: if it is of another format, or its weights do not fit the model it describes (keys are named)
     """
     path = find(path)
-    stock_config = _read_json(path / "config.json")
-    description = _read_json(path / "edits.json") if (path / "edits.json").exists() else _describe_stock(stock_config)
-    if description.get("format") != FORMAT:
-        raise ValueError(f"{path} has artifact format {description.get('format')}, this version of edit reads {FORMAT}")
-    family = _family(description["backbone"])
-    live = {name: editing.rebuild(node, trusted) for name, node in description["edits"].items()}
-    with torch.device("meta"):
-        base = description["base"] or family.from_stock(stock_config, _Headers(path))[0]
-        denoiser = family.from_config(base)
-        editing.apply(denoiser, live, fresh=False)
-    denoiser.folded = list(description["folded"])
-    load_weights(denoiser, path, stock_config)
+    description = _read_description(path)
+    denoiser = skeleton(path, trusted)
+    load_weights(denoiser, path)
     denoiser.requires_grad_(True).eval().to(device)
+    objective, sampler = description["objective"], description["sampler"]
     return Artifact(
         path=path,
         denoiser=denoiser,
-        objective=editing.rebuild(description["objective"])
-        if description["objective"]
-        else default_objective(denoiser),
-        sampler=editing.rebuild(description["sampler"]) if description["sampler"] else Sampler(),
+        objective=editing.rebuild(objective, trusted) if objective else default_objective(denoiser),
+        sampler=editing.rebuild(sampler, trusted) if sampler else Sampler(),
         data=description["data"],
         run=description["run"],
     )
 
 
-def load_weights(denoiser: Denoiser, path: Path, stock_config: Mapping[str, Any]) -> None:
+def skeleton(path: str | os.PathLike, trusted: tuple[str, ...] = ()) -> Denoiser:
+    """The denoiser of an artifact with its edits but without weights, on the meta device."""
+    path = find(path)
+    description = _read_description(path)
+    family = _family(description["backbone"])
+    live = {name: editing.rebuild(node, trusted) for name, node in description["edits"].items()}
+    with torch.device("meta"):
+        base = description["base"] or family.from_stock(_read_json(path / "config.json"), _Headers(path))[0]
+        denoiser = editing.apply(family.from_config(base), live, fresh=False)
+    denoiser.folded = list(description["folded"])
+    return denoiser
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    if not (path / "edits.json").exists():
+        return _describe_stock(_read_json(path / "config.json"))
+    description = _read_json(path / "edits.json")
+    if description.get("format") != FORMAT:
+        raise ValueError(f"{path} has artifact format {description.get('format')}, this version of edit reads {FORMAT}")
+    return description
+
+
+def load_weights(denoiser: Denoiser, path: Path) -> None:
     """Fill a denoiser, on any device, from an artifact folder whose model and edits are the same."""
     wanted = {k: v.to("meta") for k, v in denoiser.state_dict().items()}
     stock_wanted, own_wanted = split_state(denoiser, wanted)
@@ -202,7 +214,7 @@ def load_weights(denoiser: Denoiser, path: Path, stock_config: Mapping[str, Any]
     stock: dict[str, Tensor] = {}
     for file in headers.files:
         stock.update(load_file(file))
-    stock = denoiser.from_stock(stock_config, stock)[1]
+    stock = denoiser.from_stock(_read_json(path / "config.json"), stock)[1]
     own = load_file(own_file) if own_headers else {}
     state = {}
     for key in wanted:

@@ -274,6 +274,11 @@ class Denoiser(nn.Module, ABC):
     def from_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
         """The inverse of `to_stock`: our configuration and the model's own state dict."""
 
+    @property
+    def family(self) -> type[Denoiser]:
+        """The family's own class: sharding (FSDP2) puts a subclass in its place at run time."""
+        return next(c for c in type(self).__mro__ if "name" in vars(c))
+
     # ---- what every family shares -----------------------------------------------------------------------------
 
     def forward(

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from edit.denoiser import Output
+from edit.denoiser import Denoiser, Output
 
 # ---- times: maps of a uniform number in (0, 1), so that a sample's time depends on its number alone -----------------
 
@@ -167,11 +168,12 @@ class DDPM(Objective):
 
     def index(self, t: Tensor) -> Tensor:
         """The discrete step of a time, 0 .. steps - 1."""
-        return (t * self.steps).ceil().long().sub_(1).clamp_(0, self.steps - 1)
+        # (i + 1) / steps in float32 may come back as a hair more than i + 1, which must not be the next step
+        return (t * self.steps - 1e-3).ceil().long().sub_(1).clamp_(0, self.steps - 1)
 
     def corrupt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        alpha = _like(self._tables(x.device)[0][self.index(t)], x)
-        return alpha.sqrt().to(x.dtype) * x + (1 - alpha).sqrt().to(x.dtype) * noise
+        signal, spread, *_ = (_like(v[self.index(t)], x).to(x.dtype) for v in self._tables(x.device))
+        return signal * x + spread * noise
 
     def times(self, u: Tensor) -> Tensor:
         return (self.index(self.time(u)) + 1) / self.steps
@@ -190,10 +192,9 @@ class DDPM(Objective):
         the 8-bit data under the discretised Gaussian.
         """
         i = self.index(t)
-        alpha, log_beta, log_posterior, from_data, from_noisy = (
-            _like(v_[i], x).float() for v_ in self._tables(x.device)
-        )
-        x_hat = (x_t - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+        tables = (_like(v_[i], x) for v_ in self._tables(x.device))
+        signal, spread, log_beta, log_posterior, from_data, from_noisy = tables
+        x_hat = (x_t - spread * eps) / signal
         mean, mean_hat = from_data * x + from_noisy * x_t, from_data * x_hat + from_noisy * x_t
         log_var = torch.lerp(log_posterior, log_beta, (v + 1) / 2)
         kl = 0.5 * (log_var - log_posterior - 1 + (log_posterior - log_var).exp())
@@ -202,7 +203,10 @@ class DDPM(Objective):
         return _mean(bits) / math.log(2.0)
 
     def _tables(self, device: torch.device) -> tuple[Tensor, ...]:
-        """alpha-bar, log beta, log posterior variance, and the posterior mean's two coefficients: [steps] each."""
+        """Scales of data and noise, log beta, log posterior variance, the posterior mean's coefficients: [steps] each.
+
+        Differences are taken in float64 before the cast: 1 - alpha-bar is as small as 1e-4.
+        """
         betas = self.betas()
         alpha = torch.cumprod(1 - betas, 0)
         before = F.pad(alpha[:-1], (1, 0), value=1.0)
@@ -210,7 +214,7 @@ class DDPM(Objective):
         posterior = torch.cat((posterior[1:2], posterior[1:]))  # zero at index 0: its log takes index 1
         from_data = before.sqrt() * betas / (1 - alpha)
         from_noisy = (1 - betas).sqrt() * (1 - before) / (1 - alpha)
-        tables = (alpha, betas.log(), posterior.log(), from_data, from_noisy)
+        tables = (alpha.sqrt(), (1 - alpha).sqrt(), betas.log(), posterior.log(), from_data, from_noisy)
         return tuple(v.to(device, torch.float32) for v in tables)
 
 
@@ -228,13 +232,19 @@ def discretised_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
 class Term(ABC):
     """One more loss beside the objective's: what it taps, what it compares with, its weight over time.
 
-    Subclasses are dataclasses; parameters of their own (projectors) come from `build` and are trained with the model.
+    Subclasses are dataclasses.
     """
 
     taps: tuple[int, ...] = ()  # units whose tokens arrive in the trace as "unit.<index>"
 
+    def build(self, denoiser: Denoiser) -> nn.Module | None:
+        """Parameters of the term itself (a projector), trained and saved with the run but not with the artifact."""
+        return None
+
     @abstractmethod
-    def losses(self, output: Output, batch: dict[str, Tensor], t: Tensor, step: int) -> dict[str, Tensor]:
+    def losses(
+        self, output: Output, batch: Mapping[str, Tensor], t: Tensor, step: int, own: nn.Module | None
+    ) -> dict[str, Tensor]:
         """Named, already weighted loss terms, one number per sample [b].
 
         Args:
@@ -242,4 +252,5 @@ class Term(ABC):
             batch: as the data set made it, plus "noise" and "x_t"
             t: b, times in [0, 1]
             step: optimiser steps done, for schedules
+            own: what `build` returned
         """

@@ -1,0 +1,291 @@
+"""What happens around the optimiser steps: numbers, progress, pictures, checkpoints."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from edit.sampling import Sampler
+from recipes.config import UserError
+from recipes.diffusion import Diffusion
+from recipes.loggers import log_image
+
+WHOLE = "whole"  # marker inside a checkpoint folder (DeepSpeed), written when all ranks have finished
+
+
+class StepCallback(Callback):
+    """A callback that acts once per optimiser step, not once per accumulated batch."""
+
+    last = -1
+
+    def on_train_start(self, trainer: pl.Trainer, module: Diffusion) -> None:
+        self.last = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Diffusion, *_: Any) -> None:
+        if trainer.global_step != self.last:
+            self.last = trainer.global_step
+            self.on_step(trainer, module, trainer.global_step)
+
+    def on_step(self, trainer: pl.Trainer, module: Diffusion, step: int) -> None: ...
+
+
+class Metrics(StepCallback):
+    """Write a row of numbers every `every` optimiser steps, and stop a run whose gradients are no numbers.
+
+    Losses are means over the optimiser step's batches and over all ranks.
+
+    Args:
+        every: optimiser steps
+        batch: images per optimiser step, over all ranks
+        flops: training FLOPs per image, for the share of the device's peak; None: not known
+        peak: FLOP/s of one device; None: not known
+    """
+
+    def __init__(self, every: int, batch: int, flops: float | None = None, peak: float | None = None):
+        self.every, self.batch, self.flops, self.peak = every, batch, flops, peak
+        self.values: dict[str, float] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, module: Diffusion) -> None:
+        super().on_train_start(trainer, module)
+        self.mark = (time.perf_counter(), trainer.global_step)
+
+    def on_step(self, trainer: pl.Trainer, module: Diffusion, step: int) -> None:
+        if step % self.every and step != trainer.max_steps:
+            return
+        means = torch.stack([v.float() for v in module.losses.values()])
+        if trainer.world_size > 1:
+            dist.all_reduce(means)
+            means /= trainer.world_size
+        losses = dict(zip(module.losses, means.tolist(), strict=True))
+        now = time.perf_counter()
+        speed = (step - self.mark[1]) * self.batch / (now - self.mark[0])
+        self.mark = (now, step)
+        values = {f"train/{k}": v for k, v in losses.items()}
+        values["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        if (norm := module.grad_norm) is not None:
+            values["grad_norm"] = norm.item()
+        values |= {"skipped_steps": module.skipped[0].item(), "images_per_second": speed, "memory_gb": memory(module)}
+        if self.flops and self.peak:
+            values["mfu"] = speed * self.flops / (self.peak * trainer.world_size)
+        self.values = values
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step)
+        module.check_progress()
+
+
+def memory(module: Diffusion) -> float:
+    """Peak memory so far in GB: of the GPU, else of this process."""
+    if module.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(module.device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class ProgressBar(StepCallback):
+    """A live bar with loss, images/s and time left; on no terminal, a line every `interval` seconds."""
+
+    def __init__(self, metrics: Metrics, interval: float = 15.0):
+        self.metrics, self.interval = metrics, interval
+        self.console = Console()
+        self.shown = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, module: Diffusion) -> None:
+        super().on_train_start(trainer, module)
+        self.bar = None
+        if not trainer.is_global_zero:
+            return
+        self.start = (time.perf_counter(), trainer.global_step)
+        if self.console.is_terminal:
+            columns = ["training", BarColumn(), MofNCompleteColumn(), "loss {task.fields[loss]}"]
+            columns += ["{task.fields[speed]} images/s", TimeElapsedColumn(), "left", TimeRemainingColumn()]
+            self.bar = Progress(
+                *(TextColumn(c) if isinstance(c, str) else c for c in columns), console=self.console
+            )
+            self.task = self.bar.add_task(
+                "", total=trainer.max_steps, completed=trainer.global_step, loss="-", speed="-"
+            )
+            self.bar.start()
+
+    def on_step(self, trainer: pl.Trainer, module: Diffusion, step: int) -> None:
+        now = time.perf_counter()
+        if not trainer.is_global_zero or (now - self.shown < (0.2 if self.bar else self.interval)):
+            return
+        self.shown = now
+        loss, speed = self.metrics.values.get("train/loss"), self.metrics.values.get("images_per_second")
+        shown_loss = "-" if loss is None else f"{loss:.4f}"
+        shown_speed = "-" if speed is None else f"{speed:,.0f}"
+        if self.bar:
+            self.bar.update(self.task, completed=step, loss=shown_loss, speed=shown_speed)
+        elif step > self.start[1]:
+            left = (now - self.start[0]) / (step - self.start[1]) * (trainer.max_steps - step)
+            print(
+                f"step {step}/{trainer.max_steps}  loss {shown_loss}  {shown_speed} images/s  {left:.0f} s left",
+                flush=True,
+            )
+
+    def on_train_end(self, trainer: pl.Trainer, module: Diffusion) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=trainer.global_step)
+            self.bar.stop()
+
+    def on_exception(self, trainer: pl.Trainer, module: Diffusion, exception: BaseException) -> None:
+        if getattr(self, "bar", None):
+            self.bar.stop()
+
+
+class Preview(StepCallback):
+    """Every `every` optimiser steps, a grid of samples from the average: always the same noise and labels.
+
+    Args:
+        every: optimiser steps; 0: never
+        count: images
+        sampler: how to generate
+        folder: for `step_000500.png`
+        grid: (denoised samples b c y x) -> picture, uint8 y x 3
+        condition: makes the condition of `count` samples
+    """
+
+    def __init__(
+        self,
+        every: int,
+        count: int,
+        sampler: Sampler,
+        folder: Path,
+        grid: Callable[[torch.Tensor], np.ndarray],
+        condition: Callable[[int], Any],
+        seed: int,
+    ):
+        self.every, self.count, self.sampler, self.folder = every, count, sampler, folder
+        self.grid, self.condition, self.seed = grid, condition, seed
+
+    def on_step(self, trainer: pl.Trainer, module: Diffusion, step: int) -> None:
+        if not self.every or (step % self.every and step != trainer.max_steps):
+            return
+        numbers = torch.arange(self.count)
+        x = self.sampler(module.ema, module.objective, self.condition(self.count), numbers, self.seed)
+        module.reshard()
+        if trainer.is_global_zero:
+            from PIL import Image
+
+            picture = self.grid(x.cpu())
+            self.folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(self.folder / f"step_{step:06d}.png")
+            log_image(trainer.loggers, "samples", picture, step)
+
+
+class AtomicIO(TorchCheckpointIO):
+    """A checkpoint is written beside its place and moved there when whole: a kill at any moment leaves the last one.
+
+    Lightning's own write is corrupted by a kill where TMPDIR is another file system.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        try:
+            with open(temporary, "wb") as f:
+                torch.save(checkpoint, f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+            temporary.unlink(missing_ok=True)
+            cause = error if isinstance(error, OSError) else error.__context__
+            reason = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(error)
+            if isinstance(error, OSError) or "write" in str(error) or isinstance(cause, OSError):
+                full = shutil.disk_usage(path.parent).free < 2**20 or "space" in reason
+                cure = "free some space" if full else "check the disk and its limits"
+                raise UserError(
+                    f"could not write {path} ({reason.lower()}): earlier checkpoints are whole; {cure} and give the "
+                    "same command, which resumes from them"
+                ) from error
+            raise
+
+
+class Checkpoints(StepCallback):
+    """Save every `every` optimiser steps, after the last, and on SIGTERM; keep the newest `keep`.
+
+    Only whole optimiser steps are saved: a checkpoint inside an accumulation window would lose its gradients.
+    """
+
+    def __init__(self, folder: Path, every: int, keep: int):
+        self.folder, self.every, self.keep = folder, every, keep
+        self.told_to_stop = False
+
+    def on_train_start(self, trainer: pl.Trainer, module: Diffusion) -> None:
+        super().on_train_start(trainer, module)
+        if trainer.is_global_zero:
+            for left in self.folder.glob("*.tmp-*"):  # of a write that was killed
+                left.unlink()
+        if threading.current_thread() is threading.main_thread():
+            # here and not earlier: Lightning would add its own handler, which kills other ranks inside a step
+            signal.signal(signal.SIGTERM, self._stop)
+
+    def _stop(self, *_: Any) -> None:
+        self.told_to_stop = True
+
+    def on_step(self, trainer: pl.Trainer, module: Diffusion, step: int) -> None:
+        stop = self.told_to_stop
+        if trainer.world_size > 1:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if not (stop or step % self.every == 0 or step == trainer.max_steps):
+            return
+        path = self.folder / f"step_{step:08d}.ckpt"
+        trainer.save_checkpoint(path)
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            if path.is_dir():
+                (path / WHOLE).touch()
+            for old in checkpoints(self.folder)[: -self.keep]:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        if stop and step != trainer.max_steps:
+            trainer.should_stop = True
+            if trainer.is_global_zero:
+                print(f"told to stop: saved {path}; the same command resumes", flush=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [p for p in folder.glob("step_*.ckpt") if p.is_file() or (p / WHOLE).exists()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    match = re.fullmatch(r"step_(\d+)\.ckpt", checkpoint.name)
+    assert match, checkpoint
+    return int(match.group(1))
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint that can be read; damaged ones are named and passed over."""
+    for path in reversed(checkpoints(folder)):
+        if path.is_dir():
+            return path
+        try:
+            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return path
+        except Exception as error:  # damaged files raise whatever they run into
+            if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
+                raise
+            print(f"warning: {path} cannot be read ({type(error).__name__}); trying an older checkpoint", flush=True)
+    return None

@@ -1,0 +1,697 @@
+"""The front end of train.py and eval.py: what a configuration may say, and one sentence for each mistake in it.
+
+Hydra composes YAML groups under the typed `Root`; `check` then compares every `_target_` node with the signature it
+names, so that a mistyped key, a wrong type or an impossible combination is refused before anything is built. `launch`
+puts both in front of `hydra.main` and turns what goes wrong afterwards into a sentence and an exit code.
+Nothing heavy is imported here: `--help` and most mistakes are answered without torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import functools
+import importlib
+import inspect
+import os
+import pkgutil
+import re
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib.util import find_spec
+from math import inf
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Union
+
+import hydra
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+TRUSTED = ("edit", "data", "recipes", "torch", "diffusers", "transformers")  # packages that a config may call into
+FEW, MANY = 12, 30  # names listed beside a near one, and where none is near
+
+
+class UserError(Exception):
+    """A mistake of the user, said in one sentence: what was given, what was expected, how to mend it."""
+
+
+# ---- schema ---------------------------------------------------------------------------------------------------------
+
+
+def rule(default: Any, of: Sequence[str] = (), low: float = -inf, high: float = inf) -> Any:
+    """A field whose value, or each item of it, must be one of `of` or lie in [low, high]."""
+    limits = {"of": tuple(of), "low": low, "high": high}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=limits)
+    return field(default=default, metadata=limits)
+
+
+@dataclass
+class TrainerConfig:
+    max_steps: int = rule(MISSING, low=1)  # optimiser steps
+    accelerator: str = rule("auto", of=("auto", "cpu", "gpu"))
+    devices: Any = 1  # per node: a number or "auto"
+    num_nodes: int = rule(1, low=1)
+    strategy: str = rule("single", of=("single", "ddp", "fsdp2", "zero2", "zero3"))
+    precision: str = rule("32-true", of=("32-true", "bf16-mixed", "bf16-true", "16-mixed"))
+    accumulate: int = rule(1, low=1)  # micro-batches per optimiser step
+    clip: float | None = rule(1.0, low=0)  # gradient norm
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    threads: int | None = rule(None, low=1)  # of torch on the CPU; null leaves the choice to torch
+    meta_init: bool = False  # build on the meta device, materialise sharded
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = rule(MISSING, low=0)
+    betas: list[float] = rule([0.9, 0.999], low=0, high=1)
+    weight_decay: float = rule(0.0, low=0)
+    eps: float = rule(1e-8, low=0)
+    warmup: int = rule(0, low=0)  # optimiser steps
+    schedule: str = rule("constant", of=("constant", "cosine"))
+    fused: bool = True
+    groups: dict[str, Any] = field(default_factory=dict)  # parameter name prefix or regex -> {lr_scale, weight_decay}
+
+
+@dataclass
+class EmaConfig:
+    decay: float = rule(0.9999, low=0, high=1)
+    ramp: bool = False  # min(decay, (1 + step) / (10 + step))
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = rule(1000, low=1)  # optimiser steps
+    keep: int = rule(2, low=1)
+
+
+@dataclass
+class WandbConfig:
+    mode: str = rule("offline", of=("online", "offline", "disabled"))
+    project: str = "edit"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LoggerConfig:
+    kinds: list[str] = rule([], of=("wandb", "tensorboard"))  # besides csv, which is always on
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass
+class PreviewConfig:
+    every: int = rule(0, low=0)  # optimiser steps between sample grids; 0 = only at the end
+    count: int = rule(40, low=1)  # images in a grid
+
+
+@dataclass
+class Root:
+    """Everything that train.py understands at the top level."""
+
+    name: str = MISSING  # the run lives in <runs>/<name>; a sweep puts each job in a folder below
+    backbone: Any = MISSING
+    data: Any = MISSING
+    edits: dict[str, Any] = field(default_factory=dict)  # name -> node with _target_, applied in order
+    objective: Any = MISSING
+    terms: dict[str, Any] = field(default_factory=dict)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    sampler: Any = MISSING
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    evaluate: Any = None
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    seed: int = rule(0, low=0)
+    log_every: int = rule(10, low=1)  # optimiser steps per row of metrics.csv
+    label_drop: float = rule(0.1, low=0, high=1)  # share of conditions replaced by the null condition
+    init: str | None = None  # artifact folder or official checkpoint to start from
+    runs: str = "runs"
+    stages: Any = None
+    trusted: list[str] = field(default_factory=list)  # further packages that _target_ may name
+    debug: bool = False  # show tracebacks
+
+
+def register() -> None:
+    """Make `root_schema` available to the defaults lists of the YAML files."""
+    ConfigStore.instance().store(name="root_schema", node=Root)
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+def nearest(word: str, options: Iterable[str]) -> list[str]:
+    """Up to three of the options that `word` may have been meant to be, best first."""
+    return difflib.get_close_matches(word, list(options), n=3)
+
+
+def suggest(word: Any, options: Collection[str]) -> str:
+    """The end of a sentence: '; did you mean 'x'?' and, where they are few or none is near, what is accepted."""
+    options = sorted(str(option) for option in options)
+    close = nearest(str(word), options)
+    text = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    if close and len(options) <= FEW:
+        return f"{text} (accepted: {', '.join(options)})"
+    if options and not close:
+        return "; accepted: " + ", ".join(options[:MANY]) + (", ..." if len(options) > MANY else "")
+    return text
+
+
+# ---- check ----------------------------------------------------------------------------------------------------------
+
+
+def check(cfg: DictConfig) -> list[str]:
+    """Every mistake that can be found without building anything, one sentence each; empty if there is none.
+
+    Values are compared with the rules of the schema, `_target_` nodes with the signatures they name. An argument that
+    the code adds when it builds the node is declared by `_partial_: true`, which waives the search for missing ones.
+    """
+    trusted = (*TRUSTED, *(OmegaConf.select(cfg, "trusted") or ()))
+    errors = list(_walk(cfg, "", trusted))
+    return errors or (list(_conflicts(cfg)) if OmegaConf.get_type(cfg) is Root else [])
+
+
+def _walk(node: DictConfig | ListConfig, path: str, trusted: Sequence[str]) -> Iterator[str]:
+    if isinstance(node, DictConfig):
+        if is_dataclass(OmegaConf.get_type(node)):
+            yield from _check_fields(node, path)
+        if "_target_" in node:
+            yield from _check_target(node, path, trusted)
+    keys = list(node) if isinstance(node, DictConfig) else range(len(node))
+    for key in keys:
+        place = f"{path}[{key}]" if isinstance(node, ListConfig) else f"{path}.{key}".lstrip(".")
+        if OmegaConf.is_missing(node, key):
+            yield f"{place} has no value; give one with {place}=..."
+            continue
+        try:
+            child = node[key]
+        except InterpolationResolutionError as error:
+            if "HydraConfig was not set" not in str(error):  # ${hydra:...} is known only once the job runs
+                yield f"{place}: {_flat(error)}"
+            continue
+        if isinstance(child, DictConfig | ListConfig):
+            yield from _walk(child, place, trusted)
+
+
+def _check_fields(node: DictConfig, path: str) -> Iterator[str]:
+    known = {f.name: f for f in fields(OmegaConf.get_type(node))}
+    for key in node:
+        place = f"{path}.{key}".lstrip(".")
+        if key not in known:  # reached by +key=value only
+            yield f"unknown key '{place}'{suggest(key, known)}"
+        elif known[key].metadata and not OmegaConf.is_missing(node, key):
+            yield from _check_rule(node[key], place, **known[key].metadata)
+
+
+def _check_rule(value: Any, place: str, of: Sequence[str], low: float, high: float) -> Iterator[str]:
+    for item in value if isinstance(value, ListConfig) else [value]:
+        if item is None:
+            continue
+        if of and item not in of:
+            yield f"{place}: expected one of {', '.join(of)}, got {item!r}{suggest(item, of).split(' (')[0]}"
+        elif not of and not low <= item <= high:
+            limit = f"at least {low:g}" if high == inf else f"a number from {low:g} to {high:g}"
+            yield f"{place}: expected {limit}, got {item}"
+
+
+def _conflicts(cfg: DictConfig) -> Iterator[str]:
+    trainer, kinds = cfg.trainer, cfg.logger.kinds
+    devices = trainer.devices
+    if devices != "auto" and (isinstance(devices, bool) or not isinstance(devices, int) or devices < 1):
+        yield f"trainer.devices: expected a number of at least 1 or auto, got {devices!r}"
+    elif trainer.strategy == "single" and (trainer.num_nodes > 1 or devices not in (1, "auto")):
+        yield (
+            f"trainer.strategy=single uses one device, got trainer.devices={devices} and "
+            f"trainer.num_nodes={trainer.num_nodes}; choose trainer=ddp or trainer=fsdp2"
+        )
+    if trainer.precision == "16-mixed" and trainer.accelerator == "cpu":
+        yield "trainer.precision=16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true"
+    needed = {"deepspeed": trainer.strategy in ("zero2", "zero3"), **{kind: kind in kinds for kind in kinds}}
+    if "wandb" in needed and cfg.logger.wandb.mode == "disabled":
+        needed["wandb"] = False
+    place = Path(cfg.runs).absolute()
+    ground = next(folder for folder in (place, *place.parents) if folder.exists())
+    if not ground.is_dir() or not os.access(ground, os.W_OK):
+        reason = "is not writable" if ground.is_dir() else "is a file"
+        yield f"runs={cfg.runs}: no run can be kept there because {ground} {reason}; choose another folder"
+    for package, wanted in needed.items():
+        if wanted and find_spec(package) is None:
+            asker = f"trainer.strategy={trainer.strategy}" if package == "deepspeed" else f"logger {package}"
+            yield f"{asker} needs the package {package}, which is not installed: pip install 'edit-dit[{package}]'"
+
+
+def locate(path: str, trusted: Sequence[str] = TRUSTED) -> Any:
+    """The object that a `_target_` names.
+
+    The trusted packages keep out mistakes and the obvious attacks. They are no sandbox: read a stranger's config.
+
+    Raises:
+        ValueError: if it lies outside the trusted packages (also if it was only imported into one of them, as in
+            `torch.os.system`), or if there is no such module or name
+    """
+    top, *rest = str(path).split(".")
+    if top not in trusted:
+        raise ValueError(
+            f"{path} is in none of the trusted packages ({', '.join(trusted)}); if you trust it, set trusted=[{top}]"
+        )
+    found = _import(top)
+    for depth, name in enumerate(rest, 1):
+        parent = ".".join((top, *rest[: depth - 1]))
+        if not hasattr(found, name):
+            submodules = [m.name for m in pkgutil.iter_modules(getattr(found, "__path__", []))]
+            if name not in submodules:
+                options = {n for n in (*dir(found), *submodules) if not n.startswith("_")}
+                close = nearest(name, options)
+                raise ValueError(f"{parent} has no {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            _import(f"{parent}.{name}")
+        found = getattr(found, name)
+    if not callable(found):
+        raise ValueError(f"{path} is a {type(found).__name__}, not a class or function")
+    home = getattr(inspect.getmodule(found), "__name__", "builtins")
+    if home.split(".")[0] not in trusted:
+        raise ValueError(f"{path} comes from {home}, not one of the trusted packages")
+    return found
+
+
+def _import(module: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"importing {module} needs the package {error.name}, which is not installed") from error
+
+
+def _check_target(node: DictConfig, path: str, trusted: Sequence[str]) -> Iterator[str]:
+    prefix = f"{path}." if path else ""
+    try:
+        target = locate(node._target_, trusted)
+        parameters = inspect.signature(target).parameters
+    except ValueError as error:
+        yield f"{prefix}_target_: {_flat(error)}"
+        return
+    name = getattr(target, "__qualname__", node._target_)
+    hints = _hints(target, parameters)
+    named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    given = [str(key) for key in node if not str(key).startswith("_")]
+    for key in given:
+        if key not in named:
+            if not open_ended:
+                yield f"{prefix}{key}: {name} has no argument {key!r}{suggest(key, named)}"
+            continue
+        if OmegaConf.is_missing(node, key):
+            continue
+        try:
+            value = node[key]
+        except InterpolationResolutionError:
+            continue  # reported by the walk
+        if not fits(value, hints[key]):
+            near = suggest(value, _literals(hints[key])).split(" (")[0] if isinstance(value, str) else ""
+            shown = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            yield f"{prefix}{key}: expected {describe(hints[key])}, got {shown!r}{near if 'did you' in near else ''}"
+    if "_args_" not in node and not node.get("_partial_", False):
+        missing = [n for n, p in named.items() if p.default is p.empty and n not in given]
+        yield from (f"{prefix}{n}: {name} needs it and it is not given; add {prefix}{n}=..." for n in missing)
+
+
+# ---- types ----------------------------------------------------------------------------------------------------------
+
+
+def _hints(target: Any, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """Annotations of the parameters; `Any` where one names something that exists for type checkers only."""
+    function = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
+    scope = getattr(function, "__globals__", {})
+
+    def resolve(annotation: Any) -> Any:
+        try:
+            return typing.get_type_hints(types.SimpleNamespace(__annotations__={"x": annotation}), scope)["x"]
+        except (NameError, TypeError, AttributeError, SyntaxError):
+            return Any
+
+    return {n: Any if p.annotation is p.empty else resolve(p.annotation) for n, p in parameters.items()}
+
+
+_SCALARS = {int: int, float: (int, float), str: str, bool: bool, type(None): type(None)}
+_LISTS = (list, tuple, set, frozenset, Sequence, Iterable, Collection)
+_DICTS = (dict, Mapping)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a configured value can be what the annotation says; True for annotations we do not judge."""
+    origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, arg) for arg in args)
+    if origin is Literal:
+        return value in args
+    if isinstance(value, DictConfig) and "_target_" in value:
+        return origin not in _SCALARS  # an object that will be built: its class is its own business
+    if origin in _SCALARS:
+        return isinstance(value, _SCALARS[origin]) and (origin is bool or not isinstance(value, bool))
+    if origin in _LISTS:
+        if not isinstance(value, ListConfig):
+            return False
+        if origin is tuple and args and args[-1] is not Ellipsis:
+            return len(value) == len(args) and all(map(fits, value, args))
+        return not args or all(fits(item, args[0]) for item in value)
+    if origin in _DICTS:
+        return isinstance(value, DictConfig) and (len(args) < 2 or all(fits(item, args[1]) for item in value.values()))
+    return True
+
+
+def describe(hint: Any) -> str:
+    """An annotation in words: 'int', 'float or None', "one of 'flow', 'sit'", 'list of int'."""
+    origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(arg) for arg in args)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, args))}"
+    if origin is type(None):
+        return "None"
+    if origin is tuple and args and args[-1] is not Ellipsis:
+        return f"list of {len(args)} ({', '.join(describe(arg) for arg in args)})"
+    if origin in _LISTS:
+        return "list" + (f" of {describe(args[0])}" if args else "")
+    if origin in _DICTS:
+        return "mapping" + (f" to {describe(args[1])}" if len(args) > 1 else "")
+    return getattr(origin, "__name__", str(origin))
+
+
+def _literals(hint: Any) -> list[str]:
+    if typing.get_origin(hint) is Literal:
+        return [str(arg) for arg in typing.get_args(hint)]
+    return [name for arg in typing.get_args(hint) for name in _literals(arg)]
+
+
+# ---- explain --------------------------------------------------------------------------------------------------------
+
+
+def explain(error: Exception, config_dir: Path, overrides: Sequence[str]) -> str:
+    """One sentence for what Hydra, OmegaConf or YAML said against a configuration.
+
+    Args:
+        error: as raised by `hydra.compose`
+        config_dir: the folder of the YAML groups
+        overrides: the `key=value` words of the command line
+    """
+    if isinstance(error, OverrideParseException):
+        return _explain_override(error.override)
+    if isinstance(error, MissingConfigException):
+        return _explain_missing(error, config_dir, overrides)
+    if odd := next((o for o in overrides if not _KEY.match(o)), None):
+        return _explain_override(odd)
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        where = f"{mark.name}, line {mark.line + 1}" if mark else str(config_dir)
+        return f"{where}: this is not valid YAML: {error.problem or error.context}"
+    if several := re.search(r"Ambiguous value for argument '(.+?)=(.+)'", str(error)):
+        key, values = several.groups()
+        return f"{key}={values} gives several values; add -m for one job each, or write {key}=[{values}] for a list"
+    if taken := re.search(r"An item is already at '(.+?)'", str(error)):
+        return f"{taken[1]} is in the config already; write {taken[1]}=... without the +"
+    if "Config group override must be a string" in str(error):  # backbone=3, which Hydra does not name
+        groups = [o.partition("=") for o in overrides if o.partition("=")[0] in _groups(config_dir)]
+        group, _, value = next(o for o in groups if not re.match(r"[A-Za-z_\[]", o[2]))
+        return f"there is no {group} named '{value}'{suggest(value, _options(config_dir, group))}"
+    file = re.match(r"In '(.+?)'", str(error))
+    prefix = f"{config_dir.name}/{file[1]}.yaml: " if file else ""
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        return prefix + _explain_key(cause, config_dir, file[1] if file else "")
+    if isinstance(cause, ValidationError):
+        return prefix + _explain_value(cause)
+    if group := re.search(r"Could not override '(.+?)'", str(error)):
+        return f"{prefix}there is no config group '{group[1]}'{suggest(group[1], _groups(config_dir))}"
+    return prefix + _flat(cause if isinstance(cause, OmegaConfBaseException) else error).removeprefix(prefix)
+
+
+_KEY = re.compile(r"(\+{1,2}|~)?[\w./@:$-]+(=|$)")  # how a setting begins
+
+
+def _explain_override(override: str) -> str:
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"'{override}' is not a setting; settings are written key=value, for example trainer.max_steps=200"
+    if not _KEY.match(override):
+        return f"'{override}' does not begin with a key; settings are written key=value, for example seed=1"
+    quoted = value.replace("'", "")
+    return f"the value of '{override}' cannot be read; put it in quotes that reach the program: \"{key}='{quoted}'\""
+
+
+def _explain_missing(error: MissingConfigException, config_dir: Path, overrides: Sequence[str]) -> str:
+    wanted = error.missing_cfg_file or ""
+    if not config_dir.is_dir():
+        return f"there is no configuration folder {config_dir}"
+    if "/" not in wanted:
+        names = [file.stem for file in config_dir.glob("*.yaml")]
+        return f"there is no {wanted}.yaml in {config_dir}{suggest(wanted, names)}"
+    # backbone=tny asks for backbone/tny; a group may have folders, so the override decides where the value begins
+    group = next((k for k, _, v in (o.partition("=") for o in overrides) if f"{k}/{v}" == wanted), wanted.split("/")[0])
+    value = wanted.removeprefix(f"{group}/")
+    other, _, choice = value.partition("/")
+    if other in _groups(config_dir) and other != group:
+        return f"in the defaults of a file in {group}/, write '/{other}: {choice}': without the slash it means {wanted}"
+    return f"there is no {group} named '{value}'{suggest(value, _options(config_dir, group))}"
+
+
+def _explain_key(cause: OmegaConfBaseException, config_dir: Path, file: str) -> str:
+    key, full, parent = str(cause.key), cause.full_key or str(cause.key), cause.parent_node
+    if file.startswith(f"{key}/"):
+        return f"what {file}.yaml says belongs to the top level; begin it with the line '# @package _global_'"
+    if not isinstance(parent, DictConfig):
+        return f"'{full}' cannot be set: {full.rpartition('.')[0]} is a single value"
+    accepted = {str(k) for k in parent if k not in ("hydra", "_target_")}
+    if "." not in full:
+        accepted |= set(_groups(config_dir))
+    hint = ""
+    if not is_dataclass(OmegaConf.get_type(parent)):
+        hint = f"; to add a key that the config leaves out write +{full}=..."
+    return f"unknown key '{full}'{suggest(key, accepted)}{hint}"
+
+
+def _explain_value(cause: OmegaConfBaseException) -> str:
+    message, key, full, owner = cause.msg or str(cause), cause.key, cause.full_key, cause.object_type
+    section = re.search(r"is not a subclass of (\w+)\. value: (.*)", message)
+    if section:  # a plain value where a section belongs; merging a file does not say which
+        if not full and is_dataclass(owner):
+            full = next((f.name for f in fields(owner) if str(f.type) == section[1]), "")
+        return f"{full}: expected a section with keys of its own, got {section[2].strip()!r}"
+    value = repr(cause.value)
+    if cause.value is None and (given := re.search(r"Value '(.*)' of type", message)):
+        value = repr(given[1])
+    if is_dataclass(owner) and key in {f.name for f in fields(owner)}:
+        hint = typing.get_type_hints(owner)[key]
+    else:  # an item of a list or mapping
+        hint = (*typing.get_args(cause.ref_type), Any)[-2 if typing.get_args(cause.ref_type) else -1]
+    return f"{full}: expected {describe(hint)}, got {value}"
+
+
+def _groups(config_dir: Path) -> list[str]:
+    return [folder.name for folder in config_dir.iterdir() if folder.is_dir()] if config_dir.is_dir() else []
+
+
+def _options(config_dir: Path, group: str) -> list[str]:
+    folder = config_dir / group
+    return [file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml")]
+
+
+def _flat(error: BaseException) -> str:
+    """The message on one line, without the search paths, key traces and addresses that frameworks append."""
+    text = re.split(r"\n\s*(?:Config search path|full_key:|See https?:)", str(error))[0]
+    if "Original Traceback" in text:  # a DataLoader worker's: the error itself is the last entry
+        text = re.split(r"\n(?=[\w.]+: )", text)[-1].partition(": ")[2]
+    return " ".join(text.split()) or type(error).__name__
+
+
+# ---- launch ---------------------------------------------------------------------------------------------------------
+
+
+def launch(
+    task: Callable[[DictConfig], Any], config_name: str, config_dir: Path, argv: Sequence[str] | None = None
+) -> None:
+    """Compose, check, then run `task(cfg)` under `hydra.main`. The process ends by `SystemExit` if anything fails.
+
+    Exit codes: 2 for a mistake in the configuration, 1 for a task that failed (in a sweep: any of its jobs; the others
+    still run), 130 for Ctrl-C. `debug=true` or HYDRA_FULL_ERROR=1 shows tracebacks. In a sweep `cfg.name` names the
+    job's own folder below `cfg.runs`.
+
+    Args:
+        task: receives the composed, checked, unresolved configuration
+        config_name: the primary YAML file, without suffix
+        config_dir: its folder
+        argv: replaces `sys.argv[1:]`, for good: launchers of further ranks repeat the command line from there
+    """
+    register()
+    words = list(sys.argv[1:] if argv is None else argv)
+    args, unknown = get_args_parser().parse_known_intermixed_args(words)
+    if unknown:
+        _say(f"there is no option {unknown[0]}; settings are written key=value, for example trainer.max_steps=200")
+        sys.exit(2)
+    flags = [word for word in words if word not in args.overrides]
+    sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
+    config_dir = Path(args.config_path or config_dir).resolve()
+    if not (args.help or args.hydra_help or args.shell_completion or args.info):
+        try:
+            fixed = _refuse_mistakes(args, config_name, config_dir, sweep, _full_errors())
+        except UserError as error:
+            _say(*str(error).split("\n"))
+            sys.exit(2)
+        except KeyboardInterrupt:
+            _say("interrupted before the run began", label="")
+            sys.exit(130)
+        if sweep:  # a job's folder is named after what distinguishes it from the others
+            fixed = ",".join(f"'{key}'" for key in (*fixed, "name", "runs"))
+            args.overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]")
+    sys.argv[1:] = [*args.overrides, *flags]  # Hydra's parser loses settings that follow a flag
+    codes = [0]
+
+    @functools.wraps(task)
+    def job(cfg: DictConfig) -> None:
+        if HydraConfig.get().mode == RunMode.MULTIRUN and "name" in cfg and "runs" in cfg:
+            with open_dict(cfg):
+                cfg.name = os.path.relpath(HydraConfig.get().runtime.output_dir, cfg.runs)
+        codes.append(_guard(task, cfg))
+
+    hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(job)()
+    if any(codes):
+        sys.exit(max(codes))
+
+
+def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool, full: bool) -> list[str]:
+    """Compose and check each value of a sweep once, or the one run. Returns the keys that the sweep leaves fixed."""
+    overrides, name = list(args.overrides), args.config_name or config_name
+    extra = [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
+    fixed: list[str] = []
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(config_dir)):
+            jobs = [overrides]
+            if sweep:
+                jobs, fixed = _jobs(overrides)
+            for job in jobs:
+                cfg = compose(name, [*job, *extra])
+                if not args.cfg and (errors := check(cfg)):  # --cfg shows what was composed, right or wrong
+                    raise UserError("\n".join(errors))
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
+        if full:
+            raise
+        raise UserError(explain(error, config_dir, overrides)) from error
+    return fixed
+
+
+def _jobs(overrides: Sequence[str]) -> tuple[list[list[str]], list[str]]:
+    """Jobs in which every value of every sweep occurs at least once (not their product), and the keys not swept."""
+    loader = GlobalHydra.instance().config_loader()
+    columns, fixed = [], []
+    for override in OverridesParser.create(loader).parse_overrides(list(overrides)):
+        if not override.is_sweep_override():
+            columns.append([override.input_line])
+            fixed.append(override.key_or_group)
+        elif override.is_discrete_sweep():
+            key = override.get_key_element()
+            columns.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+    length = max((len(column) for column in columns), default=1)
+    return [[column[min(i, len(column) - 1)] for column in columns] for i in range(length)], fixed
+
+
+class _Failure(NamedTuple):
+    sentence: str
+    code: int = 1
+    everywhere: bool = True  # may concern one rank only, so each rank says it
+
+
+def _guard(task: Callable[[DictConfig], Any], cfg: DictConfig) -> int:
+    """Run the task; 0, or the exit code after saying what went wrong."""
+    try:
+        task(cfg)
+        return 0
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        failure = _describe_failure(error)
+        if _full_errors() or OmegaConf.select(cfg, "debug", default=False):
+            traceback.print_exc()
+        _say(failure.sentence, everywhere=failure.everywhere, label="" if failure.code == 130 else "error: ")
+        if failure.code == 130:
+            sys.exit(130)  # ends a sweep, too
+        return failure.code
+
+
+def _describe_failure(error: BaseException) -> _Failure:
+    place = os.path.relpath(HydraConfig.get().runtime.output_dir)
+    if isinstance(error, SystemExit):  # Lightning answers Ctrl-C by leaving
+        error = typing.cast(KeyboardInterrupt, error.__context__)
+    if isinstance(error, KeyboardInterrupt):
+        where = f" at {error}" if str(error) else ""
+        return _Failure(f"interrupted{where}; the same command resumes from what {place} holds", 130, False)
+    key = ""
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        key = next(iter(re.findall(r"full_key: (.+)", str(error))), "")
+        error = error.__cause__
+    sentence = f"{key}: {_flat(error)}" if key else _flat(error)
+    if isinstance(error, UserError):
+        return _Failure(sentence, everywhere=False)
+    chain = list(_chain(error))
+    full = next((e for e in chain if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)), None)
+    if full is not None:
+        return _Failure(
+            f"the disk is full ({full.filename or place}); nothing whole was lost: free some space and give the same "
+            "command, which resumes from the last whole checkpoint"
+        )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+        return _Failure(
+            f"out of memory ({_flat(error).split('. ')[0]}); lower data.batch_size and raise trainer.accumulate, "
+            "or set trainer.gradient_checkpointing=true"
+        )
+    if isinstance(error, FileNotFoundError | PermissionError) and error.filename and error.strerror:
+        return _Failure(f"{error.filename}: {error.strerror.lower()}; correct the path or its permissions")
+    if isinstance(error, ValueError | FileNotFoundError | PermissionError):
+        return _Failure(sentence)
+    return _Failure(f"{type(error).__name__}: {sentence}; rerun with debug=true for the traceback")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _full_errors() -> bool:
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+def _rank() -> int:
+    """This process's rank as torchrun, Lightning's launcher or SLURM tells it; 0 without any of them."""
+    return int(next((os.environ[v] for v in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if os.environ.get(v)), "0"))
+
+
+def _say(*sentences: str, everywhere: bool = False, label: str = "error: ") -> None:
+    """One line each on stderr, red on a terminal; by rank 0 only unless `everywhere`, which then names the rank."""
+    from rich.console import Console
+    from rich.text import Text
+
+    if rank := _rank():
+        if not everywhere:
+            return
+        label = f"rank {rank}: {label}"
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    for sentence in sentences:
+        console.print(Text(label, style="bold red").append(sentence, style="not bold default"))

@@ -1,0 +1,112 @@
+"""From the `trainer` group to a Lightning trainer: devices, strategies, launch environments."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+
+from recipes.callbacks import AtomicIO
+from recipes.config import TrainerConfig, UserError
+
+
+def accelerator_of(t: TrainerConfig) -> str:
+    if t.accelerator == "auto":
+        return "gpu" if torch.cuda.is_available() else "cpu"
+    return t.accelerator
+
+
+def count_devices(t: TrainerConfig) -> int:
+    """Devices per node.
+
+    Raises:
+        UserError: if there are fewer than asked for
+    """
+    kind = accelerator_of(t)
+    here = torch.cuda.device_count() if kind == "gpu" else None
+    if kind == "gpu" and not here:
+        raise UserError("trainer.accelerator=gpu, but torch sees no GPU here: use trainer=cpu, or check the driver")
+    if t.devices == "auto":
+        return here or 1
+    if not isinstance(t.devices, int) or t.devices < 1:
+        raise UserError(f"trainer.devices is a number of devices per node or auto, got {t.devices!r}")
+    if here is not None and t.devices > here:
+        raise UserError(f"trainer.devices={t.devices}, but this machine has {here} GPUs: ask for at most {here}")
+    if t.strategy == "single" and t.devices * t.num_nodes > 1:
+        raise UserError(f"trainer.devices={t.devices} needs a strategy: trainer=ddp, fsdp2, zero2 or zero3")
+    return t.devices
+
+
+def make_strategy(t: TrainerConfig, devices: int) -> Strategy | str:
+    backend = "gloo" if accelerator_of(t) == "cpu" else "nccl"
+    if t.strategy == "single":
+        return "auto"
+    if t.strategy == "ddp":
+        return DDPStrategy(process_group_backend=backend, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if t.strategy == "fsdp2":
+        # sizes are given: with "auto" all ranks of one node would train on the same batches
+        return ModelParallelStrategy(
+            data_parallel_size=devices * t.num_nodes,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=backend,
+        )
+    try:
+        from lightning.pytorch.strategies import DeepSpeedStrategy
+
+        return DeepSpeedStrategy(
+            stage=int(t.strategy[-1]),
+            zero_allow_untested_optimizer=True,
+            process_group_backend=backend,
+            exclude_frozen_parameters=False,
+        )
+    except (ImportError, ModuleNotFoundError) as error:
+        raise UserError(f"trainer.strategy={t.strategy} needs DeepSpeed: pip install 'edit-dit[deepspeed]'") from error
+
+
+def make_trainer(t: TrainerConfig, loggers: list[Logger], callbacks: list[Callback]) -> pl.Trainer:
+    """The Lightning trainer of a run; data order, checkpoints and logging are our own.
+
+    Raises:
+        UserError: if devices, strategy or launch environment do not fit together
+    """
+    devices = count_devices(t)
+    kind = accelerator_of(t)
+    deepspeed = t.strategy.startswith("zero")
+    if deepspeed and kind == "cpu":
+        raise UserError(f"trainer={t.strategy} runs on GPUs (Lightning's DeepSpeed has no CPU): use trainer=fsdp2 here")
+    options: dict[str, Any] = {} if deepspeed else {"plugins": [AtomicIO()]}
+    try:
+        trainer = pl.Trainer(
+            accelerator=kind,
+            devices=devices,
+            num_nodes=t.num_nodes,
+            strategy=make_strategy(t, devices),
+            precision=t.precision,
+            max_steps=t.max_steps,
+            max_epochs=-1,
+            accumulate_grad_batches=t.accumulate,
+            gradient_clip_val=t.clip if deepspeed else None,  # elsewhere the recipe clips
+            logger=loggers,
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            **options,
+        )
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"the trainer group does not fit this machine or launcher: {error}") from error
+    if trainer.world_size != devices * t.num_nodes:  # sbatch without srun runs one silent process
+        raise UserError(
+            f"{devices} devices x {t.num_nodes} nodes were asked for, but the launcher started {trainer.world_size} "
+            f"processes: use srun or torchrun with as many tasks (SLURM_NTASKS={os.environ.get('SLURM_NTASKS', 'unset')})"
+        )
+    return trainer

@@ -1,0 +1,304 @@
+"""One training run from its configuration: what train.py does.
+
+A run lives in `runs/<name>/`: config.yaml, env.json, metrics.csv, samples/, checkpoints/, artifact/. The same command
+continues it from the last whole checkpoint; a finished run is not trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+import edit
+from edit.checkpoint import find, load, load_official, save, skeleton
+from edit.denoiser import Condition, Denoiser
+from recipes.callbacks import Checkpoints, Metrics, Preview, ProgressBar, checkpoints, newest, step_of
+from recipes.config import UserError
+from recipes.diffusion import Diffusion
+from recipes.loggers import CSVLogger, log_artifact, make_loggers
+from recipes.trainer import count_devices, make_trainer
+
+# what may change between two attempts at one run; everything else decides the numbers
+FREE = ("name", "runs", "trainer", "logger", "checkpoint", "preview", "evaluate", "log_every", "debug", "stages", "trusted")
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Train, save the artifact, evaluate it.
+
+    Returns:
+        The evaluation of the artifact on rank 0; empty on other ranks, or if the run was told to stop.
+
+    Raises:
+        UserError: for what the user can mend, in one sentence
+    """
+    quiet()
+    OmegaConf.resolve(cfg)
+    out = Path(cfg.runs) / cfg.name
+    first_rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+    refuse_other_run(cfg, out)
+    if cfg.trainer.threads:
+        torch.set_num_threads(cfg.trainer.threads)
+    count_devices(cfg.trainer)
+
+    torch.manual_seed(cfg.seed)
+    data = instantiate(cfg.data.set, _convert_="all")
+    build, structure = builders(cfg, data)
+    module = Diffusion(
+        build=build,
+        structure=structure,
+        objective=instantiate(cfg.objective, _convert_="all"),
+        terms=instantiate(cfg.terms, _convert_="all") or {},
+        optimizer=cfg.optimizer,
+        max_steps=cfg.trainer.max_steps,
+        accumulate=cfg.trainer.accumulate,
+        clip=cfg.trainer.clip,
+        label_drop=cfg.label_drop,
+        ema_decay=cfg.ema.decay,
+        ema_ramp=cfg.ema.ramp,
+        compile=cfg.trainer.compile,
+        gradient_checkpointing=cfg.trainer.gradient_checkpointing,
+        seed=cfg.seed,
+    )
+    resume = newest(out / "checkpoints")
+    done = step_of(resume) if resume else 0
+    if done >= cfg.trainer.max_steps and (out / "artifact").is_dir():
+        print(f"{out} is complete ({done} steps): python eval.py artifact={out}; a new run needs another name=")
+        return {}
+    if first_rank:
+        write_once(cfg, out)
+    if cfg.trainer.strategy.startswith("zero"):
+        module.configure_model()  # whole, before DeepSpeed partitions it
+    loggers = make_loggers(cfg.logger, out, OmegaConf.to_container(cfg))
+    assert isinstance(loggers[0], CSVLogger)
+    loggers[0].resume(done)
+
+    sampler = instantiate(cfg.sampler, _convert_="all")
+    world = count_devices(cfg.trainer) * cfg.trainer.num_nodes
+    batch = cfg.data.batch_size * cfg.trainer.accumulate * world
+    flops, peak = speed_limits(structure, cfg)
+    metrics = Metrics(cfg.log_every, batch, flops, peak)
+    preview = Preview(
+        cfg.preview.every,
+        cfg.preview.count,
+        sampler,
+        out / "samples",
+        grid=lambda x: picture(data, x),
+        condition=lambda n: preview_condition(data, n),
+        seed=cfg.seed,
+    )
+    saver = Checkpoints(out / "checkpoints", cfg.checkpoint.every, cfg.checkpoint.keep)
+    trainer = make_trainer(cfg.trainer, loggers, [metrics, ProgressBar(metrics), preview, saver])
+
+    from data.loader import EndlessLoader
+
+    split = data.train()
+    if resume and trainer.is_global_zero:
+        print(f"resuming {out} at step {done} of {cfg.trainer.max_steps}", flush=True)
+    loader = EndlessLoader(
+        split,
+        batch_size=cfg.data.batch_size,
+        total=cfg.trainer.max_steps * cfg.trainer.accumulate,
+        seed=cfg.seed,
+        rank=trainer.global_rank,
+        world=world,
+        workers=cfg.data.workers,
+    )
+    try:
+        trainer.fit(module, loader, ckpt_path=resume, weights_only=True)
+    except FloatingPointError as error:
+        raise UserError(str(error)) from error
+    if trainer.global_step < cfg.trainer.max_steps:
+        return {}
+
+    state = full_state(module.ema, trainer)
+    if not trainer.is_global_zero:
+        return {}
+    artifact = save(
+        module.ema,
+        out / "artifact",
+        objective=module.objective,
+        sampler=sampler,
+        data=OmegaConf.to_container(cfg.data.set),
+        run={"name": cfg.name, "step": trainer.global_step, "seed": cfg.seed, "images": batch * cfg.trainer.max_steps}
+        | environment(),
+        state=state,
+    )
+    report = finish(cfg, artifact)
+    log_artifact(loggers, artifact)
+    return report
+
+
+# ---- building -------------------------------------------------------------------------------------------------------
+
+
+def builders(cfg: DictConfig, data: Any):
+    """Two ways to make the run's denoiser: with its starting weights, and its structure alone.
+
+    Raises:
+        UserError: if backbone, starting artifact and data do not fit together
+    """
+    spec = instantiate(cfg.backbone, _convert_="all")
+    edits = instantiate(cfg.edits, _convert_="all") or {}
+    official = cfg.init is not None and str(cfg.init).endswith((".pt", ".pth"))
+
+    def structure() -> Denoiser:
+        denoiser = spec.build() if cfg.init is None or official else skeleton(cfg.init)
+        return edit.apply(denoiser, edits, fresh=False)
+
+    def build() -> Denoiser:
+        torch.manual_seed(cfg.seed)
+        if cfg.init is None:
+            denoiser = spec.build()
+        elif official:
+            denoiser = spec.build()
+            load_official(denoiser, cfg.init)
+        else:
+            denoiser = load(cfg.init).denoiser
+        return edit.apply(denoiser, edits)
+
+    with torch.device("meta"):
+        plan = structure()
+        wanted = spec.build().config
+    if plan.base != wanted:
+        key = next(k for k in wanted if plan.base.get(k) != wanted[k])
+        raise UserError(
+            f"init={cfg.init} holds a {plan.name} with {key}={plan.base.get(key)}, the backbone group says "
+            f"{wanted[key]}: choose the backbone that the artifact was made with"
+        )
+    if tuple(data.shape) != plan.sample_shape:
+        given, taken = "x".join(map(str, data.shape)), "x".join(map(str, plan.sample_shape))
+        raise UserError(f"the data has samples of {given}, the backbone takes {taken}: change one of the two groups")
+    classes = plan.config.get("num_classes")
+    if data.num_classes is not None and classes is not None and data.num_classes > classes:
+        raise UserError(f"the data has {data.num_classes} classes, the backbone {classes}: set backbone.num_classes")
+    return build, structure
+
+
+def refuse_other_run(cfg: DictConfig, out: Path) -> None:
+    """A run is continued only with the settings that decide its numbers unchanged.
+
+    Raises:
+        UserError: naming the first setting that differs
+    """
+    if not checkpoints(out / "checkpoints") or not (out / "config.yaml").exists():
+        return
+    before = flat({k: v for k, v in OmegaConf.to_container(OmegaConf.load(out / "config.yaml")).items() if k not in FREE})
+    now = flat({k: v for k, v in OmegaConf.to_container(cfg).items() if k not in FREE})
+    for key in {**before, **now}:
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"{out} holds a run with {key}={before.get(key)}, this command says {now.get(key)}: give the new run "
+                f"another name=, or restore the setting to resume"
+            )
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, Mapping):
+        return {k: v for name, child in node.items() for k, v in flat(child, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): node}
+
+
+def write_once(cfg: DictConfig, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in (("config.yaml", OmegaConf.to_yaml(cfg)), ("env.json", json.dumps(environment(), indent=2))):
+        temporary = out / f"{name}.tmp-{os.getpid()}"
+        temporary.write_text(text)
+        os.replace(temporary, out / name)
+
+
+def environment() -> dict[str, Any]:
+    """What a number depends on besides the configuration."""
+    import diffusers
+    import lightning
+
+    def git(*words: str) -> str:
+        try:
+            here = Path(__file__).parent
+            return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+
+    return {
+        "revision": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
+        "edit": edit.__version__,
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+    }
+
+
+def speed_limits(structure: Any, cfg: DictConfig) -> tuple[float | None, float | None]:
+    """Training FLOPs per image and the device's peak, where it is known."""
+    from edit.cost import macs, peak_flops
+
+    if not torch.cuda.is_available():
+        return None, None
+    with torch.device("meta"):
+        denoiser = structure()
+    return 6 * macs(denoiser), peak_flops(torch.cuda.get_device_name())
+
+
+# ---- finishing ------------------------------------------------------------------------------------------------------
+
+
+def full_state(denoiser: Denoiser, trainer: Any) -> dict[str, torch.Tensor]:
+    """The whole state dict on rank 0, gathered where it is sharded. Every rank must call this."""
+    if any(hasattr(p, "ds_id") for p in denoiser.parameters()):
+        import deepspeed
+
+        gather = deepspeed.zero.GatheredParameters(list(denoiser.parameters()))
+    else:
+        gather = nullcontext()
+    with gather:
+        if trainer.world_size > 1 and trainer.strategy.__class__.__name__ == "ModelParallelStrategy":
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+            return get_model_state_dict(denoiser, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return {k: v.detach().cpu().clone() for k, v in denoiser.state_dict().items()}
+
+
+def preview_condition(data: Any, n: int) -> Condition:
+    classes = data.num_classes or 1
+    return Condition(label=torch.arange(n) % classes)
+
+
+def picture(data: Any, x: torch.Tensor):
+    """Samples as one grid, uint8 y x 3."""
+    import numpy as np
+
+    from recipes.report import image_grid
+
+    columns = data.num_classes if data.num_classes and data.num_classes <= 12 else 8
+    return np.asarray(image_grid(data.to_images(x), columns))
+
+
+def finish(cfg: DictConfig, artifact: Path) -> dict[str, Any]:
+    """Evaluate the artifact, say what came out and what to type next."""
+    report: dict[str, Any] = {}
+    if cfg.evaluate:
+        from recipes.evaluate import evaluate_and_show
+
+        report = evaluate_and_show(artifact, **OmegaConf.to_container(cfg.evaluate))
+    print(f"\nartifact  {artifact}\nnext      python eval.py artifact={artifact.parent}", flush=True)
+    return report
+
+
+def quiet() -> None:
+    """Lightning's advice about loaders, loggers and tips is not about this program."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning.*")

@@ -1,0 +1,61 @@
+"""Shared by all tests: one thread, no network, fixed seeds, and warnings from our own code as errors."""
+
+import os
+
+# before torch is imported: it reads the thread count once
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", WANDB_MODE="disabled")
+
+from collections.abc import Callable  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from edit.backbones.dit import DiT, DiTConfig  # noqa: E402
+from edit.denoiser import Condition  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", r"error:::(edit|recipes|data)(\.|$)")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def randomise(module: nn.Module, seed: int = 0) -> None:
+    """Move every parameter away from its initial value: fresh DiTs are zero everywhere and would prove nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+
+
+@pytest.fixture(scope="session")
+def make_dit() -> Callable[..., DiT]:
+    """A tiny DiT in eval mode with random weights; keywords change its configuration."""
+
+    def make(seed: int = 0, **options) -> DiT:
+        tiny = {"input_size": 8, "hidden_size": 32, "depth": 3, "num_heads": 4, "num_classes": 10}
+        denoiser = DiTConfig(**{**tiny, **options}).build()
+        randomise(denoiser, seed)
+        return denoiser.eval()
+
+    return make
+
+
+@pytest.fixture
+def dit(make_dit) -> DiT:
+    """Depth 3, width 32, 4x8x8 samples in 16 tokens, 10 classes, flow convention."""
+    return make_dit()
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor, Condition]:
+    """(x, t, condition) of four samples for `dit`, the last of the null class."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 4, 8, 8, generator=generator)
+    return x, torch.tensor([0.2, 0.5, 0.9, 1.0]), Condition(label=torch.tensor([0, 3, 9, 10]))

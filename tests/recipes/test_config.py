@@ -1,0 +1,483 @@
+"""Every mistake in a configuration ends in one sentence and an exit code, before anything is built."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from recipes.config import UserError, check, describe, fits, launch, nearest, register
+
+ROOT = Path(__file__).parents[2]
+FILES = {
+    "train.yaml": """
+defaults:
+  - root_schema
+  - _self_
+  - backbone: tiny
+  - data: toy
+  - trainer: cpu
+  - experiment: null
+  - override hydra/job_logging: none
+  - override hydra/hydra_logging: none
+name: digits
+objective: {_target_: toy.Flow}
+sampler: {_target_: toy.Flow}
+optimizer: {lr: 1e-3}
+trusted: [toy]
+hydra:
+  output_subdir: null
+  job: {chdir: false, config: {override_dirname: {kv_sep: "-", item_sep: _}}}
+  run: {dir: "${runs}/${name}"}
+  sweep: {dir: "${runs}/${name}", subdir: "${hydra:job.override_dirname}"}
+  help:
+    template: |
+      Train something.
+
+      $APP_CONFIG_GROUPS
+""",
+    "backbone/tiny.yaml": "_target_: toy.Net\ndepth: 2\nwidth: 8\n",
+    "backbone/small.yaml": "_target_: toy.Net\ndepth: 4\nwidth: 16\n",
+    "data/toy.yaml": "_target_: toy.Data.preset\nname: a\n",
+    "trainer/cpu.yaml": "max_steps: 5\naccelerator: cpu\n",
+    "trainer/ddp.yaml": "max_steps: 5\nstrategy: ddp\ndevices: 2\n",
+    "experiment/dit_digits/diffusion.yaml": "# @package _global_\ntrainer: {max_steps: 7}\n",
+    "experiment/typo.yaml": "# @package _global_\ntrainer: {max_stepz: 7}\n",
+    "experiment/top.yaml": "# @package _global_\nsead: 7\n",
+    "experiment/type.yaml": "# @package _global_\ntrainer: {max_steps: lots}\n",
+    "experiment/section.yaml": "# @package _global_\noptimizer: adam\n",
+    "experiment/headless.yaml": "seed: 3\n",
+    "experiment/group.yaml": "# @package _global_\ndefaults: [{override /backbone: tny}]\n",
+    "experiment/broken.yaml": "# @package _global_\na: [1\nb: 2\n",
+}
+TOY = """
+from __future__ import annotations
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Optional
+
+if TYPE_CHECKING:
+    from nowhere import Thing
+
+@dataclass
+class Net:
+    depth: int
+    width: int = 8
+    ratio: float = 4.0
+    time: Literal["flow", "ddpm"] = "flow"
+    drop: float | None = None
+    sizes: Sequence[int] = ()
+    pair: tuple[int, int] = (1, 1)
+    label: Optional[str] = None
+    thing: Thing = None
+    def __post_init__(self):
+        if self.width % 2:
+            raise ValueError(f"Net: width must be even, got {self.width}")
+
+class Flow:
+    def __init__(self, scale: float = 1.0): ...
+
+class Open:
+    def __init__(self, known: int = 0, **rest): ...
+
+class Data:
+    @classmethod
+    def preset(cls, name: str, size: int = 8): return cls()
+
+LEVEL = 3
+"""
+# the task is chosen by the environment, so that one script shows every way of failing
+TRAIN = """
+import errno, os, sys
+from pathlib import Path
+from recipes.config import UserError, launch
+
+def task(cfg):
+    print("RAN", cfg.name, cfg.seed, os.path.isdir(os.path.join(cfg.runs, cfg.name)), flush=True)
+    exec_ = os.environ.get("FAIL")
+    if exec_ == "build":
+        from hydra.utils import instantiate
+        instantiate(cfg.backbone)
+    if exec_ == "hang":
+        import time
+        time.sleep(30)
+    if exec_ == "first" and cfg.seed == 0:
+        raise UserError("the first one fails")
+
+launch(task, "train", Path(__file__).parent / "configs")
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    for name, text in FILES.items():
+        file = tmp_path / "configs" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    (tmp_path / "toy.py").write_text(TOY)
+    (tmp_path / "train.py").write_text(TRAIN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "toy", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "HYDRA_FULL_ERROR"):
+        monkeypatch.delenv(variable, raising=False)
+    yield tmp_path
+    sys.modules.pop("toy", None)
+
+
+def environment(project, **extra):
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{project}", **extra}
+
+
+def train(project, *words, **extra):
+    command = [sys.executable, "train.py", *words]
+    return subprocess.run(
+        command, cwd=project, env=environment(project, **extra), capture_output=True, text=True, timeout=60
+    )
+
+
+def run(project, *words, task=lambda cfg: None):
+    """Exit code of a launch in this process."""
+    try:
+        launch(task, "train", project / "configs", words)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def checked(project, *words):
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(project / "configs")):
+        return check(compose("train", list(words)))
+
+
+# ---- what is refused before the task runs ---------------------------------------------------------------------------
+
+REFUSED = {
+    "mistyped key": (["trainer.max_stepz=3"], ["unknown key 'trainer.max_stepz'", "did you mean 'max_steps'"]),
+    "mistyped key of a node": (["backbone.widht=3"], ["unknown key 'backbone.widht'", "did you mean 'width'"]),
+    "mistyped top key": (["sead=3"], ["unknown key 'sead'", "'seed'"]),
+    "mistyped top key, forced": (["+sead=3"], ["unknown key 'sead'", "'seed'"]),
+    "mistyped added argument": (["+backbone.ratoi=3"], ["backbone.ratoi: Net has no argument 'ratoi'", "'ratio'"]),
+    "mistyped key in a file": (["experiment=typo"], ["experiment/typo.yaml", "trainer.max_stepz", "'max_steps'"]),
+    "mistyped top key in a file": (["experiment=top"], ["experiment/top.yaml", "'sead'", "'seed'"]),
+    "wrong type": (["trainer.max_steps=abc"], ["trainer.max_steps: expected int, got 'abc'"]),
+    "wrong type, optional": (["trainer.clip=abc"], ["trainer.clip: expected float or None, got 'abc'"]),
+    "wrong type in a list": (["optimizer.betas=[a]"], ["optimizer.betas[0]: expected float, got 'a'"]),
+    "wrong type in a file": (
+        ["experiment=type"],
+        ["experiment/type.yaml", "trainer.max_steps: expected int", "'lots'"],
+    ),
+    "wrong type of an argument": (["backbone.depth=four"], ["backbone.depth: expected int, got 'four'"]),
+    "null": (["seed=null"], ["seed: expected int, got None"]),
+    "a value for a section": (["optimizer=adam"], ["optimizer: expected a section", "'adam'"]),
+    "a value for a section in a file": (["experiment=section"], ["section.yaml", "optimizer: expected a section"]),
+    "unknown experiment": (
+        ["experiment=dit_digits/difusion"],
+        ["no experiment named 'dit_digits/difusion'", "did you mean 'dit_digits/diffusion'"],
+    ),
+    "unknown option": (["backbone=tny"], ["no backbone named 'tny'", "'tiny'", "accepted: small, tiny"]),
+    "unknown option in a file": (["experiment=group"], ["no backbone named 'tny'", "'tiny'"]),
+    "a number for an option": (["backbone=3"], ["no backbone named '3'", "small, tiny"]),
+    "unknown group": (["bakbone=tiny"], ["'bakbone'", "did you mean 'backbone'"]),
+    "no equals sign": (["max_steps", "5"], ["'max_steps' is not a setting", "key=value"]),
+    "no key": (["=5"], ["'=5' does not begin with a key"]),
+    "dashes": (["--max_steps", "5"], ["no option --max_steps", "key=value"]),
+    "unquoted value": (["name=a=b"], ["'name=a=b' cannot be read", "\"name='a=b'\""]),
+    "list without -m": (["seed=1,2"], ["seed=1,2", "-m", "seed=[1,2]"]),
+    "plus too many": (["+seed=1"], ["seed is in the config already"]),
+    "no package header": (["experiment=headless"], ["experiment/headless.yaml", "# @package _global_"]),
+    "broken YAML": (["experiment=broken"], ["broken.yaml, line 3", "not valid YAML"]),
+    "unknown primary config": (["-cn", "trian"], ["no trian.yaml", "'train'"]),
+    "not one of the choices": (["trainer.strategy=dpp"], ["trainer.strategy: expected one of single", "'ddp'"]),
+    "not one of the literals": (["+backbone.time=flw"], ["backbone.time: expected one of 'flow', 'ddpm'", "'flow'?"]),
+    "out of range": (["label_drop=2"], ["label_drop: expected a number from 0 to 1, got 2"]),
+    "below the least": (["checkpoint.every=0"], ["checkpoint.every: expected at least 1, got 0"]),
+    "too many devices for one": (["trainer.devices=2"], ["trainer.strategy=single", "trainer=ddp"]),
+    "devices in words": (["trainer.devices=two"], ["trainer.devices: expected", "'two'"]),
+    "a file where runs should be": (["runs=train.py/runs"], ["runs=train.py/runs", "train.py is a file"]),
+    "half precision on a CPU": (["trainer.precision=16-mixed"], ["needs a GPU", "bf16-mixed"]),
+    "missing argument": (["~backbone.depth"], ["backbone.depth: Net needs it"]),
+    "nothing chosen": (["optimizer.lr=???"], ["optimizer.lr has no value"]),
+    "untrusted target": (["backbone._target_=os.system"], ["none of the trusted packages"]),
+    "untrusted target by a detour": (["backbone._target_=toy.os.system"], ["comes from posix"]),
+    "no such class": (["backbone._target_=toy.Nett"], ["toy has no 'Nett'", "'Net'"]),
+    "no such module": (["backbone._target_=edit.backbnes.dit.DiT"], ["edit has no 'backbnes'", "'backbones'"]),
+    "not a class": (["backbone._target_=toy.LEVEL"], ["toy.LEVEL is a int, not a class"]),
+    "dangling reference": (["backbone.depth=${nothing}"], ["backbone.depth", "nothing"]),
+    "mistake in a later job of a sweep": (["-m", "seed=0,1", "backbone.depth=1,x"], ["backbone.depth: expected int"]),
+    "unknown option in a sweep": (["-m", "backbone=tiny,smal"], ["no backbone named 'smal'", "'small'"]),
+}
+
+
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_a_mistake_is_one_sentence_with_given_and_accepted_and_nothing_runs(mistake, project, capsys):
+    words, expected = REFUSED[mistake]
+    assert run(project, *words, task=lambda cfg: pytest.fail("the task ran")) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert all(part in err for part in expected), err
+    assert not (project / "runs").exists()
+
+
+def test_several_mistakes_are_all_named_at_once(project, capsys):
+    assert run(project, "backbone.depth=four", "label_drop=2") == 2
+    assert capsys.readouterr().err.count("error: ") == 2
+
+
+def test_a_right_configuration_passes_the_check(project):
+    good = ["+backbone.ratio=2", "+backbone.drop=null", "+backbone.sizes=[1,2]", "+backbone.pair=[1,2]"]
+    good += ["+backbone.label=x", "+backbone.thing={a: 1}", "+edits.a={_target_: toy.Open, other: 1}", "trainer=ddp"]
+    assert checked(project, *good) == []
+
+
+def test_a_partial_node_may_leave_arguments_to_the_code(project):
+    assert checked(project, "~backbone.depth", "+backbone._partial_=true") == []
+
+
+def test_references_that_only_the_running_job_can_resolve_are_left_alone(project):
+    assert checked(project, "init='${hydra:runtime.output_dir}/a'", "+backbone.label='${init}'") == []
+
+
+@pytest.mark.parametrize("hint", [int, float, bool, str, int | None])
+def test_an_object_that_will_be_built_is_no_scalar(hint):
+    node = OmegaConf.create({"_target_": "toy.Net"})
+    assert not fits(node, hint), describe(hint)
+    assert fits(node, hint | list[int]) and fits(node, Path)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "right"),
+    [
+        (3, float, True),
+        (True, int, False),
+        (True, float, False),
+        (1, bool, False),
+        (3.0, int, False),
+        (None, int, False),
+        (None, int | None, True),
+        ("x", Path, True),
+        ([1, "a"], list[int], False),
+        ([1, 2, 3], tuple[int, int], False),
+        ([1, 2, 3], tuple[int, ...], True),
+        ({"a": "b"}, dict[str, int], False),
+        ("abc", list[str], False),
+    ],
+)
+def test_a_value_is_judged_by_its_annotation(value, hint, right):
+    assert fits(OmegaConf.create({"x": value}).x, hint) is right
+
+
+def test_nearest_prefers_the_closest_and_stays_silent_for_strangers():
+    assert nearest("widht", ["depth", "width", "weight"])[0] == "width"
+    assert nearest("zzz", ["depth", "width"]) == []
+
+
+# ---- what happens to a task that fails ------------------------------------------------------------------------------
+
+
+def failing(error):
+    def task(cfg):
+        raise error
+
+    return task
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch names it; the launcher knows it by name, to answer without importing torch."""
+
+
+def while_saving():
+    try:
+        raise OSError(28, "No space left on device", "runs/digits/last.ckpt")
+    except OSError as error:
+        wrapped = RuntimeError("unexpected pos 64 vs 0")
+        wrapped.__context__ = error
+        return wrapped
+
+
+FAILED = {
+    "user": (UserError("no checkpoint fits"), ["error: no checkpoint fits"]),
+    "value": (ValueError("width 3\nis odd"), ["error: width 3 is odd"]),
+    "no file": (FileNotFoundError(2, "No such file or directory", "a/b.tar"), ["a/b.tar: no such file"]),
+    "permission": (PermissionError(13, "Permission denied", "/root/x"), ["/root/x: permission denied"]),
+    "disk full": (OSError(28, "No space left on device", "runs/x.ckpt"), ["disk is full (runs/x.ckpt)", "resumes"]),
+    "disk full in torch.save": (while_saving(), ["disk is full (runs/digits/last.ckpt)", "resumes"]),
+    "out of memory": (OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), ["out of memory", "data.batch_size"]),
+    "bug": (KeyError("x"), ["KeyError: 'x'", "debug=true"]),
+}
+
+
+@pytest.mark.parametrize("kind", FAILED)
+def test_a_failed_task_is_one_sentence_and_exit_code_one(kind, project, capsys):
+    error, expected = FAILED[kind]
+    assert run(project, task=failing(error)) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "Traceback" not in err
+    assert all(part in err for part in expected), err
+
+
+class Broken:
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise ValueError("shard 3.tar has no samples:\nexpected .jpg members")
+
+
+def test_an_error_in_a_data_worker_is_its_own_sentence_without_the_workers_traceback(project, capsys):
+    def task(cfg):
+        from torch.utils.data import DataLoader
+
+        list(DataLoader(Broken(), num_workers=1))
+
+    assert run(project, task=task) == 1
+    assert capsys.readouterr().err == "error: shard 3.tar has no samples: expected .jpg members\n"
+
+
+def test_debug_shows_the_traceback_and_keeps_the_sentence(project, capsys, monkeypatch):
+    assert run(project, "debug=true", task=failing(ValueError("odd"))) == 1
+    assert "Traceback" in (err := capsys.readouterr().err) and "error: odd" in err
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert run(project, task=failing(ValueError("odd"))) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_lightnings_exit_after_ctrl_c_counts_as_an_interruption(project, capsys):
+    def task(cfg):
+        try:
+            raise KeyboardInterrupt("step 12")
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    assert run(project, task=task) == 130
+    assert capsys.readouterr().err.startswith("interrupted at step 12; the same command resumes")
+
+
+def test_other_ranks_are_silent_about_mistakes_and_speak_about_failures_of_their_own(project, capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run(project, "sead=1") == 2
+    assert run(project, task=failing(UserError("all ranks see this"))) == 1
+    assert capsys.readouterr().err == ""
+    assert run(project, task=failing(OSError(5, "Input/output error"))) == 1
+    assert capsys.readouterr().err.startswith("rank 1: error: ")
+
+
+# ---- runs and sweeps ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_has_its_folder_and_repeats_into_the_same_one(project):
+    seen = []
+    for _ in range(2):
+        assert run(project, "name=mine", task=lambda cfg: seen.append(HydraConfig.get().runtime.output_dir)) == 0
+    assert seen == [str(project / "runs/mine")] * 2
+    assert sys.argv[1:] == ["name=mine"]  # what Lightning's launcher repeats for the other ranks
+
+
+def test_each_job_of_a_sweep_has_a_name_and_folder_of_its_own_after_what_was_swept(project):
+    seen = {}
+
+    def task(cfg):
+        seen[cfg.name] = (cfg.seed, cfg.optimizer.lr, Path(cfg.runs, cfg.name).is_dir())
+
+    # flags between settings, which Hydra alone refuses; the fixed setting stays out of the names
+    assert run(project, "trainer.max_steps=3", "-m", "seed=0,1", "optimizer.lr=0.1,0.2", task=task) == 0
+    assert seen == {f"digits/optimizer.lr-{lr}_seed-{seed}": (seed, lr, True) for seed in (0, 1) for lr in (0.1, 0.2)}
+
+
+def test_a_swept_name_is_the_folder(project):
+    seen = []
+    assert run(project, "-m", "name=a,b", task=lambda cfg: seen.append(cfg.name)) == 0
+    assert seen == ["a", "b"]
+
+
+def test_lightnings_child_command_lands_in_the_same_folder(project):
+    seen = []
+    words = ["name=mine", 'hydra.run.dir="runs/mine"', "hydra.job.name=train_ddp_process_1", "hydra.output_subdir=null"]
+    assert run(project, *words, task=lambda cfg: seen.append(HydraConfig.get().runtime.output_dir)) == 0
+    assert seen == [str(project / "runs/mine")]
+
+
+def test_a_folder_of_ones_own_experiments_is_searched(project):
+    (project / "mine/experiment").mkdir(parents=True)
+    (project / "mine/experiment/own.yaml").write_text("# @package _global_\nseed: 9\n")
+    seen = []
+    words = ["--config-dir", "mine", "experiment=own"]
+    assert run(project, *words, task=lambda cfg: seen.append(cfg.seed)) == 0
+    assert seen == [9]
+
+
+# ---- the real process -----------------------------------------------------------------------------------------------
+
+
+def test_help_and_mistakes_answer_quickly_and_without_torch(project):
+    (project / "torch.py").write_text("raise SystemExit('torch was imported')")
+    start = time.monotonic()
+    shown = train(project, "--help")
+    middle = time.monotonic()
+    wrong = train(project, "backbone=tny")
+    end = time.monotonic()
+    assert shown.returncode == 0 and "Train something." in shown.stdout and "backbone: small, tiny" in shown.stdout
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: there is no backbone named 'tny'")
+    # 0.4 s each on an idle core; the machine is shared, so this only catches a heavy import (torch alone takes 1.5 s)
+    assert min(middle - start, end - middle) < 1.5
+
+
+def test_an_error_inside_a_constructor_names_the_key_and_the_reason(project):
+    result = train(project, "backbone.width=7", FAIL="build")
+    assert result.returncode == 1
+    assert result.stderr == "error: backbone: Net: width must be even, got 7\n"
+
+
+def test_a_failing_job_does_not_stop_the_sweep_but_shows_in_the_exit_code(project):
+    result = train(project, "-m", "seed=0,1", FAIL="first")
+    assert result.returncode == 1
+    assert result.stdout.splitlines() == ["RAN digits/seed-0 0 True", "RAN digits/seed-1 1 True"]
+    assert result.stderr == "error: the first one fails\n"
+
+
+def test_ctrl_c_says_how_to_go_on(project):
+    process = subprocess.Popen(
+        [sys.executable, "train.py"],
+        cwd=project,
+        env=environment(project, FAIL="hang"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline().startswith("RAN")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert err == "interrupted; the same command resumes from what runs/digits holds\n"
+
+
+def test_cfg_shows_the_composed_configuration(project):
+    result = train(project, "--cfg", "job", "seed=4")
+    assert result.returncode == 0 and OmegaConf.create(result.stdout).seed == 4
+
+
+# ---- the configurations we ship -------------------------------------------------------------------------------------
+
+CONFIGS = ROOT / "configs"
+GROUPS = [folder for folder in CONFIGS.iterdir() if folder.is_dir()] if (CONFIGS / "train.yaml").is_file() else []
+SHIPPED = [
+    f"{folder.name}={file.relative_to(folder).with_suffix('').as_posix()}"
+    for folder in GROUPS
+    for file in sorted(folder.rglob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("choice", SHIPPED)
+def test_each_shipped_option_composes_and_fits_the_signatures(choice):
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        assert check(compose("train", [choice])) == []

@@ -1,0 +1,164 @@
+"""Killed at any moment, the same command goes on bit-equal: data order, noise, average, optimiser, schedule."""
+
+import multiprocessing as mp
+import os
+import signal
+import socket
+
+import pytest
+import torch
+from ranks import _child
+from runs import TWO_RANKS, _train, kill_when, losses, rows, train, train_ranks
+
+from recipes.callbacks import checkpoints, newest
+from recipes.config import UserError
+
+FORK = mp.get_context("fork")
+
+
+def start(folder, *overrides, world=1, before=None):
+    """Start a run in the background: its processes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+
+    def body():
+        if before is not None:
+            before()
+        _train(folder, overrides)
+
+    processes = [FORK.Process(target=_child, args=(body, r, world, port, FORK.Queue(), ())) for r in range(world)]
+    for p in processes:
+        p.start()
+    return processes
+
+
+def slow_steps():
+    """Make a step last long enough to be killed inside the run."""
+    import time
+
+    from recipes.diffusion import Diffusion
+
+    step = Diffusion.training_step
+
+    def slow(self, batch, index):
+        time.sleep(0.05)
+        return step(self, batch, index)
+
+    Diffusion.training_step = slow
+
+
+def kill_at(folder, name, step, *overrides, world=1):
+    processes = start(folder, f"name={name}", *overrides, world=world, before=slow_steps)
+    path = folder / name / "metrics.csv"
+
+    def reached():
+        assert any(p.is_alive() for p in processes), "the run ended by itself"
+        return path.exists() and any(line.startswith(f"{step},") for line in path.read_text().splitlines())
+
+    kill_when(reached, *[p.pid for p in processes])
+    for p in processes:
+        p.join()
+        assert p.exitcode == -signal.SIGKILL
+    assert len(losses(folder, name)) < 12
+
+
+ONE = ("trainer.accumulate=2", "data.batch_size=100", "data.workers=1")  # 1437 digits: epochs end inside the run
+
+
+@pytest.mark.parametrize(
+    "overrides, world",
+    [
+        (ONE, 1),
+        (("trainer=ddp", *TWO_RANKS, "data.workers=1", "data.batch_size=100"), 2),
+        (("trainer=fsdp2", *TWO_RANKS), 2),
+    ],
+    ids=["one process, workers, accumulation", "ddp", "fsdp2"],
+)
+def test_a_killed_run_goes_on_bit_equal(tmp_path, overrides, world):
+    train_ranks(tmp_path, "name=whole", *overrides, world=world)
+    kill_at(tmp_path, "killed", 6, *overrides, world=world)  # after the checkpoint of step 4
+    train_ranks(tmp_path, "name=killed", *overrides, world=world)
+    assert losses(tmp_path, "killed") == losses(tmp_path, "whole")
+    assert [r["step"] for r in rows(tmp_path, "killed")] == [str(i) for i in range(1, 13)]
+    assert [r["lr"] for r in rows(tmp_path, "killed")] == [r["lr"] for r in rows(tmp_path, "whole")]
+    one, two = (torch.load(newest(tmp_path / n / "checkpoints"), weights_only=True) for n in ("whole", "killed"))
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    for key, value in one["state_dict"].items():  # weights and their average
+        assert torch.equal(value, two["state_dict"][key]), key
+
+
+def test_a_kill_during_a_checkpoint_write_leaves_the_previous_one(tmp_path):
+    def slow_disk():
+        import time
+
+        fsync = os.fsync
+        os.fsync = lambda f: (time.sleep(5 if list(folder.glob("step_00000008*")) else 0), fsync(f))
+
+    folder = tmp_path / "killed" / "checkpoints"
+    train(tmp_path, "name=whole")
+    (process,) = start(tmp_path, "name=killed", before=slow_disk)
+    kill_when(lambda: list(folder.glob("step_00000008.ckpt.tmp-*")), process.pid)
+    process.join()
+    assert [p.name for p in checkpoints(folder)] == ["step_00000004.ckpt"]
+    train(tmp_path, "name=killed")
+    assert losses(tmp_path, "killed") == losses(tmp_path, "whole")
+    assert not list(folder.glob("*.tmp-*"))
+
+
+def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(tmp_path, capsys):
+    train(tmp_path, "name=a")
+    last = newest(tmp_path / "a" / "checkpoints")
+    last.write_bytes(last.read_bytes()[:1000])
+    assert newest(tmp_path / "a" / "checkpoints").name == "step_00000008.ckpt"
+    assert last.name in capsys.readouterr().out
+
+
+def test_sigterm_saves_the_step_and_the_same_command_finishes_equal(tmp_path):
+    train(tmp_path, "name=whole")
+    (process,) = start(tmp_path, "name=told", "checkpoint.every=1000", before=slow_steps)
+    path = tmp_path / "told" / "metrics.csv"
+    kill_when(lambda: path.exists() and path.read_text().count("\n") > 5)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 0
+    assert 4 < len(rows(tmp_path, "told")) < 12
+    train(tmp_path, "name=told", "checkpoint.every=1000")
+    assert losses(tmp_path, "told") == losses(tmp_path, "whole")
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
+    train(tmp_path, "name=a")
+    before = (tmp_path / "a" / "metrics.csv").read_text()
+    train(tmp_path, "name=a")
+    assert "is complete" in capsys.readouterr().out
+    assert (tmp_path / "a" / "metrics.csv").read_text() == before
+
+
+def test_another_configuration_is_refused_with_the_key_that_differs(tmp_path):
+    train(tmp_path, "name=a")
+    with pytest.raises(UserError, match=r"backbone.depth=2, this command says 3.*another name="):
+        train(tmp_path, "name=a", "backbone.depth=3")
+    assert len(checkpoints(tmp_path / "a" / "checkpoints")) == 2, "nothing is lost"
+
+
+def test_a_full_disk_ends_in_one_sentence_and_keeps_earlier_checkpoints(tmp_path):
+    """A real limit on file size stands for the full disk: the write of the checkpoint fails half-way."""
+    import resource
+
+    train(tmp_path, "name=a", "trainer.max_steps=5")
+    size = newest(tmp_path / "a" / "checkpoints").stat().st_size
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+        with pytest.raises(UserError, match="could not write .*step_00000008.ckpt.*earlier checkpoints are whole") as e:
+            train(tmp_path, "name=a", "trainer.max_steps=12")
+        assert "\n" not in str(e.value)
+
+    from ranks import run_ranks
+
+    run_ranks(limited, 1)
+    assert [p.name for p in checkpoints(tmp_path / "a" / "checkpoints")] == ["step_00000004.ckpt", "step_00000005.ckpt"]
+    assert not list((tmp_path / "a" / "checkpoints").glob("*.tmp-*"))
+
+

@@ -1,0 +1,249 @@
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from edit.denoiser import Branch, Condition, Layout, Step, Stream, add, check_layout
+
+
+def stream(**fields) -> Stream:
+    return Stream(image=torch.ones(2, 4, 8), cond=torch.zeros(2, 8), layout=Layout(grid=(1, 2, 2)), **fields)
+
+
+# ---- condition, step, stream -----------------------------------------------------------------------------------------
+
+
+def test_mapping_a_condition_touches_every_field_that_is_present():
+    c = Condition(label=torch.arange(4), text=torch.zeros(4, 3, 2), text_mask=torch.ones(4, 3, dtype=torch.bool))
+    half = c.map(lambda v: v[:2])
+    assert half.label.tolist() == [0, 1] and half.text.shape == (2, 3, 2) and half.text_mask.shape == (2, 3)
+    assert half.pooled is half.guidance is half.control is None
+    assert c.label.tolist() == [0, 1, 2, 3]
+
+
+def test_one_mask_drops_all_fields_of_a_sample_together():
+    c = Condition(label=torch.arange(3), text=torch.ones(3, 5, 2), pooled=torch.ones(3, 2), guidance=torch.ones(3))
+    null = Condition(label=torch.full((3,), 9), text=torch.zeros(3, 5, 2), pooled=torch.zeros(3, 2))
+    mixed = c.where(torch.tensor([False, True, False]), null)
+    assert mixed.label.tolist() == [0, 9, 2]
+    assert mixed.text.sum((1, 2)).tolist() == [10, 0, 10] and mixed.pooled.sum(1).tolist() == [2, 0, 2]
+    assert mixed.guidance.tolist() == [1, 1, 1]  # what the null condition does not speak of stays
+
+
+def test_a_step_remembers_per_edit_unit_and_branch():
+    memory = {}
+    cond, uncond = (Step(0, 4, 1.0, branch, memory) for branch in ("cond", "uncond"))
+    cond.recall("cache", 0)["out"] = 1
+    assert uncond.recall("cache", 0) == {} and cond.recall("cache", 1) == {} and cond.recall("other", 0) == {}
+    assert Step(1, 4, 0.7, "cond", memory).recall("cache", 0) == {"out": 1}  # the next step of the same generation
+    assert Step(0, 4, 1.0).recall("cache", 0) == {}  # another generation
+
+
+def test_recording_replaces_the_stream():
+    before = stream()
+    after = before.record("probability", torch.ones(1))
+    assert before.trace == {} and after.trace.keys() == {"probability"}
+    assert after.image is before.image
+    with pytest.raises(AttributeError):
+        before.image = torch.zeros(1)  # type: ignore[misc]
+
+
+def test_a_stream_is_a_pytree_of_its_tensors():
+    # FSDP2 finds what it must cast and synchronise this way
+    s = stream(text=torch.zeros(2, 3, 8), step=Step(0, 1, 1.0)).record("a", torch.full((1,), 5.0))
+    leaves, spec = tree_flatten(s)
+    assert sorted(tuple(v.shape) for v in leaves if v is not None) == [(1,), (2, 3, 8), (2, 4, 8), (2, 8)]
+    doubled = tree_unflatten([v if v is None else 2 * v for v in leaves], spec)
+    assert torch.equal(doubled.image, 2 * s.image) and doubled.trace["a"].item() == 10
+    assert doubled.layout is s.layout and doubled.step is s.step and doubled.time is None
+
+
+def test_branches_join_image_and_text_through_their_own_gates():
+    s = stream(text=torch.ones(2, 3, 8))
+    out = add(s, Branch(s.image, s.text), Branch(torch.tensor(2.0), torch.tensor(-1.0)))
+    assert (out.image == 3).all() and (out.text == 0).all()
+    assert add(s, Branch(s.image), Branch(torch.tensor(2.0))).text is s.text
+
+
+@pytest.mark.parametrize(
+    "given, complaint",
+    [
+        ({}, r"the file does not fit this model: 2 keys are missing, such as a, b$"),
+        ({"a": (2,), "b": (3,), "c": (1,)}, r"the file does not fit this model: it has 1 unknown keys, such as c$"),
+        ({"a": (2,), "b": (4,)}, r"the file does not fit this model: b has shape \(4,\), expected \(3,\)$"),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_is_refused_in_one_sentence(given, complaint):
+    meta = {k: torch.empty(v, device="meta") for k, v in given.items()}
+    with pytest.raises(ValueError, match=complaint):
+        check_layout({"a": torch.zeros(2), "b": torch.zeros(3)}, meta, "the file")
+
+
+# ---- the forward pass ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_denoiser_is_embed_units_readout(dit, batch):
+    x, t, condition = batch
+    s = dit.embed(**dit.pack(x, t, condition))
+    for unit in dit.units:
+        modulation = unit.modulate(s)
+        s = add(s, unit.attend(s, modulation), modulation.attention_gate)
+        s = add(s, unit.feed(s, unit.modulate(s)), modulation.feed_gate)
+    assert torch.equal(dit.readout(s).sample, dit(*batch).sample)
+
+
+@torch.no_grad()
+def test_taps_are_the_image_tokens_after_a_unit(make_dit, batch):
+    dit = make_dit(registers=2)
+    out = dit(*batch, taps=(0, -1))
+    assert out.trace.keys() == {"unit.0", "unit.2"}
+    s = dit.embed(**dit.pack(*batch))
+    for i, unit in enumerate(dit.units):
+        s = unit(s)
+        if i in (0, 2):
+            assert torch.equal(out.trace[f"unit.{i}"], s.image[:, 2:])
+    assert torch.equal(out.sample, dit(*batch).sample) and dit(*batch).trace == {}
+
+
+@torch.no_grad()
+def test_a_batch_is_its_samples(dit, batch):
+    x, t, condition = batch
+    alone = [dit(x[i : i + 1], t[i : i + 1], condition.map(lambda v, i=i: v[i : i + 1])).sample for i in range(4)]
+    # another batch size is another matrix multiplication, with sums in another order
+    torch.testing.assert_close(torch.cat(alone), dit(*batch).sample, rtol=1e-5, atol=1e-5)
+
+
+def test_wrong_shapes_and_taps_are_refused_in_one_sentence(dit, batch):
+    x, t, condition = batch
+    with pytest.raises(ValueError, match="dit takes samples of 4x8x8, got 3x8x8: change the backbone or the data"):
+        dit(x[:, :3], t, condition)
+    with pytest.raises(ValueError, match=r"t must be one time per sample, shape \(4,\), got \(4, 1\)"):
+        dit(x, t[:, None], condition)
+    with pytest.raises(ValueError, match=r"cannot tap unit 3 of a dit with 3 units \(0 to 2\)"):
+        dit(*batch, taps=(3,))
+    with pytest.raises(ValueError, match="cannot tap unit -4"):
+        dit(*batch, taps=(-4,))
+
+
+def test_the_step_reaches_the_attention_slot(dit, batch):
+    seen = []
+
+    def attention(q, k, v, layout, step):
+        seen.append(step)
+        return F.scaled_dot_product_attention(q, k, v)
+
+    dit.units[1].attention = attention
+    step = Step(2, 5, 0.4, "uncond")
+    with torch.no_grad():
+        dit(*batch, step=step)
+        dit(*batch)
+    assert seen == [step, None]
+
+
+# ---- gradient checkpointing ------------------------------------------------------------------------------------------
+
+
+class Watched(torch.nn.Module):
+    """A unit that records an auxiliary output, as routers do."""
+
+    def __init__(self, unit):
+        super().__init__()
+        self.unit, self.calls = unit, 0
+
+    def forward(self, s: Stream) -> Stream:
+        self.calls += 1
+        s = self.unit(s)
+        return s.record("energy", s.image.square().mean())
+
+
+def backward(dit, batch) -> tuple[dict, dict]:
+    out = dit(*batch, taps=(1,))
+    (out.sample.square().mean() + out.trace["unit.1"].mean() + out.trace["energy"]).backward()
+    return {n: p.grad for n, p in dit.named_parameters()}, dict(out.trace)
+
+
+def test_gradient_checkpointing_recomputes_and_changes_neither_gradients_nor_trace(dit, batch):
+    dit.units[2] = Watched(dit.units[2])
+    twin = deepcopy(dit)
+    twin.gradient_checkpointing = True
+    (grads, trace), (again, kept) = backward(dit, batch), backward(twin, batch)
+    assert trace.keys() == kept.keys() == {"unit.1", "energy"}
+    for a, b in ((grads, again), (trace, kept)):
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=0)  # the same operations in the same order
+    assert (dit.units[2].calls, twin.units[2].calls) == (1, 2)
+    with torch.no_grad():
+        twin(*batch)
+    assert twin.units[2].calls == 3  # nothing to recompute without gradients
+
+
+# ---- slots -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "slot, replacement",
+    [
+        ("attention", lambda q, k, v, layout, step: v),
+        ("mixer", lambda stream, tokens: tokens),
+        ("ffn", lambda tokens, routing=None: tokens),
+    ],
+)
+@torch.no_grad()
+def test_a_slot_changes_one_unit_and_comes_back(dit, batch, slot, replacement):
+    before, keys = dit(*batch, taps=range(3)), list(dit.state_dict())
+    setattr(dit.units[1], slot, replacement)
+    changed = dit(*batch, taps=range(3))
+    assert torch.equal(changed.trace["unit.0"], before.trace["unit.0"])
+    assert not torch.allclose(changed.trace["unit.1"], before.trace["unit.1"])
+    assert list(dit.state_dict()) == keys
+    delattr(dit.units[1], slot)
+    assert torch.equal(dit(*batch).sample, before.sample)
+
+
+def test_a_module_in_a_slot_is_not_registered_there(dit, batch):
+    own = torch.nn.Linear(32, 32)
+    before = set(dit.state_dict())
+    dit.units[0].ffn = lambda tokens, routing=None: own(tokens)
+    dit.units[1].ffn = torch.nn.Linear(32, 32)
+    assert set(dit.state_dict()) == before and len(list(dit.units[1].children())) == 5
+    dit.edits["mine"] = own  # where an edit's parameters belong
+    assert set(dit.state_dict()) - before == {"edits.mine.weight", "edits.mine.bias"}
+    dit(*batch).sample.mean().backward()
+    assert own.weight.grad is not None
+
+
+def test_a_slot_shares_its_module_with_the_edits_after_a_deepcopy(dit, batch):
+    dit.edits["mine"] = torch.nn.Linear(32, 32)
+    dit.units[1].mixer = Mixer(dit.edits["mine"])
+    twin = deepcopy(dit)
+    assert twin.units[1].mixer.own is twin.edits["mine"] is not dit.edits["mine"]
+
+
+class Mixer(torch.nn.Module):
+    def __init__(self, own):
+        super().__init__()
+        self.own = own
+
+    def forward(self, stream: Stream, tokens: torch.Tensor) -> torch.Tensor:
+        return self.own(tokens)
+
+
+def test_a_deepcopy_keeps_units_and_blocks_the_same_objects(dit, batch):
+    twin = deepcopy(dit)
+    assert all(unit is block for unit, block in zip(twin.units, twin.model.blocks, strict=True))
+    assert not set(map(id, twin.units)) & set(map(id, dit.units))
+    with torch.no_grad():
+        before = dit(*batch).sample
+        twin.units[0].mlp.fc1.weight.zero_()
+        assert not torch.equal(twin(*batch).sample, before) and torch.equal(dit(*batch).sample, before)
+
+
+def test_replacing_a_unit_needs_no_word_with_the_model(dit, batch):
+    with torch.no_grad():
+        tapped = dit(*batch, taps=(0,)).trace["unit.0"]
+        dit.units[1] = lambda s: replace(s, image=tapped)
+        assert torch.equal(dit(*batch, taps=(1,)).trace["unit.1"], tapped)

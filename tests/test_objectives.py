@@ -1,0 +1,280 @@
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from edit.denoiser import Output
+from edit.objectives import (
+    DDPM,
+    FlowMatching,
+    LogitNormal,
+    Shifted,
+    Uniform,
+    discretised_nll,
+    noise_to_velocity,
+    shift_times,
+    velocity_to_data,
+    velocity_to_noise,
+    velocity_to_score,
+)
+
+GRID = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000  # quantiles: laws are tested without chance
+
+
+def pair(b: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(data, noise, times)"""
+    return torch.randn(b, 4, 8, 8), torch.randn(b, 4, 8, 8), torch.linspace(0.1, 0.9, b)
+
+
+# ---- times -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_uniform_law_is_the_identity():
+    assert torch.equal(Uniform()(GRID), GRID)
+
+
+def test_logit_normal_has_the_published_moments():
+    t = LogitNormal()(GRID)
+    assert t.mean().item() == pytest.approx(0.5, abs=1e-6)  # by symmetry
+    assert t.std().item() == pytest.approx(0.208, abs=5e-4)  # stated to three digits
+    assert ((t >= 0.3) & (t <= 0.7)).double().mean().item() == pytest.approx(0.60, abs=0.005)  # stated to two
+
+
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.5, 0.7), (1.0, 1.4)])
+def test_the_logit_of_a_logit_normal_time_is_normal(mean, std):
+    logits = torch.logit(LogitNormal(mean, std)(GRID))
+    assert stats.kstest(logits.numpy(), "norm", args=(mean, std)).statistic < 1e-4
+
+
+def test_extreme_uniform_numbers_give_times_inside_the_interval():
+    for law in (LogitNormal(), Shifted(LogitNormal(), 3.0), Shifted(Uniform(), 0.3)):
+        t = law(torch.tensor([2.0**-25, 1 - 2.0**-24]))
+        assert (t > 0).all() and (t < 1).all()
+
+
+@pytest.mark.parametrize("shift", [0.3, 1.0, 3.0, 12.0])
+def test_shifted_times_keep_their_ends_and_order_and_move_towards_noise(shift):
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    moved = Shifted(Uniform(), shift)(t)
+    assert moved[0] == 0 and moved[-1].item() == pytest.approx(1, abs=1e-15)
+    assert (moved.diff() > 0).all()
+    assert ((moved - t)[1:-1] * (shift - 1) >= 0).all()
+    # a shift by s multiplies t / (1 - t), the noise-to-signal ratio, by s
+    torch.testing.assert_close((moved / (1 - moved))[1:-1], shift * (t / (1 - t))[1:-1])
+    torch.testing.assert_close(shift_times(moved, 1 / shift), t)
+
+
+def test_a_shift_applies_to_the_law_it_wraps():
+    torch.testing.assert_close(Shifted(LogitNormal(), math.e)(GRID), LogitNormal(mean=1.0)(GRID))
+
+
+# ---- conversions -----------------------------------------------------------------------------------------------------
+
+
+def test_conversions_recover_data_noise_and_each_other():
+    x, eps, t = (v.double() for v in pair())
+    x_t, v = FlowMatching().corrupt(x, eps, t), eps - x
+    torch.testing.assert_close(velocity_to_data(v, x_t, t), x)
+    torch.testing.assert_close(velocity_to_noise(v, x_t, t), eps)
+    torch.testing.assert_close(noise_to_velocity(velocity_to_noise(v, x_t, t), x_t, t), v)
+    torch.testing.assert_close(velocity_to_score(v, x_t, t), -eps / t.view(-1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("s", [0.5, 1.0, 2.0])
+def test_score_of_gaussian_data_is_that_of_the_noisy_gaussian(s):
+    x_t, t = torch.randn(5, 4, 2, 2, dtype=torch.float64), torch.linspace(0.05, 1, 5, dtype=torch.float64)
+    at = t.view(-1, 1, 1, 1)
+    variance = (1 - at) ** 2 * s**2 + at**2
+    v = (at - (1 - at) * s**2) / variance * x_t
+    torch.testing.assert_close(velocity_to_score(v, x_t, t), -x_t / variance)
+
+
+# ---- flow matching ---------------------------------------------------------------------------------------------------
+
+
+def test_flow_matching_starts_at_data_ends_at_noise_and_is_linear():
+    x, eps, _ = pair()
+    flow = FlowMatching()
+    assert torch.equal(flow.corrupt(x, eps, torch.zeros(3)), x)
+    assert torch.equal(flow.corrupt(x, eps, torch.ones(3)), eps)
+    torch.testing.assert_close(flow.corrupt(x, eps, torch.full((3,), 0.25)), 0.75 * x + 0.25 * eps)
+
+
+def test_the_flow_loss_is_the_squared_distance_to_noise_minus_data_per_sample():
+    x, eps, t = pair()
+    off = torch.tensor([0.0, 1.0, 2.0]).view(-1, 1, 1, 1)
+    losses = FlowMatching().losses(Output(eps - x + off, None, {}), x, eps, FlowMatching().corrupt(x, eps, t), t)
+    assert losses.keys() == {"flow"}
+    torch.testing.assert_close(losses["flow"], torch.tensor([0.0, 1.0, 4.0]))
+
+
+def test_snr_cap_weighs_velocities_as_min_snr_weighs_data():
+    x, eps, _ = pair()
+    t = torch.tensor([0.05, 0.4, 0.8])
+    snr = ((1 - t) / t) ** 2
+    assert (snr > 5).tolist() == [True, False, False]
+    flow = FlowMatching(weighting="snr_cap", cap=5.0)
+    torch.testing.assert_close(flow.weight(t), torch.minimum(snr, torch.tensor(5.0)) / (snr + 1))
+    # an error of d in the velocity is one of t d in the data, and min-SNR weighs the latter by min(snr, cap)
+    x_t, prediction = flow.corrupt(x, eps, t), torch.randn_like(x)
+    data_error = ((velocity_to_data(prediction, x_t, t) - x) ** 2).flatten(1).mean(1)
+    min_snr = snr.clamp(max=5) * data_error
+    # min(snr, cap) / (snr + 1) is that up to the path's own scale, t^2 (snr + 1) = t^2 + (1 - t)^2
+    got = flow.losses(Output(prediction, None, {}), x, eps, x_t, t)["flow"] * (t**2 + (1 - t) ** 2)
+    torch.testing.assert_close(got, min_snr)
+    assert torch.equal(FlowMatching().weight(t), torch.ones(3))
+
+
+def test_the_cosine_loss_compares_directions_over_channels():
+    x, eps, t = pair()
+    v = eps - x
+    flow = FlowMatching(cosine=0.5)
+
+    def cosine(prediction):
+        return flow.losses(Output(prediction, None, {}), x, eps, x, t)["cosine"]
+
+    torch.testing.assert_close(cosine(3 * v), torch.zeros(3), rtol=0, atol=1e-6)  # a length is no direction
+    torch.testing.assert_close(cosine(-v), torch.full((3,), 2 * 0.5))
+    # rescaling each pixel by itself changes nothing, rescaling a channel does: the axis is that of channels
+    torch.testing.assert_close(cosine(v * torch.rand(3, 1, 8, 8).add(0.5)), torch.zeros(3), rtol=0, atol=1e-6)
+    assert (cosine(v * torch.tensor([5.0, 1, 1, 1]).view(1, 4, 1, 1)) > 0.01).all()
+
+
+def test_losses_are_in_float32_for_low_precision_outputs():
+    x, eps, t = pair()
+    output = Output((eps - x).bfloat16(), torch.zeros_like(x).bfloat16(), {})
+    for objective in (FlowMatching(cosine=1.0), DDPM()):
+        losses = objective.losses(output, x, eps, objective.corrupt(x, eps, t), t)
+        assert {v.dtype for v in losses.values()} == {torch.float32}
+
+
+# ---- DDPM ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_noise_schedule_ends_at_the_published_signal():
+    betas = DDPM().betas()
+    assert (len(betas), betas[0].item(), betas[-1].item()) == (1000, 1e-4, 0.02)
+    assert torch.cumprod(1 - betas, 0)[-1].item() == pytest.approx(4.04e-5, rel=2e-3)  # stated to three digits
+
+
+def test_every_index_survives_the_way_through_a_float32_time():
+    i = torch.arange(1000)
+    assert torch.equal(DDPM().index((i + 1) / 1000), i)
+
+
+def test_training_times_are_the_thousand_steps_equally_often():
+    t = DDPM().times(GRID)
+    steps, counts = torch.unique(DDPM().index(t), return_counts=True)
+    assert steps.tolist() == list(range(1000)) and (counts - 100).abs().max() <= 1
+    torch.testing.assert_close(t, (DDPM().index(t) + 1) / 1000, check_dtype=False)
+
+
+def test_ddpm_keeps_unit_variance_and_follows_the_schedule():
+    alpha = torch.cumprod(1 - DDPM().betas(), 0).float()
+    x, eps, _ = pair()
+    i = torch.tensor([0, 500, 999])
+    a = alpha[i].view(-1, 1, 1, 1)
+    torch.testing.assert_close(DDPM().corrupt(x, eps, (i + 1) / 1000), a.sqrt() * x + (1 - a).sqrt() * eps)
+
+
+def bound_at_init(indices: torch.Tensor) -> torch.Tensor:
+    """The bound of a zero-initialised network, in bits per dimension, exactly in expectation over the noise.
+
+    The bound at index >= 1 depends on the noise through its square alone, so signs (square 1) give the expectation.
+    """
+    x, eps = torch.randn(len(indices), 1, 4, 4), torch.randn(len(indices), 1, 4, 4).sign()
+    t, zero = (indices + 1) / 1000, torch.zeros_like(x)
+    ddpm = DDPM()
+    return ddpm.losses(Output(zero, zero, {}), x, eps, ddpm.corrupt(x, eps, t), t)["bound"]
+
+
+def test_the_bound_at_initialisation_has_its_closed_form():
+    published = torch.tensor([0.632713, 0.107784, 0.014582, 0.007952, 0.014722])
+    # published to six decimals; the squared difference of two means in float32 costs the rest at small indices
+    torch.testing.assert_close(bound_at_init(torch.tensor([1, 10, 100, 500, 999])), published, rtol=2e-5, atol=1e-6)
+    assert bound_at_init(torch.arange(1, 1000)).mean().item() == pytest.approx(0.01416, abs=5e-6)
+
+
+def test_the_bound_vanishes_for_the_true_posterior():
+    x, eps, t = pair()
+    ddpm = DDPM()
+    x_t, lower = ddpm.corrupt(x, eps, t), torch.full_like(x, -1.0)  # v = -1: the posterior's own variance
+    torch.testing.assert_close(ddpm.variational(eps, lower, x, x_t, t), torch.zeros(3), rtol=0, atol=1e-6)
+
+
+def test_the_bound_of_a_wider_step_is_the_divergence_of_two_gaussians():
+    x, eps, t = pair()
+    ddpm = DDPM()
+    betas = ddpm.betas()
+    alpha = torch.cumprod(1 - betas, 0)
+    i = ddpm.index(t)
+    small, large = (betas * (1 - alpha.roll(1)) / (1 - alpha))[i], betas[i]
+    p, q = torch.distributions.Normal(0, small.sqrt()), torch.distributions.Normal(0, large.sqrt())
+    bits = torch.distributions.kl_divergence(p, q) / math.log(2)
+    got = ddpm.variational(eps, torch.ones_like(x), x, ddpm.corrupt(x, eps, t), t)  # v = 1: variance beta
+    torch.testing.assert_close(got, bits.float(), rtol=1e-3, atol=1e-7)  # nearly equal logarithms in float32
+
+
+def test_the_bound_at_index_zero_is_the_likelihood_of_the_quantised_data():
+    x = torch.linspace(-1, 1, 256).view(1, 1, 16, 16)
+    eps, t = torch.zeros_like(x), torch.tensor([0.001])
+    ddpm = DDPM()
+    got = ddpm.variational(eps, torch.ones_like(x), x, ddpm.corrupt(x, eps, t), t)
+    # index 0 puts the whole posterior mean on the predicted data; v = 1 is variance beta_0
+    levels = torch.distributions.Normal(x.double(), 1e-4**0.5)
+    inner = levels.cdf(x.double() + 1 / 255) - levels.cdf(x.double() - 1 / 255)
+    mass = torch.where(x < -0.999, levels.cdf(x.double() + 1 / 255), inner)
+    mass = torch.where(x > 0.999, 1 - levels.cdf(x.double() - 1 / 255), mass)
+    assert got.item() == pytest.approx(-mass.log2().mean().item(), rel=1e-3)
+
+
+def test_the_discretised_gaussian_is_a_distribution_over_256_levels():
+    levels = torch.linspace(-1, 1, 256)
+    for mean, log_var in ((0.0, -2.0), (0.9, -6.0), (-1.3, 1.0)):
+        mass = (-discretised_nll(levels, torch.tensor(mean), torch.tensor(log_var))).exp()
+        # open ends take the tails; the floor of 1e-12 adds nothing visible
+        assert mass.sum().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_bound_sends_no_gradient_to_the_predicted_noise():
+    x, eps, t = pair()
+    ddpm = DDPM()
+    out = torch.randn(3, 8, 8, 8, requires_grad=True)
+    losses = ddpm.losses(Output(out[:, :4], out[:, 4:], {}), x, eps, ddpm.corrupt(x, eps, t), t)
+    (grad,) = torch.autograd.grad(losses["bound"].sum(), out, retain_graph=True)
+    assert grad[:, :4].count_nonzero() == 0 and grad[:, 4:].count_nonzero() == grad[:, 4:].numel()
+    (grad,) = torch.autograd.grad(losses["noise"].sum(), out)
+    assert grad[:, :4].count_nonzero() == grad[:, :4].numel() and grad[:, 4:].count_nonzero() == 0
+
+
+def test_gradients_stay_finite_at_every_index():
+    i = torch.arange(0, 1000, 37)
+    x, eps = torch.rand(len(i), 1, 4, 4) * 2 - 1, torch.randn(len(i), 1, 4, 4)
+    out = torch.randn(len(i), 2, 4, 4, requires_grad=True)
+    ddpm, t = DDPM(), (i + 1) / 1000
+    losses = ddpm.losses(Output(out[:, :1], out[:, 1:], {}), x, eps, ddpm.corrupt(x, eps, t), t)
+    (losses["noise"] + losses["bound"]).sum().backward()
+    assert out.grad.isfinite().all()
+
+
+def test_a_model_without_variance_has_no_bound_and_its_weight_scales_it():
+    x, eps, t = pair()
+    x_t, v = DDPM().corrupt(x, eps, t), torch.zeros_like(x)
+    assert DDPM().losses(Output(v, None, {}), x, eps, x_t, t).keys() == {"noise"}
+    one, tenth = (DDPM(bound=w).losses(Output(v, v, {}), x, eps, x_t, t)["bound"] for w in (1.0, 0.1))
+    torch.testing.assert_close(tenth, 0.1 * one)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [0, -1.0])
+def test_a_shift_that_is_not_positive_is_refused(shift):
+    with pytest.raises(ValueError, match=f"shift must be positive, got {shift}"):
+        Shifted(shift=shift)
+
+
+def test_an_unknown_weighting_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="weighting must be none or snr_cap, got 'min_snr'"):
+        FlowMatching(weighting="min_snr")  # type: ignore[arg-type]

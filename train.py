@@ -1,0 +1,15 @@
+"""Train a diffusion transformer from a configuration: `python train.py`, `python train.py --help`."""
+
+from pathlib import Path
+
+from recipes.config import launch
+
+
+def main(cfg) -> None:
+    from recipes.training import run  # heavy imports after the configuration is known to be right
+
+    run(cfg)
+
+
+if __name__ == "__main__":
+    launch(main, "train", Path(__file__).parent / "configs")
