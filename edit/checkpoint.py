@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -241,7 +242,8 @@ def load_official(denoiser: Denoiser, path: str | os.PathLike) -> None:
     if not isinstance(denoiser, DiT):
         raise ValueError(f"{path.name}: official .pt checkpoints are read into the dit backbone, not {denoiser.name}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals([Namespace]):  # training checkpoints carry their parsed arguments
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise ValueError(
             f"{path} cannot be read as a checkpoint of tensors alone: {error.__class__.__name__}"

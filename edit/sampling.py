@@ -45,6 +45,14 @@ def _require(objective: Objective, prediction: str, solver: Solver) -> None:
         )
 
 
+def _discrete(objective: Objective, solver: Solver) -> DDPM:
+    _require(objective, "noise", solver)
+    assert isinstance(objective, DDPM)
+    if solver.steps > objective.steps:
+        raise ValueError(f"{type(solver).__name__}: steps must be at most {objective.steps}, got {solver.steps}")
+    return objective
+
+
 def _check_steps(solver: Solver, least: int = 1) -> None:
     if solver.steps < least:
         raise ValueError(f"{type(solver).__name__}: steps must be at least {least}, got {solver.steps}")
@@ -136,8 +144,7 @@ class DDPMSolver(Solver):
         _check_steps(self)
 
     def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        _require(objective, "noise", self)
-        assert isinstance(objective, DDPM)
+        objective = _discrete(objective, self)
         alphas = torch.cumprod(1 - objective.betas(), 0)
         indices = torch.linspace(0, objective.steps - 1, self.steps, dtype=torch.float64, device="cpu").round().long()
         kept = alphas[indices]
@@ -181,8 +188,7 @@ class DDIMSolver(Solver):
     def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
         from diffusers import DDIMScheduler
 
-        _require(objective, "noise", self)
-        assert isinstance(objective, DDPM)
+        objective = _discrete(objective, self)
         scheduler = DDIMScheduler(
             num_train_timesteps=objective.steps,
             trained_betas=objective.betas().tolist(),
@@ -214,7 +220,7 @@ class DPMSolver(Solver):
                 solver_order=self.order, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=self.shift
             )
             return _run_scheduler(scheduler, predict, x, self.steps, lambda i, k: float(scheduler.sigmas[k]))
-        assert isinstance(objective, DDPM)
+        objective = _discrete(objective, self)
         scheduler = DPMSolverMultistepScheduler(
             solver_order=self.order,
             num_train_timesteps=objective.steps,

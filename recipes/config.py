@@ -72,13 +72,12 @@ class TrainerConfig:
     devices: Any = 1  # per node: a number or "auto"
     num_nodes: int = rule(1, low=1)
     strategy: str = rule("single", of=("single", "ddp", "fsdp2", "zero2", "zero3"))
-    precision: str = rule("32-true", of=("32-true", "bf16-mixed", "bf16-true", "16-mixed"))
+    precision: str = rule("auto", of=("auto", "32-true", "bf16-mixed"))  # auto: bf16 autocast on a GPU, fp32 on a CPU
     accumulate: int = rule(1, low=1)  # micro-batches per optimiser step
     clip: float | None = rule(1.0, low=0)  # gradient norm
     compile: bool = False
     gradient_checkpointing: bool = False
     threads: int | None = rule(None, low=1)  # of torch on the CPU; null leaves the choice to torch
-    meta_init: bool = False  # build on the meta device, materialise sharded
 
 
 @dataclass
@@ -89,7 +88,6 @@ class OptimizerConfig:
     eps: float = rule(1e-8, low=0)
     warmup: int = rule(0, low=0)  # optimiser steps
     schedule: str = rule("constant", of=("constant", "cosine"))
-    fused: bool = True
     groups: dict[str, Any] = field(default_factory=dict)  # parameter name prefix or regex -> {lr_scale, weight_decay}
 
 
@@ -148,7 +146,6 @@ class Root:
     label_drop: float = rule(0.1, low=0, high=1)  # share of conditions replaced by the null condition
     init: str | None = None  # artifact folder or official checkpoint to start from
     runs: str = "runs"
-    stages: Any = None
     trusted: list[str] = field(default_factory=list)  # further packages that _target_ may name
     debug: bool = False  # show tracebacks
 
@@ -245,8 +242,6 @@ def _conflicts(cfg: DictConfig) -> Iterator[str]:
             f"trainer.strategy=single uses one device, got trainer.devices={devices} and "
             f"trainer.num_nodes={trainer.num_nodes}; choose trainer=ddp or trainer=fsdp2"
         )
-    if trainer.precision == "16-mixed" and trainer.accelerator == "cpu":
-        yield "trainer.precision=16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true"
     needed = {"deepspeed": trainer.strategy in ("zero2", "zero3"), **{kind: kind in kinds for kind in kinds}}
     if "wandb" in needed and cfg.logger.wandb.mode == "disabled":
         needed["wandb"] = False

@@ -21,6 +21,12 @@ def accelerator_of(t: TrainerConfig) -> str:
     return t.accelerator
 
 
+def precision_of(t: TrainerConfig) -> str:
+    if t.precision == "auto":
+        return "bf16-mixed" if accelerator_of(t) == "gpu" else "32-true"
+    return t.precision
+
+
 def count_devices(t: TrainerConfig) -> int:
     """Devices per node.
 
@@ -33,12 +39,8 @@ def count_devices(t: TrainerConfig) -> int:
         raise UserError("trainer.accelerator=gpu, but torch sees no GPU here: use trainer=cpu, or check the driver")
     if t.devices == "auto":
         return here or 1
-    if not isinstance(t.devices, int) or t.devices < 1:
-        raise UserError(f"trainer.devices is a number of devices per node or auto, got {t.devices!r}")
     if here is not None and t.devices > here:
         raise UserError(f"trainer.devices={t.devices}, but this machine has {here} GPUs: ask for at most {here}")
-    if t.strategy == "single" and t.devices * t.num_nodes > 1:
-        raise UserError(f"trainer.devices={t.devices} needs a strategy: trainer=ddp, fsdp2, zero2 or zero3")
     return t.devices
 
 
@@ -56,17 +58,11 @@ def make_strategy(t: TrainerConfig, devices: int) -> Strategy | str:
             save_distributed_checkpoint=False,
             process_group_backend=backend,
         )
-    try:
-        from lightning.pytorch.strategies import DeepSpeedStrategy
+    from lightning.pytorch.strategies import DeepSpeedStrategy
 
-        return DeepSpeedStrategy(
-            stage=int(t.strategy[-1]),
-            zero_allow_untested_optimizer=True,
-            process_group_backend=backend,
-            exclude_frozen_parameters=False,
-        )
-    except (ImportError, ModuleNotFoundError) as error:
-        raise UserError(f"trainer.strategy={t.strategy} needs DeepSpeed: pip install 'edit-dit[deepspeed]'") from error
+    return DeepSpeedStrategy(
+        stage=int(t.strategy[-1]), zero_allow_untested_optimizer=True, process_group_backend=backend
+    )
 
 
 def make_trainer(t: TrainerConfig, loggers: list[Logger], callbacks: list[Callback]) -> pl.Trainer:
@@ -87,7 +83,7 @@ def make_trainer(t: TrainerConfig, loggers: list[Logger], callbacks: list[Callba
             devices=devices,
             num_nodes=t.num_nodes,
             strategy=make_strategy(t, devices),
-            precision=t.precision,
+            precision=precision_of(t),
             max_steps=t.max_steps,
             max_epochs=-1,
             accumulate_grad_batches=t.accumulate,

@@ -31,7 +31,7 @@ from recipes.loggers import CSVLogger, log_artifact, make_loggers
 from recipes.trainer import count_devices, make_trainer
 
 # what may change between two attempts at one run; everything else decides the numbers
-FREE = ("name", "runs", "trainer", "logger", "checkpoint", "preview", "evaluate", "log_every", "debug", "stages", "trusted")
+FREE = ("name", "runs", "trainer", "logger", "checkpoint", "preview", "evaluate", "log_every", "debug", "trusted")
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -302,3 +302,5 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning.*")
+    # units hand `cond` on as FSDP2 gave it to them; nothing writes into it
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

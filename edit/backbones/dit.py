@@ -1,7 +1,7 @@
 """DiT and SiT: the class-conditional adaLN-zero transformer that efficiency methods are measured against.
 
-Sources: DiT (arXiv 2212.09748), SiT (arXiv 2401.08740); the optional modern parts (RMSNorm, SwiGLU, RoPE, QK-norm) as in
-LightningDiT (arXiv 2501.01423). Weights carry the names of the official checkpoints.
+Sources: DiT (arXiv 2212.09748), SiT (arXiv 2401.08740); the optional modern parts (RMSNorm, SwiGLU, RoPE, QK-norm) as
+in LightningDiT (arXiv 2501.01423). Weights carry the names of the official checkpoints.
 
 Two facts about `diffusers.DiTTransformer2DModel` decide what converts exactly. It spaces the sinusoid's frequencies by
 1/(half - 1) where the official code uses 1/half: no change of weights can hide that, so only models built with
@@ -127,8 +127,9 @@ class TimeEmbed(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:  # b -> b d
         half = FREQUENCIES // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - self.frequency_shift)
-        angle = t.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
+        # multiplied, then divided, as both originals do: times up to 999 turn the last bit of a frequency into 1e-4
+        exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device)
+        angle = t.float()[:, None] * torch.exp(exponent / (half - self.frequency_shift))
         return self.mlp(torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.mlp[0].weight.dtype))
 
 
@@ -393,6 +394,8 @@ def from_official(checkpoint: Mapping[str, Any], config: DiTConfig) -> dict[str,
     Raises:
         ValueError: if keys or shapes differ, naming the first few; or if the position table is not the expected one
     """
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"the official checkpoint holds a {type(checkpoint).__name__}, expected a state dict")
     state = next((checkpoint[k] for k in ("ema", "model") if isinstance(checkpoint.get(k), Mapping)), checkpoint)
     state = {k.removeprefix("module."): v for k, v in state.items()}
     with torch.device("meta"):
@@ -453,14 +456,11 @@ def to_diffusers(c: DiTConfig, state: Mapping[str, Tensor]) -> tuple[dict, dict[
         "in_channels": c.in_channels,
         "out_channels": c.out_channels,
         "num_layers": c.depth,
-        "attention_bias": True,
         "sample_size": c.input_size,
         "patch_size": c.patch_size,
-        "activation_fn": "gelu-approximate",
         "num_embeds_ada_norm": c.num_classes,
-        "norm_type": "ada_norm_zero",
-        "norm_elementwise_affine": False,
         "norm_eps": c.mlp_norm_eps,
+        **_STOCK_FIXED,
     }
     stock: dict[str, Tensor] = {}
     for ours, theirs in _ROOT.items():
@@ -484,11 +484,19 @@ def from_diffusers(config: Mapping, state: Mapping[str, Tensor]) -> tuple[DiTCon
     """Our configuration (`time="ddpm"`, as published folders are) and weights of a `DiTTransformer2DModel`.
 
     Raises:
-        ValueError: if keys are missing, or the per-block copies of the embedders differ
+        ValueError: if it has options that a DiT lacks, keys are missing, or the embedders differ between blocks
     """
-    given = {**_STOCK_DEFAULTS, **config}
+    given = {**_STOCK_DEFAULTS, **_STOCK_FIXED, **config}
     heads, head = given["num_attention_heads"], given["attention_head_dim"]
     channels = given["in_channels"]
+    for option, expected in _STOCK_FIXED.items():
+        if given[option] != expected:
+            raise ValueError(f"this DiTTransformer2DModel has {option} {given[option]!r}, a DiT has {expected!r}")
+    if given["out_channels"] not in (None, channels, 2 * channels):
+        raise ValueError(
+            f"this DiTTransformer2DModel has out_channels {given['out_channels']}, a DiT of {channels} channels has "
+            f"{channels} or {2 * channels}"
+        )
     c = DiTConfig(
         input_size=given["sample_size"],
         in_channels=channels,
@@ -528,6 +536,12 @@ def from_diffusers(config: Mapping, state: Mapping[str, Tensor]) -> tuple[DiTCon
     return c, ours_state
 
 
+_STOCK_FIXED = {  # what a DiT is in that class; "gelu" or "layer_norm" would load and compute something else
+    "attention_bias": True,
+    "activation_fn": "gelu-approximate",
+    "norm_type": "ada_norm_zero",
+    "norm_elementwise_affine": False,
+}
 _STOCK_DEFAULTS = {  # of diffusers.DiTTransformer2DModel, for folders that leave fields out
     "num_attention_heads": 16,
     "attention_head_dim": 72,

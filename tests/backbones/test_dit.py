@@ -204,7 +204,8 @@ def official_forward(w: dict[str, Tensor], c: DiTConfig, x: Tensor, t: Tensor, y
         if c.rms_norm:
             return z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"]
         z = z - z.mean(-1, keepdim=True)
-        return z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        z = z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return z * w[f"{name}.weight"] + w[f"{name}.bias"] if f"{name}.weight" in w else z  # affine in QK-norm alone
 
     def turn(z: Tensor) -> Tensor:  # complex rotation: rows turn the first half of the pairs, columns the second
         e = z.shape[-1]

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from ranks import run_ranks
 
-from recipes.config import check, register
+from recipes.config import UserError, check, register
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = (
@@ -35,7 +35,8 @@ def config(folder: Path, *overrides: str) -> DictConfig:
     keys = [o for o in overrides if o not in groups]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
         cfg = compose("train", [*groups, f"runs={folder}", *SMALL, *keys])
-    assert check(cfg) == []
+    if errors := check(cfg):
+        raise UserError(errors[0])
     return cfg
 
 

@@ -204,7 +204,6 @@ REFUSED = {
     "too many devices for one": (["trainer.devices=2"], ["trainer.strategy=single", "trainer=ddp"]),
     "devices in words": (["trainer.devices=two"], ["trainer.devices: expected", "'two'"]),
     "a file where runs should be": (["runs=train.py/runs"], ["runs=train.py/runs", "train.py is a file"]),
-    "half precision on a CPU": (["trainer.precision=16-mixed"], ["needs a GPU", "bf16-mixed"]),
     "missing argument": (["~backbone.depth"], ["backbone.depth: Net needs it"]),
     "nothing chosen": (["optimizer.lr=???"], ["optimizer.lr has no value"]),
     "untrusted target": (["backbone._target_=os.system"], ["none of the trusted packages"]),

@@ -1,0 +1,606 @@
+"""What a denoiser costs: parameters, executed multiply-accumulates, time, memory.
+
+    python -m edit.cost backbone=dit_xl_2                                    # no weights, no data, no GPU
+    python -m edit.cost backbone=dit_xl_2 backbone.depth=14 sampler=ddim sampler.steps=50 guidance=1.5
+    python -m edit.cost artifact=runs/digits --latency --json
+
+MACs are counted on the operators that really run (`torch.utils.flop_counter`), never from a formula: a unit that an edit
+skips, a narrowed layer or a dropped token is absent from the count because it is absent from the run. Counting on the
+meta device computes nothing; a model whose control flow depends on its activations must be run for real.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from edit import edits as editing
+from edit.checkpoint import default_objective, load
+from edit.denoiser import Condition, Denoiser, Output, Step
+from edit.objectives import Objective
+from edit.sampling import DDIMSolver, Euler, Sampler
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of `count` measurements."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        v = torch.tensor(list(values), dtype=torch.float64)
+        low, median, high = v.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+        return cls(median, low, high, len(v))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one denoiser; see `cost`."""
+
+    parameters: int
+    activated: int  # of them, read by one forward of `batch` samples
+    buffers: int  # elements of fixed tables, such as position embeddings
+    macs: int  # multiply-accumulates of one forward, per sample
+    evaluations: int  # forwards per image: solver steps times guidance branches
+    macs_per_image: int  # over the whole generation
+    batch: int
+    device: str
+    forward: Spread | None = None  # seconds per forward of `batch` samples
+    generation: Spread | None = None  # seconds per image, generated `batch` at a time
+    peak_memory: int | None = None  # bytes during a generation of `batch` images, weights included
+
+    @property
+    def training_flops(self) -> int:
+        """Per image, by the convention that the backward pass costs twice the forward: 3 x 2 x MACs."""
+        return 6 * self.macs
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values, spreads as nested objects."""
+        return asdict(self) | {"training_flops": self.training_flops}
+
+
+def cost(
+    denoiser: Denoiser,
+    sampler: Sampler | None = None,
+    objective: Objective | None = None,
+    condition: Condition | None = None,
+    batch: int = 1,
+    real: bool = False,
+    rounds: int = 0,
+) -> Cost:
+    """Count, and if `rounds` is given time, one forward and one generation.
+
+    Args:
+        denoiser: its edits are honoured; on the meta device if nothing is to be run for real
+        sampler: how images are generated; None: 50 steps of Euler or DDIM without guidance
+        objective: what the denoiser predicts; None: by its convention
+        condition: `batch` entries; None: class labels 0
+        batch: samples at a time; counts are divided by it
+        real: count on the denoiser itself, in eval mode, with its weights, instead of on a twin without any: for edits
+            whose decisions depend on activations
+        rounds: timed forwards, and timed generations; 0: none, and no memory is measured
+
+    Raises:
+        ValueError: if it cannot be counted without weights, has none to be timed with, or runs an uncountable operator
+    """
+    objective = objective or default_objective(denoiser)
+    sampler = sampler or default_sampler(objective)
+    condition = condition or labels(batch)
+    if rounds and _device(denoiser).type == "meta":
+        raise ValueError("this denoiser is on the meta device, which has no clock: load or build it with weights")
+    subject = denoiser if real else twin(denoiser)
+    one = count_forward(subject, condition, batch)
+    whole = count_generation(subject, sampler, objective, condition, batch)
+    counted = Cost(
+        parameters=sum(p.numel() for p in denoiser.parameters()),
+        activated=one.activated,
+        buffers=sum(b.numel() for b in denoiser.buffers()),
+        macs=round(one.macs / batch),
+        evaluations=whole.calls,
+        macs_per_image=round(whole.macs / batch),
+        batch=batch,
+        device=device_name(_device(denoiser)),
+    )
+    if not rounds:
+        return counted
+    device = _device(denoiser)
+    x, t = torch.randn(batch, *denoiser.sample_shape, device=device), torch.full((batch,), 0.5, device=device)
+    told = condition.map(lambda v: v.to(device))
+    samples = torch.arange(batch)
+
+    def generate() -> Tensor:
+        return sampler(denoiser, objective, told, samples)
+
+    with torch.no_grad():
+        forward = latency(lambda: denoiser(x, t, told), device, rounds)
+    generation = latency(generate, device, rounds, warmup=1)
+    per_image = Spread(generation.median / batch, generation.low / batch, generation.high / batch, generation.count)
+    memory = peak_memory(generate, device, (*denoiser.parameters(), *denoiser.buffers()))
+    return replace(counted, forward=forward, generation=per_image, peak_memory=memory)
+
+
+def labels(batch: int) -> Condition:
+    """The condition that a class-conditional denoiser is counted with; costs do not depend on which class."""
+    return Condition(label=torch.zeros(batch, dtype=torch.int64, device="cpu"))
+
+
+def default_sampler(objective: Objective) -> Sampler:
+    """50 steps without guidance."""
+    return Sampler(DDIMSolver(50) if objective.prediction == "noise" else Euler(50))
+
+
+def _device(denoiser: Denoiser) -> torch.device:
+    return next(denoiser.parameters()).device
+
+
+# ---- counting -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Count:
+    macs: int  # multiply-accumulates of matrix products, convolutions and attention
+    activated: int  # parameter elements that were computed with
+    calls: int  # forwards
+
+
+def macs(denoiser: Denoiser, condition: Condition | None = None) -> int:
+    """Multiply-accumulates of one forward of one sample, counted on the meta device."""
+    return count_forward(twin(denoiser), condition or labels(1), 1).macs
+
+
+def twin(denoiser: Denoiser) -> Denoiser:
+    """The same denoiser, edits included, without weights: on the meta device and in eval mode."""
+    if _device(denoiser).type == "meta":
+        return denoiser.eval()
+    live = {name: editing.rebuild(editing.describe(e), trusted=_homes(denoiser)) for name, e in denoiser.applied.items()}
+    with torch.device("meta"):
+        return editing.apply(denoiser.family.from_config(denoiser.base), live, fresh=False).eval()
+
+
+def _homes(denoiser: Denoiser) -> tuple[str, ...]:
+    """Packages of edits that are applied already, so that trusting them is no new decision."""
+    return tuple({type(e).__module__.split(".")[0] for e in denoiser.applied.values()})
+
+
+def count_forward(denoiser: Denoiser, condition: Condition, batch: int) -> Count:
+    """One forward at t = 0.5, outside of any generation, where the denoiser is: on the meta device nothing is computed."""
+    meter = _Meter(denoiser)
+    meter(torch.zeros(batch, *denoiser.sample_shape), torch.full((batch,), 0.5), condition)
+    return meter.total()
+
+
+def count_generation(
+    denoiser: Denoiser, sampler: Sampler, objective: Objective, condition: Condition, batch: int
+) -> Count:
+    """All evaluations of one generation of `batch` images: the sampler itself runs, and each call is counted."""
+    meter = _Meter(denoiser)
+    sampler(cast(Denoiser, meter), objective, condition, torch.arange(batch))
+    return meter.total()
+
+
+class _Meter:
+    """Stands before a denoiser, counts its calls, and lets the sampler run on the CPU where the model cannot run.
+
+    A denoiser without edits does the same work whenever its input has the same shape, so such a call is counted once.
+    """
+
+    def __init__(self, denoiser: Denoiser):
+        self.denoiser, self.device = denoiser, _device(denoiser)
+        self.macs = self.calls = 0
+        self.reads = _Reads()
+        self.known: dict[torch.Size, tuple[int, Output]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.denoiser, name)
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield torch.empty(0, device="cpu" if self.device.type == "meta" else self.device)
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition, step: Step | None = None) -> Output:
+        self.calls += 1
+        if x.shape not in self.known:
+            executed, out = self._run(x, t, condition, step)
+            if self.device.type != "meta":
+                self.macs += executed
+                return out
+            answer = Output(*(None if v is None else torch.zeros(v.shape) for v in out[:2]), {})
+            if self.denoiser.applied:
+                self.macs += executed
+                return answer
+            self.known[x.shape] = executed, answer
+        executed, answer = self.known[x.shape]
+        self.macs += executed
+        return answer
+
+    def _run(self, x: Tensor, t: Tensor, condition: Condition, step: Step | None) -> tuple[int, Output]:
+        flops = FlopCounterMode(display=False)
+        try:
+            with torch.no_grad(), self.reads, flops:
+                told = condition.map(lambda v: v.to(self.device))
+                out = self.denoiser(x.to(self.device), t.to(self.device), told, step=step)
+        except RuntimeError as error:  # torch's, for what the meta device cannot decide
+            if self.device.type != "meta":
+                raise
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{self.denoiser.name} cannot be counted without weights, count a real run: {reason}") from error
+        return flops.get_total_flops() // 2, out
+
+    def total(self) -> Count:
+        return Count(self.macs, self.reads.elements(self.denoiser), self.calls)
+
+
+# products whose FLOPs would be missed if they had no formula
+_PRODUCT = re.compile(r"(mm|mv|dot|linear)$|attention|convolution")
+
+
+class _Reads(TorchDispatchMode):
+    """Notes which parts of which storages are computed with, and refuses products that nobody counts.
+
+    Taking a view reads nothing: of a stack of experts, or of a layer narrowed by slicing, only the slices that enter
+    an operator count.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self):
+        super().__init__()
+        self.views: dict[int, set[tuple]] = {}  # by storage: (size, stride, offset)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, name = getattr(func, "namespace", ""), func.__name__.split(".")[0]
+        counted = getattr(func, "overloadpacket", func) in flop_registry
+        if not counted and (namespace not in ("aten", "prims", "prim") or _PRODUCT.search(name)):
+            raise ValueError(
+                f"no FLOP formula for the operator {func}: register one with "
+                "torch.utils.flop_counter.register_flop_formula, or its work would be missing from the count"
+            )
+        if not getattr(func, "is_view", False):
+            for v in tree_leaves((args, kwargs or {})):
+                if isinstance(v, Tensor):
+                    seen = self.views.setdefault(v.untyped_storage()._cdata, set())
+                    seen.add((tuple(v.shape), v.stride(), v.storage_offset()))
+        return func(*args, **(kwargs or {}))
+
+    def elements(self, module: nn.Module) -> int:
+        """Distinct parameter elements of `module` that were read."""
+        return sum(self._elements(p) for p in module.parameters())
+
+    def _elements(self, p: Tensor) -> int:
+        views = self.views.get(p.untyped_storage()._cdata, set())
+        if any(torch.Size(size).numel() == p.numel() and 0 not in stride for size, stride, _ in views):
+            return p.numel()
+        mask = torch.zeros(p.untyped_storage().nbytes() // p.element_size(), dtype=torch.bool, device="cpu")
+        for size, stride, offset in views:
+            size = [1 if step == 0 else n for n, step in zip(size, stride, strict=True)]  # expanded, not more memory
+            mask.as_strided(size, stride, offset).fill_(True)
+        return int(mask.sum())
+
+
+# ---- time -----------------------------------------------------------------------------------------------------------
+
+
+def stopwatch(fn: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call: between two events on a GPU, by the monotonic clock elsewhere."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        fn()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    fn()
+    return time.perf_counter() - begin
+
+
+def latency(fn: Callable[[], Any], device: str | torch.device = "cpu", rounds: int = 20, warmup: int = 3) -> Spread:
+    """Seconds per call after `warmup` calls that are thrown away."""
+    device = torch.device(device)
+    for _ in range(warmup):
+        fn()
+    return Spread.of(stopwatch(fn, device) for _ in range(rounds))
+
+
+def ratio(
+    fn: Callable[[], Any],
+    other: Callable[[], Any],
+    device: str | torch.device = "cpu",
+    rounds: int = 20,
+    warmup: int = 3,
+) -> Spread:
+    """How many times faster `fn` is than `other`: time of `other` / time of `fn`, pair by pair.
+
+    The two run in turns, and which one begins alternates: drift of clock speed or load falls on both.
+    """
+    device = torch.device(device)
+    for _ in range(warmup):
+        fn()
+        other()
+    quotients = []
+    for k in range(rounds):
+        first, second = (fn, other) if k % 2 == 0 else (other, fn)
+        a, b = stopwatch(first, device), stopwatch(second, device)
+        quotients.append(b / a if k % 2 == 0 else a / b)
+    return Spread.of(quotients)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def peak_memory(fn: Callable[[], Any], device: str | torch.device = "cpu", resident: Iterable[Tensor] = ()) -> int:
+    """Largest number of bytes alive at once while `fn` runs.
+
+    On a GPU, of everything the caching allocator has handed out (`torch.cuda.max_memory_allocated`). Elsewhere, of the
+    distinct storages of `resident` and of all tensors that operators read or return, each from its first appearance
+    until it is freed; scratch memory inside one operator is not seen.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        fn()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    ledger = _Ledger(resident)
+    with ledger:
+        fn()
+    return ledger.peak
+
+
+class _Ledger(TorchDispatchMode):
+    """Bytes of the storages that are alive."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, resident: Iterable[Tensor]):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.alive: set[int] = set()
+        self.enter(resident)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.enter(tree_leaves((args, kwargs or {})))
+        out = func(*args, **(kwargs or {}))
+        self.enter(tree_leaves(out))
+        return out
+
+    def enter(self, values: Iterable[Any]) -> None:
+        for v in values:
+            if isinstance(v, Tensor) and (key := (storage := v.untyped_storage())._cdata) not in self.alive:
+                self.alive.add(key)
+                self.bytes += storage.nbytes()
+                self.peak = max(self.peak, self.bytes)
+                weakref.finalize(storage, self.leave, key, storage.nbytes()).atexit = False
+
+    def leave(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.bytes -= size
+
+
+# ---- share of the device's peak -------------------------------------------------------------------------------------
+
+# Dense bf16 FLOP/s with fp32 accumulation, from the makers' data sheets (half of the figure "with sparsity").
+# A name is looked up as `torch.cuda.get_device_name` gives it; the first pattern found decides.
+_PEAKS = (
+    (r"H100 PCIe", 756e12),  # NVIDIA H100 data sheet
+    (r"H100 NVL", 835e12),
+    (r"\b(H100|H800|H200|GH200)\b", 989e12),  # SXM; H200 and GH200 share the die
+    (r"\bH20\b", 148e12),
+    (r"\b(A100|A800)\b", 312e12),  # NVIDIA A100 data sheet
+    (r"\bGB200\b", 2500e12),  # NVIDIA GB200 NVL72 data sheet, per GPU
+    (r"\b(B200|B300)\b", 2250e12),  # NVIDIA HGX B200 and B300 data sheets
+    (r"\bL40S\b", 362e12),  # NVIDIA L40S data sheet
+    (r"\bL40\b", 181e12),
+    (r"\bL4\b", 121e12),
+    (r"\bA40\b", 149.7e12),
+    (r"RTX A6000\b", 154.8e12),
+    (r"\bA10\b", 125e12),  # the A10G of cloud machines is another chip
+    (r"RTX 5090\b(?! D)", 209.5e12),  # NVIDIA RTX Blackwell white paper
+    (r"RTX 4090\b(?! D)", 165.2e12),  # NVIDIA Ada white paper
+    (r"RTX 3090\b(?! Ti)", 71e12),  # NVIDIA Ampere GA102 white paper
+    (r"\b(MI300X|MI325X)\b", 1307.4e12),  # AMD data sheets
+)
+
+
+def peak_flops(name: str) -> float | None:
+    """Dense bf16 peak of a device in FLOP/s by its name; None if it is unknown, a laptop part or a MIG slice."""
+    if re.search(r"\b(MIG|Laptop|Max-Q)\b", name):
+        return None
+    return next((peak for pattern, peak in _PEAKS if re.search(pattern, name)), None)
+
+
+def mfu(flops: float, seconds: float, name: str) -> float | None:
+    """Share of a device's bf16 peak, 0 to 1, that `flops` of useful work in `seconds` amount to; None: peak unknown."""
+    peak = peak_flops(name)
+    return None if peak is None else flops / seconds / peak
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+GROUPS = {"backbone": None, "sampler": None, "edits": "none"}  # of configs/, with the name that is read by default
+SHORT = {"guidance": "sampler.guidance", "sampler.steps": "sampler.solver.steps"}
+EXAMPLES = """examples:
+  python -m edit.cost backbone=dit_xl_2
+  python -m edit.cost backbone=dit_xl_2 edits=depth edits.depth.ratio=0.5 sampler=ddpm sampler.steps=50 guidance=1.5
+  python -m edit.cost backbone=dit_s_2 batch=8 --latency --device cuda
+  python -m edit.cost artifact=runs/digits --latency --json
+
+keys:
+  backbone=NAME, backbone.FIELD=VALUE   a file of configs/backbone, and changes to it
+  artifact=FOLDER                       instead of a backbone: what a run has left
+  edits=NAME, edits.EDIT.FIELD=VALUE    a file of configs/edits, applied to the backbone
+  sampler=NAME, sampler.steps=N         a file of configs/sampler; by default 50 steps of Euler or DDIM, or the artifact's
+  guidance=W                            1: the conditional prediction alone
+  batch=N                               samples at a time; counts are per sample"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 if all went well, 2 after one sentence on stderr about what the user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m edit.cost",
+        description="Parameters, executed MACs and, if asked, latency and memory of a backbone or an artifact.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="what to count, see below")
+    parser.add_argument("--latency", action="store_true", help="time forward and generation, measure peak memory")
+    parser.add_argument("--rounds", type=int, default=10, help="timed calls of each (10)")
+    parser.add_argument("--real", action="store_true", help="count a run with weights: for data-dependent edits")
+    parser.add_argument("--device", default="cpu", help="to run on with --latency or --real (cpu)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    configs = Path(__file__).parents[1] / "configs"
+    parser.add_argument("--configs", type=Path, default=configs, help="folder of the configuration groups")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        report = resolve(args)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(report, indent=2)) if args.json else show(report)
+    return 0
+
+
+def resolve(args: argparse.Namespace) -> dict[str, Any]:
+    """Build what the settings name, and count it."""
+    chosen: dict[str, str] = {}
+    changes: dict[str, Any] = {}
+    for setting in args.settings:
+        key, equals, text = setting.partition("=")
+        key = SHORT.get(key, key)
+        root, dot, _ = key.partition(".")
+        known = (*GROUPS, "artifact", "batch")
+        if not equals or root not in known or (dot and root not in GROUPS):
+            close = difflib.get_close_matches(root, (*known, *SHORT), 1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join((*known, 'guidance'))}"
+            raise ValueError(f"{setting} is no setting of the form key=value: {hint}")
+        if dot:
+            changes[key] = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+        else:
+            chosen[root] = text
+    if ("backbone" in chosen) == ("artifact" in chosen):
+        raise ValueError("say what to count: backbone=<name> or artifact=<folder>, one of the two")
+    if not (batch := chosen.get("batch", "1")).isdigit() or int(batch) < 1:
+        raise ValueError(f"batch is a number of samples, at least 1, got {batch}")
+    if (args.rounds < 1) and args.latency:
+        raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
+
+    def group(name: str, default: Any = None) -> Any:
+        mine = {k: v for k, v in changes.items() if k.startswith(f"{name}.")}
+        value = from_file(args.configs, name, chosen[name]) if name in chosen else default
+        return changed(value, name, mine)
+
+    if "artifact" in chosen:
+        if fixed := [k for k in (*chosen, *changes) if k.startswith(("backbone", "edits"))]:
+            raise ValueError(f"an artifact has its own backbone and edits: leave {fixed[0]} out, or count a backbone")
+        artifact = load(chosen["artifact"], args.device)
+        denoiser, objective, default = artifact.denoiser, artifact.objective, artifact.sampler
+    else:
+        spec, edits = group("backbone"), group("edits", {})
+        weights = args.latency or args.real
+        with torch.device(args.device if weights else "meta"):
+            denoiser = editing.apply(spec.build(), edits, fresh=weights).eval()
+        objective = default_objective(denoiser)
+        default = default_sampler(objective)
+    sampler = group("sampler", default)
+    counted = cost(
+        denoiser, sampler, objective, batch=int(batch), real=args.real, rounds=args.rounds if args.latency else 0
+    )
+    what = {k: chosen[k] for k in ("backbone", "artifact", "edits") if k in chosen}
+    return {**what, **changes, "sampler": editing.describe(sampler), **counted.as_dict()}
+
+
+def from_file(configs: Path, group: str, name: str) -> Any:
+    """The object that a file of a configuration group describes.
+
+    Raises:
+        FileNotFoundError: if there is no such file, with the nearest names
+    """
+    path = configs / group / f"{name}.yaml"
+    if not path.is_file():
+        names = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        if not names:
+            raise FileNotFoundError(f"no {group} files in {path.parent}: give the folder with --configs")
+        close = difflib.get_close_matches(name, names, 3) or names
+        raise FileNotFoundError(f"no {group} named {name}: the nearest are {', '.join(close)}")
+    return editing.rebuild(OmegaConf.to_container(OmegaConf.load(path), resolve=True))
+
+
+def changed(value: Any, name: str, changes: Mapping[str, Any]) -> Any:
+    """A dataclass, or a mapping of them, with fields changed by their dotted names.
+
+    Raises:
+        ValueError: if there is no such field, or it is of another type
+    """
+    if not changes:
+        return value
+    tree = {name: {k: editing.describe(v) for k, v in value.items()} if isinstance(value, Mapping) else editing.describe(value)}
+    for path, new in changes.items():
+        *parents, last = path.split(".")
+        node: Any = tree
+        for key in parents:
+            node = node.get(key, {}) if isinstance(node, Mapping) else {}
+        if last not in node:
+            options = [k for k in node if k != "_target_"]
+            close = difflib.get_close_matches(last, options, 3) or options
+            raise ValueError(f"{path}: there is no such setting; the nearest are {', '.join(close) or 'none'}")
+        old = node[last]
+        number = isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool)
+        if old is not None and not number and type(new) is not type(old):
+            raise ValueError(f"{path} takes {type(old).__name__}, such as {old}, got {new!r}")
+        node[last] = new
+    return editing.rebuild(tree[name])
+
+
+def show(report: Mapping[str, Any]) -> None:
+    """Print a report as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    r, n = report, report["batch"]
+    table = Table("cost", "", title=f"{r.get('backbone') or r.get('artifact')} on {r['device']}", title_justify="left")
+    table.add_row("parameters", f"{r['parameters'] / 1e6:,.2f} M")
+    table.add_row("  read by a forward", f"{r['activated'] / 1e6:,.2f} M")
+    table.add_row("  fixed tables", f"{r['buffers'] / 1e6:,.2f} M")
+    table.add_row("MACs per forward", f"{r['macs'] / 1e9:,.3f} G")
+    table.add_row("forwards per image", f"{r['evaluations']}")
+    table.add_row("MACs per image", f"{r['macs_per_image'] / 1e9:,.2f} G")
+    table.add_row("training FLOPs per image", f"{r['training_flops'] / 1e9:,.2f} G")
+    for key, label in (("forward", f"seconds per forward of {n}"), ("generation", f"seconds per image, {n} at a time")):
+        if r[key]:
+            s = r[key]
+            table.add_row(label, f"{s['median']:.4g} (quartiles {s['low']:.4g} to {s['high']:.4g}, n={s['count']})")
+    if r["forward"] and (share := mfu(2 * r["macs"] * n, r["forward"]["median"], r["device"])) is not None:
+        table.add_row("share of the bf16 peak", f"{share:.1%}")
+    if r["peak_memory"]:
+        table.add_row(f"peak memory, generating {n}", f"{r['peak_memory'] / 2**20:,.1f} MiB")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,229 @@
+"""The recipe: equal losses however the work is divided, what a run leaves, and what stops it."""
+
+import json
+import math
+
+import pytest
+import torch
+from runs import TWO_RANKS, losses, rows, train, train_ranks
+
+import edit
+from edit.denoiser import Condition
+from edit.objectives import Term
+from recipes.callbacks import newest
+from recipes.config import UserError
+
+
+def close(a, b, tolerance):
+    return max(abs(float(x) - float(y)) for x, y in zip(a, b, strict=True)) < tolerance
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_train_as_one_process_at_the_same_global_batch(tmp_path, strategy):
+    train(tmp_path, "name=one", "data.batch_size=16")
+    train_ranks(tmp_path, f"name={strategy}", f"trainer={strategy}", *TWO_RANKS, "data.batch_size=8", world=2)
+    # the same samples, times and noise; only the order of fp32 sums differs, which AdamW can amplify a little
+    assert close(losses(tmp_path, "one"), losses(tmp_path, strategy), 2e-5)
+    assert close(*([r["grad_norm"] for r in rows(tmp_path, n)] for n in ("one", strategy)), 2e-4)
+    one, two = (edit.load(tmp_path / n).denoiser.state_dict() for n in ("one", strategy))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=0, atol=2e-3)  # lr: one AdamW step of noise-level gradients
+
+
+def test_accumulation_is_the_larger_batch(tmp_path):
+    train(tmp_path, "name=large", "data.batch_size=16")
+    train(tmp_path, "name=small", "data.batch_size=4", "trainer.accumulate=4")
+    assert close(losses(tmp_path, "large"), losses(tmp_path, "small"), 2e-5)
+
+
+def test_gradient_checkpointing_changes_memory_not_losses(tmp_path):
+    train(tmp_path, "name=plain")
+    train(tmp_path, "name=recomputed", "trainer.gradient_checkpointing=true")
+    assert losses(tmp_path, "plain") == losses(tmp_path, "recomputed")
+
+
+def test_bf16_trains_near_fp32(tmp_path):
+    train(tmp_path, "name=full")
+    train(tmp_path, "name=half", "trainer.precision=bf16-mixed")
+    assert losses(tmp_path, "full") != losses(tmp_path, "half")
+    assert close(losses(tmp_path, "full"), losses(tmp_path, "half"), 0.05)  # bf16 carries 8 bits
+
+
+def test_the_schedule_warms_up_and_follows_the_cosine_to_zero(tmp_path):
+    train(tmp_path, "name=a", "optimizer.warmup=4", "optimizer.lr=0.01")
+    rates = [float(r["lr"]) for r in rows(tmp_path, "a")]  # after each of 12 steps: the rate of the next one
+    assert rates[:3] == pytest.approx([0.005, 0.0075, 0.01])
+    expected = [0.005 * (1 + math.cos(math.pi * (k - 4) / 8)) for k in range(4, 13)]
+    assert rates[3:] == pytest.approx(expected, abs=1e-9)
+
+
+def test_optimizer_groups_scale_the_rate_of_matching_parameters(tmp_path):
+    train(tmp_path, "name=a", "+optimizer.groups.x_embedder={lr_scale: 0.0, weight_decay: 0.0}", "ema.ramp=true")
+    trained = edit.load(tmp_path / "a").denoiser.model
+    torch.manual_seed(0)
+    fresh = edit.checkpoint.skeleton(tmp_path / "a").from_config(edit.load(tmp_path / "a").denoiser.config).model
+    assert torch.equal(trained.x_embedder.proj.weight, fresh.x_embedder.proj.weight)
+    assert not torch.equal(trained.blocks[0].attn.qkv.weight, fresh.blocks[0].attn.qkv.weight)
+    with pytest.raises(ValueError, match="no trainable parameter's name matches 'nothing'"):
+        train(tmp_path, "name=b", "+optimizer.groups.nothing={lr_scale: 2.0}")
+
+
+def test_the_artifact_is_the_average_and_stock_diffusers_loads_it(tmp_path):
+    from diffusers import DiTTransformer2DModel
+
+    train(tmp_path, "name=a")
+    artifact = edit.load(tmp_path / "a")
+    kept = torch.load(newest(tmp_path / "a" / "checkpoints"), weights_only=True)["state_dict"]
+    for key, value in artifact.denoiser.state_dict().items():
+        assert torch.equal(value, kept[f"ema.{key}"]), key
+    stock = DiTTransformer2DModel.from_pretrained(tmp_path / "a" / "artifact")
+    x, t, label = torch.randn(4, 1, 8, 8), torch.rand(4), torch.arange(4)
+    with torch.no_grad():
+        ours = artifact.denoiser(x, t, Condition(label=label)).sample
+        torch.testing.assert_close(ours, stock(x, t, label).sample, rtol=0, atol=1e-5)
+    assert "_class_name" not in json.loads((tmp_path / "a" / "artifact" / "edits.json").read_text())
+    assert artifact.run["step"] == 12 and artifact.data["_target_"] == "data.digits.Digits"
+
+
+def test_the_average_follows_its_definition(tmp_path):
+    """One step: ema_1 = d ema_0 + (1 - d) p_1 with the ramped decay d = 1 / 10."""
+    train(tmp_path, "name=a", "trainer.max_steps=1", "ema.decay=0.5", "ema.ramp=true")
+    kept = torch.load(newest(tmp_path / "a" / "checkpoints"), weights_only=True)["state_dict"]
+    torch.manual_seed(0)
+    fresh = edit.checkpoint.skeleton(tmp_path / "a").from_config(edit.load(tmp_path / "a").denoiser.config)
+    for key, start in fresh.named_parameters():
+        expected = 0.1 * start + 0.9 * kept[f"denoiser.{key}"]
+        torch.testing.assert_close(kept[f"ema.{key}"], expected.detach(), rtol=0, atol=1e-6)
+
+
+def test_edits_and_init_train_only_what_they_leave_open(tmp_path):
+    train(tmp_path, "name=base")
+    base = edit.load(tmp_path / "base").denoiser.model.state_dict()
+    train(tmp_path, "name=lora", "edits=lora", f"init={tmp_path}/base", "edits.lora.rank=2")
+    tuned = edit.load(tmp_path / "lora").denoiser
+    for key, value in tuned.model.state_dict().items():
+        stock = key.replace(".base_layer.", ".")
+        if ".lora_" not in key:
+            assert torch.equal(value, base[stock]), key
+    assert any(".lora_B." in k and v.abs().sum() > 0 for k, v in tuned.model.state_dict().items())
+
+
+def test_init_from_another_backbone_is_refused_by_the_field_that_differs(tmp_path):
+    train(tmp_path, "name=base")
+    with pytest.raises(UserError, match="depth=2, the backbone group says 3"):
+        train(tmp_path, "name=other", f"init={tmp_path}/base", "backbone.depth=3")
+
+
+class Explode:
+    """Turns the loss into NaN from a step on."""
+
+    def __init__(self, monkeypatch, from_step, to_step=10**9):
+        from recipes.diffusion import Diffusion
+
+        step = Diffusion.training_step
+
+        def poisoned(module, batch, index):
+            bad = from_step <= module.trainer.global_step < to_step
+            return step(module, batch, index) * (math.nan if bad else 1.0)
+
+        monkeypatch.setattr(Diffusion, "training_step", poisoned)
+
+
+def test_a_step_without_finite_gradient_is_skipped_and_counted(tmp_path, monkeypatch):
+    Explode(monkeypatch, 5, 7)
+    train(tmp_path, "name=a", "checkpoint.every=1", "checkpoint.keep=20")
+    assert [r["skipped_steps"] for r in rows(tmp_path, "a")][3:9] == ["0.0", "0.0", "1.0", "2.0", "2.0", "2.0"]
+    states = [
+        torch.load(tmp_path / "a" / "checkpoints" / f"step_{k:08d}.ckpt", weights_only=True)["state_dict"]
+        for k in (5, 7, 8)
+    ]
+    key = "denoiser.model.blocks.0.attn.qkv.weight"
+    assert torch.equal(states[0][key], states[1][key]), "skipped steps leave the weights alone"
+    assert not torch.equal(states[1][key], states[2][key]) and states[2][key].isfinite().all()
+
+
+def test_gradients_that_stay_infinite_end_the_run_in_one_sentence(tmp_path, monkeypatch):
+    Explode(monkeypatch, 3)
+    with pytest.raises(UserError, match="gradient was not finite in the last .* steps.*lower optimizer.lr") as error:
+        train(tmp_path, "name=a", "trainer.max_steps=40")
+    assert "\n" not in str(error.value)
+
+
+def test_terms_see_taps_and_train_their_own_parameters(tmp_path):
+    """A real small term: regress a projection of a unit's tokens onto the mean pixel."""
+    from dataclasses import dataclass
+
+    @dataclass
+    class MeanPixel(Term):
+        taps: tuple = (1,)
+
+        def build(self, denoiser):
+            return torch.nn.Linear(32, 1)
+
+        def losses(self, output, batch, t, step, own):
+            guess = own(output.trace["unit.1"]).mean((1, 2))
+            return {"mean_pixel": 0.1 * (guess - batch["x"].mean((1, 2, 3))) ** 2}
+
+    from recipes.diffusion import Diffusion
+
+    build = Diffusion.__init__
+
+    def with_term(self, *args, **kwargs):
+        build(self, *args, **{**kwargs, "terms": {"mean": MeanPixel()}})
+
+    Diffusion.__init__ = with_term
+    try:
+        train(tmp_path, "name=a")
+    finally:
+        Diffusion.__init__ = build
+    first, last = rows(tmp_path, "a")[0], rows(tmp_path, "a")[-1]
+    assert {"train/loss", "train/flow", "train/mean_pixel"} <= first.keys()
+    total = float(last["train/flow"]) + float(last["train/mean_pixel"])
+    assert float(last["train/loss"]) == pytest.approx(total, rel=1e-5)
+    kept = torch.load(newest(tmp_path / "a" / "checkpoints"), weights_only=True)["state_dict"]
+    assert "own.mean.weight" in kept
+
+
+def test_previews_are_pictures_of_the_grid(tmp_path):
+    from PIL import Image
+
+    train(tmp_path, "name=a", "preview.every=6", "preview.count=20", "sampler.solver.steps=2")
+    pictures = sorted(p.name for p in (tmp_path / "a" / "samples").iterdir())
+    assert pictures == ["step_000006.png", "step_000012.png"]
+    image = Image.open(tmp_path / "a" / "samples" / "step_000012.png")
+    assert image.mode == "RGB" and image.width > image.height  # 10 columns, 2 rows
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        (("backbone.input_size=16",), "samples of 1x8x8, the backbone takes 1x16x16"),
+        (("backbone.num_classes=5",), "the data has 10 classes, the backbone 5"),
+        (("trainer.devices=2",), "strategy=single uses one device.*trainer=ddp"),
+        (("trainer.accelerator=gpu",), "torch sees no GPU"),
+        (("init=nowhere",), "no artifact at nowhere"),
+        (("init=nowhere.pt",), "no checkpoint at nowhere.pt"),
+        (("backbone.num_heads=3",), "num_heads 3 does not divide hidden_size 32"),
+        (("trainer=zero2", "trainer.accelerator=cpu", "trainer.devices=1"), "runs on GPUs"),
+        (("edits=lora", "edits.lora.targets=[nothing]"), "no linear layer's name ends in 'nothing'"),
+        (("edits=depth", "edits.depth.ratio=1.5"), "share to drop"),
+        (("sampler=ddpm", "preview.every=12"), "this model predicts a velocity"),
+    ],
+    ids=lambda v: v[0] if isinstance(v, tuple) else None,
+)
+def test_impossible_combinations_are_refused_in_one_sentence(tmp_path, overrides, sentence):
+    if "accelerator=gpu" in overrides[0] and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(Exception, match=sentence) as error:
+        train(tmp_path, "name=a", *overrides)
+    inner = error.value.__cause__ or error.value
+    assert isinstance(inner, UserError | ValueError | FileNotFoundError)
+
+
+def test_a_launcher_that_starts_too_few_processes_is_caught(tmp_path, monkeypatch):
+    """sbatch without srun: one task where two devices were asked for."""
+    for name, value in {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "job", "SLURM_NTASKS": "1", "SLURM_PROCID": "0",
+                        "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="srun"):
+        train(tmp_path, "name=a", "trainer=ddp", *TWO_RANKS)
