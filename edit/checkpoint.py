@@ -83,17 +83,6 @@ def save(
     path = Path(path)
     stock, own = split_state(denoiser, denoiser.state_dict() if state is None else state)
     config, stock = denoiser.to_stock(denoiser.config, stock)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_torch_state_dict(
-        {k: _plain(v, dtype) for k, v in stock.items()},
-        temporary,
-        filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    if own:
-        save_file({k: _plain(v, dtype) for k, v in own.items()}, temporary / "edits.safetensors")
     description = {
         "format": FORMAT,
         "backbone": f"{denoiser.family.__module__}.{denoiser.family.__qualname__}",
@@ -105,8 +94,23 @@ def save(
         "data": dict(data or {}),
         "run": dict(run or {}),
     }
-    for name, content in (("config.json", config), ("edits.json", description)):
-        (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_torch_state_dict(
+            {k: _plain(v, dtype) for k, v in stock.items()},
+            temporary,
+            filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+        if own:
+            save_file({k: _plain(v, dtype) for k, v in own.items()}, temporary / "edits.safetensors")
+        for name, content in (("config.json", config), ("edits.json", description)):
+            (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk is not left fuller
+        raise
     if path.exists():
         old = path.with_name(f"{path.name}.old-{os.getpid()}")
         os.replace(path, old)
@@ -187,7 +191,11 @@ def skeleton(path: str | os.PathLike, trusted: tuple[str, ...] = ()) -> Denoiser
     live = {name: editing.rebuild(node, trusted) for name, node in description["edits"].items()}
     with torch.device("meta"):
         base = description["base"] or family.from_stock(_read_json(path / "config.json"), _Headers(path))[0]
-        denoiser = editing.apply(family.from_config(base), live, fresh=False)
+        try:
+            denoiser = family.from_config(base)
+        except TypeError as error:
+            raise ValueError(f"the artifact's base does not fit this version of {family.name}: {error}") from error
+        editing.apply(denoiser, live, fresh=False)
     denoiser.folded = list(description["folded"])
     return denoiser
 
@@ -198,7 +206,12 @@ def _read_description(path: Path) -> dict[str, Any]:
     description = _read_json(path / "edits.json")
     if description.get("format") != FORMAT:
         raise ValueError(f"{path} has artifact format {description.get('format')}, this version of edit reads {FORMAT}")
+    if missing := [k for k in _PARTS if k not in description]:
+        raise ValueError(f"{path / 'edits.json'} has no {missing[0]}: the artifact is not whole")
     return description
+
+
+_PARTS = ("backbone", "base", "edits", "folded", "objective", "sampler", "data", "run")
 
 
 def load_weights(denoiser: Denoiser, path: Path) -> None:
@@ -248,7 +261,10 @@ def load_official(denoiser: Denoiser, path: str | os.PathLike) -> None:
         raise ValueError(
             f"{path} cannot be read as a checkpoint of tensors alone: {error.__class__.__name__}"
         ) from error
-    denoiser.model.load_state_dict(from_official(checkpoint, denoiser.spec), assign=False)
+    state = from_official(checkpoint, denoiser.spec)
+    if denoiser.model.pos_embed.is_meta:
+        denoiser.model.to_empty(device="cpu")
+    denoiser.model.load_state_dict(state)
 
 
 def find(path: str | os.PathLike) -> Path:

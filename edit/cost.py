@@ -25,6 +25,8 @@ from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -172,7 +174,9 @@ def twin(denoiser: Denoiser) -> Denoiser:
     """The same denoiser, edits included, without weights: on the meta device and in eval mode."""
     if _device(denoiser).type == "meta":
         return denoiser.eval()
-    live = {name: editing.rebuild(editing.describe(e), trusted=_homes(denoiser)) for name, e in denoiser.applied.items()}
+    live = {
+        name: editing.rebuild(editing.describe(e), trusted=_homes(denoiser)) for name, e in denoiser.applied.items()
+    }
     with torch.device("meta"):
         return editing.apply(denoiser.family.from_config(denoiser.base), live, fresh=False).eval()
 
@@ -242,7 +246,9 @@ class _Meter:
             if self.device.type != "meta":
                 raise
             reason = str(error).splitlines()[0]
-            raise ValueError(f"{self.denoiser.name} cannot be counted without weights, count a real run: {reason}") from error
+            raise ValueError(
+                f"{self.denoiser.name} cannot be counted without weights, count a real run: {reason}"
+            ) from error
         return flops.get_total_flops() // 2, out
 
     def total(self) -> Count:
@@ -440,7 +446,6 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 GROUPS = {"backbone": None, "sampler": None, "edits": "none"}  # of configs/, with the name that is read by default
@@ -478,7 +483,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--configs", type=Path, default=configs, help="folder of the configuration groups")
     args = parser.parse_intermixed_args(argv)
     try:
-        report = resolve(args)
+        with Console(stderr=True).status("counting"):
+            report = resolve(args)
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -500,7 +506,7 @@ def resolve(args: argparse.Namespace) -> dict[str, Any]:
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join((*known, 'guidance'))}"
             raise ValueError(f"{setting} is no setting of the form key=value: {hint}")
         if dot:
-            changes[key] = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+            changes[key] = parsed(text)
         else:
             chosen[root] = text
     if ("backbone" in chosen) == ("artifact" in chosen):
@@ -535,6 +541,14 @@ def resolve(args: argparse.Namespace) -> dict[str, Any]:
     return {**what, **changes, "sampler": editing.describe(sampler), **counted.as_dict()}
 
 
+def parsed(text: str) -> Any:
+    """A number, true, false, null or a list as JSON writes it; anything else is a word."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
 def from_file(configs: Path, group: str, name: str) -> Any:
     """The object that a file of a configuration group describes.
 
@@ -559,7 +573,11 @@ def changed(value: Any, name: str, changes: Mapping[str, Any]) -> Any:
     """
     if not changes:
         return value
-    tree = {name: {k: editing.describe(v) for k, v in value.items()} if isinstance(value, Mapping) else editing.describe(value)}
+    tree = {
+        name: {k: editing.describe(v) for k, v in value.items()}
+        if isinstance(value, Mapping)
+        else editing.describe(value)
+    }
     for path, new in changes.items():
         *parents, last = path.split(".")
         node: Any = tree
@@ -579,18 +597,15 @@ def changed(value: Any, name: str, changes: Mapping[str, Any]) -> Any:
 
 def show(report: Mapping[str, Any]) -> None:
     """Print a report as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
     r, n = report, report["batch"]
     table = Table("cost", "", title=f"{r.get('backbone') or r.get('artifact')} on {r['device']}", title_justify="left")
-    table.add_row("parameters", f"{r['parameters'] / 1e6:,.2f} M")
-    table.add_row("  read by a forward", f"{r['activated'] / 1e6:,.2f} M")
-    table.add_row("  fixed tables", f"{r['buffers'] / 1e6:,.2f} M")
-    table.add_row("MACs per forward", f"{r['macs'] / 1e9:,.3f} G")
+    table.add_row("parameters", short(r["parameters"]))
+    table.add_row("  read by a forward", short(r["activated"]))
+    table.add_row("elements of fixed tables", short(r["buffers"]))
+    table.add_row("MACs per forward", short(r["macs"]))
     table.add_row("forwards per image", f"{r['evaluations']}")
-    table.add_row("MACs per image", f"{r['macs_per_image'] / 1e9:,.2f} G")
-    table.add_row("training FLOPs per image", f"{r['training_flops'] / 1e9:,.2f} G")
+    table.add_row("MACs per image", short(r["macs_per_image"]))
+    table.add_row("training FLOPs per image", short(r["training_flops"]))
     for key, label in (("forward", f"seconds per forward of {n}"), ("generation", f"seconds per image, {n} at a time")):
         if r[key]:
             s = r[key]
@@ -600,6 +615,14 @@ def show(report: Mapping[str, Any]) -> None:
     if r["peak_memory"]:
         table.add_row(f"peak memory, generating {n}", f"{r['peak_memory'] / 2**20:,.1f} MiB")
     Console().print(table)
+
+
+def short(n: float) -> str:
+    """A count with its SI prefix: 118,621,421,568 -> 118.62 G."""
+    for scale, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if n >= scale:
+            return f"{n / scale:.2f}{prefix}"
+    return f"{n:.0f}"
 
 
 if __name__ == "__main__":

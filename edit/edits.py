@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from importlib import import_module
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
@@ -64,11 +65,13 @@ def apply(denoiser: Denoiser, edits: Mapping[str, Edit], fresh: bool = True) -> 
         fresh: call each edit's `initialise`; False when weights are loaded afterwards
 
     Raises:
-        ValueError: if a name is taken, or two edits cannot live together (both are named)
+        ValueError: if a name is taken or impossible, or two edits cannot live together (both are named)
     """
     for name, new in edits.items():
         if name in denoiser.applied:
             raise ValueError(f"an edit named {name!r} is already applied; give the second one another name")
+        if not name or "." in name or hasattr(denoiser.edits, name):  # torch would refuse it after the surgery
+            raise ValueError(f"an edit cannot be named {name!r}: that is part of torch's own names; choose another")
         if not is_dataclass(new):
             raise TypeError(f"{type(new).__name__} is not a dataclass: an edit is data, its fields are stored")
         for other_name, other in denoiser.applied.items():
@@ -81,6 +84,7 @@ def apply(denoiser: Denoiser, edits: Mapping[str, Edit], fresh: bool = True) -> 
         if own is not None:
             denoiser.edits[name] = own
         denoiser.applied[name] = new
+        denoiser.train(denoiser.training)  # new modules are born in training mode
         if fresh:
             new.initialise(denoiser)
     return denoiser
@@ -90,7 +94,8 @@ def fold(denoiser: Denoiser, *names: str) -> Denoiser:
     """Make applied edits permanent, the last applied first; without names, all that are applied.
 
     Raises:
-        ValueError: if a name is not applied, if an edit applied later is left live, or if an edit cannot be folded
+        ValueError: if a name is not applied, if an edit applied later is left live, if an edit cannot be folded, or if
+            what stays live could not be applied again to what is left
     """
     names = names or tuple(denoiser.applied)
     if unknown := [n for n in names if n not in denoiser.applied]:
@@ -105,9 +110,26 @@ def fold(denoiser: Denoiser, *names: str) -> Denoiser:
         denoiser.folded.insert(0, {"name": name, **describe(denoiser.applied.pop(name))})
         if name in denoiser.edits:
             del denoiser.edits[name]
-    if not denoiser.applied:
-        denoiser.base = denoiser.config
+    denoiser.base = _base(denoiser)
     return denoiser
+
+
+def _base(denoiser: Denoiser) -> dict:
+    """The configuration to which the live edits are applied again on reading.
+
+    The one of before, unless what was folded had changed the structure above them; then the present one.
+    """
+    for base in (denoiser.base, denoiser.config):
+        try:
+            with torch.device("meta"):
+                live = {name: replace(e) for name, e in denoiser.applied.items()}  # type: ignore[type-var]
+                twin = apply(denoiser.family.from_config(base), live, fresh=False)
+        except ValueError:
+            continue
+        if twin.config == denoiser.config:
+            return base
+    live = ", ".join(denoiser.applied)
+    raise ValueError(f"{live} cannot stay live under what was folded, both change the structure: fold them together")
 
 
 def describe(value: Any) -> dict[str, Any]:
@@ -139,6 +161,8 @@ def rebuild(node: Any, trusted: tuple[str, ...] = ()) -> Any:
     if "_target_" not in node:
         return {k: rebuild(v, trusted) for k, v in node.items()}
     path = node["_target_"]
+    if not isinstance(path, str):
+        raise ValueError(f"the artifact holds {path!r} where an import path was expected")
     module, _, name = path.rpartition(".")
     if module.split(".")[0] not in ("edit", *trusted):
         raise ValueError(f"the artifact asks for {path}, outside of `edit`: trust its package to allow that")

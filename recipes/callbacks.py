@@ -117,9 +117,7 @@ class ProgressBar(StepCallback):
         if self.console.is_terminal:
             columns = ["training", BarColumn(), MofNCompleteColumn(), "loss {task.fields[loss]}"]
             columns += ["{task.fields[speed]} images/s", TimeElapsedColumn(), "left", TimeRemainingColumn()]
-            self.bar = Progress(
-                *(TextColumn(c) if isinstance(c, str) else c for c in columns), console=self.console
-            )
+            self.bar = Progress(*(TextColumn(c) if isinstance(c, str) else c for c in columns), console=self.console)
             self.task = self.bar.add_task(
                 "", total=trainer.max_steps, completed=trainer.global_step, loss="-", speed="-"
             )

@@ -1,8 +1,8 @@
 """Diffusion training: one denoiser, one objective, any edits and terms. The step reads as the algorithm.
 
-Loop, devices, precision, accumulation and strategies are Lightning's (`recipes/trainer.py`). What is random in a step is
-a pure function of (seed, number of the sample in the run), so that resuming is exact, and the loss does not depend on how
-many ranks share a batch.
+Loop, devices, precision, accumulation and strategies are Lightning's (`recipes/trainer.py`). What is random in a step
+is a pure function of (seed, number of the sample in the run), so that resuming is exact, and the loss does not depend
+on how many ranks share a batch.
 """
 
 from __future__ import annotations
@@ -229,9 +229,10 @@ class Diffusion(pl.LightningModule):
         k = self.trainer.global_step
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         decay = min(self.ema_decay, (1 + k) / (10 + k)) if self.ema_ramp else self.ema_decay
-        pairs = [(e, p) for e, p in zip(self.ema.parameters(), self.denoiser.parameters(), strict=True) if p.requires_grad]
+        both = zip(self.ema.parameters(), self.denoiser.parameters(), strict=True)
+        averages, values = zip(*((local(e), local(p)) for e, p in both if p.requires_grad), strict=True)
         with torch.no_grad():
-            torch._foreach_lerp_([local(e) for e, _ in pairs], [local(p) for _, p in pairs], 1 - decay)
+            torch._foreach_lerp_(averages, values, 1 - decay)
 
     def check_progress(self) -> None:
         """Called where values are read for the log anyway.

@@ -1,7 +1,7 @@
 """Where numbers and pictures go: `metrics.csv` always, W&B and TensorBoard when asked.
 
-W&B never prompts and never hangs: without a key, or without a network within ten seconds, an online run becomes an offline
-one and says so. A resumed run continues under the same id.
+W&B never prompts and never hangs: without a key, or without a network within ten seconds, an online run becomes an
+offline one and says so. A resumed run continues under the same id.
 """
 
 from __future__ import annotations
@@ -24,13 +24,18 @@ from recipes.config import LoggerConfig, UserError
 class CSVLogger(Logger):
     """One row per logged step, flushed at once. Lightning's own would delete the rows of an earlier attempt."""
 
-    name = "csv"
-    version = ""
-
     def __init__(self, path: Path):
         super().__init__()
         self.path = path
         self.columns: list[str] = []
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
 
     @rank_zero_only
     def resume(self, step: int) -> None:

@@ -58,6 +58,8 @@ def make_strategy(t: TrainerConfig, devices: int) -> Strategy | str:
             save_distributed_checkpoint=False,
             process_group_backend=backend,
         )
+    if backend == "gloo":
+        raise UserError(f"trainer={t.strategy} runs on GPUs (Lightning's DeepSpeed has no CPU): use trainer=fsdp2 here")
     from lightning.pytorch.strategies import DeepSpeedStrategy
 
     return DeepSpeedStrategy(
@@ -74,8 +76,6 @@ def make_trainer(t: TrainerConfig, loggers: list[Logger], callbacks: list[Callba
     devices = count_devices(t)
     kind = accelerator_of(t)
     deepspeed = t.strategy.startswith("zero")
-    if deepspeed and kind == "cpu":
-        raise UserError(f"trainer={t.strategy} runs on GPUs (Lightning's DeepSpeed has no CPU): use trainer=fsdp2 here")
     options: dict[str, Any] = {} if deepspeed else {"plugins": [AtomicIO()]}
     try:
         trainer = pl.Trainer(

@@ -22,7 +22,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import edit
-from edit.checkpoint import find, load, load_official, save, skeleton
+from edit.checkpoint import load, load_official, save, skeleton
 from edit.denoiser import Condition, Denoiser
 from recipes.callbacks import Checkpoints, Metrics, Preview, ProgressBar, checkpoints, newest, step_of
 from recipes.config import UserError
@@ -31,7 +31,7 @@ from recipes.loggers import CSVLogger, log_artifact, make_loggers
 from recipes.trainer import count_devices, make_trainer
 
 # what may change between two attempts at one run; everything else decides the numbers
-FREE = ("name", "runs", "trainer", "logger", "checkpoint", "preview", "evaluate", "log_every", "debug", "trusted")
+FREE = {"name", "runs", "trainer", "logger", "checkpoint", "preview", "evaluate", "log_every", "debug", "trusted"}
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -194,8 +194,9 @@ def refuse_other_run(cfg: DictConfig, out: Path) -> None:
     """
     if not checkpoints(out / "checkpoints") or not (out / "config.yaml").exists():
         return
-    before = flat({k: v for k, v in OmegaConf.to_container(OmegaConf.load(out / "config.yaml")).items() if k not in FREE})
-    now = flat({k: v for k, v in OmegaConf.to_container(cfg).items() if k not in FREE})
+    before, now = (
+        flat({k: v for k, v in c.items() if k not in FREE}) for c in (OmegaConf.load(out / "config.yaml"), cfg)
+    )
     for key in {**before, **now}:
         if before.get(key) != now.get(key):
             raise UserError(
@@ -205,7 +206,7 @@ def refuse_other_run(cfg: DictConfig, out: Path) -> None:
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(node, Mapping):
+    if isinstance(node, Mapping | DictConfig) and node:
         return {k: v for name, child in node.items() for k, v in flat(child, f"{prefix}{name}.").items()}
     return {prefix.rstrip("."): node}
 
@@ -237,7 +238,7 @@ def environment() -> dict[str, Any]:
         "lightning": lightning.__version__,
         "diffusers": diffusers.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
     }
 
 
@@ -255,7 +256,7 @@ def speed_limits(structure: Any, cfg: DictConfig) -> tuple[float | None, float |
 # ---- finishing ------------------------------------------------------------------------------------------------------
 
 
-def full_state(denoiser: Denoiser, trainer: Any) -> dict[str, torch.Tensor]:
+def full_state(denoiser: Denoiser, trainer: Any) -> Mapping[str, Any]:
     """The whole state dict on rank 0, gathered where it is sharded. Every rank must call this."""
     if any(hasattr(p, "ds_id") for p in denoiser.parameters()):
         import deepspeed

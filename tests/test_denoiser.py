@@ -242,6 +242,13 @@ def test_a_deepcopy_keeps_units_and_blocks_the_same_objects(dit, batch):
         assert not torch.equal(twin(*batch).sample, before) and torch.equal(dit(*batch).sample, before)
 
 
+def test_the_family_is_known_under_a_sharding_subclass(dit):
+    assert dit.family is type(dit)
+    before = type(dit)
+    dit.__class__ = type("FSDPDiT", (before,), {})  # what fully_shard does to a module
+    assert type(dit) is not before and dit.family is before
+
+
 def test_replacing_a_unit_needs_no_word_with_the_model(dit, batch):
     with torch.no_grad():
         tapped = dit(*batch, taps=(0,)).trace["unit.0"]

@@ -216,13 +216,16 @@ def test_the_bound_of_a_wider_step_is_the_divergence_of_two_gaussians():
     torch.testing.assert_close(got, bits.float(), rtol=1e-3, atol=1e-7)  # nearly equal logarithms in float32
 
 
-def test_the_bound_at_index_zero_is_the_likelihood_of_the_quantised_data():
+@pytest.mark.parametrize("v", [1.0, -1.0], ids=["beta", "posterior of index 1"])
+def test_the_bound_at_index_zero_is_the_likelihood_of_the_quantised_data(v):
     x = torch.linspace(-1, 1, 256).view(1, 1, 16, 16)
     eps, t = torch.zeros_like(x), torch.tensor([0.001])
     ddpm = DDPM()
-    got = ddpm.variational(eps, torch.ones_like(x), x, ddpm.corrupt(x, eps, t), t)
-    # index 0 puts the whole posterior mean on the predicted data; v = 1 is variance beta_0
-    levels = torch.distributions.Normal(x.double(), 1e-4**0.5)
+    got = ddpm.variational(eps, torch.full_like(x, v), x, ddpm.corrupt(x, eps, t), t)
+    # index 0 puts the whole posterior mean on the predicted data; its own posterior variance would be zero
+    beta, alpha = ddpm.betas(), torch.cumprod(1 - ddpm.betas(), 0)
+    variance = beta[0] if v == 1 else beta[1] * (1 - alpha[0]) / (1 - alpha[1])
+    levels = torch.distributions.Normal(x.double(), variance.sqrt())
     inner = levels.cdf(x.double() + 1 / 255) - levels.cdf(x.double() - 1 / 255)
     mass = torch.where(x < -0.999, levels.cdf(x.double() + 1 / 255), inner)
     mass = torch.where(x > 0.999, 1 - levels.cdf(x.double() - 1 / 255), mass)

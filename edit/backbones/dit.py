@@ -116,7 +116,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:  # b c y x -> b n d
-        return rearrange(self.proj(x), "b d y x -> b (y x) d")
+        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class TimeEmbed(nn.Module):
@@ -152,8 +152,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(c.hidden_size, 3 * c.hidden_size)
         self.proj = nn.Linear(c.hidden_size, c.hidden_size)
         norm = nn.RMSNorm if c.rms_norm else nn.LayerNorm
-        self.q_norm = norm(head, eps=NORM_EPS) if c.qk_norm else nn.Identity()
-        self.k_norm = norm(head, eps=NORM_EPS) if c.qk_norm else nn.Identity()
+        self.q_norm = norm(head, eps=NORM_EPS) if c.qk_norm else None
+        self.k_norm = norm(head, eps=NORM_EPS) if c.qk_norm else None
 
 
 class Mlp(nn.Module):
@@ -209,8 +209,7 @@ class DiTBlock(Unit):
         self.adaLN_modulation = make_modulation(c.hidden_size, 6)
 
     def modulate(self, stream: Stream) -> Modulation:
-        six = rearrange(self.adaLN_modulation(stream.cond), "b (six d) -> six b 1 d", six=6)
-        s1, k1, g1, s2, k2, g2 = six.unbind(0)
+        s1, k1, g1, s2, k2, g2 = self.adaLN_modulation(stream.cond)[:, None].chunk(6, dim=-1)
         return Modulation(s1, 1 + k1, Branch(g1), s2, 1 + k2, Branch(g2))
 
     def attend(self, stream: Stream, modulation: Modulation) -> Branch:
@@ -223,12 +222,15 @@ class DiTBlock(Unit):
 
     def mixer(self, stream: Stream, tokens: Tensor) -> Tensor:  # b n d -> b n d
         a, rope = self.attn, stream.layout.rope
-        q, k, v = rearrange(a.qkv(tokens), "b n (three h e) -> three b h n e", three=3, h=a.num_heads).unbind(0)
-        q, k = a.q_norm(q), a.k_norm(k)
+        # chunks, not a permuted stack: the backward pass joins them without a further copy
+        heads = a.qkv(tokens).unflatten(-1, (3 * a.num_heads, -1))  # b n 3h e
+        q, k, v = (part.transpose(1, 2) for part in heads.chunk(3, dim=2))
+        if a.q_norm is not None:
+            q, k = a.q_norm(q), a.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         o = self.attention(q, k, v, stream.layout, stream.step)
-        return a.proj(rearrange(o, "b h n e -> b n (h e)"))
+        return a.proj(o.transpose(1, 2).flatten(2))
 
     def ffn(self, tokens: Tensor, routing: Tensor | None = None) -> Tensor:
         return self.mlp(tokens)
@@ -325,7 +327,7 @@ class DiT(Denoiser):
         if condition.label is None:
             raise ValueError("dit is class-conditional: condition.label is missing; use a data set with labels")
         c = self.spec
-        native = {"flow": t, "sit": 1 - t, "ddpm": torch.round(t.float() * 1000 - 1)}[c.time]
+        native = t if c.time == "flow" else 1 - t if c.time == "sit" else torch.round(t.float() * 1000 - 1)
         return {"sample": x, "timestep": native, "label": condition.label}
 
     def embed(self, sample: Tensor, timestep: Tensor, label: Tensor) -> Stream:
@@ -375,9 +377,10 @@ class DiT(Denoiser):
             c, state = from_diffusers(config, state)
         else:
             c, state = DiTConfig(**{k: v for k, v in config.items() if not k.startswith("_")}), dict(state)
-        state["pos_embed"] = position_table(c.hidden_size, c.grid)[None]
+        dtype = state["x_embedder.proj.weight"].dtype
+        state["pos_embed"] = position_table(c.hidden_size, c.grid)[None].to(dtype)
         if c.rope:
-            state["rope"] = rope_table(c.hidden_size // c.num_heads, c.grid, c.registers)
+            state["rope"] = rope_table(c.hidden_size // c.num_heads, c.grid, c.registers).to(dtype)
         return asdict(c), state
 
 

@@ -66,3 +66,4 @@ class LoRA(Edit):
                 module.merge()
                 parent, _, child = name.rpartition(".")
                 setattr(denoiser.model.get_submodule(parent), child, module.get_base_layer())
+        del denoiser.model.peft_config

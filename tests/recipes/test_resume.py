@@ -160,5 +160,3 @@ def test_a_full_disk_ends_in_one_sentence_and_keeps_earlier_checkpoints(tmp_path
     run_ranks(limited, 1)
     assert [p.name for p in checkpoints(tmp_path / "a" / "checkpoints")] == ["step_00000004.ckpt", "step_00000005.ckpt"]
     assert not list((tmp_path / "a" / "checkpoints").glob("*.tmp-*"))
-
-

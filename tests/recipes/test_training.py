@@ -222,8 +222,15 @@ def test_impossible_combinations_are_refused_in_one_sentence(tmp_path, overrides
 
 def test_a_launcher_that_starts_too_few_processes_is_caught(tmp_path, monkeypatch):
     """sbatch without srun: one task where two devices were asked for."""
-    for name, value in {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "job", "SLURM_NTASKS": "1", "SLURM_PROCID": "0",
-                        "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}.items():
+    for name, value in {
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NAME": "job",
+        "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "localhost",
+    }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="srun"):
         train(tmp_path, "name=a", "trainer=ddp", *TWO_RANKS)

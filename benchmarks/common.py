@@ -1,0 +1,284 @@
+"""What the benchmarks share: the competitors, interleaved timing, the command line.
+
+`PlainDiT` is a DiT as a researcher writes it: the official structure with fused attention, no framework around it. Its
+weights carry the official names, so all three models run the same weights, and their outputs are compared before anything
+is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edit.backbones.dit import DiT, DiTConfig, to_diffusers
+from edit.cost import Spread, device_name, from_file, stopwatch
+from edit.denoiser import Condition
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x b c y x, t b, label b) -> prediction b c y x
+
+
+# ---- the plain competitor -------------------------------------------------------------------------------------------
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, channels: int, width: int, patch: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, width: int, frequency_shift: float):
+        super().__init__()
+        self.frequency_shift = frequency_shift
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        exponent = torch.arange(128, dtype=torch.float32, device=t.device) / (128 - self.frequency_shift)
+        args = t[:, None].float() * torch.exp(-math.log(10000) * exponent)
+        return self.mlp(torch.cat([torch.cos(args), torch.sin(args)], dim=-1))
+
+
+class LabelEmbedder(nn.Module):
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(b, n, d))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, c: DiTConfig):
+        super().__init__()
+        d = c.hidden_size
+        self.norm1 = nn.LayerNorm(d, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(d, c.num_heads)
+        self.norm2 = nn.LayerNorm(d, elementwise_affine=False, eps=c.mlp_norm_eps)
+        self.mlp = Mlp(d, int(d * c.mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a))
+        return x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, c: DiTConfig):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(c.hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(c.hidden_size, c.patch_size**2 * c.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.hidden_size, 2 * c.hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class PlainDiT(nn.Module):
+    def __init__(self, c: DiTConfig):
+        super().__init__()
+        self.patch, self.out_channels = c.patch_size, c.out_channels
+        self.x_embedder = PatchEmbed(c.in_channels, c.hidden_size, c.patch_size)
+        self.t_embedder = TimestepEmbedder(c.hidden_size, c.frequency_shift)
+        self.y_embedder = LabelEmbedder(c.num_classes, c.hidden_size)
+        self.register_buffer("pos_embed", torch.zeros(1, c.grid**2, c.hidden_size))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
+        self.final_layer = FinalLayer(c)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        x = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y)
+        for block in self.blocks:
+            x = block(x, c)
+        x = self.final_layer(x, c)
+        side, p = int(x.shape[1] ** 0.5), self.patch
+        x = torch.einsum("nhwpqc->nchpwq", x.reshape(len(x), side, side, p, p, self.out_channels))
+        return x.reshape(len(x), self.out_channels, side * p, side * p)
+
+
+# ---- the three models -----------------------------------------------------------------------------------------------
+
+
+def config_of(size: str) -> DiTConfig:
+    """A preset by the end of its name ("tiny", "s_2"), with the sinusoid of diffusers and one time for all."""
+    config = from_file(CONFIGS, "backbone", f"dit_{size}")
+    return replace(config, frequency_shift=1.0, time="flow", learn_sigma=False)
+
+
+def trio(config: DiTConfig, device: torch.device, compile: bool) -> dict[str, nn.Module]:
+    """Ours, the plain one and that of diffusers, with the same random weights.
+
+    All are in eval mode: that of diffusers would draw its label drop in training mode, which the others do outside.
+    """
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    ours = config.build()
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.add_(0.02 * torch.randn_like(p))  # a fresh DiT is the identity with zero output
+    plain = PlainDiT(config)
+    plain.load_state_dict(ours.model.state_dict())
+    stock_config, stock_state = to_diffusers(config, ours.model.state_dict())
+    stock = DiTTransformer2DModel.from_config(stock_config)
+    stock.load_state_dict(stock_state, strict=False)  # its position table is a buffer of its own
+    models = {"edit": ours, "plain": plain, "diffusers": stock}
+    for model in models.values():
+        model.eval().to(device)
+        if compile:
+            model.compile()
+    return models
+
+
+def predictors(models: Mapping[str, nn.Module]) -> dict[str, Predict]:
+    """The three models behind one signature."""
+    ours, plain, stock = models["edit"], models["plain"], models["diffusers"]
+    return {
+        "edit": lambda x, t, y: ours(x, t, Condition(label=y)).sample,
+        "plain": lambda x, t, y: plain(x, t, y),
+        "diffusers": lambda x, t, y: stock(x, timestep=t, class_labels=y, return_dict=False)[0],
+    }
+
+
+def check_equal(predict: Mapping[str, Predict], x: Tensor, t: Tensor, y: Tensor, tolerance: float) -> float:
+    """Largest difference of the outputs, relative to the largest output.
+
+    Raises:
+        ValueError: if it is above `tolerance`: then the models are not the same, and their times say nothing
+    """
+    with torch.no_grad():
+        outputs = [f(x, t, y).float() for f in predict.values()]
+    worst = max(float((o - outputs[0]).abs().max() / outputs[0].abs().max()) for o in outputs[1:])
+    if not worst <= tolerance:
+        raise ValueError(f"the models disagree by {worst:.2e}, more than {tolerance:.0e}: nothing was timed")
+    return worst
+
+
+def inputs(config: DiTConfig, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy samples, times and labels."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, config.in_channels, config.input_size, config.input_size, generator=generator)
+    t = torch.rand(batch, generator=generator)
+    y = torch.randint(config.num_classes, (batch,), generator=generator)
+    return x.to(device), t.to(device), y.to(device)
+
+
+# ---- timing ---------------------------------------------------------------------------------------------------------
+
+
+def race(
+    runs: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, warmup: int
+) -> tuple[dict[str, Spread], dict[str, Spread]]:
+    """Run all in turns, each round beginning with another.
+
+    Returns:
+        Seconds of each run; and for each but the first, its time over the first's, round by round (above 1: the first
+        is faster), with "fastest" for the fastest of the others in that round.
+    """
+    names = list(runs)
+    for _ in range(warmup):
+        for run in runs.values():
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for k in range(rounds):
+        for name in names[k % len(names) :] + names[: k % len(names)]:
+            seconds[name].append(stopwatch(runs[name], device))
+    ratios = {name: [a / b for a, b in zip(seconds[name], seconds[names[0]], strict=True)] for name in names[1:]}
+    if len(names) > 2:
+        ratios["fastest"] = [min(row) for row in zip(*ratios.values(), strict=True)]
+    return {n: Spread.of(v) for n, v in seconds.items()}, {n: Spread.of(v) for n, v in ratios.items()}
+
+
+def cast(precision: str, device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+# ---- command line and report ----------------------------------------------------------------------------------------
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parser.add_argument("--sizes", default="digits,tiny,s_4", help="presets without dit_ (digits,tiny,s_4)")
+    parser.add_argument("--batch", type=int, default=16, help="samples (16)")
+    parser.add_argument("--rounds", type=int, default=20, help="timed rounds (20)")
+    parser.add_argument("--warmup", type=int, default=3, help="rounds that are thrown away (3)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile all models, each as a whole")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
+    return parser
+
+
+def prepare(args: argparse.Namespace) -> torch.device:
+    torch.set_num_threads(args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    return torch.device(args.device)
+
+
+def show(label: str, seconds: Mapping[str, Spread], ratios: Mapping[str, Spread]) -> dict[str, Any]:
+    """Print one race, and return it as JSON values."""
+    times = "  ".join(f"{n} {1e3 * s.median:.2f} ms" for n, s in seconds.items())
+    quotients = "  ".join(f"{n}/edit {s.median:.3f} [{s.low:.3f}, {s.high:.3f}]" for n, s in ratios.items())
+    print(f"{label:28s} {times}  |  {quotients}  n={next(iter(seconds.values())).count}", flush=True)
+    return {
+        "label": label,
+        "seconds": {n: asdict(s) for n, s in seconds.items()},
+        "ratios": {n: asdict(s) for n, s in ratios.items()},
+    }
+
+
+def write(args: argparse.Namespace, device: torch.device, rows: list[dict[str, Any]]) -> None:
+    """Results with what they depend on, written whole or not at all."""
+    if args.json is None:
+        return
+    about = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    about |= {"hardware": device_name(device), "machine": platform.processor() or platform.machine()}
+    about |= {"torch": torch.__version__, "python": platform.python_version()}
+    temporary = args.json.with_name(f"{args.json.name}.tmp-{os.getpid()}")
+    temporary.write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
+    os.replace(temporary, args.json)

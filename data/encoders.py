@@ -1,0 +1,201 @@
+"""Frozen encoders that data sets are made with: a VAE and text encoders, from a local folder or the hub.
+
+Only safetensors are read. An encoder's identity is a hash over its weights and configuration, whatever its folder is
+called, so that latents are never decoded, or mixed, with those of another encoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# by the class that made the checkpoint, else by the kind of model
+TEXT_ENCODERS = {
+    "CLIPTextModelWithProjection": "CLIPTextModelWithProjection",
+    "clip_text_model": "CLIPTextModel",
+    "clip": "CLIPTextModel",
+    "t5": "T5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+}
+
+
+def place(spec: str) -> tuple[str, dict[str, str]]:
+    """Where to load from: a local folder, or a hub id with an optional subfolder, `owner/name:vae`.
+
+    Raises:
+        FileNotFoundError: if it can only be a path, and there is no such folder
+    """
+    if os.path.isdir(spec):
+        return spec, {}
+    name, _, subfolder = spec.partition(":")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(f"{spec} is no folder here and no hub id (owner/name or owner/name:subfolder)")
+    return name, {"subfolder": subfolder} if subfolder else {}
+
+
+def load(factory: Any, spec: str, **options: Any) -> nn.Module:
+    """`factory.from_pretrained` in eval mode without gradients, refusing anything but whole safetensors weights."""
+    name, inside = place(spec)
+    try:
+        model, report = factory.from_pretrained(
+            name, **inside, **options, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"{spec} gave no {factory.__name__}: {' '.join(str(error).split())}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"{spec} lacks {len(missing)} weights of its {type(model).__name__}, such as {missing[0]}")
+    return model.eval().requires_grad_(False)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over configuration, names, shapes and values of a model as it was loaded."""
+    config: Any = model.config
+    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    passing = ("transformers_version", "dtype", "torch_dtype")  # say who wrote the folder, not what the model is
+    lasting = {k: v for k, v in config.items() if not k.startswith("_") and k not in passing}
+    digest = hashlib.sha256(json.dumps(lasting, sort_keys=True, default=str).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# ---- images ---------------------------------------------------------------------------------------------------------
+
+
+class VAE:
+    """An image VAE of `diffusers`: pixels b 3 y x in [-1, 1] to latents and back.
+
+    Raises:
+        FileNotFoundError: if it cannot be found
+        ValueError: if it is no image VAE with a latent distribution
+    """
+
+    def __init__(self, spec: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
+        from diffusers import AutoModel  # pyright: ignore[reportPrivateImportUsage] - re-exported lazily
+
+        model = load(AutoModel, spec, torch_dtype=torch.float32)
+        if not hasattr(model, "encode") or not hasattr(model, "decode"):
+            raise ValueError(f"{spec} holds a {type(model).__name__}, expected a VAE with encode and decode")
+        self.name, self.sha256 = type(model).__name__, fingerprint(model)
+        self.model, self.device, self.dtype = model.to(device, dtype), torch.device(device), dtype
+
+    def to(self, device: str | torch.device) -> None:
+        self.model, self.device = self.model.to(device), torch.device(device)
+
+    @torch.no_grad()
+    def moments(self, x: Tensor) -> Tensor:
+        """Mean and standard deviation of the latent distribution: b 3 y x -> b 2c y x float32, unscaled.
+
+        Raises:
+            ValueError: if the model gives no distribution
+        """
+        encoded = self.model.encode(x.to(self.device, self.dtype))
+        if not hasattr(encoded, "latent_dist"):
+            raise ValueError(f"{self.name} encodes without a latent distribution; expected one, as AutoencoderKL has")
+        return torch.cat((encoded.latent_dist.mean, encoded.latent_dist.std), dim=1).float()
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Unscaled latents b c y x -> pixels b 3 y x float32."""
+        parts = [self.model.decode(part).sample.float() for part in z.to(self.device, self.dtype).split(8)]
+        return torch.cat(parts)
+
+    @property
+    def shift_and_scale(self) -> tuple[list[float], list[float]]:
+        """Per channel, or one for all: a model is trained on (z - shift) * scale, as the VAE's configuration says."""
+        config: Any = self.model.config
+        scale = config.get("scaling_factor") or 1.0
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            return list(config["latents_mean"]), [scale / s for s in config["latents_std"]]
+        return [config.get("shift_factor") or 0.0], [scale]
+
+
+# ---- text -----------------------------------------------------------------------------------------------------------
+
+
+class Encoded(NamedTuple):
+    """One caption, without padding."""
+
+    text: Tensor  # l c, states of the real tokens
+    pooled: Tensor | None  # c, where the encoder pools
+
+
+class TextEncoder:
+    """A T5 or CLIP text encoder of `transformers` with its tokenizer.
+
+    Args:
+        spec: folder or hub id of the encoder
+        tokenizer: the same for the tokenizer; None: it lies with the encoder
+        max_tokens: longer captions are cut
+
+    Raises:
+        FileNotFoundError: if one of the two cannot be found
+        ValueError: if it is no text encoder that we know
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        tokenizer: str | None = None,
+        max_tokens: int = 256,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        import transformers
+
+        try:
+            name, inside = place(spec)
+            config = transformers.AutoConfig.from_pretrained(name, **inside, trust_remote_code=False)
+            name, inside = place(tokenizer or spec)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **inside, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"no text encoder in {spec} with a tokenizer in {tokenizer or spec}: {' '.join(str(error).split())}"
+            ) from error
+        kinds = [*(config.architectures or []), config.model_type]
+        kind = next((TEXT_ENCODERS[k] for k in kinds if k in TEXT_ENCODERS), None)
+        if kind is None:
+            raise ValueError(f"{spec} holds a {config.model_type}, expected a T5, UMT5 or CLIP text encoder")
+        model = load(getattr(transformers, kind), spec, dtype="auto")
+        limits = (max_tokens, self.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
+        self.max_tokens = min(limit for limit in limits if limit)
+        words = json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()
+        self.description = {
+            "name": kind,
+            "sha256": fingerprint(model),
+            "vocabulary": hashlib.sha256(words).hexdigest(),
+            "max_tokens": self.max_tokens,
+        }
+        self.model, self.device = model.to(device, dtype), torch.device(device)
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> list[Encoded]:
+        """Padding is masked while encoding and cut off afterwards; at least one token stays."""
+        tokens = self.tokenizer(
+            list(captions), padding="longest", truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        ).to(self.device)
+        if not tokens.input_ids.shape[1]:  # an empty prompt, and a tokenizer that adds nothing to it
+            tokens = self.tokenizer([""] * len(captions), padding="max_length", max_length=1, return_tensors="pt")
+            tokens = tokens.to(self.device)
+        out = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        pooled = out.get("text_embeds", out.get("pooler_output"))
+        return [
+            Encoded(
+                out.last_hidden_state[i, mask.bool()] if mask.any() else out.last_hidden_state[i, :1],
+                None if pooled is None else pooled[i],
+            )
+            for i, mask in enumerate(tokens.attention_mask)
+        ]
+
+    def lengths(self, captions: Sequence[str]) -> list[int]:
+        """Real tokens of each caption, after cutting."""
+        tokens = self.tokenizer(list(captions), truncation=True, max_length=self.max_tokens)
+        return [len(ids) for ids in tokens.input_ids]

@@ -1,0 +1,153 @@
+"""Images in folders: one subfolder per class, or all in one folder with captions in .txt files beside them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from data.damage import Damaged, Tolerance
+from data.pixels import EXTENSIONS, Picture, Pictures, decode, to_uint8
+from data.split import Split, held_out
+
+
+class Folder:
+    """The images below a folder, sorted by name.
+
+    Args:
+        path: with one subfolder per class (whose images may lie deeper), or with the images themselves
+        classes: names that fix the numbering; None: the subfolders with images in them, sorted
+        without: a folder to leave out, where the held-out images lie inside
+
+    Raises:
+        FileNotFoundError: if there is no such folder
+        ValueError: if it holds no images, mixes both layouts, or has a class that `classes` does not name
+    """
+
+    def __init__(self, path: str | os.PathLike, classes: Sequence[str] | None = None, without: Path | None = None):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"{path} is no folder of images: correct the path")
+        found = sorted(_images(self.path, without))
+        if not found:
+            raise ValueError(f"no images in {path}: expected files ending in .{', .'.join(EXTENSIONS)}")
+        folders = [name.split("/")[0] if "/" in name else None for name in found]
+        names = sorted({f for f in folders if f is not None})
+        if names and None in folders:
+            loose = found[folders.index(None)]
+            raise ValueError(
+                f"{path} holds images both directly ({loose}) and in subfolders ({names[0]}): "
+                f"use one subfolder per class, or one folder for all"
+            )
+        if classes is not None and (unknown := [n for n in names if n not in classes]):
+            raise ValueError(f"{path} has the class {unknown[0]}, which is not among the training classes")
+        self.names = found
+        self.classes: list[str] | None = list(classes) if classes is not None else names or None
+        self.num_classes = len(self.classes) if self.classes else None
+        numbers = {name: i for i, name in enumerate(self.classes or [])}
+        self._labels = [None if f is None else numbers[f] for f in folders]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def load(self, index: int) -> Picture:
+        """Raises Damaged if the file cannot be read as an image."""
+        path = self.path / self.names[index]
+        beside = path.with_suffix(".txt")
+        try:
+            content = path.read_bytes()
+            caption = beside.read_text(encoding="utf-8").strip() if beside.exists() else None
+        except (OSError, UnicodeDecodeError) as error:
+            raise Damaged(f"{path} or its caption cannot be read ({error})") from error
+        return Picture(decode(content, str(path)), str(path), self._labels[index], caption)
+
+
+def _images(path: Path, without: Path | None):
+    """Names of the images below, relative, with forward slashes."""
+    for folder, inner, files in os.walk(path, followlinks=True):
+        here = Path(folder)
+        inner[:] = [i for i in inner if not i.startswith(".") and here / i != without]
+        for file in files:
+            if file.lower().endswith(tuple(f".{e}" for e in EXTENSIONS)) and not file.startswith("."):
+                yield (here / file).relative_to(path).as_posix()
+
+
+class ImageFolder:
+    """A folder of images as square crops in [-1, 1].
+
+    Args:
+        path: the folder (see `Folder` for the two layouts)
+        size: of the square crop, in pixels
+        flip: mirror half of the training draws
+        heldout: a folder, by itself or inside `path`; or a fraction in (0, 1), chosen by a hash of the file names
+        captions: hand captions on as strings; an image without one then counts as damaged
+        on_error: damaged images: refuse or skip
+        seed: of the flips
+
+    Raises:
+        FileNotFoundError, ValueError: in one sentence, for what cannot be used
+    """
+
+    def __init__(
+        self,
+        path: str,
+        size: int,
+        flip: bool = True,
+        heldout: str | float | None = None,
+        captions: bool = False,
+        on_error: str = "refuse",
+        seed: int = 0,
+    ):
+        check_size(size)
+        self.size, self.flip, self.captions, self.seed = size, flip, captions, seed
+        self.tolerance = Tolerance(on_error)
+        if isinstance(heldout, str):
+            inside = Path(path, heldout)
+            apart = inside if inside.is_dir() else Path(heldout)
+            self._source = Folder(path, without=apart)
+            self._held_source = Folder(apart, self._source.classes or [])
+            self._indices, self._held = range(len(self._source)), range(len(self._held_source))
+        else:
+            self._source = self._held_source = Folder(path)
+            self._indices, self._held = divide(self._source.names, heldout)
+        self.shape, self.num_classes, self.classes = (3, size, size), self._source.num_classes, self._source.classes
+
+    def train(self) -> Split:
+        return Pictures(
+            self._source.load, self._indices, self.size, self.flip, self.captions, self.tolerance, self.seed
+        )
+
+    def heldout(self) -> Split | None:
+        """Never flipped."""
+        if not self._held:
+            return None
+        return Pictures(self._held_source.load, self._held, self.size, False, self.captions, self.tolerance, self.seed)
+
+    def to_images(self, x: Tensor) -> Tensor:
+        """b 3 y x in [-1, 1] -> uint8 b y x 3."""
+        return to_uint8(x)
+
+
+def check_size(size: int) -> None:
+    if size < 1:
+        raise ValueError(f"size is the crop's width in pixels, at least 1, got {size}")
+
+
+def divide(names: Sequence[str], fraction: float | None) -> tuple[Sequence[int], Sequence[int]]:
+    """Indices to train on and to hold out.
+
+    Raises:
+        ValueError: if the fraction is not in (0, 1) or leaves one part empty
+    """
+    if fraction is None:
+        return range(len(names)), []
+    if not 0 < fraction < 1:
+        raise ValueError(f"heldout is a path or a fraction between 0 and 1, got {fraction!r}")
+    parts: tuple[list[int], list[int]] = [], []
+    for i, name in enumerate(names):
+        parts[held_out(name, fraction)].append(i)
+    if not all(parts):
+        raise ValueError(f"heldout={fraction} of {len(names)} images leaves one part empty: choose another fraction")
+    return parts

@@ -1,0 +1,195 @@
+"""Precomputed latents and text embeddings, as `python -m data.precompute` writes them."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import manifest
+from data.damage import Damaged, Tolerance
+from data.pixels import to_uint8
+from data.split import RESAMPLE, Split, flipped
+from data.tars import ABSENT, Tars
+from edit import noise
+
+
+class Latents:
+    """Latents drawn anew from their stored distribution each time, with text embeddings where there are any.
+
+    A folder is used only if it is what its manifest says: encoder and scaling, counts, size of each shard.
+
+    Args:
+        path: folder made by `python -m data.precompute`
+        flip: take the stored latents of the mirrored image in half of the training draws
+        heldout: another such folder, made with the same encoders
+        verify: `size` compares the size of each shard with the manifest; `full` its checksum, which reads everything
+        vae: folder or hub id of the VAE, to look at samples; None: where it was when the latents were made
+        on_error: damaged shards and samples: refuse or skip
+        cache: folder for the index files; None: beside the shards
+        seed: of flips and resampling
+
+    Raises:
+        FileNotFoundError, ValueError: in one sentence, for a folder that cannot be used
+    """
+
+    def __init__(
+        self,
+        path: str,
+        flip: bool = True,
+        heldout: str | None = None,
+        verify: str = "size",
+        vae: str | None = None,
+        on_error: str = "refuse",
+        cache: str | None = None,
+        seed: int = 0,
+    ):
+        if verify not in ("size", "full"):
+            raise ValueError(f"verify is size or full, got {verify!r}")
+        self.path, tolerance = Path(path), Tolerance(on_error)
+        self.manifest = manifest.verify(self.path)
+        if flip and not self.manifest["flips"]:
+            raise ValueError(f"{path} has no flipped latents: set flip=false, or precompute with --flips")
+        c, y, x = self.manifest["latent_shape"]
+        self.shape: tuple[int, int, int] = (c, y, x)
+        self.num_classes: int | None = self.manifest["num_classes"]
+        self.classes: list[str] | None = self.manifest["classes"]
+        self.vae = vae or self.manifest["sources"]["vae"]
+        self.null = self._null()
+        self._vae: Any = None  # loaded when something is first looked at
+        tars = shards(self.path, self.manifest, verify == "full", tolerance, cache)
+        self._train = LatentSplit(tars, self.manifest, flip, seed)
+        self._heldout = None
+        if heldout is not None:
+            other = manifest.verify(Path(heldout))
+            if other["identity"] != self.manifest["identity"]:
+                raise ValueError(f"{heldout} was made with other encoders or size than {path}: precompute it alike")
+            tars = shards(Path(heldout), other, verify == "full", tolerance, cache)
+            self._heldout = LatentSplit(tars, other, False, seed)
+
+    def train(self) -> Split:
+        return self._train
+
+    def heldout(self) -> Split | None:
+        """Never flipped."""
+        return self._heldout
+
+    def to_images(self, x: Tensor) -> Tensor:
+        """b c y x as trained on -> uint8 b y x 3, through the VAE that made the latents.
+
+        Raises:
+            FileNotFoundError: if that VAE is not here
+            ValueError: if the VAE is another one
+        """
+        if self._vae is None:
+            from data.encoders import VAE
+
+            try:
+                vae = VAE(self.vae)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"to look at latents of {self.path}, give their VAE as data.set.vae=<folder>: {error}"
+                ) from error
+            if vae.sha256 != self.manifest["vae"]["sha256"]:
+                raise ValueError(f"{self.vae} is not the VAE that made {self.path}: give that one as data.set.vae")
+            self._vae = vae
+        shift, scale = scaling(self.manifest)
+        self._vae.to(x.device)
+        return to_uint8(self._vae.decode(x.float() / scale.to(x.device) + shift.to(x.device)))
+
+    def _null(self) -> dict[str, Tensor] | None:
+        """The empty prompt: text l c, text_mask l, pooled c, as far as the data has them; None without text."""
+        if self.manifest["null"] is None:
+            return None
+        from safetensors.torch import load_file
+
+        null = {name: value.float() for name, value in load_file(self.path / manifest.NULL).items()}
+        if "text" in null:
+            null["text_mask"] = torch.ones(len(null["text"]), dtype=torch.bool)
+        return null
+
+
+def shards(path: Path, described: dict, full: bool, tolerance: Tolerance, cache: str | None) -> Tars:
+    """The shards that are as the manifest describes them.
+
+    Raises:
+        Damaged: if one is not, and damage is to be refused
+        ValueError: if none is left
+    """
+    good: list[str] = []
+    for record in described["shards"]:
+        if wrong := manifest.check_shard(path, record, full):
+            tolerance.excuse(Damaged(wrong))
+        else:
+            good.append(os.fspath(path / record["name"]))
+    if not good:
+        raise ValueError(f"no samples in {path}: none of its shards is as the manifest says")
+    tars = Tars(good, tolerance, cache)
+    counts = {record["name"]: record["count"] for record in described["shards"]}
+    for shard, count in zip(tars.paths, tars.counts, strict=True):
+        if count != counts[shard.name]:
+            raise ValueError(f"{shard} holds {count} samples, the manifest says {counts[shard.name]}: make it anew")
+    return tars
+
+
+def scaling(described: dict) -> tuple[Tensor, Tensor]:
+    """Shift and scale, c 1 1 or 1 1 1: the model sees (z - shift) * scale."""
+    return tuple(torch.tensor(described["vae"][k]).view(-1, 1, 1) for k in ("shift", "scale"))  # type: ignore
+
+
+class LatentSplit:
+    """Samples x = (mean + std * eps - shift) * scale, with eps a pure function of (seed, draw)."""
+
+    def __init__(self, tars: Tars, described: dict, flip: bool, seed: int):
+        self.tars, self.flip, self.seed = tars, flip, seed
+        self.shape: Sequence[int] = described["latent_shape"]
+        self.text, self.pooled = described["text"] is not None, described["pooled"] is not None
+        self.labelled = described["num_classes"] is not None
+        self.shift, self.scale = scaling(described)
+        if self.labelled and tars.labels.max() >= described["num_classes"]:
+            raise ValueError(f"a label is {tars.labels.max()}, the manifest has {described['num_classes']} classes")
+
+    def __len__(self) -> int:
+        return len(self.tars)
+
+    def sample(self, index: int, draw: int) -> dict[str, Tensor]:
+        return self.tars.tolerance.first_good(lambda i: self._sample(i, draw), index, len(self))
+
+    def _sample(self, index: int, draw: int) -> dict[str, Tensor]:
+        c, y, x = self.shape
+        member = "moments_flip.npy" if self.flip and flipped(self.seed, draw) else "moments.npy"
+        mean, std = self._array(index, member, (2 * c, y, x)).chunk(2)
+        eps = noise.gaussian(self.seed, torch.tensor([draw]), RESAMPLE, (c, y, x))[0]
+        sample = {"x": (mean + std * eps - self.shift) * self.scale}
+        if self.labelled:
+            sample["label"] = torch.tensor(int(self.tars.labels[index]))
+            if sample["label"] == ABSENT:
+                raise Damaged(f"{self.tars.name(index)} has no label")
+        if self.text:
+            sample["text"] = self._array(index, "text.npy", (None, None))
+            sample["text_mask"] = torch.ones(len(sample["text"]), dtype=torch.bool)
+        if self.pooled:
+            sample["pooled"] = self._array(index, "pooled.npy", (None,))
+        return sample
+
+    def _array(self, index: int, member: str, shape: tuple[int | None, ...]) -> Tensor:
+        """A member as float32. Raises Damaged if it is missing, no array, not finite, or of another shape."""
+        content = self.tars.read(index, member)
+        name = f"{self.tars.name(index)}.{member}"
+        if content is None:
+            raise Damaged(f"{name} is missing")
+        try:
+            array = np.load(io.BytesIO(content), allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise Damaged(f"{name} is no array ({error})") from error
+        if array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise Damaged(f"{name} holds something else than finite floating-point numbers")
+        if array.ndim != len(shape) or any(s not in (None, a) for s, a in zip(shape, array.shape, strict=True)):
+            raise Damaged(f"{name} has shape {array.shape}, expected {shape}")
+        return torch.from_numpy(array).float()

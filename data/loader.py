@@ -1,0 +1,167 @@
+"""An endless loader whose order is a pure function of (seed, position): exact resume at any step, O(1).
+
+The run is one global sequence of samples g = 0, 1, 2, ... Epoch g // n is a permutation of the data set by a hash of
+(seed, epoch). Sample g goes to rank g % world. What a checkpoint stores is how far the sequence has been used, so a run
+may go on with other numbers of ranks and other batch sizes and still sees every sample in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data.split import SHUFFLE, Split
+from edit import noise
+
+
+class EndlessBatches(Sampler):
+    """Batches of (index, draw) for one rank, without end.
+
+    Args:
+        size: samples in the data set
+        batch_size: per rank
+        seed: of the order
+        rank: this process
+        world: number of processes
+        start: samples of the global sequence used before the first batch
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1, start: int = 0):
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.rank, self.world, self.start = rank, world, start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        position, epoch, order = self.start, -1, torch.empty(0)
+        while True:
+            batch = []
+            for draw in range(position + self.rank, position + self.batch_size * self.world, self.world):
+                if draw // self.size != epoch:
+                    epoch = draw // self.size
+                    order = permutation(self.seed, epoch, self.size)
+                batch.append((int(order[draw % self.size]), draw))
+            yield batch
+            position += self.batch_size * self.world
+
+
+def permutation(seed: int, epoch: int, size: int) -> Tensor:
+    """The order of one epoch: int64, each of 0 to size - 1 once."""
+    key = int(noise.hashes(seed, torch.tensor([epoch]), SHUFFLE, 1))
+    return noise.hashes(key, torch.arange(size), SHUFFLE, 1)[:, 0].argsort(stable=True)
+
+
+class EndlessLoader(DataLoader):
+    """Batches as dicts of tensors, with `draw` (b int64), the running number of each sample in the run.
+
+    Texts are padded to the longest of the batch; `text_mask` tells real tokens. Lightning saves and restores the
+    position through `state_dict` and `load_state_dict`.
+
+    Args:
+        split: what to read
+        batch_size: per rank
+        total: batches that one iteration yields, and the length; a sized loader is not read ahead by Lightning
+        seed: of the order
+        rank: this process
+        world: number of processes
+        workers: processes that read ahead; 0 reads in this one
+        start: samples of the global sequence that were used already
+
+    Raises:
+        ValueError: if the split is empty or a number makes no sense
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        total: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        start: int = 0,
+    ):
+        if not len(split):
+            raise ValueError("the data set has no samples to train on")
+        for name, value, least in (("batch_size", batch_size, 1), ("total", total, 0), ("workers", workers, 0)):
+            if value < least:
+                raise ValueError(f"{name} is at least {least}, got {value}")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank is one of 0 to {world - 1} (world={world}), got {rank}")
+        self.total, self.used = total, start
+        super().__init__(
+            _Numbered(split),
+            batch_sampler=EndlessBatches(len(split), batch_size, seed, rank, world, start),
+            collate_fn=collate,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(seed),  # else every iterator draws from the global one
+        )
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        order: Any = self.batch_sampler
+        self.used = order.start
+        for _, batch in zip(range(self.total), super().__iter__(), strict=False):
+            self.used += order.batch_size * order.world
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Samples of the global sequence handed out on all ranks, and the size of the data set that gave the order."""
+        return {"samples": self.used, "size": self.batch_sampler.size}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The next iteration goes on where `state` was taken.
+
+        Raises:
+            ValueError: if the data set has another size now: its order would be another
+        """
+        size = self.batch_sampler.size
+        if state.get("size", size) != size:
+            raise ValueError(
+                f"the checkpoint was made with {state['size']} training samples, the data set now has {size}: "
+                f"restore the data set, or start a new run"
+            )
+        self.batch_sampler.start = self.used = state["samples"]
+
+
+class _Numbered(Dataset):
+    """Adds to each sample its running number."""
+
+    def __init__(self, split: Split):
+        self.split = split
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
+        index, draw = place
+        return {**self.split.sample(index, draw), "draw": draw}
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack; pad text and its mask at the end; leave strings a list.
+
+    Raises:
+        ValueError: if samples differ in what they have, or in shape
+    """
+    if odd := next((s for s in samples if s.keys() != samples[0].keys()), None):
+        raise ValueError(f"samples of one batch have different parts: {sorted(samples[0])} and {sorted(odd)}")
+    return {name: _join(name, [s[name] for s in samples]) for name in samples[0]}
+
+
+def _join(name: str, values: list[Any]) -> Any:
+    if name == "draw":
+        return torch.tensor(values)
+    if isinstance(values[0], str):
+        return values
+    if name in ("text", "text_mask"):
+        return pad_sequence(values, batch_first=True)
+    shapes = {tuple(v.shape) for v in values}
+    if len(shapes) > 1:
+        raise ValueError(f"{name} has samples of different shapes in one batch: {sorted(shapes)}")
+    return torch.stack(values)

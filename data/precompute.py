@@ -1,0 +1,84 @@
+"""Turn images into latents and text embeddings once, so that training never runs the encoders.
+
+    python -m data.precompute --images photos/ --out latents/ --vae stabilityai/sd-vae-ft-ema
+    python train.py experiment=sit_xl_2/baseline data.set.path=latents/
+
+Stop it whenever you like: the same command goes on after the last finished shard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m data.precompute",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="On several machines, start the same command on each with RANK and WORLD_SIZE set (torchrun and SLURM "
+        "wrappers do): shards are divided among them, and the last to finish writes the manifest.",
+    )
+    p.add_argument(
+        "--images",
+        required=True,
+        help="folder (one subfolder per class, or flat with .txt captions beside "
+        "the images), or webdataset shards: a folder of .tar files, or a pattern as 'train-{0000..0127}.tar'",
+    )
+    p.add_argument("--out", required=True, help="folder to write; one begun with other encoders or sizes is refused")
+    p.add_argument("--vae", required=True, help="diffusers VAE: folder, hub id, or subfolder of one (owner/name:vae)")
+    p.add_argument("--text-encoder", help="T5 or CLIP of transformers, the same ways; needs captions")
+    p.add_argument("--tokenizer", help="its tokenizer, if it lies elsewhere")
+    p.add_argument("--pooled-encoder", help="CLIP text encoder for the pooled embedding, if the text encoder has none")
+    p.add_argument("--pooled-tokenizer", help="its tokenizer, if it lies elsewhere")
+    p.add_argument("--max-tokens", type=int, default=256, help="longer captions are cut (%(default)s)")
+    p.add_argument("--size", type=int, default=256, help="centre crop in pixels (%(default)s)")
+    p.add_argument("--flips", action=argparse.BooleanOptionalAction, default=True, help="store mirrored images, too")
+    p.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="stored as (%(default)s)")
+    p.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="the encoders compute in (%(default)s)",
+    )
+    p.add_argument("--batch", type=int, default=32, help="images encoded at once (%(default)s)")
+    p.add_argument("--shard-size", type=int, default=4096, help="images per shard (%(default)s)")
+    p.add_argument("--processes", type=int, default=1, help="processes, spread over the GPUs (%(default)s)")
+    p.add_argument("--workers", type=int, default=4, help="threads per process that decode images (%(default)s)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
+    p.add_argument(
+        "--on-error",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="damaged or uncaptioned images and damaged shards: stop, or name them and go on (%(default)s)",
+    )
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 for what could not be done, 130 if interrupted; argparse exits with 2."""
+    options = vars(parser().parse_args(argv))
+    import torch  # after --help and mistyped options were answered
+
+    from data.latent_writer import Job, precompute
+
+    options["device"] = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    try:
+        done = precompute(Job(**options, rank=rank, world=world))
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on after the last finished shard", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    train = f"next: python train.py data=latents data.set.path={options['out']}"
+    print(train if done else f"{options['out']}: other ranks are still at work")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

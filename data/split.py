@@ -1,0 +1,65 @@
+"""The contract between data sets, the loader and recipes.
+
+A data set is a plain class that Hydra builds from `configs/data/<name>.yaml`. It hands out splits; a split is
+map-style and stateless: what `sample` returns depends on its two arguments and the seed alone, so a restarted run, or
+one on another number of ranks, sees the same pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from edit import noise
+
+# streams of edit.noise, each a use of one draw's randomness; RESAMPLE and SHUFFLE stay clear of those named there
+FLIP, RESAMPLE, SHUFFLE = noise.AUGMENT, 101, 102
+
+
+class Split(Protocol):
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, draw: int) -> dict[str, Tensor]:
+        """One sample.
+
+        Args:
+            index: which, from 0 to len - 1
+            draw: the running number of this sample in the run; all augmentation is a pure function of (seed, draw)
+
+        Returns:
+            x: c y x float32, pixels in [-1, 1] or latents already scaled
+            label: int64 scalar, where there are labels
+            text, text_mask, pooled: l c float32, l bool, c float32, where there is text
+            caption: a string, where the data set was asked for captions
+        """
+        ...
+
+
+class DataSet(Protocol):
+    shape: tuple[int, int, int]  # c y x of one training sample
+    num_classes: int | None
+    classes: list[str] | None  # their names, where known
+
+    def train(self) -> Split: ...
+
+    def heldout(self) -> Split | None: ...
+
+    def to_images(self, x: Tensor) -> Tensor:
+        """Samples as trained on, b c y x, for looking at: uint8 b y x 3."""
+        ...
+
+
+def flipped(seed: int, draw: int) -> bool:
+    """Whether this draw is mirrored; half of them are."""
+    return bool(noise.uniform(seed, torch.tensor([draw]), FLIP) < 0.5)
+
+
+def held_out(name: str, fraction: float) -> bool:
+    """Whether the sample of this name belongs to the held-out part.
+
+    By a hash of the name, so that files added later move nobody from one part to the other.
+    """
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") < fraction * 2**64

@@ -1,0 +1,50 @@
+import hashlib
+
+import torch
+
+from data.digits import Digits, heldout_indices
+from data.loader import EndlessLoader
+
+
+def test_the_split_is_1437_to_360_stratified_and_fixed():
+    digits = Digits()
+    assert (len(digits.train()), len(digits.heldout())) == (1437, 360)
+    label = torch.cat((digits.train().label, digits.heldout().label))
+    share = torch.bincount(digits.heldout().label) / torch.bincount(label)
+    assert (share - 0.2).abs().max() < 0.01  # one image of some 180 more or less
+    from sklearn.datasets import load_digits
+
+    held = heldout_indices(torch.from_numpy(load_digits().target))
+    # pinned: published numbers are on these 360 images
+    assert hashlib.sha256(held.numpy().astype("<i8").tobytes()).hexdigest()[:16] == PINNED
+
+
+PINNED = ""
+
+
+def test_no_image_is_on_both_sides():
+    digits = Digits()
+    train = {tuple(x.flatten().tolist()) for x in digits.train().x}
+    assert not any(tuple(x.flatten().tolist()) in train for x in digits.heldout().x)
+
+
+def test_samples_are_1x8x8_in_minus_one_to_one_with_a_label():
+    digits = Digits()
+    sample = digits.train().sample(3, 0)
+    assert sample["x"].shape == digits.shape and sample["x"].dtype == torch.float32
+    assert sample["label"].shape == () and sample["label"].dtype == torch.int64
+    assert (digits.train().x.min(), digits.train().x.max()) == (-1, 1)
+    assert digits.classes[digits.num_classes - 1] == "9"
+
+
+def test_images_go_back_to_sixteen_grey_levels():
+    digits = Digits()
+    x = digits.train().x[:50]
+    images = digits.to_images(x)
+    assert images.shape == (50, 8, 8, 3) and images.dtype == torch.uint8
+    assert torch.equal((images[..., 0].float() / 15.9375).round(), (x[:, 0] + 1) * 8)  # 255 / 16 per level
+
+
+def test_a_batch_of_digits_holds_what_a_recipe_needs():
+    batch = next(iter(EndlessLoader(Digits().train(), batch_size=32, total=1)))
+    assert {k: tuple(v.shape) for k, v in batch.items()} == {"x": (32, 1, 8, 8), "label": (32,), "draw": (32,)}

@@ -1,0 +1,79 @@
+import pkgutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import edit
+
+ROOT = Path(edit.__file__).parents[1]
+HEAVY = ("lightning", "pytorch_lightning", "hydra", "triton", "deepspeed", "wandb")
+
+
+def python(code: str) -> str:
+    """Run code in a fresh interpreter in which none of HEAVY can be imported."""
+    block = f"""
+        import sys
+
+        class Absent:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in {HEAVY!r}:
+                    raise ModuleNotFoundError(f"No module named {{name!r}} (blocked by the test)", name=name)
+
+        sys.meta_path.insert(0, Absent())
+    """
+    program = textwrap.dedent(block) + textwrap.dedent(code)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def modules() -> list[str]:
+    return sorted(m.name for m in pkgutil.walk_packages(edit.__path__, "edit."))
+
+
+def test_every_module_of_edit_imports_without_lightning_hydra_triton_or_deepspeed():
+    assert {"edit.denoiser", "edit.backbones.dit", "edit.pruning.depth", "edit.tuning.lora"} <= set(modules())
+    tried = python(f"import importlib\nfor m in {modules()!r}: importlib.import_module(m); print(m)")
+    assert tried.split() == modules()
+
+
+def test_the_block_of_this_file_does_block():
+    with pytest.raises(AssertionError, match="blocked by the test"):
+        python("import lightning")
+
+
+def test_import_edit_and_all_it_offers_takes_under_three_seconds_beyond_torch():
+    # processor time of the interpreter, so that a busy machine does not fail the test; measured 0.5 s
+    took = python(
+        """
+        import time, torch
+        start = time.process_time()
+        import edit
+        bare = time.process_time() - start
+        for name in edit.__all__:
+            getattr(edit, name)
+        print(bare, time.process_time() - start)
+        """
+    )
+    bare, everything = map(float, took.split())
+    assert bare < 0.2 and everything < 3
+
+
+def test_import_edit_alone_does_not_import_torch():
+    assert python("import edit; print('torch' in sys.modules)") == "False"
+
+
+def test_heavy_libraries_wait_for_the_function_that_needs_them():
+    code = f"import importlib\nfor m in {modules()!r}: importlib.import_module(m)\nprint(*sys.modules)"
+    loaded = {name.split(".")[0] for name in python(code).split()}
+    assert not loaded & {"diffusers", "transformers", "peft", "sklearn", "matplotlib", "torchmetrics", *HEAVY}
+
+
+def test_a_name_that_edit_does_not_offer_is_refused_with_those_it_does():
+    with pytest.raises(AttributeError, match="module 'edit' has no attribute 'laod'; it offers .*load"):
+        edit.laod  # noqa: B018
+    for name in edit.__all__:
+        assert getattr(edit, name) is not None

@@ -1,0 +1,112 @@
+"""Every command of the README is run, in order, in an empty folder, with fewer steps.
+
+Those that need a cluster or ImageNet are composed and checked against the signatures, or run on a stand-in.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from recipes.config import check, register
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SHORT = "trainer.max_steps=4 preview.every=0 optimizer.warmup=1".split()
+COMMANDS = [
+    line.strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip() and not line.startswith("pip ")  # .ci/run types that one
+]
+NEEDS_DATA = ("latents/", "data=webdataset", "-m data.precompute")  # checked below
+
+
+def words(command):
+    return [w for w in shlex.split(command, comments=True) if w != "python"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Looks like a clone in which nothing has been run."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("train.py", "eval.py", "configs"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def run(folder, arguments, timeout=120):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, f"{arguments}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def shortened(arguments):
+    if "--help" in arguments or "-m" == arguments[0]:
+        return arguments
+    if arguments[0] == "train.py":
+        return [*arguments, *(s for s in SHORT), "evaluate.n=20", "evaluate.guidance=[1.0]"]
+    return [*arguments, "n=20", "steps=2"]
+
+
+def test_the_commands_run_in_the_order_of_the_readme(folder):
+    ran = []
+    for command in COMMANDS:
+        if not any(n in command for n in NEEDS_DATA):
+            run(folder, shortened(words(command)))
+            ran.append(command)
+    assert len(ran) >= 9
+    assert (folder / "runs/digits/artifact/edits.json").exists()
+    assert (folder / "reports/depth/report.html").exists()
+    assert len(list((folder / "runs/sweep").iterdir())) == 6, "each job of the sweep has its own folder"
+    (python,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    run(folder, ["-c", python])
+    assert (folder / "shallow/config.json").exists()
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py" in c and any(n in c for n in NEEDS_DATA)])
+def test_cluster_commands_compose_and_fit_the_signatures(command):
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+        assert check(compose("train", words(command)[1:])) == []
+
+
+def test_the_precompute_command_runs_on_a_stand_in_for_imagenet(folder):
+    import torch
+    from diffusers import AutoencoderKL
+    from PIL import Image
+
+    (command,) = [c for c in COMMANDS if "data.precompute" in c]
+    arguments = words(command)
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8, 8, 8, 8), down_block_types=["DownEncoderBlock2D"] * 4,
+                        up_block_types=["UpDecoderBlock2D"] * 4, norm_num_groups=4, latent_channels=4)  # fmt: skip
+    vae.save_pretrained(folder / arguments[arguments.index("--vae") + 1])  # a local folder of that name comes first
+    for label in ("cat", "dog"):
+        place = folder / arguments[arguments.index("--images") + 1] / label
+        place.mkdir(parents=True)
+        Image.effect_noise((40, 40), 64).convert("RGB").save(place / "a.png")
+    arguments[arguments.index("--size") + 1] = "32"
+    run(folder, arguments)
+    assert (folder / "latents/imagenet256/manifest.json").exists()
+
+
+def test_the_table_of_methods_names_files_and_experiments_that_exist():
+    table = README.split("## What works")[1].split("##")[0]
+    files, experiments = re.findall(r"\]\((edit/[\w/]+\.py)\)", table), re.findall(r"experiment=([\w/]+)", table)
+    assert len(files) >= 4 and len(experiments) >= 4
+    for path in (*files, *(f"configs/experiment/{e}.yaml" for e in experiments)):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_map_names_what_is_there():
+    for name in re.findall(r"^  ?(\w+\.py|\w+/)", README.split("## Map")[1].split("## Tests")[0], re.MULTILINE):
+        assert (ROOT / name).exists() or (ROOT / "edit" / name).exists(), name

@@ -1,0 +1,94 @@
+from copy import deepcopy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import edit
+from edit.backbones.dit import DiTConfig
+from edit.tuning.lora import LoRA
+
+
+def randomise_lora(dit) -> None:
+    with torch.no_grad():
+        for name, p in dit.named_parameters():
+            if ".lora_" in name:
+                p.normal_(std=0.1)
+
+
+@torch.no_grad()
+def test_a_layer_computes_w_x_plus_alpha_over_rank_b_a_x(dit):
+    weight = dit.units[1].attn.qkv.weight.clone()
+    edit.apply(dit, {"lora": LoRA(rank=4, alpha=6.0)})
+    randomise_lora(dit)
+    layer, x = dit.units[1].attn.qkv, torch.randn(2, 5, 32)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert a.shape == (4, 32) and b.shape == (96, 4)
+    expected = x @ (weight + 6 / 4 * b @ a).T + layer.base_layer.bias
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)  # fp32, sums in another order
+    edit.fold(dit)
+    torch.testing.assert_close(dit.units[1].attn.qkv.weight, weight + 6 / 4 * b @ a, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_low_rank_factors_are_trainable_and_targets_decide_where(dit):
+    edit.apply(dit, {"lora": LoRA(rank=2, targets=("mlp.fc1", "adaLN_modulation.1"))})
+    trainable = {n for n, _ in dit.named_parameters() if dit.applied["lora"].trainable(n)}
+    where = {n.split(".lora_")[0] for n in trainable}
+    wanted = {f"model.blocks.{i}.{name}" for i in range(3) for name in ("mlp.fc1", "adaLN_modulation.1")}
+    assert where == wanted | {"model.final_layer.adaLN_modulation.1"} and len(trainable) == 2 * len(where)
+    assert not any(LoRA().trainable(n) for n in ("model.blocks.0.attn.qkv.base_layer.weight", "model.pos_embed"))
+
+
+def test_all_linear_layers_means_all_of_them(dit):
+    count = sum(isinstance(m, torch.nn.Linear) for m in dit.model.modules())
+    edit.apply(dit, {"lora": LoRA(rank=1, targets="all-linear")})
+    assert sum("lora_A" in n for n, _ in dit.named_parameters()) == count
+
+
+def test_an_artifact_keeps_the_base_under_stock_names_and_the_factors_apart(tmp_path, dit):
+    before = {k: v.clone() for k, v in dit.model.state_dict().items()}
+    edit.apply(dit, {"lora": LoRA(rank=2)})
+    randomise_lora(dit)
+    edit.save(dit, tmp_path / "a")
+    stock = load_file(tmp_path / "a" / "diffusion_pytorch_model.safetensors")
+    assert stock.keys() == before.keys() - {"pos_embed"}
+    assert all(torch.equal(stock[k], before[k]) for k in stock)
+    own = load_file(tmp_path / "a" / "edits.safetensors")
+    assert len(own) == 2 * 2 * 3 and all(".lora_" in k for k in own)
+
+
+def test_lora_works_where_nothing_is_allocated():
+    with torch.device("meta"):
+        dit = edit.apply(DiTConfig().build(), {"lora": LoRA(rank=16)}, fresh=False)
+    assert all(p.is_meta for p in dit.parameters())
+    assert sum(p.numel() for n, p in dit.named_parameters() if ".lora_" in n) == 28 * 16 * (1152 * 4 + 1152 * 2)
+
+
+def test_dropout_acts_in_training_alone(dit, batch):
+    edit.apply(dit, {"lora": LoRA(rank=2, dropout=0.5)})
+    randomise_lora(dit)
+    with torch.no_grad():
+        assert torch.equal(dit(*batch).sample, dit(*batch).sample)
+        dit.train()
+        assert not torch.equal(dit(*batch).sample, dit(*batch).sample)
+
+
+def test_a_fold_in_training_mode_is_the_same_fold(dit):
+    edit.apply(dit, {"lora": LoRA(rank=2, dropout=0.5)})
+    randomise_lora(dit)
+    twin = deepcopy(dit).train()
+    for a, b in zip(edit.fold(dit).parameters(), edit.fold(twin).parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_cannot_be_adapted_is_refused(dit):
+    with pytest.raises(ValueError, match="LoRA: rank must be at least 1, got 0"):
+        LoRA(rank=0)
+    with pytest.raises(ValueError, match="no linear layer's name ends in 'to_q'; there are t_embedder.mlp.0"):
+        edit.apply(dit, {"lora": LoRA(targets=("attn.qkv", "to_q"))})
+    edit.apply(dit, {"lora": LoRA()})
+    with pytest.raises(ValueError, match="the model already has one; fold it before adding another"):
+        edit.apply(dit, {"second": LoRA()})
+    edit.fold(dit)
+    edit.apply(dit, {"second": LoRA()})
+    assert list(dit.applied) == ["second"]
