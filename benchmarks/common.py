@@ -1,8 +1,8 @@
 """What the benchmarks share: the competitors, interleaved timing, the command line.
 
-`PlainDiT` is a DiT as a researcher writes it: the official structure with fused attention, no framework around it. Its
-weights carry the official names, so all three models run the same weights, and their outputs are compared before anything
-is timed.
+`PlainDiT` is a DiT as a researcher writes it: the official structure with fused attention, no framework around it.
+Its weights carry the official names, so all three models run the same weights, and their outputs are compared before
+anything is timed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.backbones.dit import DiT, DiTConfig, to_diffusers
+from edit.backbones.dit import DiTConfig, to_diffusers
 from edit.cost import Spread, device_name, from_file, stopwatch
 from edit.denoiser import Condition
 
@@ -263,7 +263,8 @@ def prepare(args: argparse.Namespace) -> torch.device:
 def show(label: str, seconds: Mapping[str, Spread], ratios: Mapping[str, Spread]) -> dict[str, Any]:
     """Print one race, and return it as JSON values."""
     times = "  ".join(f"{n} {1e3 * s.median:.2f} ms" for n, s in seconds.items())
-    quotients = "  ".join(f"{n}/edit {s.median:.3f} [{s.low:.3f}, {s.high:.3f}]" for n, s in ratios.items())
+    ours = next(iter(seconds))
+    quotients = "  ".join(f"{n}/{ours} {s.median:.3f} [{s.low:.3f}, {s.high:.3f}]" for n, s in ratios.items())
     print(f"{label:28s} {times}  |  {quotients}  n={next(iter(seconds.values())).count}", flush=True)
     return {
         "label": label,

@@ -79,12 +79,18 @@ class VAE:
     """
 
     def __init__(self, spec: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
-        from diffusers import AutoModel  # pyright: ignore[reportPrivateImportUsage] - re-exported lazily
+        import diffusers
 
-        model = load(AutoModel, spec, torch_dtype=torch.float32)
-        if not hasattr(model, "encode") or not hasattr(model, "decode"):
-            raise ValueError(f"{spec} holds a {type(model).__name__}, expected a VAE with encode and decode")
-        self.name, self.sha256 = type(model).__name__, fingerprint(model)
+        name, inside = place(spec)
+        try:
+            kind = str(diffusers.AutoencoderKL.load_config(name, **inside).get("_class_name"))
+        except OSError as error:
+            raise FileNotFoundError(f"no VAE in {spec}: {' '.join(str(error).split())}") from error
+        factory = getattr(diffusers, kind, None)
+        if not hasattr(factory, "encode") or not hasattr(factory, "decode"):
+            raise ValueError(f"{spec} holds no VAE of diffusers, but {kind}: expected such as AutoencoderKL")
+        model = load(factory, spec, torch_dtype=torch.float32)
+        self.name, self.sha256 = kind, fingerprint(model)
         self.model, self.device, self.dtype = model.to(device, dtype), torch.device(device), dtype
 
     def to(self, device: str | torch.device) -> None:

@@ -14,6 +14,7 @@ import resource
 import tarfile
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from glob import escape, glob
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def load_index(path: Path, cache: str | None = None) -> dict[str, np.ndarray]:
         place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
         kept = Path(cache, f"{place}-{path.name}.index.npz")
     try:
-        with np.load(kept, allow_pickle=False) as stored:
+        with open(kept, "rb") as file, np.load(file, allow_pickle=False) as stored:
             if np.array_equal(stored["stamp"], stamp):
                 return {name: stored[name] for name in ("key", "extension", "offset", "size", "label")}
     except Exception:  # absent, of another format, or damaged in any of zipfile's ways: it is only a copy
@@ -183,7 +184,8 @@ def load_index(path: Path, cache: str | None = None) -> dict[str, np.ndarray]:
             RuntimeWarning,
             stacklevel=2,
         )
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
     return index
 
 

@@ -94,8 +94,9 @@ def save(
         "data": dict(data or {}),
         "run": dict(run or {}),
     }
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, old = path.with_name(f"{path.name}.tmp-{os.getpid()}"), _replaced(path)
+    for left in path.parent.glob(f"{path.name}.tmp-*"):  # of a save that was killed
+        shutil.rmtree(left)
     temporary.mkdir(parents=True)
     try:
         save_torch_state_dict(
@@ -112,12 +113,10 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk is not left fuller
         raise
     if path.exists():
-        old = path.with_name(f"{path.name}.old-{os.getpid()}")
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
-        os.replace(temporary, path)
-        shutil.rmtree(old)
-    else:
-        os.replace(temporary, path)
+    os.replace(temporary, path)
+    shutil.rmtree(old, ignore_errors=True)
     return path
 
 
@@ -268,14 +267,22 @@ def load_official(denoiser: Denoiser, path: str | os.PathLike) -> None:
 
 
 def find(path: str | os.PathLike) -> Path:
-    """The artifact folder that `path` means: itself, or the `artifact` inside a run folder."""
+    """The artifact folder that `path` means: itself, or the `artifact` inside a run folder.
+
+    A save that was killed between its two renames left the earlier artifact under another name: it is found, too.
+    """
     path = Path(path)
-    for candidate in (path, path / "artifact"):
+    for candidate in (path, path / "artifact", _replaced(path), _replaced(path / "artifact")):
         if (candidate / "config.json").is_file():
             return candidate
     if not path.exists():
         raise FileNotFoundError(f"no artifact at {path}: there is no such folder")
     raise FileNotFoundError(f"no artifact at {path}: neither it nor {path / 'artifact'} holds a config.json")
+
+
+def _replaced(path: Path) -> Path:
+    """Where `save` puts the artifact that it is about to replace."""
+    return path.with_name(f"{path.name}.old")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

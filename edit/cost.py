@@ -4,7 +4,7 @@
     python -m edit.cost backbone=dit_xl_2 backbone.depth=14 sampler=ddim sampler.steps=50 guidance=1.5
     python -m edit.cost artifact=runs/digits --latency --json
 
-MACs are counted on the operators that really run (`torch.utils.flop_counter`), never from a formula: a unit that an edit
+MACs are counted on the operators that really run (`torch.utils.flop_counter`), never from a formula: a unit an edit
 skips, a narrowed layer or a dropped token is absent from the count because it is absent from the run. Counting on the
 meta device computes nothing; a model whose control flow depends on its activations must be run for real.
 """
@@ -187,7 +187,7 @@ def _homes(denoiser: Denoiser) -> tuple[str, ...]:
 
 
 def count_forward(denoiser: Denoiser, condition: Condition, batch: int) -> Count:
-    """One forward at t = 0.5, outside of any generation, where the denoiser is: on the meta device nothing is computed."""
+    """One forward at t = 0.5, outside a generation, where the denoiser is; on the meta device nothing is computed."""
     meter = _Meter(denoiser)
     meter(torch.zeros(batch, *denoiser.sample_shape), torch.full((batch,), 0.5), condition)
     return meter.total()
@@ -460,7 +460,7 @@ keys:
   backbone=NAME, backbone.FIELD=VALUE   a file of configs/backbone, and changes to it
   artifact=FOLDER                       instead of a backbone: what a run has left
   edits=NAME, edits.EDIT.FIELD=VALUE    a file of configs/edits, applied to the backbone
-  sampler=NAME, sampler.steps=N         a file of configs/sampler; by default 50 steps of Euler or DDIM, or the artifact's
+  sampler=NAME, sampler.steps=N         a file of configs/sampler; else the artifact's, or 50 steps of Euler or DDIM
   guidance=W                            1: the conditional prediction alone
   batch=N                               samples at a time; counts are per sample"""
 

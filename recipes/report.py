@@ -75,6 +75,7 @@ class Column:
     pick: Callable[[Row], Any]  # a number, a measure {"value", "spread"}, or None
     show: Callable[[float], str]
     better: int = 0  # -1: less, 1: more, 0: neither
+    judged: bool = False  # depends on the real images and the extractor
 
 
 def _quality(name: str) -> Callable[[Row], Any]:
@@ -104,11 +105,11 @@ def _time(name: str) -> Callable[[Row], Any]:
 
 
 COLUMNS = (
-    Column("Fréchet distance", _quality("frechet"), "{:.2f}".format, -1),
-    Column("class accuracy", _quality("accuracy"), "{:.1%}".format, 1),
-    Column("precision", _quality("precision"), "{:.3f}".format, 1),
-    Column("recall", _quality("recall"), "{:.3f}".format, 1),
-    Column("distance to training set", _quality("nearest_train"), "{:.3g}".format),
+    Column("Fréchet distance", _quality("frechet"), "{:.2f}".format, -1, judged=True),
+    Column("class accuracy", _quality("accuracy"), "{:.1%}".format, 1, judged=True),
+    Column("precision", _quality("precision"), "{:.3f}".format, 1, judged=True),
+    Column("recall", _quality("recall"), "{:.3f}".format, 1, judged=True),
+    Column("distance to training set", _quality("nearest_train"), "{:.2f}".format),
     Column("PSNR to reference, dB", _compared("psnr"), "{:.1f}".format, 1),
     Column("SSIM to reference", _compared("ssim"), "{:.3f}".format, 1),
     Column("feature distance to reference", _compared("perceptual"), "{:.3f}".format, -1),
@@ -116,8 +117,8 @@ COLUMNS = (
     Column("parameters, M", _cost("parameters", 1e-6), "{:,.2f}".format, -1),
     Column("activated, M", _cost("activated", 1e-6), "{:,.2f}".format, -1),
     Column("MACs per image, G", _cost("macs_per_image", 1e-9), "{:,.3g}".format, -1),
-    Column("ms per forward", _time("forward"), "{:,.3g}".format, -1),
-    Column("ms per image", _time("generation"), "{:,.4g}".format, -1),
+    Column("ms per forward", _time("forward"), "{:,.2f}".format, -1),
+    Column("ms per image", _time("generation"), "{:,.2f}".format, -1),
     Column("images/s", _cost("images_per_second"), "{:,.3g}".format, 1),
     Column("peak memory, MiB", _cost("peak_memory", 2**-20), "{:,.1f}".format, -1),
 )
@@ -149,12 +150,9 @@ def value_of(picked: Any) -> float | None:
 def best(column: Column, table: Sequence[Row]) -> float | None:
     """The best value of a column, if it says which is better and rows differ."""
     values = {v for row in table if (v := value_of(column.pick(row))) is not None}
-    if not column.better or len(values) < 2 or (not comparable(table) and column.pick in _QUALITIES):
+    if not column.better or len(values) < 2 or (column.judged and not comparable(table)):
         return None
     return max(values) if column.better > 0 else min(values)
-
-
-_QUALITIES = tuple(c.pick for c in COLUMNS[:8])
 
 
 def shown(column: Column) -> Callable[[Row], str]:
@@ -178,16 +176,17 @@ def notes(report: Mapping[str, Any]) -> Iterator[str]:
     """What one must know to read the numbers."""
     settings, table = report["settings"], rows(report)
     seeds = ", ".join(map(str, settings["seed"]))
-    yield f"{settings['n']} images per row, seed {seeds}, same noise and labels for all; w = guidance weight; ± = spread."
-    for name, a in {a["reference"]["hash"]: a for a in report["artifacts"] if "error" not in a}.items():
+    yield f"{settings['n']} images per row, seed {seeds}, same noise and labels for all; w: guidance; ±: spread."
+    for key, a in {a["reference"]["hash"]: a for a in report["artifacts"] if "error" not in a}.items():
         real, extractor = a["reference"], a["extractor"]
-        text = f"Real images: {real['n']} of {a['data'].get('_target_', 'unknown data')}, {real['split']} ({name})."
+        text = f"Real images: {real['n']} of {a['data'].get('_target_', 'unknown data')}, {real['split']} ({key})."
         if extractor:
-            text += f" Features: {extractor['name']} {extractor['hash']}, {extractor['width']} numbers, {extractor['rule']}."
+            name, width = f"{extractor['name']} {extractor['hash']}", extractor["width"]
+            text += f" Features: {name}, {width} numbers, {extractor['rule']}."
         if real["floor"] is not None:
             text += f" The training images themselves have a Fréchet distance of {real['floor']:.2f}."
         if real["nearest"] is not None:
-            text += f" Real images are {real['nearest']:.3g} from the training set; much less means copies."
+            text += f" Real images are {real['nearest']:.2f} from the training set; much less means copies."
         if real["judge"]:
             text += (
                 f" Classes: by judge {real['judge']['hash']}, right on {real['judge']['accuracy']:.1%} of real images."
@@ -198,7 +197,7 @@ def notes(report: Mapping[str, Any]) -> Iterator[str]:
     if table and not comparable(table):
         yield "Not all rows were measured against the same real images: their qualities cannot be compared."
     yield (
-        f"Costs on {report['environment']['device']}, fp32 unless the artifact says otherwise, one image at a time; "
+        f"Costs on {report['environment']['device']}, one image at a time, images/s {settings['batch']} at a time; "
         "times are medians ± half the distance of the quartiles."
     )
 
@@ -216,9 +215,9 @@ def show(report: Mapping[str, Any]) -> None:
     across = max(1, (console.width - 30) // 18)
     for start in range(0, len(table), across):
         part = table[start : start + across]
-        view = Table("", *(Text(row["label"], justify="right") for row in part), box=None, padding=(0, 1))
-        for column in view.columns[1:]:
-            column.justify = "right"
+        view = Table("", box=None, padding=(0, 1))
+        for row in part:
+            view.add_column(Text(row["label"]), justify="right")
         for column in present(table):
             top = best(column, table)
             texts = [Text(shown(column)(row), "bold green" if _is(column, row, top) else "") for row in part]
@@ -327,7 +326,8 @@ def _table(report: Mapping[str, Any], table: Sequence[Row]) -> Iterator[str]:
             yield f"<td{' class=best' if _is(c, row, top) else ''}>{escape(shown(c)(row))}</td>"
         yield "</tr>"
     for a in failures(report):
-        yield f"<tr class=error><td>{escape(a['name'])}</td><td colspan={max(1, len(columns))}>{escape(a['error'])}</td></tr>"
+        name, text = escape(a["name"]), escape(a["error"])
+        yield f"<tr class=error><td>{name}</td><td colspan={max(1, len(columns))}>{text}</td></tr>"
     yield "</tbody></table>"
 
 

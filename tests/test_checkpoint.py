@@ -315,3 +315,24 @@ def test_an_official_file_fills_a_model_that_was_made_on_the_meta_device(tmp_pat
         empty = DiTConfig(**dit.config).build()
     load_official(empty, tmp_path / "ema.pt")
     assert all(torch.equal(v, dit.state_dict()[k]) for k, v in empty.state_dict().items())
+
+
+def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(dit, batch, tmp_path, monkeypatch):
+    import edit.checkpoint as checkpoint
+
+    edit.save(dit, tmp_path / "a")
+    rename, renames = os.replace, []
+
+    def killed(source, target):
+        renames.append(target)
+        if len(renames) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        edit.save(dit, tmp_path / "a")
+    monkeypatch.undo()
+    assert torch.equal(edit.load(tmp_path / "a").denoiser(*batch).sample, dit(*batch).sample)
+    edit.save(dit, tmp_path / "a")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]

@@ -332,7 +332,8 @@ class DiT(Denoiser):
 
     def embed(self, sample: Tensor, timestep: Tensor, label: Tensor) -> Stream:
         m, c = self.model, self.spec
-        x = m.x_embedder(sample.to(m.x_embedder.proj.weight.dtype)) + m.pos_embed
+        # the table first: the sum then takes its layout, tokens in order, not the channels-first one of the convolution
+        x = m.pos_embed + m.x_embedder(sample.to(m.x_embedder.proj.weight.dtype))
         if m.registers is not None:
             x = torch.cat((m.registers.expand(len(x), -1, -1), x), dim=1)
         time = m.t_embedder(timestep)

@@ -1,28 +1,12 @@
 """Real files for the data sets: images, tar shards, a small VAE and a small text encoder with its tokenizer."""
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-SIZE = 16  # pixels
-
-
-def image(number: int, width: int = 20, height: int = 18) -> Image.Image:
-    """Noise that differs by number."""
-    pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def png(number: int) -> bytes:
-    file = io.BytesIO()
-    image(number).save(file, "png")
-    return file.getvalue()
+from samples import SIZE, caption, png, write_tar
 
 
 @pytest.fixture
@@ -34,10 +18,6 @@ def folder(tmp_path: Path) -> Path:
         (place / f"{number:02d}.png").write_bytes(png(number))
         (place / f"{number:02d}.txt").write_text(caption(number))
     return tmp_path / "photos"
-
-
-def caption(number: int) -> str:
-    return " ".join(["red", "square", "on", "a", "blue", "disc"][: 1 + number % 6])
 
 
 @pytest.fixture
@@ -58,14 +38,6 @@ def shards(tmp_path: Path) -> Path:
             ],
         )
     return tmp_path / "shards"
-
-
-def write_tar(path: Path, samples: list[dict]) -> None:
-    from webdataset import TarWriter
-
-    with TarWriter(str(path), encoder=False, mtime=0) as tar:
-        for sample in samples:
-            tar.write(sample)
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +68,9 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     place = tmp_path_factory.mktemp("t5")
-    T5EncoderModel(T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(place)
+    T5EncoderModel(T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(
+        place
+    )
     tokenizer().save_pretrained(place)
     return place
 

@@ -19,7 +19,7 @@ class Numbers:
         return {"x": torch.full((1, 1, 1), float(index)), "label": torch.tensor(draw)}
 
 
-def loader(count: int = 10, batch_size: int = 4, total: int = 12, **options) -> EndlessLoader:
+def loader(count: int = 11, batch_size: int = 4, total: int = 12, **options) -> EndlessLoader:
     return EndlessLoader(Numbers(count), batch_size, total, **options)
 
 
@@ -56,17 +56,15 @@ def test_reading_leaves_the_global_random_state_alone():
 
 def test_the_order_never_changes_between_releases():
     # pinned: a checkpoint of an old run must find the same samples
-    assert [i for _, i in order(loader(count=8, batch_size=8, total=2, seed=0))] == PINNED
-
-
-PINNED = [0] * 16
+    indices = [i for _, i in order(loader(count=8, batch_size=8, total=2, seed=0))]
+    assert indices == [6, 2, 7, 0, 1, 4, 5, 3] + [7, 5, 1, 2, 3, 6, 4, 0]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_sees_what_an_unbroken_one_would_have(workers):
     whole = order(loader())
     first = loader(workers=workers)
-    begin = take(first, 5)  # 20 of 10 per epoch: the middle of the third would be 25
+    begin = take(first, 5)  # 20 samples: within the second epoch of 11
     state = first.state_dict()
     assert state["samples"] == 20
     second = loader(workers=workers)

@@ -66,6 +66,36 @@ def kill_at(folder, name, step, *overrides, world=1):
 ONE = ("trainer.accumulate=2", "data.batch_size=100", "data.workers=1")  # 1437 digits: epochs end inside the run
 
 
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Three real tar shards of 50 small pictures each."""
+    import io
+
+    import webdataset
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("shards")
+    for i in range(3):
+        with webdataset.TarWriter(str(folder / f"train-{i:03d}.tar")) as tar:
+            for k in range(50):
+                picture = io.BytesIO()
+                Image.effect_noise((8, 8), 64).convert("RGB").save(picture, "PNG")
+                tar.write({"__key__": f"{i:03d}_{k:03d}", "png": picture.getvalue(), "cls": k % 10})
+    return folder
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_killed_run_on_webdataset_shards_goes_on_bit_equal_mid_epoch(tmp_path, shards, world):
+    """150 pictures and 32 or more a step: checkpoint and kill both fall inside an epoch, with flips and two workers."""
+    overrides = ["data=webdataset", f"data.set.shards={shards}", "data.set.size=8", "data.workers=2"]
+    overrides += ["backbone.in_channels=3", "data.batch_size=32"]
+    overrides += ["trainer=ddp", *TWO_RANKS] if world == 2 else []
+    train_ranks(tmp_path, "name=whole", *overrides, world=world)
+    kill_at(tmp_path, "killed", 6, *overrides, world=world)
+    train_ranks(tmp_path, "name=killed", *overrides, world=world)
+    assert losses(tmp_path, "killed") == losses(tmp_path, "whole")
+
+
 @pytest.mark.parametrize(
     "overrides, world",
     [

@@ -1,0 +1,573 @@
+"""From artifacts to a report: what eval.py does, and what train.py does when a run ends.
+
+Every artifact is sampled with the same noise and labels, and measured against held-out images of its own data set.
+Torch is imported inside: settings are checked before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from recipes.config import UserError, check, describe, locate, rule, suggest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from edit.checkpoint import Artifact
+    from edit.denoiser import Condition
+    from edit.evaluation import FeatureSpace, Gaussian, Judge
+
+DEFAULTS = Path(__file__).parents[1] / "configs" / "eval.yaml"
+FORMAT = 1  # of report.json
+NEAREST_NUMBERS = 2**28  # training images kept in memory for the search of copies: at most 1 GiB of float32
+Data = Any  # data.split.DataSet
+
+
+@dataclass
+class Settings:
+    """What is measured and how; the defaults and their meaning are in configs/eval.yaml."""
+
+    n: int = rule(MISSING, low=8)
+    guidance: list[float] = rule(MISSING)
+    steps: int | None = rule(MISSING, low=1)
+    seed: list[int] = rule(MISSING, low=0)
+    batch: int = rule(MISSING, low=1)
+    device: str = MISSING
+    features: str = MISSING
+    references: int = rule(MISSING, low=8)
+    rounds: int = rule(MISSING, low=0)
+    cache: str | None = MISSING
+    trusted: list[str] = MISSING
+
+
+def settings(overrides: Mapping[str, Any]) -> Settings:
+    """configs/eval.yaml with some keys changed; one value may stand for a list.
+
+    Raises:
+        UserError: for an unknown key, a wrong type or a value out of range
+    """
+    cfg: DictConfig = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.load(DEFAULTS))  # type: ignore
+    hints = get_type_hints(Settings)
+    for key, value in overrides.items():
+        if key not in hints:
+            raise UserError(f"unknown key '{key}'{suggest(key, hints)}")
+        if str(hints[key]).startswith("list") and not isinstance(value, list | tuple):
+            value = [value]
+        try:
+            cfg[key] = value
+        except OmegaConfBaseException as error:
+            raise UserError(f"{key}: expected {describe(hints[key])}, got {value!r}") from error
+    if errors := check(cfg):
+        raise UserError(errors[0])
+    for key in ("guidance", "seed"):
+        if not cfg[key]:
+            raise UserError(f"{key}: expected at least one value, got an empty list")
+    chosen = OmegaConf.to_object(cfg)
+    assert isinstance(chosen, Settings)
+    return chosen
+
+
+# ---- several artifacts ----------------------------------------------------------------------------------------------
+
+
+def run(
+    paths: Sequence[Path], chosen: Settings, out: Path, reference: Path | None = None, debug: bool = False
+) -> dict[str, Any]:
+    """Measure artifacts, print the comparison, write report.json, report.html and the grids into `out`.
+
+    Of several artifacts, one that cannot be measured becomes a row that says why.
+
+    Args:
+        paths: artifact or run folders
+        chosen: what to measure
+        out: folder, made if need be
+        reference: artifact whose images, from the same noise, the others are compared with
+        debug: let the first error through
+
+    Returns:
+        The report, as in report.json.
+
+    Raises:
+        UserError: if no artifact could be measured
+    """
+    from recipes.report import show, write_report
+
+    device = pick_device(chosen.device)
+    names = short_names(paths)
+    report: dict[str, Any] = {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment(device),
+        "settings": asdict(chosen) | {"reference": None if reference is None else os.fspath(reference)},
+        "artifacts": [],
+    }
+    for path, name in zip(paths, names, strict=True):
+        try:
+            report["artifacts"].append(evaluate(path, name, chosen, out, device, reference))
+        except (UserError, ValueError, TypeError, RuntimeError, OSError) as error:
+            if debug or isinstance(error, UserError) and len(paths) == 1:
+                raise
+            sentence = " ".join(str(error).split()) or type(error).__name__
+            if len(paths) == 1:
+                raise UserError(f"{path} cannot be evaluated: {sentence}") from error
+            report["artifacts"].append({"name": name, "path": os.fspath(path), "error": sentence})
+    if all("error" in a for a in report["artifacts"]):
+        first = report["artifacts"][0]
+        raise UserError(f"none of the {len(paths)} artifacts can be evaluated; {first['path']}: {first['error']}")
+    files = write_report(report, out)
+    show(report)
+    print("report    " + "\n          ".join(map(str, files)), flush=True)
+    return report
+
+
+def evaluate_and_show(artifact: Path, **overrides: Any) -> dict[str, Any]:
+    """`run` for the artifact of a training run, into the run's folder. `overrides` are keys of configs/eval.yaml."""
+    return run([artifact], settings(overrides), run_folder(artifact))
+
+
+def run_folder(artifact: Path) -> Path:
+    """The folder of the run that made an artifact, or the artifact's own."""
+    return artifact.parent if artifact.name == "artifact" else artifact
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the run folders' paths that tell them apart."""
+    folders = [run_folder(p.resolve()) for p in paths]
+    depth = 1
+    while True:
+        names = ["/".join(f.parts[-depth:]) for f in folders]
+        if len(set(names)) == len(set(folders)) or depth > 99:
+            return names
+        depth += 1
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `auto`, `cpu`, `cuda`, `cuda:1`, ... means here.
+
+    Raises:
+        UserError: if there is no such device
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name} is not on this machine; use auto, cpu or one that torch finds") from error
+    return device
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a number depends on besides artifact and settings."""
+    import torch
+
+    import edit
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    def git(*words: str) -> str:
+        try:
+            here = Path(__file__).parent
+            return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+
+    cpu = platform.processor() or platform.machine()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({cpu})",
+        "threads": torch.get_num_threads(),
+        "revision": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
+        "edit": edit.__version__,
+        "torch": torch.__version__,
+        "diffusers": installed("diffusers"),
+        "transformers": installed("transformers"),
+        "torchmetrics": installed("torchmetrics"),
+        "python": platform.python_version(),
+    }
+
+
+# ---- one artifact ---------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    path: Path, name: str, chosen: Settings, out: Path, device: torch.device, reference: Path | None = None
+) -> dict[str, Any]:
+    """Sample one artifact at every guidance weight and measure quality and cost; grids go to `out`/grids.
+
+    Returns:
+        JSON values: who it is, how it was measured, and one entry of `results` per guidance weight.
+
+    Raises:
+        UserError, ValueError, OSError: if it cannot be measured
+    """
+    import torch
+
+    import edit
+    from edit.cost import cost
+    from edit.edits import describe as described
+    from recipes.report import save_grid
+
+    artifact = edit.load(path, device, tuple(chosen.trusted))
+    original = None if reference is None else edit.load(reference, device, tuple(chosen.trusted))
+    data = build_data(artifact, chosen.trusted)
+    space = Yardstick.of(data, artifact.data, chosen, device)
+    condition = conditions(data)
+    columns = data.num_classes if data.num_classes and data.num_classes <= 12 else 8
+    file = f"grids/{name.replace('/', '_')}"
+    save_grid(space.some_real, out / f"{file}_real.png", columns)
+
+    results = []
+    for guidance in chosen.guidance:
+        sampler = adjusted(artifact, guidance, chosen.steps)
+        sets, seconds = [], 0.0
+        for seed in chosen.seed:
+            with progress(f"{name} w={guidance:g} seed {seed}", chosen.n) as done:
+                measured, images, took = sample_and_measure(
+                    artifact, sampler, original, condition, space, seed, chosen, done
+                )
+            sets.append(measured)
+            seconds += took
+            if seed == chosen.seed[0]:
+                save_grid(images, out / f"{file}_w{guidance:g}.png", columns)
+        counted = cost(
+            artifact.denoiser,
+            sampler,
+            artifact.objective,
+            condition(torch.zeros(1, dtype=torch.int64)),
+            real=bool(artifact.denoiser.applied),  # an edit may decide by what it sees
+            rounds=chosen.rounds,
+        )
+        results.append(
+            {
+                "guidance": guidance,
+                "sampler": described(sampler),
+                "n": chosen.n,
+                "seed": chosen.seed,
+                "quality": space.quality(sets),
+                "compared": space.compared(sets),
+                "cost": counted.as_dict() | {"images_per_second": chosen.n * len(chosen.seed) / seconds},
+                "grid": f"{file}_w{guidance:g}.png",
+            }
+        )
+    denoiser = artifact.denoiser
+    return {
+        "name": name,
+        "path": os.fspath(path),
+        "backbone": denoiser.name,
+        "config": denoiser.config,
+        "dtype": str(next(denoiser.parameters()).dtype).removeprefix("torch."),
+        "edits": {k: described(e) for k, e in denoiser.applied.items()},
+        "folded": denoiser.folded,
+        "data": artifact.data,
+        "run": artifact.run,
+        "labels": "balanced: sample k has class k modulo the number of classes" if data.num_classes else "of the data",
+        "extractor": space.identity(),
+        "reference": space.description | {"grid": f"{file}_real.png"},
+        "results": results,
+    }
+
+
+def build_data(artifact: Artifact, trusted: Sequence[str] = ()) -> Data:
+    """The data set that an artifact was trained on, from its own description.
+
+    Raises:
+        UserError: if it does not say, or names something outside of `data` and the trusted packages
+    """
+    node = dict(artifact.data)
+    target = node.pop("_target_", None)
+    if target is None:
+        raise UserError(f"{artifact.path} does not say which data it was trained on: it was not made by train.py")
+    try:
+        return locate(target, ("data", *trusted))(**node)
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"the data set of {artifact.path} cannot be opened: {error}") from error
+
+
+def conditions(data: Data) -> Callable[[Tensor], Condition]:
+    """The condition of sample numbers: balanced classes, or the texts of the real samples in order."""
+    from edit.denoiser import Condition
+
+    if data.num_classes:
+        return lambda numbers: Condition(label=numbers % data.num_classes)
+    split = data.heldout() or data.train()
+    names = [f.name for f in fields(Condition)]
+
+    def of(numbers: Tensor) -> Condition:
+        from data.loader import collate
+
+        samples = [split.sample(int(k) % len(split), int(k)) for k in numbers]
+        batch = collate([{key: s[key] for key in names if key in s} for s in samples])
+        return Condition(**batch)
+
+    return of
+
+
+def adjusted(artifact: Artifact, guidance: float, steps: int | None) -> Any:
+    """The artifact's sampler with another guidance weight and, where given, other steps."""
+    sampler = replace(artifact.sampler, guidance=float(guidance))
+    return sampler if steps is None else replace(sampler, solver=replace(sampler.solver, steps=steps))
+
+
+def sample_and_measure(
+    artifact: Artifact,
+    sampler: Any,
+    original: Artifact | None,
+    condition: Callable[[Tensor], Condition],
+    space: Yardstick,
+    seed: int,
+    chosen: Settings,
+    done: Callable[[float], None],
+) -> tuple[dict[str, Tensor], Tensor, float]:
+    """Numbers for each of n images, the first images, and the seconds that sampling took."""
+    import torch
+
+    from edit.evaluation import generate, joined
+
+    numbers = torch.arange(chosen.n)
+    share = 1.0 if original is None else 0.5
+    common = (condition, numbers, seed, chosen.batch, lambda images: done(share * images))
+    streams = [generate(artifact.denoiser, artifact.objective, sampler, *common)]
+    if original is not None:  # its own solver and steps: the same noise is what makes a pair
+        own = adjusted(original, sampler.guidance, None)
+        streams.append(generate(original.denoiser, original.objective, own, *common))
+    measured, first, seconds = [], [], 0.0
+    for start in range(0, chosen.n, chosen.batch):
+        begin = time.perf_counter()
+        x = next(streams[0])
+        images = space.data.to_images(x).cpu()  # waits for the device, so the clock is right
+        seconds += time.perf_counter() - begin
+        other = space.data.to_images(next(streams[1])).cpu() if original is not None else None
+        measured.append(space.measure(x.cpu(), images, numbers[start : start + chosen.batch], other))
+        if sum(map(len, first)) < GRID:
+            first.append(images[: GRID - sum(map(len, first))])
+    return joined(measured), torch.cat(first), seconds
+
+
+GRID = 60  # images that a grid shows
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[float], None]]:
+    """A bar of images with the time left, gone when done; on no terminal, one line."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console()
+    if not console.is_terminal:
+        print(f"{title}: {total} images", flush=True)
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("images, left"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda images: bar.advance(task, images)
+
+
+# ---- against the real images ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Yardstick:
+    """What one data set's samples are measured with: feature space, judge, real features, training samples."""
+
+    data: Data
+    space: FeatureSpace | None
+    judge: Judge | None
+    real: Tensor | None  # n d, features of real images
+    moments: Gaussian | None  # of them
+    train_x: Tensor  # n c y x, to find copies
+    some_real: Tensor  # uint8, for a grid
+    description: dict[str, Any]
+
+    @classmethod
+    def of(cls, data: Data, node: Mapping[str, Any], chosen: Settings, device: torch.device) -> Yardstick:
+        """Read real images, make or load the feature space, and measure the real images themselves."""
+        from edit.evaluation import Gaussian, digest, frechet, nearest
+
+        train, heldout = data.train(), data.heldout()
+        real = heldout or train
+        labelled = bool(data.num_classes) and chosen.features != "none"
+        cache = (
+            Path(chosen.cache)
+            if chosen.cache
+            else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "edit"
+        )
+        judge = make_judge(data, train, chosen, cache, device) if labelled else None
+        space = choose_space(chosen.features, judge, device)
+
+        x, labels = stack(real, spread(len(real), fitting(real, chosen.references)))
+        train_x, _ = stack(train, spread(len(train), fitting(train, chosen.references)))
+        some = data.to_images(x[for_grid(labels, data.num_classes, len(x))]).cpu()
+        description: dict[str, Any] = {
+            "split": "held-out" if heldout else "training set",
+            "n": min(len(real), chosen.references),
+            "hash": digest(x, labels if labels is not None else []),
+            "floor": None,
+            "nearest": nearest(x, train_x).mean().item() if heldout else None,
+            "judge": None,
+        }
+        if judge is not None and labels is not None:
+            guessed = judge.classify(judge(data.to_images(x))).cpu()
+            right = (guessed == labels).double().mean().item()
+            description["judge"] = {"hash": judge.hash, "accuracy": right, "n": len(labels)}
+        features, moments = None, None
+        if space is not None:
+            features = real_features(data, real, "heldout" if heldout else "train", space, node, chosen, cache)
+            moments = Gaussian.of(features)
+            description["hash"] = digest(features, space.hash)
+            if heldout:
+                others = real_features(data, train, "train", space, node, chosen, cache)
+                description["floor"] = frechet(moments, Gaussian.of(others))
+        return cls(data, space, judge, features, moments, train_x, some, description)
+
+    def identity(self) -> dict[str, Any] | None:
+        """Who extracts features, and how pixels reach it."""
+        if self.space is None or self.real is None:
+            return None
+        s = self.space
+        return {"name": s.name, "hash": s.hash, "width": self.real.shape[1], "rule": s.rule, "rounding": ROUNDING}
+
+    def measure(self, x: Tensor, images: Tensor, numbers: Tensor, other: Tensor | None) -> dict[str, Tensor]:
+        """One number or feature vector per image, on the CPU.
+
+        Args:
+            x: b c y x, samples
+            images: uint8 b y x 3, the same to look at
+            numbers: b, of the samples; they decide the classes
+            other: uint8 b y x 3, the reference run's images of the same noise
+        """
+        from edit.evaluation import nearest, perceptual, psnr, ssim
+
+        measured = {"nearest": nearest(x, self.train_x)}
+        if self.space is not None:
+            measured["features"] = self.space(images).cpu()
+        if self.judge is not None:
+            guessed = self.judge.classify(self.judge(images)).cpu()
+            measured["right"] = (guessed == numbers % self.data.num_classes).float()
+        if other is not None:
+            measured |= {"psnr": psnr(images, other), "ssim": ssim(images, other)}
+            if self.space is not None:
+                measured["perceptual"] = perceptual(self.space, images, other).cpu()
+        return measured
+
+    def quality(self, sets: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+        """Measures of whole sets, one set per seed."""
+        from edit.evaluation import frechet_measure, inside, mean_measure
+
+        out = {"nearest_train": mean_measure(s["nearest"] for s in sets)}
+        if self.judge is not None:
+            out["accuracy"] = mean_measure(s["right"] for s in sets)
+        if self.real is not None and self.moments is not None:
+            out["frechet"] = frechet_measure((s["features"] for s in sets), self.moments)
+            out["precision"] = mean_measure(inside(s["features"], self.real).float() for s in sets)
+            out["recall"] = mean_measure(inside(self.real, s["features"]).float() for s in sets)
+        return out
+
+    def compared(self, sets: Sequence[Mapping[str, Tensor]]) -> dict[str, Any] | None:
+        """Distances to the reference run's images, or None where there is none."""
+        from edit.evaluation import mean_measure
+
+        names = [k for k in ("psnr", "ssim", "perceptual") if k in sets[0]]
+        return {k: mean_measure(s[k] for s in sets) for k in names} or None
+
+
+ROUNDING = "the data set's to_images: clamp, uint8, before any resizing"
+
+
+def choose_space(features: str, judge: Judge | None, device: torch.device) -> FeatureSpace | None:
+    """Raises UserError if the setting `features` does not fit."""
+    from edit.evaluation import Pretrained
+
+    if features == "none":
+        return None
+    if features != "judge":
+        return Pretrained(Path(features), device)
+    if judge is None:
+        raise UserError(
+            "features=judge needs labelled images of at most 64 pixels: set features=<folder of a transformers image "
+            "model>, or none"
+        )
+    return judge
+
+
+def make_judge(data: Data, train: Any, chosen: Settings, cache: Path, device: torch.device) -> Judge | None:
+    """The judge of a labelled data set; None if its images are too large for one."""
+    from edit.evaluation import Judge, train_judge
+
+    first = data.to_images(stack(train, [0])[0])
+    if max(first.shape[1:3]) > Judge.LARGEST:
+        return None
+    x, labels = stack(train, spread(len(train), fitting(train, 50_000)))
+    assert labels is not None
+    return train_judge(data.to_images(x).cpu(), labels, cache).to(device)
+
+
+def real_features(
+    data: Data, split: Any, name: str, space: FeatureSpace, node: Mapping[str, Any], chosen: Settings, cache: Path
+) -> Tensor:
+    """Features of evenly spaced images of a split, from the cache if the first images, config and extractor agree."""
+    import torch
+
+    from edit.evaluation import cached, digest
+
+    indices = spread(len(split), chosen.references)
+    probe, _ = stack(split, spread(len(split), 16))
+    key = digest(probe, {**node, "split": name, "length": len(split), "n": len(indices), "extractor": space.hash})
+
+    def extract() -> dict[str, Tensor]:
+        parts = [indices[i : i + chosen.batch] for i in range(0, len(indices), chosen.batch)]
+        with progress(f"features of real images ({name})", len(indices)) as done:
+            out = []
+            for part in parts:
+                out.append(space(data.to_images(stack(split, part)[0])).cpu())
+                done(len(part))
+        return {"features": torch.cat(out)}
+
+    return cached(cache / f"features-{key}.safetensors", extract)["features"]
+
+
+def stack(split: Any, indices: Iterable[int]) -> tuple[Tensor, Tensor | None]:
+    """Samples b c y x and, where there are labels, b int64."""
+    import torch
+
+    samples = [split.sample(i, i) for i in indices]
+    x = torch.stack([s["x"] for s in samples])
+    return x, torch.stack([torch.as_tensor(s["label"]) for s in samples]) if "label" in samples[0] else None
+
+
+def spread(length: int, most: int) -> list[int]:
+    """At most `most` evenly spaced indices."""
+    count = min(length, most)
+    return [i * length // count for i in range(count)]
+
+
+def fitting(split: Any, most: int) -> int:
+    """How many samples may be held in memory."""
+    return max(1, min(most, NEAREST_NUMBERS // split.sample(0, 0)["x"].numel()))
+
+
+def for_grid(labels: Tensor | None, classes: int | None, length: int) -> list[int]:
+    """Indices of real images for a grid that is laid out as the generated one: image k of class k modulo classes."""
+    if labels is None or not classes:
+        return list(range(min(GRID, length)))
+    places = [(labels == c).nonzero().flatten().tolist() for c in range(classes)]
+    found = [places[k % classes][k // classes :][:1] for k in range(GRID)]
+    return [i for at in found for i in at] or [0]

@@ -1,0 +1,308 @@
+"""Folders and tar shards of images."""
+
+import json
+import os
+import shutil
+import tarfile
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from samples import SIZE, caption, image, png, write_tar
+
+from data.damage import Damaged
+from data.image_folder import Folder, ImageFolder
+from data.image_shards import ImageShards
+from data.loader import EndlessLoader
+from data.pixels import centre_crop, to_tensor, to_uint8
+from data.tars import expand, load_index
+
+# ---- pixels ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_centre_crop_halves_by_box_then_goes_bicubic_to_the_short_side():
+    wide = image(0, 150, 70)  # halved twice would be under 2 * 16: 70 -> 35 -> 17
+    halved = wide.resize((75, 35), Image.Resampling.BOX).resize((37, 17), Image.Resampling.BOX)
+    scaled = halved.resize((35, 16), Image.Resampling.BICUBIC)  # 37 * 16 / 17 = 34.8
+    assert np.array_equal(np.array(centre_crop(wide, 16)), np.array(scaled.crop((9, 0, 25, 16))))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 300), (33, 31), (5, 9), (1000, 16)])
+def test_every_shape_of_image_ends_as_the_square(size):
+    assert centre_crop(image(0, *size), SIZE).size == (SIZE, SIZE)
+
+
+def test_pixels_survive_the_way_there_and_back():
+    pixels = np.array(image(0, 4, 4))
+    x = to_tensor(Image.fromarray(pixels))
+    assert x.min() >= -1 and x.max() <= 1
+    assert np.array_equal(to_uint8(x[None])[0].numpy(), pixels)
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
+
+
+def test_subfolders_are_the_classes(folder):
+    data = ImageFolder(str(folder), SIZE, flip=False, captions=True)
+    assert (data.shape, data.num_classes, data.classes) == ((3, 16, 16), 3, ["a", "b", "c"])
+    split = data.train()
+    assert len(split) == 12 and data.heldout() is None
+    sample = split.sample(0, 0)  # a/00.png
+    assert torch.equal(sample["x"], to_tensor(centre_crop(image(0), SIZE)))
+    assert sample["label"] == 0 and sample["label"].dtype == torch.int64
+    assert sample["caption"] == caption(0)
+    assert [int(split.sample(i, 0)["label"]) for i in range(12)] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_a_flat_folder_has_captions_and_no_classes(folder, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in folder.rglob("*.*"):
+        shutil.copy(file, flat)
+    data = ImageFolder(str(flat), SIZE, captions=True)
+    assert data.num_classes is None and data.classes is None
+    assert [data.train().sample(i, 0)["caption"] for i in range(12)] == [caption(i) for i in range(12)]
+    assert "label" not in data.train().sample(0, 0)
+
+
+def test_flips_are_a_pure_function_of_seed_and_draw(folder):
+    split, plain = ImageFolder(str(folder), SIZE).train(), ImageFolder(str(folder), SIZE, flip=False).train()
+    x = plain.sample(5, 0)["x"]
+    flips = [torch.equal(split.sample(5, d)["x"], x.flip(-1)) for d in range(200)]
+    assert flips == [torch.equal(split.sample(5, d)["x"], x.flip(-1)) for d in range(200)]
+    assert all(f or torch.equal(split.sample(5, d)["x"], x) for d, f in enumerate(flips))
+    assert 70 < sum(flips) < 130  # 100 expected, four standard deviations of 7
+    other = ImageFolder(str(folder), SIZE, seed=1).train()
+    assert flips != [torch.equal(other.sample(5, d)["x"], x.flip(-1)) for d in range(200)]
+
+
+def test_a_held_out_fraction_is_disjoint_and_stays_when_files_are_added(folder):
+    before = ImageFolder(str(folder), SIZE, heldout=0.3)
+    held = {before._source.names[i] for i in before._held}
+    assert 0 < len(held) < 12 and len(before.train()) + len(before.heldout()) == 12
+    assert not held & {before._source.names[i] for i in before._indices}
+    (folder / "a" / "new.png").write_bytes(png(99))
+    after = ImageFolder(str(folder), SIZE, heldout=0.3)
+    assert {after._source.names[i] for i in after._held} - {"a/new.png"} == held
+
+
+def test_a_held_out_folder_inside_is_no_class_and_shares_the_numbering(folder):
+    (folder / "heldout").mkdir()
+    shutil.copytree(folder / "c", folder / "heldout" / "c")
+    data = ImageFolder(str(folder), SIZE, heldout="heldout")
+    assert data.classes == ["a", "b", "c"] and (len(data.train()), len(data.heldout())) == (12, 4)
+    assert data.heldout().sample(0, 0)["label"] == 2
+    shutil.copytree(folder / "c", folder / "heldout" / "d")
+    with pytest.raises(ValueError, match="has the class d, which is not among the training classes"):
+        ImageFolder(str(folder), SIZE, heldout="heldout")
+
+
+def test_a_corrupt_image_is_named_and_refused(folder):
+    (folder / "b" / "04.png").write_bytes(png(4)[:200])
+    split = ImageFolder(str(folder), SIZE).train()
+    with pytest.raises(Damaged, match=r"b/04\.png cannot be decoded .*on_error=skip"):
+        split.sample(5, 0)
+
+
+def test_a_corrupt_image_is_named_and_replaced_by_the_next_good_one(folder):
+    (folder / "b" / "04.png").write_bytes(b"nothing")
+    data = ImageFolder(str(folder), SIZE, flip=False, on_error="skip")
+    split = data.train()
+    with pytest.warns(RuntimeWarning, match=r"b/04\.png cannot be decoded \(no image\); skipped, 1 so far"):
+        sample = split.sample(5, 0)
+    assert torch.equal(sample["x"], split.sample(6, 0)["x"]) and sample["label"] == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        split.sample(5, 1)  # told once
+    assert len(data.tolerance.skipped) == 1
+
+
+def test_nothing_but_corrupt_images_ends_with_an_error_rather_than_never(folder):
+    for file in folder.rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.warns(RuntimeWarning), pytest.raises(Damaged, match="12 samples in a row are damaged"):
+        ImageFolder(str(folder), SIZE, on_error="skip").train().sample(0, 0)
+
+
+def test_a_refused_image_reaches_the_training_process_from_a_worker(folder):
+    (folder / "b" / "04.png").write_bytes(b"nothing")
+    loader = EndlessLoader(ImageFolder(str(folder), SIZE).train(), batch_size=4, total=3, workers=1)
+    with pytest.raises(Damaged, match=r"b/04\.png cannot be decoded"):
+        list(loader)
+
+
+def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder of images"):
+        ImageFolder(str(tmp_path / "nowhere"), SIZE)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no images in .*empty: expected files ending in .jpg"):
+        ImageFolder(str(tmp_path / "empty"), SIZE)
+    with pytest.raises(ValueError, match="on_error is refuse or skip, got 'ignore'"):
+        ImageFolder(str(folder), SIZE, on_error="ignore")
+    with pytest.raises(ValueError, match="heldout is a path or a fraction between 0 and 1, got 2"):
+        ImageFolder(str(folder), SIZE, heldout=2)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        ImageFolder(str(folder), 0)
+    (folder / "loose.png").write_bytes(png(0))
+    with pytest.raises(ValueError, match=r"both directly \(loose.png\) and in subfolders \(a\)"):
+        Folder(folder)
+
+
+# ---- tar shards -----------------------------------------------------------------------------------------------------
+
+
+def test_shards_give_the_same_samples_as_their_files(shards):
+    data = ImageShards(str(shards), SIZE, flip=False, captions=True)
+    assert (data.shape, data.num_classes, len(data.train())) == ((3, 16, 16), 3, 12)
+    for i in (0, 7, 11):
+        sample = data.train().sample(i, 0)
+        assert torch.equal(sample["x"], to_tensor(centre_crop(image(i), SIZE)))
+        assert sample["label"] == i % 3 and sample["caption"] == caption(i)
+
+
+def test_workers_read_shards_as_one_process_does(shards):
+    def batches(workers):
+        return list(EndlessLoader(ImageShards(str(shards), SIZE).train(), batch_size=4, total=5, workers=workers))
+
+    for a, b in zip(batches(0), batches(2), strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in ("x", "label", "draw"))
+
+
+def test_a_label_may_come_from_json(tmp_path):
+    samples = [{"__key__": str(i), "png": png(i), "json": json.dumps({"label": i}).encode()} for i in range(4)]
+    write_tar(tmp_path / "a.tar", samples)
+    data = ImageShards(str(tmp_path / "a.tar"), SIZE)
+    assert data.num_classes == 4 and data.train().sample(2, 0)["label"] == 2
+    assert ImageShards(str(tmp_path / "a.tar"), SIZE, num_classes=10).num_classes == 10
+    with pytest.raises(ValueError, match="num_classes=3, but the labels in .* go up to 3"):
+        ImageShards(str(tmp_path / "a.tar"), SIZE, num_classes=3)
+
+
+@pytest.mark.parametrize("pattern", ["{}", "{}/*.tar", "{}/{{0..1}}.tar"])
+def test_shards_are_named_by_folder_glob_or_braces(shards, pattern):
+    assert [p.name for p in expand(pattern.format(shards))] == ["0.tar", "1.tar"]
+    assert [p.name for p in expand([str(shards / "1.tar"), str(shards / "0.tar")])] == ["1.tar", "0.tar"]
+
+
+def test_a_missing_shard_is_named(shards, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no shard .*2\.tar"):
+        expand(f"{shards}/{{0..2}}.tar")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no \.tar files in .*none"):
+        expand(str(tmp_path / "none"))
+
+
+def truncate(path, keep: float) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+
+
+def corrupt(path) -> None:
+    """Break the header of a member in the middle."""
+    with tarfile.open(path) as tar:
+        offset = tar.getmembers()[9].offset
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * 300)
+
+
+def header_cut(path) -> None:
+    """Cut exactly between two members: nothing but the end mark is missing."""
+    with tarfile.open(path) as tar:
+        offset = tar.getmembers()[9].offset
+    os.truncate(path, offset)
+
+
+DAMAGE = {
+    "cut in a member": lambda path: truncate(path, 0.4),
+    "cut between members": header_cut,
+    "corrupt header": corrupt,
+    "empty file": lambda path: path.write_bytes(b""),
+    "no tar": lambda path: path.write_bytes(b"this is text" * 1000),
+    "no samples": lambda path: write_tar(path, []),
+    "same member twice": lambda path: write_tar(path, [{"__key__": "a", "png": b"1"}] * 2),
+    "label no number": lambda path: write_tar(path, [{"__key__": "a", "png": b"1", "cls": b"cat"}]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_shard_is_named_and_refused(shards, damage):
+    ImageShards(str(shards), SIZE)  # an index of the whole shard exists, and must not hide the damage
+    damage(shards / "1.tar")
+    with pytest.raises(Damaged, match=r"1\.tar.*on_error=skip"):
+        ImageShards(str(shards), SIZE)
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_shard_is_named_and_left_out(shards, damage):
+    damage(shards / "1.tar")
+    with pytest.warns(RuntimeWarning, match=r"1\.tar.*skipped, 1 so far"):
+        data = ImageShards(str(shards), SIZE, on_error="skip")
+    assert len(data.train()) == 6
+
+
+def test_shards_without_any_sample_are_an_error_even_when_skipping(shards):
+    for path in shards.glob("*.tar"):
+        write_tar(path, [])
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="no samples in .*shards"):
+        ImageShards(str(shards), SIZE, on_error="skip")
+
+
+def test_shards_without_images_say_what_they_hold(tmp_path):
+    write_tar(tmp_path / "a.tar", [{"__key__": "a", "mp4": b"1", "txt": b"film"}])
+    with pytest.raises(ValueError, match="no images in .*expected members ending in jpg.*found only mp4, txt"):
+        ImageShards(str(tmp_path / "a.tar"), SIZE)
+
+
+def test_a_shard_that_is_cut_while_training_is_named(shards):
+    split = ImageShards(str(shards), SIZE).train()
+    split.sample(0, 0)
+    os.truncate(shards / "0.tar", 3000)
+    with pytest.raises(Damaged, match=r"0\.tar: 0004\.png ends after 0 of \d+ bytes"):
+        split.sample(4, 0)
+
+
+def test_an_image_that_is_corrupt_inside_a_shard_is_replaced_by_the_next(tmp_path):
+    samples = [{"__key__": str(i), "png": png(i) if i != 1 else b"broken", "cls": str(i).encode()} for i in range(3)]
+    write_tar(tmp_path / "a.tar", samples)
+    with pytest.raises(Damaged, match=r"a\.tar: 1 cannot be decoded"):
+        ImageShards(str(tmp_path), SIZE).train().sample(1, 0)
+    with pytest.warns(RuntimeWarning, match=r"a\.tar: 1 cannot be decoded .* skipped"):
+        assert ImageShards(str(tmp_path), SIZE, on_error="skip").train().sample(1, 0)["label"] == 2
+
+
+def test_the_index_is_kept_until_the_shard_changes(shards, monkeypatch):
+    first = load_index(shards / "0.tar")
+    monkeypatch.setattr("data.tars.scan", lambda path: pytest.fail("scanned again"))
+    again = load_index(shards / "0.tar")
+    assert all(np.array_equal(first[k], again[k]) for k in first)
+    monkeypatch.undo()
+    write_tar(shards / "0.tar", [{"__key__": "new", "png": png(0)}])
+    assert load_index(shards / "0.tar")["key"].tolist() == [b"new"]
+
+
+def test_a_damaged_index_is_made_anew(shards):
+    first = load_index(shards / "0.tar")
+    (kept,) = shards.glob(".0.tar.index.npz")
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert np.array_equal(load_index(shards / "0.tar")["offset"], first["offset"])
+
+
+def test_the_index_may_be_kept_elsewhere(shards, tmp_path):
+    ImageShards(str(shards), SIZE, cache=str(tmp_path / "cache"))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert not list(shards.glob(".*"))
+
+
+def test_an_index_that_cannot_be_kept_is_told_and_training_goes_on(shards, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.warns(RuntimeWarning, match="cannot be kept .*give a folder with cache="):
+        assert len(ImageShards(str(shards), SIZE, cache=str(tmp_path / "file")).train()) == 12
+
+
+def test_held_out_shards_are_read_apart(shards):
+    data = ImageShards(str(shards / "0.tar"), SIZE, heldout=str(shards / "1.tar"))
+    assert (len(data.train()), len(data.heldout())) == (6, 6)
+    assert torch.equal(data.heldout().sample(0, 7)["x"], to_tensor(centre_crop(image(6), SIZE)))
