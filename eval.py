@@ -121,7 +121,7 @@ def main(words: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return code
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted: no report was written", file=sys.stderr)
         return 130
     failed = [a["name"] for a in report["artifacts"] if "error" in a]
     if failed:

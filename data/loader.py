@@ -7,11 +7,11 @@ may go on with other numbers of ranks and other batch sizes and still sees every
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -36,22 +36,23 @@ class EndlessBatches(Sampler):
         self.rank, self.world, self.start = rank, world, start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        position, epoch, order = self.start, -1, torch.empty(0)
+        position, epoch, order = self.start, -1, array("q")
         while True:
             batch = []
             for draw in range(position + self.rank, position + self.batch_size * self.world, self.world):
                 if draw // self.size != epoch:
                     epoch = draw // self.size
                     order = permutation(self.seed, epoch, self.size)
-                batch.append((int(order[draw % self.size]), draw))
+                batch.append((order[draw % self.size], draw))
             yield batch
             position += self.batch_size * self.world
 
 
-def permutation(seed: int, epoch: int, size: int) -> Tensor:
-    """The order of one epoch: int64, each of 0 to size - 1 once."""
+def permutation(seed: int, epoch: int, size: int) -> array[int]:
+    """The order of one epoch: each of 0 to size - 1 once."""
     key = int(noise.hashes(seed, torch.tensor([epoch]), SHUFFLE, 1))
-    return noise.hashes(key, torch.arange(size), SHUFFLE, 1)[:, 0].argsort(stable=True)
+    order = noise.hashes(key, torch.arange(size), SHUFFLE, 1)[:, 0].argsort(stable=True)
+    return array("q", order.numpy().tobytes())  # 8 bytes each, and read as Python integers
 
 
 class EndlessLoader(DataLoader):
@@ -161,7 +162,8 @@ def _join(name: str, values: list[Any]) -> Any:
         return values
     if name in ("text", "text_mask"):
         return pad_sequence(values, batch_first=True)
-    shapes = {tuple(v.shape) for v in values}
-    if len(shapes) > 1:
-        raise ValueError(f"{name} has samples of different shapes in one batch: {sorted(shapes)}")
-    return torch.stack(values)
+    try:
+        return torch.stack(values)
+    except RuntimeError as error:
+        shapes = sorted({tuple(v.shape) for v in values})
+        raise ValueError(f"{name} has samples of different shapes in one batch: {shapes}") from error

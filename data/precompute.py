@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(parser().parse_args(argv))
     import torch  # after --help and mistyped options were answered
 
-    from data.latent_writer import Job, precompute
+    from data.latent_folder import precompute
+    from data.latent_writer import Job
 
     options["device"] = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))

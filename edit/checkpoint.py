@@ -121,7 +121,7 @@ def save(
 
 
 def default_objective(denoiser: Denoiser) -> Objective:
-    return DDPM() if denoiser.config.get("time") == "ddpm" else FlowMatching()
+    return DDPM() if denoiser.prediction == "noise" else FlowMatching()
 
 
 def _plain(v: Tensor, dtype: torch.dtype | None) -> Tensor:

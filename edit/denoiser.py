@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -242,6 +242,11 @@ class Denoiser(nn.Module, ABC):
     @abstractmethod
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one sample without the batch: (c, y, x)."""
+
+    @property
+    def prediction(self) -> Literal["velocity", "noise"]:
+        """What the weights are made to predict; an objective must predict the same."""
+        return "velocity"
 
     @abstractmethod
     def pack(self, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:

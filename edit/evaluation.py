@@ -34,8 +34,10 @@ class FeatureSpace(Protocol):
     """Where images are compared. `hash` identifies the weights, `rule` says how pixels reach them."""
 
     name: str
-    hash: str
     rule: str
+
+    @property
+    def hash(self) -> str: ...
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 b y x 3 -> b d, float32 on the space's device."""
@@ -182,8 +184,12 @@ class Pretrained:
         self.mean = torch.tensor(preparation.get("image_mean", [0.5] * 3), device=device).view(3, 1, 1)
         self.std = torch.tensor(preparation.get("image_std", [0.5] * 3), device=device).view(3, 1, 1)
         self.name = f"{type(model).__name__} ({folder.name})"
-        self.hash = digest(*weights)
+        self._hash = digest(*weights)
         self.rule = f"uint8 / 255, bicubic with antialiasing to {self.size} x {self.size} in float, normalised"
+
+    @property
+    def hash(self) -> str:
+        return self._hash
 
     @torch.no_grad()
     def _run(self, images: Tensor) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,31 +26,31 @@ Draw = Callable[[int], Tensor]  # step -> fresh standard normal noise, shaped as
 class Solver(ABC):
     """Integrates from noise to data. Subclasses are dataclasses; `evaluations` is what one generation costs."""
 
+    integrates: ClassVar[tuple[str, ...]] = ("velocity",)  # the predictions it can work with
     steps: int
 
     @property
     def evaluations(self) -> int:
         return self.steps
 
+    def check(self, objective: Objective) -> None:
+        """Refuse an objective whose prediction this solver cannot integrate, or that has fewer steps.
+
+        Raises:
+            ValueError: naming both, and what to use instead
+        """
+        name = type(self).__name__
+        if objective.prediction not in self.integrates:
+            cure = "Euler, Heun or EulerMaruyama" if objective.prediction == "velocity" else "DDPMSolver or DDIMSolver"
+            raise ValueError(
+                f"{name} integrates a {self.integrates[0]}, but this model predicts a {objective.prediction}: use {cure}"
+            )
+        if isinstance(objective, DDPM) and self.steps > objective.steps:
+            raise ValueError(f"{name}: steps must be at most {objective.steps}, got {self.steps}")
+
     @abstractmethod
-    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor: ...
-
-
-def _require(objective: Objective, prediction: str, solver: Solver) -> None:
-    if objective.prediction != prediction:
-        cure = "Euler, Heun or EulerMaruyama" if objective.prediction == "velocity" else "DDPMSolver or DDIMSolver"
-        raise ValueError(
-            f"{type(solver).__name__} integrates a {prediction}, but this model predicts a "
-            f"{objective.prediction}: use {cure}"
-        )
-
-
-def _discrete(objective: Objective, solver: Solver) -> DDPM:
-    _require(objective, "noise", solver)
-    assert isinstance(objective, DDPM)
-    if solver.steps > objective.steps:
-        raise ValueError(f"{type(solver).__name__}: steps must be at most {objective.steps}, got {solver.steps}")
-    return objective
+    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
+        """From noise x to data; `check` has passed the objective."""
 
 
 def _check_steps(solver: Solver, least: int = 1) -> None:
@@ -74,7 +74,6 @@ class Euler(Solver):
         _check_steps(self)
 
     def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        _require(objective, "velocity", self)
         ts = times(self.steps, self.shift)
         for t, t_next in zip(ts, ts[1:], strict=False):
             x = x + (t_next - t) * predict(x, t)
@@ -96,7 +95,6 @@ class Heun(Solver):
         return 2 * self.steps - 1
 
     def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        _require(objective, "velocity", self)
         ts = times(self.steps, self.shift)
         for t, t_next in zip(ts, ts[1:], strict=False):
             v = predict(x, t)
@@ -118,7 +116,6 @@ class EulerMaruyama(Solver):
             raise ValueError(f"EulerMaruyama: last must lie between 0 and 1, got {self.last}")
 
     def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        _require(objective, "velocity", self)
         ts = [*torch.linspace(1, self.last, self.steps, dtype=torch.float64, device="cpu").tolist(), 0.0]
         for k, (t, t_next) in enumerate(zip(ts, ts[1:], strict=False)):
             v = predict(x, t)
@@ -138,13 +135,14 @@ class DDPMSolver(Solver):
     an image would depend on its batch.
     """
 
+    integrates: ClassVar = ("noise",)
     steps: int = 250
 
     def __post_init__(self):
         _check_steps(self)
 
     def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        objective = _discrete(objective, self)
+        assert isinstance(objective, DDPM)
         alphas = torch.cumprod(1 - objective.betas(), 0)
         indices = torch.linspace(0, objective.steps - 1, self.steps, dtype=torch.float64, device="cpu").round().long()
         kept = alphas[indices]
@@ -180,6 +178,7 @@ def _run_scheduler(
 class DDIMSolver(Solver):
     """Deterministic DDIM through `diffusers.DDIMScheduler`; data predictions are not clipped."""
 
+    integrates: ClassVar = ("noise",)
     steps: int = 50
 
     def __post_init__(self):
@@ -188,7 +187,7 @@ class DDIMSolver(Solver):
     def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
         from diffusers import DDIMScheduler
 
-        objective = _discrete(objective, self)
+        assert isinstance(objective, DDPM)
         scheduler = DDIMScheduler(
             num_train_timesteps=objective.steps,
             trained_betas=objective.betas().tolist(),
@@ -203,6 +202,7 @@ class DDIMSolver(Solver):
 class DPMSolver(Solver):
     """DPM-Solver++ (multistep) through `diffusers`, for both kinds of prediction."""
 
+    integrates: ClassVar = ("velocity", "noise")
     steps: int = 20
     order: int = 2
     shift: float = 1.0  # of the flow path; ignored for noise predictions
@@ -220,7 +220,7 @@ class DPMSolver(Solver):
                 solver_order=self.order, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=self.shift
             )
             return _run_scheduler(scheduler, predict, x, self.steps, lambda i, k: float(scheduler.sigmas[k]))
-        objective = _discrete(objective, self)
+        assert isinstance(objective, DDPM)
         scheduler = DPMSolverMultistepScheduler(
             solver_order=self.order,
             num_train_timesteps=objective.steps,
@@ -282,6 +282,7 @@ class Sampler:
             raise ValueError(
                 "perturbation guidance needs an edit that perturbs the model; none of the applied ones does"
             )
+        self.solver.check(objective)
         memory: dict = {}
         device = next(denoiser.parameters()).device
         samples = samples.to(device)

@@ -118,10 +118,12 @@ def run(
     for path, name in zip(paths, names, strict=True):
         try:
             report["artifacts"].append(evaluate(path, name, chosen, out, device, reference))
-        except (UserError, ValueError, TypeError, RuntimeError, OSError) as error:
-            if debug or isinstance(error, UserError) and len(paths) == 1:
+        except Exception as error:  # whatever a damaged artifact raises: the numbers of the others are not lost
+            if debug:
                 raise
-            sentence = " ".join(str(error).split()) or type(error).__name__
+            sentence = " ".join(str(error).split())
+            if not isinstance(error, UserError | ValueError | OSError):
+                sentence = f"{type(error).__name__}: {sentence}; debug=true shows the traceback"
             if len(paths) == 1:
                 raise UserError(f"{path} cannot be evaluated: {sentence}") from error
             report["artifacts"].append({"name": name, "path": os.fspath(path), "error": sentence})
@@ -498,9 +500,9 @@ def choose_space(features: str, judge: Judge | None, device: torch.device) -> Fe
 
     if features == "none":
         return None
-    if features != "judge":
+    if features not in ("auto", "judge"):
         return Pretrained(Path(features), device)
-    if judge is None:
+    if judge is None and features == "judge":
         raise UserError(
             "features=judge needs labelled images of at most 64 pixels: set features=<folder of a transformers image "
             "model>, or none"

@@ -183,6 +183,8 @@ def notes(report: Mapping[str, Any]) -> Iterator[str]:
         if extractor:
             name, width = f"{extractor['name']} {extractor['hash']}", extractor["width"]
             text += f" Features: {name}, {width} numbers, {extractor['rule']}."
+        else:
+            text += " No Fréchet distance: set features=<folder of a transformers image model>."
         if real["floor"] is not None:
             text += f" The training images themselves have a Fréchet distance of {real['floor']:.2f}."
         if real["nearest"] is not None:

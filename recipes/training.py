@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 import edit
 from edit.checkpoint import load, load_official, save, skeleton
 from edit.denoiser import Condition, Denoiser
+from edit.objectives import Objective
 from recipes.callbacks import Checkpoints, Metrics, Preview, ProgressBar, checkpoints, newest, step_of
 from recipes.config import UserError
 from recipes.diffusion import Diffusion
@@ -53,12 +54,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     count_devices(cfg.trainer)
 
     torch.manual_seed(cfg.seed)
+    objective, sampler = (instantiate(node, _convert_="all") for node in (cfg.objective, cfg.sampler))
+    sampler.solver.check(objective)
     data = instantiate(cfg.data.set, _convert_="all")
-    build, structure = builders(cfg, data)
+    build, structure = builders(cfg, data, objective)
     module = Diffusion(
         build=build,
         structure=structure,
-        objective=instantiate(cfg.objective, _convert_="all"),
+        objective=objective,
         terms=instantiate(cfg.terms, _convert_="all") or {},
         optimizer=cfg.optimizer,
         max_steps=cfg.trainer.max_steps,
@@ -84,7 +87,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     assert isinstance(loggers[0], CSVLogger)
     loggers[0].resume(done)
 
-    sampler = instantiate(cfg.sampler, _convert_="all")
     world = count_devices(cfg.trainer) * cfg.trainer.num_nodes
     batch = cfg.data.batch_size * cfg.trainer.accumulate * world
     flops, peak = speed_limits(structure, cfg)
@@ -143,11 +145,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 # ---- building -------------------------------------------------------------------------------------------------------
 
 
-def builders(cfg: DictConfig, data: Any):
+def builders(cfg: DictConfig, data: Any, objective: Objective):
     """Two ways to make the run's denoiser: with its starting weights, and its structure alone.
 
     Raises:
-        UserError: if backbone, starting artifact and data do not fit together
+        UserError: if backbone, starting artifact, objective and data do not fit together
     """
     spec = instantiate(cfg.backbone, _convert_="all")
     edits = instantiate(cfg.edits, _convert_="all") or {}
@@ -176,6 +178,12 @@ def builders(cfg: DictConfig, data: Any):
         raise UserError(
             f"init={cfg.init} holds a {plan.name} with {key}={plan.base.get(key)}, the backbone group says "
             f"{wanted[key]}: choose the backbone that the artifact was made with"
+        )
+    if plan.prediction != objective.prediction:
+        fit = "objective=ddpm" if plan.prediction == "noise" else "objective=flow or objective=sit"
+        raise UserError(
+            f"the backbone predicts a {plan.prediction}, the objective trains a {objective.prediction}: choose {fit}, or "
+            "another backbone.time"
         )
     if tuple(data.shape) != plan.sample_shape:
         given, taken = "x".join(map(str, data.shape)), "x".join(map(str, plan.sample_shape))

@@ -182,7 +182,9 @@ def test_a_local_transformers_model_is_a_feature_space(tmp_path):
 def test_a_digest_tells_values_shapes_and_types_apart():
     x = torch.arange(6)
     assert digest(x) == digest(x.clone())
-    assert len({digest(x), digest(x + 1), digest(x.view(2, 3)), digest(x.int()), digest({"a": 1}), digest({"a": 2})}) == 6
+    assert (
+        len({digest(x), digest(x + 1), digest(x.view(2, 3)), digest(x.int()), digest({"a": 1}), digest({"a": 2})}) == 6
+    )
 
 
 # ---- generation -----------------------------------------------------------------------------------------------------

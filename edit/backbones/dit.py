@@ -310,6 +310,10 @@ class DiT(Denoiser):
     def sample_shape(self) -> tuple[int, int, int]:
         return self.spec.in_channels, self.spec.input_size, self.spec.input_size
 
+    @property
+    def prediction(self) -> Literal["velocity", "noise"]:
+        return "noise" if self.spec.time == "ddpm" else "velocity"
+
     def reset_buffers(self) -> None:
         c, m = self.spec, self.model
         if m.pos_embed.is_meta:

@@ -17,7 +17,7 @@ from samples import SIZE, caption, image, png, write_tar
 
 from data.damage import Damaged
 from data.encoders import VAE, TextEncoder
-from data.latent_writer import precompute
+from data.latent_folder import precompute
 from data.latents import Latents
 from data.loader import EndlessLoader
 from data.pixels import centre_crop, to_tensor, to_uint8

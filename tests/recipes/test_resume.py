@@ -165,6 +165,17 @@ def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
     assert (tmp_path / "a" / "metrics.csv").read_text() == before
 
 
+def test_a_run_killed_before_its_artifact_was_written_writes_it(tmp_path):
+    import shutil
+
+    train(tmp_path, "name=a")
+    before = (tmp_path / "a" / "artifact" / "diffusion_pytorch_model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "a" / "artifact")
+    train(tmp_path, "name=a")
+    assert (tmp_path / "a" / "artifact" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    assert len(rows(tmp_path, "a")) == 12
+
+
 def test_another_configuration_is_refused_with_the_key_that_differs(tmp_path):
     train(tmp_path, "name=a")
     with pytest.raises(UserError, match=r"backbone.depth=2, this command says 3.*another name="):

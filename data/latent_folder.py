@@ -1,0 +1,286 @@
+"""Fill a folder with latents: the work behind `python -m data.precompute`, on one process or many, in any number of
+attempts. What the folder holds is described in data/manifest.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import math
+import os
+import queue
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data import manifest
+from data.damage import Damaged
+from data.image_folder import Folder
+from data.image_shards import TarImages
+from data.latent_writer import Encoders, Job, open_images, record_path, span, write_shard
+
+
+def precompute(job: Job, say: Callable[[str], None] = print) -> Path | None:
+    """Encode what is still missing.
+
+    Returns:
+        The manifest; None if other ranks have yet to finish their shards.
+
+    Raises:
+        FileNotFoundError, ValueError: in one sentence, for what cannot be used
+        RuntimeError: if a process died
+    """
+    out = Path(job.out)
+    source = open_images(job)
+    encoders = Encoders(job, job.device_of(0) if job.processes == 1 else "cpu")
+    settings = describe(job, source, encoders)
+    begin(out, settings)
+    write_null(out, encoders)
+    total = math.ceil(len(source) / job.shard_size)
+    pending = [k for k in range(job.rank, total, job.world) if not finished(out, k)]
+    say(forecast(job, out, source, encoders, settings, pending, total))
+    sizes = [len(span(job, source, k)) for k in pending]
+    with Progress(sum(sizes)) as advance:
+        if job.processes == 1:
+            for k in pending:
+                write_shard(job, source, encoders, k, advance)
+        else:
+            del encoders
+            gc.collect()
+            in_processes(job, pending, advance)
+    return finish(out, settings, source, total)
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+def describe(job: Job, source: Folder | TarImages, encoders: Encoders) -> dict[str, Any]:
+    """Everything that decides what is written, as JSON; `sources` says where the encoders were, and may change.
+
+    Raises:
+        ValueError: if the VAE does not take images of this size
+    """
+    c2, y, x = encoders.vae.moments(torch.zeros(1, 3, job.size, job.size)).shape[1:]
+    back = encoders.vae.decode(torch.zeros(1, c2 // 2, y, x)).shape[-1]
+    if back != job.size:
+        raise ValueError(f"size={job.size} comes back from the VAE as {back} px: choose --size {back}")
+    shift, scale = encoders.vae.shift_and_scale
+    null = encoders.words([""])[0] if encoders.needs_captions else {}
+    text = encoders.text.description | {"width": null["text"].shape[-1]} if encoders.text else None
+    pooler = encoders.pooled or encoders.text
+    pooled = pooler.description | {"width": len(null["pooled"])} if pooler and "pooled" in null else None
+    names = "\n".join(source.names)
+    return {
+        "format": manifest.FORMAT,
+        "vae": {"name": encoders.vae.name, "sha256": encoders.vae.sha256, "shift": shift, "scale": scale},
+        "text": text,
+        "pooled": pooled,
+        "size": job.size,
+        "latent_shape": [c2 // 2, y, x],
+        "flips": job.flips,
+        "dtype": job.dtype,
+        "precision": job.precision,
+        "shard_size": job.shard_size,
+        "images": {"count": len(source), "names": hashlib.sha256(names.encode()).hexdigest()},
+        "sources": {
+            name: os.path.abspath(spec) if spec and os.path.isdir(spec) else spec
+            for name, spec in (("vae", job.vae), ("text", job.text_encoder), ("pooled", job.pooled_encoder))
+        },
+    }
+
+
+def begin(out: Path, settings: dict[str, Any]) -> None:
+    """Put the settings into the folder, or compare them with those it was begun with.
+
+    Raises:
+        ValueError: naming the first setting that differs, or if the folder holds shards of unknown origin
+    """
+    path = out / manifest.SETTINGS
+    if path.exists():
+        before, now = _flat(manifest.read(path)), _flat(settings)
+        for key in {**before, **now}:
+            if before.get(key) != now.get(key) and not key.startswith("sources."):
+                raise ValueError(
+                    f"{out} was begun with {key}={before.get(key)}, this command has {now.get(key)}: "
+                    f"choose another --out, or restore the setting"
+                )
+        return
+    if out.is_dir() and any(out.glob("*.tar")):
+        raise ValueError(f"{out} holds .tar files but no {manifest.SETTINGS}: choose another --out")
+    (out / "records").mkdir(parents=True, exist_ok=True)
+    manifest.write(path, settings)
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, dict):
+        return {k: v for name, child in node.items() for k, v in _flat(child, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): node}
+
+
+def write_null(out: Path, encoders: Encoders) -> None:
+    """The empty prompt, once."""
+    path = out / manifest.NULL
+    if not encoders.needs_captions or path.exists():
+        return
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    save_file({k: v.contiguous() for k, v in encoders.words([""])[0].items()}, temporary)
+    os.replace(temporary, path)
+
+
+def finished(out: Path, shard: int) -> bool:
+    path = record_path(out, shard)
+    if not path.exists():
+        return False
+    record = manifest.read(path)
+    return record["count"] == 0 or manifest.check_shard(out, record, full=False) is None
+
+
+def forecast(
+    job: Job,
+    out: Path,
+    source: Folder | TarImages,
+    encoders: Encoders,
+    settings: dict[str, Any],
+    pending: Sequence[int],
+    total: int,
+) -> str:
+    """How much is to be written.
+
+    Raises:
+        ValueError: if the disk has no room for it
+    """
+    images = sum(len(span(job, source, k)) for k in pending)
+    if not images:
+        return f"{out}: all of this command's shards are there ({total} in all, {len(source):,} images)"
+    width = encoders.stored.itemsize
+    moments = 2 * math.prod(settings["latent_shape"]) * width
+    members = [moments] * (2 if job.flips else 1) + [150]  # the last is the json
+    about = ""
+    if encoders.text is not None:
+        probe = range(0, len(source), max(1, len(source) // 32))
+        lengths = encoders.text.lengths([c for i in probe if (c := _caption(source, i)) is not None] or [""])
+        tokens = sum(lengths) / len(lengths)
+        members.append(round(tokens * settings["text"]["width"] * width))
+        about = f", captions of {tokens:.0f} tokens x {settings['text']['width']}"
+    if settings["pooled"]:
+        members.append(settings["pooled"]["width"] * width)
+    each = sum(512 + 128 + math.ceil((m + 1) / 512) * 512 for m in members)  # tar header, npy header, padding
+    free = shutil.disk_usage(out).free
+    if images * each > free:
+        raise ValueError(f"{out} needs about {_bytes(images * each)}, {_bytes(free)} are free: choose another --out")
+    latent = "x".join(map(str, settings["latent_shape"]))
+    flips = " with flips" if job.flips else ""
+    return (
+        f"{images:,} of {len(source):,} images at {job.size} px -> latents {latent} {job.dtype}{flips}{about}: "
+        f"{len(pending)} of {total} shards, about {_bytes(images * each)} ({_bytes(free)} free)"
+    )
+
+
+def _caption(source: Folder | TarImages, index: int) -> str | None:
+    try:
+        return source.load(index).caption
+    except Damaged:
+        return None  # told when its turn comes
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def finish(out: Path, settings: dict[str, Any], source: Folder | TarImages, total: int) -> Path | None:
+    """Write the manifest once all shards of all ranks are there. Several ranks may do so at once: it is the same."""
+    if not all(finished(out, k) for k in range(total)):
+        return None
+    records = [manifest.read(record_path(out, k)) for k in range(total)]
+    null = out / manifest.NULL
+    path = out / manifest.MANIFEST
+    manifest.write(
+        path,
+        settings
+        | {
+            "identity": manifest.identity(settings),
+            "num_classes": source.num_classes,
+            "classes": source.classes,
+            "count": sum(r["count"] for r in records),
+            "skipped": [name for r in records for name in r["skipped"]],
+            "null": {"sha256": manifest.digest(null)} if null.exists() else None,
+            "shards": [{k: r[k] for k in ("name", "count", "size", "sha256")} for r in records if r["count"]],
+        },
+    )
+    return path
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+def in_processes(job: Job, pending: Sequence[int], advance: Callable[[int], None]) -> None:
+    """Spread the shards over `job.processes` processes.
+
+    Raises:
+        RuntimeError: with what the process said, if one failed; or that it died
+    """
+    context = torch.multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    news = context.Queue()
+    arguments = [(job, i, list(pending[i :: job.processes]), news) for i in range(job.processes)]
+    processes = [context.Process(target=_process, args=a, daemon=True) for a in arguments if a[2]]
+    for p in processes:
+        p.start()
+    try:
+        while any(p.is_alive() for p in processes) or not news.empty():
+            try:
+                said = news.get(timeout=0.5)
+            except queue.Empty:
+                said = 0
+            if isinstance(said, str):
+                raise RuntimeError(said)
+            advance(said)
+            if died := next((p for p in processes if p.exitcode), None):
+                raise RuntimeError(
+                    f"a process ended with code {died.exitcode} (out of memory?): the same command goes on from the "
+                    f"finished shards; try fewer --processes or a smaller --batch"
+                )
+    finally:
+        for p in processes:
+            p.terminate()
+            p.join()
+
+
+def _process(job: Job, number: int, shards: list[int], news: Any) -> None:
+    try:
+        if job.device == "cpu":
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.processes))
+        source, encoders = open_images(job), Encoders(job, job.device_of(number))
+        for k in shards:
+            write_shard(job, source, encoders, k, news.put)
+    except KeyboardInterrupt:
+        pass  # the first process says so
+    except (ValueError, OSError, RuntimeError) as error:
+        news.put(str(error))
+
+
+class Progress:
+    """A live bar with images/s and the time left; called with how many images were done."""
+
+    def __init__(self, total: int):
+        from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        speed = TaskProgressColumn(show_speed=True)
+        self.bar = Bar(TextColumn("images"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
+        self.task = self.bar.add_task("images", total=total)
+
+    def __enter__(self) -> Callable[[int], None]:
+        self.bar.start()
+        return lambda count: self.bar.advance(self.task, count)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
