@@ -39,11 +39,11 @@ class Solver(ABC):
         Raises:
             ValueError: naming both, and what to use instead
         """
-        name = type(self).__name__
-        if objective.prediction not in self.integrates:
-            cure = "Euler, Heun or EulerMaruyama" if objective.prediction == "velocity" else "DDPMSolver or DDIMSolver"
+        name, predicted = type(self).__name__, objective.prediction
+        if predicted not in self.integrates:
+            cure = "Euler, Heun or EulerMaruyama" if predicted == "velocity" else "DDPMSolver or DDIMSolver"
             raise ValueError(
-                f"{name} integrates a {self.integrates[0]}, but this model predicts a {objective.prediction}: use {cure}"
+                f"{name} integrates a {self.integrates[0]}, but this model predicts a {predicted}: use {cure}"
             )
         if isinstance(objective, DDPM) and self.steps > objective.steps:
             raise ValueError(f"{name}: steps must be at most {objective.steps}, got {self.steps}")

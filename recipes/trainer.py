@@ -101,8 +101,9 @@ def make_trainer(t: TrainerConfig, loggers: list[Logger], callbacks: list[Callba
     except (ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"the trainer group does not fit this machine or launcher: {error}") from error
     if trainer.world_size != devices * t.num_nodes:  # sbatch without srun runs one silent process
+        tasks = os.environ.get("SLURM_NTASKS", "unset")
         raise UserError(
             f"{devices} devices x {t.num_nodes} nodes were asked for, but the launcher started {trainer.world_size} "
-            f"processes: use srun or torchrun with as many tasks (SLURM_NTASKS={os.environ.get('SLURM_NTASKS', 'unset')})"
+            f"processes: use srun or torchrun with as many tasks (SLURM_NTASKS={tasks})"
         )
     return trainer

@@ -182,8 +182,8 @@ def builders(cfg: DictConfig, data: Any, objective: Objective):
     if plan.prediction != objective.prediction:
         fit = "objective=ddpm" if plan.prediction == "noise" else "objective=flow or objective=sit"
         raise UserError(
-            f"the backbone predicts a {plan.prediction}, the objective trains a {objective.prediction}: choose {fit}, or "
-            "another backbone.time"
+            f"the backbone predicts a {plan.prediction}, the objective trains a {objective.prediction}: choose {fit}, "
+            "or another backbone.time"
         )
     if tuple(data.shape) != plan.sample_shape:
         given, taken = "x".join(map(str, data.shape)), "x".join(map(str, plan.sample_shape))
