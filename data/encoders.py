@@ -91,7 +91,9 @@ class VAE:
             raise ValueError(f"{spec} holds no VAE of diffusers, but {kind}: expected such as AutoencoderKL")
         model = load(factory, spec, torch_dtype=torch.float32)
         self.name, self.sha256 = kind, fingerprint(model)
-        self.model, self.device, self.dtype = model.to(device, dtype), torch.device(device), dtype
+        if dtype != torch.float32:
+            model.to(dtype)  # after the fingerprint, which is that of the stored weights
+        self.model, self.device, self.dtype = model.to(device), torch.device(device), dtype
 
     def to(self, device: str | torch.device) -> None:
         self.model, self.device = self.model.to(device), torch.device(device)

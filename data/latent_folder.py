@@ -10,11 +10,14 @@ import math
 import os
 import queue
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.text import Text
 
 from data import manifest
 from data.damage import Damaged
@@ -43,7 +46,7 @@ def precompute(job: Job, say: Callable[[str], None] = print) -> Path | None:
     pending = [k for k in range(job.rank, total, job.world) if not finished(out, k)]
     say(forecast(job, out, source, encoders, settings, pending, total))
     sizes = [len(span(job, source, k)) for k in pending]
-    with Progress(sum(sizes)) as advance:
+    with progress(sum(sizes)) as advance:
         if job.processes == 1:
             for k in pending:
                 write_shard(job, source, encoders, k, advance)
@@ -267,20 +270,14 @@ def _process(job: Job, number: int, shards: list[int], news: Any) -> None:
         news.put(str(error))
 
 
-class Progress:
+class Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.finished_speed or task.speed or 0:.1f} images/s")
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[int], None]]:
     """A live bar with images/s and the time left; called with how many images were done."""
-
-    def __init__(self, total: int):
-        from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        speed = TaskProgressColumn(show_speed=True)
-        self.bar = Bar(TextColumn("images"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
-        self.task = self.bar.add_task("images", total=total)
-
-    def __enter__(self) -> Callable[[int], None]:
-        self.bar.start()
-        return lambda count: self.bar.advance(self.task, count)
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+    with Progress("images", BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn(), "left") as bar:
+        task = bar.add_task("images", total=total)
+        yield lambda count: bar.advance(task, count)

@@ -136,11 +136,6 @@ def run(
     return report
 
 
-def evaluate_and_show(artifact: Path, **overrides: Any) -> dict[str, Any]:
-    """`run` for the artifact of a training run, into the run's folder. `overrides` are keys of configs/eval.yaml."""
-    return run([artifact], settings(overrides), run_folder(artifact))
-
-
 def run_folder(artifact: Path) -> Path:
     """The folder of the run that made an artifact, or the artifact's own."""
     return artifact.parent if artifact.name == "artifact" else artifact

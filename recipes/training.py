@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
-import subprocess
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -28,6 +27,8 @@ from edit.objectives import Objective
 from recipes.callbacks import Checkpoints, Metrics, Preview, ProgressBar, checkpoints, newest, step_of
 from recipes.config import UserError
 from recipes.diffusion import Diffusion
+from recipes.evaluate import environment, settings
+from recipes.evaluate import run as evaluate
 from recipes.loggers import CSVLogger, log_artifact, make_loggers
 from recipes.trainer import count_devices, make_trainer
 
@@ -52,6 +53,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     count_devices(cfg.trainer)
+    settings(cfg.evaluate or {})  # mistakes in it are not found after the training
 
     torch.manual_seed(cfg.seed)
     objective, sampler = (instantiate(node, _convert_="all") for node in (cfg.objective, cfg.sampler))
@@ -134,7 +136,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         sampler=sampler,
         data=OmegaConf.to_container(cfg.data.set),
         run={"name": cfg.name, "step": trainer.global_step, "seed": cfg.seed, "images": batch * cfg.trainer.max_steps}
-        | environment(),
+        | here(),
         state=state,
     )
     report = finish(cfg, artifact)
@@ -221,33 +223,15 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def write_once(cfg: DictConfig, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    for name, text in (("config.yaml", OmegaConf.to_yaml(cfg)), ("env.json", json.dumps(environment(), indent=2))):
+    for name, text in (("config.yaml", OmegaConf.to_yaml(cfg)), ("env.json", json.dumps(here(), indent=2))):
         temporary = out / f"{name}.tmp-{os.getpid()}"
         temporary.write_text(text)
         os.replace(temporary, out / name)
 
 
-def environment() -> dict[str, Any]:
-    """What a number depends on besides the configuration."""
-    import diffusers
-    import lightning
-
-    def git(*words: str) -> str:
-        try:
-            here = Path(__file__).parent
-            return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-
-    return {
-        "revision": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
-        "edit": edit.__version__,
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-    }
+def here() -> dict[str, Any]:
+    """What the numbers of this run depend on besides its configuration."""
+    return environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")) | {"lightning": pl.__version__}
 
 
 def speed_limits(structure: Any, cfg: DictConfig) -> tuple[float | None, float | None]:
@@ -296,13 +280,11 @@ def picture(data: Any, x: torch.Tensor):
 
 
 def finish(cfg: DictConfig, artifact: Path) -> dict[str, Any]:
-    """Evaluate the artifact, say what came out and what to type next."""
-    report: dict[str, Any] = {}
-    if cfg.evaluate:
-        from recipes.evaluate import evaluate_and_show
-
-        report = evaluate_and_show(artifact, **OmegaConf.to_container(cfg.evaluate))
-    print(f"\nartifact  {artifact}\nnext      python eval.py artifact={artifact.parent}", flush=True)
+    """Say what came out, evaluate it, and say what to type next."""
+    out = artifact.parent
+    print(f"artifact  {artifact}", flush=True)
+    report = evaluate([artifact], settings(cfg.evaluate), out) if cfg.evaluate else {}
+    print(f"next      python eval.py artifact={out}", flush=True)
     return report
 
 

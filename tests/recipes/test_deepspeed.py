@@ -1,6 +1,6 @@
 """DeepSpeed as far as it runs on a CPU: two gloo ranks, ZeRO-2 and ZeRO-3.
 
-Lightning's strategy refuses a CPU; the subclass below lifts that and nothing else. DeepSpeed compiles a C++ extension once.
+Lightning's strategy refuses a CPU; the subclass below lifts that and nothing else. DeepSpeed compiles an extension.
 """
 
 import os

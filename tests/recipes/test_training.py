@@ -207,6 +207,7 @@ def test_previews_are_pictures_of_the_grid(tmp_path):
         (("trainer=zero2", "trainer.accelerator=cpu", "trainer.devices=1"), "runs on GPUs"),
         (("edits=lora", "edits.lora.targets=[nothing]"), "no linear layer's name ends in 'nothing'"),
         (("edits=depth", "edits.depth.ratio=1.5"), "share to drop"),
+        (("+evaluate.guidanze=1",), "unknown key 'guidanze'.*guidance"),
         (("sampler=ddpm",), "this model predicts a velocity"),
         (("objective=ddpm", "sampler=ddim"), "backbone predicts a velocity, the objective trains a noise"),
     ],
