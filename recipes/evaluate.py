@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recipes.config import UserError, check, describe, locate, rule, suggest
@@ -65,6 +65,8 @@ def settings(overrides: Mapping[str, Any]) -> Settings:
     for key, value in overrides.items():
         if key not in hints:
             raise UserError(f"unknown key '{key}'{suggest(key, hints)}")
+        if isinstance(value, ListConfig):
+            value = OmegaConf.to_container(value)
         if str(hints[key]).startswith("list") and not isinstance(value, list | tuple):
             value = [value]
         try:
