@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from data.pixels import to_uint8
-from data.split import SHUFFLE, Split
+from data.split import Split
 from edit import noise
 
 
@@ -57,6 +57,6 @@ def heldout_indices(label: Tensor) -> Tensor:
 
     Integer arithmetic of our own, because library splits have changed between releases.
     """
-    by_hash = noise.hashes(0, torch.arange(len(label)), SHUFFLE, 1)[:, 0].argsort(stable=True)
+    by_hash = noise.hashes(0, torch.arange(len(label)), noise.SHUFFLE, 1)[:, 0].argsort(stable=True)
     by_class = by_hash[label[by_hash].argsort(stable=True)]
     return by_class[::5].sort().values

@@ -15,7 +15,7 @@ from torch import Tensor
 from data import manifest
 from data.damage import Damaged, Tolerance
 from data.pixels import to_uint8
-from data.split import RESAMPLE, Split, flipped
+from data.split import Split, flipped
 from data.tars import ABSENT, Tars
 from edit import noise
 
@@ -165,7 +165,7 @@ class LatentSplit:
         c, y, x = self.shape
         member = "moments_flip.npy" if self.flip and flipped(self.seed, draw) else "moments.npy"
         mean, std = self._array(index, member, (2 * c, y, x)).chunk(2)
-        eps = noise.gaussian(self.seed, torch.tensor([draw]), RESAMPLE, (c, y, x))[0]
+        eps = noise.gaussian(self.seed, torch.tensor([draw]), noise.RESAMPLE, (c, y, x))[0]
         sample = {"x": (mean + std * eps - self.shift) * self.scale}
         if self.labelled:
             sample["label"] = torch.tensor(int(self.tars.labels[index]))

@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data.split import SHUFFLE, Split
+from data.split import Split
 from edit import noise
 
 
@@ -50,8 +50,8 @@ class EndlessBatches(Sampler):
 
 def permutation(seed: int, epoch: int, size: int) -> array[int]:
     """The order of one epoch: each of 0 to size - 1 once."""
-    key = int(noise.hashes(seed, torch.tensor([epoch]), SHUFFLE, 1))
-    order = noise.hashes(key, torch.arange(size), SHUFFLE, 1)[:, 0].argsort(stable=True)
+    key = int(noise.hashes(seed, torch.tensor([epoch]), noise.SHUFFLE, 1))
+    order = noise.hashes(key, torch.arange(size), noise.SHUFFLE, 1)[:, 0].argsort(stable=True)
     return array("q", order.numpy().tobytes())  # 8 bytes each, and read as Python integers
 
 

@@ -15,9 +15,6 @@ from torch import Tensor
 
 from edit import noise
 
-# streams of edit.noise, each a use of one draw's randomness; RESAMPLE and SHUFFLE stay clear of those named there
-FLIP, RESAMPLE, SHUFFLE = noise.AUGMENT, 101, 102
-
 
 class Split(Protocol):
     def __len__(self) -> int: ...
@@ -54,7 +51,7 @@ class DataSet(Protocol):
 
 def flipped(seed: int, draw: int) -> bool:
     """Whether this draw is mirrored; half of them are."""
-    return bool(noise.uniform(seed, torch.tensor([draw]), FLIP) < 0.5)
+    return bool(noise.uniform(seed, torch.tensor([draw]), noise.FLIP) < 0.5)
 
 
 def held_out(name: str, fraction: float) -> bool:

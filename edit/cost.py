@@ -118,7 +118,7 @@ def cost(
         activated=one.activated,
         buffers=sum(b.numel() for b in denoiser.buffers()),
         macs=round(one.macs / batch),
-        evaluations=whole.calls,
+        evaluations=whole.forwards,
         macs_per_image=round(whole.macs / batch),
         batch=batch,
         device=device_name(_device(denoiser)),
@@ -162,7 +162,7 @@ def _device(denoiser: Denoiser) -> torch.device:
 class Count:
     macs: int  # multiply-accumulates of matrix products, convolutions and attention
     activated: int  # parameter elements that were computed with
-    calls: int  # forwards
+    forwards: int  # per image: two branches in one batch are two
 
 
 def macs(denoiser: Denoiser, condition: Condition | None = None) -> int:
@@ -190,7 +190,7 @@ def count_forward(denoiser: Denoiser, condition: Condition, batch: int) -> Count
     """One forward at t = 0.5, outside a generation, where the denoiser is; on the meta device nothing is computed."""
     meter = _Meter(denoiser)
     meter(torch.zeros(batch, *denoiser.sample_shape), torch.full((batch,), 0.5), condition)
-    return meter.total()
+    return meter.total(batch)
 
 
 def count_generation(
@@ -199,7 +199,7 @@ def count_generation(
     """All evaluations of one generation of `batch` images: the sampler itself runs, and each call is counted."""
     meter = _Meter(denoiser)
     sampler(cast(Denoiser, meter), objective, condition, torch.arange(batch))
-    return meter.total()
+    return meter.total(batch)
 
 
 class _Meter:
@@ -210,7 +210,7 @@ class _Meter:
 
     def __init__(self, denoiser: Denoiser):
         self.denoiser, self.device = denoiser, _device(denoiser)
-        self.macs = self.calls = 0
+        self.macs = self.samples = 0
         self.reads = _Reads()
         self.known: dict[torch.Size, tuple[int, Output]] = {}
 
@@ -221,7 +221,7 @@ class _Meter:
         yield torch.empty(0, device="cpu" if self.device.type == "meta" else self.device)
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition, step: Step | None = None) -> Output:
-        self.calls += 1
+        self.samples += len(x)
         if x.shape not in self.known:
             executed, out = self._run(x, t, condition, step)
             if self.device.type != "meta":
@@ -251,8 +251,8 @@ class _Meter:
             ) from error
         return flops.get_total_flops() // 2, out
 
-    def total(self) -> Count:
-        return Count(self.macs, self.reads.elements(self.denoiser), self.calls)
+    def total(self, batch: int) -> Count:
+        return Count(self.macs, self.reads.elements(self.denoiser), self.samples // batch)
 
 
 # products whose FLOPs would be missed if they had no formula

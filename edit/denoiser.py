@@ -37,6 +37,15 @@ class Condition:
         values = {name: getattr(self, name) for name in _CONDITION_FIELDS}
         return Condition(**{name: value if value is None else f(value) for name, value in values.items()})
 
+    def join(self, other: Condition) -> Condition:
+        """Both as one batch, for denoisers that are asked for two branches at once.
+
+        Raises:
+            RuntimeError: if a field is present in one of them only, or shapes differ beyond the batch
+        """
+        both = {name: (getattr(self, name), getattr(other, name)) for name in _CONDITION_FIELDS}
+        return Condition(**{name: None if pair == (None, None) else torch.cat(pair) for name, pair in both.items()})
+
     def where(self, drop: Tensor, null: Condition) -> Condition:
         """This condition with the samples marked in `drop` [b, bool] replaced by those of `null`.
 

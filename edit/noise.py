@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 # streams: independent uses of one sample's randomness
-TIME, NOISE, DROP, AUGMENT, SOLVER = 1, 2, 3, 4, 1000  # SOLVER + k: noise of the sampler's k-th step
+TIME, NOISE, DROP, FLIP = 1, 2, 3, 4
+RESAMPLE, SHUFFLE = 101, 102  # latents from their moments; the order of an epoch
+SOLVER = 1000  # SOLVER + k: noise of the sampler's k-th step
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed 64-bit
 _M1 = 0xBF58476D1CE4E5B9 - (1 << 64)

@@ -234,8 +234,9 @@ class DPMSolver(Solver):
 class Sampler:
     """How to generate: the solver, and how much which guidance branch counts.
 
-    guided = uncond + guidance (cond - uncond) + perturbation (cond - perturbed), each branch its own evaluation, so
-    that what an edit remembers of one branch never mixes with another. A branch of no weight is not run.
+    guided = uncond + guidance (cond - uncond) + perturbation (cond - perturbed). Where edits are applied each branch
+    is its own evaluation, so that what an edit remembers of one branch never mixes with another; else cond and uncond
+    share a batch. A branch of no weight is not run.
     """
 
     solver: Solver = field(default_factory=Euler)
@@ -289,6 +290,8 @@ class Sampler:
         condition = condition.map(lambda v: v.to(device))
         if self.guidance != 1 and negative is None:
             negative = denoiser.null(condition)
+        # without edits nothing is remembered of a branch: both in one batch give the same prediction, faster
+        joint = condition.join(negative) if negative is not None and not denoiser.applied else None
         learned = isinstance(self.solver, DDPMSolver)
         calls: Iterator[int] = iter(range(self.solver.evaluations + 1))
 
@@ -296,21 +299,25 @@ class Sampler:
             index = next(calls)
             at = torch.full((len(x),), t, device=device, dtype=torch.float32)
 
-            def branch(name: str, told: Condition) -> Tensor:
+            def branch(name: str, told: Condition, copies: int = 1) -> Tensor:
                 step = Step(index, self.solver.evaluations, t, name, memory)
-                out = denoiser(x, at, told, step=step)
+                out = denoiser(torch.cat([x] * copies), at.repeat(copies), told, step=step)
                 sample = out.sample.float()
                 return torch.cat((sample, out.variance.float()), 1) if learned and out.variance is not None else sample
 
-            cond = guided = branch("cond", condition)
-            if self.interval[0] <= t <= self.interval[1]:
-                c = x.shape[1] if self.channels is None else self.channels
-                if self.guidance != 1 and negative is not None:
-                    uncond = branch("uncond", negative)[:, :c]
-                    guided = torch.cat((torch.lerp(uncond, cond[:, :c], self.guidance), cond[:, c:]), 1)
-                if self.perturbation:
-                    shove = self.perturbation * (cond[:, :c] - branch("perturbed", condition)[:, :c])
-                    guided = torch.cat((guided[:, :c] + shove, guided[:, c:]), 1)
+            c = x.shape[1] if self.channels is None else self.channels
+            inside = self.interval[0] <= t <= self.interval[1]
+            if not (inside and self.guidance != 1 and negative is not None):
+                cond = guided = branch("cond", condition)
+            else:
+                if joint is not None:
+                    cond, uncond = branch("cond", joint, copies=2).chunk(2)
+                else:
+                    cond, uncond = branch("cond", condition), branch("uncond", negative)
+                guided = torch.cat((torch.lerp(uncond[:, :c], cond[:, :c], self.guidance), cond[:, c:]), 1)
+            if inside and self.perturbation:
+                shove = self.perturbation * (cond[:, :c] - branch("perturbed", condition)[:, :c])
+                guided = torch.cat((guided[:, :c] + shove, guided[:, c:]), 1)
             if progress is not None:
                 progress(index + 1, self.solver.evaluations)
             return guided

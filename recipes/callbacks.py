@@ -168,7 +168,7 @@ class Preview(StepCallback):
         count: int,
         sampler: Sampler,
         folder: Path,
-        grid: Callable[[torch.Tensor], np.ndarray],
+        grid: Callable[[torch.Tensor], np.ndarray] | None,
         condition: Callable[[int], Any],
         seed: int,
     ):
@@ -176,7 +176,7 @@ class Preview(StepCallback):
         self.grid, self.condition, self.seed = grid, condition, seed
 
     def on_step(self, trainer: pl.Trainer, module: Diffusion, step: int) -> None:
-        if not self.every or (step % self.every and step != trainer.max_steps):
+        if not self.every or self.grid is None or (step % self.every and step != trainer.max_steps):
             return
         numbers = torch.arange(self.count)
         x = self.sampler(module.ema, module.objective, self.condition(self.count), numbers, self.seed)
@@ -184,7 +184,12 @@ class Preview(StepCallback):
         if trainer.is_global_zero:
             from PIL import Image
 
-            picture = self.grid(x.cpu())
+            try:
+                picture = self.grid(x.cpu())
+            except FileNotFoundError as error:  # no VAE to decode with: not worth a training run
+                print(f"no more previews: {error}", flush=True)
+                self.grid = None
+                return
             self.folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(self.folder / f"step_{step:06d}.png")
             log_image(trainer.loggers, "samples", picture, step)

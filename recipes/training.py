@@ -191,6 +191,8 @@ def builders(cfg: DictConfig, data: Any, objective: Objective):
         given, taken = "x".join(map(str, data.shape)), "x".join(map(str, plan.sample_shape))
         raise UserError(f"the data has samples of {given}, the backbone takes {taken}: change one of the two groups")
     classes = plan.config.get("num_classes")
+    if data.num_classes is None and classes is not None:
+        raise UserError(f"the {plan.name} backbone is class-conditional, the data has no labels: sort it into folders")
     if data.num_classes is not None and classes is not None and data.num_classes > classes:
         raise UserError(f"the data has {data.num_classes} classes, the backbone {classes}: set backbone.num_classes")
     return build, structure
