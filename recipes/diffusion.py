@@ -175,6 +175,10 @@ class Diffusion(pl.LightningModule):
             if hasattr(m, "reshard") and m is not self:
                 m.reshard()
 
+    def on_train_start(self) -> None:
+        both = zip(self.ema.parameters(), self.denoiser.parameters(), strict=True)
+        self.averaged = [(e, p) for e, p in both if p.requires_grad]  # walking the modules takes longer than averaging
+
     # ---- optimiser ------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -232,8 +236,7 @@ class Diffusion(pl.LightningModule):
         k = self.trainer.global_step
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         decay = min(self.ema_decay, (1 + k) / (10 + k)) if self.ema_ramp else self.ema_decay
-        both = zip(self.ema.parameters(), self.denoiser.parameters(), strict=True)
-        averages, values = zip(*((local(e), local(p)) for e, p in both if p.requires_grad), strict=True)
+        averages, values = zip(*((local(e), local(p)) for e, p in self.averaged), strict=True)
         with torch.no_grad():
             torch._foreach_lerp_(averages, values, 1 - decay)
 
