@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from recipes.config import UserError, suggest
+from recipes.check import suggest
+from recipes.config import UserError
 from recipes.evaluate import DEFAULTS, Settings, run, run_folder, settings, short_names
 
 HELP = """Measure quality and cost of artifacts; write report.json and report.html.

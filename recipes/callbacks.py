@@ -114,6 +114,7 @@ class ProgressBar(StepCallback):
         if not trainer.is_global_zero:
             return
         self.start = (time.perf_counter(), trainer.global_step)
+        self.shown = self.start[0]
         if self.console.is_terminal:
             columns = ["training", BarColumn(), MofNCompleteColumn(), "loss {task.fields[loss]}"]
             columns += ["{task.fields[speed]} images/s", TimeElapsedColumn(), "left", TimeRemainingColumn()]

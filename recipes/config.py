@@ -1,31 +1,25 @@
 """The front end of train.py and eval.py: what a configuration may say, and one sentence for each mistake in it.
 
-Hydra composes YAML groups under the typed `Root`; `check` then compares every `_target_` node with the signature it
-names, so that a mistyped key, a wrong type or an impossible combination is refused before anything is built. `launch`
-puts both in front of `hydra.main` and turns what goes wrong afterwards into a sentence and an exit code.
+Hydra composes YAML groups under the typed `Root`; `check` then looks through what was composed, so that a mistyped key,
+a wrong type or an impossible combination is refused before anything is built. `launch` puts both in front of
+`hydra.main` and turns what goes wrong afterwards into a sentence and an exit code.
 Nothing heavy is imported here: `--help` and most mistakes are answered without torch.
 """
 
 from __future__ import annotations
 
-import difflib
 import errno
 import functools
-import importlib
-import inspect
 import os
-import pkgutil
 import re
 import sys
 import traceback
-import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.util import find_spec
-from math import inf
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import hydra
 import yaml
@@ -37,17 +31,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    InterpolationResolutionError,
-    OmegaConfBaseException,
-    ValidationError,
-)
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from recipes.check import describe, flat, mistakes, rule, suggest
 
 TRUSTED = ("edit", "data", "recipes", "torch", "diffusers", "transformers")  # packages that a config may call into
-FEW, MANY = 12, 30  # names listed beside a near one, and where none is near
 
 
 class UserError(Exception):
@@ -55,14 +44,6 @@ class UserError(Exception):
 
 
 # ---- schema ---------------------------------------------------------------------------------------------------------
-
-
-def rule(default: Any, of: Sequence[str] = (), low: float = -inf, high: float = inf) -> Any:
-    """A field whose value, or each item of it, must be one of `of` or lie in [low, high]."""
-    limits = {"of": tuple(of), "low": low, "high": high}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=limits)
-    return field(default=default, metadata=limits)
 
 
 @dataclass
@@ -155,26 +136,6 @@ def register() -> None:
     ConfigStore.instance().store(name="root_schema", node=Root)
 
 
-# ---- names ----------------------------------------------------------------------------------------------------------
-
-
-def nearest(word: str, options: Iterable[str]) -> list[str]:
-    """Up to three of the options that `word` may have been meant to be, best first."""
-    return difflib.get_close_matches(word, list(options), n=3)
-
-
-def suggest(word: Any, options: Collection[str]) -> str:
-    """The end of a sentence: '; did you mean 'x'?' and, where they are few or none is near, what is accepted."""
-    options = sorted(str(option) for option in options)
-    close = nearest(str(word), options)
-    text = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-    if close and len(options) <= FEW:
-        return f"{text} (accepted: {', '.join(options)})"
-    if options and not close:
-        return "; accepted: " + ", ".join(options[:MANY]) + (", ..." if len(options) > MANY else "")
-    return text
-
-
 # ---- check ----------------------------------------------------------------------------------------------------------
 
 
@@ -185,51 +146,8 @@ def check(cfg: DictConfig) -> list[str]:
     the code adds when it builds the node is declared by `_partial_: true`, which waives the search for missing ones.
     """
     trusted = (*TRUSTED, *(OmegaConf.select(cfg, "trusted") or ()))
-    errors = list(_walk(cfg, "", trusted))
+    errors = list(mistakes(cfg, "", trusted))
     return errors or (list(_conflicts(cfg)) if OmegaConf.get_type(cfg) is Root else [])
-
-
-def _walk(node: DictConfig | ListConfig, path: str, trusted: Sequence[str]) -> Iterator[str]:
-    if isinstance(node, DictConfig):
-        if is_dataclass(OmegaConf.get_type(node)):
-            yield from _check_fields(node, path)
-        if "_target_" in node:
-            yield from _check_target(node, path, trusted)
-    keys = list(node) if isinstance(node, DictConfig) else range(len(node))
-    for key in keys:
-        place = f"{path}[{key}]" if isinstance(node, ListConfig) else f"{path}.{key}".lstrip(".")
-        if OmegaConf.is_missing(node, key):
-            yield f"{place} has no value; give one with {place}=..."
-            continue
-        try:
-            child = node[key]
-        except InterpolationResolutionError as error:
-            if "HydraConfig was not set" not in str(error):  # ${hydra:...} is known only once the job runs
-                yield f"{place}: {_flat(error)}"
-            continue
-        if isinstance(child, DictConfig | ListConfig):
-            yield from _walk(child, place, trusted)
-
-
-def _check_fields(node: DictConfig, path: str) -> Iterator[str]:
-    known = {f.name: f for f in fields(OmegaConf.get_type(node))}
-    for key in node:
-        place = f"{path}.{key}".lstrip(".")
-        if key not in known:  # reached by +key=value only
-            yield f"unknown key '{place}'{suggest(key, known)}"
-        elif known[key].metadata and not OmegaConf.is_missing(node, key):
-            yield from _check_rule(node[key], place, **known[key].metadata)
-
-
-def _check_rule(value: Any, place: str, of: Sequence[str], low: float, high: float) -> Iterator[str]:
-    for item in value if isinstance(value, ListConfig) else [value]:
-        if item is None:
-            continue
-        if of and item not in of:
-            yield f"{place}: expected one of {', '.join(of)}, got {item!r}{suggest(item, of).split(' (')[0]}"
-        elif not of and not low <= item <= high:
-            limit = f"at least {low:g}" if high == inf else f"a number from {low:g} to {high:g}"
-            yield f"{place}: expected {limit}, got {item}"
 
 
 def _conflicts(cfg: DictConfig) -> Iterator[str]:
@@ -254,147 +172,6 @@ def _conflicts(cfg: DictConfig) -> Iterator[str]:
         if wanted and find_spec(package) is None:
             asker = f"trainer.strategy={trainer.strategy}" if package == "deepspeed" else f"logger {package}"
             yield f"{asker} needs the package {package}, which is not installed: pip install 'edit-dit[{package}]'"
-
-
-def locate(path: str, trusted: Sequence[str] = TRUSTED) -> Any:
-    """The object that a `_target_` names.
-
-    The trusted packages keep out mistakes and the obvious attacks. They are no sandbox: read a stranger's config.
-
-    Raises:
-        ValueError: if it lies outside the trusted packages (also if it was only imported into one of them, as in
-            `torch.os.system`), or if there is no such module or name
-    """
-    top, *rest = str(path).split(".")
-    if top not in trusted:
-        raise ValueError(
-            f"{path} is in none of the trusted packages ({', '.join(trusted)}); if you trust it, set trusted=[{top}]"
-        )
-    found = _import(top)
-    for depth, name in enumerate(rest, 1):
-        parent = ".".join((top, *rest[: depth - 1]))
-        if not hasattr(found, name):
-            submodules = [m.name for m in pkgutil.iter_modules(getattr(found, "__path__", []))]
-            if name not in submodules:
-                options = {n for n in (*dir(found), *submodules) if not n.startswith("_")}
-                close = nearest(name, options)
-                raise ValueError(f"{parent} has no {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-            _import(f"{parent}.{name}")
-        found = getattr(found, name)
-    if not callable(found):
-        raise ValueError(f"{path} is a {type(found).__name__}, not a class or function")
-    home = getattr(inspect.getmodule(found), "__name__", "builtins")
-    if home.split(".")[0] not in trusted:
-        raise ValueError(f"{path} comes from {home}, not one of the trusted packages")
-    return found
-
-
-def _import(module: str) -> types.ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"importing {module} needs the package {error.name}, which is not installed") from error
-
-
-def _check_target(node: DictConfig, path: str, trusted: Sequence[str]) -> Iterator[str]:
-    prefix = f"{path}." if path else ""
-    try:
-        target = locate(node._target_, trusted)
-        parameters = inspect.signature(target).parameters
-    except ValueError as error:
-        yield f"{prefix}_target_: {_flat(error)}"
-        return
-    name = getattr(target, "__qualname__", node._target_)
-    hints = _hints(target, parameters)
-    named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    given = [str(key) for key in node if not str(key).startswith("_")]
-    for key in given:
-        if key not in named:
-            if not open_ended:
-                yield f"{prefix}{key}: {name} has no argument {key!r}{suggest(key, named)}"
-            continue
-        if OmegaConf.is_missing(node, key):
-            continue
-        try:
-            value = node[key]
-        except InterpolationResolutionError:
-            continue  # reported by the walk
-        if not fits(value, hints[key]):
-            near = suggest(value, _literals(hints[key])).split(" (")[0] if isinstance(value, str) else ""
-            shown = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-            yield f"{prefix}{key}: expected {describe(hints[key])}, got {shown!r}{near if 'did you' in near else ''}"
-    if "_args_" not in node and not node.get("_partial_", False):
-        missing = [n for n, p in named.items() if p.default is p.empty and n not in given]
-        yield from (f"{prefix}{n}: {name} needs it and it is not given; add {prefix}{n}=..." for n in missing)
-
-
-# ---- types ----------------------------------------------------------------------------------------------------------
-
-
-def _hints(target: Any, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """Annotations of the parameters; `Any` where one names something that exists for type checkers only."""
-    function = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
-    scope = getattr(function, "__globals__", {})
-
-    def resolve(annotation: Any) -> Any:
-        try:
-            return typing.get_type_hints(types.SimpleNamespace(__annotations__={"x": annotation}), scope)["x"]
-        except (NameError, TypeError, AttributeError, SyntaxError):
-            return Any
-
-    return {n: Any if p.annotation is p.empty else resolve(p.annotation) for n, p in parameters.items()}
-
-
-_SCALARS = {int: int, float: (int, float), str: str, bool: bool, type(None): type(None)}
-_LISTS = (list, tuple, set, frozenset, Sequence, Iterable, Collection)
-_DICTS = (dict, Mapping)
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a configured value can be what the annotation says; True for annotations we do not judge."""
-    origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(fits(value, arg) for arg in args)
-    if origin is Literal:
-        return value in args
-    if isinstance(value, DictConfig) and "_target_" in value:
-        return origin not in _SCALARS  # an object that will be built: its class is its own business
-    if origin in _SCALARS:
-        return isinstance(value, _SCALARS[origin]) and (origin is bool or not isinstance(value, bool))
-    if origin in _LISTS:
-        if not isinstance(value, ListConfig):
-            return False
-        if origin is tuple and args and args[-1] is not Ellipsis:
-            return len(value) == len(args) and all(map(fits, value, args))
-        return not args or all(fits(item, args[0]) for item in value)
-    if origin in _DICTS:
-        return isinstance(value, DictConfig) and (len(args) < 2 or all(fits(item, args[1]) for item in value.values()))
-    return True
-
-
-def describe(hint: Any) -> str:
-    """An annotation in words: 'int', 'float or None', "one of 'flow', 'sit'", 'list of int'."""
-    origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(describe(arg) for arg in args)
-    if origin is Literal:
-        return f"one of {', '.join(map(repr, args))}"
-    if origin is type(None):
-        return "None"
-    if origin is tuple and args and args[-1] is not Ellipsis:
-        return f"list of {len(args)} ({', '.join(describe(arg) for arg in args)})"
-    if origin in _LISTS:
-        return "list" + (f" of {describe(args[0])}" if args else "")
-    if origin in _DICTS:
-        return "mapping" + (f" to {describe(args[1])}" if len(args) > 1 else "")
-    return getattr(origin, "__name__", str(origin))
-
-
-def _literals(hint: Any) -> list[str]:
-    if typing.get_origin(hint) is Literal:
-        return [str(arg) for arg in typing.get_args(hint)]
-    return [name for arg in typing.get_args(hint) for name in _literals(arg)]
 
 
 # ---- explain --------------------------------------------------------------------------------------------------------
@@ -436,7 +213,7 @@ def explain(error: Exception, config_dir: Path, overrides: Sequence[str]) -> str
         return prefix + _explain_value(cause)
     if group := re.search(r"Could not override '(.+?)'", str(error)):
         return f"{prefix}there is no config group '{group[1]}'{suggest(group[1], _groups(config_dir))}"
-    return prefix + _flat(cause if isinstance(cause, OmegaConfBaseException) else error).removeprefix(prefix)
+    return prefix + flat(cause if isinstance(cause, OmegaConfBaseException) else error).removeprefix(prefix)
 
 
 _KEY = re.compile(r"(\+{1,2}|~)?[\w./@:$-]+(=|$)")  # how a setting begins
@@ -507,14 +284,6 @@ def _groups(config_dir: Path) -> list[str]:
 def _options(config_dir: Path, group: str) -> list[str]:
     folder = config_dir / group
     return [file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml")]
-
-
-def _flat(error: BaseException) -> str:
-    """The message on one line, without the search paths, key traces and addresses that frameworks append."""
-    text = re.split(r"\n\s*(?:Config search path|full_key:|See https?:)", str(error))[0]
-    if "Original Traceback" in text:  # a DataLoader worker's: the error itself is the last entry
-        text = re.split(r"\n(?=[\w.]+: )", text)[-1].partition(": ")[2]
-    return " ".join(text.split()) or type(error).__name__
 
 
 # ---- launch ---------------------------------------------------------------------------------------------------------
@@ -641,7 +410,7 @@ def _describe_failure(error: BaseException) -> _Failure:
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         key = next(iter(re.findall(r"full_key: (.+)", str(error))), "")
         error = error.__cause__
-    sentence = f"{key}: {_flat(error)}" if key else _flat(error)
+    sentence = f"{key}: {flat(error)}" if key else flat(error)
     if isinstance(error, UserError):
         return _Failure(sentence, everywhere=False)
     chain = list(_chain(error))
@@ -653,7 +422,7 @@ def _describe_failure(error: BaseException) -> _Failure:
         )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
         return _Failure(
-            f"out of memory ({_flat(error).split('. ')[0]}); lower data.batch_size and raise trainer.accumulate, "
+            f"out of memory ({flat(error).split('. ')[0]}); lower data.batch_size and raise trainer.accumulate, "
             "or set trainer.gradient_checkpointing=true"
         )
     if isinstance(error, FileNotFoundError | PermissionError) and error.filename and error.strerror:

@@ -10,8 +10,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -21,20 +20,20 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from recipes.config import UserError, check, describe, locate, rule, suggest
+from recipes.check import describe, locate, rule, suggest
+from recipes.config import UserError, check
+from recipes.yardstick import GRID, Yardstick, progress
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from data.split import DataSet
     from edit.checkpoint import Artifact
     from edit.denoiser import Condition
-    from edit.evaluation import FeatureSpace, Gaussian, Judge
 
 DEFAULTS = Path(__file__).parents[1] / "configs" / "eval.yaml"
 FORMAT = 1  # of report.json
-NEAREST_NUMBERS = 2**28  # training images kept in memory for the search of copies: at most 1 GiB of float32
-Data = Any  # data.split.DataSet
 
 
 @dataclass
@@ -147,11 +146,9 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     """The shortest ends of the run folders' paths that tell them apart."""
     folders = [run_folder(p.resolve()) for p in paths]
     depth = 1
-    while True:
-        names = ["/".join(f.parts[-depth:]) for f in folders]
-        if len(set(names)) == len(set(folders)) or depth > 99:
-            return names
+    while len({f.parts[-depth:] for f in folders}) < len(set(folders)):
         depth += 1
+    return ["/".join(f.parts[-depth:]) for f in folders]
 
 
 def pick_device(name: str) -> torch.device:
@@ -209,7 +206,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def evaluate(
-    path: Path, name: str, chosen: Settings, out: Path, device: torch.device, reference: Path | None = None
+    path: Path, name: str, chosen: Settings, out: Path, device: torch.device, reference: Path | None
 ) -> dict[str, Any]:
     """Sample one artifact at every guidance weight and measure quality and cost; grids go to `out`/grids.
 
@@ -286,7 +283,7 @@ def evaluate(
     }
 
 
-def build_data(artifact: Artifact, trusted: Sequence[str] = ()) -> Data:
+def build_data(artifact: Artifact, trusted: Sequence[str] = ()) -> DataSet:
     """The data set that an artifact was trained on, from its own description.
 
     Raises:
@@ -302,7 +299,7 @@ def build_data(artifact: Artifact, trusted: Sequence[str] = ()) -> Data:
         raise UserError(f"the data set of {artifact.path} cannot be opened: {error}") from error
 
 
-def conditions(data: Data) -> Callable[[Tensor], Condition]:
+def conditions(data: DataSet) -> Callable[[Tensor], Condition]:
     """The condition of sample numbers: balanced classes, or the texts of the real samples in order."""
     from edit.denoiser import Condition
 
@@ -360,213 +357,3 @@ def sample_and_measure(
         if sum(map(len, first)) < GRID:
             first.append(images[: GRID - sum(map(len, first))])
     return joined(measured), torch.cat(first), seconds
-
-
-GRID = 60  # images that a grid shows
-
-
-@contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[float], None]]:
-    """A bar of images with the time left, gone when done; on no terminal, one line."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console()
-    if not console.is_terminal:
-        print(f"{title}: {total} images", flush=True)
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("images, left"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda images: bar.advance(task, images)
-
-
-# ---- against the real images ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Yardstick:
-    """What one data set's samples are measured with: feature space, judge, real features, training samples."""
-
-    data: Data
-    space: FeatureSpace | None
-    judge: Judge | None
-    real: Tensor | None  # n d, features of real images
-    moments: Gaussian | None  # of them
-    train_x: Tensor  # n c y x, to find copies
-    some_real: Tensor  # uint8, for a grid
-    description: dict[str, Any]
-
-    @classmethod
-    def of(cls, data: Data, node: Mapping[str, Any], chosen: Settings, device: torch.device) -> Yardstick:
-        """Read real images, make or load the feature space, and measure the real images themselves."""
-        from edit.evaluation import Gaussian, digest, frechet, nearest
-
-        train, heldout = data.train(), data.heldout()
-        real = heldout or train
-        labelled = bool(data.num_classes) and chosen.features != "none"
-        cache = (
-            Path(chosen.cache)
-            if chosen.cache
-            else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "edit"
-        )
-        judge = make_judge(data, train, chosen, cache, device) if labelled else None
-        space = choose_space(chosen.features, judge, device)
-
-        x, labels = stack(real, spread(len(real), fitting(real, chosen.references)))
-        train_x, _ = stack(train, spread(len(train), fitting(train, chosen.references)))
-        some = data.to_images(x[for_grid(labels, data.num_classes, len(x))]).cpu()
-        description: dict[str, Any] = {
-            "split": "held-out" if heldout else "training set",
-            "n": min(len(real), chosen.references),
-            "hash": digest(x, labels if labels is not None else []),
-            "floor": None,
-            "nearest": nearest(x, train_x).mean().item() if heldout else None,
-            "judge": None,
-        }
-        if judge is not None and labels is not None:
-            guessed = judge.classify(judge(data.to_images(x))).cpu()
-            right = (guessed == labels).double().mean().item()
-            description["judge"] = {"hash": judge.hash, "accuracy": right, "n": len(labels)}
-        features, moments = None, None
-        if space is not None:
-            features = real_features(data, real, "heldout" if heldout else "train", space, node, chosen, cache)
-            moments = Gaussian.of(features)
-            description["hash"] = digest(features, space.hash)
-            if heldout:
-                others = real_features(data, train, "train", space, node, chosen, cache)
-                description["floor"] = frechet(moments, Gaussian.of(others))
-        return cls(data, space, judge, features, moments, train_x, some, description)
-
-    def identity(self) -> dict[str, Any] | None:
-        """Who extracts features, and how pixels reach it."""
-        if self.space is None or self.real is None:
-            return None
-        s = self.space
-        return {"name": s.name, "hash": s.hash, "width": self.real.shape[1], "rule": s.rule, "rounding": ROUNDING}
-
-    def measure(self, x: Tensor, images: Tensor, numbers: Tensor, other: Tensor | None) -> dict[str, Tensor]:
-        """One number or feature vector per image, on the CPU.
-
-        Args:
-            x: b c y x, samples
-            images: uint8 b y x 3, the same to look at
-            numbers: b, of the samples; they decide the classes
-            other: uint8 b y x 3, the reference run's images of the same noise
-        """
-        from edit.evaluation import nearest, perceptual, psnr, ssim
-
-        measured = {"nearest": nearest(x, self.train_x)}
-        if self.space is not None:
-            measured["features"] = self.space(images).cpu()
-        if self.judge is not None:
-            guessed = self.judge.classify(self.judge(images)).cpu()
-            measured["right"] = (guessed == numbers % self.data.num_classes).float()
-        if other is not None:
-            measured |= {"psnr": psnr(images, other), "ssim": ssim(images, other)}
-            if self.space is not None:
-                measured["perceptual"] = perceptual(self.space, images, other).cpu()
-        return measured
-
-    def quality(self, sets: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
-        """Measures of whole sets, one set per seed."""
-        from edit.evaluation import frechet_measure, inside, mean_measure
-
-        out = {"nearest_train": mean_measure(s["nearest"] for s in sets)}
-        if self.judge is not None:
-            out["accuracy"] = mean_measure(s["right"] for s in sets)
-        if self.real is not None and self.moments is not None:
-            out["frechet"] = frechet_measure((s["features"] for s in sets), self.moments)
-            out["precision"] = mean_measure(inside(s["features"], self.real).float() for s in sets)
-            out["recall"] = mean_measure(inside(self.real, s["features"]).float() for s in sets)
-        return out
-
-    def compared(self, sets: Sequence[Mapping[str, Tensor]]) -> dict[str, Any] | None:
-        """Distances to the reference run's images, or None where there is none."""
-        from edit.evaluation import mean_measure
-
-        names = [k for k in ("psnr", "ssim", "perceptual") if k in sets[0]]
-        return {k: mean_measure(s[k] for s in sets) for k in names} or None
-
-
-ROUNDING = "the data set's to_images: clamp, uint8, before any resizing"
-
-
-def choose_space(features: str, judge: Judge | None, device: torch.device) -> FeatureSpace | None:
-    """Raises UserError if the setting `features` does not fit."""
-    from edit.evaluation import Pretrained
-
-    if features == "none":
-        return None
-    if features not in ("auto", "judge"):
-        return Pretrained(Path(features), device)
-    if judge is None and features == "judge":
-        raise UserError(
-            "features=judge needs labelled images of at most 64 pixels: set features=<folder of a transformers image "
-            "model>, or none"
-        )
-    return judge
-
-
-def make_judge(data: Data, train: Any, chosen: Settings, cache: Path, device: torch.device) -> Judge | None:
-    """The judge of a labelled data set; None if its images are too large for one."""
-    from edit.evaluation import Judge, train_judge
-
-    first = data.to_images(stack(train, [0])[0])
-    if max(first.shape[1:3]) > Judge.LARGEST:
-        return None
-    x, labels = stack(train, spread(len(train), fitting(train, 50_000)))
-    assert labels is not None
-    return train_judge(data.to_images(x).cpu(), labels, cache).to(device)
-
-
-def real_features(
-    data: Data, split: Any, name: str, space: FeatureSpace, node: Mapping[str, Any], chosen: Settings, cache: Path
-) -> Tensor:
-    """Features of evenly spaced images of a split, from the cache if the first images, config and extractor agree."""
-    import torch
-
-    from edit.evaluation import cached, digest
-
-    indices = spread(len(split), chosen.references)
-    probe, _ = stack(split, spread(len(split), 16))
-    key = digest(probe, {**node, "split": name, "length": len(split), "n": len(indices), "extractor": space.hash})
-
-    def extract() -> dict[str, Tensor]:
-        parts = [indices[i : i + chosen.batch] for i in range(0, len(indices), chosen.batch)]
-        with progress(f"features of real images ({name})", len(indices)) as done:
-            out = []
-            for part in parts:
-                out.append(space(data.to_images(stack(split, part)[0])).cpu())
-                done(len(part))
-        return {"features": torch.cat(out)}
-
-    return cached(cache / f"features-{key}.safetensors", extract)["features"]
-
-
-def stack(split: Any, indices: Iterable[int]) -> tuple[Tensor, Tensor | None]:
-    """Samples b c y x and, where there are labels, b int64."""
-    import torch
-
-    samples = [split.sample(i, i) for i in indices]
-    x = torch.stack([s["x"] for s in samples])
-    return x, torch.stack([torch.as_tensor(s["label"]) for s in samples]) if "label" in samples[0] else None
-
-
-def spread(length: int, most: int) -> list[int]:
-    """At most `most` evenly spaced indices."""
-    count = min(length, most)
-    return [i * length // count for i in range(count)]
-
-
-def fitting(split: Any, most: int) -> int:
-    """How many samples may be held in memory."""
-    return max(1, min(most, NEAREST_NUMBERS // split.sample(0, 0)["x"].numel()))
-
-
-def for_grid(labels: Tensor | None, classes: int | None, length: int) -> list[int]:
-    """Indices of real images for a grid that is laid out as the generated one: image k of class k modulo classes."""
-    if labels is None or not classes:
-        return list(range(min(GRID, length)))
-    places = [(labels == c).nonzero().flatten().tolist() for c in range(classes)]
-    found = [places[k % classes][k // classes :][:1] for k in range(GRID)]
-    return [i for at in found for i in at] or [0]

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from recipes.config import UserError, check, describe, fits, launch, nearest, register
+from recipes.config import UserError, check, launch, register
 
 ROOT = Path(__file__).parents[2]
 FILES = {
@@ -244,40 +244,6 @@ def test_a_partial_node_may_leave_arguments_to_the_code(project):
 
 def test_references_that_only_the_running_job_can_resolve_are_left_alone(project):
     assert checked(project, "init='${hydra:runtime.output_dir}/a'", "+backbone.label='${init}'") == []
-
-
-@pytest.mark.parametrize("hint", [int, float, bool, str, int | None])
-def test_an_object_that_will_be_built_is_no_scalar(hint):
-    node = OmegaConf.create({"_target_": "toy.Net"})
-    assert not fits(node, hint), describe(hint)
-    assert fits(node, hint | list[int]) and fits(node, Path)
-
-
-@pytest.mark.parametrize(
-    ("value", "hint", "right"),
-    [
-        (3, float, True),
-        (True, int, False),
-        (True, float, False),
-        (1, bool, False),
-        (3.0, int, False),
-        (None, int, False),
-        (None, int | None, True),
-        ("x", Path, True),
-        ([1, "a"], list[int], False),
-        ([1, 2, 3], tuple[int, int], False),
-        ([1, 2, 3], tuple[int, ...], True),
-        ({"a": "b"}, dict[str, int], False),
-        ("abc", list[str], False),
-    ],
-)
-def test_a_value_is_judged_by_its_annotation(value, hint, right):
-    assert fits(OmegaConf.create({"x": value}).x, hint) is right
-
-
-def test_nearest_prefers_the_closest_and_stays_silent_for_strangers():
-    assert nearest("widht", ["depth", "width", "weight"])[0] == "width"
-    assert nearest("zzz", ["depth", "width"]) == []
 
 
 # ---- what happens to a task that fails ------------------------------------------------------------------------------
