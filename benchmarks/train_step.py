@@ -82,7 +82,9 @@ def recipe_step(device: torch.device, batch: int, rounds: int, warmup: int, prec
     kinds = {"fp32": "32-true", "bf16": "bf16-mixed"}
     with tempfile.TemporaryDirectory() as folder:
         config = TrainerConfig(max_steps=steps, accelerator=kind, precision=kinds[precision])
-        trainer = make_trainer(config, [CSVLogger(Path(folder) / "metrics.csv")], [Metrics(10, batch), Turns()])
+        trainer = make_trainer(
+            config, Path(folder), [CSVLogger(Path(folder) / "metrics.csv")], [Metrics(10, batch), Turns()]
+        )
         trainer.fit(module, EndlessLoader(split, batch, steps))
     recipe, plain = seconds["recipe"][-rounds:], seconds["bare"][-rounds:]
     ratio = Spread.of(b / a for a, b in zip(recipe, plain, strict=True))

@@ -166,7 +166,10 @@ def write_shard(
                 advance(size)
         file.flush()
         os.fsync(file.fileno())
-    record = {"name": path.name, "count": count, "skipped": sorted(tolerance.skipped)}
+    skipped = tolerance.skipped
+    if shard == 0 and isinstance(source, TarImages):  # left out when the source was opened: told once, here
+        skipped = skipped | source.tars.tolerance.skipped
+    record = {"name": path.name, "count": count, "skipped": sorted(skipped)}
     if count:
         record |= {"size": temporary.stat().st_size, "sha256": manifest.digest(temporary)}
         os.replace(temporary, path)

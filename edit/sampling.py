@@ -288,30 +288,32 @@ class Sampler:
         device = next(denoiser.parameters()).device
         samples = samples.to(device)
         condition = condition.map(lambda v: v.to(device))
-        if self.guidance != 1 and negative is None:
-            negative = denoiser.null(condition)
+        if self.guidance == 1:
+            negative = None
+        else:
+            negative = denoiser.null(condition) if negative is None else negative.map(lambda v: v.to(device))
         # without edits nothing is remembered of a branch: both in one batch give the same prediction, faster
         joint = condition.join(negative) if negative is not None and not denoiser.applied else None
         learned = isinstance(self.solver, DDPMSolver)
-        calls: Iterator[int] = iter(range(self.solver.evaluations + 1))
+        evaluations = self.solver.evaluations
+        calls: Iterator[int] = iter(range(evaluations + 1))
 
         def predict(x: Tensor, t: float) -> Tensor:
             index = next(calls)
             at = torch.full((len(x),), t, device=device, dtype=torch.float32)
 
-            def branch(name: str, told: Condition, copies: int = 1) -> Tensor:
-                step = Step(index, self.solver.evaluations, t, name, memory)
-                out = denoiser(torch.cat([x] * copies), at.repeat(copies), told, step=step)
+            def branch(name: str, told: Condition, x: Tensor = x, at: Tensor = at) -> Tensor:
+                out = denoiser(x, at, told, step=Step(index, evaluations, t, name, memory))
                 sample = out.sample.float()
                 return torch.cat((sample, out.variance.float()), 1) if learned and out.variance is not None else sample
 
             c = x.shape[1] if self.channels is None else self.channels
             inside = self.interval[0] <= t <= self.interval[1]
-            if not (inside and self.guidance != 1 and negative is not None):
+            if negative is None or not inside:
                 cond = guided = branch("cond", condition)
             else:
                 if joint is not None:
-                    cond, uncond = branch("cond", joint, copies=2).chunk(2)
+                    cond, uncond = branch("cond", joint, torch.cat((x, x)), at.repeat(2)).chunk(2)
                 else:
                     cond, uncond = branch("cond", condition), branch("uncond", negative)
                 guided = torch.cat((torch.lerp(uncond[:, :c], cond[:, :c], self.guidance), cond[:, c:]), 1)
@@ -319,7 +321,7 @@ class Sampler:
                 shove = self.perturbation * (cond[:, :c] - branch("perturbed", condition)[:, :c])
                 guided = torch.cat((guided[:, :c] + shove, guided[:, c:]), 1)
             if progress is not None:
-                progress(index + 1, self.solver.evaluations)
+                progress(index + 1, evaluations)
             return guided
 
         shape = denoiser.sample_shape

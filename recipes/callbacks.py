@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,13 @@ class Metrics(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, module: Diffusion) -> None:
         super().on_train_start(trainer, module)
         self.mark = (time.perf_counter(), trainer.global_step)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside counts neither for images per second nor for MFU."""
+        start = time.perf_counter()
+        yield
+        self.mark = (self.mark[0] + time.perf_counter() - start, self.mark[1])
 
     def on_step(self, trainer: pl.Trainer, module: Diffusion, step: int) -> None:
         if step % self.every and step != trainer.max_steps:
@@ -161,6 +169,8 @@ class Preview(StepCallback):
         folder: for `step_000500.png`
         grid: (denoised samples b c y x) -> picture, uint8 y x 3
         condition: makes the condition of `count` samples
+        seed: of the noise
+        metrics: whose clock stands still meanwhile
     """
 
     def __init__(
@@ -172,35 +182,44 @@ class Preview(StepCallback):
         grid: Callable[[torch.Tensor], np.ndarray] | None,
         condition: Callable[[int], Any],
         seed: int,
+        metrics: Metrics,
     ):
         self.every, self.count, self.sampler, self.folder = every, count, sampler, folder
-        self.grid, self.condition, self.seed = grid, condition, seed
+        self.grid, self.condition, self.seed, self.metrics = grid, condition, seed, metrics
 
     def on_step(self, trainer: pl.Trainer, module: Diffusion, step: int) -> None:
-        if not self.every or self.grid is None or (step % self.every and step != trainer.max_steps):
+        if not self.every or (step % self.every and step != trainer.max_steps):
             return
+        with self.metrics.paused(), trainer.precision_plugin.forward_context():
+            self._draw(trainer, module, step)
+
+    def _draw(self, trainer: pl.Trainer, module: Diffusion, step: int) -> None:
         numbers = torch.arange(self.count)
         x = self.sampler(module.ema, module.objective, self.condition(self.count), numbers, self.seed)
         module.reshard()
-        if trainer.is_global_zero:
-            from PIL import Image
+        if not trainer.is_global_zero or self.grid is None:
+            return
+        from PIL import Image
 
-            try:
-                picture = self.grid(x.cpu())
-            except FileNotFoundError as error:  # no VAE to decode with: not worth a training run
-                print(f"no more previews: {error}", flush=True)
-                self.grid = None
-                return
-            self.folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(self.folder / f"step_{step:06d}.png")
-            log_image(trainer.loggers, "samples", picture, step)
+        try:
+            picture = self.grid(x.cpu())
+        except (FileNotFoundError, ValueError) as error:  # no VAE to decode with: not worth a training run
+            print(f"no more previews: {error}", flush=True)
+            self.grid = None
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(self.folder / f"step_{step:06d}.png")
+        log_image(trainer.loggers, "samples", picture, step)
 
 
 class AtomicIO(TorchCheckpointIO):
     """A checkpoint is written beside its place and moved there when whole: a kill at any moment leaves the last one.
 
-    Lightning's own write is corrupted by a kill where TMPDIR is another file system.
+    Lightning's own write is corrupted by a kill where TMPDIR is another file system. A write that fails is remembered
+    in `error` and not raised: the other ranks are waiting at a barrier, and `Checkpoints` tells them.
     """
+
+    error: UserError | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
@@ -215,25 +234,25 @@ class AtomicIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
             temporary.unlink(missing_ok=True)
             cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError) and "write" not in str(error):
+                raise
             reason = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(error)
-            if isinstance(error, OSError) or "write" in str(error) or isinstance(cause, OSError):
-                full = shutil.disk_usage(path.parent).free < 2**20 or "space" in reason
-                cure = "free some space" if full else "check the disk and its limits"
-                raise UserError(
-                    f"could not write {path} ({reason.lower()}): earlier checkpoints are whole; {cure} and give the "
-                    "same command, which resumes from them"
-                ) from error
-            raise
+            full = shutil.disk_usage(path.parent).free < 2**20 or "space" in reason
+            cure = "free some space" if full else "check the disk and its limits"
+            self.error = UserError(
+                f"could not write {path} ({reason.lower()}): earlier checkpoints are whole; {cure} and give the same "
+                "command, which resumes from them"
+            )
 
 
 class Checkpoints(StepCallback):
-    """Save every `every` optimiser steps, after the last, and on SIGTERM; keep the newest `keep`.
+    """Save every `every` optimiser steps, after the last, and on SIGTERM or SIGUSR1; keep the newest `keep`.
 
     Only whole optimiser steps are saved: a checkpoint inside an accumulation window would lose its gradients.
     """
 
-    def __init__(self, folder: Path, every: int, keep: int):
-        self.folder, self.every, self.keep = folder, every, keep
+    def __init__(self, folder: Path, every: int, keep: int, metrics: Metrics):
+        self.folder, self.every, self.keep, self.metrics = folder, every, keep, metrics
         self.told_to_stop = False
 
     def on_train_start(self, trainer: pl.Trainer, module: Diffusion) -> None:
@@ -241,9 +260,13 @@ class Checkpoints(StepCallback):
         if trainer.is_global_zero:
             for left in self.folder.glob("*.tmp-*"):  # of a write that was killed
                 left.unlink()
+            for left in self.folder.glob("step_*.ckpt"):
+                if left.is_dir() and not (left / WHOLE).exists():
+                    shutil.rmtree(left)
         if threading.current_thread() is threading.main_thread():
             # here and not earlier: Lightning would add its own handler, which kills other ranks inside a step
             signal.signal(signal.SIGTERM, self._stop)
+            signal.signal(signal.SIGUSR1, self._stop)  # SLURM's warning before the time limit
 
     def _stop(self, *_: Any) -> None:
         self.told_to_stop = True
@@ -254,18 +277,23 @@ class Checkpoints(StepCallback):
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if not (stop or step % self.every == 0 or step == trainer.max_steps):
             return
-        path = self.folder / f"step_{step:08d}.ckpt"
+        with self.metrics.paused():
+            self._save(trainer, self.folder / f"step_{step:08d}.ckpt")
+        if stop and step != trainer.max_steps:
+            trainer.should_stop = True
+            if trainer.is_global_zero:
+                print(f"told to stop: saved step {step}; the same command resumes", flush=True)
+
+    def _save(self, trainer: pl.Trainer, path: Path) -> None:
         trainer.save_checkpoint(path)
-        trainer.strategy.barrier()
+        error = getattr(trainer.strategy.checkpoint_io, "error", None)
+        if not trainer.strategy.reduce_boolean_decision(error is None, all=True):
+            raise error or UserError(f"rank 0 could not write {path}: see its message")
         if trainer.is_global_zero:
             if path.is_dir():
                 (path / WHOLE).touch()
             for old in checkpoints(self.folder)[: -self.keep]:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
-        if stop and step != trainer.max_steps:
-            trainer.should_stop = True
-            if trainer.is_global_zero:
-                print(f"told to stop: saved {path}; the same command resumes", flush=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:

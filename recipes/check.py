@@ -54,9 +54,16 @@ def flat(error: BaseException) -> str:
 # ---- sections -------------------------------------------------------------------------------------------------------
 
 
-def rule(default: Any, of: Sequence[str] = (), low: float = -inf, high: float = inf) -> Any:
-    """A field whose value, or each item of it, must be one of `of` or lie in [low, high]."""
-    limits = {"of": tuple(of), "low": low, "high": high}
+def rule(
+    default: Any,
+    of: Sequence[str] = (),
+    low: float = -inf,
+    high: float = inf,
+    above: float = -inf,
+    count: int | None = None,
+) -> Any:
+    """A field whose value, or each of its `count` items, must be one of `of` or lie in [low, high] and over `above`."""
+    limits = {"of": tuple(of), "low": low, "high": high, "above": above, "count": count}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=limits)
     return field(default=default, metadata=limits)
@@ -92,18 +99,25 @@ def _check_fields(node: DictConfig, path: str) -> Iterator[str]:
         if key not in known:  # reached by +key=value only
             yield f"unknown key '{place}'{suggest(key, known)}"
         elif known[key].metadata and not OmegaConf.is_missing(node, key):
-            yield from _check_rule(node[key], place, **known[key].metadata)
+            or_null = " or null" if "None" in str(known[key].type) else ""
+            yield from _check_rule(node[key], place, or_null, **known[key].metadata)
 
 
-def _check_rule(value: Any, place: str, of: Sequence[str], low: float, high: float) -> Iterator[str]:
+def _check_rule(
+    value: Any, place: str, or_null: str, of: Sequence[str], low: float, high: float, above: float, count: int | None
+) -> Iterator[str]:
+    if isinstance(value, ListConfig) and count not in (None, len(value)):
+        yield f"{place}: expected {count} values, got {len(value)}: {value}"
+        return
     for item in value if isinstance(value, ListConfig) else [value]:
         if item is None:
             continue
         if of and item not in of:
             yield f"{place}: expected one of {', '.join(of)}, got {item!r}{suggest(item, of).split(' (')[0]}"
-        elif not of and not low <= item <= high:
+        elif not of and not (low <= item <= high and item > above):
             limit = f"at least {low:g}" if high == inf else f"a number from {low:g} to {high:g}"
-            yield f"{place}: expected {limit}, got {item}"
+            limit = limit if above == -inf else f"more than {above:g}"
+            yield f"{place}: expected {limit}{or_null}, got {item}"
 
 
 # ---- targets --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import math
 import os
 import re
 import sys
@@ -32,7 +33,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+    ValidationError,
+)
 
 from recipes.check import describe, flat, mistakes, rule, suggest
 
@@ -55,7 +62,7 @@ class TrainerConfig:
     strategy: str = rule("single", of=("single", "ddp", "fsdp2", "zero2", "zero3"))
     precision: str = rule("auto", of=("auto", "32-true", "bf16-mixed"))  # auto: bf16 autocast on a GPU, fp32 on a CPU
     accumulate: int = rule(1, low=1)  # micro-batches per optimiser step
-    clip: float | None = rule(1.0, low=0)  # gradient norm
+    clip: float | None = rule(1.0, above=0)  # gradient norm; null leaves gradients as they are
     compile: bool = False
     gradient_checkpointing: bool = False
     threads: int | None = rule(None, low=1)  # of torch on the CPU; null leaves the choice to torch
@@ -64,12 +71,12 @@ class TrainerConfig:
 @dataclass
 class OptimizerConfig:
     lr: float = rule(MISSING, low=0)
-    betas: list[float] = rule([0.9, 0.999], low=0, high=1)
+    betas: list[float] = rule([0.9, 0.999], low=0, high=1, count=2)
     weight_decay: float = rule(0.0, low=0)
     eps: float = rule(1e-8, low=0)
     warmup: int = rule(0, low=0)  # optimiser steps
     schedule: str = rule("constant", of=("constant", "cosine"))
-    groups: dict[str, Any] = field(default_factory=dict)  # parameter name prefix or regex -> {lr_scale, weight_decay}
+    groups: dict[str, Any] = field(default_factory=dict)  # regex found in parameter names -> {lr_scale, weight_decay}
 
 
 @dataclass
@@ -120,12 +127,12 @@ class Root:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    evaluate: Any = None
+    evaluate: Any = None  # the keys of configs/eval.yaml; null: training ends without a report
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     seed: int = rule(0, low=0)
     log_every: int = rule(10, low=1)  # optimiser steps per row of metrics.csv
     label_drop: float = rule(0.1, low=0, high=1)  # share of conditions replaced by the null condition
-    init: str | None = None  # artifact folder or official checkpoint to start from
+    init: str | None = None  # artifact folder or official checkpoint to start from; "": one must be given
     runs: str = "runs"
     trusted: list[str] = field(default_factory=list)  # further packages that _target_ may name
     debug: bool = False  # show tracebacks
@@ -151,6 +158,11 @@ def check(cfg: DictConfig) -> list[str]:
 
 
 def _conflicts(cfg: DictConfig) -> Iterator[str]:
+    yield from _check_name(cfg)
+    yield from _check_groups(cfg.optimizer.groups)
+    yield from _check_evaluate(cfg.evaluate)
+    if not OmegaConf.is_interpolation(cfg, "init") and cfg.init == "":  # null means from scratch
+        yield "init is missing: this run starts from a trained model; give its run or artifact folder with init=..."
     trainer, kinds = cfg.trainer, cfg.logger.kinds
     devices = trainer.devices
     if devices != "auto" and (isinstance(devices, bool) or not isinstance(devices, int) or devices < 1):
@@ -172,6 +184,46 @@ def _conflicts(cfg: DictConfig) -> Iterator[str]:
         if wanted and find_spec(package) is None:
             asker = f"trainer.strategy={trainer.strategy}" if package == "deepspeed" else f"logger {package}"
             yield f"{asker} needs the package {package}, which is not installed: pip install 'edit-dit[{package}]'"
+
+
+def _check_name(cfg: DictConfig) -> Iterator[str]:
+    if OmegaConf.is_interpolation(cfg, "name"):  # may be known only once the job runs
+        return
+    path = Path(cfg.name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        yield f"name={cfg.name}: expected a folder below runs, such as digits or sweep/a; runs=... moves them elsewhere"
+
+
+def _check_groups(groups: DictConfig) -> Iterator[str]:
+    known = ("lr_scale", "weight_decay")
+    for pattern, change in groups.items():
+        place = f"optimizer.groups.{pattern}"
+        try:
+            re.compile(str(pattern))
+        except re.error as error:
+            yield f"{place}: expected a regular expression, got {str(pattern)!r} ({error})"
+        if not isinstance(change, DictConfig):
+            yield f"{place}: expected a section with {' and '.join(known)}, got {change!r}"
+            continue
+        for key, value in change.items():
+            if key not in known:
+                yield f"unknown key '{place}.{key}'{suggest(key, known)}"
+            elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                yield f"{place}.{key}: expected a number of at least 0, got {value!r}"
+
+
+def _check_evaluate(chosen: Any) -> Iterator[str]:
+    from recipes.evaluate import settings  # which itself imports this module
+
+    if chosen is not None and not isinstance(chosen, DictConfig):
+        yield f"evaluate: expected a section with keys of configs/eval.yaml, or null for no report, got {chosen!r}"
+        return
+    try:
+        settings(typing.cast(typing.Mapping[str, Any], chosen or {}))
+    except UserError as error:
+        yield f"evaluate: {error}"
+    except InterpolationResolutionError:
+        pass  # ${hydra:...}: the job itself checks them again
 
 
 # ---- explain --------------------------------------------------------------------------------------------------------
@@ -255,7 +307,8 @@ def _explain_key(cause: OmegaConfBaseException, config_dir: Path, file: str) -> 
     if "." not in full:
         accepted |= set(_groups(config_dir))
     hint = ""
-    if not is_dataclass(OmegaConf.get_type(parent)):
+    closed = is_dataclass(OmegaConf.get_type(parent)) or full.startswith("evaluate.")
+    if not closed or not accepted:
         hint = f"; to add a key that the config leaves out write +{full}=..."
     return f"unknown key '{full}'{suggest(key, accepted)}{hint}"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import fields
 from math import cos, pi
@@ -17,6 +18,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from edit import noise
@@ -43,6 +46,8 @@ class Diffusion(pl.LightningModule):
         ema_ramp: start the decay low, at most (1 + k) / (10 + k) after k updates; for short runs
         compile: compile each unit
         gradient_checkpointing: recompute units in the backward pass
+        autocast: run the denoiser in bf16 here, where the trainer does not: DeepSpeed's own bf16 would round the
+            average away
         patience: consecutive steps with a non-finite gradient after which the run stops; each is skipped
         seed: of times, noise, label drop and dropout
     """
@@ -65,6 +70,7 @@ class Diffusion(pl.LightningModule):
         ema_ramp: bool = False,
         compile: bool = False,
         gradient_checkpointing: bool = False,
+        autocast: bool = False,
         patience: int = 20,
         seed: int = 0,
     ):
@@ -73,7 +79,7 @@ class Diffusion(pl.LightningModule):
         self.objective, self.terms, self.settings = objective, dict(terms), optimizer
         self.max_steps, self.accumulate, self.clip = max_steps, accumulate, clip
         self.label_drop, self.ema_decay, self.ema_ramp = label_drop, ema_decay, ema_ramp
-        self.compile_units, self.gradient_checkpointing = compile, gradient_checkpointing
+        self.compile_units, self.gradient_checkpointing, self.autocast = compile, gradient_checkpointing, autocast
         self.patience, self.seed_ = patience, seed
         self.taps = tuple(sorted({i for term in self.terms.values() for i in term.taps}))
         self.own = nn.ModuleDict()  # trainable parameters of terms
@@ -92,17 +98,20 @@ class Diffusion(pl.LightningModule):
             drop = noise.uniform(self.seed_, draw, noise.DROP) < self.label_drop
             condition = condition.where(drop, self.denoiser.null(condition))
         x_t = self.objective.corrupt(x, eps, t)
-        out = self.denoiser(x_t, t, condition, taps=self.taps)
+        with torch.autocast(x.device.type, torch.bfloat16) if self.autocast else nullcontext():
+            out = self.denoiser(x_t, t, condition, taps=self.taps)
 
         losses = self.objective.losses(out, x, eps, x_t, t)
         for name, term in self.terms.items():
             own = self.own[name] if name in self.own else None
             losses |= term.losses(out, {**batch, "noise": eps, "x_t": x_t}, t, self.trainer.global_step, own)
-        for edit in self.denoiser.applied.values():
-            losses |= edit.losses(out.trace)
+        watched = {}
+        for name, edit in self.denoiser.applied.items():
+            losses |= {f"{name}/{k}": v for k, v in edit.losses(out.trace).items()}
+            watched |= {f"{name}/{k}": v.float().mean() for k, v in edit.metrics(out.trace).items()}
         means = {name: loss.mean() for name, loss in losses.items()}
         loss = sum(means.values(), start=torch.zeros((), device=x.device))
-        self._record(batch_index, {"loss": loss, **(means if len(means) > 1 else {})})
+        self._record(batch_index, {"loss": loss, **(means if len(means) > 1 else {}), **watched})
         return loss
 
     def _seed_dropout(self, batch_index: int) -> None:
@@ -126,13 +135,15 @@ class Diffusion(pl.LightningModule):
             return
         self.configured = True
         if self.device_mesh is None:
-            self.denoiser = self.build()
+            with torch.device("cpu"):  # the same weights whatever the device
+                self.denoiser = self.build()
             self.ema = deepcopy(self.denoiser)
         else:
             self._configure_sharded()
+        torch.manual_seed(self.seed_)  # the same on every rank, also where only rank 0 has built the weights
         for name, term in self.terms.items():
             if (own := term.build(self.denoiser)) is not None:
-                self.own[name] = own
+                self.own[name] = own if self.device_mesh is None else fully_shard(own, mesh=self._mesh)
         for name, p in self.denoiser.named_parameters():
             p.requires_grad_(p.requires_grad and all(e.trainable(name) for e in self.denoiser.applied.values()))
         self.ema.requires_grad_(False).eval()
@@ -146,10 +157,10 @@ class Diffusion(pl.LightningModule):
 
     def _configure_sharded(self) -> None:
         """FSDP2: build on the meta device, shard, and let rank 0 hand out the weights it alone has made."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        whole = self.build() if self.global_rank == 0 else None
+        whole = None
+        if self.global_rank == 0:
+            with torch.device("cpu"):  # rank 0 alone holds the whole model, and not on its GPU
+                whole = self.build()
         state = {} if whole is None else whole.state_dict()
         half = "bf16" in str(self.trainer.precision)
         policy = MixedPrecisionPolicy(
@@ -157,7 +168,7 @@ class Diffusion(pl.LightningModule):
             reduce_dtype=torch.float32 if half else None,
             cast_forward_inputs=False,  # times and noisy samples stay in fp32; autocast does the rest
         )
-        mesh = self.device_mesh["data_parallel"]
+        mesh = self._mesh
         for name in ("denoiser", "ema"):
             with torch.device("meta"):
                 net = self.structure()
@@ -168,6 +179,10 @@ class Diffusion(pl.LightningModule):
             options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
             set_model_state_dict(net, dict(state), options=options)
             setattr(self, name, net)
+
+    @property
+    def _mesh(self):
+        return self.device_mesh["data_parallel"]
 
     def reshard(self) -> None:
         """FSDP2 leaves the root gathered after a forward without backward; updates need the shards."""
@@ -244,8 +259,14 @@ class Diffusion(pl.LightningModule):
         """Called where values are read for the log anyway.
 
         Raises:
-            FloatingPointError: if the last `patience` steps all had a non-finite gradient
+            FloatingPointError: if the last `patience` steps all had a non-finite gradient; or at a loss that is not
+                finite where gradients are out of sight (DeepSpeed) and no step is skipped
         """
+        if self.grad_norm is None and not self.losses["loss"].isfinite():
+            raise FloatingPointError(
+                f"the loss is {float(self.losses['loss'])} at step {self.trainer.global_step}: go back to an earlier "
+                "checkpoint and lower optimizer.lr, or lengthen optimizer.warmup"
+            )
         run = int(self.skipped[1].item())
         if run >= self.patience or (run and self.trainer.global_step >= self.max_steps):
             raise FloatingPointError(

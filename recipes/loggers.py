@@ -1,24 +1,33 @@
 """Where numbers and pictures go: `metrics.csv` always, W&B and TensorBoard when asked.
 
-W&B never prompts and never hangs: without a key, or without a network within ten seconds, an online run becomes an
-offline one and says so. A resumed run continues under the same id.
+W&B never prompts, never hangs and never ends a run: without a key, a network or a server that lets it in, an online run
+becomes an offline one and says so; a network lost later costs at most `UPLOAD` seconds of waiting for the artifact and
+as many for the rest. A resumed run continues under the same id.
 """
 
 from __future__ import annotations
 
 import csv
 import os
+import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich import print
+from rich.markup import escape
 
 from recipes.config import LoggerConfig, UserError
+
+CONNECT = 5  # seconds to wait for an address to answer
+OPEN = 20  # seconds to wait for W&B to open a run, once it can be reached
+UPLOAD = 300  # seconds to wait for an upload; `wandb sync` sends later what was not sent by then
 
 
 class CSVLogger(Logger):
@@ -73,8 +82,14 @@ class CSVLogger(Logger):
         os.replace(temporary, self.path)
 
 
-def make_loggers(settings: LoggerConfig, out: Path, config: Mapping[str, Any]) -> list[Logger]:
+def make_loggers(settings: LoggerConfig, out: Path, name: str, config: Mapping[str, Any]) -> list[Logger]:
     """The run's loggers, csv first. Called on every rank; only rank 0 opens anything.
+
+    Args:
+        settings: which loggers, and how W&B is used
+        out: the run folder
+        name: what W&B calls the run: its path below the folder of all runs, so that a sweep's jobs are told apart
+        config: the resolved configuration, for W&B
 
     Raises:
         UserError: if a logger is asked for whose package is not installed
@@ -86,64 +101,93 @@ def make_loggers(settings: LoggerConfig, out: Path, config: Mapping[str, Any]) -
         except ModuleNotFoundError as error:
             raise UserError("logger tensorboard is not installed: pip install 'edit-dit[tensorboard]'") from error
     if "wandb" in settings.kinds and settings.wandb.mode != "disabled":
-        loggers.append(make_wandb(settings, out, config))
+        loggers.append(make_wandb(settings, out, name, config))
     return loggers
 
 
-def make_wandb(settings: LoggerConfig, out: Path, config: Mapping[str, Any]) -> Logger:
+def make_wandb(settings: LoggerConfig, out: Path, name: str, config: Mapping[str, Any]) -> Logger:
+    """The W&B logger, its run already open on rank 0, where it may turn out that only an offline run can be had."""
     try:
         import wandb
         from lightning.pytorch.loggers import WandbLogger
     except ModuleNotFoundError as error:
         raise UserError("logger wandb is not installed: pip install 'edit-dit[wandb]'") from error
 
-    offline = settings.wandb.mode == "offline"
-    if not offline and not has_key():
-        print("[yellow]W&B: no API key (WANDB_API_KEY), logging offline; `wandb sync` uploads it later[/]")
-        offline = True
+    if rank_zero_only.rank != 0:
+        return WandbLogger()  # never opens: its experiment is a dummy here
 
-    def logger(offline: bool) -> Logger:
-        return WandbLogger(
+    def opened(mode: str) -> Logger:
+        logger = WandbLogger(
             id=run_id(out),
-            name=out.name,
+            name=name,
             save_dir=str(out),
-            offline=offline,
+            mode=mode,  # Lightning's offline=True would set WANDB_MODE for all that follows in this process
             project=settings.wandb.project,
             entity=settings.wandb.entity,
             tags=list(settings.wandb.tags),
             resume="allow",
             config=dict(config),
-            settings=wandb.Settings(init_timeout=10, silent=True),
+            settings=wandb.Settings(init_timeout=OPEN, finish_timeout=UPLOAD, finish_timeout_raises=True, silent=True),
         )
+        logger.experiment  # noqa: B018 - opens the run
+        return logger
 
-    @rank_zero_only
-    def opens() -> bool:
-        try:
-            logger(offline=False).experiment  # noqa: B018 - connects
-            return True
-        except Exception as error:  # the client raises many kinds; none may end the run
-            print(f"[yellow]W&B: cannot connect ({type(error).__name__}), logging offline[/]")
-            return False
+    client = wandb.setup().settings  # from the environment and W&B's own files
+    if settings.wandb.mode == "online" and client.mode == "online":  # WANDB_MODE=offline counts, too
+        server = client.base_url
+        if not has_key(server):
+            offline("no API key (WANDB_API_KEY)")
+        elif not reachable(server):
+            offline("no network")
+        else:
+            try:
+                return opened("online")
+            except Exception as error:  # the client raises many kinds; none may end the run
+                wandb.teardown()  # or the id stays in use
+                offline(f"cannot open the run ({short(error)})")
+    return opened("offline")
 
-    if not offline and opens() is False:
-        offline = True
-    return logger(offline)
+
+def offline(reason: str) -> None:
+    print(f"[yellow]W&B: {escape(reason)}, logging offline; `wandb sync` uploads it later[/]")
 
 
-def has_key() -> bool:
-    """Whether W&B can log in without asking."""
-    if os.environ.get("WANDB_API_KEY"):
+def short(error: Exception) -> str:
+    """The kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def has_key(server: str) -> bool:
+    """Whether W&B can log in to `server`, a URL, without asking."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    return netrc.is_file() and "wandb" in netrc.read_text(errors="ignore")
+    known = netrc.read_text(errors="ignore") if netrc.is_file() else ""
+    return "wandb" in known or (urlsplit(server).hostname or server) in known
+
+
+def reachable(url: str) -> bool:
+    """Whether the host of `url`, or the proxy on the way to it, takes a TCP connection within `CONNECT` seconds."""
+    address = urlsplit(url)
+    proxy = getproxies().get(address.scheme)
+    if proxy and not proxy_bypass(address.hostname or ""):
+        address = urlsplit(proxy if "//" in proxy else f"http://{proxy}")
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=CONNECT).close()
+    except OSError:
+        return False
+    return True
 
 
 def run_id(out: Path) -> str:
-    """The W&B id of a run folder, made once."""
+    """The W&B id of a run folder, made once. For rank 0 only: ranks making it at once would disagree."""
     file = out / "wandb_id"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(uuid.uuid4().hex[:12])
+        temporary = file.with_name(f"{file.name}.tmp-{os.getpid()}")
+        temporary.write_text(uuid.uuid4().hex[:12])
+        os.replace(temporary, file)
     return file.read_text().strip()
 
 
@@ -161,12 +205,47 @@ def log_image(loggers: list[Logger], name: str, image: np.ndarray, step: int) ->
 
 @rank_zero_only
 def log_artifact(loggers: list[Logger], folder: Path) -> None:
-    """Upload (or queue) the artifact folder with W&B and close the run."""
-    for logger in loggers:
-        if type(logger).__name__ == "WandbLogger":
-            import wandb
+    """Upload the artifact folder with W&B, or queue it in an offline run. A failure is printed, not raised.
 
-            artifact = wandb.Artifact(f"{logger.experiment.id}-model", type="model")
-            artifact.add_dir(str(folder))
-            logger.experiment.log_artifact(artifact)
-            logger.experiment.finish()
+    Online, this waits for the upload, `UPLOAD` seconds at most; a slower one goes on behind what follows.
+    """
+    for run in wandb_runs(loggers):
+        import wandb
+
+        try:
+            artifact = wandb.Artifact(f"{run.id}-model", type="model")
+            artifact.add_dir(str(folder), policy="immutable", skip_cache=True)  # no copies in the home folder
+            logged = run.log_artifact(artifact)
+            if not run.offline:
+                logged.wait(UPLOAD)
+        except Exception as error:  # the training is done and saved: W&B must not take that away
+            failed(f"{folder} is not uploaded", error)
+
+
+@rank_zero_only
+def log_summary(loggers: list[Logger], values: Mapping[str, float]) -> None:
+    """Put final numbers into the summary of the W&B run; on disk, report.json has them. A failure is printed."""
+    for run in wandb_runs(loggers):
+        try:
+            run.summary.update(dict(values))
+        except Exception as error:  # as above
+            failed("the final numbers are not sent", error)
+
+
+@rank_zero_only
+def close(loggers: list[Logger]) -> None:
+    """Finish the W&B run, waiting `UPLOAD` seconds at most for what is still to be sent. A failure is printed."""
+    for run in wandb_runs(loggers):
+        try:
+            run.finish()
+        except Exception as error:  # as above
+            failed("the run is not fully uploaded, `wandb sync` sends the rest", error)
+
+
+def wandb_runs(loggers: list[Logger]) -> Iterator[Any]:
+    """The open W&B runs among the loggers: one or none."""
+    return (logger.experiment for logger in loggers if type(logger).__name__ == "WandbLogger")
+
+
+def failed(what: str, error: Exception) -> None:
+    print(f"[yellow]W&B: {escape(what)} ({escape(short(error))})[/]")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from recipes.callbacks import AtomicIO
@@ -22,9 +24,15 @@ def accelerator_of(t: TrainerConfig) -> str:
 
 
 def precision_of(t: TrainerConfig) -> str:
+    """Of the run: fp32, or bf16 autocast over fp32 weights."""
     if t.precision == "auto":
         return "bf16-mixed" if accelerator_of(t) == "gpu" else "32-true"
     return t.precision
+
+
+def recipe_casts(t: TrainerConfig) -> bool:
+    """Under DeepSpeed the recipe casts: the engine's bf16 would turn weights and average into bf16."""
+    return t.strategy.startswith("zero") and precision_of(t) == "bf16-mixed"
 
 
 def count_devices(t: TrainerConfig) -> int:
@@ -67,7 +75,7 @@ def make_strategy(t: TrainerConfig, devices: int) -> Strategy | str:
     )
 
 
-def make_trainer(t: TrainerConfig, loggers: list[Logger], callbacks: list[Callback]) -> pl.Trainer:
+def make_trainer(t: TrainerConfig, out: Path, loggers: list[Logger], callbacks: list[Callback]) -> pl.Trainer:
     """The Lightning trainer of a run; data order, checkpoints and logging are our own.
 
     Raises:
@@ -76,14 +84,18 @@ def make_trainer(t: TrainerConfig, loggers: list[Logger], callbacks: list[Callba
     devices = count_devices(t)
     kind = accelerator_of(t)
     deepspeed = t.strategy.startswith("zero")
-    options: dict[str, Any] = {} if deepspeed else {"plugins": [AtomicIO()]}
+    plugins: list[Any] = [] if deepspeed else [AtomicIO()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # Lightning's own requeue saves inside accumulation windows, and its file is picked up by other runs
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     try:
         trainer = pl.Trainer(
             accelerator=kind,
             devices=devices,
             num_nodes=t.num_nodes,
             strategy=make_strategy(t, devices),
-            precision=precision_of(t),
+            precision="32-true" if recipe_casts(t) else precision_of(t),
+            default_root_dir=str(out),
             max_steps=t.max_steps,
             max_epochs=-1,
             accumulate_grad_batches=t.accumulate,
@@ -96,7 +108,7 @@ def make_trainer(t: TrainerConfig, loggers: list[Logger], callbacks: list[Callba
             use_distributed_sampler=False,
             limit_val_batches=0,
             num_sanity_val_steps=0,
-            **options,
+            plugins=plugins,
         )
     except (ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"the trainer group does not fit this machine or launcher: {error}") from error

@@ -9,16 +9,21 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import edit
 from edit.checkpoint import load, load_official, save, skeleton
@@ -29,11 +34,16 @@ from recipes.config import UserError
 from recipes.diffusion import Diffusion
 from recipes.evaluate import environment, settings
 from recipes.evaluate import run as evaluate
-from recipes.loggers import CSVLogger, log_artifact, make_loggers
-from recipes.trainer import count_devices, make_trainer
+from recipes.loggers import CSVLogger, close, log_artifact, log_summary, make_loggers
+from recipes.trainer import accelerator_of, count_devices, make_trainer, precision_of, recipe_casts
 
 # what may change between two attempts at one run; everything else decides the numbers
-FREE = {"name", "runs", "trainer", "logger", "checkpoint", "preview", "evaluate", "log_every", "debug", "trusted"}
+FREE = {"name", "runs", "logger", "checkpoint", "preview", "evaluate", "log_every", "debug", "trusted"}
+FREE |= {
+    f"trainer.{k}" for k in ("max_steps", "accelerator", "strategy", "compile", "gradient_checkpointing", "threads")
+}
+BATCH = ("data.batch_size", "trainer.devices", "trainer.num_nodes")  # only their product counts
+FREE |= {*BATCH, "data.workers"}
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -48,11 +58,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     quiet()
     OmegaConf.resolve(cfg)
     out = Path(cfg.runs) / cfg.name
-    first_rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+    cfg.trainer.devices, cfg.trainer.precision = count_devices(cfg.trainer), precision_of(cfg.trainer)
     refuse_other_run(cfg, out)
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
-    count_devices(cfg.trainer)
     settings(cfg.evaluate or {})  # mistakes in it are not found after the training
 
     torch.manual_seed(cfg.seed)
@@ -74,22 +83,26 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         ema_ramp=cfg.ema.ramp,
         compile=cfg.trainer.compile,
         gradient_checkpointing=cfg.trainer.gradient_checkpointing,
+        autocast=recipe_casts(cfg.trainer),
         seed=cfg.seed,
     )
     resume = newest(out / "checkpoints")
     done = step_of(resume) if resume else 0
+    first_rank = rank_zero_only.rank in (0, None)
     if done >= cfg.trainer.max_steps and (out / "artifact").is_dir():
-        print(f"{out} is complete ({done} steps): python eval.py artifact={out}; a new run needs another name=")
-        return {}
+        if not first_rank:
+            return {}
+        print(f"{out} is complete ({done} steps): a new run needs another name=")
+        return finish(cfg, out / "artifact") if cfg.evaluate and not (out / "report.json").exists() else {}
     if first_rank:
         write_once(cfg, out)
     if cfg.trainer.strategy.startswith("zero"):
         module.configure_model()  # whole, before DeepSpeed partitions it
-    loggers = make_loggers(cfg.logger, out, OmegaConf.to_container(cfg))
+    loggers = make_loggers(cfg.logger, out, cfg.name, OmegaConf.to_container(cfg))
     assert isinstance(loggers[0], CSVLogger)
     loggers[0].resume(done)
 
-    world = count_devices(cfg.trainer) * cfg.trainer.num_nodes
+    world = cfg.trainer.devices * cfg.trainer.num_nodes
     batch = cfg.data.batch_size * cfg.trainer.accumulate * world
     flops, peak = speed_limits(structure, cfg)
     metrics = Metrics(cfg.log_every, batch, flops, peak)
@@ -101,9 +114,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         grid=lambda x: picture(data, x),
         condition=lambda n: preview_condition(data, n),
         seed=cfg.seed,
+        metrics=metrics,
     )
-    saver = Checkpoints(out / "checkpoints", cfg.checkpoint.every, cfg.checkpoint.keep)
-    trainer = make_trainer(cfg.trainer, loggers, [metrics, ProgressBar(metrics), preview, saver])
+    saver = Checkpoints(out / "checkpoints", cfg.checkpoint.every, cfg.checkpoint.keep, metrics)
+    trainer = make_trainer(cfg.trainer, out, loggers, [metrics, ProgressBar(metrics), preview, saver])
 
     from data.loader import EndlessLoader
 
@@ -124,7 +138,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     except FloatingPointError as error:
         raise UserError(str(error)) from error
     if trainer.global_step < cfg.trainer.max_steps:
-        return {}
+        sys.exit(143)  # told to stop: what was to follow this run, or this job of a sweep, must not start
 
     state = full_state(module.ema, trainer)
     if not trainer.is_global_zero:
@@ -139,8 +153,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         | here(),
         state=state,
     )
-    report = finish(cfg, artifact)
-    log_artifact(loggers, artifact)
+    log_artifact(loggers, artifact)  # before the evaluation, which may fail
+    try:
+        report = finish(cfg, artifact)
+        log_summary(loggers, numbers(report))
+    finally:
+        close(loggers)
     return report
 
 
@@ -201,16 +219,19 @@ def builders(cfg: DictConfig, data: Any, objective: Objective):
 def refuse_other_run(cfg: DictConfig, out: Path) -> None:
     """A run is continued only with the settings that decide its numbers unchanged.
 
+    The ranks that share a batch may change, as long as the batch does not.
+
     Raises:
         UserError: naming the first setting that differs
     """
-    if not checkpoints(out / "checkpoints") or not (out / "config.yaml").exists():
+    if not (out / "config.yaml").exists() or not (checkpoints(out / "checkpoints") or (out / "artifact").exists()):
         return
-    before, now = (
-        flat({k: v for k, v in c.items() if k not in FREE}) for c in (OmegaConf.load(out / "config.yaml"), cfg)
-    )
+    before, now = (flat(OmegaConf.to_container(c)) for c in (OmegaConf.load(out / "config.yaml"), cfg))
+    for settings_ in (before, now):
+        settings_["data.batch_size x trainer.devices x trainer.num_nodes"] = prod(settings_.get(k) or 1 for k in BATCH)
     for key in {**before, **now}:
-        if before.get(key) != now.get(key):
+        free = key in FREE or key.split(".")[0] in FREE
+        if not free and before.get(key) != now.get(key):
             raise UserError(
                 f"{out} holds a run with {key}={before.get(key)}, this command says {now.get(key)}: give the new run "
                 f"another name=, or restore the setting to resume"
@@ -218,9 +239,10 @@ def refuse_other_run(cfg: DictConfig, out: Path) -> None:
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(node, Mapping | DictConfig) and node:
+    """Nested keys as dotted ones."""
+    if isinstance(node, Mapping) and node:
         return {k: v for name, child in node.items() for k, v in flat(child, f"{prefix}{name}.").items()}
-    return {prefix.rstrip("."): node}
+    return {prefix.rstrip("."): node} if prefix else {}
 
 
 def write_once(cfg: DictConfig, out: Path) -> None:
@@ -240,7 +262,7 @@ def speed_limits(structure: Any, cfg: DictConfig) -> tuple[float | None, float |
     """Training FLOPs per image and the device's peak, where it is known."""
     from edit.cost import macs, peak_flops
 
-    if not torch.cuda.is_available():
+    if accelerator_of(cfg.trainer) != "gpu":
         return None, None
     with torch.device("meta"):
         denoiser = structure()
@@ -259,9 +281,7 @@ def full_state(denoiser: Denoiser, trainer: Any) -> Mapping[str, Any]:
     else:
         gather = nullcontext()
     with gather:
-        if trainer.world_size > 1 and trainer.strategy.__class__.__name__ == "ModelParallelStrategy":
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
+        if isinstance(trainer.strategy, ModelParallelStrategy):
             return get_model_state_dict(denoiser, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         return {k: v.detach().cpu().clone() for k, v in denoiser.state_dict().items()}
 
@@ -279,6 +299,16 @@ def picture(data: Any, x: torch.Tensor):
 
     columns = data.num_classes if data.num_classes and data.num_classes <= 12 else 8
     return np.asarray(image_grid(data.to_images(x), columns))
+
+
+def numbers(report: Mapping[str, Any]) -> dict[str, float]:
+    """The qualities that a report measured, by name and guidance weight."""
+    return {
+        f"{name} w={result['guidance']:g}": measure["value"]
+        for artifact in report.get("artifacts", [])
+        for result in artifact["results"]
+        for name, measure in result["quality"].items()
+    }
 
 
 def finish(cfg: DictConfig, artifact: Path) -> dict[str, Any]:

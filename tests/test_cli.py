@@ -56,29 +56,15 @@ def test_torchrun_is_recognised(tmp_path):
 
 @pytest.mark.slow
 def test_the_default_run_keeps_its_promise(tmp_path):
-    """98 % class accuracy without guidance and a Frechet distance of 1.9; sampling noise is 0.25 (see the README)."""
+    """98 % class accuracy without guidance; Frechet distance 0.59 +- 0.02 over noise seeds, where the training set has 0.33."""
     threads = str(len(os.sched_getaffinity(0)))
     done = run("train.py", f"runs={tmp_path}", timeout=600, OMP_NUM_THREADS=threads)
     assert done.returncode == 0, done.stderr
-    judged = ["eval.py", f"artifact={tmp_path}/digits", f"out={tmp_path}/report", "guidance=[1.0]"]
-    done = run(*judged, OMP_NUM_THREADS=threads)
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "report/report.json").read_text())
-    quality = find(report, "accuracy"), find(report, "frechet")
-    assert quality[0] >= 0.97 and quality[1] <= 2.3, quality
-
-
-def find(node, name):
-    """The first number under a key that starts with `name`."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if key.startswith(name) and isinstance(value, int | float):
-                return value
-            if (found := find(value, name)) is not None:
-                return found
-    if isinstance(node, list):
-        return next((f for f in map(lambda v: find(v, name), node) if f is not None), None)
-    return None
+    report = json.loads((tmp_path / "digits/report.json").read_text())
+    quality = report["artifacts"][0]["results"][0]["quality"]
+    assert report["artifacts"][0]["results"][0]["guidance"] == 1
+    assert quality["accuracy"]["value"] >= 0.98
+    assert quality["frechet"]["value"] <= 0.7
 
 
 @pytest.mark.gpu

@@ -107,6 +107,11 @@ def test_the_table_of_methods_names_files_and_experiments_that_exist():
         assert (ROOT / path).exists(), path
 
 
+def test_its_pictures_are_there():
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
+    assert pictures and all((ROOT / p).is_file() for p in pictures)
+
+
 def test_the_map_names_what_is_there():
     for name in re.findall(r"^  ?(\w+\.py|\w+/)", README.split("## Map")[1].split("## Tests")[0], re.MULTILINE):
         assert (ROOT / name).exists() or (ROOT / "edit" / name).exists(), name

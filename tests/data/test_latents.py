@@ -327,6 +327,16 @@ def test_a_shard_of_nothing_but_damage_is_left_out(job, tmp_path):
     assert len(Latents(str(out)).train()) == 3 and not (out / "shard-000000.tar").exists()
 
 
+def test_a_source_shard_that_was_left_out_is_listed_once(job, shards):
+    content = (shards / "0.tar").read_bytes()
+    (shards / "0.tar").write_bytes(content[: len(content) // 2])
+    with pytest.warns(RuntimeWarning, match=r"0\.tar is truncated"):
+        out = precompute(job(shards, on_error="skip", shard_size=2), quiet).parent
+    told = json.loads((out / "manifest.json").read_text())
+    assert (told["count"], len(told["shards"])) == (6, 3)
+    assert len(told["skipped"]) == 1 and "shards/0.tar is truncated" in told["skipped"][0]
+
+
 @pytest.mark.parametrize(
     "change,name",
     [({"size": 12}, "size=16"), ({"dtype": "float32"}, "dtype=float16"), ({"flips": False}, "flips=True")],

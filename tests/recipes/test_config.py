@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from recipes.config import UserError, check, launch, register
+from recipes.evaluate import settings
 
 ROOT = Path(__file__).parents[2]
 FILES = {
     "train.yaml": """
 defaults:
   - root_schema
+  - eval@evaluate
   - _self_
   - backbone: tiny
   - data: toy
@@ -42,6 +45,7 @@ hydra:
 
       $APP_CONFIG_GROUPS
 """,
+    "eval.yaml": (ROOT / "configs/eval.yaml").read_text(),
     "backbone/tiny.yaml": "_target_: toy.Net\ndepth: 2\nwidth: 8\n",
     "backbone/small.yaml": "_target_: toy.Net\ndepth: 4\nwidth: 16\n",
     "data/toy.yaml": "_target_: toy.Data.preset\nname: a\n",
@@ -54,6 +58,10 @@ hydra:
     "experiment/section.yaml": "# @package _global_\noptimizer: adam\n",
     "experiment/headless.yaml": "seed: 3\n",
     "experiment/group.yaml": "# @package _global_\ndefaults: [{override /backbone: tny}]\n",
+    "experiment/silent.yaml": "# @package _global_\nevaluate: null\n",
+    "experiment/started.yaml": "# @package _global_\ninit: ''\n",
+    "experiment/regex.yaml": "# @package _global_\noptimizer: {groups: {'blocks.(0': {lr_scale: 0.1}}}\n",
+    "experiment/groups.yaml": "# @package _global_\noptimizer: {groups: {'blocks\\.[01]': {lr_scale: 0.1}}}\n",
     "experiment/broken.yaml": "# @package _global_\na: [1\nb: 2\n",
 }
 TOY = """
@@ -178,6 +186,38 @@ REFUSED = {
     ),
     "wrong type of an argument": (["backbone.depth=four"], ["backbone.depth: expected int, got 'four'"]),
     "null": (["seed=null"], ["seed: expected int, got None"]),
+    "one beta": (["optimizer.betas=[0.9]"], ["optimizer.betas: expected 2 values, got 1: [0.9]"]),
+    "three betas": (["optimizer.betas=[0,0,0]"], ["optimizer.betas: expected 2 values, got 3"]),
+    "gradients clipped to nothing": (["trainer.clip=0"], ["trainer.clip: expected more than 0 or null, got 0"]),
+    "negative clip": (["trainer.clip=-1"], ["trainer.clip: expected more than 0 or null, got -1"]),
+    "broken regex": (
+        ["experiment=regex"],
+        ["optimizer.groups.blocks.(0: expected a regular expression", "'blocks.(0'"],
+    ),
+    "mistyped key of a group": (
+        ["+optimizer.groups={bias: {lr_scal: 1}}"],
+        ["unknown key 'optimizer.groups.bias.lr_scal'", "did you mean 'lr_scale'"],
+    ),
+    "words in a group": (
+        ["+optimizer.groups={bias: {lr_scale: fast}}"],
+        ["optimizer.groups.bias.lr_scale: expected a number", "'fast'"],
+    ),
+    "a switch in a group": (
+        ["+optimizer.groups={bias: {weight_decay: true}}"],
+        ["optimizer.groups.bias.weight_decay: expected a number", "True"],
+    ),
+    "negative number in a group": (["+optimizer.groups={bias: {lr_scale: -1}}"], ["at least 0, got -1"]),
+    "a number for a group": (["+optimizer.groups={bias: 3}"], ["optimizer.groups.bias: expected a section", "3"]),
+    "mistyped key of evaluate": (["evaluate.stepz=5"], ["unknown key 'evaluate.stepz'; did you mean 'steps'?"]),
+    "mistyped key of evaluate, forced": (["+evaluate.stepz=5"], ["unknown key 'stepz'; did you mean 'steps'?"]),
+    "wrong type in evaluate": (["evaluate.steps=few"], ["evaluate: steps: expected int or None, got 'few'"]),
+    "out of range in evaluate": (["evaluate.n=1"], ["evaluate: n: expected at least 8, got 1"]),
+    "a value for evaluate": (["evaluate=judge"], ["evaluate: expected a section", "null", "'judge'"]),
+    "a key of no evaluation": (["experiment=silent", "evaluate.n=9"], ["'evaluate.n'", "write +evaluate.n=..."]),
+    "absolute name": (["name=/tmp/a"], ["name=/tmp/a: expected a folder below runs"]),
+    "name that climbs": (["name=a/../../b"], ["name=a/../../b: expected a folder below runs"]),
+    "empty name": (["name="], ["name=: expected a folder below runs"]),
+    "no trained start": (["experiment=started"], ["init is missing", "init=..."]),
     "a value for a section": (["optimizer=adam"], ["optimizer: expected a section", "'adam'"]),
     "a value for a section in a file": (["experiment=section"], ["section.yaml", "optimizer: expected a section"]),
     "unknown experiment": (
@@ -236,6 +276,25 @@ def test_a_right_configuration_passes_the_check(project):
     good = ["+backbone.ratio=2", "+backbone.drop=null", "+backbone.sizes=[1,2]", "+backbone.pair=[1,2]"]
     good += ["+backbone.label=x", "+backbone.thing={a: 1}", "+edits.a={_target_: toy.Open, other: 1}", "trainer=ddp"]
     assert checked(project, *good) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("trainer.clip=null",),
+        ("name=sweep/a..b",),
+        ("name='${hydra:job.num}'", "evaluate.cache='${hydra:runtime.output_dir}'"),
+        ("experiment=groups",),
+        ("+optimizer.groups={bias: {weight_decay: 0, lr_scale: 0.5}}",),
+        ("experiment=started", "init=runs/a"),
+        ("evaluate=null",),
+        ("evaluate.features=none", "evaluate.steps=5", "evaluate.guidance=1.5"),
+        ("experiment=silent", "+evaluate.n=9"),
+    ],
+    ids=" ".join,
+)
+def test_what_lies_beside_a_mistake_is_accepted(project, words):
+    assert checked(project, *words) == []
 
 
 def test_a_partial_node_may_leave_arguments_to_the_code(project):
@@ -441,13 +500,26 @@ SHIPPED = [
 ]
 
 
+NEED_A_START = ("experiment=dit_digits/depth", "experiment=dit_digits/lora")
+
+
 @pytest.mark.parametrize("choice", SHIPPED)
 def test_each_shipped_option_composes_and_fits_the_signatures(choice):
-    """Paths that only the user knows (`???`) are filled in; nothing else may be missing."""
+    """Paths that only the user knows are filled in (`???`, and "" for the start of some experiments): nothing else."""
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
         cfg = compose("train", [choice])
         for key in OmegaConf.missing_keys(cfg):
             assert key in ("data.set.path", "data.set.shards")
             OmegaConf.update(cfg, key, "somewhere")
+        if choice in NEED_A_START:
+            assert [e.split(":")[0] for e in check(cfg)] == ["init is missing"]
+            cfg.init = "somewhere"
         assert check(cfg) == []
+
+
+def test_unset_keys_of_evaluate_are_those_of_eval_py():
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        chosen = compose("train", ["evaluate.steps=5"]).evaluate
+    assert settings(chosen) == replace(settings({}), steps=5)

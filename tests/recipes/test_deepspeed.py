@@ -43,16 +43,25 @@ def on_the_cpu(folder, stage, overrides):
     train(folder, *overrides)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_zero_trains_saves_and_resumes_like_one_process(tmp_path, stage):
+@pytest.mark.parametrize(
+    "stage, precision, tolerance",
+    [
+        (2, "32-true", 1e-3),  # sums in another order, through twelve AdamW steps
+        (3, "32-true", 1e-3),
+        (2, "bf16-mixed", 0.05),  # against one process in fp32: bf16 carries 8 bits
+    ],
+)
+def test_zero_trains_previews_saves_and_resumes_like_one_process(tmp_path, stage, precision, tolerance):
     train(tmp_path, "name=one", "data.batch_size=16", "optimizer.schedule=constant")
-    zero = (f"trainer=zero{stage}", *TWO_RANKS, "data.batch_size=8", "checkpoint.every=5")
+    zero = ["name=zero", f"trainer=zero{stage}", *TWO_RANKS, "data.batch_size=8", "checkpoint.every=5"]
+    zero += [f"trainer.precision={precision}", "optimizer.schedule=constant"]
+    zero += ["preview.every=4", "preview.count=10", "sampler.solver.steps=1"]
     short = [o.replace("max_steps=12", "max_steps=5") for o in zero]
-    run_ranks(on_the_cpu, 2, args=(tmp_path, stage, ("name=zero", *short, "optimizer.schedule=constant")), timeout=300)
-    run_ranks(on_the_cpu, 2, args=(tmp_path, stage, ("name=zero", *zero, "optimizer.schedule=constant")), timeout=300)
-    # digits of fp32 sums in another order, through twelve AdamW steps
+    for overrides in (short, zero):
+        run_ranks(on_the_cpu, 2, args=(tmp_path, stage, overrides), timeout=300)
     pairs = zip(losses(tmp_path, "one"), losses(tmp_path, "zero"), strict=True)
-    assert all(abs(float(a) - float(b)) < 1e-3 for a, b in pairs)
+    assert all(abs(float(a) - float(b)) < tolerance for a, b in pairs)
+    assert (tmp_path / "zero" / "samples" / "step_000012.png").exists()
     one, two = (edit.load(tmp_path / n).denoiser.state_dict() for n in ("one", "zero"))
-    for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=0, atol=4e-3)
+    for key, value in one.items():  # twelve steps of at most the learning rate, where gradients are mostly rounding
+        torch.testing.assert_close(two[key], value, rtol=0, atol=4 * tolerance)

@@ -73,7 +73,7 @@ def test_one_value_stands_for_a_list():
         ({"n": "many"}, "n: expected int, got 'many'"),
         ({"guidance": ["strong"]}, "guidance: expected list of float, got .'strong'."),
         ({"n": 2}, "n: expected at least 8, got 2"),
-        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"steps": 0}, "steps: expected at least 1 or null, got 0"),
         ({"seed": []}, "seed: expected at least one value"),
     ],
 )

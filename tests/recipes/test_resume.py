@@ -7,11 +7,11 @@ import socket
 
 import pytest
 import torch
-from ranks import _child
-from runs import TWO_RANKS, _train, kill_when, losses, rows, train, train_ranks
+from ranks import _child, run_ranks
 
 from recipes.callbacks import checkpoints, newest
 from recipes.config import UserError
+from runs import TWO_RANKS, _train, kill_when, losses, rows, train, train_ranks
 
 FORK = mp.get_context("fork")
 
@@ -183,6 +183,49 @@ def test_another_configuration_is_refused_with_the_key_that_differs(tmp_path):
     assert len(checkpoints(tmp_path / "a" / "checkpoints")) == 2, "nothing is lost"
 
 
+@pytest.mark.parametrize("change", ["trainer.accumulate=2", "trainer.clip=0.5", "data.batch_size=32"])
+def test_what_decides_the_numbers_of_a_step_cannot_change(tmp_path, change):
+    train(tmp_path, "name=a", "trainer.max_steps=4")
+    with pytest.raises(UserError, match=rf"{change.split('=')[0]}.*another name="):
+        train(tmp_path, "name=a", change)
+
+
+def test_without_checkpoints_a_finished_run_is_not_overwritten_by_another(tmp_path):
+    import shutil
+
+    train(tmp_path, "name=a", "trainer.max_steps=4")
+    shutil.rmtree(tmp_path / "a" / "checkpoints")
+    with pytest.raises(UserError, match="backbone.depth=2, this command says 3"):
+        train(tmp_path, "name=a", "trainer.max_steps=4", "backbone.depth=3")
+
+
+def test_a_run_of_two_ranks_goes_on_with_one_at_the_same_batch(tmp_path):
+    train(tmp_path, "name=one", "optimizer.schedule=constant")
+    two = ("trainer=ddp", *TWO_RANKS, "data.batch_size=8", "optimizer.schedule=constant")
+    train_ranks(tmp_path, "name=both", *(o.replace("steps=12", "steps=8") for o in two), world=2)
+    train(tmp_path, "name=both", "optimizer.schedule=constant")
+    pairs = zip(losses(tmp_path, "one"), losses(tmp_path, "both"), strict=True)
+    assert max(abs(float(a) - float(b)) for a, b in pairs) < 2e-5  # the order of fp32 sums
+
+
+def _limited(folder, size, overrides):
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+    with pytest.raises(UserError, match="could not write") as error:
+        train(folder, *overrides)
+    return str(error.value)
+
+
+def test_a_full_disk_ends_both_ranks(tmp_path):
+    two = ("name=a", "trainer=ddp", *TWO_RANKS)
+    train_ranks(tmp_path, *(o.replace("steps=12", "steps=4") for o in two), world=2)
+    size = newest(tmp_path / "a" / "checkpoints").stat().st_size
+    first, second = run_ranks(_limited, 2, args=(tmp_path, size, two))
+    assert "free some space" in first or "check the disk" in first
+    assert second.startswith("rank 0 could not write") or second == first
+
+
 def test_a_full_disk_ends_in_one_sentence_and_keeps_earlier_checkpoints(tmp_path):
     """A real limit on file size stands for the full disk: the write of the checkpoint fails half-way."""
     import resource
@@ -195,8 +238,6 @@ def test_a_full_disk_ends_in_one_sentence_and_keeps_earlier_checkpoints(tmp_path
         with pytest.raises(UserError, match="could not write .*step_00000008.ckpt.*earlier checkpoints are whole") as e:
             train(tmp_path, "name=a", "trainer.max_steps=12")
         assert "\n" not in str(e.value)
-
-    from ranks import run_ranks
 
     run_ranks(limited, 1)
     assert [p.name for p in checkpoints(tmp_path / "a" / "checkpoints")] == ["step_00000004.ckpt", "step_00000005.ckpt"]

@@ -2,16 +2,19 @@
 
 import json
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
-from runs import TWO_RANKS, losses, rows, train, train_ranks
+from ranks import run_ranks
 
 import edit
 from edit.denoiser import Condition
+from edit.edits import Edit
 from edit.objectives import Term
 from recipes.callbacks import newest
 from recipes.config import UserError
+from runs import TWO_RANKS, losses, rows, train, train_ranks
 
 
 def close(a, b, tolerance):
@@ -149,39 +152,102 @@ def test_gradients_that_stay_infinite_end_the_run_in_one_sentence(tmp_path, monk
     assert "\n" not in str(error.value)
 
 
-def test_terms_see_taps_and_train_their_own_parameters(tmp_path):
+@dataclass
+class MeanPixel(Term):
     """A real small term: regress a projection of a unit's tokens onto the mean pixel."""
-    from dataclasses import dataclass
 
-    @dataclass
-    class MeanPixel(Term):
-        taps: tuple = (1,)
+    taps: tuple = (1,)
 
-        def build(self, denoiser):
-            return torch.nn.Linear(32, 1)
+    def build(self, denoiser):
+        return torch.nn.Linear(32, 1)
 
-        def losses(self, output, batch, t, step, own):
-            guess = own(output.trace["unit.1"]).mean((1, 2))
-            return {"mean_pixel": 0.1 * (guess - batch["x"].mean((1, 2, 3))) ** 2}
+    def losses(self, output, batch, t, step, own):
+        guess = own(output.trace["unit.1"]).mean((1, 2))
+        return {"mean_pixel": 0.1 * (guess - batch["x"].mean((1, 2, 3))) ** 2}
 
+
+@dataclass
+class Watched(Edit):
+    """An edit that reports how large a unit's output is, and asks for it to be small."""
+
+    def apply(self, denoiser):
+        unit = denoiser.units[0]
+        denoiser.units[0] = lambda stream: (s := unit(stream)).record("size", s.image.square().mean((1, 2)))
+
+    def losses(self, trace):
+        return {"size": 1e-3 * trace["size"]}
+
+    def metrics(self, trace):
+        return {"rms": trace["size"].sqrt()}
+
+
+def train_with(folder, overrides, **changes):
+    """`train` with further arguments of `Diffusion`."""
     from recipes.diffusion import Diffusion
 
     build = Diffusion.__init__
 
-    def with_term(self, *args, **kwargs):
-        build(self, *args, **{**kwargs, "terms": {"mean": MeanPixel()}})
+    def changed(self, *args, **kwargs):
+        build(self, *args, **{**kwargs, **changes})
 
-    Diffusion.__init__ = with_term
+    Diffusion.__init__ = changed
     try:
-        train(tmp_path, "name=a")
+        train(folder, *overrides)
     finally:
         Diffusion.__init__ = build
+
+
+def test_terms_see_taps_and_train_their_own_parameters(tmp_path):
+    train_with(tmp_path, ["name=a"], terms={"mean": MeanPixel()})
     first, last = rows(tmp_path, "a")[0], rows(tmp_path, "a")[-1]
     assert {"train/loss", "train/flow", "train/mean_pixel"} <= first.keys()
     total = float(last["train/flow"]) + float(last["train/mean_pixel"])
     assert float(last["train/loss"]) == pytest.approx(total, rel=1e-5)
     kept = torch.load(newest(tmp_path / "a" / "checkpoints"), weights_only=True)["state_dict"]
     assert "own.mean.weight" in kept
+
+
+def _terms_on_two_ranks(folder, overrides):
+    train_with(folder, overrides, terms={"mean": MeanPixel()})
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_parameters_of_terms_are_trained_alike_on_two_ranks(tmp_path, strategy):
+    two = ("name=two", f"trainer={strategy}", *TWO_RANKS, "data.batch_size=8")
+    run_ranks(_terms_on_two_ranks, 2, args=(tmp_path, two), timeout=120)
+    train_with(tmp_path, ["name=one", "data.batch_size=16"], terms={"mean": MeanPixel()})
+    assert close(losses(tmp_path, "one"), losses(tmp_path, "two"), 2e-5)
+
+
+def test_what_edits_report_and_ask_for_is_logged_under_their_name(tmp_path):
+    from recipes.diffusion import Diffusion
+
+    build = Diffusion.configure_model
+
+    def with_edit(self):
+        plain = self.build
+        self.build = lambda: edit.apply(plain(), {"watch": Watched()})
+        build(self)
+
+    Diffusion.configure_model = with_edit
+    try:
+        train(tmp_path, "name=a", "trainer.max_steps=2")
+    finally:
+        Diffusion.configure_model = build
+    last = rows(tmp_path, "a")[-1]
+    assert float(last["train/watch/rms"]) > 0
+    total = float(last["train/flow"]) + float(last["train/watch/size"])
+    assert float(last["train/loss"]) == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_fsdp2_previews_and_saves_in_bf16(tmp_path, world):
+    overrides = ["trainer=fsdp2", *TWO_RANKS, f"trainer.devices={world}", "trainer.precision=bf16-mixed"]
+    overrides += ["preview.every=6", "preview.count=10", "sampler.solver.steps=2", "data.batch_size=8"]
+    train_ranks(tmp_path, "name=a", *overrides, world=world)
+    assert len(list((tmp_path / "a" / "samples").glob("*.png"))) == 2
+    weights = edit.load(tmp_path / "a").denoiser.state_dict()
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in weights.values())
 
 
 def test_previews_are_pictures_of_the_grid(tmp_path):
