@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from ranks import run_ranks
-from runs import TWO_RANKS, losses, train
+from small_runs import TWO_RANKS, losses, train
 
 import edit
 

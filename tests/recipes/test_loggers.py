@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 from lightning.pytorch.utilities import rank_zero_only
-from runs import rows, train
+from small_runs import rows, train
 
 from recipes import loggers as module
 from recipes.config import LoggerConfig, WandbConfig

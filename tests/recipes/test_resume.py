@@ -8,10 +8,10 @@ import socket
 import pytest
 import torch
 from ranks import _child, run_ranks
+from small_runs import TWO_RANKS, _train, kill_when, losses, rows, train, train_ranks
 
 from recipes.callbacks import checkpoints, newest
 from recipes.config import UserError
-from runs import TWO_RANKS, _train, kill_when, losses, rows, train, train_ranks
 
 FORK = mp.get_context("fork")
 

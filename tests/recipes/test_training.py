@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from ranks import run_ranks
+from small_runs import TWO_RANKS, losses, rows, train, train_ranks
 
 import edit
 from edit.denoiser import Condition
@@ -14,7 +15,6 @@ from edit.edits import Edit
 from edit.objectives import Term
 from recipes.callbacks import newest
 from recipes.config import UserError
-from runs import TWO_RANKS, losses, rows, train, train_ranks
 
 
 def close(a, b, tolerance):
