@@ -302,3 +302,24 @@ def test_a_launcher_that_starts_too_few_processes_is_caught(tmp_path, monkeypatc
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="srun"):
         train(tmp_path, "name=a", "trainer=ddp", *TWO_RANKS)
+
+
+def test_fsdp2_trains_lora_with_accumulation_as_one_process_does(tmp_path):
+    train(tmp_path, "name=base")
+    lora = ["edits=lora", f"init={tmp_path}/base", "edits.lora.rank=2", "trainer.accumulate=2"]
+    train(tmp_path, "name=one", *lora, "data.batch_size=16")
+    sharded = ["trainer=fsdp2", *TWO_RANKS, "data.batch_size=8"]
+    train_ranks(tmp_path, "name=two", *lora, *sharded, world=2)
+    assert close(losses(tmp_path, "one"), losses(tmp_path, "two"), 2e-5)
+    one, two = (edit.load(tmp_path / n).denoiser.state_dict() for n in ("one", "two"))
+    assert one.keys() == two.keys() and any(".lora_B." in k and v.abs().sum() > 0 for k, v in two.items())
+
+
+def test_more_gpus_than_the_machine_has_are_refused(monkeypatch):
+    from recipes.config import TrainerConfig
+    from recipes.trainer import count_devices
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="trainer.devices=8, but this machine has 2 GPUs: ask for at most 2"):
+        count_devices(TrainerConfig(max_steps=1, accelerator="gpu", devices=8, strategy="ddp"))
+    assert count_devices(TrainerConfig(max_steps=1, accelerator="gpu", devices="auto", strategy="ddp")) == 2
