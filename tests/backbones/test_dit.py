@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import run_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -602,11 +603,14 @@ def test_taps_registers_and_edits_that_are_absent_cost_nothing(make_dit, batch):
 
 @pytest.mark.slow
 def test_a_unit_compiles_without_a_graph_break(make_dit, batch):
-    for options in ({}, MODERN):
-        dit = make_dit(**options)
-        stream = dit.embed(**dit.pack(*batch))
-        compiled = torch.compile(dit.units[0], backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(stream).image, dit.units[0](stream).image, **CLOSE)
+    def compiles():
+        for options in ({}, MODERN):
+            dit = make_dit(**options)
+            stream = dit.embed(**dit.pack(*batch))
+            compiled = torch.compile(dit.units[0], backend="aot_eager", fullgraph=True)
+            torch.testing.assert_close(compiled(stream).image, dit.units[0](stream).image, **CLOSE)
+
+    run_ranks(compiles, 1)  # a process that has compiled has autograd threads, and later tests could not fork from it
 
 
 # ---- meta device, structure, refusals --------------------------------------------------------------------------------
