@@ -206,10 +206,11 @@ class Unit(nn.Module, ABC):
 
 def add(stream: Stream, branch: Branch, gate: Branch) -> Stream:
     """Join a residual branch: x + gate * branch, on image and, where there is one, text."""
-    image = torch.addcmul(stream.image, gate.image, branch.image)
-    if branch.text is None:
-        return replace(stream, image=image)
-    return replace(stream, image=image, text=torch.addcmul(stream.text, gate.text, branch.text))
+    s, text = stream, stream.text
+    image = torch.addcmul(s.image, gate.image, branch.image)
+    if branch.text is not None:
+        text = torch.addcmul(text, gate.text, branch.text)
+    return Stream(image, s.cond, s.layout, text, s.time, s.step, s.trace)  # `replace` takes 1 % of a tiny forward
 
 
 class Denoiser(nn.Module, ABC):
