@@ -6,11 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from data.damage import Damaged, Tolerance
-from data.pixels import EXTENSIONS, Picture, Pictures, decode, to_uint8
-from data.split import Split, held_out
+from data.pixels import EXTENSIONS, Picture, PictureSet, decode
+from data.split import held_out
 
 
 class Folder:
@@ -74,7 +72,7 @@ def _images(path: Path, without: Path | None):
                 yield (here / file).relative_to(path).as_posix()
 
 
-class ImageFolder:
+class ImageFolder(PictureSet):
     """A folder of images as square crops in [-1, 1].
 
     Args:
@@ -113,21 +111,6 @@ class ImageFolder:
             self._source = self._held_source = Folder(path)
             self._indices, self._held = divide(self._source.names, heldout)
         self.shape, self.num_classes, self.classes = (3, size, size), self._source.num_classes, self._source.classes
-
-    def train(self) -> Split:
-        return Pictures(
-            self._source.load, self._indices, self.size, self.flip, self.captions, self.tolerance, self.seed
-        )
-
-    def heldout(self) -> Split | None:
-        """Never flipped."""
-        if not self._held:
-            return None
-        return Pictures(self._held_source.load, self._held, self.size, False, self.captions, self.tolerance, self.seed)
-
-    def to_images(self, x: Tensor) -> Tensor:
-        """b 3 y x in [-1, 1] -> uint8 b y x 3."""
-        return to_uint8(x)
 
 
 def check_size(size: int) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from torch import Tensor
 
 from data.damage import Damaged, Tolerance
 from data.image_folder import check_size, divide
-from data.pixels import EXTENSIONS, Picture, Pictures, decode, to_uint8
-from data.split import Split
+from data.pixels import EXTENSIONS, Picture, PictureSet, decode
 from data.tars import ABSENT, Tars
 
 
@@ -62,7 +60,7 @@ class TarImages:
         return caption.strip() if isinstance(caption, str) else None
 
 
-class ImageShards:
+class ImageShards(PictureSet):
     """Tar shards of images as square crops in [-1, 1].
 
     Args:
@@ -107,18 +105,3 @@ class ImageShards:
             labels = f"go up to {seen - 1}" if seen else "are missing"
             raise ValueError(f"num_classes={num_classes}, but the labels in {shards} {labels}: correct num_classes")
         self.shape, self.num_classes, self.classes = (3, size, size), num_classes or seen or None, None
-
-    def train(self) -> Split:
-        return Pictures(
-            self._source.load, self._indices, self.size, self.flip, self.captions, self.tolerance, self.seed
-        )
-
-    def heldout(self) -> Split | None:
-        """Never flipped."""
-        if not self._held:
-            return None
-        return Pictures(self._held_source.load, self._held, self.size, False, self.captions, self.tolerance, self.seed)
-
-    def to_images(self, x: Tensor) -> Tensor:
-        """b 3 y x in [-1, 1] -> uint8 b y x 3."""
-        return to_uint8(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.damage import Damaged, Tolerance
-from data.split import flipped
+from data.split import Split, flipped
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 
@@ -65,6 +66,12 @@ def to_uint8(x: Tensor) -> Tensor:
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
 
 
+class PictureSource(Protocol):
+    """Where images come from: a folder, or tar shards."""
+
+    def load(self, index: int) -> Picture: ...
+
+
 class Pictures:
     """Some of a source's images as a split, cropped and perhaps flipped.
 
@@ -109,3 +116,32 @@ class Pictures:
         if self.captions and picture.caption is None:
             raise Damaged(f"{picture.name} has no caption")
         return picture
+
+
+class PictureSet:
+    """The two splits of a data set of images; a subclass says where the images come from and which are held out."""
+
+    _source: PictureSource
+    _held_source: PictureSource
+    _indices: Sequence[int]
+    _held: Sequence[int]
+    size: int
+    flip: bool
+    captions: bool
+    tolerance: Tolerance
+    seed: int
+
+    def train(self) -> Split:
+        return Pictures(
+            self._source.load, self._indices, self.size, self.flip, self.captions, self.tolerance, self.seed
+        )
+
+    def heldout(self) -> Split | None:
+        """Never flipped."""
+        if not self._held:
+            return None
+        return Pictures(self._held_source.load, self._held, self.size, False, self.captions, self.tolerance, self.seed)
+
+    def to_images(self, x: Tensor) -> Tensor:
+        """b 3 y x in [-1, 1] -> uint8 b y x 3."""
+        return to_uint8(x)

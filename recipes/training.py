@@ -50,9 +50,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """Train, save the artifact, evaluate it.
 
     Returns:
-        The evaluation of the artifact on rank 0; empty on other ranks, or if the run was told to stop.
+        The evaluation of the artifact on rank 0; empty on other ranks, or if there was nothing left to do.
 
     Raises:
+        SystemExit: with 143, if the run was told to stop before its last step
         UserError: for what the user can mend, in one sentence
     """
     quiet()
@@ -62,7 +63,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     refuse_other_run(cfg, out)
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
-    settings(cfg.evaluate or {})  # mistakes in it are not found after the training
 
     torch.manual_seed(cfg.seed)
     objective, sampler = (instantiate(node, _convert_="all") for node in (cfg.objective, cfg.sampler))
@@ -93,7 +93,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         if not first_rank:
             return {}
         print(f"{out} is complete ({done} steps): a new run needs another name=")
-        return finish(cfg, out / "artifact") if cfg.evaluate and not (out / "report.json").exists() else {}
+        if cfg.evaluate and not (out / "report.json").exists():  # it was stopped between training and evaluation
+            return finish(cfg, out / "artifact")
+        print(f"next      python eval.py artifact={out}")
+        return {}
     if first_rank:
         write_once(cfg, out)
     if cfg.trainer.strategy.startswith("zero"):
