@@ -6,6 +6,9 @@ from recipes.config import launch
 
 
 def main(cfg) -> None:
+    from recipes.stages import run_before
+
+    run_before(cfg, Path(__file__))
     from recipes.training import run  # heavy imports after the configuration is known to be right
 
     run(cfg)

@@ -267,17 +267,38 @@ def load_official(denoiser: Denoiser, path: str | os.PathLike) -> None:
 
 
 def find(path: str | os.PathLike) -> Path:
-    """The artifact folder that `path` means: itself, or the `artifact` inside a run folder.
+    """The artifact folder that `path` means: itself, the `artifact` inside a run folder, or the `transformer` inside a
+    `diffusers` pipeline; a hub id `owner/name` that is no folder here is fetched first.
 
     A save that was killed between its two renames left the earlier artifact under another name: it is found, too.
+
+    Raises:
+        FileNotFoundError: if there is none
     """
     path = Path(path)
-    for candidate in (path, path / "artifact", _replaced(path), _replaced(path / "artifact")):
+    inside = path / "artifact"
+    for candidate in (path, inside, path / "transformer", _replaced(path), _replaced(inside)):
         if (candidate / "config.json").is_file():
             return candidate
-    if not path.exists():
+    if path.exists():
+        raise FileNotFoundError(f"no artifact at {path}: neither it nor {inside} holds a config.json")
+    if path.is_absolute() or len(path.parts) != 2 or ".." in path.parts or Path(path.parts[0]).exists():
         raise FileNotFoundError(f"no artifact at {path}: there is no such folder")
-    raise FileNotFoundError(f"no artifact at {path}: neither it nor {path / 'artifact'} holds a config.json")
+    return find(_fetch(str(path)))
+
+
+def _fetch(repository: str) -> str:
+    """A published model's transformer, from the hub or its local cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    files = ["config.json", "diffusion_pytorch_model*", "edits.json", "edits.safetensors"]
+    try:  # of a pipeline, its transformer alone
+        return snapshot_download(repository, allow_patterns=[*files, *(f"transformer/{f}" for f in files)])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"no artifact at {repository}: there is no such folder, and the hub gave none ({type(error).__name__})"
+        ) from error
 
 
 def _replaced(path: Path) -> Path:
@@ -308,7 +329,13 @@ def _family(target: str) -> type[Denoiser]:
     return family
 
 
-_STOCK_CLASSES = {"DiTTransformer2DModel": "edit.backbones.dit.DiT"}
+_STOCK_CLASSES = {
+    "DiTTransformer2DModel": "edit.backbones.dit.DiT",
+    "FluxTransformer2DModel": "edit.backbones.flux.Flux",
+    "PixArtTransformer2DModel": "edit.backbones.pixart.PixArt",
+    "QwenImageTransformer2DModel": "edit.backbones.qwen_image.QwenImage",
+    "SD3Transformer2DModel": "edit.backbones.sd3.SD3",
+}
 
 
 def _describe_stock(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -105,6 +106,7 @@ class Stream:
     time: Tensor | None = None  # b d, the timestep alone, without class or text
     step: Step | None = None  # None while training
     trace: Mapping[str, Tensor] = field(default_factory=dict)
+    tap: str | None = None  # the name under which the unit ahead records its branches, where they are wanted
 
     def record(self, name: str, value: Tensor) -> Stream:
         """The same stream with one more auxiliary output. It reaches the caller through `Output.trace`."""
@@ -113,12 +115,13 @@ class Stream:
 
 # FSDP2 finds the tensors of a unit's input and output by walking a pytree; layout and step ride along untouched.
 def _flatten_stream(s: Stream):
-    return [s.image, s.text, s.cond, s.time, dict(s.trace)], (s.layout, s.step)
+    return [s.image, s.text, s.cond, s.time, dict(s.trace)], (s.layout, s.step, s.tap)
 
 
 def _unflatten_stream(children, context) -> Stream:
     image, text, cond, time, trace = children
-    return Stream(image=image, text=text, cond=cond, time=time, trace=trace, layout=context[0], step=context[1])
+    layout, step, tap = context
+    return Stream(image=image, text=text, cond=cond, time=time, trace=trace, layout=layout, step=step, tap=tap)
 
 
 register_pytree_node(Stream, _flatten_stream, _unflatten_stream)
@@ -133,10 +136,17 @@ class Output(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """One residual branch of a unit, or its gates."""
+    """Image tokens and, in two-stream families, text tokens: a residual branch of a unit, its gates, its input."""
 
     image: Tensor
     text: Tensor | None = None
+
+
+class Forced(NamedTuple):
+    """What a unit is given instead of its predecessor's output, on some samples (teacher forcing)."""
+
+    tokens: Branch  # b n d image tokens without registers, b l d text tokens
+    where: Tensor  # b, bool
 
 
 def check_layout(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
@@ -158,6 +168,7 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3])
 
 
+_NOTHING: Mapping[int, Forced] = MappingProxyType({})
 SLOTS = ("attention", "mixer", "ffn", "text_ffn")
 
 
@@ -200,8 +211,34 @@ class Unit(nn.Module, ABC):
 
     def forward(self, stream: Stream) -> Stream:
         modulation = self.modulate(stream)
-        stream = add(stream, self.attend(stream, modulation), modulation.attention_gate)
-        return add(stream, self.feed(stream, modulation), modulation.feed_gate)
+        attended = self.attend(stream, modulation)
+        if stream.tap:
+            stream = record_branch(stream, f"{stream.tap}.attention", attended)
+        stream = add(stream, attended, modulation.attention_gate)
+        fed = self.feed(stream, modulation)
+        if stream.tap:
+            stream = record_branch(stream, f"{stream.tap}.feed", fed)
+        return add(stream, fed, modulation.feed_gate)
+
+
+def record_branch(stream: Stream, name: str, branch: Branch) -> Stream:
+    """Trace a pair of tokens as `name` (without registers) and, where there is text, `name`.text."""
+    stream = stream.record(name, branch.image[:, stream.layout.registers :])
+    return stream if branch.text is None else stream.record(f"{name}.text", branch.text)
+
+
+def force(stream: Stream, forced: Forced) -> Stream:
+    """The stream with the tokens of the marked samples replaced."""
+
+    def choose(own: Tensor, other: Tensor) -> Tensor:
+        return torch.where(forced.where.view(-1, 1, 1), other, own)
+
+    registers, image, text = stream.layout.registers, forced.tokens.image, stream.text
+    if registers:
+        image = torch.cat((stream.image[:, :registers], image), 1)
+    if text is not None and forced.tokens.text is not None:
+        text = choose(text, forced.tokens.text)
+    return replace(stream, image=choose(stream.image, image), text=text)
 
 
 def add(stream: Stream, branch: Branch, gate: Branch) -> Stream:
@@ -210,7 +247,8 @@ def add(stream: Stream, branch: Branch, gate: Branch) -> Stream:
     image = torch.addcmul(s.image, gate.image, branch.image)
     if branch.text is not None:
         text = torch.addcmul(text, gate.text, branch.text)
-    return Stream(image, s.cond, s.layout, text, s.time, s.step, s.trace)  # spelt out: on this path `replace` is felt
+    # spelt out: on this path `replace` is felt
+    return Stream(image, s.cond, s.layout, text, s.time, s.step, s.trace, s.tap)
 
 
 class Denoiser(nn.Module, ABC):
@@ -220,8 +258,8 @@ class Denoiser(nn.Module, ABC):
     `edits` holds the parameters that edits add. One calling convention for every backbone: `x` is a latent or pixels
     b c y x (b c f y x for video), `t` in [0, 1] with 1 = pure noise.
 
-    A family implements `config`, `from_config`, `pack`, `embed`, `readout`, `keep` and the two converters
-    `to_stock` / `from_stock`; everything else is here.
+    A family implements `config`, `from_config`, `sample_shape`, `pack`, `embed`, `readout`, `keep`, `null` and the two
+    converters `to_stock` / `from_stock`; everything else is here.
     """
 
     name: ClassVar[str]  # short family name for messages, e.g. "dit"
@@ -276,6 +314,9 @@ class Denoiser(nn.Module, ABC):
     def null(self, condition: Condition) -> Condition:
         """The unconditional counterpart of a condition, for label drop and classifier-free guidance."""
 
+    def settle(self, shape: tuple[int, ...], spec: Any) -> None:  # noqa: B027 - most families have nothing to do
+        """Take over what is no structure: the shape of a sample, and settings of the backbone's configuration."""
+
     def reset_buffers(self) -> None:  # noqa: B027 - most families have nothing to do
         """Recompute non-persistent buffers after the model left the meta device."""
 
@@ -297,7 +338,14 @@ class Denoiser(nn.Module, ABC):
     # ---- what every family shares -----------------------------------------------------------------------------
 
     def forward(
-        self, x: Tensor, t: Tensor, condition: Condition, step: Step | None = None, taps: Collection[int] = ()
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition,
+        step: Step | None = None,
+        taps: Collection[int] = (),
+        branches: Collection[int] = (),
+        forced: Mapping[int, Forced] = _NOTHING,
     ) -> Output:
         """Predict from a noisy sample.
 
@@ -306,26 +354,48 @@ class Denoiser(nn.Module, ABC):
             t: b, times in [0, 1], 1 = pure noise
             condition: labels, text, ... of the same batch
             step: where a generation stands; None while training
-            taps: units whose output tokens are wanted; they come back as trace["unit.<index>"], b n d.
-                Negative indices count from the end.
+            taps: units whose output tokens are wanted; they come back as trace["unit.<index>"], b n d, and in
+                two-stream families trace["unit.<index>.text"], b l d. Negative indices count from the end.
+            branches: units whose branches before the gate are wanted, as trace["unit.<index>.attention"] and
+                trace["unit.<index>.feed"], each with its ".text" where there is one
+            forced: input tokens of some units on some samples
 
         Raises:
             ValueError: if x does not have the model's shape, or a tap names no unit
         """
-        self._check(x, t, taps)
-        taps = {i % len(self.units) for i in taps}
+        self._check(x, t, (*taps, *branches, *forced))
         stream = replace(self.embed(**self.pack(x, t, condition)), step=step)
+        return self.readout(self.run(stream, taps, branches, forced))
+
+    def run(
+        self,
+        stream: Stream,
+        taps: Collection[int] = (),
+        branches: Collection[int] = (),
+        forced: Mapping[int, Forced] = _NOTHING,
+    ) -> Stream:
+        """All units, from the embedded stream to the one that is read out."""
+        depth = len(self.units)
+        taps, branches = {i % depth for i in taps}, {i % depth for i in branches}
         for i, unit in enumerate(self.units):
+            if i in forced:
+                stream = force(stream, forced[i])
+            if branches:
+                stream = replace(stream, tap=f"unit.{i}" if i in branches else None)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 stream = checkpoint(unit, stream, use_reentrant=False)
             else:
                 stream = unit(stream)
             if i in taps:
-                stream = stream.record(f"unit.{i}", stream.image[:, stream.layout.registers :])
-        return self.readout(stream)
+                stream = record_branch(stream, f"unit.{i}", Branch(stream.image, stream.text))
+        return stream
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        """Whether samples of this shape (without the batch) can be denoised; families of any size say so here."""
+        return shape == self.sample_shape
 
     def _check(self, x: Tensor, t: Tensor, taps: Collection[int]) -> None:
-        if tuple(x.shape[1:]) != self.sample_shape:
+        if not self.accepts(tuple(x.shape[1:])):
             given, wanted = "x".join(map(str, x.shape[1:])), "x".join(map(str, self.sample_shape))
             raise ValueError(f"{self.name} takes samples of {wanted}, got {given}: change the backbone or the data")
         if t.shape != x.shape[:1]:

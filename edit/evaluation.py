@@ -251,6 +251,7 @@ def generate(
     seed: int,
     batch: int,
     progress: Callable[[float], None] = lambda images: None,
+    negative: Condition | None = None,
 ) -> Iterator[Tensor]:
     """Samples of the given numbers, `batch` at a time.
 
@@ -263,6 +264,7 @@ def generate(
         seed: of the set
         batch: samples at a time; the result does not depend on it
         progress: called with the (fractional) number of images done since the last call
+        negative: one unconditional counterpart for all samples; None asks the denoiser for its own
 
     Yields:
         b c y x float32, in the order of `numbers`
@@ -275,7 +277,7 @@ def generate(
         def advance(done: int, total: int, size: int = len(part)) -> None:
             progress(size / total)
 
-        x = sampler(denoiser, objective, condition(part), part, seed, progress=advance)
+        x = sampler(denoiser, objective, condition(part), part, seed, negative, advance)
         if not x.isfinite().all():
             bad = int((~x.flatten(1).isfinite().all(1)).sum())
             raise ValueError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # streams: independent uses of one sample's randomness
-TIME, NOISE, DROP, FLIP = 1, 2, 3, 4
+TIME, NOISE, DROP, FLIP, GUIDANCE, FORCE = 1, 2, 3, 4, 5, 6
 RESAMPLE, SHUFFLE = 101, 102  # latents from their moments; the order of an epoch
 SOLVER = 1000  # SOLVER + k: noise of the sampler's k-th step
 

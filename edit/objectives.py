@@ -229,28 +229,70 @@ def discretised_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
 # ---- additional terms -----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Ramp:
+    """A weight that goes linearly from `start` to `end` while the run goes from `begin` to `until` of its length."""
+
+    start: float
+    end: float = 0.0
+    begin: float = 0.0
+    until: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.begin < self.until <= 1:
+            raise ValueError(f"Ramp: 0 <= begin < until <= 1 are parts of the run, got {self.begin}, {self.until}")
+
+    def __call__(self, progress: float) -> float:
+        way = min(1.0, max(0.0, (progress - self.begin) / (self.until - self.begin)))
+        return self.start + (self.end - self.start) * way
+
+
+Weight = float | Ramp
+
+
+def weight_at(weight: Weight, progress: float) -> float:
+    return weight(progress) if isinstance(weight, Ramp) else float(weight)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One training forward, as terms see it."""
+
+    output: Output  # of the denoiser that is trained, with the tapped tokens in its trace
+    batch: Mapping[str, Tensor]  # as the data set made it, plus "noise" and "x_t"
+    t: Tensor  # b, times in [0, 1]
+    progress: float = 0.0  # part of the run that is done, for schedules
+    teacher: Output | None = None  # of the frozen teacher at the same x_t, t and condition, where a term wants one
+
+
 class Term(ABC):
     """One more loss beside the objective's: what it taps, what it compares with, its weight over time.
 
-    Subclasses are dataclasses.
+    Subclasses are dataclasses. Units are counted from 0.
     """
 
-    taps: tuple[int, ...] = ()  # units whose tokens arrive in the trace as "unit.<index>"
+    taps: tuple[int, ...] = ()  # units whose tokens arrive in output.trace as "unit.<index>"
+    branches: tuple[int, ...] = ()  # units whose branches arrive as "unit.<index>.attention" and "unit.<index>.feed"
+    needs_teacher: bool = False
+    teacher_taps: tuple[int, ...] = ()  # the same of the teacher
+    teacher_branches: tuple[int, ...] = ()
 
-    def build(self, denoiser: Denoiser) -> nn.Module | None:
-        """Parameters of the term itself (a projector), trained and saved with the run but not with the artifact."""
+    def build(self, denoiser: Denoiser, teacher: Denoiser | None = None) -> nn.Module | None:
+        """Parameters of the term itself (a projector), trained and saved with the run but not with the artifact.
+
+        May be called on the meta device. Raises ValueError if the term does not fit the two models.
+        """
         return None
 
+    def forced(self, progress: float) -> tuple[Mapping[int, int], float]:
+        """Units whose input is the output of a tapped teacher unit, and on which share of the samples."""
+        return {}, 0.0
+
     @abstractmethod
-    def losses(
-        self, output: Output, batch: Mapping[str, Tensor], t: Tensor, step: int, own: nn.Module | None
-    ) -> dict[str, Tensor]:
+    def losses(self, seen: Pass, own: nn.Module | None) -> dict[str, Tensor]:
         """Named, already weighted loss terms, one number per sample [b].
 
         Args:
-            output: of the student, with the tapped tokens in its trace
-            batch: as the data set made it, plus "noise" and "x_t"
-            t: b, times in [0, 1]
-            step: optimiser steps done, for schedules
+            seen: the pass to be scored
             own: what `build` returned
         """

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from edit import noise
 from edit.denoiser import Condition, Denoiser, Step
@@ -250,7 +251,6 @@ class Sampler:
         if not 0 <= low < high <= 1:
             raise ValueError(f"Sampler: interval must be 0 <= low < high <= 1 (1 = noise), got {low}, {high}")
 
-    @torch.no_grad()
     def __call__(
         self,
         denoiser: Denoiser,
@@ -260,6 +260,7 @@ class Sampler:
         seed: int = 0,
         negative: Condition | None = None,
         progress: Callable[[int, int], None] | None = None,
+        shape: tuple[int, ...] | None = None,
     ) -> Tensor:
         """Generate one image per sample number.
 
@@ -269,8 +270,9 @@ class Sampler:
             condition: b entries
             samples: b int64, sample numbers; together with the seed they decide the noise
             seed: of the whole set
-            negative: the unconditional counterpart; None asks the denoiser for its own
+            negative: the unconditional counterpart, b entries or one for all; None asks the denoiser for its own
             progress: called as (evaluations done, evaluations in all) after each prediction
+            shape: of one sample; None: the denoiser's own
 
         Returns:
             b c y x float32, as the model was trained to see data.
@@ -284,6 +286,24 @@ class Sampler:
                 "perturbation guidance needs an edit that perturbs the model; none of the applied ones does"
             )
         self.solver.check(objective)
+        weight = next(denoiser.parameters())
+        # faster than no_grad, but it would leave gathered shards that training cannot go on with
+        sharded = isinstance(weight, DTensor) or hasattr(weight, "ds_id")
+        with torch.no_grad() if sharded else torch.inference_mode():
+            x = self._generate(denoiser, objective, condition, samples, seed, negative, progress, shape)
+        return x.clone()  # an ordinary tensor, which may be trained on
+
+    def _generate(
+        self,
+        denoiser: Denoiser,
+        objective: Objective,
+        condition: Condition,
+        samples: Tensor,
+        seed: int,
+        negative: Condition | None,
+        progress: Callable[[int, int], None] | None,
+        shape: tuple[int, ...] | None,
+    ) -> Tensor:
         memory: dict = {}
         device = next(denoiser.parameters()).device
         samples = samples.to(device)
@@ -291,7 +311,11 @@ class Sampler:
         if self.guidance == 1:
             negative = None
         else:
-            negative = denoiser.null(condition) if negative is None else negative.map(lambda v: v.to(device))
+            negative = (
+                denoiser.null(condition)
+                if negative is None
+                else negative.map(lambda v: v.to(device).expand(len(samples), *v.shape[1:]))
+            )
         # without edits nothing is remembered of a branch: both in one batch give the same prediction, faster
         joint = condition.join(negative) if negative is not None and not denoiser.applied else None
         learned = isinstance(self.solver, DDPMSolver)
@@ -324,7 +348,7 @@ class Sampler:
                 progress(index + 1, evaluations)
             return guided
 
-        shape = denoiser.sample_shape
+        shape = denoiser.sample_shape if shape is None else shape
         x = noise.gaussian(seed, samples, noise.NOISE, shape)
         return self.solver.integrate(
             predict, x, objective, lambda k: noise.gaussian(seed, samples, noise.SOLVER + k, shape)

@@ -25,6 +25,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from edit.denoiser import Condition
 from edit.sampling import Sampler
 from recipes.config import UserError
 from recipes.diffusion import Diffusion
@@ -169,6 +170,7 @@ class Preview(StepCallback):
         folder: for `step_000500.png`
         grid: (denoised samples b c y x) -> picture, uint8 y x 3
         condition: makes the condition of `count` samples
+        negative: one unconditional counterpart for all; None: the denoiser's own
         seed: of the noise
         metrics: whose clock stands still meanwhile
     """
@@ -181,11 +183,13 @@ class Preview(StepCallback):
         folder: Path,
         grid: Callable[[torch.Tensor], np.ndarray] | None,
         condition: Callable[[int], Any],
+        negative: Condition | None,
         seed: int,
         metrics: Metrics,
     ):
         self.every, self.count, self.sampler, self.folder = every, count, sampler, folder
-        self.grid, self.condition, self.seed, self.metrics = grid, condition, seed, metrics
+        self.grid, self.condition, self.negative = grid, condition, negative
+        self.seed, self.metrics = seed, metrics
 
     def on_step(self, trainer: pl.Trainer, module: Diffusion, step: int) -> None:
         if not self.every or (step % self.every and step != trainer.max_steps):
@@ -195,7 +199,7 @@ class Preview(StepCallback):
 
     def _draw(self, trainer: pl.Trainer, module: Diffusion, step: int) -> None:
         numbers = torch.arange(self.count)
-        x = self.sampler(module.ema, module.objective, self.condition(self.count), numbers, self.seed)
+        x = self.sampler(module.ema, module.objective, self.condition(self.count), numbers, self.seed, self.negative)
         module.reshard()
         if not trainer.is_global_zero or self.grid is None:
             return

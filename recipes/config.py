@@ -112,6 +112,16 @@ class PreviewConfig:
 
 
 @dataclass
+class TeacherConfig:
+    """The frozen model that terms compare with; there is one where `path` is given or the student is tied to it."""
+
+    path: str | None = None  # artifact, run or diffusers folder, or hub id; null for a tied one
+    placement: str = rule("replicated", of=("replicated", "sharded", "offloaded", "tied"))
+    guidance: Any = 1.0  # scale it is asked at: a number, or [low, high] to draw from for each sample
+    dtype: str = rule("auto", of=("auto", "fp32", "bf16"))  # of its weights; auto: bf16 where the run has bf16
+
+
+@dataclass
 class Root:
     """Everything that train.py understands at the top level."""
 
@@ -120,7 +130,10 @@ class Root:
     data: Any = MISSING
     edits: dict[str, Any] = field(default_factory=dict)  # name -> node with _target_, applied in order
     objective: Any = MISSING
+    data_weight: Any = 1.0  # of the objective's losses beside the terms: a number, or an edit.objectives.Ramp
     terms: dict[str, Any] = field(default_factory=dict)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    before: list[Any] = field(default_factory=list)  # runs this one needs: lists of key=value words for train.py
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     sampler: Any = MISSING
@@ -161,6 +174,10 @@ def _conflicts(cfg: DictConfig) -> Iterator[str]:
     yield from _check_name(cfg)
     yield from _check_groups(cfg.optimizer.groups)
     yield from _check_evaluate(cfg.evaluate)
+    yield from _check_teacher(cfg)
+    for i, words in enumerate(cfg.before):
+        if not OmegaConf.is_list(words) or not all(isinstance(w, str) and "=" in w for w in words):
+            yield f"before.{i}: expected a list of settings such as [experiment=flux_tiny/teacher], got {words}"
     if not OmegaConf.is_interpolation(cfg, "init") and cfg.init == "":  # null means from scratch
         yield "init is missing: this run starts from a trained model; give its run or artifact folder with init=..."
     trainer, kinds = cfg.trainer, cfg.logger.kinds
@@ -210,6 +227,24 @@ def _check_groups(groups: DictConfig) -> Iterator[str]:
                 yield f"unknown key '{place}.{key}'{suggest(key, known)}"
             elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 yield f"{place}.{key}: expected a number of at least 0, got {value!r}"
+
+
+def _check_teacher(cfg: DictConfig) -> Iterator[str]:
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+    if not isinstance(cfg.data_weight, DictConfig) and not number(cfg.data_weight):
+        yield f"data_weight: expected a number of at least 0 or a section with _target_, got {cfg.data_weight!r}"
+    path, placement, scale = cfg.teacher.path, cfg.teacher.placement, cfg.teacher.guidance
+    if placement == "tied" and path is not None:
+        yield f"teacher.placement=tied makes the student without its LoRA the teacher: leave out teacher.path={path}"
+    if placement == "tied" and not any("LoRA" in str(node.get("_target_")) for node in cfg.edits.values()):
+        yield "teacher.placement=tied needs a LoRA edit: without one the student is its own teacher"
+    if placement == "sharded" and cfg.trainer.strategy == "single":
+        yield "teacher.placement=sharded needs several devices: use trainer=ddp or fsdp2, or placement=replicated"
+    pair = OmegaConf.to_container(scale) if OmegaConf.is_list(scale) else [scale, scale]
+    if not (isinstance(pair, list) and len(pair) == 2 and all(map(number, pair)) and pair[0] <= pair[1]):
+        yield f"teacher.guidance: expected a number of at least 0 or [low, high], got {scale}"
 
 
 def _check_evaluate(chosen: Any) -> Iterator[str]:

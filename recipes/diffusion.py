@@ -11,20 +11,20 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import fields, replace
 from math import cos, pi
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from edit import noise
-from edit.denoiser import Condition, Denoiser, Unit
-from edit.objectives import Objective, Term
+from edit.denoiser import Branch, Condition, Denoiser, Forced, Output
+from edit.objectives import Objective, Pass, Term, Weight, weight_at
+from recipes.roles import Teacher, shard, union, units_of
 
 CONDITIONS = tuple(f.name for f in fields(Condition))
 
@@ -37,6 +37,9 @@ class Diffusion(pl.LightningModule):
         structure: the same without weights, for sharded training; called under `torch.device("meta")`
         objective: what is predicted and how it is scored
         terms: further losses, by name
+        teacher: frozen model that terms compare with; None: no term needs one
+        null: one condition (batch of 1) that stands for no condition; None: the denoiser's own
+        data_weight: of the objective's own losses, that is of the data beside the terms
         optimizer: lr, betas, weight_decay, eps, warmup, schedule, groups (see `recipes.config.OptimizerConfig`)
         max_steps: optimiser steps of the whole run, for the schedule
         accumulate: batches per optimiser step
@@ -63,6 +66,9 @@ class Diffusion(pl.LightningModule):
         terms: Mapping[str, Term],
         optimizer: Any,
         max_steps: int,
+        teacher: Teacher | None = None,
+        null: Condition | None = None,
+        data_weight: Weight = 1.0,
         accumulate: int = 1,
         clip: float | None = 1.0,
         label_drop: float = 0.1,
@@ -81,7 +87,10 @@ class Diffusion(pl.LightningModule):
         self.label_drop, self.ema_decay, self.ema_ramp = label_drop, ema_decay, ema_ramp
         self.compile_units, self.gradient_checkpointing, self.autocast = compile, gradient_checkpointing, autocast
         self.patience, self.seed_ = patience, seed
-        self.taps = tuple(sorted({i for term in self.terms.values() for i in term.taps}))
+        self.teacher, self.null, self.data_weight = teacher, null, data_weight
+        self.taps, self.branches = (
+            union(getattr(term, k) for term in self.terms.values()) for k in ("taps", "branches")
+        )
         self.own = nn.ModuleDict()  # trainable parameters of terms
         self.losses: dict[str, Tensor] = {}  # means over the optimiser step under way, for the log
         self.configured = False
@@ -94,17 +103,28 @@ class Diffusion(pl.LightningModule):
         t = self.objective.times(noise.uniform(self.seed_, draw, noise.TIME))
         eps = noise.gaussian(self.seed_, draw, noise.NOISE, tuple(x.shape[1:]))
         condition = Condition(**{k: batch[k] for k in CONDITIONS if k in batch})
+        null = self._null(condition, len(x))
         if self.label_drop:
             drop = noise.uniform(self.seed_, draw, noise.DROP) < self.label_drop
-            condition = condition.where(drop, self.denoiser.null(condition))
+            condition = condition.where(drop, null)
         x_t = self.objective.corrupt(x, eps, t)
+        progress = self.trainer.global_step / self.max_steps
         with torch.autocast(x.device.type, torch.bfloat16) if self.autocast else nullcontext():
-            out = self.denoiser(x_t, t, condition, taps=self.taps)
+            taught = None
+            if self.teacher is not None:  # at the same noisy sample and time, told the same
+                scale = self.teacher.guidance.scale(noise.uniform(self.seed_, draw, noise.GUIDANCE))
+                taught = self.teacher(self.denoiser, x_t, t, condition, null, scale)
+                condition = replace(condition, guidance=scale) if self.told else condition
+            forced = {} if taught is None else self._forced(taught, draw, progress)
+            out = self.denoiser(x_t, t, condition, taps=self.taps, branches=self.branches, forced=forced)
 
-        losses = self.objective.losses(out, x, eps, x_t, t)
+        weight = weight_at(self.data_weight, progress)
+        losses = self.objective.losses(out, x, eps, x_t, t) if weight else {}
+        if weight != 1:
+            losses = {name: weight * loss for name, loss in losses.items()}
+        seen = Pass(out, {**batch, "noise": eps, "x_t": x_t}, t, progress, taught)
         for name, term in self.terms.items():
-            own = self.own[name] if name in self.own else None
-            losses |= term.losses(out, {**batch, "noise": eps, "x_t": x_t}, t, self.trainer.global_step, own)
+            losses |= term.losses(seen, self.own[name] if name in self.own else None)
         watched = {}
         for name, edit in self.denoiser.applied.items():
             losses |= {f"{name}/{k}": v for k, v in edit.losses(out.trace).items()}
@@ -113,6 +133,24 @@ class Diffusion(pl.LightningModule):
         loss = sum(means.values(), start=torch.zeros((), device=x.device))
         self._record(batch_index, {"loss": loss, **(means if len(means) > 1 else {}), **watched})
         return loss
+
+    def _null(self, condition: Condition, count: int) -> Condition:
+        if self.null is None:
+            return self.denoiser.null(condition)
+        return self.null.map(lambda v: v.to(self.device).expand(count, *v.shape[1:]))
+
+    def _forced(self, taught: Output, draw: Tensor, progress: float) -> dict[int, Forced]:
+        """Inputs of the units that terms want to see fed by the teacher."""
+        forced = {}
+        for term in self.terms.values():
+            sources, share = term.forced(progress)
+            if not sources or not share:
+                continue
+            where = noise.uniform(self.seed_, draw, noise.FORCE) < share
+            for unit, source in sources.items():
+                tokens = Branch(taught.trace[f"unit.{source}"], taught.trace.get(f"unit.{source}.text"))
+                forced[unit] = Forced(tokens, where)
+        return forced
 
     def _seed_dropout(self, batch_index: int) -> None:
         """Of dropout and gates inside the model, the only uses of global generators."""
@@ -140,13 +178,21 @@ class Diffusion(pl.LightningModule):
             self.ema = deepcopy(self.denoiser)
         else:
             self._configure_sharded()
+        whole_teacher = None
+        if self.teacher is not None:
+            taps, branches = (
+                union(getattr(term, k) for term in self.terms.values()) for k in ("teacher_taps", "teacher_branches")
+            )
+            whole_teacher = self.teacher.configure(self.denoiser, taps, branches)
         torch.manual_seed(self.seed_)  # the same on every rank, also where only rank 0 has built the weights
         for name, term in self.terms.items():
-            if (own := term.build(self.denoiser)) is not None:
-                self.own[name] = own if self.device_mesh is None else fully_shard(own, mesh=self._mesh)
+            if (own := term.build(self.denoiser, whole_teacher)) is not None:
+                sharded = self.device_mesh is not None and any(True for _ in own.parameters())
+                self.own[name] = fully_shard(own, mesh=self._mesh) if sharded else own  # type: ignore[arg-type]
         for name, p in self.denoiser.named_parameters():
             p.requires_grad_(p.requires_grad and all(e.trainable(name) for e in self.denoiser.applied.values()))
         self.ema.requires_grad_(False).eval()
+        self.told = bool(self.denoiser.config.get("guidance_embeds"))  # its guidance scale, as an input
         self.denoiser.train().gradient_checkpointing = self.gradient_checkpointing
         if self.compile_units:
             for unit in units_of(self.denoiser):
@@ -157,11 +203,10 @@ class Diffusion(pl.LightningModule):
 
     def _configure_sharded(self) -> None:
         """FSDP2: build on the meta device, shard, and let rank 0 hand out the weights it alone has made."""
-        whole = None
+        state = {}
         if self.global_rank == 0:
             with torch.device("cpu"):  # rank 0 alone holds the whole model, and not on its GPU
-                whole = self.build()
-        state = {} if whole is None else whole.state_dict()
+                state = self.build().state_dict()
         half = "bf16" in str(self.trainer.precision)
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if half else None,
@@ -170,15 +215,7 @@ class Diffusion(pl.LightningModule):
         )
         mesh = self._mesh
         for name in ("denoiser", "ema"):
-            with torch.device("meta"):
-                net = self.structure()
-            for unit in units_of(net):
-                fully_shard(unit, mesh=mesh, mp_policy=policy)
-            fully_shard(net, mesh=mesh, mp_policy=policy)
-            net.to_empty(device=self.trainer.strategy.root_device)
-            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-            set_model_state_dict(net, dict(state), options=options)
-            setattr(self, name, net)
+            setattr(self, name, shard(self.structure, state, self.trainer.strategy.root_device, mesh, policy))
 
     @property
     def _mesh(self):
@@ -191,6 +228,8 @@ class Diffusion(pl.LightningModule):
                 m.reshard()
 
     def on_train_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.place(self.device)
         both = zip(self.ema.parameters(), self.denoiser.parameters(), strict=True)
         self.averaged = [(e, p) for e, p in both if p.requires_grad]  # walking the modules takes longer than averaging
 
@@ -273,11 +312,6 @@ class Diffusion(pl.LightningModule):
                 f"the gradient was not finite in the last {run} steps (step {self.trainer.global_step}, loss "
                 f"{float(self.losses['loss']):.3g}): lower optimizer.lr, lengthen optimizer.warmup, or clip harder"
             )
-
-
-def units_of(denoiser: Denoiser) -> list[Unit]:
-    """The blocks that hold weights, whatever edits have wrapped around them."""
-    return [m for m in denoiser.model.modules() if isinstance(m, Unit)]
 
 
 def local(p: Tensor) -> Tensor:

@@ -318,6 +318,14 @@ def conditions(data: DataSet) -> Callable[[Tensor], Condition]:
     return of
 
 
+def null_condition(data: DataSet) -> Condition | None:
+    """The data set's own condition of no text, one for all samples; None where it has none."""
+    from edit.denoiser import Condition
+
+    null = getattr(data, "null", None)
+    return None if null is None else Condition(**{name: value[None] for name, value in null.items()})
+
+
 def adjusted(artifact: Artifact, guidance: float, steps: int | None) -> Any:
     """The artifact's sampler with another guidance weight and, where given, other steps."""
     sampler = replace(artifact.sampler, guidance=float(guidance))
@@ -341,7 +349,8 @@ def sample_and_measure(
 
     numbers = torch.arange(chosen.n)
     share = 1.0 if original is None else 0.5
-    common = (condition, numbers, seed, chosen.batch, lambda images: done(share * images))
+    null = null_condition(space.data)
+    common = (condition, numbers, seed, chosen.batch, lambda images: done(share * images), null)
     streams = [generate(artifact.denoiser, artifact.objective, sampler, *common)]
     if original is not None:  # its own solver and steps: the same noise is what makes a pair
         own = adjusted(original, sampler.guidance, None)

@@ -27,18 +27,20 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import edit
 from edit.checkpoint import load, load_official, save, skeleton
-from edit.denoiser import Condition, Denoiser
+from edit.denoiser import Denoiser
+from edit.distillation.guidance import TeacherGuidance
 from edit.objectives import Objective
 from recipes.callbacks import Checkpoints, Metrics, Preview, ProgressBar, checkpoints, newest, step_of
 from recipes.config import UserError
 from recipes.diffusion import Diffusion
-from recipes.evaluate import environment, settings
+from recipes.evaluate import conditions, environment, null_condition, settings
 from recipes.evaluate import run as evaluate
 from recipes.loggers import CSVLogger, close, log_artifact, log_summary, make_loggers
+from recipes.roles import Teacher
 from recipes.trainer import accelerator_of, count_devices, make_trainer, precision_of, recipe_casts
 
 # what may change between two attempts at one run; everything else decides the numbers
-FREE = {"name", "runs", "logger", "checkpoint", "preview", "evaluate", "log_every", "debug", "trusted"}
+FREE = {"name", "runs", "logger", "checkpoint", "preview", "evaluate", "log_every", "debug", "trusted", "before"}
 FREE |= {
     f"trainer.{k}" for k in ("max_steps", "accelerator", "strategy", "compile", "gradient_checkpointing", "threads")
 }
@@ -69,11 +71,17 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     sampler.solver.check(objective)
     data = instantiate(cfg.data.set, _convert_="all")
     build, structure = builders(cfg, data, objective)
+    terms = instantiate(cfg.terms, _convert_="all") or {}
+    teacher = make_teacher(cfg, data, objective, terms)
+    condition, null = conditions(data), null_condition(data)
     module = Diffusion(
         build=build,
         structure=structure,
         objective=objective,
-        terms=instantiate(cfg.terms, _convert_="all") or {},
+        terms=terms,
+        teacher=teacher,
+        null=null,
+        data_weight=instantiate(cfg.data_weight) if OmegaConf.is_config(cfg.data_weight) else cfg.data_weight,
         optimizer=cfg.optimizer,
         max_steps=cfg.trainer.max_steps,
         accumulate=cfg.trainer.accumulate,
@@ -115,7 +123,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         sampler,
         out / "samples",
         grid=lambda x: picture(data, x),
-        condition=lambda n: preview_condition(data, n),
+        condition=lambda n: condition(torch.arange(n)),
+        negative=null,
         seed=cfg.seed,
         metrics=metrics,
     )
@@ -180,6 +189,7 @@ def builders(cfg: DictConfig, data: Any, objective: Objective):
 
     def structure() -> Denoiser:
         denoiser = spec.build() if cfg.init is None or official else skeleton(cfg.init)
+        denoiser.settle(data.shape, spec)
         return edit.apply(denoiser, edits, fresh=False)
 
     def build() -> Denoiser:
@@ -191,11 +201,14 @@ def builders(cfg: DictConfig, data: Any, objective: Objective):
             load_official(denoiser, cfg.init)
         else:
             denoiser = load(cfg.init).denoiser
+        denoiser.settle(data.shape, spec)
         return edit.apply(denoiser, edits)
 
     with torch.device("meta"):
         plan = structure()
-        wanted = spec.build().config
+        wanted = spec.build()
+        wanted.settle(data.shape, spec)
+        wanted = wanted.config
     if plan.base != wanted:
         key = next(k for k in wanted if plan.base.get(k) != wanted[k])
         raise UserError(
@@ -208,7 +221,7 @@ def builders(cfg: DictConfig, data: Any, objective: Objective):
             f"the backbone predicts a {plan.prediction}, the objective trains a {objective.prediction}: choose {fit}, "
             "or another backbone.time"
         )
-    if tuple(data.shape) != plan.sample_shape:
+    if not plan.accepts(tuple(data.shape)):
         given, taken = "x".join(map(str, data.shape)), "x".join(map(str, plan.sample_shape))
         raise UserError(f"the data has samples of {given}, the backbone takes {taken}: change one of the two groups")
     classes = plan.config.get("num_classes")
@@ -217,6 +230,46 @@ def builders(cfg: DictConfig, data: Any, objective: Objective):
     if data.num_classes is not None and classes is not None and data.num_classes > classes:
         raise UserError(f"the data has {data.num_classes} classes, the backbone {classes}: set backbone.num_classes")
     return build, structure
+
+
+def make_teacher(cfg: DictConfig, data: Any, objective: Objective, terms: Mapping[str, Any]) -> Teacher | None:
+    """The frozen teacher that terms ask for.
+
+    Raises:
+        UserError: if terms need one and there is none, or it does not fit data and objective
+    """
+    if cfg.teacher.path is None and cfg.teacher.placement != "tied":
+        if needy := [name for name, term in terms.items() if term.needs_teacher]:
+            raise UserError(f"terms.{needy[0]} compares with a teacher: give its folder with teacher.path=...")
+        return None
+    scale = cfg.teacher.guidance
+    low, high = scale if OmegaConf.is_list(scale) else (scale, scale)
+    guidance = TeacherGuidance(float(low), float(high))
+    if cfg.teacher.placement == "tied":
+        return Teacher(None, None, guidance, "tied")
+    path, spec = cfg.teacher.path, instantiate(cfg.backbone, _convert_="all")
+
+    def structure() -> Denoiser:
+        denoiser = skeleton(path, tuple(cfg.trusted))
+        denoiser.settle(data.shape, spec)
+        return denoiser
+
+    def build() -> Denoiser:
+        denoiser = load(path, trusted=tuple(cfg.trusted)).denoiser
+        denoiser.settle(data.shape, spec)
+        return denoiser
+
+    plan = structure()
+    if plan.prediction != objective.prediction:
+        raise UserError(
+            f"teacher.path={path} predicts a {plan.prediction}, the student is trained on a {objective.prediction}: "
+            "choose a teacher of the same kind"
+        )
+    if not plan.accepts(tuple(data.shape)):
+        given, taken = "x".join(map(str, data.shape)), "x".join(map(str, plan.sample_shape))
+        raise UserError(f"teacher.path={path} takes samples of {taken}, the data has {given}: choose a teacher for it")
+    half = "bf16" in precision_of(cfg.trainer) if cfg.teacher.dtype == "auto" else cfg.teacher.dtype == "bf16"
+    return Teacher(build, structure, guidance, cfg.teacher.placement, torch.bfloat16 if half else torch.float32)
 
 
 def refuse_other_run(cfg: DictConfig, out: Path) -> None:
@@ -287,11 +340,6 @@ def full_state(denoiser: Denoiser, trainer: Any) -> Mapping[str, Any]:
         if isinstance(trainer.strategy, ModelParallelStrategy):
             return get_model_state_dict(denoiser, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         return {k: v.detach().cpu().clone() for k, v in denoiser.state_dict().items()}
-
-
-def preview_condition(data: Any, n: int) -> Condition:
-    classes = data.num_classes or 1
-    return Condition(label=torch.arange(n) % classes)
 
 
 def picture(data: Any, x: torch.Tensor):

@@ -56,7 +56,7 @@ def test_torchrun_is_recognised(tmp_path):
 
 @pytest.mark.slow
 def test_the_default_run_keeps_its_promise(tmp_path):
-    """98 % class accuracy without guidance; Frechet distance 0.59 +- 0.02 over noise seeds (training digits: 0.33)."""
+    """98 % class accuracy without guidance; Frechet distance 0.53 +- 0.02 over noise seeds (training digits: 0.33)."""
     threads = str(len(os.sched_getaffinity(0)))
     done = run("train.py", f"runs={tmp_path}", timeout=600, OMP_NUM_THREADS=threads)
     assert done.returncode == 0, done.stderr
@@ -64,7 +64,7 @@ def test_the_default_run_keeps_its_promise(tmp_path):
     quality = report["artifacts"][0]["results"][0]["quality"]
     assert report["artifacts"][0]["results"][0]["guidance"] == 1
     assert quality["accuracy"]["value"] >= 0.98
-    assert quality["frechet"]["value"] <= 0.7
+    assert quality["frechet"]["value"] <= 0.62
 
 
 @pytest.mark.gpu

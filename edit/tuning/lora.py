@@ -1,10 +1,13 @@
 """LoRA (arXiv 2106.09685) through `peft`: train low-rank additions to frozen linear layers.
 
-y = W x + (alpha / rank) B A x, with A random and B zero, so a fresh LoRA leaves the output unchanged.
+y = W x + (alpha / rank) B A x, with A random and B zero, so a fresh LoRA leaves the output unchanged. With its
+adapters switched off the model is its own teacher, at no cost in memory: `without`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
@@ -67,3 +70,25 @@ class LoRA(Edit):
                 parent, _, child = name.rpartition(".")
                 setattr(denoiser.model.get_submodule(parent), child, module.get_base_layer())
         del denoiser.model.peft_config
+
+
+@contextmanager
+def without(denoiser: Denoiser) -> Iterator[Denoiser]:
+    """The denoiser with its LoRA switched off inside the block: bit for bit the model it was applied to.
+
+    Raises:
+        ValueError: if it has none
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [m for m in denoiser.model.modules() if isinstance(m, LoraLayer)]
+    if not layers:
+        raise ValueError(f"this {denoiser.name} has no LoRA that could be switched off: apply one first")
+    try:
+        for layer in layers:
+            # peft's own `enable_adapters` changes requires_grad, too, which FSDP2 reads but once
+            layer._disable_adapters = True
+        yield denoiser
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False

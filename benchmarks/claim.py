@@ -1,0 +1,117 @@
+"""The central comparison of a method against its naive alternatives at equal cost, over several seeds.
+
+    python -m benchmarks.claim flux_tiny_distill
+    python -m benchmarks.claim flux_tiny_distill runs=/data/runs seeds=[0] trainer.max_steps=200
+
+A claim is a file of benchmarks/claims: arms (words for train.py), what is measured, and which arm should win. Every arm is
+trained with every seed under runs/claims/<claim>/<arm>_<seed>; finished runs are not repeated. All of them are then
+measured with the same noise, and each comparison is made seed by seed. A claim that does not hold is reported as not
+holding; the exit code is 0 all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).parents[1]
+CLAIMS = Path(__file__).with_name("claims")
+
+
+def value_of(result: Mapping[str, Any], measure: str) -> float | None:
+    """A measure of one report entry, wherever the report keeps it."""
+    for part in ("quality", "compared"):
+        if result.get(part) and measure in result[part]:
+            return result[part][measure]["value"]
+    return None
+
+
+def verdict(winner: Sequence[float], other: Sequence[float], higher: bool) -> dict[str, Any]:
+    """Seed by seed: how much better the winner is, and whether it is on every seed."""
+    gains = [(a - b) if higher else (b - a) for a, b in zip(winner, other, strict=True)]
+    spread = statistics.stdev(gains) if len(gains) > 1 else None
+    return {"gain": statistics.fmean(gains), "spread": spread, "holds": all(g > 0 for g in gains), "gains": gains}
+
+
+def run(script: str, *words: str) -> None:
+    print(f"$ python {script} {' '.join(words)}", flush=True)
+    code = subprocess.run([sys.executable, script, *words], cwd=ROOT).returncode
+    if code:
+        sys.exit(f"error: python {script} {' '.join(words)} ended with exit code {code}")
+
+
+def main(words: Sequence[str]) -> int:
+    names = sorted(p.stem for p in CLAIMS.glob("*.yaml"))
+    if not words or words[0] in ("-h", "--help") or words[0] not in names:
+        print(f"{__doc__}\nClaims: {', '.join(names)}\n")
+        return 0 if words and words[0] in ("-h", "--help") else 2
+    name, *words = words
+    claim: Any = OmegaConf.load(CLAIMS / f"{name}.yaml")
+    own = [w for w in words if w.split("=")[0] in ("runs", "seeds")]
+    claim = OmegaConf.merge(claim, OmegaConf.from_dotlist(own))
+    passed = [w for w in words if w not in own]
+    runs = Path(claim.get("runs", "runs"))
+    folder = runs / "claims" / name
+    folders: dict[str, list[Path]] = {}
+    for arm, settings in claim.arms.items():
+        for seed in claim.seeds:
+            run_name = f"claims/{name}/{arm}_{seed}"
+            run("train.py", *settings, f"name={run_name}", f"seed={seed}", f"runs={runs}", "evaluate=null", *passed)
+            folders.setdefault(arm, []).append(runs / run_name)
+    measured = [f"artifact={p}" for paths in folders.values() for p in paths]
+    reference = [f"reference={runs / claim.reference}"] if claim.get("reference") else []
+    options = [f"{k}={v}" for k, v in claim.evaluate.items()]
+    run("eval.py", *measured, *reference, *options, f"out={folder}")
+
+    report = json.loads((folder / "report.json").read_text())
+    results = {Path(a["path"]).resolve().parent: a["results"][0] for a in report["artifacts"]}
+    values: dict[str, dict[str, list[float]]] = {}
+    for arm, paths in folders.items():
+        for measure in claim.measures:
+            found = [value_of(results[p.resolve()], measure) for p in paths]
+            if None in found:
+                sys.exit(f"error: the report measures no {measure}: see {folder / 'report.json'}")
+            values.setdefault(arm, {})[measure] = [v for v in found if v is not None]
+    comparisons = {
+        other: {
+            measure: verdict(values[claim.winner][measure], values[other][measure], direction == "higher")
+            for measure, direction in claim.measures.items()
+        }
+        for other in values
+        if other != claim.winner
+    }
+    holds = all(c["holds"] for one in comparisons.values() for c in one.values())
+    outcome = {"claim": claim.claim, "seeds": list(claim.seeds), "values": values, "comparisons": comparisons}
+    (folder / "claim.json").write_text(json.dumps(outcome | {"holds": holds}, indent=2) + "\n")
+    show(claim, values, comparisons, holds)
+    print(f"\nwritten to {folder / 'claim.json'}")
+    return 0
+
+
+def show(claim: Any, values: Mapping[str, Any], comparisons: Mapping[str, Any], holds: bool) -> None:
+    """The values of every arm and the verdict as markdown, to be kept in configs/RESULTS.md."""
+
+    def cell(numbers: Sequence[float]) -> str:
+        spread = f" ± {statistics.stdev(numbers):.3g}" if len(numbers) > 1 else ""
+        return f"{statistics.fmean(numbers):.4g}{spread}"
+
+    print(f"\n{claim.claim}\n\n| arm | {' | '.join(claim.measures)} |\n|---{'|---' * len(claim.measures)}|")
+    for arm, measured in values.items():
+        print(f"| {arm} | {' | '.join(cell(measured[m]) for m in claim.measures)} |")
+    print()
+    for other, measures in comparisons.items():
+        for measure, c in measures.items():
+            word = "better" if c["holds"] else "NOT better on every seed"
+            print(f"{claim.winner} against {other}, {measure}: {word}, by {c['gain']:.4g}")
+    print(f"\nThe claim {'holds' if holds else 'does NOT hold'} over {len(claim.seeds)} seeds.")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

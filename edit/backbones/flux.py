@@ -1,0 +1,267 @@
+"""FLUX.1 (dev, schnell) over `diffusers.FluxTransformer2DModel`: double-stream units, then single-stream ones.
+
+Text and image tokens attend to each other in every unit, text first. A double unit has its own weights for each of
+the two; a single unit treats them as one sequence and runs attention and MLP in parallel from the same tokens.
+Source: the FLUX.1 release as `diffusers` has it; no text mask: padding is attended to.
+
+Not supported: fused projections, IP-adapters and ControlNet residuals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, rotate_pairs, zero_init
+from edit.denoiser import Branch, Condition, Layout, Output, Stream
+
+
+@dataclass(frozen=True)
+class FluxConfig:
+    """Everything that defines a FLUX.1 transformer; the defaults are FLUX.1-dev's."""
+
+    in_channels: int = 64  # of a token: 4 x the latent's channels
+    num_layers: int = 19
+    num_single_layers: int = 38
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096  # width of the text embedding
+    pooled_projection_dim: int = 768
+    guidance_embeds: bool = True  # schnell: False
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    sample_size: tuple[int, int] = (128, 128)  # default rows and columns of a latent
+    guidance: float = 3.5  # the scale a guidance-distilled model is told where the condition has none
+    path: str | None = None  # folder or hub id of the weights, for `init` and `teacher.path` to refer to
+
+    def build(self) -> Flux:
+        config = asdict(self)
+        del config["path"]
+        return Flux.from_config(config).initialise()
+
+
+class DoubleUnit(StockUnit):
+    """Two streams with one joint attention."""
+
+    attn: Any
+    ff: nn.Module
+    ff_context: nn.Module
+
+    def modulate(self, stream: Stream) -> Modulation:
+        parts = []
+        for norm, tokens in ((self.norm1, stream.image), (self.norm1_context, stream.text)):
+            parts.append(norm(tokens, emb=stream.cond))
+        (image, gate, shift, scale, feed), (text, t_gate, t_shift, t_scale, t_feed) = parts
+        return Modulation(
+            attention_gate=Branch(gate[:, None], t_gate[:, None]),
+            feed_gate=Branch(feed[:, None], t_feed[:, None]),
+            feed_shift=Branch(shift[:, None], t_shift[:, None]),
+            feed_scale=Branch(scale[:, None], t_scale[:, None]),
+            tokens=Branch(image, text),
+        )
+
+    def attend(self, stream: Stream, modulation: Modulation) -> Branch:
+        tokens = modulation.tokens
+        joint = self.mixer(stream, torch.cat((tokens.text, tokens.image), 1))
+        text, image = joint.split_with_sizes((tokens.text.shape[1], tokens.image.shape[1]), 1)
+        return Branch(image, text)
+
+    def mixer(self, stream: Stream, tokens: Tensor) -> Tensor:
+        """Joint attention: b (l + n) d, text first -> the same."""
+        a, length = self.attn, stream.layout.text_length
+        text, image = tokens[:, :length], tokens[:, length:]
+        parts = (
+            (a.to_q(image), a.to_k(image), a.to_v(image), a.norm_q, a.norm_k),
+            (a.add_q_proj(text), a.add_k_proj(text), a.add_v_proj(text), a.norm_added_q, a.norm_added_k),
+        )
+        (q, k, v), (tq, tk, tv) = (
+            (norm_q(heads(q, a)), norm_k(heads(k, a)), heads(v, a)) for q, k, v, norm_q, norm_k in parts
+        )
+        q, k = (turn(torch.cat(both, 2), stream.layout) for both in ((tq, q), (tk, k)))
+        o = self.attention(q, k, torch.cat((tv, v), 2), stream.layout, stream.step)
+        text, image = o.transpose(1, 2).flatten(2).split_with_sizes((length, image.shape[1]), 1)
+        return torch.cat((a.to_add_out(text), a.to_out[1](a.to_out[0](image))), 1)
+
+    def ffn(self, tokens: Tensor, routing: Any = None) -> Tensor:
+        return self.ff(tokens)
+
+    def text_ffn(self, tokens: Tensor, routing: Any = None) -> Tensor:
+        return self.ff_context(tokens)
+
+    def feed(self, stream: Stream, modulation: Modulation) -> Branch:
+        shift, scale = modulation.feed_shift, modulation.feed_scale
+        image = self.norm2(stream.image) * (1 + scale.image) + shift.image
+        text = self.norm2_context(stream.text) * (1 + scale.text) + shift.text
+        return Branch(self.ffn(image), self.text_ffn(text))
+
+
+class SingleUnit(StockUnit):
+    """One joint sequence; attention and MLP read the same tokens and share one output layer.
+
+    `proj_out` maps the concatenated [attention, MLP] of width d + 4d; a branch on its own uses its columns of it. The
+    bias belongs to the attention branch.
+    """
+
+    attn: Any
+    proj_out: nn.Linear
+
+    def modulate(self, stream: Stream) -> Modulation:
+        joint, gate = self.norm(torch.cat((stream.text, stream.image), 1), emb=stream.cond)
+        gate = Branch(gate[:, None], gate[:, None])
+        return Modulation(attention_gate=gate, feed_gate=gate, tokens=Branch(joint))
+
+    def heads_of(self, stream: Stream, tokens: Tensor) -> Tensor:
+        """Attention before the output layer: b (l + n) d -> the same."""
+        a = self.attn
+        q, k = (
+            turn(norm(heads(to(tokens), a)), stream.layout) for to, norm in ((a.to_q, a.norm_q), (a.to_k, a.norm_k))
+        )
+        o = self.attention(q, k, heads(a.to_v(tokens), a), stream.layout, stream.step)
+        return o.transpose(1, 2).flatten(2)
+
+    def mixer(self, stream: Stream, tokens: Tensor) -> Tensor:
+        return self._project(self.heads_of(stream, tokens), 0)
+
+    def ffn(self, tokens: Tensor, routing: Any = None) -> Tensor:
+        return self._project(self.act_mlp(self.proj_mlp(tokens)), self.attn.inner_dim)
+
+    def _project(self, part: Tensor, first: int) -> Tensor:
+        """The columns of `proj_out` from `first` on, with the bias where they are the first."""
+        layer = self.proj_out
+        if type(layer) is nn.Linear:
+            columns = layer.weight[:, first : first + part.shape[-1]]
+            return nn.functional.linear(part, columns, None if first else layer.bias)
+        # wrapped by LoRA or quantised: an affine map all the same
+        whole = part.new_zeros(*part.shape[:-1], layer.in_features)
+        whole[..., first : first + part.shape[-1]] = part
+        return layer(whole) - (layer.bias if first else 0)
+
+    def attend(self, stream: Stream, modulation: Modulation) -> Branch:
+        return split(self.mixer(stream, modulation.tokens.image), stream.layout)
+
+    def feed(self, stream: Stream, modulation: Modulation) -> Branch:
+        return split(self.ffn(modulation.tokens.image), stream.layout)
+
+    def forward(self, stream: Stream) -> Stream:
+        if stream.tap or not {"mixer", "ffn"}.isdisjoint(vars(self)):
+            return super().forward(stream)  # a branch is wanted or replaced on its own
+        modulation = self.modulate(stream)
+        tokens = modulation.tokens.image
+        both = torch.cat((self.heads_of(stream, tokens), self.act_mlp(self.proj_mlp(tokens))), 2)
+        gate, out = modulation.attention_gate, split(self.proj_out(both), stream.layout)
+        image = torch.addcmul(stream.image, gate.image, out.image)
+        text = torch.addcmul(stream.text, gate.text, out.text)
+        return Stream(image, stream.cond, stream.layout, text, stream.time, stream.step, stream.trace)
+
+
+def heads(tokens: Tensor, attention: Any) -> Tensor:
+    """b s (h e) -> b h s e."""
+    return tokens.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+
+def turn(x: Tensor, layout: Layout) -> Tensor:
+    cos, sin = layout.rope
+    return rotate_pairs(x, cos, sin)
+
+
+def split(joint: Tensor, layout: Layout) -> Branch:
+    return Branch(joint[:, layout.text_length :], joint[:, : layout.text_length])
+
+
+class Flux(StockDenoiser):
+    """FLUX.1 as `embed -> units -> readout`; a sample is a latent of in_channels / 4 channels of any even size."""
+
+    name = "flux"
+    stock = "FluxTransformer2DModel"
+    lists: ClassVar = {
+        "transformer_blocks": ("num_layers", DoubleUnit),
+        "single_transformer_blocks": ("num_single_layers", SingleUnit),
+    }
+    extras: ClassVar = {"sample_size": (128, 128), "guidance": 3.5}
+
+    @property
+    def channels(self) -> int:
+        return self.model.config.in_channels // 4
+
+    def initialise(self) -> Flux:
+        m = self.model
+        modulations = [u.norm1.linear for u in m.transformer_blocks] + [
+            u.norm1_context.linear for u in m.transformer_blocks
+        ]
+        modulations += [u.norm.linear for u in m.single_transformer_blocks]
+        zero_init(*modulations, m.norm_out.linear, m.proj_out)
+        return self
+
+    def pack(self, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+        """2 x 2 latent pixels to a token; positions are (0, row, column) for the image and 0 for the text."""
+        c = self.model.config
+        self.need(condition, text=c.joint_attention_dim, pooled=c.pooled_projection_dim)
+        guidance = condition.guidance
+        if c.guidance_embeds and guidance is None:
+            guidance = torch.full_like(t, self.guidance)
+        if guidance is not None and not c.guidance_embeds:
+            raise ValueError("this flux was not distilled for guidance: leave condition.guidance out")
+        rows, columns = x.shape[2] // 2, x.shape[3] // 2
+        tokens = x.unflatten(3, (columns, 2)).unflatten(2, (rows, 2)).permute(0, 2, 4, 1, 3, 5)
+        places = torch.zeros(rows, columns, 3, device=x.device)
+        places[..., 1] = torch.arange(rows, device=x.device)[:, None]
+        places[..., 2] = torch.arange(columns, device=x.device)
+        return {
+            "hidden_states": tokens.reshape(len(x), rows * columns, -1),
+            "encoder_hidden_states": condition.text,
+            "pooled_projections": condition.pooled,
+            "timestep": t,
+            "img_ids": places.view(-1, 3),
+            "txt_ids": places.new_zeros(condition.text.shape[1], 3),
+            "guidance": guidance,
+            "grid": (1, rows, columns),
+        }
+
+    def embed(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+        guidance: Tensor | None = None,
+        joint_attention_kwargs: Mapping[str, Any] | None = None,
+        grid: tuple[int, int, int] | None = None,
+    ) -> Stream:
+        """The stock forward's arguments; `grid` spares reading it from the positions on the device."""
+        if joint_attention_kwargs:
+            raise ValueError(f"flux takes no joint_attention_kwargs here, got {', '.join(joint_attention_kwargs)}")
+        m = self.model
+        dtype = m.x_embedder.weight.dtype
+        image, text = m.x_embedder(hidden_states.to(dtype)), m.context_embedder(encoder_hidden_states.to(dtype))
+        e, pooled = m.time_text_embed, pooled_projections.to(dtype)
+        time = e.timestep_embedder(e.time_proj(timestep.to(dtype) * 1000).to(dtype))
+        cond = time
+        if guidance is not None:
+            cond = cond + e.guidance_embedder(e.time_proj(guidance.to(dtype) * 1000).to(dtype))
+        cond = cond + e.text_embedder(pooled)
+        img_ids, txt_ids = (ids[0] if ids.ndim == 3 else ids for ids in (img_ids, txt_ids))
+        cos, sin = m.pos_embed(torch.cat((txt_ids, img_ids)))  # s e, each angle twice
+        if grid is None:
+            last = img_ids.amax(0).long().tolist()
+            grid = (last[0] + 1, last[1] + 1, last[2] + 1)
+        layout = Layout(grid=grid, text_length=text.shape[1], rope=torch.stack((cos[:, ::2], sin[:, ::2])))
+        return Stream(image=image, text=text, cond=cond, time=time, layout=layout)
+
+    def native(self, stream: Stream) -> Tensor:
+        return self.model.proj_out(self.model.norm_out(stream.image, stream.cond))
+
+    def readout(self, stream: Stream) -> Output:
+        _, rows, columns = stream.layout.grid
+        x = self.native(stream).view(-1, rows, columns, self.channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        return Output(x.reshape(len(x), self.channels, 2 * rows, 2 * columns), None, stream.trace)
+
+
+def flux_shift(tokens: int) -> float:
+    """How far FLUX.1-dev moves its steps towards noise at this many image tokens: exp(mu), mu linear in tokens."""
+    return math.exp(0.5 + 0.65 * (tokens - 256) / 3840)

@@ -1,0 +1,263 @@
+"""What the families over `diffusers` classes share: the stock model holds the weights, our units stand in its lists.
+
+A unit takes over the children of the block it replaces under their own names, so a state dict, a LoRA, a quantised
+linear or a sharded checkpoint of the stock model fits without conversion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from edit.denoiser import Branch, Condition, Denoiser, Step, Stream, Unit
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Gates of a unit's branches, and the tokens both branches read where they run in parallel."""
+
+    attention_gate: Branch
+    feed_gate: Branch
+    feed_shift: Branch | None = None
+    feed_scale: Branch | None = None
+    tokens: Branch | None = None  # normalised and modulated, as the attention reads them
+
+
+class StockUnit(Unit):
+    """A unit that stands where a block of a stock model stood, with the same children and parameters."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        for name, p in block.named_parameters(recurse=False):
+            self.register_parameter(name, p)
+        for name, b in block.named_buffers(recurse=False):
+            self.register_buffer(name, b, persistent=name not in block._non_persistent_buffers_set)
+
+
+class StockDenoiser(Denoiser):
+    """A family over one `diffusers` class.
+
+    A family names the class, its lists of blocks with the configuration key that counts each, and the unit that takes
+    a block's place. What is ours and not the stock model's configuration (`extras`) are plain attributes: the default
+    sample size and, for guidance-distilled models, the guidance scale they are told where nobody says another.
+    """
+
+    stock: ClassVar[str]  # the class in `diffusers`
+    lists: ClassVar[Mapping[str, tuple[str, type[StockUnit]]]]  # model attribute -> (configuration key, unit)
+    extras: ClassVar[Mapping[str, Any]] = {"sample_size": (128, 128)}  # with the defaults of a published folder
+    multiple: ClassVar[int] = 2  # rows and columns of a sample must be multiples of this
+
+    def __init__(self, model: nn.Module, **extras: Any):
+        for name, value in {**self.extras, **extras}.items():
+            if name not in self.extras:
+                raise TypeError(f"{self.name} has no setting {name!r}")
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+        units: list[Unit] = []
+        for attribute, (_, unit) in self.lists.items():
+            blocks = getattr(model, attribute)
+            for i, block in enumerate(blocks):
+                blocks[i] = unit(block)
+            units += list(blocks)
+        super().__init__(model, units)
+
+    @classmethod
+    def stock_class(cls) -> Any:
+        import diffusers
+
+        return getattr(diffusers, cls.stock)
+
+    @classmethod
+    def of(cls, model: nn.Module, **extras: Any) -> StockDenoiser:
+        """A denoiser that shares the weights of a stock model, which stays as it is."""
+        config = {k: v for k, v in model.config.items() if not k.startswith("_")}  # type: ignore[union-attr, operator]
+        with torch.device("meta"):
+            denoiser = cls.from_config({**config, **extras})
+        denoiser.model.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+        denoiser.reset_buffers()
+        return denoiser.train(model.training)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Buffers that no state dict holds are computed again: a model made on the meta device never had them."""
+        found = super().load_state_dict(state_dict, strict, assign)
+        self.reset_buffers()
+        return found
+
+    @property
+    def config(self) -> dict:
+        stock = {k: _plain(v) for k, v in self.model.config.items() if not k.startswith("_")}  # type: ignore
+        return {**stock, **{name: _plain(getattr(self, name)) for name in self.extras}}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> StockDenoiser:
+        extras = {k: v for k, v in config.items() if k in cls.extras}
+        stock = {k: v for k, v in config.items() if k not in cls.extras and not k.startswith("_")}
+        return cls(cls.stock_class()(**stock), **extras)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        return self.channels, *self.sample_size  # type: ignore[attr-defined]
+
+    @property
+    def channels(self) -> int:
+        """Channels of a sample."""
+        return self.model.config.in_channels  # type: ignore[union-attr]
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) == 3 and shape[0] == self.channels and not any(s % self.multiple for s in shape[1:])
+
+    def settle(self, shape: tuple[int, ...], spec: Any) -> None:
+        values = {k: getattr(spec, k) for k in self.extras if hasattr(spec, k)}
+        if "sample_size" in self.extras:
+            values["sample_size"] = tuple(shape[-2:])
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        self.base = {**self.base, **{k: _plain(v) for k, v in values.items()}}
+
+    def keep(self, indices: Sequence[int]) -> None:
+        depth = len(self.units)
+        if not indices or not all(0 <= i < depth for i in indices):
+            raise ValueError(f"{self.name}: can keep units 0 to {depth - 1}, at least one, got {list(indices)}")
+        if sorted(set(indices)) != list(indices):
+            raise ValueError(f"{self.name}: units to keep must be increasing without repeats, got {list(indices)}")
+        start = 0
+        for attribute, (key, _) in self.lists.items():
+            blocks = getattr(self.model, attribute)
+            chosen = [blocks[i - start] for i in indices if start <= i < start + len(blocks)]
+            start += len(blocks)
+            setattr(self.model, attribute, nn.ModuleList(chosen))
+            self.model.register_to_config(**{key: len(chosen)})  # type: ignore[operator]
+        self.units = [self.units[i] for i in indices]
+
+    def null(self, condition: Condition) -> Condition:
+        """Zeros in place of the text: what families without an empty-prompt embedding at hand are told."""
+        return Condition(
+            text=None if condition.text is None else torch.zeros_like(condition.text),
+            text_mask=condition.text_mask,
+            pooled=None if condition.pooled is None else torch.zeros_like(condition.pooled),
+            guidance=condition.guidance,
+        )
+
+    def native(self, stream: Stream) -> Tensor:
+        """From the last stream to what the stock model's forward returns."""
+        raise NotImplementedError
+
+    @classmethod
+    def to_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+        import diffusers
+
+        stock = {k: v for k, v in config.items() if k not in cls.extras}
+        return {"_class_name": cls.stock, "_diffusers_version": diffusers.__version__, **stock}, dict(state)
+
+    @classmethod
+    def from_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+        """A published folder's configuration leaves fields out: they are filled in with the class's defaults."""
+        given = {k: v for k, v in config.items() if not k.startswith("_")}
+        with torch.device("meta"):
+            return cls.from_config(given).config, dict(state)
+
+    def need(self, condition: Condition, **widths: int) -> None:
+        """Refuse a condition without these fields, or with others than these widths.
+
+        Raises:
+            ValueError: naming the field, what was given and what was expected
+        """
+        for name, width in widths.items():
+            value = getattr(condition, name)
+            if value is None:
+                raise ValueError(f"{self.name} needs condition.{name}, which is missing: use data with text embeddings")
+            if value.shape[-1] != width:
+                raise ValueError(
+                    f"{self.name} takes {name} embeddings of width {width}, got {value.shape[-1]}: they were made by "
+                    "another text encoder"
+                )
+
+
+def zero_init(*layers: nn.Module) -> None:
+    """adaLN-zero (DiT, arXiv 2212.09748): modulations and the last layer of a new model start at zero."""
+    for layer in layers:
+        for p in layer.parameters():
+            nn.init.zeros_(p)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn neighbouring channel pairs: b h s e by s e/2 angles, in fp32, back in x's type."""
+    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+# ---- inside the stock pipeline ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def attached(pipeline: Any, denoiser: StockDenoiser) -> Iterator[Any]:
+    """The stock `diffusers` pipeline with this denoiser, its edits included, in place of its transformer.
+
+    Edits that remember something between steps get the step from the pipeline's scheduler and its guidance branch from
+    the pipeline's cache context, where it names one. On leaving, the pipeline has its own transformer again.
+
+    Raises:
+        ValueError: if the pipeline's transformer is of another class
+    """
+    own, model = pipeline.transformer, denoiser.model
+    if type(own).__name__ != denoiser.stock:
+        raise ValueError(f"the pipeline has a {type(own).__name__}, a {denoiser.name} stands in for {denoiser.stock}")
+    calls = _Calls(pipeline, denoiser)
+    model.forward, model.cache_context = calls.forward, calls.cache_context  # type: ignore[method-assign, assignment]
+    pipeline.transformer = model
+    try:
+        yield pipeline
+    finally:
+        pipeline.transformer = own
+        del model.forward, model.cache_context
+
+
+class _Calls:
+    """A pipeline's calls of its transformer, told to a denoiser as steps of a generation."""
+
+    def __init__(self, pipeline: Any, denoiser: StockDenoiser):
+        self.pipeline, self.denoiser = pipeline, denoiser
+        self.branch, self.memory = "cond", {}
+        self.seen: set[tuple[int, str]] = set()  # calls of this generation
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        before, self.branch = self.branch, name
+        try:
+            yield
+        finally:
+            self.branch = before
+
+    def forward(self, hidden_states: Tensor, return_dict: bool = True, **native: Any) -> Any:
+        scheduler = self.pipeline.scheduler
+        if hasattr(scheduler, "step_index"):
+            index = scheduler.step_index or 0
+        else:  # DDIM and DDPM do not count
+            index = int((scheduler.timesteps == native["timestep"].flatten()[0]).nonzero()[0, 0])
+        if (index, self.branch) in self.seen:  # the next generation has begun
+            self.memory, self.seen = {}, set()
+        self.seen.add((index, self.branch))
+        count = len(scheduler.timesteps)
+        if self.denoiser.prediction == "noise":  # the sigmas of DDPM schedulers are no times
+            sigma = (float(scheduler.timesteps[index]) + 1) / scheduler.config.num_train_timesteps
+        else:
+            sigma = float(scheduler.sigmas[index]) if hasattr(scheduler, "sigmas") else 1 - index / count
+        step = Step(index, count, sigma, self.branch, self.memory)
+        stream = replace(self.denoiser.embed(hidden_states=hidden_states, **native), step=step)
+        sample = self.denoiser.native(self.denoiser.run(stream))
+        if not return_dict:
+            return (sample,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=sample)

@@ -1,0 +1,77 @@
+"""How the teacher is guided while it is distilled.
+
+One convention: g in v_null + g (v_cond - v_null), so 1 is no guidance. Code that writes v_cond + w (v_cond - v_null)
+means w = g - 1. Specification: methods/distillation.md D3.2; scales drawn per sample after guided distillation
+(arXiv 2210.03142) and SenseFlow (U(1, 8)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from edit.denoiser import Condition, Denoiser, Output
+
+
+@dataclass(frozen=True)
+class TeacherGuidance:
+    """Guidance scales g in [low, high], one per sample.
+
+    A teacher with a guidance input is told g. Any other is asked with and without the condition in one call of twice
+    the batch, or, where g is always 1, with the condition alone.
+    """
+
+    low: float = 1.0
+    high: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.low <= self.high:
+            raise ValueError(f"TeacherGuidance: 0 <= low <= high, got {self.low}, {self.high}; 1, 1 is no guidance")
+
+    def scale(self, u: Tensor) -> Tensor:
+        """Scales from uniform numbers in (0, 1): [b] -> [b]."""
+        return self.low + (self.high - self.low) * u
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        teacher: Denoiser,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        null: Condition,
+        scale: Tensor,
+        taps: Collection[int] = (),
+        branches: Collection[int] = (),
+    ) -> Output:
+        """The guided prediction, without a graph.
+
+        Args:
+            teacher: frozen
+            x_t: b c y x, noisy
+            t: b, times in [0, 1], 1 = noise
+            condition: of the same batch
+            null: its unconditional counterpart
+            scale: b, what `scale` returned; counts for nothing where g is always 1 and there is no guidance input
+            taps: as of `Denoiser.forward`
+            branches: likewise
+
+        Returns:
+            sample: guided; variance and trace (taps and branches, nothing else): of the conditional half.
+        """
+        if teacher.config.get("guidance_embeds"):
+            return teacher(x_t, t, replace(condition, guidance=scale), taps=taps, branches=branches)
+        condition, null = replace(condition, guidance=None), replace(null, guidance=None)
+        if self.low == self.high == 1:
+            return teacher(x_t, t, condition, taps=taps, branches=branches)
+        b = len(x_t)
+        both = teacher(torch.cat((x_t, x_t)), torch.cat((t, t)), condition.join(null), taps=taps, branches=branches)
+        cond, uncond = both.sample.float().split(b)
+        return Output(
+            sample=torch.lerp(uncond, cond, scale.float().view(-1, *[1] * (x_t.ndim - 1))),
+            variance=None if both.variance is None else both.variance[:b],
+            trace={name: v[:b] for name, v in both.trace.items() if name.startswith("unit.")},
+        )

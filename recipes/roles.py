@@ -1,0 +1,154 @@
+"""The teacher beside the model that is trained: where its weights are, how it is guided, what it is asked for.
+
+Specification: methods/distillation.md, roles (D2, D3.2, D6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from edit.denoiser import Condition, Denoiser, Output, Unit
+from edit.distillation.guidance import TeacherGuidance
+from edit.tuning.lora import without
+
+Placement = Literal["replicated", "sharded", "offloaded", "tied"]
+
+
+class Teacher:
+    """A frozen model that is asked at the student's noisy samples. Not a module: it is no part of checkpoints.
+
+    Args:
+        build: makes it with its weights; None for a tied teacher
+        structure: the same without weights, called under `torch.device("meta")`; for a sharded one
+        guidance: how it is guided
+        placement: "replicated": whole on every device; "sharded": FSDP2 over all ranks; "offloaded": in main memory,
+            each layer on the device only while it runs; "tied": the student without its LoRA, no memory at all
+        dtype: of its weights
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], Denoiser] | None,
+        structure: Callable[[], Denoiser] | None,
+        guidance: TeacherGuidance,
+        placement: Placement = "replicated",
+        dtype: torch.dtype = torch.float32,
+    ):
+        if (placement == "tied") != (build is None):
+            raise ValueError("a teacher is built exactly when it is not tied to the student")
+        self.build, self.structure, self.guidance = build, structure, guidance
+        self.placement, self.dtype = placement, dtype
+        self.denoiser: Denoiser | None = None
+        self.taps: tuple[int, ...] = ()
+        self.branches: tuple[int, ...] = ()
+
+    def configure(self, student: Denoiser, taps: tuple[int, ...], branches: tuple[int, ...]) -> Denoiser:
+        """Make the model; called where the student's is made.
+
+        Returns:
+            The model that terms may look at.
+
+        Raises:
+            ValueError: if a term taps a unit the teacher does not have
+        """
+        self.taps, self.branches = taps, branches
+        if self.placement == "tied":
+            model = student
+        elif self.placement == "sharded":
+            model = self.denoiser = self._shard()
+        else:
+            assert self.build is not None
+            with torch.device("cpu"):
+                model = self.denoiser = self.build().to(self.dtype)
+        if self.denoiser is not None:
+            self.denoiser.requires_grad_(False).eval()
+        depth = len(model.units)
+        if bad := [i for i in (*taps, *branches) if not -depth <= i < depth]:
+            raise ValueError(f"a term compares with unit {bad[0]} of the teacher, which has {depth} units")
+        return model
+
+    def _shard(self) -> Denoiser:
+        assert self.build is not None and self.structure is not None
+        if not torch.distributed.is_initialized():
+            raise ValueError(
+                "teacher.placement=sharded needs several processes: use trainer=ddp or fsdp2, or replicated"
+            )
+        state: Mapping[str, Any] = {}
+        if torch.distributed.get_rank() == 0:
+            with torch.device("cpu"):
+                state = self.build().to(self.dtype).state_dict()
+        kind = "cuda" if torch.cuda.is_available() and torch.distributed.get_backend() == "nccl" else "cpu"
+        device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
+        mesh = init_device_mesh(kind, (torch.distributed.get_world_size(),))
+        structure, dtype = self.structure, self.dtype
+        return shard(
+            lambda: structure().to(dtype), state, device, mesh, MixedPrecisionPolicy(cast_forward_inputs=False)
+        )
+
+    def place(self, device: torch.device) -> None:
+        """Move the weights to where they are used."""
+        if self.denoiser is None or self.placement == "sharded":
+            return
+        if self.placement == "offloaded" and device.type == "cuda":
+            from diffusers.hooks import apply_group_offloading
+
+            apply_group_offloading(
+                self.denoiser.model, device, torch.device("cpu"), offload_type="leaf_level", use_stream=True
+            )
+        else:
+            self.denoiser.to(device)
+
+    @torch.no_grad()
+    def __call__(
+        self, student: Denoiser, x_t: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor
+    ) -> Output:
+        """What it predicts, with its taps in the trace; in fp32 where the student's autocast does not decide.
+
+        Args:
+            student: the model that is trained; a tied teacher is this model without its LoRA
+            x_t: b c y x
+            t: b
+            condition: after label drop
+            null: the unconditional counterpart
+            scale: b, guidance
+        """
+        if self.denoiser is not None:
+            return self.guidance(self.denoiser, x_t, t, condition, null, scale, self.taps, self.branches)
+        with without(student):
+            return self.guidance(student, x_t, t, condition, null, scale, self.taps, self.branches)
+
+
+def shard(
+    structure: Callable[[], Denoiser],
+    state: Mapping[str, Any],
+    device: torch.device,
+    mesh: DeviceMesh,
+    policy: MixedPrecisionPolicy,
+) -> Denoiser:
+    """FSDP2: a denoiser made on the meta device and sharded; rank 0 hands out `state`, which it alone holds."""
+    with torch.device("meta"):
+        net = structure()
+    for unit in units_of(net):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    fully_shard(net, mesh=mesh, mp_policy=policy)
+    net.to_empty(device=device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(net, dict(state), options=options)
+    return net
+
+
+def units_of(denoiser: Denoiser) -> list[Unit]:
+    """The blocks that hold weights, whatever edits have wrapped around them."""
+    return [m for m in denoiser.model.modules() if isinstance(m, Unit)]
+
+
+def union(groups: Iterable[Collection[int]]) -> tuple[int, ...]:
+    """All units that any term names, in order."""
+    return tuple(sorted({i for group in groups for i in group}))

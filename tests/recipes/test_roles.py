@@ -1,0 +1,122 @@
+"""A teacher beside the model: asked at the same point, never trained, never saved, wherever its weights are."""
+
+import pytest
+import torch
+from small_runs import losses, rows, train, train_ranks
+
+from recipes.config import UserError
+
+OUTPUT = "+terms.kd._target_=edit.distillation.output.OutputKD"
+FEATURES = ("+terms.f._target_=edit.distillation.features.FeatureKD", "+terms.f.pairs=[[0,1]]", "+terms.f.norm=raw")
+
+
+def teacher_of(folder):
+    """A trained small digits model, the settings that make it a teacher, and half of it the student."""
+    train(folder, "name=teacher", "trainer.max_steps=60", "optimizer.warmup=5")
+    return (f"teacher.path={folder}/teacher", f"init={folder}/teacher", "data_weight=0")
+
+
+def test_a_copy_of_the_teacher_has_nothing_to_learn(tmp_path):
+    told = teacher_of(tmp_path)
+    train(
+        tmp_path,
+        "name=a",
+        *told,
+        OUTPUT,
+        "+terms.f._target_=edit.distillation.features.FeatureKD",
+        "+terms.f.pairs=[[0,0],[1,1]]",
+    )
+    assert set(losses(tmp_path, "a")) == {"0.0"}
+
+
+def test_a_shallower_student_learns_from_the_teacher_and_the_teacher_is_not_saved(tmp_path):
+    told = teacher_of(tmp_path)
+    train(tmp_path, "name=a", *told, OUTPUT, *FEATURES, "edits=depth", "trainer.max_steps=40", "optimizer.lr=2e-3", "optimizer.warmup=5")
+    values = [float(v) for v in losses(tmp_path, "a")]
+    assert sum(values[-5:]) < 0.8 * sum(values[:5])
+    assert {"train/output_kd", "train/feature_kd"} <= set(rows(tmp_path, "a")[0])
+    newest = max((tmp_path / "a" / "checkpoints").glob("*.ckpt"))
+    state = torch.load(newest, weights_only=True)["state_dict"]
+    assert not [k for k in state if "teacher" in k]
+    blocks = {k.split(".")[3] for k in state if k.startswith("denoiser.model.blocks")}
+    assert blocks == {"0"}, "one block of two: the teacher's second is nowhere"
+
+
+def test_guidance_of_the_teacher_is_distilled_into_a_single_pass(tmp_path):
+    told = teacher_of(tmp_path)
+    train(tmp_path, "name=plain", *told, OUTPUT)
+    train(tmp_path, "name=guided", *told, OUTPUT, "teacher.guidance=[2,4]")
+    assert set(losses(tmp_path, "plain")) == {"0.0"} and float(losses(tmp_path, "guided")[0]) > 0
+
+
+def test_a_tied_teacher_is_the_student_without_its_lora(tmp_path):
+    teacher_of(tmp_path)
+    told = ("teacher.placement=tied", f"init={tmp_path}/teacher", "edits=lora", OUTPUT)
+    train(tmp_path, "name=a", *told, "optimizer.lr=1e-2")
+    values = [float(r["train/output_kd"]) for r in rows(tmp_path, "a")]
+    assert values[0] == 0, "a fresh LoRA is the identity"
+    assert max(values) > 0, "the data's own loss moves the LoRA, and the teacher stays where it was"
+
+
+@pytest.mark.parametrize("placement", ["replicated", "sharded"])
+def test_two_ranks_with_a_teacher_have_the_losses_of_one(tmp_path, placement):
+    told = (*teacher_of(tmp_path), OUTPUT, *FEATURES, "edits=depth")
+    train(tmp_path, "name=one", *told)
+    two = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true", "data.batch_size=8")
+    for strategy in ("ddp", "fsdp2"):
+        name = f"{strategy}"
+        train_ranks(
+            tmp_path, f"name={name}", *told, f"trainer={strategy}", *two, f"teacher.placement={placement}", world=2
+        )
+        a, b = ([float(v) for v in losses(tmp_path, n)] for n in ("one", name))
+        # sums in another order
+        assert a == pytest.approx(b, rel=2e-4)
+
+
+def test_a_resumed_distillation_has_the_losses_of_an_uninterrupted_one(tmp_path):
+    told = (
+        *teacher_of(tmp_path),
+        OUTPUT,
+        "edits=depth",
+        "+terms.f._target_=edit.distillation.features.FeatureKD",
+        "+terms.f.pairs=[[0,1]]",
+    )
+    train(tmp_path, "name=whole", *told)
+    train(tmp_path, "name=parts", *told)
+    for step in (12, 8):
+        (tmp_path / "parts" / "checkpoints" / f"step_{step:08d}.ckpt").unlink()
+    import shutil
+
+    shutil.rmtree(tmp_path / "parts" / "artifact")
+    train(tmp_path, "name=parts", *told, "checkpoint.keep=9")
+    assert losses(tmp_path, "parts") == losses(tmp_path, "whole")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ((OUTPUT,), "terms.kd compares with a teacher"),
+        (("teacher.path=nowhere", OUTPUT), "no artifact at nowhere"),
+        (("teacher.placement=tied",), "needs a LoRA edit"),
+        (("teacher.path=x", "teacher.guidance=[3,1]"), r"expected a number of at least 0 or \[low, high\]"),
+        (("teacher.path=x", "teacher.placement=sharded"), "needs several devices"),
+        (("data_weight=-1",), "data_weight: expected a number"),
+        (("before=[experiment]",), "expected a list of settings"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused_in_one_sentence(tmp_path, words, sentence):
+    with pytest.raises(Exception, match=sentence) as error:
+        train(tmp_path, "name=a", *words)
+    assert "\n" not in str(error.value).strip() or not isinstance(error.value, UserError)
+
+
+def test_a_term_that_names_no_unit_of_the_teacher_is_refused(tmp_path):
+    told = teacher_of(tmp_path)
+    with pytest.raises((UserError, ValueError), match="unit 7"):
+        train(
+            tmp_path,
+            "name=a",
+            *told,
+            "+terms.f._target_=edit.distillation.features.FeatureKD",
+            "+terms.f.pairs=[[0,7]]",
+        )
