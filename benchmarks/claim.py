@@ -3,8 +3,8 @@
     python -m benchmarks.claim flux_tiny_distill
     python -m benchmarks.claim flux_tiny_distill runs=/data/runs seeds=[0] trainer.max_steps=200
 
-A claim is a file of benchmarks/claims: arms (words for train.py), what is measured, and which arm should win. Every arm is
-trained with every seed under runs/claims/<claim>/<arm>_<seed>; finished runs are not repeated. All of them are then
+A claim is a file of benchmarks/claims: arms (words for train.py), what is measured, and which arm should win. Every arm
+is trained with every seed under runs/claims/<claim>/<arm>_<seed>; finished runs are not repeated. All of them are then
 measured with the same noise, and each comparison is made seed by seed. A claim that does not hold is reported as not
 holding; the exit code is 0 all the same.
 """

@@ -31,7 +31,8 @@ def test_a_copy_of_the_teacher_has_nothing_to_learn(tmp_path):
 
 def test_a_shallower_student_learns_from_the_teacher_and_the_teacher_is_not_saved(tmp_path):
     told = teacher_of(tmp_path)
-    train(tmp_path, "name=a", *told, OUTPUT, *FEATURES, "edits=depth", "trainer.max_steps=40", "optimizer.lr=2e-3", "optimizer.warmup=5")
+    longer = ("trainer.max_steps=40", "optimizer.lr=2e-3", "optimizer.warmup=5")
+    train(tmp_path, "name=a", *told, OUTPUT, *FEATURES, "edits=depth", *longer)
     values = [float(v) for v in losses(tmp_path, "a")]
     assert sum(values[-5:]) < 0.8 * sum(values[:5])
     assert {"train/output_kd", "train/feature_kd"} <= set(rows(tmp_path, "a")[0])

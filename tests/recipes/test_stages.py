@@ -1,0 +1,118 @@
+"""Runs that a run needs first: each is made once, shares the machine's settings, lives and dies with its command."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from small_runs import config
+
+from recipes.stages import run_before, shared
+
+RECORD = """
+import sys
+with open({log!r}, "a") as f:
+    f.write(" ".join(sys.argv[1:]) + "\\n")
+sys.exit(int(dict(w.split("=", 1) for w in sys.argv[1:]).get("code", 0)))
+"""
+
+
+def recorder(folder: Path) -> tuple[Path, Path]:
+    """A script that writes its words into a file, in place of train.py."""
+    log, script = folder / "log", folder / "script.py"
+    script.write_text(RECORD.format(log=str(log)))
+    return script, log
+
+
+def test_runs_come_in_order_with_what_all_share_before_their_own_words(tmp_path):
+    script, log = recorder(tmp_path)
+    cfg = config(tmp_path, "name=a", "before=[['name=one','trainer.devices=1'],['name=two']]", "trainer.threads=3")
+    run_before(cfg, script)
+    first, second = log.read_text().splitlines()
+    assert first.endswith("name=one trainer.devices=1") and second.endswith("name=two")
+    assert f"runs={tmp_path}" in first and "trainer.threads=3" in second and "logger.kinds=[]" in second
+
+
+def test_what_is_shared_is_accepted_by_train(tmp_path):
+    cfg = config(tmp_path, "name=a", "logger=wandb", "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
+    again = config(tmp_path, "name=b", *shared(cfg))
+    for key in ("logger.kinds", "trainer.strategy", "trainer.devices", "trainer.threads"):
+        assert OmegaConf.select(again, key) == OmegaConf.select(cfg, key)
+
+
+def test_a_run_that_fails_ends_the_command_with_its_code(tmp_path):
+    script, log = recorder(tmp_path)
+    cfg = config(tmp_path, "name=a", "before=[['code=3'],['name=never']]")
+    with pytest.raises(SystemExit) as ended:
+        run_before(cfg, script)
+    assert ended.value.code == 3 and len(log.read_text().splitlines()) == 1
+
+
+def test_ranks_that_lightning_started_leave_them_to_rank_0(tmp_path, monkeypatch):
+    script, log = recorder(tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    run_before(config(tmp_path, "name=a", "before=[['name=one']]"), script)
+    assert not log.exists()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # torchrun: every rank of this run is a rank of that one
+    run_before(config(tmp_path, "name=a", "before=[['name=one']]"), script)
+    assert log.exists()
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {here!r})
+from recipes.stages import _run
+print(_run([sys.executable, "-c", {child!r}]), flush=True)
+"""
+CHILD = """
+import os, signal, sys, time
+from pathlib import Path
+def stop(*_):
+    Path({told!r}).touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+Path({pid!r}).write_text(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a child that dies with its parent is Linux's")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_reaches_the_run_and_a_kill_leaves_none_behind(tmp_path, number):
+    pid, told = tmp_path / "pid", tmp_path / "told"
+    child = CHILD.format(told=str(told), pid=str(pid))
+    here = str(Path(__file__).parents[2])
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER.format(here=here, child=child)], stdout=subprocess.PIPE, text=True
+    )
+    end = time.monotonic() + 30
+    while not (pid.exists() and pid.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    driver.send_signal(number)
+    out, _ = driver.communicate(timeout=30)
+    if number == signal.SIGTERM:
+        assert told.exists() and out.splitlines()[-1] == "143"
+    while Path(f"/proc/{pid.read_text()}").exists() and "Z" not in _state(pid.read_text()):
+        assert time.monotonic() < end, "the run outlived its command"
+        time.sleep(0.01)
+
+
+def _state(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "Z"
+
+
+def test_a_needed_run_is_trained_once(tmp_path, capfd):
+    words = ["name=first", "trainer.max_steps=2", "evaluate=null", "preview.every=0", "backbone.depth=1"]
+    cfg = config(tmp_path, "name=second", "before=[[" + ",".join(f"'{w}'" for w in words) + "]]")
+    for again in (False, True):
+        run_before(cfg, Path(__file__).parents[2] / "train.py")
+        assert ("first is complete" in capfd.readouterr().out) == again
+    assert (tmp_path / "first" / "artifact" / "config.json").exists()
