@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from edit.denoiser import Branch, Condition, Layout, Step, Stream, add, check_layout
+from edit.denoiser import Branch, Condition, Forced, Layout, Step, Stream, add, check_layout
 
 
 def stream(**fields) -> Stream:
@@ -254,3 +254,47 @@ def test_replacing_a_unit_needs_no_word_with_the_model(dit, batch):
         tapped = dit(*batch, taps=(0,)).trace["unit.0"]
         dit.units[1] = lambda s: replace(s, image=tapped)
         assert torch.equal(dit(*batch, taps=(1,)).trace["unit.1"], tapped)
+
+
+# ---- branches and forced inputs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+def test_traced_branches_are_what_the_gates_are_applied_to(make_dit, batch, registers):
+    dit = make_dit(registers=registers)
+    x, t, condition = batch
+    out = dit(x, t, condition, taps=(0, 1), branches=(1,))
+    assert set(out.trace) == {"unit.0", "unit.1", "unit.1.attention", "unit.1.feed"}
+    torch.testing.assert_close(out.sample, dit(x, t, condition).sample)
+    stream = dit.units[0](dit.embed(**dit.pack(x, t, condition)))
+    gates = dit.units[1].modulate(stream)
+    change = (
+        gates.attention_gate.image * out.trace["unit.1.attention"] + gates.feed_gate.image * out.trace["unit.1.feed"]
+    )
+    torch.testing.assert_close(out.trace["unit.1"] - out.trace["unit.0"], change)
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+def test_a_forced_unit_reads_other_tokens_on_the_marked_samples_alone(make_dit, batch, registers):
+    dit = make_dit(registers=registers)
+    x, t, condition = batch
+    trace = dit(x, t, condition, taps=(0, 1)).trace
+    where = torch.tensor([True, False, True, False])
+    same = dit(x, t, condition, forced={1: Forced(Branch(trace["unit.0"]), where)})
+    torch.testing.assert_close(same.sample, dit(x, t, condition).sample)
+    other = dit(x, t, condition, taps=(1,), forced={1: Forced(Branch(2 * trace["unit.0"]), where)}).trace["unit.1"]
+    assert ((other - trace["unit.1"]).abs().amax((1, 2)) > 1e-4).tolist() == where.tolist()
+
+
+def test_no_gradient_passes_a_forced_input(make_dit, batch):
+    dit = make_dit()
+    x, t, condition = batch
+    tokens = Branch(torch.randn(4, 16, 32))
+    dit(x, t, condition, forced={1: Forced(tokens, torch.ones(4, dtype=torch.bool))}).sample.sum().backward()
+    assert not any(p.grad.any() for p in dit.units[0].attn.parameters())
+    assert any(p.grad.any() for p in dit.units[1].attn.parameters())
+
+
+def test_a_branch_of_no_unit_is_refused(dit, batch):
+    with pytest.raises(ValueError, match="cannot tap unit 3 of a dit with 3 units"):
+        dit(*batch, branches=(3,))

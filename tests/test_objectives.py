@@ -9,6 +9,7 @@ from edit.objectives import (
     DDPM,
     FlowMatching,
     LogitNormal,
+    Ramp,
     Shifted,
     Uniform,
     discretised_nll,
@@ -17,6 +18,7 @@ from edit.objectives import (
     velocity_to_data,
     velocity_to_noise,
     velocity_to_score,
+    weight_at,
 )
 
 GRID = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000  # quantiles: laws are tested without chance
@@ -281,3 +283,18 @@ def test_a_shift_that_is_not_positive_is_refused(shift):
 def test_an_unknown_weighting_is_refused_with_the_choices():
     with pytest.raises(ValueError, match="weighting must be none or snr_cap, got 'min_snr'"):
         FlowMatching(weighting="min_snr")  # type: ignore[arg-type]
+
+
+# ---- weights that change over a run ----------------------------------------------------------------------------------
+
+
+def test_a_ramp_goes_linearly_between_its_ends_and_stays_there():
+    ramp = Ramp(start=2.0, end=1.0, begin=0.2, until=0.6)
+    assert [weight_at(ramp, p) for p in (0, 0.2, 0.4, 0.6, 1)] == pytest.approx([2, 2, 1.5, 1, 1])
+    assert weight_at(0.3, 0.9) == 0.3
+
+
+@pytest.mark.parametrize("ends", [(0.5, 0.5), (-0.1, 1), (0, 1.1)])
+def test_a_ramp_outside_the_run_is_refused(ends):
+    with pytest.raises(ValueError, match="parts of the run"):
+        Ramp(1.0, begin=ends[0], until=ends[1])

@@ -486,3 +486,22 @@ def test_more_steps_than_the_objective_has_are_refused(solver):
 def test_impossible_settings_are_refused(build, complaint):
     with pytest.raises(ValueError, match=complaint):
         build()
+
+
+# ---- what a sample is told and how large it is -----------------------------------------------------------------------
+
+
+def test_one_negative_condition_stands_for_the_whole_batch(dit):
+    sampler = Sampler(Euler(3), guidance=2.0)
+    numbers, told = torch.arange(4), Condition(label=torch.tensor([1, 2, 3, 4]))
+    one, four = (
+        sampler(dit, FlowMatching(), told, numbers, negative=Condition(label=torch.full((n,), 7))) for n in (1, 4)
+    )
+    assert torch.equal(one, four)
+    assert not torch.equal(one, sampler(dit, FlowMatching(), told, numbers))
+
+
+def test_a_sample_may_be_trained_on(dit):
+    x = Sampler(Euler(2))(dit, FlowMatching(), Condition(label=torch.tensor([1])), torch.arange(1))
+    assert not x.is_inference()
+    dit(x, torch.ones(1), Condition(label=torch.tensor([1]))).sample.sum().backward()
