@@ -124,7 +124,8 @@ class Diffusion(pl.LightningModule):
             losses = {name: weight * loss for name, loss in losses.items()}
         seen = Pass(out, {**batch, "noise": eps, "x_t": x_t}, t, progress, taught)
         for name, term in self.terms.items():
-            losses |= term.losses(seen, self.own[name] if name in self.own else None)
+            own = self.own[name] if name in self.own else None
+            losses |= {f"{name}/{k}": v for k, v in term.losses(seen, own).items()}
         watched = {}
         for name, edit in self.denoiser.applied.items():
             losses |= {f"{name}/{k}": v for k, v in edit.losses(out.trace).items()}

@@ -9,7 +9,8 @@ from collections.abc import Callable  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor  # noqa: E402
+from weights import randomise  # noqa: E402
 
 from edit.backbones.dit import DiT, DiTConfig  # noqa: E402
 from edit.denoiser import Condition  # noqa: E402
@@ -24,14 +25,6 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
-
-
-def randomise(module: nn.Module, seed: int = 0) -> None:
-    """Move every parameter away from its initial value: fresh DiTs are zero everywhere and would prove nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
 
 
 @pytest.fixture(scope="session")

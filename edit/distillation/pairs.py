@@ -119,11 +119,9 @@ def check_pairs(who: str, pairs: Pairs, denoiser: Denoiser, teacher: Denoiser | 
 def width(denoiser: Denoiser) -> int:
     """Channels d of a token between units."""
     config = denoiser.config
-    return (
-        config["hidden_size"]
-        if "hidden_size" in config
-        else (config["num_attention_heads"] * config["attention_head_dim"])
-    )
+    if "hidden_size" in config:
+        return config["hidden_size"]
+    return config["num_attention_heads"] * config["attention_head_dim"]
 
 
 def both(seen: Pass, pair: tuple[int, int], part: str = "") -> list[tuple[Tensor, Tensor]]:

@@ -58,7 +58,14 @@ class Collapse(Edit):
 
 @torch.no_grad()
 def average(units: list[nn.Module], into: nn.Module) -> None:
-    """Set the parameters of one unit to the mean over all; `into` may be one of them."""
+    """Set the parameters of one unit to the mean over all; `into` may be one of them.
+
+    Raises:
+        ValueError: if they do not have the same parameters (SD3's last unit, which only reads the text)
+    """
+    layouts = [{name: p.shape for name, p in u.named_parameters()} for u in units]
+    if any(layout != layouts[0] for layout in layouts):
+        raise ValueError("Collapse: start=mean needs units with the same weights, these differ: use middle")
     for name, p in into.named_parameters():
         p.copy_(torch.stack([u.get_parameter(name) for u in units]).mean(0))
 

@@ -86,7 +86,7 @@ def without(denoiser: Denoiser) -> Iterator[Denoiser]:
         raise ValueError(f"this {denoiser.name} has no LoRA that could be switched off: apply one first")
     try:
         for layer in layers:
-            # peft's own `enable_adapters` changes requires_grad, too, which FSDP2 reads but once
+            # peft's own `enable_adapters` would rewrite requires_grad of every factor, frozen ones included
             layer._disable_adapters = True
         yield denoiser
     finally:

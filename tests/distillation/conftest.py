@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import randomise
 from torch import Tensor
 
 from edit.backbones.flux import Flux, FluxConfig
@@ -29,7 +28,10 @@ def make_flux() -> Callable[..., Flux]:
 
     def make(seed: int = 0, **options) -> Flux:
         denoiser = FluxConfig(**{**TINY, **options}).build()
-        randomise(denoiser, seed)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in denoiser.parameters():  # modulations start at zero, which would hide what units do
+                p.copy_(0.2 * torch.randn(p.shape, generator=generator))
         return denoiser.eval()
 
     return make

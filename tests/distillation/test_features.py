@@ -2,9 +2,12 @@ from copy import deepcopy
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
+from torch.distributed.fsdp import fully_shard
 
 import edit
+from edit.backbones.dit import DiTConfig
 from edit.denoiser import Output
 from edit.distillation.features import FeatureKD, inliers
 from edit.distillation.pairs import interval_ends, same
@@ -72,6 +75,13 @@ def test_text_and_image_are_compared_apart_and_averaged_over_all_pairs(flux, mak
     torch.testing.assert_close(image, mse("unit.1", "unit.0"), rtol=1e-5, atol=0)
 
 
+def test_a_teacher_that_happens_to_have_a_graph_is_not_trained(dit):
+    s, t = (torch.randn(2, 5, 8, requires_grad=True) for _ in range(2))
+    term = FeatureKD(((0, 0),))
+    term.losses(tokens(s, t), term.build(dit, dit))["feature_kd"].sum().backward()
+    assert t.grad is None and s.grad.any()
+
+
 @pytest.mark.parametrize("norm", ["unit", "layer"])
 def test_distances_of_normalised_tokens_do_not_see_their_scale(norm):
     s, t = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
@@ -96,31 +106,43 @@ def test_the_relative_distance_divides_by_a_running_mean_that_survives_a_state_d
     assert torch.equal(*third)
 
 
+def _small_dit():
+    return DiTConfig(input_size=4, hidden_size=8, depth=1, num_heads=2).build()
+
+
 def _running_mean_of_a_rank() -> list[float]:
-    import os
-
-    import torch.distributed as dist
-
-    rank = int(os.environ["RANK"])
     dist.init_process_group("gloo")
     term = FeatureKD(((0, 0),))
-    own = FeatureKD.build(term, *(2 * [_dit()]))
+    own = term.build(_small_dit(), _small_dit())
     for scale in (1.0, 3.0):
-        t = (scale + rank) * torch.ones(2, 5, 8)
+        t = (scale + dist.get_rank()) * torch.ones(2, 5, 8)
         term.losses(tokens(torch.zeros_like(t), t), own)
     dist.destroy_process_group()
     return own.mean_square[0].tolist()
 
 
-def _dit():
-    from edit.backbones.dit import DiTConfig
-
-    return DiTConfig(input_size=4, hidden_size=8, depth=1, num_heads=2).build()
-
-
 def test_all_ranks_divide_by_the_same_running_mean():
     first, second = run_ranks(_running_mean_of_a_rank)
     assert first == second == pytest.approx([0.99 * (1 + 4) / 2 + 0.01 * (9 + 16) / 2, 0.0])
+
+
+def _sharded_projector() -> list[float]:
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    term, s, t = FeatureKD(((0, 0),), projector="linear"), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    own = term.build(_small_dit(), _small_dit())
+    seen = tokens(s, t)
+    (plain,) = term.losses(seen, deepcopy(own)).values()
+    own = fully_shard(own)
+    (sharded,) = term.losses(seen, own).values()
+    sharded.sum().backward()
+    dist.destroy_process_group()
+    return [*plain.tolist(), *sharded.tolist(), sum(p.grad is not None for p in own.parameters())]
+
+
+def test_a_sharded_projector_computes_the_same():
+    for a, b, c, d, with_gradient in run_ranks(_sharded_projector):
+        assert (a, b) == pytest.approx((c, d)) and with_gradient == 2
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------

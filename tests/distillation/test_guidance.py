@@ -45,7 +45,7 @@ def test_taps_and_branches_are_those_of_the_condition(plain, told):
     alone = plain(x, t, condition, taps=(0, 6), branches=(4,))
     assert guided.trace.keys() == alone.trace.keys()
     for name, tokens in alone.trace.items():
-        torch.testing.assert_close(guided.trace[name], tokens, rtol=1e-5, atol=1e-5)  # another batch size
+        torch.testing.assert_close(guided.trace[name], tokens, rtol=1e-4, atol=1e-4)  # fp32 in another batch size
 
 
 @torch.no_grad()

@@ -66,6 +66,18 @@ def test_fed_by_the_teacher_intervals_train_apart_from_each_other(flux, told, se
         assert touched == {unit}
 
 
+def test_the_loss_is_the_mean_over_intervals(flux, told, see):
+    intervals = ((0, 1), (3, 4), (5, 6))
+    student = edit.apply(deepcopy(flux), {"short": Collapse(intervals)})
+    term = IntervalKD(intervals, weight=0.5, forcing=1.0)
+    seen = see(student, flux, told, term)
+    whole, pairs, parts = term.losses(seen, None)["interval_kd"], term.pairs, []
+    for pair in pairs:
+        term.pairs = (pair,)
+        parts.append(term.losses(seen, None)["interval_kd"])
+    torch.testing.assert_close(whole, torch.stack(parts).mean(0))
+
+
 def test_running_free_an_interval_reaches_the_units_before_it(flux, told, see):
     intervals = ((0, 1), (3, 4))
     student = edit.apply(deepcopy(flux), {"short": Collapse(intervals)})

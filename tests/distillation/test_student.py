@@ -16,6 +16,14 @@ def stock(path):
     return FluxTransformer2DModel.from_pretrained(path).eval()
 
 
+def assert_stock_computes_the_same(model, flux, batch):
+    """The stock model's own forward, at the native arguments of `flux`."""
+    native = flux.pack(*batch)
+    del native["grid"]
+    ours = flux.native(flux.run(flux.embed(**native)))
+    torch.testing.assert_close(model(**native).sample, ours, rtol=1e-4, atol=1e-4)  # fp32 through all units
+
+
 # ---- collapse --------------------------------------------------------------------------------------------------------
 
 
@@ -65,6 +73,7 @@ def test_a_collapsed_flux_is_a_stock_folder(start, tmp_path, flux, told):
     (tmp_path / "a" / "edits.json").unlink()
     model = stock(tmp_path / "a")
     assert len(model.transformer_blocks) == 2 and len(model.single_transformer_blocks) == 2
+    assert_stock_computes_the_same(model, flux, told)
     assert torch.equal(edit.load(tmp_path / "a").denoiser(*told).sample, expected)
 
 
@@ -75,6 +84,19 @@ def test_a_listed_subset_of_both_kinds_of_units_keeps_their_weights(flux):
     assert student.config["num_layers"] == 2 and student.config["num_single_layers"] == 2
     for unit, i in zip(student.units, (0, 2, 4, 6), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(unit.parameters(), units[i].parameters(), strict=True))
+
+
+@torch.no_grad()
+def test_an_interval_up_to_the_last_unit_of_sd3_ends_in_one_that_only_reads_the_text(told):
+    from edit.backbones.sd3 import SD3Config
+
+    small = {"attention_head_dim": 8, "num_attention_heads": 4, "joint_attention_dim": 24, "in_channels": 4}
+    sizes = {"pooled_projection_dim": 20, "pos_embed_max_size": 8}
+    sd3 = SD3Config(num_layers=4, **small, **sizes).build()
+    with pytest.raises(ValueError, match="start=mean needs units with the same weights, these differ: use middle"):
+        edit.apply(deepcopy(sd3), {"short": Collapse(((1, 3),), "mean")})
+    edit.apply(sd3, {"short": Collapse(((1, 3),))})
+    assert len(sd3.units) == 2 and sd3(*told, taps=(1,)).trace.keys() == {"unit.1"}
 
 
 def test_impossible_intervals_are_refused(flux):
@@ -120,10 +142,11 @@ def test_a_folded_model_has_no_guidance_input_and_loads_as_stock(tmp_path, flux,
     edit.fold(flux)
     edit.save(flux, tmp_path / "b")
     assert torch.equal(edit.load(tmp_path / "b").denoiser(*told).sample, expected)
-    for model in (flux.model, stock(tmp_path / "a"), stock(tmp_path / "b")):
+    for model in (stock(tmp_path / "a"), stock(tmp_path / "b")):
         assert not model.config.guidance_embeds
-        cond = model.time_text_embed(torch.tensor([500.0]), told[2].pooled[:1])  # as stock calls it
-        assert cond.shape == (1, 32) and not hasattr(model.time_text_embed, "guidance_embedder")
+        assert_stock_computes_the_same(model, flux, told)
+    cond = flux.model.time_text_embed(torch.tensor([500.0]), told[2].pooled[:1])  # as the stock forward calls it
+    assert cond.shape == (1, 32)
 
 
 def test_the_fold_works_where_nothing_is_allocated():

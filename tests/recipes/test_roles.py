@@ -35,7 +35,7 @@ def test_a_shallower_student_learns_from_the_teacher_and_the_teacher_is_not_save
     train(tmp_path, "name=a", *told, OUTPUT, *FEATURES, "edits=depth", *longer)
     values = [float(v) for v in losses(tmp_path, "a")]
     assert sum(values[-5:]) < 0.8 * sum(values[:5])
-    assert {"train/output_kd", "train/feature_kd"} <= set(rows(tmp_path, "a")[0])
+    assert {"train/kd/output_kd", "train/f/feature_kd"} <= set(rows(tmp_path, "a")[0])
     newest = max((tmp_path / "a" / "checkpoints").glob("*.ckpt"))
     state = torch.load(newest, weights_only=True)["state_dict"]
     assert not [k for k in state if "teacher" in k]
@@ -54,7 +54,7 @@ def test_a_tied_teacher_is_the_student_without_its_lora(tmp_path):
     teacher_of(tmp_path)
     told = ("teacher.placement=tied", f"init={tmp_path}/teacher", "edits=lora", OUTPUT)
     train(tmp_path, "name=a", *told, "optimizer.lr=1e-2")
-    values = [float(r["train/output_kd"]) for r in rows(tmp_path, "a")]
+    values = [float(r["train/kd/output_kd"]) for r in rows(tmp_path, "a")]
     assert values[0] == 0, "a fresh LoRA is the identity"
     assert max(values) > 0, "the data's own loss moves the LoRA, and the teacher stays where it was"
 

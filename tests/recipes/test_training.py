@@ -200,8 +200,8 @@ def train_with(folder, overrides, **changes):
 def test_terms_see_taps_and_train_their_own_parameters(tmp_path):
     train_with(tmp_path, ["name=a"], terms={"mean": MeanPixel()})
     first, last = rows(tmp_path, "a")[0], rows(tmp_path, "a")[-1]
-    assert {"train/loss", "train/flow", "train/mean_pixel"} <= first.keys()
-    total = float(last["train/flow"]) + float(last["train/mean_pixel"])
+    assert {"train/loss", "train/flow", "train/mean/mean_pixel"} <= first.keys()
+    total = float(last["train/flow"]) + float(last["train/mean/mean_pixel"])
     assert float(last["train/loss"]) == pytest.approx(total, rel=1e-5)
     kept = torch.load(newest(tmp_path / "a" / "checkpoints"), weights_only=True)["state_dict"]
     assert "own.mean.weight" in kept

@@ -2,11 +2,14 @@ from copy import deepcopy
 
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file
 
 import edit
 from edit.backbones.dit import DiTConfig
-from edit.tuning.lora import LoRA
+from edit.backbones.flux import FluxConfig
+from edit.denoiser import Condition
+from edit.tuning.lora import LoRA, without
 
 
 def randomise_lora(dit) -> None:
@@ -92,3 +95,99 @@ def test_what_cannot_be_adapted_is_refused(dit):
     edit.fold(dit)
     edit.apply(dit, {"second": LoRA()})
     assert list(dit.applied) == ["second"]
+
+
+# ---- the base as the teacher of its own LoRA -------------------------------------------------------------------------
+
+
+def tied_flux(*targets: str):
+    """A tiny flux under a LoRA that does something, trained as a recipe trains it; its base's output; a batch."""
+    flux = FluxConfig(16, 1, 2, 16, 2, 24, 20, guidance_embeds=False, axes_dims_rope=(4, 6, 6)).build()
+    with torch.no_grad():
+        for p in flux.parameters():
+            p.normal_(std=0.2)
+    condition = Condition(text=torch.randn(2, 5, 24), pooled=torch.randn(2, 20))
+    batch = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8]), condition
+    with torch.no_grad():
+        base = flux(*batch).sample
+    lora = LoRA(rank=2, targets=targets)
+    edit.apply(flux, {"lora": lora})
+    randomise_lora(flux)
+    for name, p in flux.named_parameters():
+        p.requires_grad_(lora.trainable(name))
+    return flux, base, batch
+
+
+FLUX_LINEAR = (
+    "attn.to_q",
+    "attn.to_out.0",
+    "attn.add_k_proj",
+    "ff.net.0.proj",
+    "ff_context.net.2",
+    "proj_mlp",
+    "proj_out",
+)
+
+
+def test_switched_off_a_flux_lora_is_its_base_bit_for_bit_and_leaves_no_graph():
+    flux, base, batch = tied_flux(*FLUX_LINEAR)
+    with torch.no_grad(), without(flux) as teacher:
+        taught = teacher(*batch, taps=(0, 2))
+    assert torch.equal(taught.sample, base) and taught.sample.grad_fn is None
+    assert all(v.grad_fn is None for v in taught.trace.values())
+    assert (flux(*batch).sample - base).abs().max() > 0.01  # and it is on again
+
+
+def test_distilling_from_its_own_base_trains_the_factors_alone():
+    flux, base, batch = tied_flux(*FLUX_LINEAR)
+    with torch.no_grad(), without(flux):
+        target = flux(*batch).sample
+    (flux(*batch).sample - target).square().mean().backward()
+    for name, p in flux.named_parameters():
+        assert (p.grad is not None and p.grad.any()) if ".lora_" in name else p.grad is None, name
+
+
+def test_switching_off_ends_with_the_block_and_touches_no_parameter():
+    flux, base, batch = tied_flux("attn.to_q")
+    before = {n: (p.requires_grad, p.data_ptr()) for n, p in flux.named_parameters()}
+    with pytest.raises(RuntimeError, match="on purpose"), without(flux):
+        assert before == {n: (p.requires_grad, p.data_ptr()) for n, p in flux.named_parameters()}
+        raise RuntimeError("on purpose")
+    assert not torch.equal(flux(*batch).sample, base)
+    assert before == {n: (p.requires_grad, p.data_ptr()) for n, p in flux.named_parameters()}
+
+
+@torch.no_grad()
+def test_branches_of_a_single_unit_add_up_under_a_lora():
+    flux, _, batch = tied_flux("proj_out", "proj_mlp")
+    whole = flux(*batch).sample
+    torch.testing.assert_close(flux(*batch, branches=(1, 2)).sample, whole, rtol=1e-4, atol=1e-5)  # fp32, split sums
+
+
+def test_a_model_without_lora_has_nothing_to_switch_off(dit):
+    with pytest.raises(ValueError, match="this dit has no LoRA that could be switched off"), without(dit):
+        pass
+
+
+def _factors_with_gradients(rank_count: int) -> list[int]:
+    import os
+
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=rank_count)
+    torch.manual_seed(0)
+    flux, _, batch = tied_flux(*FLUX_LINEAR)
+    for unit in flux.units:
+        fully_shard(unit)
+    fully_shard(flux)
+    with torch.no_grad(), without(flux):  # the very first forward, as in a recipe's step
+        target = flux(*batch).sample
+    (flux(*batch).sample - target).square().mean().backward()
+    dist.destroy_process_group()
+    return [sum(p.grad is not None for p in flux.parameters()), sum(".lora_" in n for n, _ in flux.named_parameters())]
+
+
+def test_a_sharded_model_that_taught_first_still_learns():
+    for with_gradient, factors in run_ranks(_factors_with_gradients, args=(2,)):
+        assert with_gradient == factors > 0

@@ -1,0 +1,190 @@
+"""PixArt-alpha and PixArt-Sigma over `diffusers.PixArtTransformer2DModel`: image tokens that read a caption.
+
+One modulation is computed per sample and moved by a small learned table in each block (adaLN-single); the caption, a
+T5 embedding, enters by cross-attention between self-attention and MLP. The weights predict the noise of a DDPM.
+Sources: PixArt-alpha (arXiv 2310.00426), PixArt-Sigma (arXiv 2403.04692), as `diffusers` has them.
+
+Not supported: fused projections, models without cross-attention or with gated (GLIGEN) attention, a mask over image
+tokens, a caption mask given as a bias, cross_attention_kwargs, and numbers of output channels other than c or 2c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edit.backbones.dit_diffusers import BasicUnit, PatchDenoiser, heads, join
+from edit.backbones.stock import Modulation, zero_init
+from edit.denoiser import Branch, Condition, Layout, Stream, add, record_branch
+
+
+@dataclass(frozen=True)
+class PixArtConfig:
+    """Everything that defines a PixArt transformer; the defaults are PixArt-alpha's at 1024 px."""
+
+    in_channels: int = 4
+    out_channels: int | None = 8  # twice in_channels: the second half is the variance
+    num_layers: int = 28
+    num_attention_heads: int = 16
+    attention_head_dim: int = 72
+    cross_attention_dim: int = 1152  # heads x head width, unless caption_channels is None
+    caption_channels: int | None = 4096  # width of the text embedding; None: cross-attention reads it as it is
+    sample_size: int = 128  # rows = columns of a latent; other sizes are reached by interpolated positions
+    patch_size: int = 2
+    interpolation_scale: float | None = None  # positions are divided by it; None: sample_size // 64, at least 1
+    use_additional_conditions: bool | None = None  # image size and aspect ratio; None: where sample_size is 128
+    dropout: float = 0.0
+    attention_bias: bool = True
+    activation_fn: str = "gelu-approximate"
+    norm_elementwise_affine: bool = False
+    norm_eps: float = 1e-6
+    pixels: int = 8  # rows of the image to a row of the latent: the unit of the image size that is told
+    path: str | None = None  # folder or hub id of the weights, for `init` and `teacher.path` to refer to
+
+    def build(self) -> PixArt:
+        config = asdict(self)
+        del config["path"]
+        return PixArt.from_config(config).initialise()
+
+
+class PixArtUnit(BasicUnit):
+    """x + g1 * attention(norm(x) (1 + k1) + s1), then x + cross(x, caption), then x + g2 * mlp(norm(x) (1 + k2) + s2).
+
+    The slots `attention` and `mixer` are those of the self-attention. The cross-attention reads what it has written,
+    has neither norm nor gate and is a residual step of its own, traced as "unit.<index>.cross" beside the branches.
+    `Stream.text` is the projected caption, the same in all units.
+    """
+
+    attn2: Any
+    scale_shift_table: nn.Parameter  # 6 d
+
+    def modulate(self, stream: Stream) -> Modulation:
+        s1, k1, g1, s2, k2, g2 = (self.scale_shift_table + stream.cond.unflatten(1, (6, -1))).chunk(6, dim=1)  # b 1 d
+        return Modulation(
+            attention_gate=Branch(g1),
+            feed_gate=Branch(g2),
+            feed_shift=Branch(s2),
+            feed_scale=Branch(k2),
+            tokens=Branch(torch.addcmul(s1, self.norm1(stream.image), 1 + k1)),
+        )
+
+    def cross(self, stream: Stream) -> Tensor:
+        """What the image tokens read from the caption: b n d."""
+        a, image, text, mask = self.attn2, stream.image, stream.text, stream.layout.text_mask
+        q, k, v = heads(a.to_q(image), a), heads(a.to_k(text), a), heads(a.to_v(text), a)
+        # the bias of the original, not -inf: a caption without any real token stays defined
+        bias = None if mask is None else (1 - mask[:, None, None].to(q.dtype)) * -10000.0
+        return join(F.scaled_dot_product_attention(q, k, v, bias), a)
+
+    def feed(self, stream: Stream, modulation: Modulation) -> Branch:
+        shift, scale = modulation.feed_shift, modulation.feed_scale
+        return Branch(self.ffn(torch.addcmul(shift.image, self.norm2(stream.image), 1 + scale.image)))
+
+    def forward(self, stream: Stream) -> Stream:
+        modulation = self.modulate(stream)
+        attended = self.attend(stream, modulation)
+        if stream.tap:
+            stream = record_branch(stream, f"{stream.tap}.attention", attended)
+        stream = add(stream, attended, modulation.attention_gate)
+        crossed = self.cross(stream)
+        if stream.tap:
+            stream = record_branch(stream, f"{stream.tap}.cross", Branch(crossed))
+        stream = replace(stream, image=stream.image + crossed)
+        fed = self.feed(stream, modulation)
+        if stream.tap:
+            stream = record_branch(stream, f"{stream.tap}.feed", fed)
+        return add(stream, fed, modulation.feed_gate)
+
+
+class PixArt(PatchDenoiser):
+    """PixArt as `embed -> units -> readout`; a sample is a latent of any size the patches divide.
+
+    `Stream.cond` is adaLN-single's shared modulation, b 6d; `Stream.time` the embedded time, b d, with the image size
+    in it where the model is told one.
+    """
+
+    name = "pixart"
+    stock = "PixArtTransformer2DModel"
+    lists: ClassVar = {"transformer_blocks": ("num_layers", PixArtUnit)}
+    extras: ClassVar = {"pixels": 8}
+
+    def __init__(self, model: nn.Module, **extras: Any):
+        c: Any = model.config
+        if c.cross_attention_dim is None:
+            raise ValueError("pixart reads its caption by cross-attention: cross_attention_dim is None, give a width")
+        if c.attention_type != "default":
+            raise ValueError(f"pixart has plain attention only: attention_type must be default, got {c.attention_type}")
+        super().__init__(model, **extras)
+
+    def initialise(self) -> PixArt:
+        """Embedders as in the official PixArt; cross-attention and the last layer at zero."""
+        m = self.model
+        time, caption = m.adaln_single.emb.timestep_embedder, m.caption_projection
+        for layer in (time.linear_1, time.linear_2, m.adaln_single.linear):
+            nn.init.normal_(layer.weight, std=0.02)
+        for layer in () if caption is None else (caption.linear_1, caption.linear_2):
+            nn.init.normal_(layer.weight, std=0.02)
+        zero_init(*(u.attn2.to_out[0] for u in m.transformer_blocks), m.proj_out)
+        return self
+
+    def pack(self, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+        """Where the model is told the image size, it is that of `x`: rows and columns in pixels, and their ratio."""
+        c = self.model.config
+        self.need(condition, text=c.caption_channels or c.cross_attention_dim)
+        if condition.guidance is not None:
+            raise ValueError("pixart was not distilled for guidance: leave condition.guidance out")
+        told = None
+        if self.model.use_additional_conditions:
+            rows, columns = x.shape[2:]
+            size = torch.tensor([rows * self.pixels, columns * self.pixels], dtype=x.dtype, device=x.device)
+            told = {"resolution": size.repeat(len(x), 1), "aspect_ratio": x.new_full((len(x), 1), rows / columns)}
+        return {
+            "hidden_states": x,
+            "encoder_hidden_states": condition.text,
+            "timestep": self.times(t),
+            "added_cond_kwargs": told,
+            "encoder_attention_mask": condition.text_mask,
+        }
+
+    def embed(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        timestep: Tensor | None = None,
+        added_cond_kwargs: Mapping[str, Any] | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> Stream:
+        """The stock forward's arguments: b c y x, b l c, b, {b 2, b 1}, and b l with 1 = a real token."""
+        m = self.model
+        if cross_attention_kwargs:
+            raise ValueError(f"pixart takes no cross_attention_kwargs here, got {', '.join(cross_attention_kwargs)}")
+        if attention_mask is not None:
+            raise ValueError("pixart takes no attention_mask here: image tokens are never masked")
+        if encoder_hidden_states is None or timestep is None:
+            missing = "timestep" if timestep is None else "encoder_hidden_states"
+            raise ValueError(f"pixart needs {missing}, one per sample")
+        if m.use_additional_conditions and added_cond_kwargs is None:
+            raise ValueError("this pixart is told the image size: added_cond_kwargs with resolution and aspect_ratio")
+        mask = encoder_attention_mask
+        if mask is not None and mask.ndim != 2:
+            raise ValueError(f"pixart takes a caption mask b l, got shape {tuple(mask.shape)}")
+        image, grid = self.patches(hidden_states)
+        cond, time = m.adaln_single(timestep, added_cond_kwargs, batch_size=len(image), hidden_dtype=image.dtype)
+        text = encoder_hidden_states.to(image.dtype)
+        if m.caption_projection is not None:
+            text = m.caption_projection(text)
+        layout = Layout(grid=grid, text_length=text.shape[1], text_mask=None if mask is None else mask.bool())
+        return Stream(image=image, text=text, cond=cond, time=time, layout=layout)
+
+    def native(self, stream: Stream) -> Tensor:
+        m = self.model
+        shift, scale = (m.scale_shift_table + stream.time[:, None]).chunk(2, dim=1)  # type: ignore[index]
+        tokens = m.proj_out(torch.addcmul(shift, m.norm_out(stream.image), 1 + scale))
+        return self.unpatch(tokens, stream.layout)

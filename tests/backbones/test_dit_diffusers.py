@@ -1,0 +1,362 @@
+"""The family over `diffusers.DiTTransformer2DModel` computes what that class computes, whatever its embedders hold."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+)
+from torch import Tensor
+from weights import randomise
+
+import edit
+from edit.backbones.dit import DiT
+from edit.backbones.dit_diffusers import DiTDiffusers, DiTDiffusersConfig
+from edit.backbones.stock import attached
+from edit.denoiser import Branch, Condition, Forced
+from edit.objectives import DDPM
+from edit.pruning.depth import DepthPruning
+
+CONFIGS = Path(__file__).parents[2] / "configs/backbone"
+TINY = {
+    "in_channels": 3,
+    "out_channels": 6,
+    "num_layers": 3,
+    "num_attention_heads": 4,
+    "attention_head_dim": 8,
+    "sample_size": 8,
+    "num_embeds_ada_norm": 10,
+}
+
+
+def stock(seed: int = 0, **options) -> DiTTransformer2DModel:
+    """In every block other embedders, as the class allows."""
+    torch.manual_seed(seed)
+    model = DiTTransformer2DModel(**{**TINY, **options})
+    randomise(model, seed)
+    return model.eval()
+
+
+def native(model: DiTTransformer2DModel, size: int = 8) -> dict:
+    """Arguments of the stock forward: three samples, the last of the null class."""
+    x = torch.randn(3, model.config.in_channels, size, size, generator=torch.Generator().manual_seed(1))
+    return {"hidden_states": x, "timestep": torch.tensor([0, 500, 999]), "class_labels": torch.tensor([0, 7, 10])}
+
+
+def ours(dit: DiTDiffusers, arguments: dict) -> Tensor:
+    return dit.native(dit.run(dit.embed(**arguments)))
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    """1e-6 of the largest element: some ten fp32 roundings, of which fused multiply-adds save a few."""
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * b.abs().max().item())
+
+
+OPTIONS = {
+    "plain": {},
+    "no learned variance": {"out_channels": None},
+    "no attention bias": {"attention_bias": False},
+    "another activation": {"activation_fn": "geglu"},
+    "affine norms": {"norm_elementwise_affine": True, "norm_eps": 1e-4},
+    "large patches": {"patch_size": 4},
+    "one patch": {"patch_size": 8},
+    "larger": {"size": 12},
+    "upcast attention": {"upcast_attention": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_output_and_all_gradients_are_those_of_the_stock_model(options):
+    options = dict(options)
+    how = {k: options.pop(k) for k in ("size",) if k in options}
+    model = stock(**options)
+    dit = DiTDiffusers.from_config(model.config).eval()
+    dit.load_state_dict({f"model.{k}": v for k, v in model.state_dict().items()})
+    with torch.no_grad():
+        a = native(model, **how)
+        close(ours(dit, a), model(**a).sample)
+    # gradients in fp64, where equations that are equal differ by nothing else that could be seen
+    results = []
+    for net, call in ((model.double(), lambda a: model(**a).sample), (dit.double(), lambda a: ours(dit, a))):
+        a = native(model, **how)
+        x = a["hidden_states"] = a["hidden_states"].double().requires_grad_()
+        call(a).square().mean().backward()
+        results.append({"x": x.grad, **{n.removeprefix("model."): p.grad for n, p in net.named_parameters()}})
+    theirs, mine = results
+    assert list(theirs) == list(mine)
+    largest = max(g.abs().max() for g in theirs.values())
+    for name, g in theirs.items():
+        # a key's bias, which softmax cannot see, has nothing but roundings: measured on the largest gradient
+        scale = largest if name.endswith("to_k.bias") else g.abs().max()
+        assert (mine[name] - g).abs().max() <= 1e-12 * scale, name
+
+
+@torch.no_grad()
+def test_forward_packs_times_and_labels_as_the_stock_model_wants_them():
+    model = stock()
+    a = native(model)
+    condition = Condition(label=a["class_labels"])
+    out = DiTDiffusers.of(model)(a["hidden_states"], torch.tensor([0.001, 0.501, 1.0]), condition)
+    theirs = model(**a).sample
+    close(out.sample, theirs[:, :3])
+    close(out.variance, theirs[:, 3:])
+
+
+@torch.no_grad()
+def test_labels_are_not_dropped_in_training_mode():
+    dit = DiTDiffusers.of(stock())
+    a = native(dit.model)
+    assert torch.equal(ours(dit.train(), a), ours(dit.eval(), a))
+
+
+@torch.no_grad()
+def test_the_null_condition_is_the_last_row_of_the_tables():
+    dit = DiTDiffusers.of(stock())
+    null = dit.null(Condition(label=torch.tensor([0, 7])))
+    assert torch.equal(null.label, torch.tensor([10, 10]))
+
+
+@torch.no_grad()
+def test_our_own_dit_reads_the_same_folder_where_the_embedders_agree(tmp_path):
+    model = stock()
+    for block in model.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    model.save_pretrained(tmp_path)
+    dit = edit.load(tmp_path).denoiser
+    assert isinstance(dit, DiT)  # the default reader
+    x, t, condition = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 1.0]), Condition(label=torch.tensor([1, 10]))
+    theirs, mine = dit(x, t, condition), DiTDiffusers.of(model)(x, t, condition)
+    for a, b in ((theirs.sample, mine.sample), (theirs.variance, mine.variance)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * b.abs().max().item())  # one matrix for q, k and v
+
+
+def test_names_are_the_stock_models_and_of_shares_its_storage():
+    model = stock()
+    before = list(model.state_dict())
+    dit = DiTDiffusers.of(model)
+    assert list(dit.model.state_dict()) == before == list(model.state_dict())
+    assert type(model.transformer_blocks[0]).__name__ == "BasicTransformerBlock"  # it stays as it is
+    for (_, mine), (_, theirs) in zip(dit.model.named_parameters(), model.named_parameters(), strict=True):
+        assert mine is theirs
+    assert dit.model.pos_embed.pos_embed.data_ptr() == model.pos_embed.pos_embed.data_ptr()
+
+
+def configured(name: str) -> DiTDiffusersConfig:
+    values = yaml.safe_load((CONFIGS / f"dit_diffusers_{name}.yaml").read_text())
+    assert values.pop("_target_") == "edit.backbones.dit_diffusers.DiTDiffusersConfig"
+    return DiTDiffusersConfig(**values)
+
+
+def test_dit_xl_2_is_made_without_memory_and_has_its_size():
+    with torch.device("meta"):
+        dit = configured("xl_2").build()
+    assert all(v.is_meta for v in (*dit.parameters(), *dit.buffers()))
+    d = 1152
+    published = 675_129_632 - 256 * d  # of the official checkpoint, without its position table
+    copies = 27 * (1001 * d + 256 * d + d + d * d + d)  # of the embedders, in all blocks but the first
+    assert sum(p.numel() for p in dit.parameters()) == published + copies
+    assert dit.prediction == "noise" and len(dit.units) == 28 and dit.sample_shape == (4, 32, 32)
+
+
+def test_a_fresh_model_is_the_identity_in_every_block_predicts_zero_and_learns():
+    dit = configured("tiny").build()
+    assert dit.sample_shape == (12, 8, 8) and 1e5 < sum(p.numel() for p in dit.parameters()) < 1e6
+    x, t, condition = torch.randn(2, 12, 8, 8), torch.tensor([0.3, 0.9]), Condition(label=torch.tensor([0, 10]))
+    start = dit.embed(**dit.pack(x, t, condition))
+    assert torch.equal(dit.run(start).image, start.image)
+    out = dit(x, t, condition)
+    assert out.sample.shape == out.variance.shape == x.shape and not out.sample.any() and not out.variance.any()
+    DDPM().losses(out, x, torch.randn_like(x), x, t)["noise"].mean().backward()
+    assert dit.model.proj_out_2.bias.grad.any()
+
+
+@torch.no_grad()
+def test_keep_leaves_the_stock_model_of_those_blocks():
+    model = stock()
+    dit = DiTDiffusers.of(model)
+    dit.keep([1, 2])  # without the first block, whose embedders the readout used
+    shallow = stock(num_layers=2)
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("transformer_blocks.0.")}
+    for i in (1, 2):
+        names = [k for k in state if k.startswith(f"transformer_blocks.{i}.")]
+        state.update({k.replace(f"blocks.{i}.", f"blocks.{i - 1}.", 1): state.pop(k) for k in names})
+    shallow.load_state_dict(state)
+    a = native(model)
+    assert dit.config["num_layers"] == 2
+    close(ours(dit, a), shallow(**a).sample)
+
+
+@torch.no_grad()
+def test_a_saved_folder_is_read_by_us_and_by_stock_diffusers(tmp_path):
+    model = stock()
+    a = native(model)
+    dit = DiTDiffusers.of(model)
+    edit.save(dit, tmp_path / "dit")
+    again = DiTTransformer2DModel.from_pretrained(tmp_path / "dit").eval()
+    assert torch.equal(again(**a).sample, model(**a).sample)
+    loaded = edit.load(tmp_path / "dit").denoiser
+    assert isinstance(loaded, DiTDiffusers)
+    close(ours(loaded, a), model(**a).sample)
+    edit.apply(dit, {"depth": DepthPruning(ratio=1 / 3)})
+    edit.save(dit, tmp_path / "pruned")
+    loaded = edit.load(tmp_path / "pruned").denoiser
+    assert len(loaded.units) == 2
+    assert torch.equal(ours(loaded, a), ours(dit, a))
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    dit = DiTDiffusers.of(stock())
+    grads = []
+    for on in (False, True):
+        dit.gradient_checkpointing = on
+        dit.zero_grad()
+        ours(dit, native(dit.model)).square().mean().backward()
+        grads.append([p.grad for p in dit.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@torch.no_grad()
+def test_bf16_is_as_close_to_fp32_as_the_stock_model():
+    model = stock()
+    a = native(model)
+    exact = model(**a).sample
+    model = model.to(torch.bfloat16)
+    a["hidden_states"] = a["hidden_states"].to(torch.bfloat16)
+    theirs, mine = model(**a).sample, ours(DiTDiffusers.of(model), a)
+    assert mine.dtype == torch.bfloat16
+    error = (theirs - exact).abs().mean()
+    assert (mine - exact).abs().mean() < 1.2 * error < 0.1 * exact.abs().mean()
+
+
+# ---- slots, taps ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_branches_before_their_gates_add_up_to_the_unit():
+    dit = DiTDiffusers.of(stock())
+    start = dit.embed(**native(dit.model))
+    stream = dit.run(start, taps=(0, 1), branches=(1,))
+    m = dit.units[1].modulate(replace(stream, image=stream.trace["unit.0"]))
+    x = stream.trace["unit.0"] + m.attention_gate.image * stream.trace["unit.1.attention"]
+    close(x + m.feed_gate.image * stream.trace["unit.1.feed"], stream.trace["unit.1"])
+    assert "unit.0.attention" not in stream.trace
+
+
+@torch.no_grad()
+def test_every_slot_reaches_the_output_and_comes_back():
+    dit = DiTDiffusers.of(stock())
+    a = native(dit.model)
+    before, unit = ours(dit, a), dit.units[1]
+    slots = {
+        "attention": lambda q, k, v, layout, step: v,
+        "mixer": lambda stream, tokens: tokens,
+        "ffn": lambda tokens, routing=None: tokens,
+    }
+    for name, other in slots.items():
+        setattr(unit, name, other)
+        assert (ours(dit, a) - before).abs().max() > 1e-3
+        delattr(unit, name)
+        assert torch.equal(ours(dit, a), before)
+
+
+@torch.no_grad()
+def test_forcing_a_units_input_makes_the_rest_follow():
+    dit, teacher = DiTDiffusers.of(stock()), DiTDiffusers.of(stock(seed=5))
+    x, t, condition = torch.randn(2, 3, 8, 8), torch.tensor([0.4, 0.8]), Condition(label=torch.tensor([1, 2]))
+    tokens = teacher(x, t, condition, taps=(0,)).trace["unit.0"]
+    free = dit(x, t, condition).sample
+    forced = dit(x, t, condition, forced={1: Forced(Branch(tokens), torch.tensor([True, False]))}).sample
+    assert (forced[0] - free[0]).abs().max() > 1e-3 and torch.equal(forced[1], free[1])
+
+
+@torch.no_grad()
+def test_a_first_unit_that_is_skipped_leaves_the_embedding_to_the_next():
+    dit = DiTDiffusers.of(stock())
+    a = native(dit.model)
+    dit.units[0] = lambda stream: stream
+    skipped = ours(dit, a)
+    pruned = DiTDiffusers.of(stock())
+    pruned.keep([1, 2])
+    assert torch.equal(skipped, ours(pruned, a))
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="in_channels 3, or twice that for a learned variance, got 5"):
+        DiTDiffusers.from_config({**TINY, "out_channels": 5})
+    dit = DiTDiffusers.of(stock())
+    x, t, label = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="condition.label is missing"):
+        dit(x, t, Condition())
+    with pytest.raises(ValueError, match="not distilled for guidance"):
+        dit(x, t, Condition(label=label, guidance=torch.ones(2)))
+    with pytest.raises(ValueError, match="takes samples of 3x8x8, got 3x8x12"):  # the stock model would scramble it
+        dit(torch.randn(2, 3, 8, 12), t, Condition(label=label))
+    a = native(dit.model)
+    for change, words in (
+        ({"cross_attention_kwargs": {"scale": 1}}, "got scale"),
+        ({"timestep": None}, "needs timestep"),
+        ({"class_labels": None}, "needs class_labels"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            dit.embed(**{**a, **change})
+
+
+# ---- inside the stock pipeline --------------------------------------------------------------------------------------
+
+
+def pipeline(scheduler) -> DiTPipeline:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4),
+        layers_per_block=1,
+        latent_channels=3,
+        norm_num_groups=2,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    model = stock(num_embeds_ada_norm=1000)  # the pipeline's null class is 1000
+    pipe = DiTPipeline(transformer=model, vae=vae.eval(), scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def paint(pipe: DiTPipeline) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return pipe([3, 5], guidance_scale=3.0, num_inference_steps=3, generator=generator, output_type="pt").images
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
+def test_the_stock_pipeline_paints_the_same_with_us_and_another_picture_with_an_edit(scheduler):
+    pipe = pipeline(scheduler())
+    model, before = pipe.transformer, paint(pipe)
+    dit = DiTDiffusers.of(model)
+    with attached(pipe, dit):
+        # three steps with guidance 3 multiply the roundings of one evaluation
+        torch.testing.assert_close(paint(pipe), before, rtol=0, atol=1e-4)
+    edit.apply(dit, {"depth": DepthPruning(ratio=1 / 3)})
+    with attached(pipe, dit):
+        assert (paint(pipe) - before).abs().max() > 1e-2
+    assert pipe.transformer is model and torch.equal(paint(pipe), before)
+
+
+def test_units_are_told_the_pipelines_steps():
+    pipe = pipeline(DDIMScheduler())
+    dit = DiTDiffusers.of(pipe.transformer)
+    own, steps = dit.units[0], []
+    dit.units[0] = lambda stream: steps.append(stream.step) or own(stream)
+    with attached(pipe, dit):
+        paint(pipe), paint(pipe)
+    assert [s.index for s in steps] == [0, 1, 2, 0, 1, 2] and {s.count for s in steps} == {3}
+    expected = [(t + 1) / 1000 for t in pipe.scheduler.timesteps.tolist()]
+    assert [s.sigma for s in steps] == pytest.approx(2 * expected)
+    assert steps[0].memory is steps[2].memory and steps[0].memory is not steps[3].memory

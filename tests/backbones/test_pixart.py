@@ -1,0 +1,410 @@
+"""The PixArt family computes what `diffusers.PixArtTransformer2DModel` computes, and stands in for it everywhere."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+)
+from torch import Tensor
+from weights import randomise
+
+import edit
+from edit.backbones.pixart import PixArt, PixArtConfig
+from edit.backbones.stock import attached
+from edit.denoiser import Branch, Condition, Denoiser, Forced
+from edit.objectives import DDPM
+from edit.pruning.depth import DepthPruning
+
+CONFIGS = Path(__file__).parents[2] / "configs/backbone"
+TINY = {
+    "in_channels": 3,
+    "out_channels": 6,
+    "num_layers": 3,
+    "num_attention_heads": 4,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 32,
+    "caption_channels": 20,
+    "sample_size": 8,
+}
+
+
+def stock(seed: int = 0, **options) -> PixArtTransformer2DModel:
+    torch.manual_seed(seed)
+    model = PixArtTransformer2DModel(**{**TINY, **options})
+    randomise(model, seed)
+    return model.eval()
+
+
+def native(model: PixArtTransformer2DModel, size=(8, 8), masked=True, width: int | None = None) -> dict:
+    """Arguments of the stock forward: three samples, seven text tokens, of which the last sample has one real."""
+    g = torch.Generator().manual_seed(1)
+    c = model.config
+    told = None
+    if model.use_additional_conditions:
+        told = {"resolution": torch.tensor([[64.0, 96.0]] * 3), "aspect_ratio": torch.tensor([[64 / 96]] * 3)}
+    mask = torch.tensor([[1] * 7, [1] * 2 + [0] * 5, [1] + [0] * 6])
+    return {
+        "hidden_states": torch.randn(3, c.in_channels, *size, generator=g),
+        "encoder_hidden_states": torch.randn(3, 7, c.caption_channels or c.cross_attention_dim, generator=g),
+        "timestep": torch.tensor([0, 500, 999]),
+        "added_cond_kwargs": told,
+        "encoder_attention_mask": mask if masked else None,
+    }
+
+
+def ours(pixart: PixArt, arguments: dict) -> Tensor:
+    return pixart.native(pixart.run(pixart.embed(**arguments)))
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    """1e-6 of the largest element: some ten fp32 roundings, of which fused multiply-adds save a few."""
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * b.abs().max().item())
+
+
+OPTIONS = {
+    "plain": {},
+    "without a text mask": {"masked": False},
+    "told the image size": {"use_additional_conditions": True, "num_attention_heads": 3, "cross_attention_dim": 24},
+    "text as it is": {"caption_channels": None, "cross_attention_dim": 20},
+    "no learned variance": {"out_channels": None},
+    "no attention bias": {"attention_bias": False},
+    "another activation": {"activation_fn": "geglu"},
+    "affine norms": {"norm_elementwise_affine": True, "norm_eps": 1e-4},
+    "large patches": {"patch_size": 4},
+    "one patch": {"patch_size": 8},
+    "stretched positions": {"interpolation_scale": 2},
+    "not square": {"size": (8, 12)},
+    "larger": {"size": (16, 16)},
+    "upcast attention": {"upcast_attention": True},
+}
+
+
+def double(a: dict) -> dict:
+    return {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in a.items()}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_output_and_all_gradients_are_those_of_the_stock_model(options):
+    options = dict(options)
+    how = {k: options.pop(k) for k in ("size", "masked") if k in options}
+    model = stock(**options)
+    pixart = PixArt.from_config(model.config).eval()
+    pixart.load_state_dict({f"model.{k}": v for k, v in model.state_dict().items()})
+    with torch.no_grad():
+        a = native(model, **how)
+        close(ours(pixart, a), model(**a).sample)
+    # gradients in fp64, where equations that are equal differ by nothing else that could be seen
+    results = []
+    for net, call in ((model.double(), lambda a: model(**a).sample), (pixart.double(), lambda a: ours(pixart, a))):
+        arguments = double(native(model, **how))
+        inputs = [arguments[k].requires_grad_() for k in ("hidden_states", "encoder_hidden_states")]
+        call(arguments).square().mean().backward()
+        named = {n.removeprefix("model."): p.grad for n, p in net.named_parameters()}
+        results.append({"x": inputs[0].grad, "text": inputs[1].grad, **named})
+    theirs, mine = results
+    assert list(theirs) == list(mine)
+    largest = max(g.abs().max() for g in theirs.values())
+    for name, g in theirs.items():
+        # a key's bias, which softmax cannot see, has nothing but roundings: measured on the largest gradient
+        scale = largest if name.endswith("to_k.bias") else g.abs().max()
+        assert (mine[name] - g).abs().max() <= 1e-12 * scale, name
+
+
+@torch.no_grad()
+def test_a_caption_without_a_real_token_is_defined_as_in_the_stock_model():
+    model = stock().double()
+    a = double(native(model))
+    a["encoder_attention_mask"][2] = 0  # in fp32 the bias of -10000 leaves three digits of the scores
+    torch.testing.assert_close(ours(PixArt.of(model), a), model(**a).sample, rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_forward_packs_times_masks_and_image_sizes_as_the_stock_model_wants_them():
+    model = stock(use_additional_conditions=True, num_attention_heads=3, cross_attention_dim=24)
+    a = native(model, size=(8, 12))
+    pixart = PixArt.of(model)
+    mask = a["encoder_attention_mask"].bool()
+    condition = Condition(text=a["encoder_hidden_states"], text_mask=mask)
+    out = pixart(a["hidden_states"], torch.tensor([0.001, 0.501, 1.0]), condition)
+    theirs = model(**a).sample  # 8 x 12 latent pixels of 8 image pixels each are 64 x 96
+    close(out.sample, theirs[:, :3])
+    close(out.variance, theirs[:, 3:])
+
+
+def test_names_are_the_stock_models_and_of_shares_its_storage():
+    model = stock()
+    before = list(model.state_dict())
+    pixart = PixArt.of(model)
+    assert list(pixart.model.state_dict()) == before == list(model.state_dict())
+    assert type(model.transformer_blocks[0]).__name__ == "BasicTransformerBlock"  # it stays as it is
+    for (_, mine), (_, theirs) in zip(pixart.model.named_parameters(), model.named_parameters(), strict=True):
+        assert mine is theirs
+    assert pixart.model.pos_embed.pos_embed.data_ptr() == model.pos_embed.pos_embed.data_ptr()
+
+
+PUBLISHED = {"alpha_512": 610_856_096, "alpha_1024": 611_349_152, "sigma_512": 610_856_096, "sigma_1024": 610_856_096}
+
+
+def configured(name: str) -> PixArtConfig:
+    values = yaml.safe_load((CONFIGS / f"pixart_{name}.yaml").read_text())
+    assert values.pop("_target_") == "edit.backbones.pixart.PixArtConfig"
+    return PixArtConfig(**values)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_real_models_are_made_without_memory_and_have_their_published_size(name):
+    with torch.device("meta"):
+        pixart = configured(name).build()
+    assert all(v.is_meta for v in (*pixart.parameters(), *pixart.buffers()))
+    assert sum(p.numel() for p in pixart.parameters()) == PUBLISHED[name]
+    assert pixart.prediction == "noise" and len(pixart.units) == 28
+
+
+def test_a_fresh_model_predicts_zero_and_learns():
+    pixart = configured("tiny").build()
+    assert pixart.sample_shape == (12, 8, 8) and 1e5 < sum(p.numel() for p in pixart.parameters()) < 1e6
+    x, t = torch.randn(2, 12, 8, 8), torch.tensor([0.3, 0.9])
+    out = pixart(x, t, Condition(text=torch.randn(2, 5, 64)))
+    assert out.sample.shape == out.variance.shape == x.shape and not out.sample.any() and not out.variance.any()
+    DDPM().losses(out, x, torch.randn_like(x), x, t)["noise"].mean().backward()
+    assert pixart.model.proj_out.weight.grad.any()
+
+
+@torch.no_grad()
+def test_keep_leaves_the_stock_model_of_those_blocks():
+    model = stock()
+    pixart = PixArt.of(model)
+    pixart.keep([0, 2])
+    assert pixart.config["num_layers"] == 2 and len(pixart.units) == 2
+    shallow = stock(num_layers=2)
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("transformer_blocks.1.")}
+    shallow.load_state_dict({k.replace("transformer_blocks.2.", "transformer_blocks.1."): v for k, v in state.items()})
+    a = native(model)
+    close(ours(pixart, a), shallow(**a).sample)
+
+
+@torch.no_grad()
+def test_a_saved_folder_is_read_by_us_and_by_stock_diffusers(tmp_path):
+    model = stock()
+    a = native(model)
+    edit.save(PixArt.of(model), tmp_path / "pixart")
+    again = PixArtTransformer2DModel.from_pretrained(tmp_path / "pixart").eval()
+    assert torch.equal(again(**a).sample, model(**a).sample)
+    loaded = edit.load(tmp_path / "pixart").denoiser
+    close(ours(loaded, a), model(**a).sample)
+    model.save_pretrained(tmp_path / "stock")  # a published folder
+    close(ours(edit.load(tmp_path / "stock").denoiser, a), model(**a).sample)
+
+
+@torch.no_grad()
+def test_an_edited_model_comes_back_from_its_folder(tmp_path):
+    pixart = PixArt.of(stock())
+    edit.apply(pixart, {"depth": DepthPruning(ratio=1 / 3)})
+    edit.save(pixart, tmp_path / "pruned")
+    a = native(pixart.model)
+    loaded = edit.load(tmp_path / "pruned").denoiser
+    assert len(loaded.units) == 2
+    assert torch.equal(ours(loaded, a), ours(pixart, a))
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    pixart = PixArt.of(stock())
+    grads = []
+    for on in (False, True):
+        pixart.gradient_checkpointing = on
+        pixart.zero_grad()
+        ours(pixart, native(pixart.model)).square().mean().backward()
+        grads.append([p.grad for p in pixart.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@torch.no_grad()
+def test_bf16_is_as_close_to_fp32_as_the_stock_model():
+    model = stock()
+    a = native(model)
+    exact = model(**a).sample
+    model = model.to(torch.bfloat16)
+    half = {k: v.to(torch.bfloat16) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in a.items()}
+    theirs, mine = model(**half).sample, ours(PixArt.of(model), half)
+    assert mine.dtype == torch.bfloat16
+    error = (theirs - exact).abs().mean()
+    assert (mine - exact).abs().mean() < 1.2 * error < 0.1 * exact.abs().mean()
+
+
+# ---- slots, taps ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_branches_before_their_gates_add_up_to_the_unit():
+    model = stock()
+    pixart, a = PixArt.of(model), native(model)
+    stream = pixart.run(pixart.embed(**a), taps=(0, 1), branches=(1,))
+    start = replace(pixart.embed(**a), image=stream.trace["unit.0"])
+    m = pixart.units[1].modulate(start)
+    x = start.image + m.attention_gate.image * stream.trace["unit.1.attention"]
+    x = x + stream.trace["unit.1.cross"] + m.feed_gate.image * stream.trace["unit.1.feed"]
+    close(x, stream.trace["unit.1"])
+    assert torch.equal(stream.trace["unit.1.text"], start.text)  # the caption is the same in all units
+    assert "unit.0.attention" not in stream.trace
+
+
+@torch.no_grad()
+def test_every_slot_reaches_the_output_and_comes_back():
+    model = stock()
+    pixart, a = PixArt.of(model), native(model)
+    before, unit = ours(pixart, a), pixart.units[1]
+    slots = {
+        "attention": lambda q, k, v, layout, step: v,
+        "mixer": lambda stream, tokens: tokens,
+        "ffn": lambda tokens, routing=None: tokens,
+    }
+    for name, other in slots.items():
+        setattr(unit, name, other)
+        assert (ours(pixart, a) - before).abs().max() > 1e-3
+        delattr(unit, name)
+        assert torch.equal(ours(pixart, a), before)
+
+
+@torch.no_grad()
+def test_forcing_a_units_input_makes_the_rest_follow():
+    pixart = PixArt.of(stock())
+    x, t, condition = torch.randn(2, 3, 8, 8), torch.tensor([0.4, 0.8]), Condition(text=torch.randn(2, 5, 20))
+    teacher = PixArt.of(stock(seed=5))
+    tokens = teacher(x, t, condition, taps=(0,)).trace["unit.0"]
+    free = pixart(x, t, condition).sample
+    forced = pixart(x, t, condition, forced={1: Forced(Branch(tokens), torch.tensor([True, False]))}).sample
+    assert (forced[0] - free[0]).abs().max() > 1e-3 and torch.equal(forced[1], free[1])
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"cross_attention_dim": None}, "cross_attention_dim is None"),
+        ({"attention_type": "gated"}, "attention_type must be default, got gated"),
+        ({"out_channels": 5}, "in_channels 3, or twice that for a learned variance, got 5"),
+    ],
+)
+def test_models_of_other_kinds_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        PixArt.from_config({**TINY, **options})
+
+
+def test_conditions_that_do_not_fit_are_refused():
+    pixart = PixArt.of(stock())
+    x, t, text = torch.randn(2, 3, 8, 8), torch.rand(2), torch.randn(2, 5, 20)
+    with pytest.raises(ValueError, match="needs condition.text"):
+        pixart(x, t, Condition())
+    with pytest.raises(ValueError, match="width 20, got 24"):
+        pixart(x, t, Condition(text=torch.randn(2, 5, 24)))
+    with pytest.raises(ValueError, match="not distilled for guidance"):
+        pixart(x, t, Condition(text=text, guidance=torch.ones(2)))
+    with pytest.raises(ValueError, match="takes samples of 3x8x8, got 3x7x8"):
+        pixart(x[:, :, :7], t, Condition(text=text))
+    a = native(pixart.model)
+    for change, words in (
+        ({"attention_mask": torch.ones(3, 16)}, "never masked"),
+        ({"cross_attention_kwargs": {"gligen": 1}}, "got gligen"),
+        ({"encoder_attention_mask": torch.zeros(3, 1, 7)}, r"mask b l, got shape \(3, 1, 7\)"),
+        ({"encoder_hidden_states": None}, "needs encoder_hidden_states"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pixart.embed(**{**a, **change})
+    told = PixArt.of(stock(use_additional_conditions=True, num_attention_heads=3, cross_attention_dim=24))
+    with pytest.raises(ValueError, match="resolution and aspect_ratio"):
+        told.embed(**{**a, "added_cond_kwargs": None})
+
+
+# ---- inside the stock pipelines -------------------------------------------------------------------------------------
+
+
+def pipeline(kind, scheduler, **options):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4),
+        layers_per_block=1,
+        latent_channels=3,
+        norm_num_groups=2,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    pipe = kind(tokenizer=None, text_encoder=None, vae=vae.eval(), transformer=stock(**options), scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def paint(pipe, guidance_scale=3.0) -> Tensor:
+    g = torch.Generator().manual_seed(2)
+    mask = torch.tensor([[1, 1, 1, 0, 0]])
+    return pipe(
+        prompt_embeds=torch.randn(1, 5, 20, generator=g),
+        prompt_attention_mask=mask,
+        negative_prompt=None,
+        negative_prompt_embeds=torch.randn(1, 5, 20, generator=g),
+        negative_prompt_attention_mask=mask.flip(1),
+        guidance_scale=guidance_scale,
+        num_inference_steps=3,
+        height=16,
+        width=32,
+        use_resolution_binning=False,
+        generator=g,
+        output_type="pt",
+    ).images
+
+
+PIPELINES = {
+    "sigma, DPM solver": (PixArtSigmaPipeline, DPMSolverMultistepScheduler, {}),
+    "sigma, DDIM": (PixArtSigmaPipeline, DDIMScheduler, {}),
+    "alpha at 1024, told the image size": (
+        PixArtAlphaPipeline,
+        DPMSolverMultistepScheduler,
+        {"sample_size": 128, "num_attention_heads": 3, "cross_attention_dim": 24},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind, scheduler, options", PIPELINES.values(), ids=PIPELINES)
+def test_the_stock_pipeline_paints_the_same_with_us_and_another_picture_with_an_edit(kind, scheduler, options):
+    pipe = pipeline(kind, scheduler(), **options)
+    model, before = pipe.transformer, paint(pipe)
+    pixart = PixArt.of(model)
+    with attached(pipe, pixart):
+        # three steps with guidance 3 multiply the roundings of one evaluation
+        torch.testing.assert_close(paint(pipe), before, rtol=0, atol=1e-4)
+    edit.apply(pixart, {"depth": DepthPruning(ratio=1 / 3)})
+    with attached(pipe, pixart):
+        assert (paint(pipe) - before).abs().max() > 1e-2
+    assert pipe.transformer is model and torch.equal(paint(pipe), before)
+
+
+@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, DDIMScheduler])
+def test_units_are_told_the_pipelines_steps_and_each_generation_has_its_own_memory(scheduler):
+    pipe = pipeline(PixArtSigmaPipeline, scheduler())
+    pixart = PixArt.of(pipe.transformer)
+    own, steps = pixart.units[0], []
+    pixart.units[0] = lambda stream: steps.append(stream.step) or own(stream)
+    with attached(pipe, pixart):
+        paint(pipe), paint(pipe)
+    assert [s.index for s in steps] == [0, 1, 2, 0, 1, 2] and {s.count for s in steps} == {3}
+    expected = [(t + 1) / 1000 for t in pipe.scheduler.timesteps.tolist()]
+    assert [s.sigma for s in steps] == pytest.approx(2 * expected)
+    assert steps[0].memory is steps[2].memory and steps[0].memory is not steps[3].memory
+
+
+def test_a_pipeline_of_another_family_is_refused(dit: Denoiser):
+    pipe = pipeline(PixArtSigmaPipeline, DDIMScheduler())
+    pipe.transformer = dit.model
+    with pytest.raises(ValueError, match="has a DiTWeights, a pixart stands in for PixArtTransformer2DModel"):
+        with attached(pipe, PixArt.of(stock())):
+            pass
