@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+PADDINGS = ("none", "states", "zeros")
 # by the class that made the checkpoint, else by the kind of model
 TEXT_ENCODERS = {
     "CLIPTextModelWithProjection": "CLIPTextModelWithProjection",
@@ -130,9 +131,9 @@ class VAE:
 
 
 class Encoded(NamedTuple):
-    """One caption, without padding."""
+    """One caption."""
 
-    text: Tensor  # l c, states of the real tokens
+    text: Tensor  # l c, states of the real tokens; with padding="states", of the padding too
     pooled: Tensor | None  # c, where the encoder pools
 
 
@@ -143,10 +144,13 @@ class TextEncoder:
         spec: folder or hub id of the encoder
         tokenizer: the same for the tokenizer; None: it lies with the encoder
         max_tokens: longer captions are cut
+        padding: "none": padding is masked while encoding and cut off; "states": captions are padded to max_tokens,
+            nothing is masked, and the states of the padding are kept, as FLUX and SD3 are trained; "zeros": as "none",
+            but whoever reads the states fills them up to max_tokens with zeros
 
     Raises:
         FileNotFoundError: if one of the two cannot be found
-        ValueError: if it is no text encoder that we know
+        ValueError: if it is no text encoder that we know, or padding is none of the three
     """
 
     def __init__(
@@ -156,9 +160,13 @@ class TextEncoder:
         max_tokens: int = 256,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        padding: str = "none",
     ):
         import transformers
 
+        if padding not in PADDINGS:
+            raise ValueError(f"padding is one of {', '.join(PADDINGS)}, got {padding!r}")
+        self.padding = padding
         try:
             name, inside = place(spec)
             config = transformers.AutoConfig.from_pretrained(name, **inside, trust_remote_code=False)
@@ -182,14 +190,23 @@ class TextEncoder:
             "vocabulary": hashlib.sha256(words).hexdigest(),
             "max_tokens": self.max_tokens,
         }
+        if padding != "none":
+            self.description["padding"] = padding
         self.model, self.device = model.to(device, dtype), torch.device(device)
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> list[Encoded]:
-        """Padding is masked while encoding and cut off afterwards; at least one token stays."""
+        """Each caption by itself, whatever it is encoded with; at least one token stays."""
+        whole = self.padding == "states"
         tokens = self.tokenizer(
-            list(captions), padding="longest", truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            list(captions),
+            padding="max_length" if whole else "longest",
+            truncation=True,
+            max_length=self.max_tokens,
+            return_tensors="pt",
         ).to(self.device)
+        if whole:
+            tokens["attention_mask"] = torch.ones_like(tokens.input_ids)
         if not tokens.input_ids.shape[1]:  # an empty prompt, and a tokenizer that adds nothing to it
             tokens = self.tokenizer([""] * len(captions), padding="max_length", max_length=1, return_tensors="pt")
             tokens = tokens.to(self.device)
@@ -203,7 +220,8 @@ class TextEncoder:
             for i, mask in enumerate(tokens.attention_mask)
         ]
 
-    def lengths(self, captions: Sequence[str]) -> list[int]:
-        """Real tokens of each caption, after cutting."""
-        tokens = self.tokenizer(list(captions), truncation=True, max_length=self.max_tokens)
+    def lengths(self, captions: Sequence[str], cut: bool = True) -> list[int]:
+        """Real tokens of each caption, after cutting or before."""
+        limit = self.max_tokens if cut else None
+        tokens = self.tokenizer(list(captions), truncation=cut, max_length=limit, verbose=False)
         return [len(ids) for ids in tokens.input_ids]

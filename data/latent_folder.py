@@ -23,7 +23,7 @@ from data import manifest
 from data.damage import Damaged
 from data.image_folder import Folder
 from data.image_shards import TarImages
-from data.latent_writer import Encoders, Job, open_images, record_path, span, write_shard
+from data.latent_writer import Encoders, Job, Words, device_of, open_images, record_path, span, write_shard
 
 
 def precompute(job: Job, say: Callable[[str], None] = print) -> Path | None:
@@ -38,7 +38,7 @@ def precompute(job: Job, say: Callable[[str], None] = print) -> Path | None:
     """
     out = Path(job.out)
     source = open_images(job)
-    encoders = Encoders(job, job.device_of(0) if job.processes == 1 else "cpu")
+    encoders = Encoders(job, device_of(job, 0) if job.processes == 1 else "cpu")
     settings = describe(job, source, encoders)
     begin(out, settings)
     write_null(out, encoders)
@@ -53,8 +53,16 @@ def precompute(job: Job, say: Callable[[str], None] = print) -> Path | None:
         else:
             del encoders
             gc.collect()
-            in_processes(job, pending, advance)
-    return finish(out, settings, source, total)
+            in_processes(writer, job, job.processes, pending, advance)
+    return finish(out, settings, {"num_classes": source.num_classes, "classes": source.classes}, total)
+
+
+def writer(job: Job, process: int) -> Writer:
+    """What writes shards in one of several processes."""
+    if job.device == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.processes))
+    source, encoders = open_images(job), Encoders(job, device_of(job, process))
+    return lambda shard, advance: write_shard(job, source, encoders, shard, advance)
 
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
@@ -64,25 +72,28 @@ def describe(job: Job, source: Folder | TarImages, encoders: Encoders) -> dict[s
     """Everything that decides what is written, as JSON; `sources` says where the encoders were, and may change.
 
     Raises:
-        ValueError: if the VAE does not take images of this size
+        ValueError: if the VAE does not take images of this size, or of the buckets' sizes
     """
+    sizes = job.bucket_sizes or []
     c2, y, x = encoders.vae.moments(torch.zeros(1, 3, job.size, job.size)).shape[1:]
     back = encoders.vae.decode(torch.zeros(1, c2 // 2, y, x)).shape[-1]
     if back != job.size:
         raise ValueError(f"size={job.size} comes back from the VAE as {back} px: choose --size {back}")
     shift, scale = encoders.vae.shift_and_scale
-    null = encoders.words([""])[0] if encoders.needs_captions else {}
-    text = encoders.text.description | {"width": null["text"].shape[-1]} if encoders.text else None
-    pooler = encoders.pooled or encoders.text
-    pooled = pooler.description | {"width": len(null["pooled"])} if pooler and "pooled" in null else None
+    factor = job.size // y  # pixels per latent
+    if job.bucket_step is not None and (job.size % y or job.bucket_step % factor):
+        raise ValueError(
+            f"the VAE makes one latent of {factor} px: --bucket-step must be a multiple, got {job.bucket_step}"
+        )
+    buckets = [{"size": list(s), "latent_shape": [c2 // 2, s[0] // factor, s[1] // factor]} for s in sizes]
     names = "\n".join(source.names)
     return {
         "format": manifest.FORMAT,
         "vae": {"name": encoders.vae.name, "sha256": encoders.vae.sha256, "shift": shift, "scale": scale},
-        "text": text,
-        "pooled": pooled,
+        **encoders.describe(),
         "size": job.size,
         "latent_shape": [c2 // 2, y, x],
+        **({"buckets": buckets} if buckets else {}),
         "flips": job.flips,
         "dtype": job.dtype,
         "precision": job.precision,
@@ -95,8 +106,13 @@ def describe(job: Job, source: Folder | TarImages, encoders: Encoders) -> dict[s
     }
 
 
-def begin(out: Path, settings: dict[str, Any]) -> None:
+def begin(out: Path, settings: dict[str, Any], option: str = "--out") -> None:
     """Put the settings into the folder, or compare them with those it was begun with.
+
+    Args:
+        out: the folder
+        settings: everything that decides what is written
+        option: that names the folder on the command line
 
     Raises:
         ValueError: naming the first setting that differs, or if the folder holds shards of unknown origin
@@ -108,11 +124,11 @@ def begin(out: Path, settings: dict[str, Any]) -> None:
             if before.get(key) != now.get(key) and not key.startswith("sources."):
                 raise ValueError(
                     f"{out} was begun with {key}={before.get(key)}, this command has {now.get(key)}: "
-                    f"choose another --out, or restore the setting"
+                    f"choose another {option}, or restore the setting"
                 )
         return
     if out.is_dir() and any(out.glob("*.tar")):
-        raise ValueError(f"{out} holds .tar files but no {manifest.SETTINGS}: choose another --out")
+        raise ValueError(f"{out} holds .tar files but no {manifest.SETTINGS}: choose another {option}")
     (out / "records").mkdir(parents=True, exist_ok=True)
     manifest.write(path, settings)
 
@@ -123,7 +139,7 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.rstrip("."): node}
 
 
-def write_null(out: Path, encoders: Encoders) -> None:
+def write_null(out: Path, encoders: Words) -> None:
     """The empty prompt, once."""
     path = out / manifest.NULL
     if not encoders.needs_captions or path.exists():
@@ -173,15 +189,26 @@ def forecast(
     if settings["pooled"]:
         members.append(settings["pooled"]["width"] * width)
     each = sum(512 + 128 + math.ceil((m + 1) / 512) * 512 for m in members)  # tar header, npy header, padding
-    free = shutil.disk_usage(out).free
-    if images * each > free:
-        raise ValueError(f"{out} needs about {_bytes(images * each)}, {_bytes(free)} are free: choose another --out")
+    free = room(out, images * each)
     latent = "x".join(map(str, settings["latent_shape"]))
     flips = " with flips" if job.flips else ""
+    at = f"{job.size} px" if job.bucket_sizes is None else f"{len(job.bucket_sizes)} sizes like {job.size} px"
     return (
-        f"{images:,} of {len(source):,} images at {job.size} px -> latents {latent} {job.dtype}{flips}{about}: "
-        f"{len(pending)} of {total} shards, about {_bytes(images * each)} ({_bytes(free)} free)"
+        f"{images:,} of {len(source):,} images at {at} -> latents {latent} {job.dtype}{flips}{about}: "
+        f"{len(pending)} of {total} shards, about {readable(images * each)} ({readable(free)} free)"
     )
+
+
+def room(out: Path, needed: int, option: str = "--out") -> int:
+    """Bytes that are free where the folder is.
+
+    Raises:
+        ValueError: if they are fewer than needed
+    """
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise ValueError(f"{out} needs about {readable(needed)}, {readable(free)} are free: choose another {option}")
+    return free
 
 
 def _caption(source: Folder | TarImages, index: int) -> str | None:
@@ -191,7 +218,7 @@ def _caption(source: Folder | TarImages, index: int) -> str | None:
         return None  # told when its turn comes
 
 
-def _bytes(count: float) -> str:
+def readable(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -199,20 +226,30 @@ def _bytes(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def finish(out: Path, settings: dict[str, Any], source: Folder | TarImages, total: int) -> Path | None:
-    """Write the manifest once all shards of all ranks are there. Several ranks may do so at once: it is the same."""
+def finish(out: Path, settings: dict[str, Any], facts: dict[str, Any], total: int) -> Path | None:
+    """Write the manifest once all shards of all ranks are there. Several ranks may do so at once: it is the same.
+
+    Args:
+        out: the folder
+        settings: with which it was begun
+        facts: what else its users need to know
+        total: shards
+    """
     if not all(finished(out, k) for k in range(total)):
         return None
     records = [manifest.read(record_path(out, k)) for k in range(total)]
     null = out / manifest.NULL
     path = out / manifest.MANIFEST
+    if buckets := settings.get("buckets"):
+        names = ["x".join(map(str, b["size"])) for b in buckets]
+        counts = [sum(r["buckets"].get(name, 0) for r in records) for name in names]
+        facts = facts | {"buckets": [b | {"count": n} for b, n in zip(buckets, counts, strict=True)]}
     manifest.write(
         path,
         settings
+        | {"identity": manifest.identity(settings)}
+        | facts
         | {
-            "identity": manifest.identity(settings),
-            "num_classes": source.num_classes,
-            "classes": source.classes,
             "count": sum(r["count"] for r in records),
             "skipped": [name for r in records for name in r["skipped"]],
             "null": {"sha256": manifest.digest(null)} if null.exists() else None,
@@ -225,16 +262,32 @@ def finish(out: Path, settings: dict[str, Any], source: Folder | TarImages, tota
 # ---- several processes ----------------------------------------------------------------------------------------------
 
 
-def in_processes(job: Job, pending: Sequence[int], advance: Callable[[int], None]) -> None:
-    """Spread the shards over `job.processes` processes.
+Writer = Callable[[int, Callable[[float], None]], None]  # (shard, advance)
+
+
+def in_processes(
+    prepare: Callable[[Any, int], Writer],
+    job: Any,
+    count: int,
+    pending: Sequence[int],
+    advance: Callable[[float], None],
+) -> None:
+    """Spread the shards over processes.
+
+    Args:
+        prepare: a function of a module, called in each process as (job, process), makes what writes a shard
+        job: what to do
+        count: of processes
+        pending: shards
+        advance: called with how many images were done
 
     Raises:
         RuntimeError: with what the process said, if one failed; or that it died
     """
     context = torch.multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     news = context.Queue()
-    arguments = [(job, i, list(pending[i :: job.processes]), news) for i in range(job.processes)]
-    processes = [context.Process(target=_process, args=a, daemon=True) for a in arguments if a[2]]
+    arguments = [(prepare, job, i, list(pending[i::count]), news) for i in range(count)]
+    processes = [context.Process(target=_process, args=a, daemon=True) for a in arguments if a[3]]
     for p in processes:
         p.start()
     try:
@@ -257,13 +310,11 @@ def in_processes(job: Job, pending: Sequence[int], advance: Callable[[int], None
             p.join()
 
 
-def _process(job: Job, number: int, shards: list[int], news: Any) -> None:
+def _process(prepare: Callable[[Any, int], Writer], job: Any, number: int, shards: list[int], news: Any) -> None:
     try:
-        if job.device == "cpu":
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.processes))
-        source, encoders = open_images(job), Encoders(job, job.device_of(number))
+        write = prepare(job, number)
         for k in shards:
-            write_shard(job, source, encoders, k, news.put)
+            write(k, news.put)
     except KeyboardInterrupt:
         pass  # the first process says so
     except (ValueError, OSError, RuntimeError) as error:
@@ -276,7 +327,7 @@ class Rate(ProgressColumn):
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[int], None]]:
+def progress(total: int) -> Iterator[Callable[[float], None]]:
     """A live bar with images/s and the time left; called with how many images were done."""
     with Progress("images", BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn(), "left") as bar:
         task = bar.add_task("images", total=total)

@@ -9,21 +9,27 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
-from data import manifest
+from data import buckets, manifest
 from data.damage import Damaged, Tolerance
 from data.encoders import VAE, Encoded, TextEncoder
 from data.image_folder import Folder
 from data.image_shards import TarImages
 from data.pixels import Picture, centre_crop, to_tensor
+
+if TYPE_CHECKING:
+    from data.generate import Order
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -40,7 +46,10 @@ class Job:
     pooled_encoder: str | None = None  # its pooled output becomes `pooled`; None: the text encoder's, if it pools
     pooled_tokenizer: str | None = None
     max_tokens: int = 256
-    size: int = 256  # pixels
+    padding: str = "none"  # of the text encoder's input: none, states or zeros, see TextEncoder
+    size: int = 256  # pixels; with buckets the side of the square whose area they all have, about
+    bucket_step: int | None = None  # None: all images are cropped to squares; else sizes are multiples of it
+    bucket_ratio: float = 2.0  # of the longer to the shorter side of a bucket, at most
     flips: bool = True  # store the mirrored image's latents, too
     dtype: str = "float16"  # of what is stored: float16 or float32 (npy knows no bfloat16)
     precision: str = "float32"  # the encoders compute in
@@ -63,12 +72,23 @@ class Job:
             raise ValueError(f"dtype is float16 or float32, got {self.dtype!r}")
         if self.precision not in DTYPES:
             raise ValueError(f"precision is one of {', '.join(DTYPES)}, got {self.precision!r}")
+        if self.bucket_step is not None:
+            buckets.sizes(self.size, self.bucket_step, self.bucket_ratio)
 
-    def device_of(self, process: int) -> str:
-        if self.device != "cuda":
-            return self.device
-        first = int(os.environ.get("LOCAL_RANK", "0")) * self.processes
-        return f"cuda:{(first + process) % torch.cuda.device_count()}"
+    @property
+    def bucket_sizes(self) -> list[buckets.Size] | None:
+        """Sizes in pixels; None: one square for all."""
+        if self.bucket_step is None:
+            return None
+        return buckets.sizes(self.size, self.bucket_step, self.bucket_ratio)
+
+
+def device_of(job: Job | Order, process: int) -> str:
+    """The device of one of a command's processes: "cuda" spreads them over the GPUs."""
+    if job.device != "cuda":
+        return job.device
+    first = int(os.environ.get("LOCAL_RANK", "0")) * job.processes
+    return f"cuda:{(first + process) % torch.cuda.device_count()}"
 
 
 def open_images(job: Job) -> Folder | TarImages:
@@ -79,52 +99,68 @@ def open_images(job: Job) -> Folder | TarImages:
     return Folder(job.images)
 
 
-class Encoders:
-    """All frozen models of a job on one device."""
+class Words:
+    """The frozen text encoders of a job on one device."""
 
-    def __init__(self, job: Job, device: str):
+    def __init__(self, job: Job | Order, device: str):
         dtype = DTYPES[job.precision]
         self.stored = DTYPES[job.dtype]
-        self.flips = job.flips
-        self.vae = VAE(job.vae, device, dtype)
         self.text = self.pooled = None
         if job.text_encoder:
-            self.text = TextEncoder(job.text_encoder, job.tokenizer, job.max_tokens, device, dtype)
-        if job.pooled_encoder:
+            self.text = TextEncoder(job.text_encoder, job.tokenizer, job.max_tokens, device, dtype, job.padding)
+        if job.pooled_encoder:  # pools at one token, which padding behind it does not change
             self.pooled = TextEncoder(job.pooled_encoder, job.pooled_tokenizer, job.max_tokens, device, dtype)
 
     @property
     def needs_captions(self) -> bool:
         return self.text is not None or self.pooled is not None
 
-    def encode(self, x: Tensor, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Pixels b 3 y x in [-1, 1] and their captions -> members of each sample, in the stored type."""
-        columns = {"moments": self._fit(self.vae.moments(x))}
-        if self.flips:
-            columns["moments_flip"] = self._fit(self.vae.moments(x.flip(-1)))
-        rows = [{name: column[i] for name, column in columns.items()} for i in range(len(x))]
-        for row, words in zip(rows, self.words(captions) if self.needs_captions else [{}] * len(x), strict=True):
-            row |= words
-        return rows
+    def describe(self) -> dict[str, Any]:
+        """`text` and `pooled` of a manifest: who made them, and how wide they are; None where there are none."""
+        null = self.words([""])[0] if self.needs_captions else {}
+        text = self.text.description | {"width": null["text"].shape[-1]} if self.text else None
+        pooler = self.pooled or self.text
+        pooled = pooler.description | {"width": len(null["pooled"])} if pooler and "pooled" in null else None
+        return {"text": text, "pooled": pooled}
 
     def words(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """`text` l c and `pooled` c of each caption, as far as there are encoders for them."""
         rows: list[dict[str, Tensor]] = [{} for _ in captions]
         if self.text is not None:
             for row, encoded in zip(rows, self.text.encode(captions), strict=True):
-                row["text"] = self._fit(encoded.text)
+                row["text"] = self.fit(encoded.text)
                 if encoded.pooled is not None:
-                    row["pooled"] = self._fit(encoded.pooled)
+                    row["pooled"] = self.fit(encoded.pooled)
         if self.pooled is not None:
             for row, encoded in zip(rows, self.pooled.encode(captions), strict=True):
-                row["pooled"] = self._fit(_pooled(encoded, self.pooled.description["name"]))
+                row["pooled"] = self.fit(_pooled(encoded, self.pooled.description["name"]))
         return rows
 
-    def _fit(self, x: Tensor) -> Tensor:
+    def fit(self, x: Tensor) -> Tensor:
+        """In the stored type. Raises ValueError if that cannot hold it."""
         stored = x.to("cpu", self.stored)
         if not stored.isfinite().all():
-            raise ValueError(f"an encoder's output does not fit {str(self.stored)[6:]}: use --dtype float32")
+            raise ValueError(f"values do not fit {str(self.stored)[6:]}: set dtype to float32")
         return stored
+
+
+class Encoders(Words):
+    """All frozen models of a job on one device."""
+
+    def __init__(self, job: Job, device: str):
+        super().__init__(job, device)
+        self.flips = job.flips
+        self.vae = VAE(job.vae, device, DTYPES[job.precision])
+
+    def encode(self, x: Tensor, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Pixels b 3 y x in [-1, 1] and their captions -> members of each sample, in the stored type."""
+        columns = {"moments": self.fit(self.vae.moments(x))}
+        if self.flips:
+            columns["moments_flip"] = self.fit(self.vae.moments(x.flip(-1)))
+        rows = [{name: column[i] for name, column in columns.items()} for i in range(len(x))]
+        for row, words in zip(rows, self.words(captions) if self.needs_captions else [{}] * len(x), strict=True):
+            row |= words
+        return rows
 
 
 def _pooled(encoded: Encoded, name: str) -> Tensor:
@@ -147,29 +183,57 @@ def record_path(out: Path, shard: int) -> Path:
 
 
 def write_shard(
-    job: Job, source: Folder | TarImages, encoders: Encoders, shard: int, advance: Callable[[int], None]
+    job: Job, source: Folder | TarImages, encoders: Encoders, shard: int, advance: Callable[[float], None]
 ) -> None:
-    """Encode one shard under a temporary name, then rename it, then write its record."""
+    """Encode one shard."""
+    tolerance, counts = Tolerance(job.on_error), Counter[str]()
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
+        batches = decoded(job, source, span(job, source, shard), encoders.needs_captions, tolerance)
+        for read, batch in alike(batches, job.batch) if job.bucket_sizes else batches:
+            for index, members in encoded(encoders, batch):
+                key = f"{index:09d}"
+                if job.bucket_sizes:
+                    bucket = "x".join(map(str, batch[0][2].shape[1:]))
+                    counts[bucket] += 1
+                    key = f"{bucket}-{key}"
+                yield key, members
+            advance(read)
+
+    def facts() -> dict[str, Any]:
+        skipped = tolerance.skipped
+        if shard == 0 and isinstance(source, TarImages):  # left out when the source was opened: told once, here
+            skipped = skipped | source.tars.tolerance.skipped
+        return {"skipped": sorted(skipped), **({"buckets": dict(sorted(counts.items()))} if job.bucket_sizes else {})}
+
+    store(Path(job.out), shard, samples(), facts)
+
+
+def store(
+    out: Path, shard: int, samples: Iterator[tuple[str, dict[str, bytes]]], facts: Callable[[], dict[str, Any]]
+) -> None:
+    """Write keys and members under a temporary name, then rename it, then write its record.
+
+    Args:
+        out: the folder
+        shard: its number
+        samples: in order
+        facts: what else the record tells, asked when all samples are written
+    """
     from webdataset import TarWriter
 
-    out, tolerance = Path(job.out), Tolerance(job.on_error)
     path, count = out / shard_name(shard), 0
     for left in out.glob(f".{path.name}.tmp-*"):  # by a process that was killed
         left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with open(temporary, "wb") as file:
         with TarWriter(file, encoder=False, mtime=0) as tar:  # a fixed time: the same bytes whenever it is written
-            for size, batch in decoded(job, source, span(job, source, shard), encoders.needs_captions, tolerance):
-                for key, members in encoded(encoders, batch):
-                    tar.write({"__key__": f"{key:09d}", **members})
-                    count += 1
-                advance(size)
+            for key, members in samples:
+                tar.write({"__key__": key, **members})
+                count += 1
         file.flush()
         os.fsync(file.fileno())
-    skipped = tolerance.skipped
-    if shard == 0 and isinstance(source, TarImages):  # left out when the source was opened: told once, here
-        skipped = skipped | source.tars.tolerance.skipped
-    record = {"name": path.name, "count": count, "skipped": sorted(skipped)}
+    record = {"name": path.name, "count": count, **facts()}
     if count:
         record |= {"size": temporary.stat().st_size, "sha256": manifest.digest(temporary)}
         os.replace(temporary, path)
@@ -190,12 +254,19 @@ def decoded(
         Damaged: if an image is damaged or lacks its caption, and damage is to be refused
     """
 
+    sizes = job.bucket_sizes
+
+    def crop(image: Image) -> Image:
+        if sizes is None:
+            return centre_crop(image, job.size)
+        return buckets.cover_crop(image, buckets.nearest(sizes, *image.size))
+
     def load(index: int) -> Loaded | Damaged:
         try:
             picture = source.load(index)
             if captions and picture.caption is None:
                 return Damaged(f"{picture.name} has no caption")
-            return index, picture, to_tensor(centre_crop(picture.image, job.size))
+            return index, picture, to_tensor(crop(picture.image))
         except Damaged as error:
             return error
 
@@ -214,6 +285,20 @@ def decoded(
             yield len(here), whole
 
 
+def alike(batches: Iterator[tuple[int, list[Loaded]]], size: int) -> Iterator[tuple[int, list[Loaded]]]:
+    """The same images in batches of one bucket each: full ones as soon as there are enough, the rest at the end."""
+    waiting: dict[tuple[int, ...], list[Loaded]] = {}
+    for read, batch in batches:
+        for loaded in batch:
+            shape = tuple(loaded[2].shape)
+            waiting.setdefault(shape, []).append(loaded)
+            if len(waiting[shape]) == size:
+                yield 0, waiting.pop(shape)
+        yield read, []
+    for _, rest in sorted(waiting.items()):
+        yield 0, rest
+
+
 def encoded(encoders: Encoders, batch: list[Loaded]) -> Iterator[tuple[int, dict[str, bytes]]]:
     """The members of each sample, as they are stored."""
     if not batch:
@@ -221,13 +306,13 @@ def encoded(encoders: Encoders, batch: list[Loaded]) -> Iterator[tuple[int, dict
     pictures = [picture for _, picture, _ in batch]
     arrays = encoders.encode(torch.stack([x for _, _, x in batch]), [p.caption or "" for p in pictures])
     for (index, picture, _), row in zip(batch, arrays, strict=True):
-        members = {f"{name}.npy": _npy(array) for name, array in row.items()}
+        members = {f"{name}.npy": npy(array) for name, array in row.items()}
         facts = {"label": picture.label, "caption": picture.caption, "name": picture.name}
         members["json"] = json.dumps({k: v for k, v in facts.items() if v is not None}).encode()
         yield index, members
 
 
-def _npy(array: Tensor) -> bytes:
+def npy(array: Tensor) -> bytes:
     file = io.BytesIO()
     np.save(file, array.numpy(), allow_pickle=False)
     return file.getvalue()

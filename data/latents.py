@@ -1,15 +1,17 @@
-"""Precomputed latents and text embeddings, as `python -m data.precompute` writes them."""
+"""Cached latents and text embeddings, as `python -m data.precompute` and `python -m data.generate` write them."""
 
 from __future__ import annotations
 
 import io
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data import manifest
@@ -23,10 +25,12 @@ from edit import noise
 class Latents:
     """Latents drawn anew from their stored distribution each time, with text embeddings where there are any.
 
-    A folder is used only if it is what its manifest says: encoder and scaling, counts, size of each shard.
+    A folder is used only if it is what its manifest says: encoder and scaling, counts, size of each shard. What a
+    teacher generated is the same at each draw, and never flipped. With aspect-ratio buckets `shape` is that of the
+    square, `buckets` are all shapes, and each sample has its own.
 
     Args:
-        path: folder made by `python -m data.precompute`
+        path: folder made by `python -m data.precompute` or `python -m data.generate`
         flip: take the stored latents of the mirrored image in half of the training draws
         heldout: another such folder, made with the same encoders
         verify: `size` compares the size of each shard with the manifest; `full` its checksum, which reads everything
@@ -34,6 +38,10 @@ class Latents:
         on_error: damaged shards and samples: refuse or skip
         cache: folder for the index files; None: beside the shards
         seed: of flips and resampling
+        generated_by: refuse anything but samples of this teacher: its folder, or what `manifest.teacher_hash` gave
+        guidance: refuse samples generated at another guidance scale; None expects nothing, as for the next two
+        steps: refuse samples generated in another number of steps
+        shift: refuse samples generated with another shift of the times
 
     Raises:
         FileNotFoundError, ValueError: in one sentence, for a folder that cannot be used
@@ -49,20 +57,30 @@ class Latents:
         on_error: str = "refuse",
         cache: str | None = None,
         seed: int = 0,
+        generated_by: str | None = None,
+        guidance: float | None = None,
+        steps: int | None = None,
+        shift: float | None = None,
     ):
         if verify not in ("size", "full"):
             raise ValueError(f"verify is size or full, got {verify!r}")
         self.path, tolerance = Path(path), Tolerance(on_error)
         self.manifest = manifest.verify(self.path)
+        manifest.check_teacher(self.path, self.manifest, generated_by, guidance, steps, shift)
+        flip = flip and not self.manifest.get("generated")
         if flip and not self.manifest["flips"]:
             raise ValueError(f"{path} has no flipped latents: set flip=false, or precompute with --flips")
         c, y, x = self.manifest["latent_shape"]
         self.shape: tuple[int, int, int] = (c, y, x)
+        self.buckets: list[tuple[int, ...]] | None = None
+        if "buckets" in self.manifest:
+            self.buckets = [tuple(b["latent_shape"]) for b in self.manifest["buckets"]]
         self.num_classes: int | None = self.manifest["num_classes"]
         self.classes: list[str] | None = self.manifest["classes"]
         self.vae = vae or self.manifest["sources"]["vae"]
         self.null = self._null()
         self._vae: Any = None  # loaded when something is first looked at
+        self._data: Any = None  # likewise
         tars = shards(self.path, self.manifest, verify == "full", tolerance, cache)
         self._train = LatentSplit(tars, self.manifest, flip, seed)
         self._heldout = None
@@ -83,10 +101,16 @@ class Latents:
     def to_images(self, x: Tensor) -> Tensor:
         """b c y x as trained on -> uint8 b y x 3, through the VAE that made the latents.
 
+        Samples of a teacher without a VAE are decoded by the data set that the teacher was trained on.
+
         Raises:
             FileNotFoundError: if that VAE is not here
-            ValueError: if the VAE is another one
+            ValueError: if the VAE is another one, or there is nothing to decode with
         """
+        if self.manifest["vae"] is None:
+            if self._data is None:
+                self._data = data_set(self.manifest["sources"]["data"], f"to look at latents of {self.path}")
+            return self._data.to_images(x)
         if self._vae is None:
             from data.encoders import VAE
 
@@ -111,8 +135,37 @@ class Latents:
 
         null = {name: value.float() for name, value in load_file(self.path / manifest.NULL).items()}
         if "text" in null:
-            null["text_mask"] = torch.ones(len(null["text"]), dtype=torch.bool)
+            null |= padded(null["text"], self.manifest["text"])
         return null
+
+
+def data_set(node: dict[str, Any] | None, purpose: str) -> Any:
+    """The data set of this package that an artifact was trained on.
+
+    Args:
+        node: its configuration, import path as `_target_`
+        purpose: for the message
+
+    Raises:
+        ValueError: if there is none, or it is none of this package
+    """
+    target = str((node or {}).get("_target_"))
+    module, _, name = target.rpartition(".")
+    if not module.startswith("data."):
+        raise ValueError(f"{purpose}, a VAE is needed (vae=<folder>): no data set of `data` is known that decodes them")
+    try:
+        return getattr(import_module(module), name)(**{k: v for k, v in (node or {}).items() if k != "_target_"})
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"{purpose}, {target} is needed, which cannot be built: {error}") from error
+
+
+def padded(text: Tensor, described: dict) -> dict[str, Tensor]:
+    """Text l c and its mask as the encoder's padding wants them: filled up with zeros, or as they are."""
+    mask = torch.ones(len(text), dtype=torch.bool)
+    if described.get("padding") == "zeros":
+        missing = (0, described["max_tokens"] - len(text))
+        text, mask = F.pad(text, (0, 0, *missing)), F.pad(mask, missing)
+    return {"text": text, "text_mask": mask}
 
 
 def shards(path: Path, described: dict, full: bool, tolerance: Tolerance, cache: str | None) -> Tars:
@@ -144,14 +197,26 @@ def scaling(described: dict) -> tuple[Tensor, Tensor]:
 
 
 class LatentSplit:
-    """Samples x = (mean + std * eps - shift) * scale, with eps a pure function of (seed, draw)."""
+    """Samples x = (mean + std * eps - shift) * scale, with eps a pure function of (seed, draw); or as generated.
+
+    With aspect-ratio buckets `groups` is the bucket of each sample, n int64, by the manifest's order; else None.
+    """
 
     def __init__(self, tars: Tars, described: dict, flip: bool, seed: int):
         self.tars, self.flip, self.seed = tars, flip, seed
         self.shape: Sequence[int] = described["latent_shape"]
-        self.text, self.pooled = described["text"] is not None, described["pooled"] is not None
+        self.text, self.pooled = described["text"], described["pooled"] is not None
         self.labelled = described["num_classes"] is not None
-        self.shift, self.scale = scaling(described)
+        self.generated = bool(described.get("generated"))
+        if not self.generated:
+            self.shift, self.scale = scaling(described)
+        self.groups = None
+        if "buckets" in described:
+            self.shapes = [b["latent_shape"] for b in described["buckets"]]
+            self.groups = _groups(tars, described["buckets"])
+            self._order = np.argsort(self.groups, kind="stable")  # samples of a bucket stand together
+            self._place = np.argsort(self._order)
+            self._first = np.searchsorted(self.groups[self._order], np.arange(len(self.shapes) + 1))
         if self.labelled and tars.labels.max() >= described["num_classes"]:
             raise ValueError(f"a label is {tars.labels.max()}, the manifest has {described['num_classes']} classes")
 
@@ -159,24 +224,36 @@ class LatentSplit:
         return len(self.tars)
 
     def sample(self, index: int, draw: int) -> dict[str, Tensor]:
-        return self.tars.tolerance.first_good(lambda i: self._sample(i, draw), index, len(self))
+        first_good = self.tars.tolerance.first_good
+        if self.groups is None:
+            return first_good(lambda i: self._sample(i, draw, self.shape), index, len(self))
+        group = self.groups[index]  # what stands in for a damaged sample has its shape
+        first, end = self._first[group], self._first[group + 1]
+        shape = self.shapes[group]
+        return first_good(
+            lambda i: self._sample(int(self._order[first + i]), draw, shape), self._place[index] - first, end - first
+        )
 
-    def _sample(self, index: int, draw: int) -> dict[str, Tensor]:
-        c, y, x = self.shape
-        member = "moments_flip.npy" if self.flip and flipped(self.seed, draw) else "moments.npy"
-        mean, std = self._array(index, member, (2 * c, y, x)).chunk(2)
-        eps = noise.gaussian(self.seed, torch.tensor([draw]), noise.RESAMPLE, (c, y, x))[0]
-        sample = {"x": (mean + std * eps - self.shift) * self.scale}
+    def _sample(self, index: int, draw: int, shape: Sequence[int]) -> dict[str, Tensor]:
+        sample = {"x": self._latent(index, draw, shape)}
         if self.labelled:
             sample["label"] = torch.tensor(int(self.tars.labels[index]))
             if sample["label"] == ABSENT:
                 raise Damaged(f"{self.tars.name(index)} has no label")
         if self.text:
-            sample["text"] = self._array(index, "text.npy", (None, None))
-            sample["text_mask"] = torch.ones(len(sample["text"]), dtype=torch.bool)
+            sample |= padded(self._array(index, "text.npy", (None, None)), self.text)
         if self.pooled:
             sample["pooled"] = self._array(index, "pooled.npy", (None,))
         return sample
+
+    def _latent(self, index: int, draw: int, shape: Sequence[int]) -> Tensor:
+        c, y, x = shape
+        if self.generated:
+            return self._array(index, "latent.npy", (c, y, x))
+        member = "moments_flip.npy" if self.flip and flipped(self.seed, draw) else "moments.npy"
+        mean, std = self._array(index, member, (2 * c, y, x)).chunk(2)
+        eps = noise.gaussian(self.seed, torch.tensor([draw]), noise.RESAMPLE, (c, y, x))[0]
+        return (mean + std * eps - self.shift) * self.scale
 
     def _array(self, index: int, member: str, shape: tuple[int | None, ...]) -> Tensor:
         """A member as float32. Raises Damaged if it is missing, no array, not finite, or of another shape."""
@@ -193,3 +270,16 @@ class LatentSplit:
         if array.ndim != len(shape) or any(s not in (None, a) for s, a in zip(shape, array.shape, strict=True)):
             raise Damaged(f"{name} has shape {array.shape}, expected {shape}")
         return torch.from_numpy(array).float()
+
+
+def _groups(tars: Tars, buckets: list[dict]) -> np.ndarray:
+    """The bucket of each sample, n int64, from the size at the start of its key.
+
+    Raises:
+        ValueError: if a sample is of none of the buckets
+    """
+    numbers = {"x".join(map(str, b["size"])): i for i, b in enumerate(buckets)}
+    sizes = [tars.key(i).partition("-")[0] for i in range(len(tars))]
+    if unknown := next((s for s in sizes if s not in numbers), None):
+        raise ValueError(f"{tars.paths[0].parent} has a sample of {unknown}, which is none of its manifest's buckets")
+    return np.array([numbers[s] for s in sizes])

@@ -3,6 +3,9 @@
 The run is one global sequence of samples g = 0, 1, 2, ... Epoch g // n is a permutation of the data set by a hash of
 (seed, epoch). Sample g goes to rank g % world. What a checkpoint stores is how far the sequence has been used, so a run
 may go on with other numbers of ranks and other batch sizes and still sees every sample in the same order.
+
+Data in aspect-ratio buckets come in batches of one bucket each (`data.buckets.BucketBatches`); there the batch of all
+ranks together must stay the same over a restart.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data.buckets import BucketBatches
 from data.split import Split
 from edit import noise
 
@@ -62,7 +66,7 @@ class EndlessLoader(DataLoader):
     position through `state_dict` and `load_state_dict`.
 
     Args:
-        split: what to read
+        split: what to read; where it has `groups`, the bucket of each sample, batches are of one bucket each
         batch_size: per rank
         total: batches that one iteration yields, and the length; a sized loader is not read ahead by Lightning
         seed: of the order
@@ -94,9 +98,15 @@ class EndlessLoader(DataLoader):
         if not 0 <= rank < world:
             raise ValueError(f"rank is one of 0 to {world - 1} (world={world}), got {rank}")
         self.total, self.used = total, start
+        groups = getattr(split, "groups", None)
+        order: Any = (
+            EndlessBatches(len(split), batch_size, seed, rank, world, start)
+            if groups is None
+            else BucketBatches(groups, batch_size, seed, rank, world, start)
+        )
         super().__init__(
             _Numbered(split),
-            batch_sampler=EndlessBatches(len(split), batch_size, seed, rank, world, start),
+            batch_sampler=order,
             collate_fn=collate,
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -115,22 +125,33 @@ class EndlessLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Samples of the global sequence handed out on all ranks, and the size of the data set that gave the order."""
-        return {"samples": self.used, "size": self.batch_sampler.size}
+        """Samples of the global sequence handed out on all ranks, and the size of the data set that gave the order.
+
+        With buckets also the batch of all ranks, which gave the order, too.
+        """
+        order: Any = self.batch_sampler
+        whole = {"batch": order.batch_size * order.world} if isinstance(order, BucketBatches) else {}
+        return {"samples": self.used, "size": order.size, **whole}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """The next iteration goes on where `state` was taken.
 
         Raises:
-            ValueError: if the data set has another size now: its order would be another
+            ValueError: if the data set has another size now, or with buckets another batch: the order would be another
         """
-        size = self.batch_sampler.size
+        order: Any = self.batch_sampler
+        size, whole = order.size, order.batch_size * order.world
         if state.get("size", size) != size:
             raise ValueError(
                 f"the checkpoint was made with {state['size']} training samples, the data set now has {size}: "
                 f"restore the data set, or start a new run"
             )
-        self.batch_sampler.start = self.used = state["samples"]
+        if state.get("batch", whole) != whole:
+            raise ValueError(
+                f"the checkpoint was made with {state['batch']} samples per step, now it is {whole}: with aspect-ratio "
+                f"buckets keep data.batch_size times the number of devices"
+            )
+        order.start = self.used = state["samples"]
 
 
 class _Numbered(Dataset):

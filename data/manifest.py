@@ -1,17 +1,22 @@
-"""The manifest of a folder of precomputed latents: what made them, what is there, and how to tell.
+"""The manifest of a folder of precomputed or generated latents: what made them, what is there, and how to tell.
 
 settings.json         what the folder is made with; written first, so that a restart with other settings is refused
-shard-000000.tar      <key>.moments.npy, .moments_flip.npy, .text.npy, .pooled.npy, .json (label, caption, name)
+shard-000000.tar      <key>.moments.npy, .moments_flip.npy, .text.npy, .pooled.npy, .json (label, caption, name);
+                      generated: <key>.latent.npy, as a model sees it, .text.npy, .pooled.npy, .json (caption, prompt,
+                      number, seed); with buckets, <key> is <height>x<width>-<index>
 records/000000.json   a finished shard: count, size, sha256
 null.safetensors      text and pooled of the empty prompt, for guidance
 manifest.json         settings, classes, all records; written last
+samples.png           of generated data: the first images, where they could be decoded
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,8 +66,11 @@ def verify(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.exists():
         if (folder / SETTINGS).exists():
-            raise FileNotFoundError(f"{folder} is unfinished: give the same python -m data.precompute command again")
-        raise FileNotFoundError(f"{path} does not exist: expected a folder made by python -m data.precompute")
+            maker = "data.generate" if read(folder / SETTINGS).get("generated") else "data.precompute"
+            raise FileNotFoundError(f"{folder} is unfinished: give the same python -m {maker} command again")
+        raise FileNotFoundError(
+            f"{path} does not exist: expected a folder made by python -m data.precompute or data.generate"
+        )
     manifest = read(path)
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}: make it anew")
@@ -93,3 +101,73 @@ def check_shard(folder: Path, record: Mapping[str, Any], full: bool) -> str | No
     if full and digest(path) != record["sha256"]:
         return f"{path} has changed: its checksum differs from the manifest"
     return None
+
+
+def teacher_hash(path: str | os.PathLike) -> str:
+    """SHA-256 of what decides a teacher's output: its configuration, its edits, the bytes of its weight files.
+
+    Not of its folder's name, its metrics or its data set. Reads all weights once: some seconds for every 10 GB.
+
+    Args:
+        path: artifact, run or `diffusers` folder, or hub id
+
+    Raises:
+        FileNotFoundError: if there is no model
+        ValueError: if its configuration is no JSON
+    """
+    from edit.checkpoint import find
+
+    folder = find(path)
+    config = {k: v for k, v in read(folder / "config.json").items() if k == "_class_name" or not k.startswith("_")}
+    described = read(folder / "edits.json") if (folder / "edits.json").exists() else {}
+    edits = {k: described.get(k) or None for k in ("edits", "folded", "objective")}
+    total = hashlib.sha256(json.dumps([config, edits], sort_keys=True).encode())
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise FileNotFoundError(f"{folder} holds no .safetensors file: expected an artifact or a diffusers folder")
+    for file in weights:
+        total.update(digest(file).encode())
+    return total.hexdigest()
+
+
+def check_teacher(
+    folder: Path,
+    described: Mapping[str, Any],
+    teacher: str | None,
+    guidance: float | None,
+    steps: int | None,
+    shift: float | None,
+) -> None:
+    """Compare a cache with what is expected of it; None expects nothing.
+
+    Args:
+        folder: of the cache, for messages
+        described: its manifest
+        teacher: hash of the teacher, or where it is
+        guidance: scale
+        steps: of the solver
+        shift: of the solver's times
+
+    Raises:
+        FileNotFoundError: if the teacher is given as a folder that is not there
+        ValueError: naming the first difference
+    """
+    expected = {"teacher": teacher, "guidance": guidance, "steps": steps, "shift": shift}
+    expected = {name: value for name, value in expected.items() if value is not None}
+    made = described.get("generated")
+    if expected and not made:
+        raise ValueError(f"{folder} holds no generated data: leave out what is expected of it, or run data.generate")
+    for name, value in expected.items():
+        if name == "teacher":
+            value = value if re.fullmatch("[0-9a-f]{64}", str(value)) else teacher_hash(value)
+        if not _alike(made[name], value):
+            told = (f"{made[name]:.12}...", f"{value:.12}...") if name == "teacher" else (made[name], value)
+            raise ValueError(
+                f"{folder} was generated with {name}={told[0]}, expected is {told[1]}: choose another folder, or "
+                f"generate it anew"
+            )
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Equal; numbers to 6 digits, as people write them."""
+    return a == b if isinstance(a, str) else math.isclose(float(a), float(b), rel_tol=1e-6)

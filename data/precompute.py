@@ -35,7 +35,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--pooled-encoder", help="CLIP text encoder for the pooled embedding, if the text encoder has none")
     p.add_argument("--pooled-tokenizer", help="its tokenizer, if it lies elsewhere")
     p.add_argument("--max-tokens", type=int, default=256, help="longer captions are cut (%(default)s)")
+    p.add_argument(
+        "--padding",
+        choices=("none", "states", "zeros"),
+        default="none",
+        help="keep real tokens only; or pad to --max-tokens and keep the states of the padding, as FLUX and SD3 are "
+        "trained; or fill up with zeros (%(default)s)",
+    )
     p.add_argument("--size", type=int, default=256, help="centre crop in pixels (%(default)s)")
+    p.add_argument(
+        "--bucket-step",
+        type=int,
+        help="keep aspect ratios: sizes of about --size x --size pixels, heights and widths multiples of this, such "
+        "as 64; each image goes to the nearest ratio (all are cropped to squares)",
+    )
+    p.add_argument("--bucket-ratio", type=float, default=2.0, help="longer to shorter side, at most (%(default)s)")
     p.add_argument("--flips", action=argparse.BooleanOptionalAction, default=True, help="store mirrored images, too")
     p.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="stored as (%(default)s)")
     p.add_argument(

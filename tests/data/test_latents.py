@@ -124,6 +124,30 @@ def test_captions_are_cut_at_the_encoders_longest_input(clip):
     assert [len(e.text) for e in encoder.encode([caption(5), caption(0)])] == [4, 2]
 
 
+def test_the_states_of_the_padding_are_those_of_an_unmasked_encoder(t5):
+    encoder = TextEncoder(str(t5), max_tokens=8, padding="states")
+    tokens = encoder.tokenizer([caption(1)], padding="max_length", max_length=8, return_tensors="pt").input_ids
+    states = encoder.model(input_ids=tokens).last_hidden_state[0]  # as FluxPipeline asks its T5
+    several = encoder.encode([caption(5), caption(1)])
+    assert several[0].text.shape == (8, 8)
+    torch.testing.assert_close(several[1].text, states, rtol=1e-5, atol=1e-5)  # batches of one and of two
+    masked = TextEncoder(str(t5), max_tokens=8).encode([caption(1)])[0].text
+    assert len(masked) == 3 and (masked - states[:3]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="padding is one of none, states, zeros, got 'left'"):
+        TextEncoder(str(t5), padding="left")
+
+
+def test_text_of_a_fixed_length_is_read_as_it_was_encoded(job, folder, t5):
+    for padding in ("states", "zeros"):
+        data = Latents(
+            str(precompute(job(folder, padding, text_encoder=str(t5), max_tokens=8, padding=padding), quiet).parent)
+        )
+        sample = data.train().sample(0, 0)  # of one word
+        assert sample["text"].shape == data.null["text"].shape == (8, 8)
+        assert sample["text_mask"].sum() == (8 if padding == "states" else 2)
+        assert sample["text"][2:].any() == (padding == "states")
+
+
 def test_tar_shards_give_the_same_latents_as_a_folder(job, shards):
     data = Latents(str(precompute(job(shards), quiet).parent), flip=False)
     assert data.num_classes == 3 and data.null is None

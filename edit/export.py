@@ -1,0 +1,485 @@
+"""From an artifact to what others load: a `diffusers` folder or pipeline, an original FLUX.1 file, a LoRA.
+
+    python -m edit.export artifact=runs/student out=student dtype=bf16
+    python -m edit.export artifact=runs/student out=student pipeline=FLUX.1-dev push=me/student
+    python -m edit.export artifact=runs/student out=student-file format=single_file
+    python -m edit.export artifact=runs/lora out=lora format=lora
+
+Live edits are folded into the weights; one that cannot be is named, and nothing is written. The folder appears whole or
+not at all, with a model card that says where the weights come from. Nothing is sent anywhere without `push=`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import edit
+from edit import edits as editing
+from edit.backbones.stock import StockDenoiser
+from edit.card import Card, Licence, common, licence_files, origin, origins, takes_text
+from edit.checkpoint import Artifact, default_objective, load, save, split_state
+from edit.denoiser import Denoiser
+from edit.sampling import Sampler
+from edit.tuning.lora import ADAPTER, LoRA
+
+FORMAT = 1
+MARK = "export.json"  # tells a former export, which may be replaced, from any other folder
+LAYOUTS = ("diffusers", "single_file", "lora")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # the names that `diffusers` looks for
+LORA_METADATA = "lora_adapter_metadata"
+LINKED = 2**20  # bytes from which a component's file is linked rather than copied: weights, not settings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to export, and how.
+
+    Args:
+        artifact: artifact, run or `diffusers` folder, hub id, or an original FLUX.1 .safetensors file
+        out: folder to write; it must not exist, be empty or hold a former export
+        format: "diffusers", "single_file" (the original FLUX.1 layout) or "lora"
+        dtype: of the weights, "bf16", "fp16" or "fp32"; None keeps them
+        max_shard_size: of one weight file in a `diffusers` folder, such as 5GB or 500MB
+        pipeline: folder of a stock pipeline whose other components are taken over
+        teacher: folder or hub id of the model that this one was made from; None: what the run says
+        license: of the weights; None: that of the teacher, where it is known
+        push: hub id to upload to, into a private repository if it is new
+        trusted: further packages, with commas between, whose edits may be imported
+    """
+
+    artifact: str
+    out: str
+    format: str = "diffusers"
+    dtype: str | None = None
+    max_shard_size: str = "5GB"
+    pipeline: str | None = None
+    teacher: str | None = None
+    license: str | None = None
+    push: str | None = None
+    trusted: str = ""
+
+    def __post_init__(self):
+        if self.format not in LAYOUTS:
+            raise ValueError(f"format is one of {', '.join(LAYOUTS)}, got {self.format}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype is one of {', '.join(DTYPES)}, got {self.dtype}; leave it out to keep the weights")
+        if not re.fullmatch(r"[1-9]\d*[KMGT]B", self.max_shard_size):
+            raise ValueError(f"max_shard_size is a size such as 5GB or 500MB, got {self.max_shard_size}")
+        if self.pipeline and self.format != "diffusers":
+            raise ValueError(f"pipeline= makes a diffusers folder: leave it out, or leave out format={self.format}")
+        if self.push and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
+            raise ValueError(f"push is a repository on the hub, owner/name, got {self.push}")
+
+
+def export(settings: Settings, say: Callable[[str], None] = lambda stage: None) -> Path:
+    """Write the export; with `push`, upload it too.
+
+    Args:
+        settings: what to write
+        say: called with one line before each stage
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: if the artifact or something of the pipeline is missing
+        FileExistsError: if `out` holds something else than a former export
+        ValueError: if an edit cannot be folded, or the model cannot be expressed in the format
+        ConnectionError: if the upload failed; the folder is there
+    """
+    s, out = settings, Path(os.path.abspath(settings.out))
+    refuse_foreign(out)
+    index = pipeline_index(Path(s.pipeline)) if s.pipeline else {}
+    say(f"reading {s.artifact}")
+    artifact = read(s.artifact, tuple(filter(None, s.trusted.split(","))))
+    found = origins(artifact.path, s.teacher)
+    around = origin(s.pipeline) if s.pipeline else None
+    all_parts = [*found, around] if found and around else found  # weights from nowhere we know of stay unknown
+    licence = Licence.of(s.license) if s.license else common(all_parts)
+    dtype = DTYPES[s.dtype] if s.dtype else None
+    name = s.push or out.name
+    with replacing(out) as folder:
+        say(f"writing {out}")
+        if s.format == "lora":
+            usage = write_lora(artifact.denoiser, folder, dtype)
+        else:
+            fold(artifact)
+            if s.format == "single_file":
+                usage = write_single_file(artifact.denoiser, folder / f"{out.name}.safetensors", dtype)
+            elif s.pipeline:
+                usage = write_pipeline(artifact, Path(s.pipeline), index, folder, dtype)
+                write_model(artifact, folder / "transformer", dtype, s.max_shard_size)
+            else:
+                usage = write_model(artifact, folder, dtype, s.max_shard_size)
+        base = next((o.hub for o in found if o.hub), None)
+        for file in licence_files([*found, around] if around else found):
+            shutil.copyfile(file, folder / file.name)
+        relation = "adapter" if s.format == "lora" else "finetune"
+        tags = ("edit", "diffusion-transformer", *(("lora",) if s.format == "lora" else ()))
+        card = Card(out.name, artifact, usage(name, base), relation, found, around, licence, tags)
+        (folder / "README.md").write_text(str(card), encoding="utf-8")
+        mark = {"format": FORMAT, "layout": s.format, "edit": edit.__version__}
+        (folder / MARK).write_text(json.dumps(mark, indent=2) + "\n")
+        for file in folder.rglob("*.safetensors"):  # written for the owner alone; a link is not ours to change
+            if file.stat().st_nlink == 1:
+                shutil.copymode(folder / MARK, file)
+    if licence.id == "unknown":
+        say("the licence is unknown, the model card says so: give it with license=..., or the teacher with teacher=...")
+    if s.push:
+        say(f"uploading to {s.push}")
+        upload(out, s.push)
+    return out
+
+
+# ---- what to export --------------------------------------------------------------------------------------------------
+
+
+def read(path: str, trusted: tuple[str, ...] = ()) -> Artifact:
+    """An artifact; an original FLUX.1 file, too."""
+    if not path.endswith(".safetensors"):
+        return load(path, trusted=trusted)
+    from edit.backbones.flux_single_file import read_original
+
+    denoiser = read_original(path)
+    return Artifact(Path(path), denoiser, default_objective(denoiser), Sampler())
+
+
+def fold(artifact: Artifact) -> None:
+    """Make all live edits part of the weights.
+
+    Raises:
+        ValueError: naming the edit that cannot be
+    """
+    denoiser = artifact.denoiser
+    for name in reversed(list(denoiser.applied)):
+        try:
+            editing.fold(denoiser, name)
+        except ValueError as error:
+            raise ValueError(f"{artifact.path} cannot be exported, its edit {name!r} stays live: {error}") from error
+
+
+# ---- formats: each writes weights and returns the code that loads them -----------------------------------------------
+
+Usage = Callable[[str, str | None], str]  # (what the export is called, hub id of its base model) -> code
+
+
+def write_model(artifact: Artifact, folder: Path, dtype: torch.dtype | None, max_shard_size: str) -> Usage:
+    """A folder of the stock transformer class, and `edits.json` for `edit.load`.
+
+    Raises:
+        ValueError: if stock `diffusers` has no class for the model
+    """
+    a, denoiser = artifact, artifact.denoiser
+    config = stock_config(denoiser)
+    save(denoiser, folder, a.objective, a.sampler, a.data, a.run, dtype=dtype, max_shard_size=max_shard_size)
+    name = config["_class_name"]
+
+    def usage(export: str, base: str | None) -> str:
+        lines = ["import torch", f"from diffusers import DiffusionPipeline, {name}", ""]
+        lines += [f'transformer = {name}.from_pretrained("{export}", torch_dtype={_dtype(denoiser, dtype)})']
+        around = base or "<the pipeline it was made from>"
+        lines += [f'pipe = DiffusionPipeline.from_pretrained("{around}", transformer=transformer)']
+        return "\n".join([*lines, _call(artifact)])
+
+    return usage
+
+
+def write_pipeline(
+    artifact: Artifact, source: Path, index: Mapping[str, Any], folder: Path, dtype: torch.dtype | None
+) -> Usage:
+    """Everything of a stock pipeline but its transformer. Large files are hard links where the disk allows.
+
+    Raises:
+        ValueError: if the pipeline has a transformer of another class
+    """
+    mine, other = stock_config(artifact.denoiser)["_class_name"], index["transformer"][1]
+    if mine != other:
+        raise ValueError(f"the pipeline {source} has a {other} as its transformer, the artifact is a {mine}")
+    for name in components(index):
+        if name != "transformer":
+            shutil.copytree(source / name, folder / name, copy_function=_take)
+    kept = {k: v for k, v in index.items() if k != "_name_or_path"}  # a folder of this machine
+    (folder / "model_index.json").write_text(json.dumps(kept, indent=2) + "\n")
+    of = _dtype(artifact.denoiser, dtype)
+
+    def usage(export: str, base: str | None) -> str:
+        lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
+        lines += [f'pipe = DiffusionPipeline.from_pretrained("{export}", torch_dtype={of})', _call(artifact)]
+        return "\n".join(lines)
+
+    return usage
+
+
+def write_single_file(denoiser: Denoiser, file: Path, dtype: torch.dtype | None) -> Usage:
+    """One file in the original FLUX.1 layout.
+
+    Raises:
+        ValueError: if the model is not a FLUX.1
+    """
+    from edit.backbones.flux_single_file import AXES, to_original
+
+    if denoiser.name != "flux":
+        raise ValueError(f"format=single_file is the original layout of FLUX.1, this is {denoiser.name}: leave it out")
+    config, stock = denoiser.to_stock(denoiser.config, denoiser.model.state_dict())
+    metadata = {"format": "pt", AXES: json.dumps(config["axes_dims_rope"])}
+    save_file(_cast(to_original(stock), dtype), file, metadata)
+
+    def usage(export: str, base: str | None) -> str:
+        lines = ["# place it where your tool keeps diffusion models, for instance ComfyUI/models/diffusion_models", ""]
+        lines += ["import torch", "from diffusers import FluxTransformer2DModel", ""]
+        around = f', config="{base}", subfolder="transformer"' if base else ""
+        of = _dtype(denoiser, dtype)
+        lines += [f'transformer = FluxTransformer2DModel.from_single_file("{file.name}"{around}, torch_dtype={of})']
+        return "\n".join(lines)
+
+    return usage
+
+
+def write_lora(denoiser: Denoiser, folder: Path, dtype: torch.dtype | None) -> Usage:
+    """The factors of a LoRA as `diffusers` and `peft` name them.
+
+    alpha / rank is multiplied into B and alpha = rank written down: readers that do not know the metadata take just
+    that for granted, so that all agree.
+
+    Raises:
+        ValueError: if the artifact's only live edit is not a LoRA, or its layers are not those of stock `diffusers`
+    """
+    from peft.tuners.lora import LoraLayer
+
+    live = {name: type(e).__name__ for name, e in denoiser.applied.items()}
+    lora = next((e for e in denoiser.applied.values() if isinstance(e, LoRA)), None)
+    if lora is None or len(live) > 1:
+        there = ", ".join(f"{name} ({kind})" for name, kind in live.items()) or "none"
+        raise ValueError(f"format=lora takes an artifact with a LoRA as its only live edit, this one has {there}")
+    if not isinstance(denoiser, StockDenoiser):
+        raise ValueError(f"stock diffusers has other layers than our {denoiser.name}: leave format=lora out to fold it")
+    own = split_state(denoiser, denoiser.state_dict())[1]
+    state = {}
+    for key, value in own.items():
+        layer, _, factor = key.removeprefix("model.").partition(".lora_")  # factor: "A.default.weight"
+        module = denoiser.model.get_submodule(layer)
+        assert isinstance(module, LoraLayer)
+        scaled = value if factor.startswith("A") else value * module.scaling[ADAPTER]
+        state[f"transformer.{layer}.lora_{factor.replace(f'.{ADAPTER}', '')}"] = scaled
+    layers = sorted({k.removeprefix("transformer.").partition(".lora_")[0] for k in state})
+    settings = {"r": lora.rank, "lora_alpha": lora.rank, "bias": "none", "target_modules": layers}
+    packed = json.dumps({f"transformer.{k}": v for k, v in settings.items()})
+    save_file(_cast(state, dtype), folder / LORA_WEIGHTS, {"format": "pt", LORA_METADATA: packed})
+
+    def usage(export: str, base: str | None) -> str:
+        lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
+        around = base or "<the pipeline it was trained on>"
+        lines += [f'pipe = DiffusionPipeline.from_pretrained("{around}", torch_dtype=torch.bfloat16)']
+        return "\n".join([*lines, f'pipe.load_lora_weights("{export}", weight_name="{LORA_WEIGHTS}")'])
+
+    return usage
+
+
+def stock_config(denoiser: Denoiser) -> dict[str, Any]:
+    """What `config.json` will say.
+
+    Raises:
+        ValueError: if stock `diffusers` has no class for the model, with the reason
+    """
+    import diffusers
+
+    with torch.device("meta"):
+        state = {k: v.to("meta") for k, v in denoiser.model.state_dict().items()}
+    config = denoiser.to_stock(denoiser.config, state)[0]
+    if not hasattr(diffusers, config["_class_name"]):
+        reason = config.get("_not_diffusers_because", f"it has no {config['_class_name']}")
+        raise ValueError(f"stock diffusers cannot express this {denoiser.name}: {reason}")
+    return config
+
+
+def _cast(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    return {k: v.detach().to(dtype if v.is_floating_point() else None).contiguous() for k, v in state.items()}
+
+
+def _dtype(denoiser: Denoiser, dtype: torch.dtype | None) -> str:
+    return str(dtype or next(denoiser.parameters()).dtype)
+
+
+def _call(artifact: Artifact) -> str:
+    """A line that generates, with the artifact's own sampler settings."""
+    denoiser, sampler = artifact.denoiser, artifact.sampler
+    embedded = denoiser.config.get("guidance_embeds") and getattr(denoiser, "guidance", None)
+    what = '"a photo of a cat"' if takes_text(artifact) else "class_labels=[0]"
+    if embedded or "guidance_embeds" not in denoiser.config:
+        how = f", guidance_scale={embedded or sampler.guidance:g}"
+    else:  # pipelines that mean the embedded scale by guidance_scale
+        how = f', negative_prompt="", true_cfg_scale={sampler.guidance:g}' if sampler.guidance != 1 else ""
+    return f"image = pipe({what}, num_inference_steps={sampler.solver.steps}{how}).images[0]"
+
+
+# ---- stock pipelines -------------------------------------------------------------------------------------------------
+
+
+def pipeline_index(folder: Path) -> dict[str, Any]:
+    """A stock pipeline's `model_index.json`, once all that it names is found to be there.
+
+    Raises:
+        FileNotFoundError: if the folder is no pipeline, or a component is missing
+        ValueError: if it has no transformer, or names a component outside its folder
+    """
+    file = folder / "model_index.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is not the folder of a diffusers pipeline: it has no model_index.json")
+    try:
+        index = json.loads(file.read_text())
+        names = components(index)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if "transformer" not in names:
+        raise ValueError(f"the pipeline {folder} has no transformer, but {', '.join(names) or 'nothing'}")
+    if outside := [n for n in names if not re.fullmatch(r"\w+", n)]:
+        raise ValueError(f"{file} names a component outside its folder: {outside[0]}")
+    if missing := [n for n in names if n != "transformer" and not (folder / n).is_dir()]:
+        raise FileNotFoundError(f"the pipeline {folder} is not whole: its {missing[0]} is missing")
+    return index
+
+
+def components(index: Mapping[str, Any]) -> list[str]:
+    """Names of the parts that a pipeline has."""
+    return [k for k, v in index.items() if not k.startswith("_") and isinstance(v, list) and v[0] is not None]
+
+
+def _take(source: str, target: str) -> str:
+    """Link a large file, copy a small one, that somebody may want to edit."""
+    source = os.path.realpath(source)  # the hub's cache has symbolic links
+    if os.path.getsize(source) >= LINKED:
+        try:
+            os.link(source, target)
+            return target
+        except OSError:  # another disk, or one that has no links
+            pass
+    return shutil.copy2(source, target)
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raises FileExistsError if there is something at `out` that no export has written."""
+    if out.is_dir() and (not any(out.iterdir()) or (out / MARK).is_file()):
+        return
+    if out.exists():
+        raise FileExistsError(f"{out} is there and is not a former export: give another out=, or remove it")
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when it is whole; after an error there is what was there before."""
+    temporary, old = (out.with_name(f"{out.name}.{end}") for end in (f"tmp-{os.getpid()}", "old"))
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(out, old)
+    os.replace(temporary, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def upload(folder: Path, repository: str) -> None:
+    """Send an export to the hub; never asks anything. `edits.json` stays, it may name folders of this machine.
+
+    Raises:
+        ConnectionError: in one sentence, whatever went wrong
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=["edits.json", "*/edits.json"])
+    except Exception as error:  # whatever networks, servers and two HTTP libraries raise: the folder is not at fault
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise ConnectionError(
+            f"{folder} is written but was not uploaded to {repository} ({type(error).__name__}: {reason}): log in with "
+            "`hf auth login` or set HF_TOKEN, then give the same command again"
+        ) from error
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+KEYS = """keys:
+  artifact=FOLDER        artifact, run or diffusers folder, hub id, or an original FLUX.1 .safetensors file
+  out=FOLDER             to write; new, empty, or a former export, which is replaced
+  format=NAME            diffusers (the default), single_file (the original FLUX.1 layout), lora
+  dtype=NAME             bf16, fp16 or fp32; left out, weights keep theirs
+  max_shard_size=SIZE    of one weight file, such as 5GB (the default) or 500MB
+  pipeline=FOLDER        a stock pipeline whose other components are taken over
+  teacher=FOLDER|ID      what the weights were made from, if it is not what the run says
+  license=ID             such as apache-2.0; left out, the teacher's, or unknown
+  push=OWNER/NAME        upload to the hub, into a private repository if it is new
+  trusted=PACKAGE,...    further packages whose edits may be imported
+
+examples:
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 if all went well, 2 after one sentence on stderr about what the user can mend."""
+    description, examples, _ = (__doc__ or "").split("\n\n", 2)
+    parser = argparse.ArgumentParser(
+        prog="python -m edit.export",
+        description=description,
+        epilog=KEYS + examples.replace("    ", "  "),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="what to export, see below")
+    args = parser.parse_args(argv)
+    try:
+        out = export(parsed(args.settings), lambda stage: print(stage, file=sys.stderr, flush=True))
+    except (ValueError, TypeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was replaced", file=sys.stderr)
+        return 130
+    print(out)
+    return 0
+
+
+def parsed(words: list[str]) -> Settings:
+    """Settings from key=value words.
+
+    Raises:
+        ValueError: if a word is no setting, or a needed one is missing
+    """
+    known = [f.name for f in fields(Settings)]
+    given: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key not in known or not equals or not value:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {close[0]}=...?" if close else f"known are {', '.join(known)}"
+            raise ValueError(f"{word} is no setting of the form key=value: {hint}")
+        given[key] = value
+    if missing := [k for k in ("artifact", "out") if k not in given]:
+        raise ValueError(f"{missing[0]}= is missing: give artifact=<folder> and out=<folder>")
+    return Settings(**given)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

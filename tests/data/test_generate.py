@@ -1,0 +1,374 @@
+"""Self-generated data: what training reads is what the teacher samples, and a cache made otherwise is refused."""
+
+import json
+import multiprocessing as mp
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import edit
+from data.encoders import TextEncoder
+from data.generate import Order, main, parse
+from data.generator import generate
+from data.latents import Latents
+from data.loader import EndlessLoader
+from data.manifest import teacher_hash
+from edit.backbones.dit import DiTConfig
+from edit.backbones.flux import FluxConfig
+from edit.denoiser import Condition
+from edit.sampling import Euler, Sampler
+
+PROMPTS = ["red square", "a blue disc", "disc", "red square on a disc", "blue square"]
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def flux(folder: Path, seed: int = 0, **options) -> Path:
+    """A random Flux for latents 4x8x8, text of width 8 and pooled text of width 12."""
+    torch.manual_seed(seed)
+    tiny = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 12}
+    tiny |= {"num_attention_heads": 2, "joint_attention_dim": 8, "pooled_projection_dim": 12}
+    tiny |= {"guidance_embeds": False, "axes_dims_rope": (4, 4, 4), "sample_size": (8, 8)}
+    denoiser = FluxConfig(**{**tiny, **options}).build()
+    with torch.no_grad():
+        for p in denoiser.parameters():
+            p.normal_(0, 0.2)  # away from the zeros of a new model
+    return edit.save(denoiser, folder, sampler=Sampler(Euler(4, shift=2.0)))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return flux(tmp_path_factory.mktemp("teachers") / "flux")
+
+
+@pytest.fixture
+def order(teacher: Path, t5: Path, clip: Path, tmp_path: Path):
+    """An order at test size; keywords change it."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    tiny = {"teacher": teacher, "prompts": tmp_path / "prompts.txt", "text_encoder": t5, "pooled_encoder": clip}
+    settings = {"max_tokens": 8, "steps": 3, "batch": 2, "shard_size": 3, "dtype": "float32", "device": "cpu"}
+
+    def make(out: str = "cache", **options) -> Order:
+        given = {**{k: str(v) for k, v in tiny.items()}, **settings, **options}
+        return Order(out=str(tmp_path / out), **given)
+
+    return make
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*") if ".index." not in p.name}
+
+
+def embed(order: Order, prompts: list[str]) -> dict[str, torch.Tensor]:
+    text = TextEncoder(order.text_encoder, None, order.max_tokens, padding="states").encode(prompts)
+    pooled = TextEncoder(order.pooled_encoder).encode(prompts)
+    return {"text": torch.stack([e.text for e in text]), "pooled": torch.stack([e.pooled for e in pooled])}
+
+
+# ---- what is made ---------------------------------------------------------------------------------------------------
+
+
+def test_generation_equals_sampling_by_hand(order, teacher):
+    work = order(guidance=2.5, shift=1.5, seed=7, images=2)
+    data = Latents(str(generate(work, quiet).parent))
+    denoiser = edit.load(teacher).denoiser
+    words, null = embed(work, PROMPTS), embed(work, [""])
+    assert len(data.train()) == 10 and data.shape == (4, 8, 8) and data.num_classes is None
+    for number in (0, 3, 9):
+        k = number // 2
+        x = Sampler(Euler(3, shift=1.5), guidance=2.5)(
+            denoiser,
+            edit.load(teacher).objective,
+            Condition(text=words["text"][k : k + 1], pooled=words["pooled"][k : k + 1]),
+            torch.tensor([number]),
+            seed=7,
+            negative=Condition(**null),
+        )
+        sample = data.train().sample(number, draw=123)
+        # 1e-4: matrix products of batches of one and of two round differently, three steps long
+        torch.testing.assert_close(sample["x"], x[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sample["text"], words["text"][k], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sample["pooled"], words["pooled"][k], rtol=1e-5, atol=1e-5)
+        told = data.train().tars.json(number)
+        assert told == {"caption": PROMPTS[k], "prompt": str(k + 1), "number": number, "seed": 7}
+    assert not torch.equal(data.train().sample(0, 0)["x"], data.train().sample(1, 0)["x"])  # two of one prompt
+    torch.testing.assert_close(data.null["text"], null["text"][0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_distilled_teacher_is_told_the_scale(order, tmp_path):
+    told = flux(tmp_path / "dev", guidance_embeds=True)
+    work = order(teacher=str(told), guidance=4.0)
+    sample = Latents(str(generate(work, quiet).parent)).train().sample(0, 0)
+    artifact, words = edit.load(told), embed(work, PROMPTS[:1])
+    x = Sampler(Euler(3, shift=2.0))(  # the shift that the artifact says
+        artifact.denoiser,
+        artifact.objective,
+        Condition(**words, guidance=torch.tensor([4.0])),
+        torch.tensor([0]),
+    )
+    torch.testing.assert_close(sample["x"], x[0], rtol=1e-4, atol=1e-4)  # as above
+
+
+def test_the_manifest_says_what_made_the_samples(order, teacher, t5):
+    made = json.loads(generate(order(guidance=2.0), quiet).read_text())
+    told = made["generated"]
+    assert told["teacher"] == teacher_hash(teacher) and told["family"] == "flux"
+    assert (told["guidance"], told["steps"], told["solver"], told["shift"], told["seed"]) == (2.0, 3, "euler", 2.0, 0)
+    assert (made["text"]["max_tokens"], made["text"]["padding"], made["text"]["width"]) == (8, "states", 8)
+    assert made["text"]["sha256"] == TextEncoder(str(t5)).description["sha256"]
+    assert made["pooled"]["width"] == 12 and made["count"] == 5 == told["prompts"]["count"]
+
+
+def test_text_has_the_same_length_in_every_batch(order):
+    for padding, real in (("states", 8), ("zeros", 3)):
+        data = Latents(str(generate(order(padding, padding=padding), quiet).parent))
+        for batch in EndlessLoader(data.train(), batch_size=2, total=3):
+            assert batch["text"].shape == (2, 8, 8) and batch["text_mask"].shape == (2, 8)
+        sample = data.train().sample(0, 0)  # two words and </s>
+        assert sample["text_mask"].sum() == real
+        assert sample["text"][3:].any() == (padding == "states")
+        assert len(data.null["text"]) == len(data.null["text_mask"]) == 8
+
+
+def test_with_masked_prompts_the_length_is_that_of_the_batch(order):
+    data = Latents(str(generate(order(padding="none"), quiet).parent))
+    assert [len(data.train().sample(i, 0)["text"]) for i in range(5)] == [3, 4, 2, 6, 3]
+
+
+def test_latents_can_be_looked_at_through_the_vae(order, vae, tmp_path):
+    out = generate(order(vae=str(vae)), quiet).parent
+    images = Latents(str(out)).to_images(torch.stack([Latents(str(out)).train().sample(0, 0)["x"]]))
+    assert images.shape == (1, 16, 16, 3)
+    from PIL import Image
+
+    with Image.open(out / "samples.png") as sheet:
+        assert sheet.size == (2 * 18, 2 * 18)  # the first shard has three images
+    assert not (generate(order("plain"), quiet).parent / "samples.png").exists()
+    with pytest.raises(ValueError, match="to look at latents of .*plain, a VAE is needed"):
+        Latents(str(tmp_path / "plain")).to_images(torch.zeros(1, 4, 8, 8))
+
+
+# ---- interruptions --------------------------------------------------------------------------------------------------
+
+
+def test_killed_and_started_again_it_writes_the_same_bytes(order):
+    whole = generate(order("whole", shard_size=1), quiet).parent
+    work = order("broken", shard_size=1)
+    child = mp.get_context("fork").Process(target=generate, args=(work, quiet), daemon=True)
+    child.start()
+    records, end = Path(work.out) / "records", time.monotonic() + 60
+    while len(list(records.glob("*.json"))) < 2:
+        assert child.is_alive() and time.monotonic() < end, "the work was over before it could be killed"
+        time.sleep(0.001)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert not (Path(work.out) / "manifest.json").exists()
+    made = (Path(work.out) / "shard-000000.tar").stat().st_mtime_ns
+    with pytest.raises(FileNotFoundError, match="is unfinished: give the same python -m data.generate command again"):
+        Latents(work.out)
+    generate(work, quiet)
+    assert contents(Path(work.out)) == contents(whole)
+    assert (Path(work.out) / "shard-000000.tar").stat().st_mtime_ns == made  # finished shards are not made again
+
+
+def test_ranks_share_the_work_and_write_the_same_bytes(order):
+    whole = generate(order("whole"), quiet).parent
+    assert generate(order("shared", rank=1, world=2), quiet) is None
+    assert contents(generate(order("shared", rank=0, world=2), quiet).parent) == contents(whole)
+
+
+@pytest.mark.slow  # each process imports torch and diffusers anew
+def test_processes_share_the_work(order):
+    whole = generate(order("whole"), quiet).parent
+    spread = generate(order("spread", processes=2), quiet).parent
+    assert contents(spread) == contents(whole)
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_made_otherwise_than_expected_is_refused(order, teacher, tmp_path):
+    out = str(generate(order(guidance=2.0), quiet).parent)
+    Latents(out, generated_by=str(teacher), guidance=2.0, steps=3, shift=2.0)
+    Latents(out, generated_by=teacher_hash(teacher))
+    other = flux(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match=r"cache was generated with teacher=\w{12}\.\.\., expected is \w{12}\.\.\."):
+        Latents(out, generated_by=str(other))
+    for name, value in (("guidance", 3.5), ("steps", 4), ("shift", 1.0)):
+        with pytest.raises(ValueError, match=f"cache was generated with {name}=.*, expected is {value}"):
+            Latents(out, **{name: value})
+
+
+def test_latents_of_real_images_are_no_teachers(job, folder, teacher):
+    from data.latent_folder import precompute
+
+    out = precompute(job(folder), quiet).parent
+    with pytest.raises(ValueError, match="latents holds no generated data"):
+        Latents(str(out), generated_by=str(teacher))
+
+
+def test_the_hash_is_of_the_weights_and_not_of_the_folder(teacher, tmp_path):
+    shutil.copytree(teacher, tmp_path / "moved")
+    assert teacher_hash(tmp_path / "moved") == teacher_hash(teacher)
+    assert teacher_hash(flux(tmp_path / "other", seed=1)) != teacher_hash(teacher)
+    with pytest.raises(FileNotFoundError, match="no artifact at"):
+        teacher_hash(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "change,name",
+    [
+        ({"guidance": 4.0}, "generated.guidance=3.5"),
+        ({"steps": 4}, "generated.steps=3"),
+        ({"seed": 1}, "generated.seed=0"),
+        ({"padding": "none"}, "text.padding=states"),
+    ],
+)
+def test_a_folder_begun_with_other_settings_is_refused(order, change, name):
+    generate(order(), quiet)
+    with pytest.raises(ValueError, match=f"cache was begun with {name}, this command has .*: choose another out="):
+        generate(order(**change), quiet)
+
+
+def test_prompts_that_are_none_are_refused(order, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"prompts=.*gone\.txt is no file"):
+        generate(order(prompts=str(tmp_path / "gone.txt")), quiet)
+    for name, content, message in (
+        ("empty.txt", "\n \n", "is empty: give one prompt per line"),
+        ("bad.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', 'bad.jsonl, line 2: expected {"prompt": "..."}'),
+        ("number.jsonl", '{"prompt": 3}\n', "line 1: the prompt is 3, expected words"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            generate(order(prompts=str(tmp_path / name)), quiet)
+
+
+def test_prompts_with_names_of_their_own(order, tmp_path):
+    (tmp_path / "some.jsonl").write_text('{"prompt": "red disc", "id": "x7"}\n\n{"prompt": "disc"}\n')
+    split = Latents(str(generate(order(prompts=str(tmp_path / "some.jsonl")), quiet).parent)).train()
+    assert [split.tars.json(i)["prompt"] for i in range(2)] == ["x7", "3"]
+
+
+def test_long_prompts_are_counted_or_cut(order):
+    with pytest.raises(ValueError, match=r"2 of 5 prompts have more than 3 tokens \(prompt 2 has 4\)"):
+        generate(order(max_tokens=3), quiet)
+    data = Latents(str(generate(order(max_tokens=3, long="cut"), quiet).parent))
+    assert data.train().sample(3, 0)["text"].shape == (3, 8)
+
+
+def test_what_does_not_fit_the_teacher_is_refused_before_anything_is_made(order, tmp_path, t5, clip, vae):
+    with pytest.raises(FileNotFoundError, match="no artifact at .*gone"):
+        generate(order(teacher=str(tmp_path / "gone")), quiet)
+    with pytest.raises(ValueError, match="cannot be given prompts .*: flux takes text embeddings of width 8, got 12"):
+        generate(order(text_encoder=str(clip), max_tokens=4, long="cut"), quiet)
+    with pytest.raises(ValueError, match=r"cannot be given prompts .*: flux needs condition\.pooled, which is missing"):
+        generate(order(pooled_encoder=None), quiet)
+    wide = flux(tmp_path / "wide", in_channels=48)
+    with pytest.raises(ValueError, match="makes latents of 12 channels, the VAE .* has 4"):
+        generate(order(teacher=str(wide), vae=str(vae)), quiet)
+    spec = DiTConfig(input_size=8, in_channels=4, patch_size=2, hidden_size=16, depth=1, num_heads=2, num_classes=3)
+    edit.save(spec.build(), tmp_path / "dit")
+    with pytest.raises(ValueError, match="dit cannot be given prompts with these encoders: dit is class-conditional"):
+        generate(order(teacher=str(tmp_path / "dit")), quiet)
+    with pytest.raises(ValueError, match="makes no latents of 4x7x7: choose another size"):
+        generate(order(size=7), quiet)
+    with pytest.raises(ValueError, match="DDIMSolver integrates a noise"):
+        generate(order(solver="ddim"), quiet)
+    assert not Path(order().out).exists()
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_to_type_next(order, capsys):
+    given = order()
+    names = ("teacher", "prompts", "out", "text_encoder", "pooled_encoder", "max_tokens", "steps", "device")
+    words = [f"{name}={getattr(given, name)}" for name in names]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "5 of 5 images of flux -> latents 4x8x8 float16, euler 3 steps, guidance 3.5, shift 2" in said
+    assert f"next: python train.py data=latents data.set.path={given.out} data.set.generated_by={given.teacher}" in said
+    assert main([*words, "seed=1"]) == 1
+    assert "error: " in (said := capsys.readouterr().err) and "generated.seed=0" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        ("teacher=a prompts=b", "out is missing: out=<folder to write"),
+        ("teacher=a prompts=b out=c gudance=2", "there is no key 'gudance': did you mean guidance?"),
+        ("teacher=a prompts=b out=c steps=many", "steps: expected int, got 'many'"),
+        ("teacher=a prompts=b out=c rank=1", "there is no key 'rank'"),
+        ("teacher", "'teacher' is no setting: write key=value"),
+        ("teacher=a teacher=b", "teacher is given twice"),
+    ],
+)
+def test_a_mistyped_command_is_refused_in_one_sentence(words, message, capsys):
+    assert main(words.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_settings_that_make_no_sense_are_refused():
+    assert parse("teacher=a prompts=b out=c shift=null guidance=2".split())["shift"] is None
+    base = {"teacher": "a", "prompts": "b", "out": "c", "text_encoder": "d"}
+    for change, message in (
+        ({"text_encoder": None}, "no text encoder: give those"),
+        ({"steps": 0}, "steps is at least 1, got 0"),
+        ({"solver": "rk4"}, "solver is one of euler, .*, got 'rk4'"),
+        ({"shift": 0.0}, "shift is greater than 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Order(**{**base, **change})
+
+
+def test_help_answers_at_once():
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "data.generate", "--help"], capture_output=True)
+    assert done.returncode == 0 and b"pooled_encoder" in done.stdout and b"torch" not in done.stderr
+
+
+def test_the_embedded_world_needs_no_downloads(tmp_path):
+    """Its encoders are ordinary folders; its codec decodes what its teacher makes, as the artifact says."""
+    from data.toy_text import LENGTH, ToyText
+
+    encoders = ToyText()
+    folders = encoders.write(tmp_path / "text")
+    sizes = {"in_channels": 48, "joint_attention_dim": 64, "pooled_projection_dim": 64}
+    plain = edit.load(flux(tmp_path / "plain", **sizes))
+    world = {"_target_": "data.shapes.Shapes", "count": 8, "held": 4}
+    teacher = edit.save(plain.denoiser, tmp_path / "toy", sampler=plain.sampler, data=world)
+    prompts = ["a red circle above a blue square", "three small green crosses"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    work = Order(
+        teacher=str(teacher),
+        prompts=str(tmp_path / "prompts.txt"),
+        out=str(tmp_path / "cache"),
+        text_encoder=str(folders["text_encoder_2"]),
+        pooled_encoder=str(folders["text_encoder"]),
+        max_tokens=LENGTH,
+        padding="zeros",
+        steps=2,
+        dtype="float32",
+        device="cpu",
+    )
+    data = Latents(str(generate(work, quiet).parent))
+    told, null = encoders(prompts), encoders.null()
+    for k in range(2):
+        sample = data.train().sample(k, 0)
+        assert sample["x"].shape == (12, 8, 8) and torch.equal(sample["text_mask"], told.mask[k])
+        for name, value in (("text", told.text[k]), ("pooled", told.pooled[k])):
+            # 1e-5: sentences of other lengths are padded to other lengths, which sum in another order
+            torch.testing.assert_close(sample[name], value, rtol=1e-5, atol=1e-5)
+    assert data.null is not None and torch.equal(data.null["text_mask"], null["text_mask"])
+    torch.testing.assert_close(data.null["text"], null["text"], rtol=1e-5, atol=1e-5)
+    x = torch.stack([data.train().sample(k, 0)["x"] for k in range(2)])
+    assert data.to_images(x).shape == (2, 32, 32, 3)
+    assert (tmp_path / "cache" / "samples.png").exists()
