@@ -8,7 +8,8 @@ one on another number of ranks, sees the same pixels.
 from __future__ import annotations
 
 import hashlib
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class Split(Protocol):
             label: int64 scalar, where there are labels
             text, text_mask, pooled: l c float32, l bool, c float32, where there is text
             caption: a string, where the data set was asked for captions
+            kind: int64 scalar, what is to be seen, where a feature space is trained on that; never a condition
         """
         ...
 
@@ -46,6 +48,27 @@ class DataSet(Protocol):
 
     def to_images(self, x: Tensor) -> Tensor:
         """Samples as trained on, b c y x, for looking at: uint8 b y x 3."""
+        ...
+
+
+class CaptionedSplit(Split, Protocol):
+    captions: list[str]  # of all samples, in order
+
+
+@runtime_checkable
+class CheckedSet(DataSet, Protocol):
+    """A data set of captions and pictures that can tell whether a picture shows what a caption says."""
+
+    judged: int  # samples have a `kind` from 0 to judged - 1
+
+    def heldout(self) -> CaptionedSplit: ...
+
+    def follows(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """Whether each image, uint8 b y x 3, shows what its caption says: b bool."""
+        ...
+
+    def scores(self, images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Parts of the caption that hold, b float32 each: 1, 0, or NaN where the caption does not speak of it."""
         ...
 
 

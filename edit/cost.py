@@ -96,7 +96,7 @@ def cost(
         denoiser: its edits are honoured; on the meta device if nothing is to be run for real
         sampler: how images are generated; None: 50 steps of Euler or DDIM without guidance
         objective: what the denoiser predicts; None: by its convention
-        condition: `batch` entries; None: class labels 0
+        condition: `batch` entries; None: the family's example, with prompts of 512 tokens where it reads text
         batch: samples at a time; counts are divided by it
         real: count on the denoiser itself, in eval mode, with its weights, instead of on a twin without any: for edits
             whose decisions depend on activations
@@ -107,7 +107,7 @@ def cost(
     """
     objective = objective or default_objective(denoiser)
     sampler = sampler or default_sampler(objective)
-    condition = condition or labels(batch)
+    condition = condition or denoiser.example(batch)
     if rounds and _device(denoiser).type == "meta":
         raise ValueError("this denoiser is on the meta device, which has no clock: load or build it with weights")
     subject = denoiser if real else twin(denoiser)
@@ -141,11 +141,6 @@ def cost(
     return replace(counted, forward=forward, generation=per_image, peak_memory=memory)
 
 
-def labels(batch: int) -> Condition:
-    """The condition that a class-conditional denoiser is counted with; costs do not depend on which class."""
-    return Condition(label=torch.zeros(batch, dtype=torch.int64, device="cpu"))
-
-
 def default_sampler(objective: Objective) -> Sampler:
     """50 steps without guidance."""
     return Sampler(DDIMSolver(50) if objective.prediction == "noise" else Euler(50))
@@ -167,7 +162,7 @@ class Count:
 
 def macs(denoiser: Denoiser, condition: Condition | None = None) -> int:
     """Multiply-accumulates of one forward of one sample, counted on the meta device."""
-    return count_forward(twin(denoiser), condition or labels(1), 1).macs
+    return count_forward(twin(denoiser), condition or denoiser.example(), 1).macs
 
 
 def twin(denoiser: Denoiser) -> Denoiser:

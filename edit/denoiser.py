@@ -314,6 +314,15 @@ class Denoiser(nn.Module, ABC):
     def null(self, condition: Condition) -> Condition:
         """The unconditional counterpart of a condition, for label drop and classifier-free guidance."""
 
+    def example(self, batch: int = 1, text: int = 512) -> Condition:
+        """A condition of the right shape that means nothing, on the CPU: costs do not depend on what is said.
+
+        Args:
+            batch: samples
+            text: tokens of a prompt, where the family reads text
+        """
+        return Condition(label=torch.zeros(batch, dtype=torch.int64, device="cpu"))
+
     def settle(self, shape: tuple[int, ...], spec: Any) -> None:  # noqa: B027 - most families have nothing to do
         """Take over what is no structure: the shape of a sample, and settings of the backbone's configuration."""
 

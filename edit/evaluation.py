@@ -49,16 +49,20 @@ class FeatureSpace(Protocol):
 
 
 class Judge(nn.Module):
-    """A classifier of 3 convolutions for images of at most `LARGEST` pixels; its last 64 activations are the space."""
+    """A classifier of 3 convolutions for images of at most `LARGEST` pixels; its last 64 activations are the space.
+
+    Images of more than 16 pixels are halved by the first convolution, which would take most of the time on them.
+    """
 
     LARGEST = 64
     name = "judge"
     rule = "uint8 / 127.5 - 1, no resizing"
 
-    def __init__(self, classes: int):
+    def __init__(self, classes: int, side: int):
         super().__init__()
+        first = nn.Conv2d(3, 32, 3, stride=2 if side > 16 else 1, padding=1)
         self.convolutions = nn.ModuleList(
-            (nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.Conv2d(64, 64, 3, padding=1))
+            (first, nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.Conv2d(64, 64, 3, padding=1))
         )
         self.embed = nn.Linear(4 * 64, 64)
         self.head = nn.Linear(64, classes)
@@ -128,7 +132,7 @@ def train_judge(
     key = digest(images, labels, {"version": 1, "seed": seed, "steps": steps, "batch": batch})
     file = cache / f"judge-{key}.safetensors"
     with torch.device("meta"):
-        judge = Judge(classes)
+        judge = Judge(classes, side)
     judge.load_state_dict(cached(file, lambda: _fit(images, labels, classes, seed, steps, batch)), assign=True)
     return judge.requires_grad_(False).eval()
 
@@ -136,7 +140,7 @@ def train_judge(
 def _fit(images: Tensor, labels: Tensor, classes: int, seed: int, steps: int, batch: int) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        judge, x = Judge(classes), F.pad(pixels(images.cpu()), (1, 1, 1, 1), value=-1)
+        judge, x = Judge(classes, max(images.shape[1:3])), F.pad(pixels(images.cpu()), (1, 1, 1, 1), value=-1)
         height, width = images.shape[1:3]
         optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)

@@ -107,6 +107,11 @@ def _time(name: str) -> Callable[[Row], Any]:
 COLUMNS = (
     Column("Fréchet distance", _quality("frechet"), "{:.2f}".format, -1, judged=True),
     Column("class accuracy", _quality("accuracy"), "{:.1%}".format, 1, judged=True),
+    Column("prompt accuracy", _quality("prompt_accuracy"), "{:.1%}".format, 1, judged=True),
+    *(
+        Column(f"{part} as prompted", _quality(f"prompt_{part}"), "{:.1%}".format, 1, judged=True)
+        for part in ("count", "colour", "kind", "digit", "size", "place", "relation")
+    ),
     Column("precision", _quality("precision"), "{:.3f}".format, 1, judged=True),
     Column("recall", _quality("recall"), "{:.3f}".format, 1, judged=True),
     Column("distance to training set", _quality("nearest_train"), "{:.2f}".format),
@@ -192,6 +197,11 @@ def notes(report: Mapping[str, Any]) -> Iterator[str]:
         if real["judge"]:
             text += (
                 f" Classes: by judge {real['judge']['hash']}, right on {real['judge']['accuracy']:.1%} of real images."
+            )
+        if prompts := real.get("prompts"):
+            text += (
+                f" Prompts: image k has caption k of {prompts['count']} held-out ones; real images follow theirs in "
+                f"{prompts['real']:.1%}, captions of other images in {prompts['chance']:.1%} (chance)."
             )
         yield text
         if extractor and settings["n"] <= extractor["width"]:
@@ -286,6 +296,7 @@ th:first-child, td:first-child { text-align: left } td.best { font-weight: 700; 
 .error td { color: #b3261e; text-align: left; white-space: normal }
 .grids { display: flex; flex-wrap: wrap; gap: 1.6rem } figure { margin: 0; max-width: 100% }
 img { max-width: 100%; image-rendering: pixelated } figcaption { font-size: .88rem; margin-bottom: .3rem }
+.captions { columns: 17rem; font-size: .82rem; color: #667 }
 img.plot { image-rendering: auto; max-width: 62rem; width: 100% }
 pre { background: #f5f6f8; padding: .8rem; overflow-x: auto; font-size: .8rem } summary { cursor: pointer }
 """
@@ -306,7 +317,7 @@ def html(report: Mapping[str, Any], folder: Path) -> str:
         parts.append("<h2>Quality against cost</h2>" + _image(picture, "quality against cost", "plot"))
     parts += ["<h2>Samples</h2><p class=dim>The same place is the same noise and label.</p><div class=grids>"]
     parts += [_figure(caption, folder / path) for caption, path in _pictures(report)]
-    parts += ["</div><h2>Details</h2>"]
+    parts += ["</div>", *_captions(report), "<h2>Details</h2>"]
     for name, content in [("environment and settings", {k: report[k] for k in ("environment", "settings")})] + [
         (a["name"], a) for a in report["artifacts"]
     ]:
@@ -341,6 +352,14 @@ def _pictures(report: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
             caption = f"real images, {a['reference']['split']} of {a['data'].get('_target_', 'data')}"
             pictures.setdefault(a["reference"]["hash"], (caption, a["reference"]["grid"]))
     return [*pictures.values(), *((row["label"], row["grid"]) for row in rows(report))]
+
+
+def _captions(report: Mapping[str, Any]) -> Iterator[str]:
+    """What the images of the grids were to show, once for each set of captions."""
+    told = [(a["reference"].get("prompts") or {}).get("shown") for a in report["artifacts"] if "error" not in a]
+    for captions in dict.fromkeys(tuple(t) for t in told if t):
+        items = "".join(f"<li>{escape(caption)}</li>" for caption in captions)
+        yield f"<p class=dim>Captions, row by row:</p><ol class=captions>{items}</ol>"
 
 
 def _figure(caption: str, path: Path) -> str:

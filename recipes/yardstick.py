@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from data.split import DataSet, Split
+    from data.split import CheckedSet, DataSet, Split
     from edit.evaluation import FeatureSpace, Gaussian, Judge
     from recipes.evaluate import Settings
 
@@ -38,16 +38,19 @@ class Yardstick:
     moments: Gaussian | None  # of them
     train_x: Tensor  # n c y x, to find copies
     some_real: Tensor  # uint8, for a grid
+    checked: CheckedSet | None  # the data, if it can check its captions
     description: dict[str, Any]
 
     @classmethod
     def of(cls, data: DataSet, node: Mapping[str, Any], chosen: Settings, device: torch.device) -> Yardstick:
         """Read real images, make or load the feature space, and measure the real images themselves."""
+        from data.split import CheckedSet
         from edit.evaluation import Gaussian, digest, frechet, nearest
 
         train, heldout = data.train(), data.heldout()
         real = heldout or train
-        labelled = bool(data.num_classes) and chosen.features != "none"
+        checked = data if isinstance(data, CheckedSet) else None
+        labelled = bool(data.num_classes or checked) and chosen.features != "none"
         cache = (
             Path(chosen.cache)
             if chosen.cache
@@ -58,7 +61,10 @@ class Yardstick:
 
         x, labels = stack(real, spread(len(real), fitting(real, chosen.references)))
         train_x, _ = stack(train, spread(len(train), fitting(train, chosen.references)))
-        some = data.to_images(x[for_grid(labels, data.num_classes, len(x))]).cpu()
+        if checked:  # as the generated grid: image k has caption k
+            some = data.to_images(stack(real, range(min(GRID, len(real))))[0]).cpu()
+        else:
+            some = data.to_images(x[for_grid(labels, data.num_classes, len(x))]).cpu()
         description: dict[str, Any] = {
             "split": "held-out" if heldout else "training set",
             "n": min(len(real), chosen.references),
@@ -66,6 +72,7 @@ class Yardstick:
             "floor": None,
             "nearest": nearest(x, train_x).mean().item() if heldout else None,
             "judge": None,
+            "prompts": checked and prompts(checked),
         }
         if judge is not None and labels is not None:
             guessed = judge.classify(judge(data.to_images(x))).cpu()
@@ -79,7 +86,7 @@ class Yardstick:
             if heldout:
                 others = real_features(data, train, "train", space, node, chosen, cache)
                 description["floor"] = frechet(moments, Gaussian.of(others))
-        return cls(data, space, judge, features, moments, train_x, some, description)
+        return cls(data, space, judge, features, moments, train_x, some, checked, description)
 
     def identity(self) -> dict[str, Any] | None:
         """Who extracts features, and how pixels reach it."""
@@ -94,7 +101,7 @@ class Yardstick:
         Args:
             x: b c y x, samples
             images: uint8 b y x 3, the same to look at
-            numbers: b, of the samples; they decide the classes
+            numbers: b, of the samples; they decide the classes, or the captions
             other: uint8 b y x 3, the reference run's images of the same noise
         """
         from edit.evaluation import nearest, perceptual, psnr, ssim
@@ -102,7 +109,12 @@ class Yardstick:
         measured = {"nearest": nearest(x, self.train_x)}
         if self.space is not None:
             measured["features"] = self.space(images).cpu()
-        if self.judge is not None:
+        if self.checked is not None:
+            captions = self.checked.heldout().captions
+            told = [captions[int(k) % len(captions)] for k in numbers]
+            measured["prompt_accuracy"] = self.checked.follows(images, told).float()
+            measured |= {f"prompt_{part}": score for part, score in self.checked.scores(images, told).items()}
+        elif self.judge is not None:
             guessed = self.judge.classify(self.judge(images)).cpu()
             measured["right"] = (guessed == numbers % self.data.num_classes).float()
         if other is not None:
@@ -116,8 +128,12 @@ class Yardstick:
         from edit.evaluation import frechet_measure, inside, mean_measure
 
         out = {"nearest_train": mean_measure(s["nearest"] for s in sets)}
-        if self.judge is not None:
+        if "right" in sets[0]:
             out["accuracy"] = mean_measure(s["right"] for s in sets)
+        for name in (k for k in sets[0] if k.startswith("prompt_")):
+            said = [s[name][~s[name].isnan()] for s in sets]  # of the captions that speak of it
+            if all(map(len, said)):
+                out[name] = mean_measure(said)
         if self.real is not None and self.moments is not None:
             out["frechet"] = frechet_measure((s["features"] for s in sets), self.moments)
             out["precision"] = mean_measure(inside(s["features"], self.real).float() for s in sets)
@@ -130,6 +146,29 @@ class Yardstick:
 
         names = [k for k in ("psnr", "ssim", "perceptual") if k in sets[0]]
         return {k: mean_measure(s[k] for s in sets) for k in names} or None
+
+
+def prompts(data: CheckedSet, rounds: int = 4) -> dict[str, Any]:
+    """What the held-out captions are, and how often real images follow their own captions, and those of others.
+
+    Args:
+        data: what to check with
+        rounds: times that all captions are handed out anew, at random, for the level of chance
+    """
+    import torch
+
+    split = data.heldout()
+    indices = spread(len(split), 1000)
+    images, told = data.to_images(stack(split, indices)[0]), [split.captions[i] for i in indices]
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(len(told), generator=generator).tolist() for _ in range(rounds)]
+    chance = [data.follows(images, [told[i] for i in order]).double().mean() for order in orders]
+    return {
+        "count": len(set(split.captions)),
+        "real": data.follows(images, told).double().mean().item(),
+        "chance": torch.stack(chance).mean().item(),
+        "shown": split.captions[:GRID],
+    }
 
 
 def choose_space(features: str, judge: Judge | None, device: torch.device) -> FeatureSpace | None:
@@ -185,12 +224,13 @@ def real_features(
 
 
 def stack(split: Split, indices: Iterable[int]) -> tuple[Tensor, Tensor | None]:
-    """Samples b c y x and, where there are labels, b int64."""
+    """Samples b c y x and, where there are labels or kinds, b int64."""
     import torch
 
     samples = [split.sample(i, i) for i in indices]
     x = torch.stack([s["x"] for s in samples])
-    return x, torch.stack([torch.as_tensor(s["label"]) for s in samples]) if "label" in samples[0] else None
+    key = next((k for k in ("label", "kind") if k in samples[0]), None)
+    return x, None if key is None else torch.stack([torch.as_tensor(s[key]) for s in samples])
 
 
 def spread(length: int, most: int) -> list[int]:

@@ -17,7 +17,6 @@ from edit.cost import (
     _Reads,
     cost,
     count_forward,
-    labels,
     latency,
     macs,
     main,
@@ -152,7 +151,7 @@ def test_counting_leaves_the_denoiser_as_it_was(dit):
 def test_a_skipped_unit_activates_none_of_its_parameters(make_dit):
     denoiser = make_dit(depth=3)
     denoiser.units[1] = lambda stream: stream
-    counted = count_forward(denoiser, labels(1), 1)
+    counted = count_forward(denoiser, denoiser.example(), 1)
     unit = sum(p.numel() for p in denoiser.model.blocks[1].parameters())
     assert counted.activated == sum(p.numel() for p in denoiser.parameters()) - unit
 

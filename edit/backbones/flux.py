@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, rotate_pairs, zero_init
+from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, turn, zero_init
 from edit.denoiser import Branch, Condition, Layout, Output, Stream
 
 
@@ -163,11 +163,6 @@ def heads(tokens: Tensor, attention: Any) -> Tensor:
     return tokens.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
 
-def turn(x: Tensor, layout: Layout) -> Tensor:
-    cos, sin = layout.rope
-    return rotate_pairs(x, cos, sin)
-
-
 def split(joint: Tensor, layout: Layout) -> Branch:
     return Branch(joint[:, layout.text_length :], joint[:, : layout.text_length])
 
@@ -185,25 +180,28 @@ class Flux(StockDenoiser):
 
     @property
     def channels(self) -> int:
-        return self.model.config.in_channels // 4
+        c: Any = self.model.config
+        return c.in_channels // 4
+
+    @property
+    def widths(self) -> dict[str, int]:
+        c: Any = self.model.config
+        return {"text": c.joint_attention_dim, "pooled": c.pooled_projection_dim}
 
     def initialise(self) -> Flux:
-        m = self.model
-        modulations = [u.norm1.linear for u in m.transformer_blocks] + [
-            u.norm1_context.linear for u in m.transformer_blocks
-        ]
-        modulations += [u.norm.linear for u in m.single_transformer_blocks]
-        zero_init(*modulations, m.norm_out.linear, m.proj_out)
+        m: Any = self.model
+        norms = [norm for u in m.transformer_blocks for norm in (u.norm1, u.norm1_context)]
+        norms += [u.norm for u in m.single_transformer_blocks]
+        zero_init(*(norm.linear for norm in norms), m.norm_out.linear, m.proj_out)
         return self
 
     def pack(self, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
         """2 x 2 latent pixels to a token; positions are (0, row, column) for the image and 0 for the text."""
-        c = self.model.config
-        self.need(condition, text=c.joint_attention_dim, pooled=c.pooled_projection_dim)
-        guidance = condition.guidance
-        if c.guidance_embeds and guidance is None:
+        self.need(condition)
+        guidance, told = condition.guidance, self.model.config.guidance_embeds  # type: ignore[union-attr]
+        if told and guidance is None:
             guidance = torch.full_like(t, self.guidance)
-        if guidance is not None and not c.guidance_embeds:
+        if guidance is not None and not told:
             raise ValueError("this flux was not distilled for guidance: leave condition.guidance out")
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
         tokens = x.unflatten(3, (columns, 2)).unflatten(2, (rows, 2)).permute(0, 2, 4, 1, 3, 5)

@@ -132,10 +132,14 @@ class PixArt(PatchDenoiser):
         zero_init(*(u.attn2.to_out[0] for u in m.transformer_blocks), m.proj_out)
         return self
 
+    @property
+    def widths(self) -> dict[str, int]:
+        c: Any = self.model.config
+        return {"text": c.caption_channels or c.cross_attention_dim}
+
     def pack(self, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
         """Where the model is told the image size, it is that of `x`: rows and columns in pixels, and their ratio."""
-        c = self.model.config
-        self.need(condition, text=c.caption_channels or c.cross_attention_dim)
+        self.need(condition)
         if condition.guidance is not None:
             raise ValueError("pixart was not distilled for guidance: leave condition.guidance out")
         told = None

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from edit.denoiser import Branch, Condition, Denoiser, Step, Stream, Unit
+from edit.denoiser import Branch, Condition, Denoiser, Layout, Step, Stream, Unit
 
 
 @dataclass(frozen=True)
@@ -162,13 +162,25 @@ class StockDenoiser(Denoiser):
         with torch.device("meta"):
             return cls.from_config(given).config, dict(state)
 
-    def need(self, condition: Condition, **widths: int) -> None:
-        """Refuse a condition without these fields, or with others than these widths.
+    @property
+    def widths(self) -> dict[str, int]:
+        """Widths of the embeddings it is told, by their names in `Condition`; none: it is told classes."""
+        return {}
+
+    def example(self, batch: int = 1, text: int = 512) -> Condition:
+        if not self.widths:
+            return super().example(batch)
+        widths = dict(self.widths)
+        words = torch.zeros(batch, text, widths.pop("text"), device="cpu")
+        return Condition(text=words, **{k: torch.zeros(batch, w, device="cpu") for k, w in widths.items()})
+
+    def need(self, condition: Condition) -> None:
+        """Refuse a condition without the embeddings this family is told, or with others than their widths.
 
         Raises:
             ValueError: naming the field, what was given and what was expected
         """
-        for name, width in widths.items():
+        for name, width in self.widths.items():
             value = getattr(condition, name)
             if value is None:
                 raise ValueError(f"{self.name} needs condition.{name}, which is missing: use data with text embeddings")
@@ -190,10 +202,18 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn neighbouring channel pairs: b h s e by s e/2 angles, in fp32, back in x's type."""
-    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
+def turn(x: Tensor, layout: Layout) -> Tensor:
+    """Rotary positions: turn neighbouring channel pairs of b h s e queries or keys in fp32, back in their own type.
+
+    `layout.rope` is 2 s e/2: cosines, then sines.
+    """
+    cos, sin = layout.rope.unbind()  # type: ignore[union-attr]
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # a compiler fuses real numbers and stops at complex ones
+        real, imaginary = pairs.unbind(-1)
+        turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
+    else:  # a tenth of the time
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
     return turned.flatten(-2).type_as(x)
 
 

@@ -22,5 +22,5 @@ def test_a_data_config_names_every_argument_of_its_class_and_no_other(file):
             assert value == parameters[key].default
 
 
-def test_there_are_the_four_data_sets():
-    assert [f.stem for f in FILES] == ["digits", "image_folder", "latents", "webdataset"]
+def test_there_are_the_six_data_sets():
+    assert [f.stem for f in FILES] == ["captioned_digits", "digits", "image_folder", "latents", "shapes", "webdataset"]

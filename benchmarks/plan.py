@@ -1,0 +1,180 @@
+"""The memory that `edit.plan` predicts for a training step, against the memory that training takes.
+
+    python -m benchmarks.plan                              # CPU: by tensors, and by the process's resident memory
+    python -m benchmarks.plan --device cuda --cases flux   # by what the caching allocator has handed out
+    python -m benchmarks.plan --cases digits --recipe      # our own recipe under Lightning instead of a bare loop
+
+By tensors: the storages alive at once, counted after every operator (`edit.cost.peak_memory`). Resident: what the
+operating system counts, in a fresh process each, above what it held before the model was built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from edit.backbones.dit import DiTConfig
+from edit.backbones.flux import FluxConfig
+from edit.cost import peak_memory
+from edit.denoiser import Denoiser
+from edit.plan import Draft
+from edit.probe import Probe
+
+STEPS = 3  # the first makes the optimiser's state, the second meets the gradients of the first
+
+
+@dataclass(frozen=True)
+class Case:
+    build: Callable[[], Denoiser]
+    batch: int
+    text: int = 512
+
+    def draft(self, checkpointing: bool, half: bool) -> Draft:
+        """As `edit.plan` would draft this run on one device."""
+        with torch.device("meta"):
+            plain = self.build()
+        probe = Probe(self.build, plain.sample_shape, plain.example(text=self.text))
+        return Draft(probe, batch=self.batch, half=half, checkpointing=checkpointing, peak=None)
+
+
+CASES = {
+    "digits": Case(DiTConfig(8, 1, 1, 128, 6, 4, num_classes=10).build, 128),
+    "dit_s": Case(DiTConfig(8, 1, 1, 384, 12, 6, num_classes=10).build, 64),
+    "wide": Case(DiTConfig(8, 1, 1, 768, 4, 12, num_classes=10).build, 4),  # mostly weights
+    "flux_small": Case(FluxConfig(48, 4, 4, 32, 4, 64, 64, False, (8, 12, 12), (32, 32)).build, 8, text=64),
+    # layers of FLUX.1-dev's true size, as many as fit on one GPU with AdamW and an average
+    "flux": Case(FluxConfig(num_layers=3, num_single_layers=6).build, 1),
+}
+
+
+def train(case: Case, device: torch.device, checkpointing: bool, half: bool) -> None:
+    """Steps in the recipe's order: the last gradients are dropped between forward and backward."""
+    torch.manual_seed(0)
+    with device:
+        denoiser = case.build()
+    denoiser.train().gradient_checkpointing = checkpointing
+    average = deepcopy(denoiser).requires_grad_(False)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), fused=True)
+    one = denoiser.example(text=case.text)
+    told = one.map(lambda v: torch.zeros(case.batch, *v.shape[1:], dtype=v.dtype, device=device))
+    for _ in range(STEPS):
+        x, noise = (torch.randn(case.batch, *denoiser.sample_shape, device=device) for _ in range(2))
+        t = torch.rand(case.batch, device=device)
+        at = t.view(-1, 1, 1, 1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            out = denoiser((1 - at) * x + at * noise, t, told)
+        loss = (out.sample.float() - (noise - x)).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(denoiser.parameters()), 0.01)
+        del out, loss
+
+
+def recipe(case: Case, device: torch.device, checkpointing: bool, half: bool) -> None:
+    """The same under Lightning, on the digits: the case must be a DiT of 1x8x8 samples."""
+    from data.digits import Digits
+    from data.loader import EndlessLoader
+    from edit.objectives import FlowMatching
+    from recipes.callbacks import Metrics
+    from recipes.config import OptimizerConfig, TrainerConfig
+    from recipes.diffusion import Diffusion
+    from recipes.loggers import CSVLogger
+    from recipes.trainer import make_trainer
+    from recipes.training import quiet
+
+    quiet()
+    kind = "gpu" if device.type == "cuda" else "cpu"
+    config = TrainerConfig(max_steps=STEPS, accelerator=kind, precision="bf16-mixed" if half else "32-true")
+    module = Diffusion(
+        case.build,
+        case.build,
+        FlowMatching(),
+        {},
+        OptimizerConfig(lr=1e-4),
+        max_steps=STEPS,
+        gradient_checkpointing=checkpointing,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        loggers = [CSVLogger(Path(folder) / "metrics.csv")]
+        trainer = make_trainer(config, Path(folder), loggers, [Metrics(1, case.batch)])
+        trainer.fit(module, EndlessLoader(Digits().train(), case.batch, STEPS))
+
+
+def status(key: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{key}:")).split()[1]) * 1024
+
+
+def resident(run: Callable[..., None], name: str, checkpointing: bool) -> int:
+    """What the operating system counts above a process that has trained something tiny already."""
+    tiny = replace(CASES["digits"], build=DiTConfig(8, 1, 1, 32, 1, 4, num_classes=10).build, batch=2)
+    run(tiny, torch.device("cpu"), checkpointing, False)
+    with torch.device("meta"):
+        CASES[name].build()  # imports what the family needs
+    before = status("VmRSS")
+    run(CASES[name], torch.device("cpu"), checkpointing, False)
+    return status("VmHWM") - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="digits,dit_s,wide,flux_small", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--recipe", action="store_true", help="train by our recipe under Lightning")
+    parser.add_argument("--resident", choices=("0", "1"), help="one case's resident bytes, without or with")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    names, run, device = args.cases.split(","), recipe if args.recipe else train, torch.device(args.device)
+    if unknown := [n for n in names if n not in CASES]:
+        parser.error(f"there is no case {unknown[0]}: known are {', '.join(CASES)}")
+    if args.resident:
+        print(resident(run, names[0], args.resident == "1"))
+        return
+    half, rows = device.type == "cuda", []
+    for name in names:
+        for checkpointing in (False, True):
+            case = CASES[name]
+            predicted = case.draft(checkpointing, half).plan().total
+            measured = peak_memory(lambda c=case, k=checkpointing: run(c, device, k, half), device)
+            row = {"case": name, "checkpointing": checkpointing, "predicted": predicted, "measured": measured}
+            if device.type == "cpu":
+                row["resident"] = _apart(name, checkpointing, args.recipe)
+            rows.append(row)
+    table = Table("case", "recomputed", "predicted MB", "by tensors", "predicted / it", "resident", "predicted / it")
+    for r in rows:
+        p, m, s = r["predicted"], r["measured"], r.get("resident")
+        seen = (f"{s / 1e6:.1f}", f"{p / s:.3f}") if s else ("", "")
+        kind = "on" if r["checkpointing"] else "off"
+        table.add_row(r["case"], kind, f"{p / 1e6:.1f}", f"{m / 1e6:.1f}", f"{p / m:.3f}", *seen)
+    Console().print(table)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2))
+
+
+def _apart(name: str, checkpointing: bool, by_recipe: bool) -> int:
+    """Resident memory of one case in a fresh process, whose allocator gives freed memory back at once."""
+    words = [sys.executable, "-m", "benchmarks.plan", "--cases", name, "--resident", str(int(checkpointing))]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    command = [*words, *(["--recipe"] if by_recipe else [])]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""Stable Diffusion 3 and 3.5 over `diffusers.SD3Transformer2DModel`: double-stream units (MMDiT) over patches.
+
+Text and image tokens have their own weights and attend to each other in every unit. The last unit reads the text and
+leaves nothing of it behind. In some units of SD3.5-medium (MMDiT-X) the image tokens attend once more, to themselves.
+Source: Stable Diffusion 3 (arXiv 2403.03206) as `diffusers` has it; no text mask: padding is attended to.
+
+Positions are a fixed table of pos_embed_max_size rows and columns, of which a sample gets the centre.
+
+The joint order is text first, as in the other families here; the stock class puts the image first, which changes no
+output. Not supported: fused projections, chunked feed-forward, IP-adapters, ControlNet residuals, skip_layers, position
+tables without pos_embed_max_size, other QK-norms than rms_norm, and another number of output than of input channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, zero_init
+from edit.denoiser import Branch, Condition, Layout, Output, Stream, add, record_branch
+
+
+@dataclass(frozen=True)
+class SD3Config:
+    """Everything that defines a Stable Diffusion 3 transformer; the defaults are SD3-medium's."""
+
+    in_channels: int = 16
+    num_layers: int = 24
+    num_attention_heads: int = 24
+    attention_head_dim: int = 64
+    joint_attention_dim: int = 4096  # width of the text embedding
+    pooled_projection_dim: int = 2048
+    sample_size: int = 128  # rows = columns of a latent; the position table spans as many, finer or coarser
+    patch_size: int = 2
+    pos_embed_max_size: int = 192  # rows = columns of the position table, in patches
+    dual_attention_layers: tuple[int, ...] = ()  # units with a second attention; SD3.5-medium: 0 to 12
+    qk_norm: str | None = None  # SD3.5: "rms_norm"
+    latent_size: tuple[int, int] | None = None  # default rows and columns of a latent; None: sample_size
+    path: str | None = None  # folder or hub id of the weights, for `init` and `teacher.path` to refer to
+
+    def build(self) -> SD3:
+        config = asdict(self)
+        del config["path"]
+        width = self.num_attention_heads * self.attention_head_dim
+        follows = {"out_channels": self.in_channels, "caption_projection_dim": width}
+        return SD3.from_config({**config, **follows}).initialise()
+
+
+@dataclass(frozen=True)
+class DualModulation(Modulation):
+    """With what the second attention reads and its gate: b n d, b 1 d."""
+
+    second: Tensor | None = None
+    second_gate: Tensor | None = None
+
+
+class JointUnit(StockUnit):
+    """Two streams with one joint attention.
+
+    x + g1 * attention(norm(x) (1 + k1) + s1), then, where `dual`, x + g3 * attention(norm(x) (1 + k3) + s3) among image
+    tokens, then x + g2 * mlp(norm(x) (1 + k2) + s2). Both attentions read the tokens the unit was given. The second is
+    a residual step of its own, traced as "unit.<index>.second"; the slots `attention` and `mixer` are the joint one's.
+    """
+
+    attn: Any
+    attn2: Any
+    ff: nn.Module
+    ff_context: nn.Module
+
+    def __init__(self, block: Any):
+        super().__init__(block)
+        self.dual: bool = block.use_dual_attention
+        self.last: bool = block.context_pre_only  # the text is read, not written
+
+    def modulate(self, stream: Stream) -> DualModulation:
+        image, gate, shift, scale, feed, *second = self.norm1(stream.image, emb=stream.cond)
+        t_gate = t_shift = t_scale = t_feed = None
+        if self.last:
+            text = self.norm1_context(stream.text, stream.cond)
+        else:
+            text, *parts = self.norm1_context(stream.text, emb=stream.cond)
+            t_gate, t_shift, t_scale, t_feed = (p[:, None] for p in parts)
+        return DualModulation(
+            attention_gate=Branch(gate[:, None], t_gate),
+            feed_gate=Branch(feed[:, None], t_feed),
+            feed_shift=Branch(shift[:, None], t_shift),
+            feed_scale=Branch(scale[:, None], t_scale),
+            tokens=Branch(image, text),
+            second=second[0] if self.dual else None,
+            second_gate=second[1][:, None] if self.dual else None,
+        )
+
+    def attend(self, stream: Stream, modulation: Modulation) -> Branch:
+        image, text = modulation.tokens.image, modulation.tokens.text
+        if "mixer" not in vars(self):
+            return self.attend_jointly(stream, image, text)  # spares joining the tokens and splitting them again
+        joint = self.mixer(stream, torch.cat((text, image), 1))
+        return Branch(joint[:, -image.shape[1] :], None if self.last else joint[:, : text.shape[1]])
+
+    def mixer(self, stream: Stream, tokens: Tensor) -> Tensor:
+        """Joint attention: b (l + n) d, text first -> the same; of the last unit b n d."""
+        length = stream.layout.text_length
+        image, text = self.attend_jointly(stream, tokens[:, length:], tokens[:, :length])
+        return image if text is None else torch.cat((text, image), 1)
+
+    def attend_jointly(self, stream: Stream, image: Tensor, text: Tensor) -> Branch:
+        a, length = self.attn, text.shape[1]
+        q = torch.cat((normed(a.add_q_proj(text), a.norm_added_q, a), normed(a.to_q(image), a.norm_q, a)), 2)
+        k = torch.cat((normed(a.add_k_proj(text), a.norm_added_k, a), normed(a.to_k(image), a.norm_k, a)), 2)
+        v = torch.cat((heads(a.add_v_proj(text), a), heads(a.to_v(image), a)), 2)
+        o = self.attention(q, k, v, stream.layout, stream.step).transpose(1, 2).flatten(2)
+        return Branch(a.to_out[1](a.to_out[0](o[:, length:])), None if self.last else a.to_add_out(o[:, :length]))
+
+    def attend_again(self, tokens: Tensor) -> Tensor:
+        """Attention among image tokens: b n d -> b n d."""
+        a = self.attn2
+        q, k = normed(a.to_q(tokens), a.norm_q, a), normed(a.to_k(tokens), a.norm_k, a)
+        o = F.scaled_dot_product_attention(q, k, heads(a.to_v(tokens), a))
+        return a.to_out[1](a.to_out[0](o.transpose(1, 2).flatten(2)))
+
+    def ffn(self, tokens: Tensor, routing: Any = None) -> Tensor:
+        return self.ff(tokens)
+
+    def text_ffn(self, tokens: Tensor, routing: Any = None) -> Tensor:
+        return self.ff_context(tokens)
+
+    def feed(self, stream: Stream, modulation: Modulation) -> Branch:
+        shift, scale = modulation.feed_shift, modulation.feed_scale
+        image = self.ffn(torch.addcmul(shift.image, self.norm2(stream.image), 1 + scale.image))
+        if self.last:
+            return Branch(image)
+        return Branch(image, self.text_ffn(torch.addcmul(shift.text, self.norm2_context(stream.text), 1 + scale.text)))
+
+    def forward(self, stream: Stream) -> Stream:
+        modulation = self.modulate(stream)
+        attended = self.attend(stream, modulation)
+        if stream.tap:
+            stream = record_branch(stream, f"{stream.tap}.attention", attended)
+        stream = add(stream, attended, modulation.attention_gate)
+        if self.dual:
+            second = Branch(self.attend_again(modulation.second))
+            if stream.tap:
+                stream = record_branch(stream, f"{stream.tap}.second", second)
+            stream = add(stream, second, Branch(modulation.second_gate))
+        fed = self.feed(stream, modulation)
+        if stream.tap:
+            stream = record_branch(stream, f"{stream.tap}.feed", fed)
+        stream = add(stream, fed, modulation.feed_gate)
+        return replace(stream, text=None) if self.last else stream
+
+    def end(self) -> None:
+        """Become the last unit of a model: what only the text's way onwards needs is dropped, the image stays as it is.
+
+        Raises:
+            ValueError: if the text's modulation is no plain linear layer
+        """
+        from diffusers.models.normalization import AdaLayerNormContinuous
+
+        old = self.norm1_context.linear
+        if type(old) is not nn.Linear:
+            raise ValueError(
+                f"sd3: the last unit kept needs another text modulation, but its norm1_context.linear is a "
+                f"{type(old).__name__}: prune before such edits, or fold them first"
+            )
+        width = old.in_features
+        with torch.device("meta"):
+            norm = AdaLayerNormContinuous(width, width, elementwise_affine=False, eps=1e-6)
+        for name, p in old.named_parameters():  # rows: shift, scale, gates, ... -> scale, shift
+            rows = torch.cat((p.detach()[width : 2 * width], p.detach()[:width]))
+            norm.linear.register_parameter(name, nn.Parameter(rows, p.requires_grad))
+        self.norm1_context = norm.train(self.training)
+        self.attn.to_add_out = self.ff_context = self.norm2_context = None
+        self.last = True
+
+
+def heads(tokens: Tensor, attention: Any) -> Tensor:
+    """b s (h e) -> b h s e."""
+    return tokens.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+
+
+def normed(tokens: Tensor, norm: nn.Module | None, attention: Any) -> Tensor:
+    """Queries or keys, with QK-norm where the model has it: b s (h e) -> b h s e."""
+    x = heads(tokens, attention)
+    return x if norm is None else norm(x)
+
+
+class SD3(StockDenoiser):
+    """Stable Diffusion 3 as `embed -> units -> readout`; a sample is a latent of any size up to the position table's.
+
+    After the last unit `Stream.text` is None.
+    """
+
+    name = "sd3"
+    stock = "SD3Transformer2DModel"
+    lists: ClassVar = {"transformer_blocks": ("num_layers", JointUnit)}
+    extras: ClassVar = {"latent_size": None}
+    latent_size: tuple[int, int] | None
+
+    def __init__(self, model: nn.Module, **extras: Any):
+        c: Any = model.config
+        width = c.num_attention_heads * c.attention_head_dim
+        if c.qk_norm not in (None, "rms_norm"):
+            raise ValueError(f"sd3: qk_norm must be None or rms_norm, got {c.qk_norm}")
+        if c.out_channels not in (None, c.in_channels):
+            raise ValueError(f"sd3: out_channels must be in_channels {c.in_channels}, got {c.out_channels}")
+        if c.caption_projection_dim != width:
+            raise ValueError(f"sd3: caption_projection_dim must be the width {width}, got {c.caption_projection_dim}")
+        if not c.pos_embed_max_size:
+            raise ValueError("sd3 crops a position table: pos_embed_max_size must be its size in patches, got none")
+        super().__init__(model, **extras)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        c: Any = self.model.config
+        rows, columns = self.latent_size or (c.sample_size, c.sample_size)
+        return self.channels, rows, columns
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        c = self.model.config
+        if len(shape) != 3 or shape[0] != self.channels:
+            return False
+        return all(s % c.patch_size == 0 and s // c.patch_size <= c.pos_embed_max_size for s in shape[1:])
+
+    def settle(self, shape: tuple[int, ...], spec: Any) -> None:
+        """The data's rows and columns become the default; sample_size belongs to the position table and stays."""
+        self.latent_size = tuple(shape[-2:])
+        self.base = {**self.base, "latent_size": list(self.latent_size)}
+
+    def initialise(self) -> SD3:
+        m = self.model
+        modulations = [norm.linear for u in self.units for norm in (u.norm1, u.norm1_context)]
+        zero_init(*modulations, m.norm_out.linear, m.proj_out)
+        return self
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """The last unit kept becomes one that only reads the text; the image it makes is the same.
+
+        Raises:
+            ValueError: if the indices are none of these units, or an edit sits where the last unit changes
+        """
+        dual = [unit.dual for unit in self.units]
+        super().keep(indices)
+        self.model.register_to_config(dual_attention_layers=tuple(k for k, i in enumerate(indices) if dual[i]))
+        if not self.units[-1].last:
+            self.units[-1].end()
+
+    @property
+    def widths(self) -> dict[str, int]:
+        c: Any = self.model.config
+        return {"text": c.joint_attention_dim, "pooled": c.pooled_projection_dim}
+
+    def pack(self, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+        """The stock model counts time from 0 to 1000."""
+        self.need(condition)
+        if condition.guidance is not None:
+            raise ValueError("sd3 was not distilled for guidance: leave condition.guidance out")
+        return {
+            "hidden_states": x,
+            "encoder_hidden_states": condition.text,
+            "pooled_projections": condition.pooled,
+            "timestep": t * 1000,
+        }
+
+    def embed(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        block_controlnet_hidden_states: Sequence[Tensor] | None = None,
+        joint_attention_kwargs: Mapping[str, Any] | None = None,
+        skip_layers: Sequence[int] | None = None,
+    ) -> Stream:
+        """The stock forward's arguments: b c y x, b l c, b c, b; the last three are refused."""
+        if joint_attention_kwargs:
+            raise ValueError(f"sd3 takes no joint_attention_kwargs here, got {', '.join(joint_attention_kwargs)}")
+        if block_controlnet_hidden_states is not None:
+            raise ValueError("sd3 takes no ControlNet residuals here: leave block_controlnet_hidden_states out")
+        if skip_layers is not None:
+            raise ValueError(f"sd3 skips no layers here, got skip_layers={list(skip_layers)}: leave layer guidance out")
+        m = self.model
+        e, patch, dtype = m.time_text_embed, m.config.patch_size, m.pos_embed.proj.weight.dtype
+        # the convolution leaves them channels first: a layout that every later sum would inherit
+        image = m.pos_embed(hidden_states.to(dtype)).contiguous()
+        text = m.context_embedder(encoder_hidden_states.to(dtype))
+        time = e.timestep_embedder(e.time_proj(timestep).to(dtype))
+        cond = time + e.text_embedder(pooled_projections.to(dtype))
+        rows, columns = (s // patch for s in hidden_states.shape[2:])
+        layout = Layout(grid=(1, rows, columns), text_length=text.shape[1])
+        return Stream(image=image, text=text, cond=cond, time=time, layout=layout)
+
+    def native(self, stream: Stream) -> Tensor:
+        """b (y x) (p q c) -> b c (y p) (x q)."""
+        m, (_, rows, columns) = self.model, stream.layout.grid
+        tokens, patch = m.proj_out(m.norm_out(stream.image, stream.cond)), m.config.patch_size
+        x = tokens.view(len(tokens), rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(len(x), -1, rows * patch, columns * patch)
+
+    def readout(self, stream: Stream) -> Output:
+        return Output(self.native(stream), None, stream.trace)
