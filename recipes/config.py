@@ -66,6 +66,7 @@ class TrainerConfig:
     compile: bool = False
     gradient_checkpointing: bool = False
     threads: int | None = rule(None, low=1)  # of torch on the CPU; null leaves the choice to torch
+    memory: float | None = rule(None, low=0)  # GB of a device that a run must fit in; null: the GPU's own; 0: unchecked
 
 
 @dataclass

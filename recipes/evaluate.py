@@ -43,6 +43,7 @@ class Settings:
     n: int = rule(MISSING, low=8)
     guidance: list[float] = rule(MISSING)
     steps: int | None = rule(MISSING, low=1)
+    reference_guidance: float | None = rule(MISSING, low=0)
     seed: list[int] = rule(MISSING, low=0)
     batch: int = rule(MISSING, low=1)
     device: str = MISSING
@@ -353,7 +354,8 @@ def sample_and_measure(
     common = (condition, numbers, seed, chosen.batch, lambda images: done(share * images), null)
     streams = [generate(artifact.denoiser, artifact.objective, sampler, *common)]
     if original is not None:  # its own solver and steps: the same noise is what makes a pair
-        own = adjusted(original, sampler.guidance, None)
+        weight = sampler.guidance if chosen.reference_guidance is None else chosen.reference_guidance
+        own = adjusted(original, weight, None)
         streams.append(generate(original.denoiser, original.objective, own, *common))
     measured, first, seconds = [], [], 0.0
     for start in range(0, chosen.n, chosen.batch):

@@ -42,7 +42,8 @@ from recipes.trainer import accelerator_of, count_devices, make_trainer, precisi
 # what may change between two attempts at one run; everything else decides the numbers
 FREE = {"name", "runs", "logger", "checkpoint", "preview", "evaluate", "log_every", "debug", "trusted", "before"}
 FREE |= {
-    f"trainer.{k}" for k in ("max_steps", "accelerator", "strategy", "compile", "gradient_checkpointing", "threads")
+    f"trainer.{k}"
+    for k in ("max_steps", "accelerator", "strategy", "compile", "gradient_checkpointing", "threads", "memory")
 }
 BATCH = ("data.batch_size", "trainer.devices", "trainer.num_nodes")  # only their product counts
 FREE |= {*BATCH, "data.workers"}
@@ -74,6 +75,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     terms = instantiate(cfg.terms, _convert_="all") or {}
     teacher = make_teacher(cfg, data, objective, terms)
     condition, null = conditions(data), null_condition(data)
+    refuse_too_large(cfg)
     module = Diffusion(
         build=build,
         structure=structure,
@@ -221,8 +223,9 @@ def builders(cfg: DictConfig, data: Any, objective: Objective):
             f"the backbone predicts a {plan.prediction}, the objective trains a {objective.prediction}: choose {fit}, "
             "or another backbone.time"
         )
-    if not plan.accepts(tuple(data.shape)):
-        given, taken = "x".join(map(str, data.shape)), "x".join(map(str, plan.sample_shape))
+    shapes = [tuple(shape) for shape in getattr(data, "buckets", None) or [data.shape]]
+    if refused := next((shape for shape in shapes if not plan.accepts(shape)), None):
+        given, taken = "x".join(map(str, refused)), "x".join(map(str, plan.sample_shape))
         raise UserError(f"the data has samples of {given}, the backbone takes {taken}: change one of the two groups")
     classes = plan.config.get("num_classes")
     if data.num_classes is None and classes is not None:
@@ -270,6 +273,32 @@ def make_teacher(cfg: DictConfig, data: Any, objective: Objective, terms: Mappin
         raise UserError(f"teacher.path={path} takes samples of {taken}, the data has {given}: choose a teacher for it")
     half = "bf16" in precision_of(cfg.trainer) if cfg.teacher.dtype == "auto" else cfg.teacher.dtype == "bf16"
     return Teacher(build, structure, guidance, cfg.teacher.placement, torch.bfloat16 if half else torch.float32)
+
+
+def refuse_too_large(cfg: DictConfig) -> None:
+    """A run that would end for lack of memory does not begin. A plan that cannot be made stops nothing.
+
+    Raises:
+        UserError: with what to change
+    """
+    from edit.plan import Request, draft_of, refuse
+
+    gpu = accelerator_of(cfg.trainer) == "gpu"
+    capacity = cfg.trainer.memory
+    if capacity is None and gpu:
+        capacity = torch.cuda.get_device_properties(0).total_memory / 1e9
+    if not capacity:
+        return
+    try:
+        draft = draft_of(Request(), cfg, [])
+        draft.plan()
+    except Exception as error:  # whatever an edit does that cannot be followed without weights
+        print(f"memory    not planned: {' '.join(str(error).split())}", flush=True)
+        return
+    try:
+        refuse(draft, capacity * 1e9)
+    except ValueError as error:
+        raise UserError(f"{error}; trainer.memory=0 launches it all the same") from error
 
 
 def refuse_other_run(cfg: DictConfig, out: Path) -> None:

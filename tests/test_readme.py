@@ -24,7 +24,7 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip() and not line.startswith("pip ")  # .ci/run types that one
 ]
-NEEDS_DATA = ("latents/", "data=webdataset", "-m data.precompute")  # checked below
+NEEDS_DATA = ("latents/", "data=webdataset", "-m data.precompute", "FLUX.1-dev", "flux_dev")  # checked below
 
 
 def words(command):
@@ -52,13 +52,17 @@ def run(folder, arguments, timeout=120):
 def shortened(arguments):
     if "--help" in arguments or "-m" == arguments[0]:
         return arguments
+    shapes = any("flux_tiny" in word for word in arguments)  # no judge: it takes half a minute to train
+    measure = ["n=20", *(["features=none"] if shapes else [])]
     if arguments[0] == "train.py":
-        return [*arguments, *(s for s in SHORT), "evaluate.n=20", "evaluate.guidance=[1.0]"]
-    return [*arguments, "n=20", "steps=2"]
+        taught = ["before=[]"] if "experiment=flux_tiny/distill" in arguments else []  # a short teacher is there
+        return [*arguments, *taught, *SHORT, "evaluate.guidance=[1.0]", *(f"evaluate.{m}" for m in measure)]
+    return [*arguments, *measure, "steps=2"]
 
 
 def test_the_commands_run_in_the_order_of_the_readme(folder):
     ran = []
+    run(folder, ["train.py", "experiment=flux_tiny/teacher", *SHORT, "evaluate=null"])
     for command in COMMANDS:
         if not any(n in command for n in NEEDS_DATA):
             run(folder, shortened(words(command)))
@@ -97,6 +101,48 @@ def test_the_precompute_command_runs_on_a_stand_in_for_imagenet(folder):
     arguments[arguments.index("--size") + 1] = "32"
     run(folder, arguments)
     assert (folder / "latents/imagenet256/manifest.json").exists()
+
+
+def test_the_flux_commands_run_on_a_stand_in_of_its_depth(folder):
+    """19 double and 38 single units of 8 channels, its own kind of VAE and encoders: from prompts to the pipeline."""
+    import torch
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    from data.toy_text import ToyText
+
+    small = {"num_attention_heads": 1, "attention_head_dim": 8, "joint_attention_dim": 64, "pooled_projection_dim": 64}
+    torch.manual_seed(0)
+    words_ = ToyText()
+    pipe = FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        AutoencoderKL(block_out_channels=(8,), latent_channels=16, norm_num_groups=4),
+        words_.clip,
+        words_.clip_tokenizer,
+        words_.t5,
+        words_.t5_tokenizer,
+        FluxTransformer2DModel(**small, guidance_embeds=True, axes_dims_rope=(2, 2, 4)),
+    )
+    pipe.save_pretrained(folder / "FLUX.1-dev")
+    words_.write(folder / "FLUX.1-dev")  # with a tokenizer beside each encoder
+    (folder / "prompts.txt").write_text("a red circle\ntwo small blue squares\n")
+    backbone = [*(f"backbone.{k}={v}" for k, v in small.items()), "backbone.axes_dims_rope=[2,2,4]"]
+    alone = [*backbone, "trainer=cpu", "trainer.devices=1", "teacher.placement=replicated"]
+    extra = {
+        "data.generate": ["steps=2", "size=8", "max_tokens=16", "device=cpu"],
+        "edit.plan": [*alone, "peak=1"],
+        "train.py": [*alone, *SHORT, "trainer.accumulate=1", "sampler.solver.steps=2"],
+        "edit.export": [],
+    }
+    commands = [c for c in COMMANDS if "FLUX.1-dev" in c or "flux_dev" in c]
+    assert len(commands) == len(extra)
+    for command in commands:
+        arguments = [w.replace("devices=8", "devices=1").replace("size=64", "size=8") for w in words(command)]
+        name = arguments[1] if arguments[0] == "-m" else arguments[0]
+        known = {w.split("=")[0] for w in extra[name]}
+        run(folder, [*(w for w in arguments if w.split("=")[0] not in known), *extra[name]])
+    student = FluxPipeline.from_pretrained(folder / "student").transformer
+    assert (len(student.transformer_blocks), len(student.single_transformer_blocks)) == (8, 38)
+    assert student.dtype == torch.float32 and (folder / "student/README.md").exists()
 
 
 def test_the_table_of_methods_names_files_and_experiments_that_exist():

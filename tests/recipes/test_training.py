@@ -323,3 +323,12 @@ def test_more_gpus_than_the_machine_has_are_refused(monkeypatch):
     with pytest.raises(UserError, match="trainer.devices=8, but this machine has 2 GPUs: ask for at most 2"):
         count_devices(TrainerConfig(max_steps=1, accelerator="gpu", devices=8, strategy="ddp"))
     assert count_devices(TrainerConfig(max_steps=1, accelerator="gpu", devices="auto", strategy="ddp")) == 2
+
+
+def test_a_run_that_does_not_fit_is_refused_before_it_begins_with_what_to_change(tmp_path):
+    with pytest.raises(
+        UserError, match="needs .* GB on each device, which has 0.0 GB: use .*; trainer.memory=0"
+    ) as error:
+        train(tmp_path, "name=a", "trainer.memory=0.001")
+    assert "\n" not in str(error.value) and not (tmp_path / "a").exists()
+    train(tmp_path, "name=a", "trainer.memory=1", "trainer.max_steps=1")
