@@ -194,6 +194,11 @@ class Diffusion(pl.LightningModule):
             p.requires_grad_(p.requires_grad and all(e.trainable(name) for e in self.denoiser.applied.values()))
         self.ema.requires_grad_(False).eval()
         self.told = bool(self.denoiser.config.get("guidance_embeds"))  # its guidance scale, as an input
+        if self.teacher is not None and not self.told and self.teacher.guidance.low != self.teacher.guidance.high:
+            raise ValueError(
+                "teacher.guidance is a range, but the student has no guidance input that could be told the scale: give "
+                "one scale, or apply edit.distillation.student.GuidanceInput"
+            )
         self.denoiser.train().gradient_checkpointing = self.gradient_checkpointing
         if self.compile_units:
             for unit in units_of(self.denoiser):

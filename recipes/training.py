@@ -228,6 +228,11 @@ def builders(cfg: DictConfig, data: Any, objective: Objective):
         given, taken = "x".join(map(str, refused)), "x".join(map(str, plan.sample_shape))
         raise UserError(f"the data has samples of {given}, the backbone takes {taken}: change one of the two groups")
     classes = plan.config.get("num_classes")
+    if classes is None:
+        try:
+            plan.pack(torch.zeros(1, *data.shape), torch.ones(1), conditions(data)(torch.arange(1)))
+        except ValueError as error:
+            raise UserError(f"the backbone cannot be told what this data tells: {error}") from error
     if data.num_classes is None and classes is not None:
         raise UserError(f"the {plan.name} backbone is class-conditional, the data has no labels: sort it into folders")
     if data.num_classes is not None and classes is not None and data.num_classes > classes:
@@ -271,6 +276,11 @@ def make_teacher(cfg: DictConfig, data: Any, objective: Objective, terms: Mappin
     if not plan.accepts(tuple(data.shape)):
         given, taken = "x".join(map(str, data.shape)), "x".join(map(str, plan.sample_shape))
         raise UserError(f"teacher.path={path} takes samples of {taken}, the data has {given}: choose a teacher for it")
+    told = conditions(data)(torch.arange(1))
+    try:
+        plan.pack(torch.zeros(1, *data.shape), torch.ones(1), told)
+    except ValueError as error:
+        raise UserError(f"teacher.path={path} cannot be told what this data tells: {error}") from error
     half = "bf16" in precision_of(cfg.trainer) if cfg.teacher.dtype == "auto" else cfg.teacher.dtype == "bf16"
     return Teacher(build, structure, guidance, cfg.teacher.placement, torch.bfloat16 if half else torch.float32)
 

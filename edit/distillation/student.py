@@ -1,4 +1,4 @@
-"""Students made from a teacher's weights: several units become one, and a fixed guidance scale becomes a bias.
+"""Students made from a teacher's weights: several units become one, a fixed guidance scale becomes a bias, or an input.
 
 Both are structural: the artifact is a plain model of its family. A depth subset is `edit.pruning.depth.DepthPruning`
 with pattern "listed". Specification: methods/distillation.md D2; collapsing after PPCL (OPPO, Qwen-Image pruning), the
@@ -103,3 +103,32 @@ class FixedGuidance(Edit):
 
     def fold(self, denoiser: Denoiser) -> None:
         """Nothing to do: the bias has it already."""
+
+
+@dataclass
+class GuidanceInput(Edit):
+    """The inverse: a FLUX that gets a guidance input, to be taught by a teacher asked at many scales (D3.2).
+
+    The new embedder's last layer is zero, so nothing changes at first.
+    """
+
+    def apply(self, denoiser: Denoiser) -> None:
+        from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddings
+
+        config = denoiser.config
+        if config.get("guidance_embeds", True):  # families without the option have no such input
+            raise ValueError(f"GuidanceInput: this {denoiser.name} cannot be given a guidance input, or has one")
+        model = denoiser.model
+        old, weight = model.time_text_embed, model.time_text_embed.timestep_embedder.linear_2.weight
+        with weight.device:
+            new = CombinedTimestepGuidanceTextProjEmbeddings(len(weight), config["pooled_projection_dim"])
+        new.guidance_embedder.to(weight.dtype)
+        nn.init.zeros_(new.guidance_embedder.linear_2.weight)
+        nn.init.zeros_(new.guidance_embedder.linear_2.bias)
+        for name in ("time_proj", "timestep_embedder", "text_embedder"):
+            setattr(new, name, getattr(old, name))
+        model.time_text_embed = new
+        model.register_to_config(guidance_embeds=True)
+
+    def fold(self, denoiser: Denoiser) -> None:
+        """Nothing to do: the model has its input."""

@@ -6,7 +6,7 @@ import torch
 import edit
 from edit.backbones.flux import FluxConfig
 from edit.denoiser import Condition
-from edit.distillation.student import Collapse, FixedGuidance
+from edit.distillation.student import Collapse, FixedGuidance, GuidanceInput
 from edit.pruning.depth import DepthPruning
 
 
@@ -160,3 +160,28 @@ def test_a_model_without_guidance_has_nothing_to_fold(make_flux, dit):
     for denoiser in (make_flux(guidance_embeds=False), dit):
         with pytest.raises(ValueError, match=f"this {denoiser.name} has no guidance input: there is nothing to fold"):
             edit.apply(denoiser, {"fixed": FixedGuidance()})
+
+
+# ---- a guidance input ------------------------------------------------------------------------------------------------
+
+
+def test_a_new_guidance_input_changes_nothing_at_first_and_then_hears_the_scale(make_flux, tmp_path):
+    plain = make_flux(guidance_embeds=False)
+    x, t, c = torch.randn(3, 4, 8, 8), torch.rand(3), Condition(text=torch.randn(3, 5, 24), pooled=torch.randn(3, 20))
+    before = plain(x, t, c).sample
+    edit.apply(plain, {"input": GuidanceInput()})
+    scales = [Condition(text=c.text, pooled=c.pooled, guidance=torch.full((3,), g)) for g in (1.0, 6.0)]
+    for told_ in scales:
+        torch.testing.assert_close(plain(x, t, told_).sample, before)
+    torch.nn.init.normal_(plain.model.time_text_embed.guidance_embedder.linear_2.weight)
+    low, high = (plain(x, t, told_).sample for told_ in scales)
+    assert (low - high).abs().max() > 1e-3
+    edit.save(plain, tmp_path / "a")
+    torch.testing.assert_close(edit.load(tmp_path / "a").denoiser(x, t, scales[1]).sample, high)
+    assert stock(tmp_path / "a").config.guidance_embeds
+
+
+def test_a_model_that_has_a_guidance_input_gets_no_second_one(flux, dit):
+    for denoiser in (flux, dit):
+        with pytest.raises(ValueError, match="cannot be given a guidance input, or has one"):
+            edit.apply(denoiser, {"input": GuidanceInput()})

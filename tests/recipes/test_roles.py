@@ -46,7 +46,7 @@ def test_a_shallower_student_learns_from_the_teacher_and_the_teacher_is_not_save
 def test_guidance_of_the_teacher_is_distilled_into_a_single_pass(tmp_path):
     told = teacher_of(tmp_path)
     train(tmp_path, "name=plain", *told, OUTPUT)
-    train(tmp_path, "name=guided", *told, OUTPUT, "teacher.guidance=[2,4]")
+    train(tmp_path, "name=guided", *told, OUTPUT, "teacher.guidance=3")
     assert set(losses(tmp_path, "plain")) == {"0.0"} and float(losses(tmp_path, "guided")[0]) > 0
 
 
@@ -121,3 +121,9 @@ def test_a_term_that_names_no_unit_of_the_teacher_is_refused(tmp_path):
             "+terms.f._target_=edit.distillation.features.FeatureKD",
             "+terms.f.pairs=[[0,7]]",
         )
+
+
+def test_a_range_of_guidance_needs_a_student_that_is_told_the_scale(tmp_path):
+    told = teacher_of(tmp_path)
+    with pytest.raises((UserError, ValueError), match="student has no guidance input that could be told the scale"):
+        train(tmp_path, "name=a", *told, OUTPUT, "teacher.guidance=[2,4]")
