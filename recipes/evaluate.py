@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -117,9 +117,10 @@ def run(
         "settings": asdict(chosen) | {"reference": None if reference is None else os.fspath(reference)},
         "artifacts": [],
     }
+    original = None if reference is None else Reference(reference)
     for path, name in zip(paths, names, strict=True):
         try:
-            report["artifacts"].append(evaluate(path, name, chosen, out, device, reference))
+            report["artifacts"].append(evaluate(path, name, chosen, out, device, original))
         except Exception as error:  # whatever a damaged artifact raises: the numbers of the others are not lost
             if debug:
                 raise
@@ -206,8 +207,38 @@ def environment(device: torch.device) -> dict[str, Any]:
 # ---- one artifact ---------------------------------------------------------------------------------------------------
 
 
+class Reference:
+    """The artifact that others are compared with. Its pictures are made once for all of them, where memory allows."""
+
+    KEPT = 2**30  # bytes
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.known: dict[str, list[Tensor]] = {}
+
+    def pictures(
+        self, guidance: float, chosen: Settings, device: torch.device, data: DataSet, who: str, common: Sequence[Any]
+    ) -> Iterator[Tensor]:
+        """uint8 b y x 3 for each batch of `edit.evaluation.generate` with these arguments; `who`: which data set."""
+        import edit
+        from edit.evaluation import generate
+
+        key = f"{guidance} {common[2]} {who}"
+        if key in self.known:
+            yield from self.known[key]
+            return
+        artifact = edit.load(self.path, device, tuple(chosen.trusted))
+        own = adjusted(artifact, guidance, None)  # its own solver and steps: the same noise is what makes a pair
+        kept: list[Tensor] = []
+        for x in generate(artifact.denoiser, artifact.objective, own, *common):
+            kept.append(data.to_images(x).cpu())
+            if sum(map(len, kept)) == chosen.n and chosen.n * kept[0][0].numel() <= self.KEPT:
+                self.known[key] = kept
+            yield kept[-1]
+
+
 def evaluate(
-    path: Path, name: str, chosen: Settings, out: Path, device: torch.device, reference: Path | None
+    path: Path, name: str, chosen: Settings, out: Path, device: torch.device, reference: Reference | None
 ) -> dict[str, Any]:
     """Sample one artifact at every guidance weight and measure quality and cost; grids go to `out`/grids.
 
@@ -225,7 +256,6 @@ def evaluate(
     from recipes.report import save_grid
 
     artifact = edit.load(path, device, tuple(chosen.trusted))
-    original = None if reference is None else edit.load(reference, device, tuple(chosen.trusted))
     data = build_data(artifact, chosen.trusted)
     space = Yardstick.of(data, artifact.data, chosen, device)
     condition = conditions(data)
@@ -240,7 +270,7 @@ def evaluate(
         for seed in chosen.seed:
             with progress(f"{name} w={guidance:g} seed {seed}", chosen.n) as done:
                 measured, images, took = sample_and_measure(
-                    artifact, sampler, original, condition, space, seed, chosen, done
+                    artifact, sampler, reference, condition, space, seed, chosen, done
                 )
             sets.append(measured)
             seconds += took
@@ -336,7 +366,7 @@ def adjusted(artifact: Artifact, guidance: float, steps: int | None) -> Any:
 def sample_and_measure(
     artifact: Artifact,
     sampler: Any,
-    original: Artifact | None,
+    reference: Reference | None,
     condition: Callable[[Tensor], Condition],
     space: Yardstick,
     seed: int,
@@ -349,21 +379,23 @@ def sample_and_measure(
     from edit.evaluation import generate, joined
 
     numbers = torch.arange(chosen.n)
-    share = 1.0 if original is None else 0.5
     null = null_condition(space.data)
-    common = (condition, numbers, seed, chosen.batch, lambda images: done(share * images), null)
-    streams = [generate(artifact.denoiser, artifact.objective, sampler, *common)]
-    if original is not None:  # its own solver and steps: the same noise is what makes a pair
+    samples = generate(
+        artifact.denoiser, artifact.objective, sampler, condition, numbers, seed, chosen.batch, done, null
+    )
+    others = None
+    if reference is not None:
         weight = sampler.guidance if chosen.reference_guidance is None else chosen.reference_guidance
-        own = adjusted(original, weight, None)
-        streams.append(generate(original.denoiser, original.objective, own, *common))
+        common = (condition, numbers, seed, chosen.batch, lambda images: None, null)
+        device = next(artifact.denoiser.parameters()).device
+        others = reference.pictures(weight, chosen, device, space.data, repr(sorted(artifact.data.items())), common)
     measured, first, seconds = [], [], 0.0
     for start in range(0, chosen.n, chosen.batch):
         begin = time.perf_counter()
-        x = next(streams[0])
+        x = next(samples)
         images = space.data.to_images(x).cpu()  # waits for the device, so the clock is right
         seconds += time.perf_counter() - begin
-        other = space.data.to_images(next(streams[1])).cpu() if original is not None else None
+        other = None if others is None else next(others)
         measured.append(space.measure(x.cpu(), images, numbers[start : start + chosen.batch], other))
         if sum(map(len, first)) < GRID:
             first.append(images[: GRID - sum(map(len, first))])

@@ -1,0 +1,37 @@
+"""Claims are compared seed by seed, and their arms are settings that train.py accepts."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from benchmarks.claim import CLAIMS, ROOT, main, value_of, verdict
+from recipes.config import check, register
+
+
+def test_a_winner_must_be_better_on_every_seed():
+    assert verdict([3.0, 4.0], [2.0, 3.5], higher=True)["holds"]
+    assert verdict([3.0, 4.0], [2.0, 3.5], higher=True)["gain"] == pytest.approx(0.75)
+    assert not verdict([3.0, 3.0], [2.0, 3.5], higher=True)["holds"]
+    assert verdict([1.0, 2.0], [2.0, 2.5], higher=False)["holds"]
+    assert verdict([1.0], [2.0], higher=False)["spread"] is None
+
+
+def test_a_measure_is_found_in_either_part_of_a_report():
+    result = {"quality": {"frechet": {"value": 2.0}}, "compared": {"psnr": {"value": 20.0}}}
+    assert value_of(result, "frechet") == 2.0 and value_of(result, "psnr") == 20.0
+    assert value_of({"quality": {}, "compared": None}, "psnr") is None
+
+
+@pytest.mark.parametrize("path", sorted(CLAIMS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_arm_composes_and_the_winner_is_one_of_them(path):
+    claim = OmegaConf.load(path)
+    assert claim.winner in claim.arms and len(claim.arms) > 1 and len(claim.seeds) >= 3
+    assert set(claim.measures.values()) <= {"higher", "lower"}
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+        for settings in claim.arms.values():
+            assert check(compose("train", [*settings, "name=a", "seed=1"])) == []
+
+
+def test_without_a_claim_it_says_which_there_are(capsys):
+    assert main([]) == 2 and "flux_tiny_distill" in capsys.readouterr().out
