@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from ranks import run_ranks
 
 import edit
 from edit.backbones.flux import Flux, FluxConfig, flux_shift
@@ -269,3 +270,21 @@ def test_a_pipeline_of_another_family_is_refused():
         attached(Other(), Flux.of(stock_model())),
     ):
         pass
+
+
+def compiled_units_trace_the_same(rank: int = 0) -> None:
+    x, t, condition = inputs()
+    ours = Flux.of(stock_model())
+    plain = ours(x, t, condition, taps=(0, 2), branches=(1, 3))
+    for unit in ours.units:
+        unit.compile(backend="aot_eager", fullgraph=True)
+    out = ours(x, t, condition, taps=(0, 2), branches=(1, 3))
+    assert set(out.trace) == set(plain.trace)
+    for name, value in plain.trace.items():
+        torch.testing.assert_close(out.trace[name], value, rtol=1e-4, atol=1e-4)
+    out.sample.square().mean().backward()
+    assert all(p.grad is not None for p in ours.model.single_transformer_blocks.parameters())
+
+
+def test_taps_survive_compilation_and_a_unit_is_one_graph():
+    run_ranks(compiled_units_trace_the_same, 1)  # in a child: what has compiled cannot be forked from

@@ -65,3 +65,17 @@ def test_zero_trains_previews_saves_and_resumes_like_one_process(tmp_path, stage
     one, two = (edit.load(tmp_path / n).denoiser.state_dict() for n in ("one", "zero"))
     for key, value in one.items():  # twelve steps of at most the learning rate, where gradients are mostly rounding
         torch.testing.assert_close(two[key], value, rtol=0, atol=4 * tolerance)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_distils_from_a_whole_teacher_like_one_process(tmp_path, stage):
+    train(tmp_path, "name=teacher", "trainer.max_steps=60", "optimizer.warmup=5")
+    told = [f"teacher.path={tmp_path}/teacher", f"init={tmp_path}/teacher", "edits=depth", "data_weight=0"]
+    told += ["+terms.kd._target_=edit.distillation.output.OutputKD"]
+    told += ["+terms.f._target_=edit.distillation.features.FeatureKD", "+terms.f.pairs=[[0,1]]"]
+    told += ["optimizer.schedule=constant", "optimizer.lr=1e-3"]
+    train(tmp_path, "name=one", "data.batch_size=16", *told)
+    zero = ["name=zero", f"trainer=zero{stage}", *TWO_RANKS, "data.batch_size=8", *told]
+    run_ranks(on_the_cpu, 2, args=(tmp_path, stage, zero), timeout=500)
+    one, two = ([float(v) for v in losses(tmp_path, n)] for n in ("one", "zero"))
+    assert two == pytest.approx(one, rel=5e-3)  # sums in another order, through twelve AdamW steps

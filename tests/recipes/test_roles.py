@@ -127,3 +127,58 @@ def test_a_range_of_guidance_needs_a_student_that_is_told_the_scale(tmp_path):
     told = teacher_of(tmp_path)
     with pytest.raises((UserError, ValueError), match="student has no guidance input that could be told the scale"):
         train(tmp_path, "name=a", *told, OUTPUT, "teacher.guidance=[2,4]")
+
+
+TEXT = ("backbone=flux_tiny", "data=shapes", "data.set.count=32", "data.set.held=8", "trainer.max_steps=1")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["backbone.joint_attention_dim=32"],
+            "cannot be told what this data tells: flux takes text embeddings of width 32",
+        ),
+        (["backbone.in_channels=16"], "the data has samples of 12x8x8, the backbone takes 4x8x8"),
+        (["teacher.path={folder}/digits"], "digits takes samples of 1x8x8, the data has 12x8x8"),
+        (["teacher.path={folder}/digits", "data=digits", "backbone=pixart_tiny"], "has no labels|predicts a|takes"),
+    ],
+)
+def test_text_models_that_do_not_fit_their_data_or_teacher_are_refused(tmp_path, words, sentence):
+    train(tmp_path, "name=digits", "trainer.max_steps=1")
+    words = [w.format(folder=tmp_path) for w in words]
+    chosen = {w.split("=")[0]: w for w in (*TEXT, *words)}
+    if "digits" in chosen["data"]:
+        chosen = {k: w for k, w in chosen.items() if not k.startswith("data.set")}
+    with pytest.raises(UserError, match=sentence):
+        run_text(tmp_path, *chosen.values())
+
+
+def run_text(folder, *words):
+    """`small_runs.train` without what is said there about our own DiT."""
+    from hydra import compose, initialize_config_dir
+    from small_runs import CONFIGS
+
+    from recipes.training import run
+
+    groups = [w for w in words if "." not in w.split("=")[0]]
+    keys = [w for w in words if w not in groups]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        name = [] if any(w.startswith("name=") for w in words) else ["name=a"]
+        run(compose("train", [*groups, f"runs={folder}", *name, "evaluate=null", "preview.every=0", *keys]))
+
+
+def test_a_flux_learns_captions_and_its_half_learns_from_it(tmp_path):
+    small = [
+        "backbone.num_layers=1",
+        "backbone.num_single_layers=1",
+        "backbone.num_attention_heads=1",
+        "data.batch_size=8",
+    ]
+    small += ["backbone.axes_dims_rope=[8,12,12]", "trainer.max_steps=3", "optimizer.warmup=1"]
+    run_text(tmp_path, *TEXT[:4], *small, "name=teacher")
+    told = [f"teacher.path={tmp_path}/teacher", f"init={tmp_path}/teacher", "edits=depth", "edits.depth.pattern=listed"]
+    told += ["+edits.depth.units=[1]", "teacher.guidance=3", OUTPUT]
+    run_text(tmp_path, *TEXT[:4], *small, *told, "name=student")
+    config_ = (tmp_path / "student" / "artifact" / "config.json").read_text()
+    assert '"num_layers": 0' in config_ and '"num_single_layers": 1' in config_
