@@ -159,8 +159,10 @@ def run_text(folder, *words):
     from hydra import compose, initialize_config_dir
     from small_runs import CONFIGS
 
+    from recipes.config import register
     from recipes.training import run
 
+    register()
     groups = [w for w in words if "." not in w.split("=")[0]]
     keys = [w for w in words if w not in groups]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
