@@ -154,7 +154,10 @@ def data_set(node: dict[str, Any] | None, purpose: str) -> Any:
     if not module.startswith("data."):
         raise ValueError(f"{purpose}, a VAE is needed (vae=<folder>): no data set of `data` is known that decodes them")
     try:
-        return getattr(import_module(module), name)(**{k: v for k, v in (node or {}).items() if k != "_target_"})
+        cls = getattr(import_module(module), name)
+        if not (isinstance(cls, type) and cls.__module__ == module and hasattr(cls, "to_images")):
+            raise ValueError(f"{purpose}, {target} was named, which is no data set")  # and is not called
+        return cls(**{k: v for k, v in (node or {}).items() if k != "_target_"})
     except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"{purpose}, {target} is needed, which cannot be built: {error}") from error
 

@@ -123,7 +123,13 @@ def follows(images: Tensor, captions: Sequence[str]) -> Tensor:
         ValueError: for a caption that is not of the grammar, or other numbers of images and captions
     """
     pairs = zip(read(images), _scenes(images, captions), strict=True)
-    return torch.tensor([any(_holds(order, scene) for order in permutations(seen)) for seen, scene in pairs])
+    # poor models scatter a dozen specks, whose orders nobody can count: the number is compared first
+    return torch.tensor(
+        [
+            len(seen) == len(scene.things) and any(_holds(order, scene) for order in permutations(seen))
+            for seen, scene in pairs
+        ]
+    )
 
 
 def scores(images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -147,7 +153,7 @@ def _scenes(images: Tensor, captions: Sequence[str]) -> list[Scene]:
 
 def _holds(seen: Sequence[Seen], scene: Scene) -> bool:
     """Whether these things, in this order, are those of the scene."""
-    if len(seen) != len(scene.things) or not all(s.shows(t) for s, t in zip(seen, scene.things, strict=True)):
+    if not all(s.shows(t) for s, t in zip(seen, scene.things, strict=True)):
         return False
     return _placed(seen, scene.place) if scene.place else scene.relation is None or _related(seen, scene.relation)
 

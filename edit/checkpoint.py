@@ -341,6 +341,10 @@ _STOCK_CLASSES = {
 def _describe_stock(config: Mapping[str, Any]) -> dict[str, Any]:
     """A description for a folder without edits.json: a published `diffusers` model."""
     name = config.get("_class_name")
+    if name == "Transformer2DModel":  # what PixArt and DiT were called, and are in their published folders
+        name = {"ada_norm_single": "PixArtTransformer2DModel", "ada_norm_zero": "DiTTransformer2DModel"}.get(
+            str(config.get("norm_type")), name
+        )
     if name not in _STOCK_CLASSES:
         raise ValueError(f"no backbone here reads a {name}; known are {', '.join(_STOCK_CLASSES)}")
     empty: dict[str, Any] = {"base": None, "edits": {}, "folded": [], "objective": None, "sampler": None}

@@ -264,6 +264,11 @@ def write_lora(denoiser: Denoiser, folder: Path, dtype: torch.dtype | None) -> U
 
     live = {name: type(e).__name__ for name, e in denoiser.applied.items()}
     lora = next((e for e in denoiser.applied.values() if isinstance(e, LoRA)), None)
+    if denoiser.folded:
+        raise ValueError(
+            f"format=lora: {denoiser.folded[0]['name']} has changed the weights that this LoRA stands on, which nobody "
+            "else has: leave format=lora out to export the whole model"
+        )
     if lora is None or len(live) > 1:
         there = ", ".join(f"{name} ({kind})" for name, kind in live.items()) or "none"
         raise ValueError(f"format=lora takes an artifact with a LoRA as its only live edit, this one has {there}")

@@ -336,3 +336,18 @@ def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(dit, batch, tmp_
     assert torch.equal(edit.load(tmp_path / "a").denoiser(*batch).sample, dit(*batch).sample)
     edit.save(dit, tmp_path / "a")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+@pytest.mark.parametrize(("norm", "family"), [("ada_norm_single", "pixart"), ("ada_norm_zero", "dit")])
+def test_published_folders_say_the_old_name_of_their_class_and_fields_of_older_versions(tmp_path, norm, family):
+    from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+
+    small = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8, "in_channels": 4}
+    if family == "pixart":
+        small |= {"cross_attention_dim": 16, "caption_channels": 12, "out_channels": 8}
+    cls = PixArtTransformer2DModel if family == "pixart" else DiTTransformer2DModel
+    cls(**small, norm_type=norm).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    old = {**json.loads(file.read_text()), "_class_name": "Transformer2DModel", "only_cross_attention": False}
+    file.write_text(json.dumps(old))
+    assert edit.load(tmp_path).denoiser.name == family

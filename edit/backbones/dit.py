@@ -378,7 +378,7 @@ class DiT(Denoiser):
 
     @classmethod
     def from_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-        if config.get("_class_name") == "DiTTransformer2DModel":
+        if config.get("_class_name") in ("DiTTransformer2DModel", "Transformer2DModel"):
             c, state = from_diffusers(config, state)
         else:
             c, state = DiTConfig(**{k: v for k, v in config.items() if not k.startswith("_")}), dict(state)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -98,6 +98,10 @@ class DoubleUnit(StockUnit):
         text = self.norm2_context(stream.text) * (1 + scale.text) + shift.text
         return Branch(self.ffn(image), self.text_ffn(text))
 
+    def forward(self, stream: Stream) -> Stream:
+        stream = super().forward(stream)
+        return replace(stream, text=finite(stream.text)) if stream.text.dtype == torch.float16 else stream
+
 
 class SingleUnit(StockUnit):
     """One joint sequence; attention and MLP read the same tokens and share one output layer.
@@ -148,14 +152,21 @@ class SingleUnit(StockUnit):
 
     def forward(self, stream: Stream) -> Stream:
         if stream.tap or not {"mixer", "ffn"}.isdisjoint(vars(self)):
-            return super().forward(stream)  # a branch is wanted or replaced on its own
+            stream = super().forward(stream)  # a branch is wanted or replaced on its own
+            return replace(stream, image=finite(stream.image), text=finite(stream.text))
         modulation = self.modulate(stream)
         tokens = modulation.tokens.image
         both = torch.cat((self.heads_of(stream, tokens), self.act_mlp(self.proj_mlp(tokens))), 2)
         gate, out = modulation.attention_gate, split(self.proj_out(both), stream.layout)
         image = torch.addcmul(stream.image, gate.image, out.image)
         text = torch.addcmul(stream.text, gate.text, out.text)
+        image, text = finite(image), finite(text)
         return Stream(image, stream.cond, stream.layout, text, stream.time, stream.step, stream.trace)
+
+
+def finite(tokens: Tensor) -> Tensor:
+    """In fp16, as stock does: values that would be infinite are the largest there is."""
+    return tokens.clip(-65504, 65504) if tokens.dtype == torch.float16 else tokens
 
 
 def heads(tokens: Tensor, attention: Any) -> Tensor:
@@ -237,11 +248,12 @@ class Flux(StockDenoiser):
         m = self.model
         dtype = m.x_embedder.weight.dtype
         image, text = m.x_embedder(hidden_states.to(dtype)), m.context_embedder(encoder_hidden_states.to(dtype))
+        # times stay in fp32, where stock rounds them: a bf16 teacher must be asked at the student's time
         e, pooled = m.time_text_embed, pooled_projections.to(dtype)
-        time = e.timestep_embedder(e.time_proj(timestep.to(dtype) * 1000).to(dtype))
+        time = e.timestep_embedder(e.time_proj(timestep.float() * 1000).to(dtype))
         cond = time
         if guidance is not None:
-            cond = cond + e.guidance_embedder(e.time_proj(guidance.to(dtype) * 1000).to(dtype))
+            cond = cond + e.guidance_embedder(e.time_proj(guidance.float() * 1000).to(dtype))
         cond = cond + e.text_embedder(pooled)
         img_ids, txt_ids = (ids[0] if ids.ndim == 3 else ids for ids in (img_ids, txt_ids))
         cos, sin = m.pos_embed(torch.cat((txt_ids, img_ids)))  # s e, each angle twice

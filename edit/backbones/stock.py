@@ -6,6 +6,7 @@ linear or a sharded checkpoint of the stock model fits without conversion.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -158,7 +159,8 @@ class StockDenoiser(Denoiser):
     @classmethod
     def from_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
         """A published folder's configuration leaves fields out: they are filled in with the class's defaults."""
-        given = {k: v for k, v in config.items() if not k.startswith("_")}
+        known = {*inspect.signature(cls.stock_class().__init__).parameters, *cls.extras}
+        given = {k: v for k, v in config.items() if k in known}  # published ones carry fields of older versions, too
         with torch.device("meta"):
             return cls.from_config(given).config, dict(state)
 
