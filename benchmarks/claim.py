@@ -71,6 +71,8 @@ def main(words: Sequence[str]) -> int:
     run("eval.py", *measured, *reference, *options, f"out={folder}")
 
     report = json.loads((folder / "report.json").read_text())
+    if failed := [a["name"] for a in report["artifacts"] if "error" in a]:
+        sys.exit(f"error: {', '.join(failed)} could not be measured: see {folder / 'report.json'}")
     results = {Path(a["path"]).resolve().parent: a["results"][0] for a in report["artifacts"]}
     values: dict[str, dict[str, list[float]]] = {}
     for arm, paths in folders.items():

@@ -243,6 +243,8 @@ def _check_teacher(cfg: DictConfig) -> Iterator[str]:
         yield "teacher.placement=tied needs a LoRA edit: without one the student is its own teacher"
     if placement == "sharded" and cfg.trainer.strategy == "single":
         yield "teacher.placement=sharded needs several devices: use trainer=ddp or fsdp2, or placement=replicated"
+    if placement == "sharded" and cfg.trainer.strategy.startswith("zero"):
+        yield "teacher.placement=sharded is FSDP2's, not DeepSpeed's: use trainer=fsdp2, or placement=replicated"
     pair = OmegaConf.to_container(scale) if OmegaConf.is_list(scale) else [scale, scale]
     if not (isinstance(pair, list) and len(pair) == 2 and all(map(number, pair)) and pair[0] <= pair[1]):
         yield f"teacher.guidance: expected a number of at least 0 or [low, high], got {scale}"

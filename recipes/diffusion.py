@@ -132,6 +132,8 @@ class Diffusion(pl.LightningModule):
             watched |= {f"{name}/{k}": v.float().mean() for k, v in edit.metrics(out.trace).items()}
         means = {name: loss.mean() for name, loss in losses.items()}
         loss = sum(means.values(), start=torch.zeros((), device=x.device))
+        if not weight:  # no term may reach the last units, and DDP waits for the gradient of every parameter
+            loss = loss + 0.0 * out.sample.float().sum()
         self._record(batch_index, {"loss": loss, **(means if len(means) > 1 else {}), **watched})
         return loss
 
@@ -163,6 +165,8 @@ class Diffusion(pl.LightningModule):
 
     def _record(self, batch_index: int, values: dict[str, Tensor]) -> None:
         first = batch_index % self.accumulate == 0
+        if first:
+            self.losses = {}
         for name, value in values.items():
             value = value.detach() / self.accumulate
             self.losses[name] = value if first else self.losses[name] + value
@@ -194,6 +198,11 @@ class Diffusion(pl.LightningModule):
             p.requires_grad_(p.requires_grad and all(e.trainable(name) for e in self.denoiser.applied.values()))
         self.ema.requires_grad_(False).eval()
         self.told = bool(self.denoiser.config.get("guidance_embeds"))  # its guidance scale, as an input
+        if self.teacher is not None and self.teacher.placement == "tied" and self.denoiser.config != self.denoiser.base:
+            raise ValueError(
+                "teacher.placement=tied makes the student without its LoRA the teacher, but another edit changes its "
+                "structure: give the teacher's folder with teacher.path, or leave that edit out"
+            )
         if self.teacher is not None and not self.told and self.teacher.guidance.low != self.teacher.guidance.high:
             raise ValueError(
                 "teacher.guidance is a range, but the student has no guidance input that could be told the scale: give "

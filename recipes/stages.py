@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 # what all runs of one command share unless a run's own words say otherwise
 SHARED = ("runs", "logger.kinds", "logger.wandb.mode", "logger.wandb.project", "debug")
-SHARED += tuple(f"trainer.{k}" for k in ("accelerator", "devices", "num_nodes", "strategy", "precision", "threads"))
+SHARED += ("trainer.accelerator", "trainer.threads")  # not devices: how many share a batch is part of what a run is
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 
 

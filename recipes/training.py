@@ -273,6 +273,9 @@ def make_teacher(cfg: DictConfig, data: Any, objective: Objective, terms: Mappin
             f"teacher.path={path} predicts a {plan.prediction}, the student is trained on a {objective.prediction}: "
             "choose a teacher of the same kind"
         )
+    classes, own = plan.config.get("num_classes"), getattr(spec, "num_classes", None)
+    if classes is not None and own is not None and classes != own:
+        raise UserError(f"teacher.path={path} knows {classes} classes, the backbone {own}: choose the same for both")
     if not plan.accepts(tuple(data.shape)):
         given, taken = "x".join(map(str, data.shape)), "x".join(map(str, plan.sample_shape))
         raise UserError(f"teacher.path={path} takes samples of {taken}, the data has {given}: choose a teacher for it")

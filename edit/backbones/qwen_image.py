@@ -256,7 +256,7 @@ class QwenImage(StockDenoiser):
             raise ValueError(f"a text mask must have the shape of the text, {wanted}, got {tuple(mask.shape)}")
         dtype = m.img_in.weight.dtype
         image, text = m.img_in(hidden_states.to(dtype)), m.txt_in(m.txt_norm(encoder_hidden_states.to(dtype)))
-        time = m.time_text_embed(timestep.to(image.dtype), image)
+        time = m.time_text_embed(timestep.float(), image)
         layout = Layout(
             grid=grid,
             text_length=length,

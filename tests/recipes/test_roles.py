@@ -123,6 +123,26 @@ def test_a_term_that_names_no_unit_of_the_teacher_is_refused(tmp_path):
         )
 
 
+def test_a_tied_teacher_must_have_the_structure_of_the_student(tmp_path):
+    teacher_of(tmp_path)
+    lora = "+edits.lora={_target_: edit.tuning.lora.LoRA, rank: 2}"
+    with pytest.raises((UserError, ValueError), match="another edit changes its structure"):
+        train(tmp_path, "name=a", "teacher.placement=tied", f"init={tmp_path}/teacher", "edits=depth", lora, OUTPUT)
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path):
+    train(tmp_path, "name=teacher", "trainer.max_steps=1", "backbone.num_classes=12")
+    with pytest.raises(UserError, match="knows 12 classes, the backbone 10"):
+        train(tmp_path, "name=a", f"teacher.path={tmp_path}/teacher", OUTPUT)
+
+
+def test_two_ranks_train_where_no_loss_reaches_the_last_unit(tmp_path):
+    told = (*teacher_of(tmp_path), "+terms.f._target_=edit.distillation.features.FeatureKD", "+terms.f.pairs=[[0,0]]")
+    two = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true", "data.batch_size=8")
+    train_ranks(tmp_path, "name=a", *told, "trainer=ddp", *two, "trainer.max_steps=3", world=2)
+    assert len(losses(tmp_path, "a")) == 3
+
+
 def test_a_range_of_guidance_needs_a_student_that_is_told_the_scale(tmp_path):
     told = teacher_of(tmp_path)
     with pytest.raises((UserError, ValueError), match="student has no guidance input that could be told the scale"):
