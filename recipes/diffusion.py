@@ -103,7 +103,7 @@ class Diffusion(pl.LightningModule):
         t = self.objective.times(noise.uniform(self.seed_, draw, noise.TIME))
         eps = noise.gaussian(self.seed_, draw, noise.NOISE, tuple(x.shape[1:]))
         condition = Condition(**{k: batch[k] for k in CONDITIONS if k in batch})
-        null = self._null(condition, len(x))
+        null = self._null(condition, len(x)) if self.label_drop or self.teacher else condition
         if self.label_drop:
             drop = noise.uniform(self.seed_, draw, noise.DROP) < self.label_drop
             condition = condition.where(drop, null)

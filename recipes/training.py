@@ -304,7 +304,8 @@ def refuse_too_large(cfg: DictConfig) -> None:
         return
     try:
         draft = draft_of(Request(), cfg, [])
-        draft.plan()
+        if draft.plan().total <= capacity * 1e9:
+            return
     except Exception as error:  # whatever an edit does that cannot be followed without weights
         print(f"memory    not planned: {' '.join(str(error).split())}", flush=True)
         return

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, turn, zero_init
+from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, finite, latent_of, tokens_of, turn, zero_init
 from edit.denoiser import Branch, Condition, Layout, Output, Stream
 
 
@@ -164,11 +164,6 @@ class SingleUnit(StockUnit):
         return Stream(image, stream.cond, stream.layout, text, stream.time, stream.step, stream.trace)
 
 
-def finite(tokens: Tensor) -> Tensor:
-    """In fp16, as stock does: values that would be infinite are the largest there is."""
-    return tokens.clip(-65504, 65504) if tokens.dtype == torch.float16 else tokens
-
-
 def heads(tokens: Tensor, attention: Any) -> Tensor:
     """b s (h e) -> b h s e."""
     return tokens.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
@@ -215,12 +210,11 @@ class Flux(StockDenoiser):
         if guidance is not None and not told:
             raise ValueError("this flux was not distilled for guidance: leave condition.guidance out")
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
-        tokens = x.unflatten(3, (columns, 2)).unflatten(2, (rows, 2)).permute(0, 2, 4, 1, 3, 5)
         places = torch.zeros(rows, columns, 3, device=x.device)
         places[..., 1] = torch.arange(rows, device=x.device)[:, None]
         places[..., 2] = torch.arange(columns, device=x.device)
         return {
-            "hidden_states": tokens.reshape(len(x), rows * columns, -1),
+            "hidden_states": tokens_of(x),
             "encoder_hidden_states": condition.text,
             "pooled_projections": condition.pooled,
             "timestep": t,
@@ -267,9 +261,7 @@ class Flux(StockDenoiser):
         return self.model.proj_out(self.model.norm_out(stream.image, stream.cond))
 
     def readout(self, stream: Stream) -> Output:
-        _, rows, columns = stream.layout.grid
-        x = self.native(stream).view(-1, rows, columns, self.channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        return Output(x.reshape(len(x), self.channels, 2 * rows, 2 * columns), None, stream.trace)
+        return Output(latent_of(self.native(stream), stream.layout.grid), None, stream.trace)
 
 
 def flux_shift(tokens: int) -> float:

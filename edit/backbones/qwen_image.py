@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, turn, zero_init
+from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, finite, latent_of, tokens_of, turn, zero_init
 from edit.denoiser import Branch, Condition, Layout, Output, Step, Stream
 
 
@@ -115,7 +115,7 @@ class QwenImageUnit(StockUnit):
     def forward(self, stream: Stream) -> Stream:
         stream = super().forward(stream)
         if stream.image.dtype is torch.float16:  # the published weights overflow here; clipping is part of the model
-            stream = replace(stream, image=stream.image.clip(-65504, 65504), text=stream.text.clip(-65504, 65504))
+            stream = replace(stream, image=finite(stream.image), text=finite(stream.text))
         return stream
 
 
@@ -205,9 +205,8 @@ class QwenImage(StockDenoiser):
         if condition.guidance is not None:
             raise ValueError(f"this {self.name} was not distilled for guidance: leave condition.guidance out")
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
-        tokens = x.unflatten(3, (columns, 2)).unflatten(2, (rows, 2)).permute(0, 2, 4, 1, 3, 5)
         return {
-            "hidden_states": tokens.reshape(len(x), rows * columns, -1),
+            "hidden_states": tokens_of(x),
             "encoder_hidden_states": condition.text,
             "encoder_hidden_states_mask": condition.text_mask,
             "timestep": t,
@@ -269,6 +268,4 @@ class QwenImage(StockDenoiser):
         return self.model.proj_out(self.model.norm_out(stream.image, stream.cond))
 
     def readout(self, stream: Stream) -> Output:
-        _, rows, columns = stream.layout.grid
-        x = self.native(stream).view(-1, rows, columns, self.channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        return Output(x.reshape(len(x), self.channels, 2 * rows, 2 * columns), None, stream.trace)
+        return Output(latent_of(self.native(stream), stream.layout.grid), None, stream.trace)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from edit.denoiser import Branch, Condition, Denoiser, Layout, Step, Stream, Unit
@@ -217,6 +218,22 @@ def turn(x: Tensor, layout: Layout) -> Tensor:
     else:  # a tenth of the time
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
     return turned.flatten(-2).type_as(x)
+
+
+def tokens_of(x: Tensor) -> Tensor:
+    """2 x 2 latent pixels to a token, channels first: b c 2y 2x -> b (y x) 4c."""
+    return rearrange(x, "b c (y p) (x q) -> b (y x) (c p q)", p=2, q=2)
+
+
+def latent_of(tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """The inverse of `tokens_of`: b (y x) 4c -> b c 2y 2x."""
+    _, rows, columns = grid
+    return rearrange(tokens, "b (y x) (c p q) -> b c (y p) (x q)", y=rows, x=columns, p=2, q=2)
+
+
+def finite(tokens: Tensor) -> Tensor:
+    """In fp16, as stock does: values that would be infinite are the largest there is."""
+    return tokens.clip(-65504, 65504) if tokens.dtype == torch.float16 else tokens
 
 
 # ---- inside the stock pipeline ---------------------------------------------------------------------------------------
