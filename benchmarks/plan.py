@@ -94,6 +94,7 @@ def recipe(case: Case, device: torch.device, checkpointing: bool, half: bool) ->
     from recipes.config import OptimizerConfig, TrainerConfig
     from recipes.diffusion import Diffusion
     from recipes.loggers import CSVLogger
+    from recipes.recipe import Settings
     from recipes.trainer import make_trainer
     from recipes.training import quiet
 
@@ -104,10 +105,7 @@ def recipe(case: Case, device: torch.device, checkpointing: bool, half: bool) ->
         case.build,
         case.build,
         FlowMatching(),
-        {},
-        OptimizerConfig(lr=1e-4),
-        max_steps=STEPS,
-        gradient_checkpointing=checkpointing,
+        Settings(OptimizerConfig(lr=1e-4), STEPS, gradient_checkpointing=checkpointing),
     )
     with tempfile.TemporaryDirectory() as folder:
         loggers = [CSVLogger(Path(folder) / "metrics.csv")]

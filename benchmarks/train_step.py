@@ -54,6 +54,7 @@ def recipe_step(device: torch.device, batch: int, rounds: int, warmup: int, prec
     from recipes.config import OptimizerConfig, TrainerConfig
     from recipes.diffusion import Diffusion
     from recipes.loggers import CSVLogger
+    from recipes.recipe import Settings
     from recipes.trainer import make_trainer
     from recipes.training import quiet
 
@@ -77,7 +78,7 @@ def recipe_step(device: torch.device, batch: int, rounds: int, warmup: int, prec
             self.mark = clock(device)
             seconds["bare"].append(self.mark - now)
 
-    module = Diffusion(spec.build, spec.build, objective, {}, settings, max_steps=steps, ema_decay=0.995, ema_ramp=True)
+    module = Diffusion(spec.build, spec.build, objective, Settings(settings, steps, ema_decay=0.995, ema_ramp=True))
     kind = "gpu" if device.type == "cuda" else "cpu"
     kinds = {"fp32": "32-true", "bf16": "bf16-mixed"}
     with tempfile.TemporaryDirectory() as folder:

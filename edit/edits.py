@@ -15,13 +15,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from edit.denoiser import Denoiser
+from edit.denoiser import Condition, Denoiser, Output, Stream
 
 
 class Edit(ABC):
     """A final subclass is a dataclass. Its `apply` may be called on the meta device: it must not read weights."""
 
     perturbs: ClassVar[bool] = False  # changes what the guidance branch "perturbed" computes
+    leads: ClassVar[bool] = False  # the model becomes a flow map, which is told where a step ends (Condition.end)
     excludes: ClassVar[tuple[str, ...]] = ()  # class names of edits this one cannot live with
 
     @abstractmethod
@@ -30,6 +31,27 @@ class Edit(ABC):
 
     def initialise(self, denoiser: Denoiser) -> None:  # noqa: B027 - most edits need no weights to start from
         """Set own parameters from the weights (an SVD, a copy). Called once when the edit is new, never on reload."""
+
+    def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
+        """What the first unit gets in place of the embedded stream: a second time, a further token.
+
+        Args:
+            stream: as the family embeds it
+            t: b, times in [0, 1]
+            condition: of the same batch
+            own: what `apply` returned
+        """
+        return stream
+
+    def readout(self, output: Output, stream: Stream, own: nn.Module | None) -> Output:
+        """What is returned in place of the family's output: a further head, recorded in its trace.
+
+        Args:
+            output: as the family reads it out
+            stream: after the last unit
+            own: what `apply` returned
+        """
+        return output
 
     def losses(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Named auxiliary losses, already weighted, each a scalar or one number per sample [b]."""
@@ -42,6 +64,10 @@ class Edit(ABC):
     def trainable(self, name: str) -> bool:
         """Whether a parameter of the denoiser (by its full name) is still trained under this edit."""
         return True
+
+    def owns(self, name: str) -> bool:
+        """Whether a parameter inside the model (by its full name) is new with this edit: no other edit freezes it."""
+        return False
 
     def stock_key(self, key: str) -> str | None:
         """The name that a key of `model.state_dict()` had before this edit; None if the key is the edit's own."""
@@ -88,6 +114,12 @@ def apply(denoiser: Denoiser, edits: Mapping[str, Edit], fresh: bool = True) -> 
         if fresh:
             new.initialise(denoiser)
     return denoiser
+
+
+def trains(denoiser: Denoiser, name: str) -> bool:
+    """Whether a parameter (by its full name) is trained: what an edit has added is, the rest unless an edit freezes it."""
+    applied = denoiser.applied.values()
+    return any(e.owns(name) for e in applied) or all(e.trainable(name) for e in applied)
 
 
 def fold(denoiser: Denoiser, *names: str) -> Denoiser:

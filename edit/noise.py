@@ -15,6 +15,7 @@ from torch import Tensor
 
 # streams: independent uses of one sample's randomness
 TIME, NOISE, DROP, FLIP, GUIDANCE, FORCE = 1, 2, 3, 4, 5, 6
+MATCHING, SHARED = 200, 100  # MATCHING + k: uses of a few-step method; + SHARED where all ranks draw one number
 RESAMPLE, SHUFFLE = 101, 102  # latents from their moments; the order of an epoch
 SOLVER = 1000  # SOLVER + k: noise of the sampler's k-th step
 

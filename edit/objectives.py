@@ -109,6 +109,14 @@ class Objective(ABC):
         """The noisy sample at times t [b]: b c y x -> b c y x."""
 
     @abstractmethod
+    def native(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """A point of the linear path, x_t = (1 - t) x + t noise, as the model knows it: noisy sample and times [b]."""
+
+    @abstractmethod
+    def velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """What is predicted at `native(x_t, t)`, as a velocity of the linear path, in fp32."""
+
+    @abstractmethod
     def losses(self, output: Output, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
         """Named loss terms, each one number per sample [b]; their sum is minimised."""
 
@@ -133,6 +141,12 @@ class FlowMatching(Objective):
 
     def corrupt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return torch.lerp(x, noise, _like(t, x))
+
+    def native(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return x_t, t
+
+    def velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return prediction.float()
 
     def losses(self, output: Output, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
         v, prediction = noise - x, output.sample.float()
@@ -177,6 +191,22 @@ class DDPM(Objective):
 
     def times(self, u: Tensor) -> Tensor:
         return (self.index(self.time(u)) + 1) / self.steps
+
+    def native(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Index i stands at s / (a + s) of the linear path, where x_i = a x + s noise: the nearest one is taken."""
+        i, scale, _ = self._on_line(t)
+        return _like(scale, x_t) * x_t, (i + 1) / self.steps
+
+    def velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return noise_to_velocity(prediction.float(), x_t, self._on_line(t)[2])
+
+    def _on_line(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The nearest index, the length a + s of what is there, and its own time on the linear path, below 1."""
+        signal, spread, *_ = self._tables(t.device)
+        line = spread / (signal + spread)
+        after = torch.searchsorted(line, t.contiguous()).clamp(1, self.steps - 1)
+        i = after - ((t - line[after - 1]) < (line[after] - t)).long()
+        return i, (signal + spread)[i], line[i]
 
     def losses(self, output: Output, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
         eps = output.sample.float()

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,13 @@ from edit import noise
 from edit.denoiser import Condition, Denoiser, Step
 from edit.objectives import DDPM, Objective, shift_times, velocity_to_score
 
-Predict = Callable[[Tensor, float], Tensor]  # (x, t) -> guided prediction
+
+class Predict(Protocol):
+    """The guided prediction at time t; a flow map is asked for the step that leads to `end`."""
+
+    def __call__(self, x: Tensor, t: float, end: float | None = None) -> Tensor: ...
+
+
 Draw = Callable[[int], Tensor]  # step -> fresh standard normal noise, shaped as x
 
 
@@ -77,7 +83,57 @@ class Euler(Solver):
     def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
         ts = times(self.steps, self.shift)
         for t, t_next in zip(ts, ts[1:], strict=False):
-            x = x + (t_next - t) * predict(x, t)
+            x = x + (t_next - t) * predict(x, t, t_next)
+        return x
+
+
+@dataclass(frozen=True)
+class Grid(Solver):
+    """A few steps at given times: what students of few-step methods are sampled with.
+
+    Either Euler steps, or, `renoise`, each step goes all the way to data and the next starts from that with fresh noise
+    (the sampler of consistency models, arXiv 2303.01469, alg. 1). Noise predictions are stepped as velocities.
+
+    Args:
+        times: decreasing, in (0, 1]; the last step leads to 0. Before `shift`
+        renoise: start each step but the first from fresh noise
+        shift: moves the times towards noise
+    """
+
+    integrates: ClassVar = ("velocity", "noise")
+    times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    renoise: bool = False
+    shift: float = 1.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "times", tuple(self.times))
+        if not self.times or list(self.times) != sorted(set(self.times), reverse=True) or not 0 < self.times[-1]:
+            raise ValueError(f"Grid: times must decrease and be above 0, got {list(self.times)}")
+        if self.times[0] > 1:
+            raise ValueError(f"Grid: times are at most 1, which is pure noise, got {self.times[0]}")
+        if self.shift <= 0:
+            raise ValueError(f"Grid: shift must be positive, got {self.shift}; 1 leaves times unchanged")
+
+    @property
+    def steps(self) -> int:  # type: ignore[override] - here a consequence of `times`
+        return len(self.times)
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """The shifted times, and 0."""
+        shifted = shift_times(torch.tensor(self.times, dtype=torch.float64, device="cpu"), self.shift)
+        return (*shifted.tolist(), 0.0)
+
+    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
+        ts = self.grid
+        for k, (t, t_next) in enumerate(zip(ts, ts[1:], strict=False)):
+            at = torch.full((len(x),), t, device=x.device)
+            native, time = objective.native(x, at)
+            end = 0.0 if self.renoise else t_next
+            v = objective.velocity(predict(native, float(time[0]), end), x, at)
+            x = x + (end - t) * v
+            if self.renoise and t_next:
+                x = (1 - t_next) * x + t_next * draw(k)
         return x
 
 
@@ -244,6 +300,7 @@ class Sampler:
     guidance: float = 1.0  # 1: the conditional prediction alone
     interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance is applied; outside, cond alone
     channels: int | None = None  # guide the first channels only (3 in the official DiT); None: all
+    told: float | None = None  # guidance scale that a model with a guidance input is told; None: the model's own
     perturbation: float = 0.0  # needs an edit that perturbs the branch "perturbed"
 
     def __post_init__(self):
@@ -278,12 +335,16 @@ class Sampler:
             b c y x float32, as the model was trained to see data.
 
         Raises:
-            ValueError: if the solver does not fit the objective, or a perturbed branch is asked for without an edit
-                that perturbs
+            ValueError: if the solver does not fit the objective, a perturbed branch is asked for without an edit that
+                perturbs, or a scale is to be told to a model without guidance input
         """
         if self.perturbation and not any(e.perturbs for e in denoiser.applied.values()):
             raise ValueError(
                 "perturbation guidance needs an edit that perturbs the model; none of the applied ones does"
+            )
+        if self.told is not None and not denoiser.config.get("guidance_embeds"):
+            raise ValueError(
+                f"Sampler: told={self.told:g}, but this {denoiser.name} has no guidance input: use guidance instead"
             )
         self.solver.check(objective)
         weight = next(denoiser.parameters())
@@ -308,6 +369,8 @@ class Sampler:
         device = next(denoiser.parameters()).device
         samples = samples.to(device)
         condition = condition.map(lambda v: v.to(device))
+        if self.told is not None:
+            condition = replace(condition, guidance=torch.full((len(samples),), self.told, device=device))
         if self.guidance == 1:
             negative = None
         else:
@@ -316,17 +379,21 @@ class Sampler:
                 if negative is None
                 else negative.map(lambda v: v.to(device).expand(len(samples), *v.shape[1:]))
             )
+            negative = replace(negative, guidance=condition.guidance)
         # without edits nothing is remembered of a branch: both in one batch give the same prediction, faster
         joint = condition.join(negative) if negative is not None and not denoiser.applied else None
         learned = isinstance(self.solver, DDPMSolver)
         evaluations = self.solver.evaluations
         calls: Iterator[int] = iter(range(evaluations + 1))
+        leads = any(e.leads for e in denoiser.applied.values())
 
-        def predict(x: Tensor, t: float) -> Tensor:
+        def predict(x: Tensor, t: float, end: float | None = None) -> Tensor:
             index = next(calls)
             at = torch.full((len(x),), t, device=device, dtype=torch.float32)
 
             def branch(name: str, told: Condition, x: Tensor = x, at: Tensor = at) -> Tensor:
+                if leads:
+                    told = replace(told, end=at if end is None else torch.full_like(at, end))
                 out = denoiser(x, at, told, step=Step(index, evaluations, t, name, memory))
                 sample = out.sample.float()
                 return torch.cat((sample, out.variance.float()), 1) if learned and out.variance is not None else sample

@@ -28,8 +28,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from edit.denoiser import Condition
 from edit.sampling import Sampler
 from recipes.config import UserError
-from recipes.diffusion import Diffusion
 from recipes.loggers import log_image
+from recipes.recipe import Recipe
 
 WHOLE = "whole"  # marker inside a checkpoint folder (DeepSpeed), written when all ranks have finished
 
@@ -39,15 +39,15 @@ class StepCallback(Callback):
 
     last = -1
 
-    def on_train_start(self, trainer: pl.Trainer, module: Diffusion) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: Recipe) -> None:
         self.last = trainer.global_step
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Diffusion, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Recipe, *_: Any) -> None:
         if trainer.global_step != self.last:
             self.last = trainer.global_step
             self.on_step(trainer, module, trainer.global_step)
 
-    def on_step(self, trainer: pl.Trainer, module: Diffusion, step: int) -> None: ...
+    def on_step(self, trainer: pl.Trainer, module: Recipe, step: int) -> None: ...
 
 
 class Metrics(StepCallback):
@@ -66,7 +66,7 @@ class Metrics(StepCallback):
         self.every, self.batch, self.flops, self.peak = every, batch, flops, peak
         self.values: dict[str, float] = {}
 
-    def on_train_start(self, trainer: pl.Trainer, module: Diffusion) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: Recipe) -> None:
         super().on_train_start(trainer, module)
         self.mark = (time.perf_counter(), trainer.global_step)
 
@@ -77,7 +77,7 @@ class Metrics(StepCallback):
         yield
         self.mark = (self.mark[0] + time.perf_counter() - start, self.mark[1])
 
-    def on_step(self, trainer: pl.Trainer, module: Diffusion, step: int) -> None:
+    def on_step(self, trainer: pl.Trainer, module: Recipe, step: int) -> None:
         if step % self.every and step != trainer.max_steps:
             return
         means = torch.stack([v.float() for v in module.losses.values()])
@@ -101,7 +101,7 @@ class Metrics(StepCallback):
         module.check_progress()
 
 
-def memory(module: Diffusion) -> float:
+def memory(module: Recipe) -> float:
     """Peak memory so far in GB: of the GPU, else of this process."""
     if module.device.type == "cuda":
         return torch.cuda.max_memory_allocated(module.device) / 1e9
@@ -117,7 +117,7 @@ class ProgressBar(StepCallback):
         self.console = Console()
         self.shown = 0.0
 
-    def on_train_start(self, trainer: pl.Trainer, module: Diffusion) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: Recipe) -> None:
         super().on_train_start(trainer, module)
         self.bar = None
         if not trainer.is_global_zero:
@@ -133,7 +133,7 @@ class ProgressBar(StepCallback):
             )
             self.bar.start()
 
-    def on_step(self, trainer: pl.Trainer, module: Diffusion, step: int) -> None:
+    def on_step(self, trainer: pl.Trainer, module: Recipe, step: int) -> None:
         now = time.perf_counter()
         if not trainer.is_global_zero or (now - self.shown < (0.2 if self.bar else self.interval)):
             return
@@ -150,12 +150,12 @@ class ProgressBar(StepCallback):
                 flush=True,
             )
 
-    def on_train_end(self, trainer: pl.Trainer, module: Diffusion) -> None:
+    def on_train_end(self, trainer: pl.Trainer, module: Recipe) -> None:
         if self.bar:
             self.bar.update(self.task, completed=trainer.global_step)
             self.bar.stop()
 
-    def on_exception(self, trainer: pl.Trainer, module: Diffusion, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, module: Recipe, exception: BaseException) -> None:
         if getattr(self, "bar", None):
             self.bar.stop()
 
@@ -191,13 +191,13 @@ class Preview(StepCallback):
         self.grid, self.condition, self.negative = grid, condition, negative
         self.seed, self.metrics = seed, metrics
 
-    def on_step(self, trainer: pl.Trainer, module: Diffusion, step: int) -> None:
+    def on_step(self, trainer: pl.Trainer, module: Recipe, step: int) -> None:
         if not self.every or (step % self.every and step != trainer.max_steps):
             return
         with self.metrics.paused(), trainer.precision_plugin.forward_context():
             self._draw(trainer, module, step)
 
-    def _draw(self, trainer: pl.Trainer, module: Diffusion, step: int) -> None:
+    def _draw(self, trainer: pl.Trainer, module: Recipe, step: int) -> None:
         numbers = torch.arange(self.count)
         x = self.sampler(module.ema, module.objective, self.condition(self.count), numbers, self.seed, self.negative)
         module.reshard()
@@ -259,7 +259,7 @@ class Checkpoints(StepCallback):
         self.folder, self.every, self.keep, self.metrics = folder, every, keep, metrics
         self.told_to_stop = False
 
-    def on_train_start(self, trainer: pl.Trainer, module: Diffusion) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: Recipe) -> None:
         super().on_train_start(trainer, module)
         if trainer.is_global_zero:
             for left in self.folder.glob("*.tmp-*"):  # of a write that was killed
@@ -275,7 +275,7 @@ class Checkpoints(StepCallback):
     def _stop(self, *_: Any) -> None:
         self.told_to_stop = True
 
-    def on_step(self, trainer: pl.Trainer, module: Diffusion, step: int) -> None:
+    def on_step(self, trainer: pl.Trainer, module: Recipe, step: int) -> None:
         stop = self.told_to_stop
         if trainer.world_size > 1:
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)

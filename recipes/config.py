@@ -123,6 +123,14 @@ class TeacherConfig:
 
 
 @dataclass
+class CriticConfig:
+    """The model that learns the student's distribution, in few-step methods that have one."""
+
+    start: str = rule("teacher", of=("teacher", "student"))  # whose weights and structure it starts with
+    follow: float = rule(0.0, low=0, high=1)  # part of the way to the student after each of its steps; 0.03 in SenseFlow
+
+
+@dataclass
 class Root:
     """Everything that train.py understands at the top level."""
 
@@ -134,6 +142,8 @@ class Root:
     data_weight: Any = 1.0  # of the objective's losses beside the terms: a number, or an edit.objectives.Ramp
     terms: dict[str, Any] = field(default_factory=dict)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    matching: Any = None  # node with _target_: a few-step method, in place of the objective's losses and terms
+    critic: CriticConfig = field(default_factory=CriticConfig)
     before: list[Any] = field(default_factory=list)  # runs this one needs: lists of key=value words for train.py
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -176,6 +186,7 @@ def _conflicts(cfg: DictConfig) -> Iterator[str]:
     yield from _check_groups(cfg.optimizer.groups)
     yield from _check_evaluate(cfg.evaluate)
     yield from _check_teacher(cfg)
+    yield from _check_matching(cfg)
     for i, words in enumerate(cfg.before):
         if not OmegaConf.is_list(words) or not all(isinstance(w, str) and "=" in w for w in words):
             yield f"before.{i}: expected a list of settings such as [experiment=flux_tiny/teacher], got {words}"
@@ -248,6 +259,21 @@ def _check_teacher(cfg: DictConfig) -> Iterator[str]:
     pair = OmegaConf.to_container(scale) if OmegaConf.is_list(scale) else [scale, scale]
     if not (isinstance(pair, list) and len(pair) == 2 and all(map(number, pair)) and pair[0] <= pair[1]):
         yield f"teacher.guidance: expected a number of at least 0 or [low, high], got {scale}"
+
+
+def _check_matching(cfg: DictConfig) -> Iterator[str]:
+    if cfg.matching is None:
+        if cfg.critic.follow or cfg.critic.start != "teacher":
+            yield "critic: only a few-step method (matching) has one: leave the section out"
+        return
+    if not isinstance(cfg.matching, DictConfig):
+        yield f"matching: expected a section with _target_, got {cfg.matching!r}"
+    if cfg.terms:
+        yield f"matching and terms are two ways to train: leave out terms.{next(iter(cfg.terms))} or matching"
+    if cfg.data_weight != 1.0:
+        yield f"data_weight={cfg.data_weight} weighs the objective's losses, which matching replaces: leave it out"
+    if cfg.critic.follow and cfg.trainer.strategy.startswith("zero"):
+        yield f"critic.follow={cfg.critic.follow} writes into weights that DeepSpeed keeps elsewhere: use trainer=fsdp2"
 
 
 def _check_evaluate(chosen: Any) -> Iterator[str]:

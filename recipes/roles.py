@@ -6,6 +6,7 @@ Specification: methods/distillation.md, roles (D2, D3.2, D6).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -123,6 +124,23 @@ class Teacher:
             return self.guidance(self.denoiser, x_t, t, condition, null, scale, self.taps, self.branches)
         with without(student):
             return self.guidance(student, x_t, t, condition, null, scale, self.taps, self.branches)
+
+    def features(
+        self, student: Denoiser, x_t: Tensor, t: Tensor, condition: Condition, scale: Tensor
+    ) -> Mapping[str, Tensor]:
+        """Its taps without guidance, with a graph to x_t where gradients are on; arguments as above.
+
+        Raises:
+            ValueError: if its weights are not where a backward pass would find them
+        """
+        if self.placement in ("tied", "offloaded"):
+            raise ValueError(
+                f"teacher.placement={self.placement}: gradients through the teacher need weights that stay in place: "
+                "use replicated or sharded"
+            )
+        assert self.denoiser is not None
+        told = scale if self.denoiser.config.get("guidance_embeds") else None
+        return self.denoiser(x_t, t, replace(condition, guidance=told), taps=self.taps).trace
 
 
 def shard(

@@ -52,12 +52,17 @@ def count_devices(t: TrainerConfig) -> int:
     return t.devices
 
 
-def make_strategy(t: TrainerConfig, devices: int) -> Strategy | str:
+def make_strategy(t: TrainerConfig, devices: int, turns: bool) -> Strategy | str:
     backend = "gloo" if accelerator_of(t) == "cpu" else "nccl"
     if t.strategy == "single":
         return "auto"
     if t.strategy == "ddp":
-        return DDPStrategy(process_group_backend=backend, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DDPStrategy(
+            process_group_backend=backend,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=turns,
+        )
     if t.strategy == "fsdp2":
         # sizes are given: with "auto" all ranks of one node would train on the same batches
         return ModelParallelStrategy(
@@ -75,8 +80,17 @@ def make_strategy(t: TrainerConfig, devices: int) -> Strategy | str:
     )
 
 
-def make_trainer(t: TrainerConfig, out: Path, loggers: list[Logger], callbacks: list[Callback]) -> pl.Trainer:
+def make_trainer(
+    t: TrainerConfig, out: Path, loggers: list[Logger], callbacks: list[Callback], turns: bool = False
+) -> pl.Trainer:
     """The Lightning trainer of a run; data order, checkpoints and logging are our own.
+
+    Args:
+        t: the `trainer` group
+        out: the run's folder
+        loggers: the first writes metrics.csv
+        callbacks: in this order
+        turns: roles take turns, so that in a step not every parameter gets a gradient
 
     Raises:
         UserError: if devices, strategy or launch environment do not fit together
@@ -93,7 +107,7 @@ def make_trainer(t: TrainerConfig, out: Path, loggers: list[Logger], callbacks: 
             accelerator=kind,
             devices=devices,
             num_nodes=t.num_nodes,
-            strategy=make_strategy(t, devices),
+            strategy=make_strategy(t, devices, turns),
             precision="32-true" if recipe_casts(t) else precision_of(t),
             default_root_dir=str(out),
             max_steps=t.max_steps,

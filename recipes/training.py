@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from math import prod
 from pathlib import Path
@@ -29,13 +29,17 @@ import edit
 from edit.checkpoint import load, load_official, save, skeleton
 from edit.denoiser import Denoiser
 from edit.distillation.guidance import TeacherGuidance
+from edit.distillation.matching import Matching
+from edit.edits import describe
 from edit.objectives import Objective
 from recipes.callbacks import Checkpoints, Metrics, Preview, ProgressBar, checkpoints, newest, step_of
 from recipes.config import UserError
 from recipes.diffusion import Diffusion
 from recipes.evaluate import conditions, environment, null_condition, settings
 from recipes.evaluate import run as evaluate
+from recipes.few_step import FewStep
 from recipes.loggers import CSVLogger, close, log_artifact, log_summary, make_loggers
+from recipes.recipe import Settings
 from recipes.roles import Teacher
 from recipes.trainer import accelerator_of, count_devices, make_trainer, precision_of, recipe_casts
 
@@ -73,17 +77,15 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     data = instantiate(cfg.data.set, _convert_="all")
     build, structure = builders(cfg, data, objective)
     terms = instantiate(cfg.terms, _convert_="all") or {}
-    teacher = make_teacher(cfg, data, objective, terms)
+    matching = instantiate(cfg.matching, _convert_="all")
+    if matching is not None:
+        matching.check(sampler.solver)
+    needy = [f"terms.{name}" for name, term in terms.items() if term.needs_teacher]
+    needy += ["matching"] if matching is not None and matching.needs_teacher else []
+    teacher = make_teacher(cfg, data, objective, needy)
     condition, null = conditions(data), null_condition(data)
     refuse_too_large(cfg)
-    module = Diffusion(
-        build=build,
-        structure=structure,
-        objective=objective,
-        terms=terms,
-        teacher=teacher,
-        null=null,
-        data_weight=instantiate(cfg.data_weight) if OmegaConf.is_config(cfg.data_weight) else cfg.data_weight,
+    how = Settings(
         optimizer=cfg.optimizer,
         max_steps=cfg.trainer.max_steps,
         accumulate=cfg.trainer.accumulate,
@@ -96,6 +98,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         autocast=recipe_casts(cfg.trainer),
         seed=cfg.seed,
     )
+    if matching is None:
+        weight = instantiate(cfg.data_weight) if OmegaConf.is_config(cfg.data_weight) else cfg.data_weight
+        module = Diffusion(build, structure, objective, how, teacher, null, terms=terms, data_weight=weight)
+    else:
+        critic = make_critic(cfg, matching, teacher, build, structure)
+        follow = cfg.critic.follow
+        module = FewStep(build, structure, objective, how, matching, teacher, null, critic, follow)
     resume = newest(out / "checkpoints")
     done = step_of(resume) if resume else 0
     first_rank = rank_zero_only.rank in (0, None)
@@ -131,7 +140,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         metrics=metrics,
     )
     saver = Checkpoints(out / "checkpoints", cfg.checkpoint.every, cfg.checkpoint.keep, metrics)
-    trainer = make_trainer(cfg.trainer, out, loggers, [metrics, ProgressBar(metrics), preview, saver])
+    turns = matching is not None and matching.adversarial
+    trainer = make_trainer(cfg.trainer, out, loggers, [metrics, ProgressBar(metrics), preview, saver], turns)
 
     from data.loader import EndlessLoader
 
@@ -164,6 +174,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         sampler=sampler,
         data=OmegaConf.to_container(cfg.data.set),
         run={"name": cfg.name, "step": trainer.global_step, "seed": cfg.seed, "images": batch * cfg.trainer.max_steps}
+        | ({} if matching is None else {"matching": describe(matching), "teacher": OmegaConf.to_container(cfg.teacher)})
         | here(),
         state=state,
     )
@@ -240,15 +251,21 @@ def builders(cfg: DictConfig, data: Any, objective: Objective):
     return build, structure
 
 
-def make_teacher(cfg: DictConfig, data: Any, objective: Objective, terms: Mapping[str, Any]) -> Teacher | None:
-    """The frozen teacher that terms ask for.
+def make_teacher(cfg: DictConfig, data: Any, objective: Objective, needy: Sequence[str]) -> Teacher | None:
+    """The frozen teacher.
+
+    Args:
+        cfg: of the run
+        data: the data set
+        objective: of the student
+        needy: the sections that cannot do without one
 
     Raises:
-        UserError: if terms need one and there is none, or it does not fit data and objective
+        UserError: if one is needed and there is none, or it does not fit data and objective
     """
     if cfg.teacher.path is None and cfg.teacher.placement != "tied":
-        if needy := [name for name, term in terms.items() if term.needs_teacher]:
-            raise UserError(f"terms.{needy[0]} compares with a teacher: give its folder with teacher.path=...")
+        if needy:
+            raise UserError(f"{needy[0]} compares with a teacher: give its folder with teacher.path=...")
         return None
     scale = cfg.teacher.guidance
     low, high = scale if OmegaConf.is_list(scale) else (scale, scale)
@@ -286,6 +303,33 @@ def make_teacher(cfg: DictConfig, data: Any, objective: Objective, terms: Mappin
         raise UserError(f"teacher.path={path} cannot be told what this data tells: {error}") from error
     half = "bf16" in precision_of(cfg.trainer) if cfg.teacher.dtype == "auto" else cfg.teacher.dtype == "bf16"
     return Teacher(build, structure, guidance, cfg.teacher.placement, torch.bfloat16 if half else torch.float32)
+
+
+def make_critic(
+    cfg: DictConfig,
+    matching: Matching,
+    teacher: Teacher | None,
+    build: Callable[[], Denoiser],
+    structure: Callable[[], Denoiser],
+) -> tuple[Callable[[], Denoiser], Callable[[], Denoiser]] | None:
+    """Two ways to make the critic: with its starting weights, and its structure alone; None if the method has none.
+
+    Raises:
+        UserError: if the strategy cannot let roles take turns
+    """
+    alternate = matching.adversarial and not (matching.every == 1 and matching.together)
+    if alternate and cfg.trainer.strategy.startswith("zero"):
+        raise UserError(
+            f"trainer={cfg.trainer.strategy} moves every parameter in every step, so roles cannot take turns: use "
+            "trainer=fsdp2, or matching.every=1 matching.together=true"
+        )
+    if not matching.has_critic:
+        return None
+    if cfg.critic.start == "student":
+        return build, structure
+    if teacher is None or teacher.build is None or teacher.structure is None:
+        raise UserError("critic.start=teacher needs a teacher with weights of its own: use critic.start=student")
+    return teacher.build, teacher.structure
 
 
 def refuse_too_large(cfg: DictConfig) -> None:

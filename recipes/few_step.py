@@ -1,0 +1,172 @@
+"""Few-step distillation: a student learns to reach in a few steps what its teacher reaches in many.
+
+Student, teacher, and, where the method has one, a critic that learns the student's distribution. One optimiser holds
+what is trained; in each step the method says whose turn it is, and a parameter that gets no gradient is left alone.
+Specification: methods/distillation.md, D3.5-D3.10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from edit import noise
+from edit.denoiser import Condition, Denoiser, Output, check_layout
+from edit.distillation.matching import Draws, Given, Matching, Roles
+from edit.objectives import Objective
+from recipes.recipe import Recipe, Settings, local
+from recipes.roles import Teacher
+
+
+class FewStep(Recipe):
+    """Train a denoiser by a few-step method.
+
+    Args:
+        build, structure, objective, settings, teacher, null: as of `Recipe`
+        matching: the method
+        critic: makes the critic with its starting weights, and its structure alone; None: the method has none
+        follow: implicit distribution alignment (SenseFlow, arXiv 2506.00523): after each of the student's steps the
+            critic moves this part of the way to the student, 0.03 there; 0: never
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], Denoiser],
+        structure: Callable[[], Denoiser],
+        objective: Objective,
+        settings: Settings,
+        matching: Matching,
+        teacher: Teacher | None = None,
+        null: Condition | None = None,
+        critic: tuple[Callable[[], Denoiser], Callable[[], Denoiser]] | None = None,
+        follow: float = 0.0,
+    ):
+        super().__init__(build, structure, objective, settings, teacher, null)
+        self.matching, self.build_critic, self.follow = matching, critic, follow
+        self.critic: Denoiser | None = None
+        self.own: nn.Module | None = None  # heads and weights of the method
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        self._seed_dropout(batch_index)
+        given = self._given(batch, batch_index)
+        roles, traces = self._roles(given)
+        mine, theirs = self.matching.turns(self.trainer.global_step)
+        losses: dict[str, Tensor] = {}
+        with self.casting():
+            if mine:
+                with frozen(self.critics):
+                    losses |= self.matching.student_losses(roles, given)
+                for name, edit in self.denoiser.applied.items():  # of the call that came last
+                    losses |= {f"{name}/{k}": v for k, v in edit.losses(traces[-1] if traces else {}).items()}
+            if theirs:
+                with frozen(self.students):
+                    losses |= {f"critic/{k}": v for k, v in self.matching.critic_losses(roles, given).items()}
+        means = {name: loss.mean() for name, loss in losses.items()}
+        loss = sum(means.values(), start=torch.zeros((), device=self.device))
+        before = self.losses
+        self._record(batch_index, {"loss": loss, **means})
+        self.losses = {**before, **self.losses}  # with those of the other role's last turn
+        return loss
+
+    def _given(self, batch: dict[str, Tensor], batch_index: int) -> Given:
+        seed, samples = self.settings.seed, batch["draw"]
+        condition, null = self.conditions(batch)
+        scale = torch.ones(len(samples), device=self.device)
+        if self.teacher is not None:
+            scale = self.teacher.guidance.scale(noise.uniform(seed, samples, noise.GUIDANCE))
+        x = batch.get("x")
+        shape = self.denoiser.sample_shape if x is None else tuple(x.shape[1:])
+        draws = Draws(seed, samples, self.micro(batch_index), shape)
+        return Given(condition, null, scale, draws, self.progress, x)
+
+    def _roles(self, given: Given) -> tuple[Roles, list[Mapping[str, Tensor]]]:
+        """The models as velocity fields, and a list in which each call of the student with a graph leaves its trace."""
+        traces: list[Mapping[str, Tensor]] = []
+
+        def ask(denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) -> Output:
+            told = given.scale if denoiser.config.get("guidance_embeds") else None
+            out = denoiser(*self.objective.native(x_t, t), replace(condition, guidance=told))
+            if not torch.is_grad_enabled():
+                torch.clear_autocast_cache()  # it holds weights cast without a graph, which must not be used again
+            return out._replace(sample=self.objective.velocity(out.sample, x_t, t))
+
+        def output(x_t: Tensor, t: Tensor, condition: Condition) -> Output:
+            out = ask(self.denoiser, x_t, t, condition)
+            if torch.is_grad_enabled():
+                traces.append(out.trace)
+            return out
+
+        def student(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            return output(x_t, t, condition).sample
+
+        @torch.no_grad()
+        def average(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            return ask(self.ema, x_t, t, condition).sample
+
+        def critic(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            assert self.critic is not None, "a method that asks a critic declares it (has_critic)"
+            return ask(self.critic, x_t, t, condition).sample
+
+        def teacher(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            native = self.objective.native(x_t, t)
+            out = self._asked()(self.denoiser, *native, condition, given.null, given.scale)
+            torch.clear_autocast_cache()
+            return self.objective.velocity(out.sample, x_t, t)
+
+        def features(x_t: Tensor, t: Tensor, condition: Condition) -> Mapping[str, Tensor]:
+            return self._asked().features(self.denoiser, *self.objective.native(x_t, t), condition, given.scale)
+
+        return Roles(student, output, average, teacher, features, critic, self.own), traces
+
+    def _asked(self) -> Teacher:
+        assert self.teacher is not None, "a method that asks a teacher declares it (needs_teacher)"
+        return self.teacher
+
+    # ---- models ---------------------------------------------------------------------------------------------------
+
+    def configure_parts(self) -> None:
+        whole_teacher = None
+        if self.teacher is not None:
+            whole_teacher = self.teacher.configure(self.denoiser, self.matching.teacher_taps, ())
+        if self.build_critic is not None:
+            (self.critic,) = self.make(*self.build_critic, 1)
+            self.prepare(self.critic)
+        torch.manual_seed(self.settings.seed)  # the same on every rank
+        if (own := self.matching.build(self.denoiser, whole_teacher)) is not None:
+            self.own = self.whole_or_sharded(own)
+        if self.follow and self.critic is not None:
+            check_layout(dict(self.critic.named_parameters()), dict(self.denoiser.named_parameters()), "the student")
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.students = [p for p in self.denoiser.parameters() if p.requires_grad]
+        rest = [m for m in (self.critic, self.own) if m is not None]
+        self.critics = [p for m in rest for p in m.parameters() if p.requires_grad]
+        if not self.matching.adversarial:  # no turns but the student's: what the method has is trained there
+            self.students, self.critics = self.students + self.critics, []
+
+    def moves(self, step: int) -> bool:
+        return self.matching.turns(step)[0]
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        mine = self.moves(self.trainer.global_step)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if mine and self.follow and self.critic is not None:
+            pairs = zip(self.critic.parameters(), self.denoiser.parameters(), strict=True)
+            theirs, ours = zip(*((local(c), local(p)) for c, p in pairs if p.requires_grad), strict=True)
+            with torch.no_grad():
+                torch._foreach_lerp_(theirs, ours, self.follow)
+
+
+@contextmanager
+def frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """What is computed inside gives these no gradient: no role is changed by the other's loss."""
+    for p in parameters:
+        p.requires_grad_(False)
+    yield
+    for p in parameters:
+        p.requires_grad_(True)

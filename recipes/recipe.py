@@ -1,0 +1,317 @@
+"""What every training procedure shares: building and sharding models, the optimiser, the average, what is skipped.
+
+Loop, devices, precision, accumulation and strategies are Lightning's (`recipes/trainer.py`). What is random in a step
+is a pure function of (seed, number of the sample in the run), so that resuming is exact, and the loss does not depend
+on how many ranks share a batch.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, fields
+from math import cos, pi
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from edit import noise
+from edit.denoiser import Condition, Denoiser
+from edit.objectives import Objective
+from recipes.roles import Teacher, shard, units_of
+
+CONDITIONS = tuple(f.name for f in fields(Condition))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a recipe is trained, whatever it trains.
+
+    Args:
+        optimizer: lr, betas, weight_decay, eps, warmup, schedule, groups (see `recipes.config.OptimizerConfig`)
+        max_steps: optimiser steps of the whole run, for the schedule
+        accumulate: batches per optimiser step
+        clip: largest gradient norm; None: no clipping
+        label_drop: probability with which a sample's condition is replaced by the null condition
+        ema_decay: of the average; 0 keeps no history
+        ema_ramp: start the decay low, at most (1 + k) / (10 + k) after k updates; for short runs
+        compile: compile each unit
+        gradient_checkpointing: recompute units in the backward pass
+        autocast: run the denoiser in bf16 here, where the trainer does not: DeepSpeed's own bf16 would round the
+            average away
+        patience: consecutive steps with a non-finite gradient after which the run stops; each is skipped
+        seed: of times, noise, label drop and dropout
+    """
+
+    optimizer: Any
+    max_steps: int
+    accumulate: int = 1
+    clip: float | None = 1.0
+    label_drop: float = 0.1
+    ema_decay: float = 0.9999
+    ema_ramp: bool = False
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    autocast: bool = False
+    patience: int = 20
+    seed: int = 0
+
+
+class Recipe(pl.LightningModule, ABC):
+    """Trains `denoiser` and keeps an exponential moving average of it in `ema`. Subclasses are the procedures.
+
+    Args:
+        build: makes the denoiser with its starting weights and edits; called once, inside `configure_model`
+        structure: the same without weights, for sharded training; called under `torch.device("meta")`
+        objective: what is predicted and how it is scored
+        settings: how it is trained
+        teacher: frozen model beside it; None: none is needed
+        null: one condition (batch of 1) that stands for no condition; None: the denoiser's own
+    """
+
+    denoiser: Denoiser
+    ema: Denoiser
+
+    def __init__(
+        self,
+        build: Callable[[], Denoiser],
+        structure: Callable[[], Denoiser],
+        objective: Objective,
+        settings: Settings,
+        teacher: Teacher | None = None,
+        null: Condition | None = None,
+    ):
+        super().__init__()
+        self.build, self.structure, self.objective = build, structure, objective
+        self.settings, self.teacher, self.null = settings, teacher, null
+        self.losses: dict[str, Tensor] = {}  # means over the optimiser step under way, for the log
+        self.configured = False
+
+    @abstractmethod
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor: ...
+
+    # ---- a batch --------------------------------------------------------------------------------------------------
+
+    def conditions(self, batch: dict[str, Tensor]) -> tuple[Condition, Condition]:
+        """What the samples of a batch are conditioned on, after label drop, and the null condition."""
+        condition = Condition(**{k: batch[k] for k in CONDITIONS if k in batch})
+        if not self.settings.label_drop and self.teacher is None:
+            return condition, condition  # nobody asks for the other
+        null = self._null(condition, len(batch["draw"]))
+        if self.settings.label_drop:
+            drop = noise.uniform(self.settings.seed, batch["draw"], noise.DROP) < self.settings.label_drop
+            condition = condition.where(drop, null)
+        return condition, null
+
+    def _null(self, condition: Condition, count: int) -> Condition:
+        if self.null is None:
+            return self.denoiser.null(condition)
+        return self.null.map(lambda v: v.to(self.device).expand(count, *v.shape[1:]))
+
+    def casting(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.settings.autocast else nullcontext()
+
+    @property
+    def progress(self) -> float:
+        """Part of the run that is done."""
+        return self.trainer.global_step / self.settings.max_steps
+
+    def micro(self, batch_index: int) -> int:
+        """Number of a batch in the run, the same on all ranks."""
+        accumulate = self.settings.accumulate
+        return self.trainer.global_step * accumulate + batch_index % accumulate
+
+    def _seed_dropout(self, batch_index: int) -> None:
+        """Of dropout and gates inside the model, the only uses of global generators."""
+        seed = (self.settings.seed * 1_000_003 + self.micro(batch_index)) * 4099 + self.global_rank
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed costs 1 % of a small step
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def _record(self, batch_index: int, values: dict[str, Tensor]) -> None:
+        first = batch_index % self.settings.accumulate == 0
+        if first:
+            self.losses = {}
+        for name, value in values.items():
+            value = value.detach() / self.settings.accumulate
+            self.losses[name] = value if first else self.losses[name] + value
+
+    # ---- model ----------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        if self.configured:  # Lightning calls again on restart
+            return
+        self.configured = True
+        self.denoiser, self.ema = self.make(self.build, self.structure, 2)
+        self.configure_parts()
+        self.prepare(self.denoiser)
+        self.ema.requires_grad_(False).eval()
+        self.told = bool(self.denoiser.config.get("guidance_embeds"))  # its guidance scale, as an input
+        if self.teacher is not None and self.teacher.placement == "tied" and self.denoiser.config != self.denoiser.base:
+            raise ValueError(
+                "teacher.placement=tied makes the student without its LoRA the teacher, but another edit changes its "
+                "structure: give the teacher's folder with teacher.path, or leave that edit out"
+            )
+        if self.teacher is not None and not self.told and self.teacher.guidance.low != self.teacher.guidance.high:
+            raise ValueError(
+                "teacher.guidance is a range, but the student has no guidance input that could be told the scale: give "
+                "one scale, or apply edit.distillation.student.GuidanceInput"
+            )
+        # skipped steps in all, and the present run of them, on the device: reading them costs a synchronisation
+        self.register_buffer("skipped", torch.zeros(2))
+        self.grad_norm: Tensor | None = None
+
+    @abstractmethod
+    def configure_parts(self) -> None:
+        """Make what is beside the denoiser and its average: teacher, critic, parameters of terms."""
+
+    def make(self, build: Callable[[], Denoiser], structure: Callable[[], Denoiser], copies: int) -> list[Denoiser]:
+        """A model of the run, `copies` times; under FSDP2 sharded, with weights that rank 0 alone has made."""
+        if self.device_mesh is None:
+            with torch.device("cpu"):  # the same weights whatever the device
+                first = build()
+            return [first, *(deepcopy(first) for _ in range(copies - 1))]
+        state = {}
+        if self.global_rank == 0:
+            with torch.device("cpu"):  # rank 0 alone holds the whole model, and not on its GPU
+                state = build().state_dict()
+        half = "bf16" in str(self.trainer.precision)
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if half else None,
+            reduce_dtype=torch.float32 if half else None,
+            cast_forward_inputs=False,  # times and noisy samples stay in fp32; autocast does the rest
+        )
+        device = self.trainer.strategy.root_device
+        return [shard(structure, state, device, self._mesh, policy) for _ in range(copies)]
+
+    def prepare(self, denoiser: Denoiser) -> None:
+        """For training: what its edits leave open, checkpointed and compiled as the settings say."""
+        for name, p in denoiser.named_parameters():
+            p.requires_grad_(p.requires_grad and all(e.trainable(name) for e in denoiser.applied.values()))
+        denoiser.train().gradient_checkpointing = self.settings.gradient_checkpointing
+        if self.settings.compile:
+            for unit in units_of(denoiser):
+                unit.compile()
+
+    def whole_or_sharded(self, own: nn.Module) -> nn.Module:
+        """Further parameters of the run, where they belong."""
+        if self.device_mesh is None or next(own.parameters(), None) is None:
+            return own
+        return fully_shard(own, mesh=self._mesh)  # type: ignore[return-value]
+
+    @property
+    def _mesh(self):
+        return self.device_mesh["data_parallel"]
+
+    def reshard(self) -> None:
+        """FSDP2 leaves the root gathered after a forward without backward; updates need the shards."""
+        for m in self.modules():
+            if hasattr(m, "reshard") and m is not self:
+                m.reshard()
+
+    def on_train_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.place(self.device)
+        both = zip(self.ema.parameters(), self.denoiser.parameters(), strict=True)
+        self.averaged = [(e, p) for e, p in both if p.requires_grad]  # walking the modules takes longer than averaging
+
+    # ---- optimiser ------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        s = self.settings.optimizer
+        optimizer = torch.optim.AdamW(
+            self._groups(), lr=s.lr, betas=tuple(s.betas), eps=s.eps, weight_decay=s.weight_decay, fused=True
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """One optimiser group per pattern of `optimizer.groups`, the first that a name matches; the rest together."""
+        s = self.settings.optimizer
+        groups = dict(s.groups or {})
+        parts: dict[str, list[nn.Parameter]] = {pattern: [] for pattern in (*groups, "")}
+        for name, p in self.named_parameters():
+            if p.requires_grad:
+                parts[next((g for g in groups if re.search(g, name)), "")].append(p)
+        if unmet := [g for g in groups if not parts[g]]:
+            raise ValueError(f"optimizer.groups: no trainable parameter's name matches {unmet[0]!r}")
+        out = []
+        for pattern, members in parts.items():
+            if members:
+                change = dict(groups.get(pattern, {}))
+                lr, decay = s.lr * change.get("lr_scale", 1.0), change.get("weight_decay", s.weight_decay)
+                out.append({"params": members, "lr": lr, "weight_decay": decay})
+        if not out:
+            raise ValueError("nothing to train: the edits freeze every parameter")
+        return out
+
+    def _rate(self, step: int) -> float:
+        """Factor of the learning rate after `step` optimiser steps."""
+        s = self.settings.optimizer
+        if step < s.warmup:
+            return (step + 1) / s.warmup
+        if s.schedule == "cosine":
+            return 0.5 * (1 + cos(pi * min(1.0, (step - s.warmup) / max(1, self.settings.max_steps - s.warmup))))
+        return 1.0
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clip by global norm, and mark a step with a non-finite gradient to be skipped, without a synchronisation.
+
+        A fused optimiser skips the step when `found_inf` is set, as under a gradient scaler.
+        """
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        limit = float("inf") if self.settings.clip is None else self.settings.clip
+        norm = torch.nn.utils.clip_grad_norm_(params, limit)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        bad = (~norm.isfinite()).float()
+        getattr(optimizer, "optimizer", optimizer).found_inf = bad
+        self.skipped[0] += bad
+        self.skipped[1] = (self.skipped[1] + 1) * bad
+        self.grad_norm = norm.detach()
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        k = self.trainer.global_step
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.moves(k):
+            decay = self.settings.ema_decay
+            decay = min(decay, (1 + k) / (10 + k)) if self.settings.ema_ramp else decay
+            averages, values = zip(*((local(e), local(p)) for e, p in self.averaged), strict=True)
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, values, 1 - decay)
+
+    def moves(self, step: int) -> bool:
+        """Whether an optimiser step changes the denoiser: where it does not, its average stays as well."""
+        return True
+
+    def check_progress(self) -> None:
+        """Called where values are read for the log anyway.
+
+        Raises:
+            FloatingPointError: if the last `patience` steps all had a non-finite gradient; or at a loss that is not
+                finite where gradients are out of sight (DeepSpeed) and no step is skipped
+        """
+        if self.grad_norm is None and not self.losses["loss"].isfinite():
+            raise FloatingPointError(
+                f"the loss is {float(self.losses['loss'])} at step {self.trainer.global_step}: go back to an earlier "
+                "checkpoint and lower optimizer.lr, or lengthen optimizer.warmup"
+            )
+        run = int(self.skipped[1].item())
+        if run >= self.settings.patience or (run and self.trainer.global_step >= self.settings.max_steps):
+            raise FloatingPointError(
+                f"the gradient was not finite in the last {run} steps (step {self.trainer.global_step}, loss "
+                f"{float(self.losses['loss']):.3g}): lower optimizer.lr, lengthen optimizer.warmup, or clip harder"
+            )
+
+
+def local(p: Tensor) -> Tensor:
+    """This rank's part of a parameter."""
+    if isinstance(p, DTensor):
+        return p.to_local()
+    return p.ds_tensor if hasattr(p, "ds_tensor") else p  # DeepSpeed ZeRO-3
