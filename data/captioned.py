@@ -6,14 +6,14 @@ caption says. Lengths are shares of the image's side, from the top left corner.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from data import pixel_codec
 from data.split import held_out
-from data.toy_text import Embedded, ToyText
+from data.toy_text import LENGTH, Embedded, ToyText
 from edit import noise
 
 BACKGROUND = (20, 20, 20)
@@ -63,10 +63,12 @@ def cells(centre: Tensor) -> Tensor:
     return torch.bucketize(centre, torch.tensor(EDGES, device=centre.device))
 
 
-def divided(captions: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Those to train on, and the held-out ones."""
-    held = [c for c in captions if held_out(c, HELD)]
-    return [c for c in captions if not held_out(c, HELD)], held
+def divided(captions: Sequence[str], gist: Callable[[str], str] = str) -> tuple[list[str], list[str]]:
+    """Those to train on, and the held-out ones; captions that `gist` makes the same are on the same side."""
+    parts: tuple[list[str], list[str]] = ([], [])
+    for caption in captions:
+        parts[held_out(gist(caption), HELD)].append(caption)
+    return parts
 
 
 def shuffled(captions: Sequence[str]) -> list[str]:
@@ -101,3 +103,33 @@ class Captioned:
         text, mask, pooled = (part[self._caption[index]] for part in self._embedded)
         sample = {"x": self._x[index], "kind": self.kind[index], "text": text, "text_mask": mask, "pooled": pooled}
         return {**sample, "caption": self.captions[index]} if self.told else sample
+
+
+class World:
+    """A data set of two such splits, on latents of the fixed codec; what is drawn and read is up to each world.
+
+    Raises:
+        ValueError: for a number of training or of held-out images below 1
+    """
+
+    num_classes = None
+    classes = None
+    text_length = LENGTH
+    _train: Captioned
+    _heldout: Captioned
+
+    def __init__(self, count: int, held: int):
+        if count < 1 or held < 1:
+            raise ValueError(f"count and held are at least 1, got {count} and {held}")
+        self.encoders = ToyText()
+        self.null = self.encoders.null()
+
+    def train(self) -> Captioned:
+        return self._train
+
+    def heldout(self) -> Captioned:
+        return self._heldout
+
+    def to_images(self, x: Tensor) -> Tensor:
+        """Latents b c y x -> uint8 b 4y 4x 3."""
+        return pixel_codec.decode(x)

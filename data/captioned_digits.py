@@ -25,6 +25,7 @@ from data.captioned import (
     PALETTE,
     PLACES,
     Captioned,
+    World,
     background,
     cells,
     colours,
@@ -33,8 +34,6 @@ from data.captioned import (
     uniforms,
 )
 from data.digits import heldout_indices
-from data.split import Split
-from data.toy_text import ToyText
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIDES = {"small": 0.34, "large": 0.5}  # of the square that a digit is written into, as a share of the image
@@ -74,7 +73,7 @@ def meaning(caption: str) -> Numeral:
     return grammar()[caption]
 
 
-class CaptionedDigits:
+class CaptionedDigits(World):
     """Placed and coloured handwritten digits of 32 pixels as latents of a fixed codec, with embedded captions.
 
     Args:
@@ -89,21 +88,16 @@ class CaptionedDigits:
 
     SIZE = 32
     shape = (pixel_codec.CHANNELS, SIZE // pixel_codec.BLOCK, SIZE // pixel_codec.BLOCK)
-    num_classes = None
-    classes = None
     judged = len(NAMES)
 
     def __init__(self, count: int = 6144, held: int = 1020, captions: bool = False, seed: int = 0):
         from sklearn.datasets import load_digits
 
-        if count < 1 or held < 1:
-            raise ValueError(f"count and held are at least 1, got {count} and {held}")
+        super().__init__(count, held)
         digits = load_digits()
         ink, label = torch.from_numpy(digits.images).float() / 16, torch.from_numpy(digits.target).long()
         kept = torch.ones(len(label), dtype=torch.bool).index_fill_(0, heldout_indices(label), False)
         self._ink, self._label = ink[kept], label[kept]  # what the reader knows
-        encoders = ToyText()
-        self.null = encoders.null()
         splits = []
         numbers = (torch.arange(count), APART + torch.arange(held))
         sources = ((ink[kept], label[kept]), (ink[~kept], label[~kept]))
@@ -111,18 +105,8 @@ class CaptionedDigits:
             sentences = [own[k % len(own)] for k in range(len(some))]
             said = [meaning(s) for s in sentences]
             images = draw(said, *source, some, self.SIZE, seed)
-            splits.append(Captioned(images, sentences, torch.tensor([s.digit for s in said]), encoders, captions))
+            splits.append(Captioned(images, sentences, torch.tensor([s.digit for s in said]), self.encoders, captions))
         self._train, self._heldout = splits
-
-    def train(self) -> Split:
-        return self._train
-
-    def heldout(self) -> Split:
-        return self._heldout
-
-    def to_images(self, x: Tensor) -> Tensor:
-        """Latents b c y x -> uint8 b 4y 4x 3."""
-        return pixel_codec.decode(x)
 
     def follows(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """Whether each image, uint8 b y x 3, shows what its caption says: b bool."""

@@ -56,7 +56,8 @@ class Order:
     steps: int = key("of the solver", 28)
     solver: str = key("euler, heun or dpm; for teachers that predict noise dpm, ddim or ddpm", "euler")
     shift: float | None = key(
-        "of the times towards noise; null: what the artifact says, for a published FLUX.1-dev its own rule, else 1",
+        "of the times towards noise; null: what the artifact says, else its pipeline's scheduler, for FLUX.1-dev "
+        "without one its own rule, else 1",
         None,
     )
     seed: int = key("of the noise; image k of the file has noise number k of this seed", 0)
@@ -129,16 +130,24 @@ def explained() -> str:
     return "\n".join(lines)
 
 
+def number_of(variable: str, default: int) -> int:
+    """An environment variable. Raises ValueError if it is set to something else than a whole number."""
+    text = os.environ.get(variable, str(default))
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(f"the environment says {variable}={text!r}, expected a whole number: unset it") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 for what could not be done, 2 for a mistyped command, 130 if interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or {"-h", "--help"} & set(words):
         print(f"{__doc__}\nKeys and their defaults\n{explained()}\n\n{SEVERAL}")
         return 0
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     try:
         options = parse(words)
-        order = Order(**options, rank=rank, world=world)
+        order = Order(**options, rank=number_of("RANK", 0), world=number_of("WORLD_SIZE", 1))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -27,10 +27,11 @@ from data.encoders import VAE
 from data.generate import Order
 from data.latent_folder import Writer, begin, finish, finished, in_processes, progress, readable, room, write_null
 from data.latent_writer import DTYPES, Words, device_of, npy, store
-from data.latents import data_set, padded
+from data.latents import data_set, padded, text_length
 from data.loader import collate
 from data.pixels import to_uint8
-from edit.checkpoint import default_objective, find, skeleton
+from edit.backbones.stock import StockDenoiser
+from edit.checkpoint import default_objective, find, is_hub_id, skeleton
 from edit.denoiser import Condition, Denoiser
 from edit.sampling import DDIMSolver, DDPMSolver, DPMSolver, Euler, Heun, Sampler, Solver
 
@@ -200,20 +201,55 @@ def check_text(order: Order, denoiser: Denoiser, words: Words, shape: tuple[int,
     condition = condition_of(order, denoiser, words, words.words([""]))[0]
     try:
         denoiser.pack(torch.zeros(1, *shape), torch.ones(1), condition)
+        if words.text is not None and isinstance(denoiser, StockDenoiser):
+            denoiser.need_length(text_length(words.text.description))
     except ValueError as error:
         raise ValueError(f"{order.teacher} cannot be given prompts with these encoders: {error}") from error
 
 
 def default_shift(order: Order, denoiser: Denoiser, tokens: int) -> float:
-    """What the artifact was sampled with; for a published guidance-distilled FLUX its own rule; else 1."""
+    """What the artifact was sampled with; what its pipeline's scheduler says; FLUX.1-dev's own rule; else 1."""
     sampler = _recorded(order.teacher).get("sampler")
     if sampler:
         return float(sampler["solver"].get("shift", 1.0))
+    if shift := scheduler_shift(scheduler_of(order.teacher), tokens):
+        return shift
     if denoiser.config.get("guidance_embeds"):
         from edit.backbones.flux import flux_shift
 
         return flux_shift(tokens)
     return 1.0
+
+
+def scheduler_of(teacher: str) -> dict[str, Any]:
+    """The configuration of the scheduler beside a published transformer; empty where there is none."""
+    beside = find(teacher, weights=False).parent / "scheduler" / "scheduler_config.json"
+    if beside.is_file():
+        return manifest.read(beside)
+    if is_hub_id(teacher):
+        from diffusers import SchedulerMixin
+
+        try:
+            return SchedulerMixin.load_config(teacher, subfolder="scheduler")
+        except OSError:
+            return {}
+    return {}
+
+
+def scheduler_shift(config: dict[str, Any], tokens: int) -> float | None:
+    """The shift of a flow-matching scheduler at this many image tokens; None for another scheduler.
+
+    A dynamic shift is exp(mu) or mu itself, mu being linear in the tokens through (base_image_seq_len, base_shift) and
+    (max_image_seq_len, max_shift). What a scheduler may have besides (shift_terminal, Karras sigmas) is no shift.
+    """
+    if not str(config.get("_class_name")).startswith("FlowMatch"):
+        return None
+    if not config.get("use_dynamic_shifting"):
+        return float(config.get("shift") or 1.0)
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = low + (high - low) * (tokens - few) / (many - few)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
 
 def _recorded(teacher: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from data import buckets, manifest
 from data.damage import Damaged, Tolerance
 from data.encoders import VAE, Encoded, TextEncoder
+from data.generate import number_of
 from data.image_folder import Folder
 from data.image_shards import TarImages
 from data.pixels import Picture, centre_crop, to_tensor
@@ -87,7 +88,7 @@ def device_of(job: Job | Order, process: int) -> str:
     """The device of one of a command's processes: "cuda" spreads them over the GPUs."""
     if job.device != "cuda":
         return job.device
-    first = int(os.environ.get("LOCAL_RANK", "0")) * job.processes
+    first = number_of("LOCAL_RANK", 0) * job.processes
     return f"cuda:{(first + process) % torch.cuda.device_count()}"
 
 

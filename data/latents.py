@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from data import manifest
 from data.damage import Damaged, Tolerance
 from data.pixels import to_uint8
-from data.split import Split, flipped
+from data.split import CheckedSet, Split, flipped
 from data.tars import ABSENT, Tars
 from edit import noise
 
@@ -78,9 +79,9 @@ class Latents:
         self.num_classes: int | None = self.manifest["num_classes"]
         self.classes: list[str] | None = self.manifest["classes"]
         self.vae = vae or self.manifest["sources"]["vae"]
+        self.text_length = text_length(self.manifest["text"])
         self.null = self._null()
         self._vae: Any = None  # loaded when something is first looked at
-        self._data: Any = None  # likewise
         tars = shards(self.path, self.manifest, verify == "full", tolerance, cache)
         self._train = LatentSplit(tars, self.manifest, flip, seed)
         self._heldout = None
@@ -108,9 +109,7 @@ class Latents:
             ValueError: if the VAE is another one, or there is nothing to decode with
         """
         if self.manifest["vae"] is None:
-            if self._data is None:
-                self._data = data_set(self.manifest["sources"]["data"], f"to look at latents of {self.path}")
-            return self._data.to_images(x)
+            return self._origin.to_images(x)
         if self._vae is None:
             from data.encoders import VAE
 
@@ -126,6 +125,35 @@ class Latents:
         shift, scale = scaling(self.manifest)
         self._vae.to(x.device)
         return to_uint8(self._vae.decode(x.float() / scale.to(x.device) + shift.to(x.device)))
+
+    @cached_property
+    def _origin(self) -> Any:
+        """The data set that the teacher of these samples was trained on."""
+        return data_set(self.manifest["sources"]["data"], f"to look at latents of {self.path}")
+
+    @cached_property
+    def world(self) -> CheckedSet | None:
+        """The embedded world that these samples are of, which tells whether a picture shows what its caption says.
+
+        None if their teacher was not trained on one, or was told its prompts by other encoders, or padded otherwise.
+
+        Raises:
+            ValueError: if it cannot be built
+        """
+        if self.manifest["vae"] is not None or not self.manifest.get("generated") or self.null is None:
+            return None
+        world = self._origin
+        if not isinstance(world, CheckedSet) or tuple(world.shape) != self.shape:
+            return None
+        known: dict[str, Tensor] = getattr(world, "null", {})
+        same = all(
+            # stored in float16 perhaps
+            name in known
+            and known[name].shape == v.shape
+            and torch.allclose(known[name].float(), v.float(), 2e-3, 2e-3)
+            for name, v in self.null.items()
+        )
+        return world if same else None
 
     def _null(self) -> dict[str, Tensor] | None:
         """The empty prompt: text l c, text_mask l, pooled c, as far as the data has them; None without text."""
@@ -160,6 +188,11 @@ def data_set(node: dict[str, Any] | None, purpose: str) -> Any:
         return cls(**{k: v for k, v in (node or {}).items() if k != "_target_"})
     except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"{purpose}, {target} is needed, which cannot be built: {error}") from error
+
+
+def text_length(described: dict | None) -> int | None:
+    """Tokens of every text of an encoder so described; None where there are as many as a prompt has, or no texts."""
+    return described["max_tokens"] if described and described.get("padding", "none") != "none" else None
 
 
 def padded(text: Tensor, described: dict) -> dict[str, Tensor]:

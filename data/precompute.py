@@ -9,9 +9,10 @@ Stop it whenever you like: the same command goes on after the last finished shar
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
+
+from data.generate import number_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,9 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from data.latent_writer import Job
 
     options["device"] = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     try:
-        done = precompute(Job(**options, rank=rank, world=world))
+        done = precompute(Job(**options, rank=number_of("RANK", 0), world=number_of("WORLD_SIZE", 1)))
     except KeyboardInterrupt:
         print("interrupted: the same command goes on after the last finished shard", file=sys.stderr)
         return 130

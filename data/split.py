@@ -41,6 +41,7 @@ class DataSet(Protocol):
     shape: tuple[int, int, int]  # c y x of one training sample
     num_classes: int | None
     classes: list[str] | None  # their names, where known
+    # a set with texts has `text_length`: the tokens they all have, with their padding; None if they differ
 
     def train(self) -> Split: ...
 

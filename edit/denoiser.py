@@ -32,6 +32,7 @@ class Condition:
     pooled: Tensor | None = None  # b c, pooled text embedding
     guidance: Tensor | None = None  # b, the guidance scale a guidance-distilled model was told
     control: Tensor | None = None  # b c y x, control latents
+    end: Tensor | None = None  # b, the time a flow map is asked to lead to, at most t; for models that take one
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Condition:
         """Apply `f` to every field that is present (move, slice, repeat)."""
@@ -41,27 +42,60 @@ class Condition:
     def join(self, other: Condition) -> Condition:
         """Both as one batch, for denoisers that are asked for two branches at once.
 
+        Texts of different lengths are brought to one: see `_level`.
+
         Raises:
-            RuntimeError: if a field is present in one of them only, or shapes differ beyond the batch
+            ValueError: if a field is present in one of them only, or texts differ in length and have no mask
+            RuntimeError: if shapes differ otherwise beyond the batch
         """
-        both = {name: (getattr(self, name), getattr(other, name)) for name in _CONDITION_FIELDS}
+        mine, other = _level(self, other)
+        both = {name: (getattr(mine, name), getattr(other, name)) for name in _CONDITION_FIELDS}
+        if lone := next((name for name, (a, b) in both.items() if (a is None) != (b is None)), None):
+            raise ValueError(f"only one of the two conditions to join has {lone}: give it to both, or to neither")
         return Condition(**{name: None if pair == (None, None) else torch.cat(pair) for name, pair in both.items()})
 
     def where(self, drop: Tensor, null: Condition) -> Condition:
         """This condition with the samples marked in `drop` [b, bool] replaced by those of `null`.
 
-        One mask drops all fields of a sample together, as classifier-free guidance needs.
+        One mask drops all fields of a sample together, as classifier-free guidance needs. Texts of different lengths
+        are brought to one: see `_level`.
+
+        Raises:
+            ValueError: if texts differ in length and have no mask
         """
+        mine, null = _level(self, null)
 
         def choose(mine: Tensor | None, other: Tensor | None) -> Tensor | None:
             if mine is None or other is None:
                 return mine
             return torch.where(drop.view(-1, *[1] * (mine.ndim - 1)), other, mine)
 
-        return Condition(**{name: choose(getattr(self, name), getattr(null, name)) for name in _CONDITION_FIELDS})
+        return Condition(**{name: choose(getattr(mine, name), getattr(null, name)) for name in _CONDITION_FIELDS})
 
 
 _CONDITION_FIELDS = tuple(f.name for f in fields(Condition))
+
+
+def _level(a: Condition, b: Condition) -> tuple[Condition, Condition]:
+    """Both with texts of one length: the shorter is filled up with zeros that its mask leaves out.
+
+    Raises:
+        ValueError: if there is anything to fill up, and no mask
+    """
+    if a.text is None or b.text is None or a.text.shape[1] == b.text.shape[1]:
+        return a, b
+    lengths = a.text.shape[1], b.text.shape[1]
+    if a.text_mask is None or b.text_mask is None:
+        raise ValueError(
+            f"texts of {lengths[0]} and {lengths[1]} tokens do not fit together without a text_mask, as the model "
+            "would attend to the padding and answer otherwise: encode both to one length"
+        )
+
+    def fill(c: Condition) -> Condition:
+        missing = (0, max(lengths) - c.text.shape[1])  # type: ignore[union-attr]
+        return replace(c, text=F.pad(c.text, (0, 0, *missing)), text_mask=F.pad(c.text_mask, missing))  # type: ignore
+
+    return fill(a), fill(b)
 
 
 @dataclass(frozen=True)
@@ -211,14 +245,8 @@ class Unit(nn.Module, ABC):
 
     def forward(self, stream: Stream) -> Stream:
         modulation = self.modulate(stream)
-        attended = self.attend(stream, modulation)
-        if stream.tap:
-            stream = record_branch(stream, f"{stream.tap}.attention", attended)
-        stream = add(stream, attended, modulation.attention_gate)
-        fed = self.feed(stream, modulation)
-        if stream.tap:
-            stream = record_branch(stream, f"{stream.tap}.feed", fed)
-        return add(stream, fed, modulation.feed_gate)
+        stream = residual(stream, "attention", self.attend(stream, modulation), modulation.attention_gate)
+        return residual(stream, "feed", self.feed(stream, modulation), modulation.feed_gate)
 
 
 def record_branch(stream: Stream, name: str, branch: Branch) -> Stream:
@@ -239,6 +267,13 @@ def force(stream: Stream, forced: Forced) -> Stream:
     if text is not None and forced.tokens.text is not None:
         text = choose(text, forced.tokens.text)
     return replace(stream, image=choose(stream.image, image), text=text)
+
+
+def residual(stream: Stream, name: str, branch: Branch, gate: Branch) -> Stream:
+    """Add a branch, and trace it as `name` of the unit where branches are wanted."""
+    if stream.tap:
+        stream = record_branch(stream, f"{stream.tap}.{name}", branch)
+    return add(stream, branch, gate)
 
 
 def add(stream: Stream, branch: Branch, gate: Branch) -> Stream:
@@ -374,7 +409,13 @@ class Denoiser(nn.Module, ABC):
         """
         self._check(x, t, (*taps, *branches, *forced))
         stream = replace(self.embed(**self.pack(x, t, condition)), step=step)
-        return self.readout(self.run(stream, taps, branches, forced))
+        for name, edit in self.applied.items():
+            stream = edit.embed(stream, t, condition, self.edits[name] if name in self.edits else None)
+        stream = self.run(stream, taps, branches, forced)
+        output = self.readout(stream)
+        for name, edit in self.applied.items():
+            output = edit.readout(output, stream, self.edits[name] if name in self.edits else None)
+        return output
 
     def run(
         self,

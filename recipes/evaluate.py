@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from data.split import DataSet
     from edit.checkpoint import Artifact
-    from edit.denoiser import Condition
+    from edit.denoiser import Condition, Denoiser
 
 DEFAULTS = Path(__file__).parents[1] / "configs" / "eval.yaml"
 FORMAT = 1  # of report.json
@@ -217,7 +218,7 @@ class Reference:
         self.known: dict[str, list[Tensor]] = {}
 
     def pictures(
-        self, guidance: float, chosen: Settings, device: torch.device, data: DataSet, who: str, common: Sequence[Any]
+        self, guidance: float, chosen: Settings, device: torch.device, space: Yardstick, who: str, common: Sequence[Any]
     ) -> Iterator[Tensor]:
         """uint8 b y x 3 for each batch of `edit.evaluation.generate` with these arguments; `who`: which data set."""
         import edit
@@ -228,10 +229,11 @@ class Reference:
             yield from self.known[key]
             return
         artifact = edit.load(self.path, device, tuple(chosen.trusted))
-        own = adjusted(artifact, guidance, None)  # its own solver and steps: the same noise is what makes a pair
+        # its own solver and steps: the same noise is what makes a pair
+        own = sized(adjusted(artifact, guidance, None), space.shape)
         kept: list[Tensor] = []
         for x in generate(artifact.denoiser, artifact.objective, own, *common):
-            kept.append(data.to_images(x).cpu())
+            kept.append(space.data.to_images(x).cpu())
             if sum(map(len, kept)) == chosen.n and chosen.n * kept[0][0].numel() <= self.KEPT:
                 self.known[key] = kept
             yield kept[-1]
@@ -257,6 +259,10 @@ def evaluate(
 
     artifact = edit.load(path, device, tuple(chosen.trusted))
     data = build_data(artifact, chosen.trusted)
+    # what a teacher made of an embedded world is measured as that world: it has a checker, and held-out captions
+    world = getattr(data, "world", None)
+    data = world or data
+    check_told(artifact.denoiser, data)
     space = Yardstick.of(data, artifact.data, chosen, device)
     condition = conditions(data)
     columns = data.num_classes if data.num_classes and data.num_classes <= 12 else 8
@@ -309,7 +315,7 @@ def evaluate(
         "run": artifact.run,
         "labels": "balanced: sample k has class k modulo the number of classes" if data.num_classes else "of the data",
         "extractor": space.identity(),
-        "reference": space.description | {"grid": f"{file}_real.png"},
+        "reference": space.description | {"grid": f"{file}_real.png", "world": world and type(world).__name__},
         "results": results,
     }
 
@@ -349,6 +355,20 @@ def conditions(data: DataSet) -> Callable[[Tensor], Condition]:
     return of
 
 
+def check_told(denoiser: Denoiser, data: DataSet) -> None:
+    """Raises ValueError if the denoiser cannot be told what this data tells."""
+    import torch
+
+    from edit.backbones.stock import StockDenoiser
+
+    told = conditions(data)(torch.arange(1))
+    device = next(denoiser.parameters()).device
+    told = told.map(lambda v: v.to(device))
+    denoiser.pack(torch.zeros(1, *data.shape, device=device), torch.ones(1, device=device), told)
+    if isinstance(denoiser, StockDenoiser) and hasattr(data, "text_length"):
+        denoiser.need_length(data.text_length)
+
+
 def null_condition(data: DataSet) -> Condition | None:
     """The data set's own condition of no text, one for all samples; None where it has none."""
     from edit.denoiser import Condition
@@ -358,9 +378,24 @@ def null_condition(data: DataSet) -> Condition | None:
 
 
 def adjusted(artifact: Artifact, guidance: float, steps: int | None) -> Any:
-    """The artifact's sampler with another guidance weight and, where given, other steps."""
-    sampler = replace(artifact.sampler, guidance=float(guidance))
-    return sampler if steps is None else replace(sampler, solver=replace(sampler.solver, steps=steps))
+    """The artifact's sampler with another guidance weight, which a model with an input for it is told, and other steps.
+
+    Raises:
+        UserError: if other steps are asked of a solver that has its own
+    """
+    told = artifact.denoiser.config.get("guidance_embeds")
+    weight = {"guidance": 1.0, "told": float(guidance)} if told else {"guidance": float(guidance)}
+    sampler = replace(artifact.sampler, **weight)
+    if steps is None or steps == sampler.solver.steps:
+        return sampler
+    if "steps" not in {f.name for f in fields(sampler.solver)}:
+        raise UserError(f"steps={steps}, but this model is sampled at times of its own, {sampler.solver}: leave it out")
+    return replace(sampler, solver=replace(sampler.solver, steps=steps))
+
+
+def sized(sampler: Any, shape: tuple[int, ...]) -> Any:
+    """The sampler, making samples of this shape whatever the denoiser's default is."""
+    return partial(sampler, shape=shape)
 
 
 def sample_and_measure(
@@ -381,14 +416,23 @@ def sample_and_measure(
     numbers = torch.arange(chosen.n)
     null = null_condition(space.data)
     samples = generate(
-        artifact.denoiser, artifact.objective, sampler, condition, numbers, seed, chosen.batch, done, null
+        artifact.denoiser,
+        artifact.objective,
+        sized(sampler, space.shape),
+        condition,
+        numbers,
+        seed,
+        chosen.batch,
+        done,
+        null,
     )
     others = None
     if reference is not None:
-        weight = sampler.guidance if chosen.reference_guidance is None else chosen.reference_guidance
+        own = sampler.guidance if sampler.told is None else sampler.told
+        weight = own if chosen.reference_guidance is None else chosen.reference_guidance
         common = (condition, numbers, seed, chosen.batch, lambda images: None, null)
         device = next(artifact.denoiser.parameters()).device
-        others = reference.pictures(weight, chosen, device, space.data, repr(sorted(artifact.data.items())), common)
+        others = reference.pictures(weight, chosen, device, space, repr(sorted(artifact.data.items())), common)
     measured, first, seconds = [], [], 0.0
     for start in range(0, chosen.n, chosen.batch):
         begin = time.perf_counter()

@@ -32,6 +32,7 @@ class Yardstick:
     """What one data set's samples are measured with: feature space, judge, real features, training samples."""
 
     data: DataSet
+    shape: tuple[int, ...]  # c y x, of what is compared: with aspect-ratio buckets, of the largest
     space: FeatureSpace | None
     judge: Judge | None
     real: Tensor | None  # n d, features of real images
@@ -44,11 +45,13 @@ class Yardstick:
     @classmethod
     def of(cls, data: DataSet, node: Mapping[str, Any], chosen: Settings, device: torch.device) -> Yardstick:
         """Read real images, make or load the feature space, and measure the real images themselves."""
+        from data.buckets import OneSize
         from data.split import CheckedSet
         from edit.evaluation import Gaussian, digest, frechet, nearest
 
-        train, heldout = data.train(), data.heldout()
-        real = heldout or train
+        heldout = data.heldout()
+        real = OneSize(heldout or data.train())
+        train = OneSize(data.train(), real.shape) if heldout else real
         checked = data if isinstance(data, CheckedSet) else None
         labelled = bool(data.num_classes or checked) and chosen.features != "none"
         cache = (
@@ -66,7 +69,7 @@ class Yardstick:
         else:
             some = data.to_images(x[for_grid(labels, data.num_classes, len(x))]).cpu()
         description: dict[str, Any] = {
-            "split": "held-out" if heldout else "training set",
+            "split": ("held-out" if heldout else "training set") + real.part,
             "n": min(len(real), chosen.references),
             "hash": digest(x, labels if labels is not None else []),
             "floor": None,
@@ -86,7 +89,7 @@ class Yardstick:
             if heldout:
                 others = real_features(data, train, "train", space, node, chosen, cache)
                 description["floor"] = frechet(moments, Gaussian.of(others))
-        return cls(data, space, judge, features, moments, train_x, some, checked, description)
+        return cls(data, real.shape, space, judge, features, moments, train_x, some, checked, description)
 
     def identity(self) -> dict[str, Any] | None:
         """Who extracts features, and how pixels reach it."""

@@ -33,6 +33,37 @@ def test_one_mask_drops_all_fields_of_a_sample_together():
     assert mixed.guidance.tolist() == [1, 1, 1]  # what the null condition does not speak of stays
 
 
+def told(length: int, masked: bool = True, **fields) -> Condition:
+    mask = torch.ones(2, length, dtype=torch.bool) if masked else None
+    return Condition(text=torch.ones(2, length, 3), text_mask=mask, **fields)
+
+
+def test_texts_of_two_lengths_are_filled_up_where_a_mask_leaves_the_padding_out():
+    for long, short in ((told(5), told(2)), (told(2), told(5))):
+        a, b, both = long.text.shape[1], short.text.shape[1], long.join(short)
+        assert both.text.shape == (4, 5, 3) and both.text_mask.sum(1).tolist() == [a, a, b, b]
+        assert torch.equal(both.text.any(-1), both.text_mask)
+        mixed = long.where(torch.tensor([False, True]), short)
+        assert mixed.text_mask.sum(1).tolist() == [a, b] and torch.equal(mixed.text.any(-1), mixed.text_mask)
+    one = told(2).map(lambda v: v[:1])  # one null for all samples
+    assert told(5).where(torch.tensor([False, True]), one).text_mask.sum(1).tolist() == [5, 2]
+
+
+def test_texts_of_two_lengths_without_a_mask_are_refused():
+    for act in (Condition.join, lambda a, b: a.where(torch.tensor([True, False]), b)):
+        for null in (told(2, masked=False), told(2)):
+            with pytest.raises(ValueError, match="texts of 7 and 2 tokens do not fit .* encode both to one length"):
+                act(told(7, masked=False), null)
+        act(told(7, masked=False), told(7, masked=False))
+
+
+def test_joining_what_only_one_condition_has_is_refused():
+    with pytest.raises(ValueError, match="only one of the two conditions to join has pooled: give it to both"):
+        told(3, pooled=torch.ones(2, 4)).join(told(3))
+    with pytest.raises(ValueError, match="has text_mask"):
+        told(3).join(told(3, masked=False))
+
+
 def test_a_step_remembers_per_edit_unit_and_branch():
     memory = {}
     cond, uncond = (Step(0, 4, 1.0, branch, memory) for branch in ("cond", "uncond"))

@@ -136,13 +136,13 @@ class SingleUnit(StockUnit):
     def _project(self, part: Tensor, first: int) -> Tensor:
         """The columns of `proj_out` from `first` on, with the bias where they are the first."""
         layer = self.proj_out
-        if type(layer) is nn.Linear:
+        if type(layer) is nn.Linear and layer.weight.device == part.device:
             columns = layer.weight[:, first : first + part.shape[-1]]
             return nn.functional.linear(part, columns, None if first else layer.bias)
-        # wrapped by LoRA or quantised: an affine map all the same
+        # wrapped by LoRA, quantised, or elsewhere until it is called: an affine map all the same
         whole = part.new_zeros(*part.shape[:-1], layer.in_features)
         whole[..., first : first + part.shape[-1]] = part
-        return layer(whole) - (layer.bias if first else 0)
+        return layer(whole) - (layer(whole.new_zeros(1, layer.in_features)) if first else 0)
 
     def attend(self, stream: Stream, modulation: Modulation) -> Branch:
         return split(self.mixer(stream, modulation.tokens.image), stream.layout)
@@ -183,6 +183,7 @@ class Flux(StockDenoiser):
         "single_transformer_blocks": ("num_single_layers", SingleUnit),
     }
     extras: ClassVar = {"sample_size": (128, 128), "guidance": 3.5}
+    masks = False
 
     @property
     def channels(self) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from edit.backbones.dit_diffusers import BasicUnit, PatchDenoiser, heads, join
 from edit.backbones.stock import Modulation, zero_init
-from edit.denoiser import Branch, Condition, Layout, Stream, add, record_branch
+from edit.denoiser import Branch, Condition, Layout, Stream, record_branch, residual
 
 
 @dataclass(frozen=True)
@@ -87,18 +87,12 @@ class PixArtUnit(BasicUnit):
 
     def forward(self, stream: Stream) -> Stream:
         modulation = self.modulate(stream)
-        attended = self.attend(stream, modulation)
-        if stream.tap:
-            stream = record_branch(stream, f"{stream.tap}.attention", attended)
-        stream = add(stream, attended, modulation.attention_gate)
+        stream = residual(stream, "attention", self.attend(stream, modulation), modulation.attention_gate)
         crossed = self.cross(stream)
         if stream.tap:
             stream = record_branch(stream, f"{stream.tap}.cross", Branch(crossed))
         stream = replace(stream, image=stream.image + crossed)
-        fed = self.feed(stream, modulation)
-        if stream.tap:
-            stream = record_branch(stream, f"{stream.tap}.feed", fed)
-        return add(stream, fed, modulation.feed_gate)
+        return residual(stream, "feed", self.feed(stream, modulation), modulation.feed_gate)
 
 
 class PixArt(PatchDenoiser):

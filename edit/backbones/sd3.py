@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, zero_init
-from edit.denoiser import Branch, Condition, Layout, Output, Stream, add, record_branch
+from edit.denoiser import Branch, Condition, Layout, Output, Stream, residual
 
 
 @dataclass(frozen=True)
@@ -138,19 +138,11 @@ class JointUnit(StockUnit):
 
     def forward(self, stream: Stream) -> Stream:
         modulation = self.modulate(stream)
-        attended = self.attend(stream, modulation)
-        if stream.tap:
-            stream = record_branch(stream, f"{stream.tap}.attention", attended)
-        stream = add(stream, attended, modulation.attention_gate)
+        stream = residual(stream, "attention", self.attend(stream, modulation), modulation.attention_gate)
         if self.dual:
             second = Branch(self.attend_again(modulation.second))
-            if stream.tap:
-                stream = record_branch(stream, f"{stream.tap}.second", second)
-            stream = add(stream, second, Branch(modulation.second_gate))
-        fed = self.feed(stream, modulation)
-        if stream.tap:
-            stream = record_branch(stream, f"{stream.tap}.feed", fed)
-        stream = add(stream, fed, modulation.feed_gate)
+            stream = residual(stream, "second", second, Branch(modulation.second_gate))
+        stream = residual(stream, "feed", self.feed(stream, modulation), modulation.feed_gate)
         return replace(stream, text=None) if self.last else stream
 
     def end(self) -> None:
@@ -199,6 +191,7 @@ class SD3(StockDenoiser):
     stock = "SD3Transformer2DModel"
     lists: ClassVar = {"transformer_blocks": ("num_layers", JointUnit)}
     extras: ClassVar = {"latent_size": None}
+    masks = False
     latent_size: tuple[int, int] | None
 
     def __init__(self, model: nn.Module, **extras: Any):

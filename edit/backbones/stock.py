@@ -55,6 +55,7 @@ class StockDenoiser(Denoiser):
     lists: ClassVar[Mapping[str, tuple[str, type[StockUnit]]]]  # model attribute -> (configuration key, unit)
     extras: ClassVar[Mapping[str, Any]] = {"sample_size": (128, 128)}  # with the defaults of a published folder
     multiple: ClassVar[int] = 2  # rows and columns of a sample must be multiples of this
+    masks: ClassVar[bool] = True  # leaves out what the text mask does; else padding is attended to
 
     def __init__(self, model: nn.Module, **extras: Any):
         for name, value in {**self.extras, **extras}.items():
@@ -176,6 +177,20 @@ class StockDenoiser(Denoiser):
         widths = dict(self.widths)
         words = torch.zeros(batch, text, widths.pop("text"), device="cpu")
         return Condition(text=words, **{k: torch.zeros(batch, w, device="cpu") for k, w in widths.items()})
+
+    def need_length(self, length: int | None) -> None:
+        """Refuse texts of no fixed length (None) where padding is attended to.
+
+        How far a text is padded would depend on what else is in the batch, and with it the prediction.
+
+        Raises:
+            ValueError: with what to do
+        """
+        if length is None and not self.masks:
+            raise ValueError(
+                f"{self.name} attends to the padding of its text, and these texts are of no fixed length "
+                "(padding=none): encode them with padding=states, as published models were trained, or padding=zeros"
+            )
 
     def need(self, condition: Condition) -> None:
         """Refuse a condition without the embeddings this family is told, or with others than their widths.

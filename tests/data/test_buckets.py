@@ -10,13 +10,17 @@ import torch
 from PIL import Image
 from samples import caption, image, png
 
-from data.buckets import cover_crop, nearest, sizes, turns
+import edit
+from data.buckets import OneSize, cover_crop, nearest, sizes, turns
 from data.encoders import VAE
 from data.latent_folder import precompute
 from data.latents import Latents
 from data.loader import EndlessLoader
 from data.pixels import to_tensor
 from data.precompute import main
+from edit.backbones.qwen_image import QwenImageConfig
+from edit.sampling import Euler, Sampler
+from recipes.evaluate import run, settings
 
 
 def quiet(_: str) -> None:
@@ -158,6 +162,41 @@ def test_square_latents_serve_as_held_out_ones(job, photos, latents, t5):
     square = precompute(job(photos, "square", text_encoder=str(t5)), quiet).parent
     data = Latents(str(latents), heldout=str(square))
     assert data.heldout().groups is None and data.heldout().sample(0, 0)["x"].shape == (4, 8, 8)
+
+
+def test_what_is_measured_is_of_one_size(latents):
+    split = Latents(str(latents), flip=False).train()
+    largest = OneSize(split)
+    most = Counter(tuple(split.sample(i, 0)["x"].shape) for i in range(14)).most_common(1)[0]
+    assert (largest.shape, len(largest)) == most and 0 < len(largest) < 14
+    assert {tuple(largest.sample(i, i)["x"].shape) for i in range(len(largest))} == {largest.shape}
+    assert largest.part == f", the {most[1]} of 14 samples that are {'x'.join(map(str, most[0]))}"
+    other = next(tuple(s["x"].shape) for s in (split.sample(i, 0) for i in range(14)) if s["x"].shape != most[0])
+    assert OneSize(split, other).shape == other
+    with pytest.raises(ValueError, match="none of 14 samples is a 4x9x9"):
+        OneSize(split, (4, 9, 9))
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["no held-out part", "square held-out part"])
+def test_bucketed_latents_are_evaluated_at_one_size(latents, job, photos, t5, tmp_path, apart):
+    node = {"_target_": "data.latents.Latents", "path": str(latents)}
+    if apart:
+        for number in range(14, 20):
+            image(number, 20, 20).save(photos / f"{number}.png")
+            (photos / f"{number}.txt").write_text(caption(number))
+        node["path"] = str(precompute(job(photos, "both", bucket_step=4, text_encoder=str(t5)), quiet).parent)
+        node["heldout"] = str(precompute(job(photos, "square", text_encoder=str(t5)), quiet).parent)
+    torch.manual_seed(0)
+    tiny = QwenImageConfig(16, 1, 12, 2, joint_attention_dim=8, axes_dims_rope=(4, 4, 4), sample_size=(8, 8))
+    edit.save(tiny.build(), tmp_path / "run" / "artifact", sampler=Sampler(Euler(1)), data=node)
+    chosen = settings({"n": 8, "guidance": 2, "features": "none", "device": "cpu", "rounds": 0})
+    report = run([tmp_path / "run"], chosen, tmp_path / "out", reference=tmp_path / "run")
+    told = report["artifacts"][0]
+    assert told["reference"]["split"].startswith("held-out" if apart else "training set")
+    assert ("samples that are" in told["reference"]["split"]) is not apart
+    assert told["results"][0]["compared"]["ssim"]["value"] == pytest.approx(1)
+    # samples of another shape than the real ones could not be compared at all
+    assert told["results"][0]["quality"]["nearest_train"]["value"] > 0
 
 
 # ---- the order ------------------------------------------------------------------------------------------------------

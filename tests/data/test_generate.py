@@ -1,6 +1,7 @@
 """Self-generated data: what training reads is what the teacher samples, and a cache made otherwise is refused."""
 
 import json
+import math
 import multiprocessing as mp
 import os
 import shutil
@@ -8,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,12 +19,15 @@ import torch
 import edit
 from data.encoders import TextEncoder
 from data.generate import Order, main, parse
-from data.generator import generate
+from data.generator import default_shift, describe, generate, read_prompts
+from data.latent_writer import Words
 from data.latents import Latents
 from data.loader import EndlessLoader
 from data.manifest import teacher_hash
 from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig
+from edit.backbones.qwen_image import QwenImageConfig
+from edit.checkpoint import skeleton
 from edit.denoiser import Condition
 from edit.sampling import Euler, Sampler
 
@@ -139,9 +145,76 @@ def test_text_has_the_same_length_in_every_batch(order):
         assert len(data.null["text"]) == len(data.null["text_mask"]) == 8
 
 
-def test_with_masked_prompts_the_length_is_that_of_the_batch(order):
-    data = Latents(str(generate(order(padding="none"), quiet).parent))
-    assert [len(data.train().sample(i, 0)["text"]) for i in range(5)] == [3, 4, 2, 6, 3]
+def qwen(folder: Path) -> Path:
+    """A Qwen-Image of the same widths, which masks padding."""
+    torch.manual_seed(0)
+    tiny = QwenImageConfig(16, 1, 12, 2, joint_attention_dim=8, axes_dims_rope=(4, 4, 4), sample_size=(8, 8))
+    return edit.save(tiny.build(), folder, sampler=Sampler(Euler(4)))
+
+
+def test_with_masked_prompts_the_length_is_that_of_the_batch(order, tmp_path):
+    work = order(padding="none", teacher=str(qwen(tmp_path / "qwen")), pooled_encoder=None)
+    data = Latents(str(generate(work, quiet).parent))
+    assert [len(data.train().sample(i, 0)["text"]) for i in range(5)] == [3, 4, 2, 6, 3] and data.text_length is None
+
+
+def test_a_teacher_that_attends_to_padding_is_given_texts_of_one_length(order):
+    with pytest.raises(ValueError, match="flux attends to the padding .* padding=states"):
+        generate(order(padding="none"), quiet)
+    assert Latents(str(generate(order(), quiet).parent)).text_length == 8
+
+
+DYNAMIC = {"base_image_seq_len": 64, "max_image_seq_len": 1024, "base_shift": 0.4, "max_shift": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("options", "shift"),
+    [
+        ({"shift": 3.0}, 3.0),
+        ({"use_dynamic_shifting": True, **DYNAMIC}, math.exp(0.4 + 0.5 * (16 - 64) / 960)),
+        ({"use_dynamic_shifting": True, **DYNAMIC, "time_shift_type": "linear"}, 0.4 + 0.5 * (16 - 64) / 960),
+        (None, 1.0),
+    ],
+    ids=["fixed", "exponential", "linear", "no scheduler"],
+)
+def test_a_published_teacher_is_sampled_at_the_shift_of_its_pipeline(order, tmp_path, options, shift):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    folder = flux(tmp_path / "made").replace(tmp_path / "transformer")
+    (folder / "edits.json").unlink()
+    if options is not None:
+        scheduler = FlowMatchEulerDiscreteScheduler(**options)
+        scheduler.save_pretrained(tmp_path / "scheduler")
+    work = order(teacher=str(tmp_path), size=8)
+    assert default_shift(work, skeleton(tmp_path), 16) == pytest.approx(shift)
+    if options is None:
+        return
+    # the scheduler's own times are those of our solver at this shift
+    even = [1, 0.75, 0.5, 0.25]
+    mu = shift if "time_shift_type" in options else math.log(shift)
+    scheduler.set_timesteps(sigmas=even, mu=mu if "use_dynamic_shifting" in options else None)
+    expected = [shift * s / (1 + (shift - 1) * s) for s in even]
+    assert scheduler.sigmas[:-1].tolist() == pytest.approx(expected, rel=1e-6)  # float32
+
+
+def test_a_shift_that_is_given_wins_over_that_of_the_pipeline(order, tmp_path):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    folder = flux(tmp_path / "made").replace(tmp_path / "transformer")
+    (folder / "edits.json").unlink()
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(tmp_path / "scheduler")
+    for given, used in ((None, 3.0), (1.25, 1.25)):
+        work = order(teacher=str(tmp_path), size=8, shift=given)
+        told = describe(work, Words(work, "cpu"), read_prompts(Path(work.prompts)))
+        assert told["generated"]["shift"] == used
+
+
+@pytest.mark.parametrize("command", ["generate", "precompute"])
+def test_an_environment_that_makes_no_sense_is_one_sentence(command, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "first")
+    words = {"generate": ["teacher=a", "prompts=b", "out=c"], "precompute": ["--images=a", "--out=b", "--vae=c"]}
+    assert import_module(f"data.{command}").main(words[command])
+    assert capsys.readouterr().err == "error: the environment says RANK='first', expected a whole number: unset it\n"
 
 
 def test_latents_can_be_looked_at_through_the_vae(order, vae, tmp_path):
@@ -230,7 +303,7 @@ def test_the_hash_is_of_the_weights_and_not_of_the_folder(teacher, tmp_path):
         ({"guidance": 4.0}, "generated.guidance=3.5"),
         ({"steps": 4}, "generated.steps=3"),
         ({"seed": 1}, "generated.seed=0"),
-        ({"padding": "none"}, "text.padding=states"),
+        ({"padding": "zeros"}, "text.padding=states"),
     ],
 )
 def test_a_folder_begun_with_other_settings_is_refused(order, change, name):
@@ -336,7 +409,8 @@ def test_help_answers_at_once():
 
 
 def test_the_embedded_world_needs_no_downloads(tmp_path):
-    """Its encoders are ordinary folders; its codec decodes what its teacher makes, as the artifact says."""
+    """Its encoders are ordinary folders; its codec decodes what its teacher makes, and its reader checks it."""
+    from data.shapes import Shapes
     from data.toy_text import LENGTH, ToyText
 
     encoders = ToyText()
@@ -372,3 +446,8 @@ def test_the_embedded_world_needs_no_downloads(tmp_path):
     x = torch.stack([data.train().sample(k, 0)["x"] for k in range(2)])
     assert data.to_images(x).shape == (2, 32, 32, 3)
     assert (tmp_path / "cache" / "samples.png").exists()
+    assert isinstance(data.world, Shapes) and len(data.world.heldout().captions) == 4
+    half = generate(replace(work, out=str(tmp_path / "half"), dtype="float16"), quiet).parent
+    assert isinstance(Latents(str(half)).world, Shapes)
+    other = generate(replace(work, out=str(tmp_path / "states"), padding="states"), quiet).parent
+    assert Latents(str(other)).world is None  # its prompts were told otherwise

@@ -8,7 +8,7 @@ from data.captioned import divided
 from data.loader import EndlessLoader
 from data.pixel_codec import decode, encode
 from data.shape_reader import follows, read, scores
-from data.shapes import PALETTE, Scene, Shapes, Thing, draw, grammar, meaning
+from data.shapes import PALETTE, Scene, Shapes, Thing, draw, gist, grammar, meaning
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def shapes() -> Shapes:
 @pytest.fixture(scope="module")
 def rendered() -> tuple[torch.Tensor, list[str]]:
     """Held-out captions, 200 of each family at most, and their pictures."""
-    captions = [c for family in grammar() for c in (divided(list(family))[1] * 20)[:200]]
+    captions = [c for family in grammar() for c in (divided(list(family), gist)[1] * 20)[:200]]
     return draw([meaning(c) for c in captions], torch.arange(len(captions)), 32, seed=0), captions
 
 
@@ -42,7 +42,7 @@ def test_a_sample_depends_on_seed_and_index_alone(shapes):
 
 
 def test_held_out_captions_have_no_training_image_but_their_words_and_pairs_have():
-    parts = [divided(list(family)) for family in grammar()]
+    parts = [divided(list(family), gist) for family in grammar()]
     train, held = ([c for p in parts for c in p[k]] for k in (0, 1))
     assert not set(train) & set(held) and len(train) + len(held) == sum(map(len, grammar()))
     assert 0.07 < len(held) / len(train) < 0.13 and all(p[1] for p in parts)
@@ -53,8 +53,29 @@ def test_held_out_captions_have_no_training_image_but_their_words_and_pairs_have
     assert pairs(held) <= pairs(train)
 
 
+def converse(caption: str) -> str:
+    """What the other thing of a relation would say, by exchanging words."""
+    for relation, other in (("above", "below"), ("below", "above"), ("left of", "right of"), ("right of", "left of")):
+        if f" {relation} " in caption:
+            first, last = caption.split(f" {relation} ")
+            return f"{last} {other} {first}"
+    here, there = ("three small", "three")[:: 1 if "three small" in caption else -1]  # no three large things fit
+    return caption.replace(here, there)
+
+
+def test_no_held_out_caption_has_an_equal_that_is_trained_on():
+    world = Shapes(count=6144, held=1020)
+    train, held = set(world.train().captions), set(world.heldout().captions)
+    changed = [c for c in held if converse(c) != c]
+    assert len(changed) > 200 and all(converse(converse(c)) == c for c in changed)
+    assert {converse(c) for c in changed} <= held and not {converse(c) for c in changed} & train
+    # and they are equals: the pictures of one follow the other
+    images = draw([meaning(c) for c in changed], torch.arange(len(changed)), 32, seed=0)
+    assert follows(images, [converse(c) for c in changed]).all()
+
+
 def test_the_default_size_has_room_for_every_training_caption():
-    families = [len(divided(list(f))[0]) for f in grammar()]
+    families = [len(divided(list(f), gist)[0]) for f in grammar()]
     count = Shapes.__init__.__defaults__[1]
     assert max(families) <= count / 3
 

@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import torch
 from omegaconf import OmegaConf
 
 import edit
+from edit.backbones.flux import FluxConfig
 from edit.pruning.depth import DepthPruning
-from edit.sampling import Euler, Sampler
+from edit.sampling import Euler, Grid, Sampler
 from recipes.config import UserError
-from recipes.evaluate import DEFAULTS, build_data, run, run_folder, settings, short_names
+from recipes.evaluate import DEFAULTS, adjusted, build_data, run, run_folder, settings, short_names
 
 ROOT = Path(__file__).parents[2]
 DIGITS = {"_target_": "data.digits.Digits"}
@@ -188,7 +190,7 @@ def test_training_can_evaluate_its_artifact_at_the_end(runs, cache):
         (["artefact=runs/a"], "unknown key 'artefact'; did you mean 'artifact'?"),
         (["runs/a"], "'runs/a' is not a setting; settings are written key=value"),
         (["n=100"], "nothing to evaluate: say artifact=runs/<name>"),
-        (["artifact={runs}/whle"], "there is no such folder; did you mean 'whole'?"),
+        (["artifact={runs}/whle"], "there is no such folder; did you mean {runs}/whole?"),
         (["artifact={runs}/x*"], "matches no folder with an artifact"),
         (["artifact={runs}/whole", "out=a", "out=b"], "out is given twice"),
         (["artifact={runs}/whole", "n=ten"], "n: expected int, got 'ten'"),
@@ -201,7 +203,7 @@ def test_a_mistake_is_one_sentence_and_a_nonzero_exit(cli, runs, cache, capsys, 
     cached = [f"cache={cache}"] if any("features" in w for w in words) else []
     assert cli.main([w.format(runs=runs) for w in words] + cached) in (1, 2)
     err = capsys.readouterr().err
-    assert sentence in err and err.startswith("error: ") and err.count("\n") == 1
+    assert sentence.format(runs=runs) in err and err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_help_and_mistakes_are_answered_without_loading_torch():
@@ -232,3 +234,46 @@ def test_images_that_no_judge_can_see_are_measured_without_one(cli, make_dit, tm
     assert entry["extractor"] is None and set(entry["results"][0]["quality"]) == {"nearest_train"}
     assert cli.main([*words, "features=judge"]) == 1
     assert "labelled images of at most 64 pixels" in capsys.readouterr().err
+
+
+def test_what_a_teacher_made_of_an_embedded_world_is_measured_as_that_world(tmp_path):
+    from data.generate import Order
+    from data.generator import generate
+    from data.toy_text import LENGTH, ToyText
+    from edit.backbones.flux import FluxConfig
+
+    world = {"_target_": "data.shapes.Shapes", "count": 24, "held": 12}
+    tiny = FluxConfig(48, 1, 1, 12, 2, 64, 64, False, (4, 4, 4), (8, 8)).build()
+    teacher = edit.save(tiny, tmp_path / "teacher" / "artifact", sampler=Sampler(Euler(1)), data=world)
+    folders = ToyText().write(tmp_path / "text")
+    (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue crosses\n")
+    t5, clip = str(folders["text_encoder_2"]), str(folders["text_encoder"])
+    work = Order(str(teacher), str(tmp_path / "prompts.txt"), str(tmp_path / "made"), t5, pooled_encoder=clip)
+    work = replace(work, max_tokens=LENGTH, padding="zeros", steps=1, device="cpu")
+    generate(work, lambda _: None)
+    made = {"_target_": "data.latents.Latents", "path": str(tmp_path / "made")}
+    edit.save(tiny, tmp_path / "student" / "artifact", sampler=Sampler(Euler(1)), data=made)
+    chosen = settings({"n": 8, "guidance": 1, "features": "none", "device": "cpu", "rounds": 0})
+    report = run([tmp_path / "teacher", tmp_path / "student"], chosen, tmp_path / "out")
+    teachers, students = (a["results"][0]["quality"] for a in report["artifacts"])
+    assert "prompt_accuracy" in students and students == teachers  # the same weights on the same captions
+    assert [a["reference"]["world"] for a in report["artifacts"]] == [None, "Shapes"]
+
+
+def test_a_model_with_a_guidance_input_is_told_each_weight_and_runs_once(tmp_path, make_dit):
+    plain = FluxConfig(48, 1, 1, 32, 2, 32, 32, axes_dims_rope=(8, 12, 12), sample_size=(8, 8), guidance_embeds=False)
+    told = replace(plain, guidance_embeds=True)
+    samplers = {}
+    for name, denoiser in (("told", told.build()), ("flux", plain.build()), ("dit", make_dit())):
+        artifact = edit.load(edit.save(denoiser, tmp_path / name, sampler=Sampler(Euler(4), guidance=2.0)))
+        samplers[name] = adjusted(artifact, 3, None)
+    assert (samplers["told"].guidance, samplers["told"].told) == (1.0, 3.0)
+    for name in ("flux", "dit"):
+        assert (samplers[name].guidance, samplers[name].told) == (3.0, None)
+
+
+def test_steps_are_not_asked_of_a_solver_with_times_of_its_own(tmp_path, make_dit):
+    artifact = edit.load(edit.save(make_dit(), tmp_path / "few", sampler=Sampler(Grid((1.0, 0.5)))))
+    assert adjusted(artifact, 1, None).solver == adjusted(artifact, 1, 2).solver == Grid((1.0, 0.5))
+    with pytest.raises(UserError, match=r"steps=8, but this model is sampled at times of its own, Grid\("):
+        adjusted(artifact, 1, 8)
