@@ -70,14 +70,15 @@ def folders(given: Sequence[Any]) -> list[Path]:
     """The artifacts that were asked for, each once, patterns replaced by what they match.
 
     Raises:
-        UserError: if one is missing, or none is named
+        UserError: if a pattern matches none, or none is named
+        FileNotFoundError: if one is missing
     """
     from edit.checkpoint import find
 
     found: list[Path] = []
     for text in map(str, given):
         if not any(c in text for c in "*?["):
-            found.append(whole(text))
+            found.append(find(text))
             continue
         matches = [Path(p) for p in sorted(glob.glob(text)) if Path(p).is_dir()]
         artifacts = [p for p in matches if (p / "config.json").is_file() or (p / "artifact" / "config.json").is_file()]
@@ -87,18 +88,6 @@ def folders(given: Sequence[Any]) -> list[Path]:
     if not found:
         raise UserError("nothing to evaluate: say artifact=runs/<name>, or --help")
     return list(dict.fromkeys(found))
-
-
-def whole(text: str) -> Path:
-    """The artifact folder that a path means."""
-    from edit.checkpoint import find
-
-    try:
-        return find(text)
-    except FileNotFoundError as error:
-        parent = Path(text).parent
-        near = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
-        raise UserError(f"{error}{suggest(Path(text).name, near) if near else ''}") from error
 
 
 def main(words: Sequence[str]) -> int:
@@ -112,7 +101,10 @@ def main(words: Sequence[str]) -> int:
         given = parse(words)
         chosen = settings({k: v for k, v in given.items() if k not in OWN})
         paths = folders(given["artifact"])
-        reference = whole(str(given["reference"])) if given.get("reference") else None
+
+        from edit.checkpoint import find  # brings torch: the mistakes above are answered without
+
+        reference = find(str(given["reference"])) if given.get("reference") else None
         out = default_out(paths) if given.get("out") is None else Path(str(given["out"]))
         code = 1
         report = run(paths, chosen, out, reference, debug)

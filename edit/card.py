@@ -16,9 +16,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import edit
-from edit.checkpoint import Artifact
+from edit.checkpoint import Artifact, is_hub_id
 from edit.edits import describe
 
 RECIPE = ("init", "teacher", "edits", "terms", "data_weight", "objective", "optimizer", "ema", "data", "seed")
@@ -65,8 +66,19 @@ class Origin:
     licence: Licence
     hub: str | None  # its hub id, where it has one
 
+    @property
+    def name(self) -> str:
+        """Its hub id, else its folder's last name that means something."""
+        folder = Path(self.path)
+        return self.hub or (folder.parent if folder.name == "artifact" else folder).name
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is a run, or what one left, that is not on the hub."""
+        return not self.hub and any((Path(self.path) / p / "edits.json").is_file() for p in ("", "artifact"))
+
     def __str__(self) -> str:
-        return f"[{self.hub}](https://huggingface.co/{self.hub})" if self.hub else f"`{Path(self.path).name}`"
+        return f"[{self.hub}](https://huggingface.co/{self.hub})" if self.hub else f"`{self.name}`"
 
 
 # ---- origins ---------------------------------------------------------------------------------------------------------
@@ -104,6 +116,12 @@ def origins(artifact: Path, teacher: str | None = None) -> list[Origin]:
     return list(found.values())
 
 
+def base_of(artifact: Path) -> Origin | None:
+    """The model that an artifact's weights started from: one of our runs, or a published model."""
+    start = recipe(artifact).get("init")
+    return origin(str(start)) if start else None
+
+
 def parents(folder: Path) -> list[str]:
     """What a run was made from, in the words of its configuration."""
     config = recipe(folder)
@@ -120,7 +138,7 @@ def recipe(folder: Path) -> dict[str, Any]:
                 config = OmegaConf.load(place / "config.yaml")
                 steps = OmegaConf.select(config, "trainer.max_steps")
                 chosen = {k: _resolved(OmegaConf.select(config, k)) for k in RECIPE if k in config}
-            except (OmegaConfBaseException, ValueError):
+            except (OmegaConfBaseException, YAMLError, ValueError, OSError):
                 return {}  # another program's config.yaml
             return {k: v for k, v in {**chosen, "steps": steps}.items() if v not in (None, {}, [])}
     return {}
@@ -137,11 +155,10 @@ def hub_id(path: str) -> str | None:
         return f"{cached[1]}/{cached[2]}"
     folder = Path(path)
     if not folder.exists():
-        is_id = re.fullmatch(f"{name}/{name}", path) and not folder.parent.exists()
-        return path if is_id else None
+        return path if is_hub_id(path) else None
     for file in (folder / "model_index.json", folder / "config.json"):
         origin = _json(file).get("_name_or_path") if file.is_file() else None
-        if isinstance(origin, str) and re.fullmatch(f"{name}/{name}", origin) and not Path(origin).exists():
+        if isinstance(origin, str) and is_hub_id(origin):
             return origin
     return None
 
@@ -174,7 +191,6 @@ def licence_files(found: Iterable[Origin]) -> list[Path]:
 
 def _front_matter(card: Path) -> dict[str, Any]:
     from huggingface_hub import metadata_load
-    from yaml import YAMLError
 
     try:
         return metadata_load(card) or {}
@@ -201,7 +217,8 @@ class Card:
         title: name of the export
         artifact: that was exported, with everything folded
         usage: code that loads it
-        relation: to the base model, as the hub calls it: "finetune" or "adapter"
+        relation: to the base models, as the hub calls it: "finetune" or "adapter"
+        bases: models that it is a finetune of; of an adapter, the one it needs
         found: see `origins`
         around: the pipeline that other components were taken over from
         licence: of the export
@@ -212,6 +229,7 @@ class Card:
     artifact: Artifact
     usage: str
     relation: str
+    bases: Sequence[Origin]
     found: Sequence[Origin]
     around: Origin | None
     licence: Licence
@@ -219,15 +237,15 @@ class Card:
 
     def __str__(self) -> str:
         parts = [f"---\n{self.front_matter()}\n---\n\n# {self.title}", self.summary()]
-        parts += ["## Use", f"```python\n{self.usage}\n```", "## How it was made", *self.made()]
-        if rows := metrics(self.artifact.path):
-            parts += ["## Measured", rows]
+        parts += ["## Use", *self.needs(), f"```python\n{self.usage}\n```", "## How it was made", *self.made()]
+        if measured := metrics(self.artifact.path):
+            parts += ["## Measured", measured]
         return "\n\n".join([*parts, "## Licence", *self.terms()]) + "\n"
 
     def front_matter(self) -> str:
         from huggingface_hub import ModelCardData
 
-        base = [o.hub for o in self.found if o.hub]
+        base = [o.hub for o in self.bases if o.hub]
         text = {"pipeline_tag": "text-to-image"} if takes_text(self.artifact) else {}
         return ModelCardData(
             base_model=base[0] if len(base) == 1 else base or None,
@@ -245,6 +263,13 @@ class Card:
         count = sum(p.numel() for p in d.parameters())
         made = f", made from {' and '.join(map(str, self.found))}" if self.found else ""
         return f"A {d.name} diffusion transformer of {len(d.units)} blocks and {count:,} parameters{made}."
+
+    def needs(self) -> list[str]:
+        if self.relation != "adapter" or not self.bases:
+            return []
+        base = self.bases[0]
+        more = " It is a run and no published model: export it, too, and pass it on." if base.ours else ""
+        return [f"This adapter needs {base}, the model that it was trained on.{more}"]
 
     def made(self) -> list[str]:
         run, folder = self.artifact.run, self.artifact.path
@@ -275,25 +300,38 @@ def takes_text(artifact: Artifact) -> bool:
     return not {"joint_attention_dim", "caption_channels"}.isdisjoint(artifact.denoiser.config)
 
 
+FOREIGN = "Parts of `report.json` were not written by `edit` and are left out."
+
+
 def metrics(artifact: Path) -> str:
-    """What report.json beside the artifact measured on it, as a table; empty where there is none."""
+    """What report.json beside the artifact measured on it, as a table; empty where there is none.
+
+    What another program has written there is left out, and that is said.
+    """
     folder = artifact.parent if artifact.name == "artifact" else artifact
     if not (folder / "report.json").is_file():
         return ""
     rows: list[dict[str, str]] = []
-    entries = _json(folder / "report.json").get("artifacts", [])
-    for entry in entries:
-        if len(entries) > 1 and not _is(entry["path"], folder):  # a comparison with others
-            continue
-        for result in entry.get("results", []):
-            measured = {**result["quality"], **(result.get("compared") or {})}
-            row = {"guidance": f"{result['guidance']:g}", "images": str(result["n"])}
-            rows.append(row | {k: _number(v) for k, v in measured.items()})
-    if not rows:
-        return ""
+    foreign = False
+    entries = _json(folder / "report.json").get("artifacts")
+    for entry in entries if isinstance(entries, list) else [None]:
+        try:
+            if len(entries) > 1 and not _is(entry["path"], folder):  # a comparison with others
+                continue
+            for result in entry.get("results", []):
+                rows.append(_row(result))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            foreign = True
     names = list(dict.fromkeys(k for row in rows for k in row))
-    lines = [names, ["---"] * len(names), *([row.get(k, "") for k in names] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [names, ["---"] * len(names), *([row.get(k, "") for k in names] for row in rows)] if rows else []
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n\n".join([*([table] if table else []), *([FOREIGN] if foreign else [])])
+
+
+def _row(result: Mapping[str, Any]) -> dict[str, str]:
+    measured = {**result["quality"], **(result.get("compared") or {})}
+    row = {"guidance": f"{result['guidance']:g}", "images": str(result["n"])}
+    return row | {k: _number(v) for k, v in measured.items()}
 
 
 def _is(path: str, run: Path) -> bool:

@@ -11,11 +11,15 @@ checkpoints, and those with `weights_only`.
 
 from __future__ import annotations
 
+import difflib
+import hashlib
+import inspect
 import json
 import os
+import re
 import shutil
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -34,6 +38,8 @@ from edit.sampling import Sampler
 FORMAT = 1
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MODEL_PREFIX = "model."  # of parameters that edits put inside the model, in edits.safetensors
+HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"  # owner/name
+SAMPLED = 4096  # bytes of each tensor that a fingerprint reads
 
 
 @dataclass
@@ -183,13 +189,17 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu", trusted: t
 
 
 def skeleton(path: str | os.PathLike, trusted: tuple[str, ...] = ()) -> Denoiser:
-    """The denoiser of an artifact with its edits but without weights, on the meta device."""
-    path = find(path)
-    description = _read_description(path)
+    """The denoiser of an artifact with its edits but without weights, on the meta device; of a hub id only the
+    configuration is fetched."""
+    published = is_hub_id(path)
+    path = find(path, weights=False)
+    description, config = _read_description(path), _read_json(path / "config.json")
     family = _family(description["backbone"])
     live = {name: editing.rebuild(node, trusted) for name, node in description["edits"].items()}
     with torch.device("meta"):
-        base = description["base"] or family.from_stock(_read_json(path / "config.json"), _Headers(path))[0]
+        base = description["base"]
+        if base is None:
+            base = family.from_stock(config, _stock_state(config) if published else _Headers(path))[0]
         try:
             denoiser = family.from_config(base)
         except TypeError as error:
@@ -197,6 +207,12 @@ def skeleton(path: str | os.PathLike, trusted: tuple[str, ...] = ()) -> Denoiser
         editing.apply(denoiser, live, fresh=False)
     denoiser.folded = list(description["folded"])
     return denoiser
+
+
+def edits_of(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """What edits made an artifact, folded and live, each with its name, import path and fields."""
+    description = _read_description(find(path, weights=False))
+    return [*description["folded"], *({"name": name, **node} for name, node in description["edits"].items())]
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -266,39 +282,130 @@ def load_official(denoiser: Denoiser, path: str | os.PathLike) -> None:
     denoiser.model.load_state_dict(state)
 
 
-def find(path: str | os.PathLike) -> Path:
+def find(path: str | os.PathLike, weights: bool = True) -> Path:
     """The artifact folder that `path` means: itself, the `artifact` inside a run folder, or the `transformer` inside a
-    `diffusers` pipeline; a hub id `owner/name` that is no folder here is fetched first.
+    `diffusers` pipeline; a hub id `owner/name` is fetched first.
 
     A save that was killed between its two renames left the earlier artifact under another name: it is found, too.
 
+    Args:
+        path: folder or hub id
+        weights: of a hub id; False fetches the configuration alone
+
     Raises:
-        FileNotFoundError: if there is none
+        FileNotFoundError: if there is none, with the nearest name that is there; if the hub cannot be reached
+        PermissionError: if it is gated, and its licence was not accepted
     """
-    path = Path(path)
+    given, path = path, Path(path)
     inside = path / "artifact"
     for candidate in (path, inside, path / "transformer", _replaced(path), _replaced(inside)):
         if (candidate / "config.json").is_file():
             return candidate
     if path.exists():
         raise FileNotFoundError(f"no artifact at {path}: neither it nor {inside} holds a config.json")
-    if path.is_absolute() or len(path.parts) != 2 or ".." in path.parts or Path(path.parts[0]).exists():
-        raise FileNotFoundError(f"no artifact at {path}: there is no such folder")
-    return find(_fetch(str(path)))
+    if is_hub_id(given):
+        return find(_fetch(str(given), weights))
+    raise FileNotFoundError(f"no artifact at {path}: there is no such folder{_hint(path)}")
 
 
-def _fetch(repository: str) -> str:
+def is_hub_id(path: str | os.PathLike) -> bool:
+    """Whether a path can only mean a model on the hub: `owner/name`, and no folder `owner` is here."""
+    return re.fullmatch(HUB_ID, str(path)) is not None and not Path(path).parent.exists()
+
+
+def _hint(path: Path) -> str:
+    near = _nearest(path)
+    return f"; did you mean {near}?" if near else ""
+
+
+def _nearest(path: Path) -> Path | None:
+    """What is there under the names most like those of a path that is not."""
+    parent = path.parent if path.parent.is_dir() else _nearest(path.parent)
+    if parent is None or not parent.is_dir():
+        return None
+    if (parent / path.name).exists():
+        return parent / path.name
+    close = difflib.get_close_matches(path.name, os.listdir(parent), 1)
+    return parent / close[0] if close else None
+
+
+def _fetch(repository: str, weights: bool) -> str:
     """A published model's transformer, from the hub or its local cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
-    files = ["config.json", "diffusion_pytorch_model*", "edits.json", "edits.safetensors"]
+    files = ["config.json", "edits.json"]
+    if weights:  # neither pickles nor variants of other precision
+        stem = WEIGHTS.removesuffix(".safetensors")
+        files += [WEIGHTS, f"{stem}-*-of-*.safetensors", f"{WEIGHTS}.index.json", "edits.safetensors"]
+    no = f"no artifact at {repository}: there is no such folder"
     try:  # of a pipeline, its transformer alone
         return snapshot_download(repository, allow_patterns=[*files, *(f"transformer/{f}" for f in files)])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"no artifact at {repository}: there is no such folder, and the hub gave none ({type(error).__name__})"
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"{repository} is gated on the hub: accept its licence on the model's page and log in with "
+            "`hf auth login`, or give the folder of a copy"
         ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{no}{_hint(Path(repository)) or ', nor a model on the hub that this login may see'}"
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{no}, and the hub gave none ({type(error).__name__}){_hint(Path(repository))}"
+        ) from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{no}{_hint(Path(repository))}, and it cannot be fetched offline: fetch it where there is a network, or "
+            "give its folder"
+        ) from error
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+    """SHA-256 that changes when a model is trained further, edited or replaced; the folder's name, metrics and shards
+    do not count.
+
+    Milliseconds also for large models: of each tensor the name, type, shape and first 4 KiB are read. Training moves
+    all elements of a tensor; one who changes some others on purpose is not found out.
+
+    Args:
+        path: artifact, run or `diffusers` folder, or hub id
+
+    Raises:
+        FileNotFoundError: if there is no model, or it is not whole
+        ValueError: if it cannot be read
+    """
+    folder = find(path)
+    config = {
+        k: v for k, v in _read_json(folder / "config.json").items() if k == "_class_name" or not k.startswith("_")
+    }
+    described = _read_description(folder)
+    total = hashlib.sha256(json.dumps([config, described["edits"], described["folded"]], sort_keys=True).encode())
+    own = folder / "edits.safetensors"
+    tensors = sorted(t for file in [*_Headers(folder).files, *([own] if own.exists() else [])] for t in _sampled(file))
+    for described_as, sample in tensors:
+        total.update(described_as.encode())
+        total.update(sample)
+    return total.hexdigest()
+
+
+def _sampled(file: Path) -> Iterator[tuple[str, bytes]]:
+    """Of each tensor in a safetensors file, what it is and its first bytes."""
+    _headers_of(file)  # raises where the header promises what is not there
+    with open(file, "rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+        header.pop("__metadata__", None)
+        for name, tensor in header.items():
+            first, end = tensor["data_offsets"]
+            f.seek(8 + size + first)
+            yield f"{name} {tensor['dtype']} {tensor['shape']}", f.read(min(SAMPLED, end - first))
 
 
 def _replaced(path: Path) -> Path:
@@ -338,8 +445,8 @@ _STOCK_CLASSES = {
 }
 
 
-def _describe_stock(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A description for a folder without edits.json: a published `diffusers` model."""
+def _stock_name(config: Mapping[str, Any]) -> str:
+    """The stock class of a folder without edits.json: a published `diffusers` model."""
     name = config.get("_class_name")
     if name == "Transformer2DModel":  # what PixArt and DiT were called, and are in their published folders
         name = {"ada_norm_single": "PixArtTransformer2DModel", "ada_norm_zero": "DiTTransformer2DModel"}.get(
@@ -347,8 +454,22 @@ def _describe_stock(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     if name not in _STOCK_CLASSES:
         raise ValueError(f"no backbone here reads a {name}; known are {', '.join(_STOCK_CLASSES)}")
+    return name
+
+
+def _describe_stock(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A description for a folder without edits.json."""
     empty: dict[str, Any] = {"base": None, "edits": {}, "folded": [], "objective": None, "sampler": None}
-    return {"format": FORMAT, "backbone": _STOCK_CLASSES[name], **empty, "data": {}, "run": {}}
+    return {"format": FORMAT, "backbone": _STOCK_CLASSES[_stock_name(config)], **empty, "data": {}, "run": {}}
+
+
+def _stock_state(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Names and shapes of the weights that a published configuration goes with; called on the meta device."""
+    import diffusers
+
+    cls = getattr(diffusers, _stock_name(config))
+    known = inspect.signature(cls.__init__).parameters  # published ones carry fields of older versions, too
+    return cls(**{k: v for k, v in config.items() if k in known}).state_dict()
 
 
 class _Headers(dict):

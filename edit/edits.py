@@ -117,7 +117,7 @@ def apply(denoiser: Denoiser, edits: Mapping[str, Edit], fresh: bool = True) -> 
 
 
 def trains(denoiser: Denoiser, name: str) -> bool:
-    """Whether a parameter (by its full name) is trained: what an edit has added is, the rest unless an edit freezes it."""
+    """Whether a parameter (by its full name) is trained: what edits added is, the rest unless an edit freezes it."""
     applied = denoiser.applied.values()
     return any(e.owns(name) for e in applied) or all(e.trainable(name) for e in applied)
 

@@ -31,8 +31,8 @@ from torch import Tensor
 import edit
 from edit import edits as editing
 from edit.backbones.stock import StockDenoiser
-from edit.card import Card, Licence, common, licence_files, origin, origins, takes_text
-from edit.checkpoint import Artifact, default_objective, load, save, split_state
+from edit.card import Card, Licence, Origin, base_of, common, licence_files, origin, origins, takes_text
+from edit.checkpoint import Artifact, default_objective, edits_of, load, save, split_state
 from edit.denoiser import Denoiser
 from edit.sampling import Sampler
 from edit.tuning.lora import ADAPTER, LoRA
@@ -114,10 +114,13 @@ def export(settings: Settings, say: Callable[[str], None] = lambda stage: None) 
     licence = Licence.of(s.license) if s.license else common(all_parts)
     dtype = DTYPES[s.dtype] if s.dtype else None
     name = s.push or out.name
+    bases = found  # an adapter stands on what it was trained on, not on what that was made from
+    if s.format == "lora" and (start := origin(s.teacher) if s.teacher else base_of(artifact.path)):
+        bases = [start]
     with replacing(out) as folder:
         say(f"writing {out}")
         if s.format == "lora":
-            usage = write_lora(artifact.denoiser, folder, dtype)
+            usage = write_lora(artifact.denoiser, folder, dtype, bases[0] if bases else None)
         else:
             fold(artifact)
             if s.format == "single_file":
@@ -127,12 +130,12 @@ def export(settings: Settings, say: Callable[[str], None] = lambda stage: None) 
                 write_model(artifact, folder / "transformer", dtype, s.max_shard_size)
             else:
                 usage = write_model(artifact, folder, dtype, s.max_shard_size)
-        base = next((o.hub for o in found if o.hub), None)
+        base = next((o.hub for o in bases if o.hub), None)
         for file in licence_files([*found, around] if around else found):
             shutil.copyfile(file, folder / file.name)
         relation = "adapter" if s.format == "lora" else "finetune"
         tags = ("edit", "diffusion-transformer", *(("lora",) if s.format == "lora" else ()))
-        card = Card(out.name, artifact, usage(name, base), relation, found, around, licence, tags)
+        card = Card(out.name, artifact, usage(name, base), relation, bases, found, around, licence, tags)
         (folder / "README.md").write_text(str(card), encoding="utf-8")
         mark = {"format": FORMAT, "layout": s.format, "edit": edit.__version__}
         (folder / MARK).write_text(json.dumps(mark, indent=2) + "\n")
@@ -251,27 +254,38 @@ def write_single_file(denoiser: Denoiser, file: Path, dtype: torch.dtype | None)
     return usage
 
 
-def write_lora(denoiser: Denoiser, folder: Path, dtype: torch.dtype | None) -> Usage:
+def write_lora(denoiser: Denoiser, folder: Path, dtype: torch.dtype | None, base: Origin | None) -> Usage:
     """The factors of a LoRA as `diffusers` and `peft` name them.
 
     alpha / rank is multiplied into B and alpha = rank written down: readers that do not know the metadata take just
     that for granted, so that all agree.
 
+    Args:
+        denoiser: with the LoRA live
+        folder: to write into
+        dtype: of the factors
+        base: the model that the LoRA was trained on, which may have edits of its own
+
     Raises:
-        ValueError: if the artifact's only live edit is not a LoRA, or its layers are not those of stock `diffusers`
+        ValueError: if the artifact's only edit beyond those of its base is not a LoRA, or its layers are not those of
+            stock `diffusers`
     """
     from peft.tuners.lora import LoraLayer
 
-    live = {name: type(e).__name__ for name, e in denoiser.applied.items()}
     lora = next((e for e in denoiser.applied.values() if isinstance(e, LoRA)), None)
-    if denoiser.folded:
+    inherited = edits_of(base.path) if base and base.ours else []
+    live = {name: e for name, e in denoiser.applied.items() if {"name": name, **editing.describe(e)} not in inherited}
+    if changed := [e for e in denoiser.folded if e not in inherited]:
         raise ValueError(
-            f"format=lora: {denoiser.folded[0]['name']} has changed the weights that this LoRA stands on, which nobody "
-            "else has: leave format=lora out to export the whole model"
+            f"format=lora: {changed[0]['name']} has changed the weights that this LoRA stands on, which nobody else "
+            "has: leave format=lora out to export the whole model"
         )
     if lora is None or len(live) > 1:
-        there = ", ".join(f"{name} ({kind})" for name, kind in live.items()) or "none"
-        raise ValueError(f"format=lora takes an artifact with a LoRA as its only live edit, this one has {there}")
+        there = ", ".join(f"{name} ({type(e).__name__})" for name, e in live.items()) or "none"
+        raise ValueError(
+            f"format=lora takes an artifact with a LoRA as its only live edit, this one has {there}: leave format=lora "
+            "out to export the whole model"
+        )
     if not isinstance(denoiser, StockDenoiser):
         raise ValueError(f"stock diffusers has other layers than our {denoiser.name}: leave format=lora out to fold it")
     own = split_state(denoiser, denoiser.state_dict())[1]
@@ -287,10 +301,15 @@ def write_lora(denoiser: Denoiser, folder: Path, dtype: torch.dtype | None) -> U
     packed = json.dumps({f"transformer.{k}": v for k, v in settings.items()})
     save_file(_cast(state, dtype), folder / LORA_WEIGHTS, {"format": "pt", LORA_METADATA: packed})
 
-    def usage(export: str, base: str | None) -> str:
-        lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
-        around = base or "<the pipeline it was trained on>"
-        lines += [f'pipe = DiffusionPipeline.from_pretrained("{around}", torch_dtype=torch.bfloat16)']
+    stock = stock_config(denoiser)["_class_name"]
+
+    def usage(export: str, hub: str | None) -> str:
+        names, own, around = "DiffusionPipeline", [], f'"{hub or "<the pipeline it was trained on>"}"'
+        if base and base.ours:
+            names, around = f"{names}, {stock}", '"<the pipeline around it>", transformer=transformer'
+            own = [f'transformer = {stock}.from_pretrained("<export of {base.name}>", torch_dtype=torch.bfloat16)']
+        lines = ["import torch", f"from diffusers import {names}", "", *own]
+        lines += [f"pipe = DiffusionPipeline.from_pretrained({around}, torch_dtype=torch.bfloat16)"]
         return "\n".join([*lines, f'pipe.load_lora_weights("{export}", weight_name="{LORA_WEIGHTS}")'])
 
     return usage

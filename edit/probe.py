@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edit.cost import _Ledger
 from edit.denoiser import Condition, Denoiser, Output
+from edit.edits import trains
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Activations:
     """Bytes above the weights at the worst moment of one forward and backward."""
 
     forward: int  # of the forward, with all that it keeps for the backward
+    stored: int  # what it has kept when it ends
     flowing: int  # of both, where gradients leave as they come
     kept: int  # of both, where gradients stay from the moment that they are made
 
@@ -73,29 +75,44 @@ class Probe:
 
     def macs(self) -> int:
         """Multiply-accumulates of one forward of one sample."""
-        if ("macs",) not in self.known:
+        return self._on_meta()[0]
+
+    def answer(self) -> Output:
+        """What is returned for one sample, on the meta device."""
+        return self._on_meta()[1]
+
+    def _on_meta(self) -> tuple[int, Output]:
+        if ("meta",) not in self.known:
             flops = FlopCounterMode(display=False)
             with torch.no_grad(), flops, torch.device("meta"):
-                self.run(self.denoiser.eval(), 1, self.condition.map(lambda v: v.to("meta")))
-            self.known["macs",] = flops.get_total_flops() // 2
-        return self.known["macs",]
+                out = self.run(self.denoiser.eval(), 1, self.condition.map(lambda v: v.to("meta")))
+            self.known["meta",] = flops.get_total_flops() // 2, out
+        return self.known["meta",]
 
-    def run(self, denoiser: Denoiser, batch: int, condition: Condition) -> Output:
-        x, t = torch.zeros(batch, *self.shape), torch.full((batch,), 0.5)
+    def run(self, denoiser: Denoiser, batch: int, condition: Condition, graph: bool = False) -> Output:
+        x, t = torch.zeros(batch, *self.shape, requires_grad=graph), torch.full((batch,), 0.5)
         told = condition.map(lambda v: v.new_zeros(batch, *v.shape[1:]))
         return denoiser(x, t, told, taps=self.taps, branches=self.branches)
 
-    def step(self, batch: int, half: bool, checkpointing: bool, dtype: torch.dtype = torch.float32) -> Activations:
+    def step(
+        self,
+        batch: int,
+        half: bool,
+        checkpointing: bool,
+        dtype: torch.dtype = torch.float32,
+        frozen: bool = False,
+    ) -> Activations:
         """Forward and backward of `batch` samples.
 
         Args:
             half: under bf16 autocast. Its bf16 copies of fp32 weights count as activations: they live as long.
             checkpointing: units are computed again in the backward
             dtype: of the weights
+            frozen: the backward goes through the weights to the noisy sample and leaves them no gradient
         """
-        key = ("step", batch, half, checkpointing, dtype)
+        key = ("step", batch, half, checkpointing, dtype, frozen)
         if key not in self.known:
-            self.known[key] = self._simulate(lambda d: self._step(d, batch, half), dtype, checkpointing)
+            self.known[key] = self._simulate(lambda d: self._step(d, batch, half, frozen), dtype, checkpointing)
         return self.known[key]
 
     def ask(self, batch: int, half: bool, dtype: torch.dtype) -> Asked:
@@ -111,13 +128,13 @@ class Probe:
         try:
             with FakeTensorMode(), torch.device("cpu"), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Mismatch dtype")  # about kernels that do not run here
-                _without_memory(denoiser, dtype)
+                without_memory(denoiser, dtype)
                 return measure(denoiser)
         except RuntimeError as error:  # torch's, for what cannot be decided without values
             reason = str(error).splitlines()[0]
             raise ValueError(f"{denoiser.name} cannot be measured without weights: {reason}") from error
 
-    def _step(self, denoiser: Denoiser, batch: int, half: bool) -> Activations:
+    def _step(self, denoiser: Denoiser, batch: int, half: bool, frozen: bool) -> Activations:
         weights = [*denoiser.parameters(), *denoiser.buffers()]
         ledger = _Ledger(weights)
         base, done, flowing, kept = ledger.bytes, 0, 0, 0
@@ -135,17 +152,17 @@ class Probe:
             p.grad = None
 
         for name, p in denoiser.named_parameters():
-            p.requires_grad_(p.requires_grad and trains(denoiser, name))
+            p.requires_grad_(not frozen and p.requires_grad and trains(denoiser, name))
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(leave)
         with ledger:
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                out = self.run(denoiser, batch, self.condition.map(_copy))
+                out = self.run(denoiser, batch, self.condition.map(_copy), frozen)
             loss = (out.sample.float() - torch.zeros(batch, *self.shape)).square().mean()
-            forward = ledger.peak
+            forward, stored = ledger.peak, ledger.bytes - base
             loss.backward()
         look()
-        return Activations(forward - base, max(flowing, forward) - base, max(kept, forward) - base)
+        return Activations(forward - base, stored, max(flowing, forward) - base, max(kept, forward) - base)
 
     def _ask(self, denoiser: Denoiser, batch: int, half: bool) -> Asked:
         ledger = _Ledger([*denoiser.parameters(), *denoiser.buffers()])
@@ -161,16 +178,12 @@ def _copy(v: Tensor) -> Tensor:
     return torch.empty(v.shape, dtype=v.dtype)
 
 
-def _without_memory(denoiser: Denoiser, dtype: torch.dtype) -> None:
-    """Put fake tensors on the CPU in the place of those on the meta device."""
-    for m in denoiser.modules():
+def without_memory(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Put fake tensors on the CPU in the place of those on the meta device; called under FakeTensorMode."""
+    for m in module.modules():
         for name, p in m._parameters.items():
             if p is not None:
                 m._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=dtype), p.requires_grad)
         for name, b in m._buffers.items():
             if b is not None:
                 m._buffers[name] = _copy(b)
-
-
-def trains(denoiser: Denoiser, name: str) -> bool:
-    return all(e.trainable(name) for e in denoiser.applied.values())

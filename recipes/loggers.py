@@ -24,6 +24,7 @@ from rich import print
 from rich.markup import escape
 
 from recipes.config import LoggerConfig, UserError
+from recipes.files import write
 
 CONNECT = 5  # seconds to wait for an address to answer
 OPEN = 20  # seconds to wait for W&B to open a run, once it can be reached
@@ -184,10 +185,7 @@ def run_id(out: Path) -> str:
     """The W&B id of a run folder, made once. For rank 0 only: ranks making it at once would disagree."""
     file = out / "wandb_id"
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.tmp-{os.getpid()}")
-        temporary.write_text(uuid.uuid4().hex[:12])
-        os.replace(temporary, file)
+        write(file, uuid.uuid4().hex[:12])
     return file.read_text().strip()
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from recipes.files import write
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,15 +50,6 @@ def image_grid(images: Tensor, columns: int = 8, scale: int | None = None) -> Im
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         canvas[top : top + height, left : left + width] = image
     return Image.fromarray(canvas)
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    """A file that is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
-    return path
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> Path:

@@ -103,6 +103,10 @@ class Teacher:
             apply_group_offloading(
                 self.denoiser.model, device, torch.device("cpu"), offload_type="leaf_level", use_stream=True
             )
+            model = self.denoiser.model  # its own forward, which would fetch what is directly on it, is never called
+            for t in (*model.parameters(recurse=False), *model.buffers(recurse=False)):
+                t.data = t.data.to(device)
+            self.denoiser.edits.to(device)
         else:
             self.denoiser.to(device)
 

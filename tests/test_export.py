@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import metadata_load
 from omegaconf import OmegaConf
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from weights import randomise
 
 import edit
@@ -274,8 +274,6 @@ def test_the_configuration_of_the_releases_is_read_off_shapes():
 
 
 def test_what_is_not_the_original_layout_is_refused_in_one_sentence(flux, dit, tmp_path, capsys):
-    from safetensors.torch import save_file
-
     original = to_original(flux.model.state_dict())
     file, words = tmp_path / "x.safetensors", (f"artifact={tmp_path / 'x.safetensors'}", f"out={tmp_path / 'out'}")
     axes = {"edit.axes_dims_rope": "[4, 6, 6]"}
@@ -297,6 +295,59 @@ def test_what_is_not_the_original_layout_is_refused_in_one_sentence(flux, dit, t
     edit.save(dit, tmp_path / "dit")
     assert run(f"artifact={tmp_path / 'dit'}", f"out={tmp_path / 'out'}", "format=single_file") == 2
     assert "original layout of FLUX.1, this is dit" in error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        ("5", "got 5"),
+        ('"abc"', "got 'abc'"),
+        ("null", "does not say how"),
+        ("{}", "got {}"),
+        ("[]", "three even numbers"),
+        ("[4, 6]", "three even numbers"),
+        ('[4, 6, "6"]', "three even numbers"),
+        ("[5, 5, 6]", "three even numbers"),
+        ("[-4, 10, 10]", "three even numbers"),
+        ("[true, 9, 6]", "three even numbers"),
+        ("[4, 6, 8]", "the 16 channels"),
+        ("[4,", "Expecting"),
+    ],
+)
+def test_metadata_of_another_program_is_refused_in_one_sentence(axes, said, flux, tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_file(to_original(flux.model.state_dict()), file, {"edit.axes_dims_rope": axes})
+    with pytest.raises(ValueError, match=f"x.safetensors cannot be read: .*{said}") as error:
+        read_original(file)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("img_in.weight", torch.ones(())),
+        ("img_in.weight", torch.ones(32)),
+        ("txt_in.weight", torch.ones(32)),
+        ("final_layer.linear.weight", torch.ones(())),
+        ("img_in.weight", torch.ones(0, 16)),
+        ("img_in.weight", torch.ones(30, 16)),
+        ("img_in.weight", torch.ones(8, 16)),
+        ("img_in.bias", torch.ones(32, dtype=torch.int8)),
+        ("double_blocks.0.img_attn.norm.query_norm.scale", torch.ones(0)),
+        ("double_blocks.0.img_attn.norm.query_norm.scale", torch.ones(())),
+        ("double_blocks.1.img_attn.qkv.weight", torch.ones(())),
+        ("double_blocks.1.img_attn.qkv.weight", torch.ones(3, 32)),
+        ("final_layer.adaLN_modulation.1.bias", torch.ones(1)),
+        ("vector_in.in_layer.weight", torch.ones(2, 2, 2)),
+    ],
+    ids=lambda v: str(tuple(v.shape)) if isinstance(v, torch.Tensor) else v,
+)
+def test_tensors_of_another_model_are_refused_in_one_sentence(key, value, flux, tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_file({**to_original(flux.model.state_dict()), key: value}, file, {"edit.axes_dims_rope": "[4, 6, 6]"})
+    with pytest.raises(ValueError, match="x.safetensors cannot be read: ") as error:
+        read_original(file)
+    assert "\n" not in str(error.value) and "unpack" not in str(error.value)
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
@@ -400,6 +451,79 @@ def test_the_licence_of_a_published_teacher_covers_what_is_made_from_it(teacher,
     matter = metadata_load(tmp_path / "out" / "README.md")
     assert matter is not None and (matter["license"], matter.get("license_name")) == (licence, name)
     assert (matter["base_model"], matter["base_model_relation"]) == (teacher, "finetune")
+
+
+@torch.no_grad()
+def test_a_lora_on_a_run_of_ours_needs_that_run_and_not_what_the_run_started_from(asked, tmp_path):
+    """Pruned and tuned further by the run, so its layers and weights are nobody else's."""
+    root = "black-forest-labs/FLUX.1-dev"
+    flux = edit.apply(make_flux(), {"shallow": DepthPruning(pattern="listed", units=(0, 2, 3))})
+    tuned = make_run(flux, tmp_path / "tuned", init=root)
+    assert run(f"artifact={tuned}", f"out={tmp_path / 'base'}") == 0
+    edit.apply(flux, {"lora": LoRA(rank=2, targets=("attn.to_q", "proj_out"))})
+    randomise_lora(flux)
+    for start in (tuned, tuned / "artifact"):
+        adapter = make_run(flux, tmp_path / "adapter", init=str(start), teacher={"path": root})
+        assert run(f"artifact={adapter}", f"out={tmp_path / 'lora'}", "format=lora") == 0
+        text, matter = (tmp_path / "lora" / "README.md").read_text(), metadata_load(tmp_path / "lora" / "README.md")
+        assert matter is not None and "base_model" not in matter and matter["license"] == "other"  # FLUX.1-dev's
+        assert "This adapter needs `tuned`, the model that it was trained on. It is a run" in text
+        assert 'FluxTransformer2DModel.from_pretrained("<export of tuned>"' in text and str(tmp_path) not in text
+        assert f'from_pretrained("{root}"' not in text
+    base = load_stock(tmp_path / "base")
+    base.load_lora_adapter(tmp_path / "lora", use_safetensors=True)
+    # fp32: alpha / rank is applied to B here, to the product there
+    torch.testing.assert_close(stock_output(base, flux, asked), flux.eval()(*asked).sample, rtol=1e-4, atol=1e-4)
+    words = (f"artifact={adapter}", f"out={tmp_path / 'lora'}", "format=lora", f"teacher={tuned}")
+    assert run(*words) == 0 and "needs `tuned`" in (tmp_path / "lora" / "README.md").read_text()  # said by hand
+
+
+def test_a_lora_on_a_published_model_names_it_as_its_base(flux, tmp_path):
+    edit.apply(flux, {"lora": LoRA(rank=2, targets=("attn.to_q",))})
+    adapter = make_run(flux, tmp_path / "adapter", init="owner/model", teacher={"path": "owner/teacher"})
+    assert run(f"artifact={adapter}", f"out={tmp_path / 'lora'}", "format=lora") == 0
+    text, matter = (tmp_path / "lora" / "README.md").read_text(), metadata_load(tmp_path / "lora" / "README.md")
+    assert matter is not None and (matter["base_model"], matter["base_model_relation"]) == ("owner/model", "adapter")
+    assert "This adapter needs [owner/model]" in text and 'DiffusionPipeline.from_pretrained("owner/model"' in text
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        "{",
+        "[1]",
+        '{"artifacts": 5}',
+        '{"artifacts": [5]}',
+        '{"accuracy": 0.9}',
+        '{"artifacts": [{"results": 3}]}',
+        '{"artifacts": [{"results": [{"quality": {}}]}]}',
+        '{"artifacts": [{"results": [{"quality": [], "guidance": 1, "n": 1}]}]}',
+        '{"artifacts": [{"results": [{"quality": {"psnr": 3}, "guidance": 1, "n": 1}]}]}',
+        '{"artifacts": [{"results": [{"quality": {"psnr": {"value": "high"}}, "guidance": 1, "n": 1}]}]}',
+        '{"artifacts": [{"name": "a"}, {"name": "b"}]}',
+        '{"artifacts": [{"path": 3}, {"path": null}]}',
+    ],
+)
+def test_a_report_of_another_program_is_left_out_of_the_card_which_says_so(report, flux, tmp_path):
+    trained = make_run(flux, tmp_path / "run")
+    (trained / "report.json").write_text(report)
+    assert run(f"artifact={trained}", f"out={tmp_path / 'out'}") == 0
+    measured = (tmp_path / "out" / "README.md").read_text().partition("## Measured\n\n")[2].partition("\n\n")[0]
+    assert measured == "Parts of `report.json` were not written by `edit` and are left out."
+
+
+def test_what_fits_of_a_report_is_kept(flux, tmp_path):
+    trained = make_run(flux, tmp_path / "run")
+    good = {"guidance": 1.0, "n": 64, "quality": {"psnr": {"value": 21.5}}}
+    entries = [{"path": str(trained), "results": [good, {}]}, {"results": [good]}]
+    (trained / "report.json").write_text(json.dumps({"artifacts": entries}))
+    (trained / "config.yaml").write_text("a: [")  # nor was this
+    assert run(f"artifact={trained}", f"out={tmp_path / 'out'}") == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert text.count("| 1 | 64 | 21.5 |") == 1 and "Parts of `report.json`" in text
+    (trained / "report.json").unlink()
+    assert run(f"artifact={trained}", f"out={tmp_path / 'out'}") == 0
+    assert "Measured" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_no_licence_is_claimed_that_nobody_has_given(flux, tmp_path, pipeline, capsys):

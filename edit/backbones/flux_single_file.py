@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +90,9 @@ def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `to_original`.
 
     Raises:
-        ValueError: if it has keys that the original FLUX.1 does not have
+        ValueError: if it has keys or tensors that the original FLUX.1 does not have
     """
-    state = {k.removeprefix(PREFIX): v for k, v in state.items()}
-    _need(state, "img_in.weight")
+    state = _weights(state, "img_in.weight")
     width = len(state["img_in.weight"])
     out, used = {}, set()
     for original, stock in _keys(_count(state, original) for original, _, _ in _LISTS):
@@ -110,7 +109,7 @@ def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def original_config(state: Mapping[str, Tensor], axes: Iterable[int] | None = None) -> dict[str, Any]:
+def original_config(state: Mapping[str, Tensor], axes: Sequence[int] | None = None) -> dict[str, Any]:
     """The stock configuration of a model in the original layout, read off its shapes.
 
     Args:
@@ -118,17 +117,23 @@ def original_config(state: Mapping[str, Tensor], axes: Iterable[int] | None = No
         axes: head channels that carry frame, row and column position; None: FLUX.1's own, for heads of 128
 
     Raises:
-        ValueError: if the shapes do not tell, or heads are not of 128 channels and `axes` is None
+        ValueError: if the shapes do not tell, heads are not of 128 channels and `axes` is None, or axes do not fit
     """
-    state = {k.removeprefix(PREFIX): v for k, v in state.items()}
-    _need(state, "img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "final_layer.linear.weight")
+    needed = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "final_layer.linear.weight")
+    state = _weights(state, *needed)
     width, channels = state["img_in.weight"].shape
     norm = next((k for k in state if k.endswith("norm.query_norm.scale")), None)
     if norm is None:
         raise ValueError("this is not the original FLUX.1 layout: no block has a norm.query_norm.scale")
     head = len(state[norm])
+    if width % head:
+        raise ValueError(f"the model's width {width} is no multiple of its heads' {head} channels")
     if axes is None and head != 128:
         raise ValueError(f"the file has heads of {head} channels and does not say how positions divide them: give axes")
+    axes = [16, 56, 56] if axes is None else axes
+    whole = isinstance(axes, Sequence) and all(type(a) is int and a > 0 and a % 2 == 0 for a in axes)
+    if not whole or len(axes) != 3 or sum(axes) != head:
+        raise ValueError(f"{AXES} must be three even numbers whose sum is the {head} channels of a head, got {axes!r}")
     outputs = len(state["final_layer.linear.weight"])
     return {
         "in_channels": channels,
@@ -140,7 +145,7 @@ def original_config(state: Mapping[str, Tensor], axes: Iterable[int] | None = No
         "joint_attention_dim": state["txt_in.weight"].shape[1],
         "pooled_projection_dim": state["vector_in.in_layer.weight"].shape[1],
         "guidance_embeds": "guidance_in.in_layer.weight" in state,
-        "axes_dims_rope": list(axes or (16, 56, 56)),
+        "axes_dims_rope": list(axes),
     }
 
 
@@ -199,11 +204,17 @@ def _count(state: Mapping[str, Tensor], name: str) -> int:
     return len(numbers)
 
 
-def _need(state: Mapping[str, Tensor], *keys: str) -> None:
-    if missing := [k for k in keys if k not in state]:
+def _weights(state: Mapping[str, Tensor], *needed: str) -> dict[str, Tensor]:
+    """The state without a prefix, once the needed matrices are there and all else could be a weight or a bias."""
+    state = {k.removeprefix(PREFIX): v for k, v in state.items()}
+    if missing := [k for k in needed if k not in state]:
         raise ValueError(f"this is not the original FLUX.1 layout: it has no {missing[0]}")
+    for k, v in state.items():
+        if v.dim() not in ((2,) if k in needed else (1, 2)) or not v.numel() or not v.is_floating_point():
+            kind = str(v.dtype).removeprefix("torch.")
+            raise ValueError(f"this is not the original FLUX.1 layout: {k} is {kind} of shape {tuple(v.shape)}")
+    return state
 
 
 def _swap_halves(rows: Tensor) -> Tensor:
-    first, second = rows.chunk(2)
-    return torch.cat((second, first))
+    return rows.roll(len(rows) // 2, 0)

@@ -120,7 +120,7 @@ class GuidanceInput(Edit):
             raise ValueError(f"GuidanceInput: this {denoiser.name} cannot be given a guidance input, or has one")
         model = denoiser.model
         old, weight = model.time_text_embed, model.time_text_embed.timestep_embedder.linear_2.weight
-        with weight.device:
+        with weight.device:  # type: ignore
             new = CombinedTimestepGuidanceTextProjEmbeddings(len(weight), config["pooled_projection_dim"])
         new.guidance_embedder.to(weight.dtype)
         nn.init.zeros_(new.guidance_embedder.linear_2.weight)
@@ -129,6 +129,9 @@ class GuidanceInput(Edit):
             setattr(new, name, getattr(old, name))
         model.time_text_embed = new
         model.register_to_config(guidance_embeds=True)
+
+    def owns(self, name: str) -> bool:
+        return ".guidance_embedder." in name
 
     def fold(self, denoiser: Denoiser) -> None:
         """Nothing to do: the model has its input."""

@@ -52,13 +52,19 @@ class LoRA(Edit):
                 f"LoRA: no linear layer's name ends in {unmet[0]!r}; there are {', '.join(linear[:8])}, ..."
             )
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)
+        before = [p for p in denoiser.model.parameters() if p.requires_grad]
         inject_adapter_in_model(config, denoiser.model, adapter_name=ADAPTER)
+        for p in before:  # peft freezes all that is not its own; here the recipe asks every edit
+            p.requires_grad_(True)
 
     def trainable(self, name: str) -> bool:
-        return ".lora_" in name or name.startswith("edits.")
+        return self.owns(name) or name.startswith("edits.")
+
+    def owns(self, name: str) -> bool:
+        return ".lora_" in name
 
     def stock_key(self, key: str) -> str | None:
-        return None if ".lora_" in key else key.replace(".base_layer.", ".")
+        return None if self.owns(key) else key.replace(".base_layer.", ".")
 
     def fold(self, denoiser: Denoiser) -> None:
         """Add B A to the weights and take the adapters out."""

@@ -4,7 +4,8 @@ import re
 import pytest
 import torch
 
-from recipes.report import COLUMNS, best, html, image_grid, plot, rows, save_grid, show, write, write_report
+from recipes.files import write
+from recipes.report import COLUMNS, best, html, image_grid, plot, rows, save_grid, show, write_report
 
 FRECHET, MACS = (next(c for c in COLUMNS if c.title == t) for t in ("Fréchet distance", "MACs per image, G"))
 

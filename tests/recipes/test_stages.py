@@ -1,5 +1,6 @@
 """Runs that a run needs first: each is made once, shares the machine's settings, lives and dies with its command."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from small_runs import config
+from ranks import run_ranks
+from small_runs import config, rows
 
 from recipes.stages import run_before, shared
 
@@ -56,9 +58,58 @@ def test_ranks_that_lightning_started_leave_them_to_rank_0(tmp_path, monkeypatch
     monkeypatch.setenv("LOCAL_RANK", "1")
     run_before(config(tmp_path, "name=a", "before=[['name=one']]"), script)
     assert not log.exists()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # torchrun: every rank of this run is a rank of that one
-    run_before(config(tmp_path, "name=a", "before=[['name=one']]"), script)
-    assert log.exists()
+
+
+SLOW = """
+import json, os, sys, time
+time.sleep(0.5)
+with open({log!r}, "a") as f:
+    f.write(json.dumps([sys.argv[-1], sorted(k for k in os.environ if k.startswith("TORCHELASTIC") or "RANK" in k
+        or "MASTER" in k or "WORLD_SIZE" in k)]) + "\\n")
+sys.exit(int("stop" in sys.argv[-1]) * 7)
+"""
+
+
+def _before(folder: Path, before: str) -> tuple[int, list[str]]:
+    """The exit code that a rank of a torchrun launch ends with, and what it then finds written."""
+    cfg = config(folder, "name=a", f"before={before}")
+    try:
+        run_before(cfg, folder / "script.py")
+        code = 0
+    except SystemExit as ended:
+        code = ended.code
+    return code, (folder / "log").read_text().splitlines()
+
+
+def test_under_torchrun_rank_0_runs_each_once_by_itself_and_all_ranks_wait(tmp_path):
+    (tmp_path / "script.py").write_text(SLOW.format(log=str(tmp_path / "log")))
+    answers = run_ranks(_before, world=3, args=(tmp_path, "[['name=one'],['name=two']]"))
+    once = [json.dumps([name, []]) for name in ("name=one", "name=two")]  # and without this launch's ranks and port
+    assert answers == [(0, once)] * 3
+
+
+def test_under_torchrun_a_run_that_fails_ends_every_rank_with_its_code(tmp_path):
+    (tmp_path / "script.py").write_text(SLOW.format(log=str(tmp_path / "log")))
+    answers = run_ranks(_before, args=(tmp_path, "[['name=stop'],['name=never']]"))
+    assert [code for code, _ in answers] == [7, 7] and all(len(lines) == 1 for _, lines in answers)
+
+
+@pytest.mark.slow
+def test_torchrun_trains_a_needed_run_first_and_then_the_run_itself(tmp_path):
+    """The needed run has two processes of its own the first time, on a port of its own."""
+    small = ["evaluate=null", "preview.every=0", "backbone.hidden_size=32", "backbone.num_heads=2", "backbone.depth=1"]
+    ddp = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_steps=2", "data.batch_size=16"]
+    words = ",".join(f"'{w}'" for w in ["name=first", *small, *ddp])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    command = [*launch, "name=second", f"runs={tmp_path}", *small, *ddp, f"before=[[{words}]]"]
+    root = Path(__file__).parents[2]
+    for again in (False, True):
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert ("first is complete" in done.stdout) == again
+        for name in ("first", "second"):
+            assert (tmp_path / name / "artifact" / "config.json").exists()
+            assert [row["step"] for row in rows(tmp_path, name)] == ["2"]
 
 
 DRIVER = """

@@ -1,4 +1,5 @@
 from copy import deepcopy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -6,9 +7,12 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 
 import edit
+from edit import export
 from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig
 from edit.denoiser import Condition
+from edit.distillation.student import GuidanceInput
+from edit.edits import Edit, trains
 from edit.tuning.lora import LoRA, without
 
 
@@ -95,6 +99,48 @@ def test_what_cannot_be_adapted_is_refused(dit):
     edit.fold(dit)
     edit.apply(dit, {"second": LoRA()})
     assert list(dit.applied) == ["second"]
+
+
+@dataclass
+class Frozen(Edit):
+    """An edit that freezes all that was there."""
+
+    def apply(self, denoiser) -> None:
+        pass
+
+    def trainable(self, name: str) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("guidance_first", [True, False])
+def test_a_new_guidance_input_trains_beside_the_factors_and_both_are_exported(guidance_first, tmp_path):
+    flux = FluxConfig(16, 1, 1, 16, 2, 24, 20, guidance_embeds=False, axes_dims_rope=(4, 6, 6)).build()
+    edits = {"told": GuidanceInput(), "lora": LoRA(rank=2, targets=("attn.to_q",)), "frozen": Frozen()}
+    order = ("told", "lora", "frozen") if guidance_first else ("frozen", "lora", "told")
+    edit.apply(flux, {name: edits[name] for name in order})
+    for name, p in flux.named_parameters():  # as a recipe decides it
+        p.requires_grad_(p.requires_grad and trains(flux, name))
+    learning = {n: p for n, p in flux.named_parameters() if p.requires_grad}
+    assert {n for n in learning if ".lora_" not in n} == {
+        f"model.time_text_embed.guidance_embedder.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")
+    }
+    assert sum(".lora_" in n for n in learning) == 4  # A and B in two units
+    condition = Condition(text=torch.randn(2, 5, 24), pooled=torch.randn(2, 20), guidance=torch.tensor([1.0, 4.0]))
+    batch = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8]), condition
+    with torch.no_grad():
+        for p in flux.parameters():
+            p.normal_(std=0.2)
+    grads = torch.autograd.grad(flux(*batch).sample.square().sum(), list(learning.values()))
+    assert all(g.any() for g in grads)
+    del flux.applied["frozen"]
+    edit.save(flux, tmp_path / "a")
+    assert export.main([f"artifact={tmp_path / 'a'}", f"out={tmp_path / 'out'}"]) == 0
+    whole = edit.load(tmp_path / "out").denoiser
+    assert whole.config["guidance_embeds"] and not whole.applied
+    with torch.no_grad():  # fp32: W + B A is rounded once before, the live LoRA adds afterwards
+        torch.testing.assert_close(whole(*batch).sample, flux.eval()(*batch).sample, rtol=1e-4, atol=1e-4)
+        other = Condition(text=condition.text, pooled=condition.pooled, guidance=condition.guidance + 1)
+        assert not torch.allclose(whole(*batch[:2], other).sample, whole(*batch).sample, atol=1e-2)
 
 
 # ---- the base as the teacher of its own LoRA -------------------------------------------------------------------------

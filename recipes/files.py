@@ -1,0 +1,13 @@
+"""Files that are whole or not there, whenever the process ends."""
+
+import os
+from pathlib import Path
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    """Put content in place at once; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(temporary, path)
+    return path
