@@ -222,7 +222,8 @@ class _Meter:
             if self.device.type != "meta":
                 self.macs += executed
                 return out
-            answer = Output(*(None if v is None else torch.zeros(v.shape) for v in out[:2]), {})
+            trace = {name: torch.zeros(v.shape) for name, v in out.trace.items()}
+            answer = Output(*(None if v is None else torch.zeros(v.shape) for v in out[:2]), trace)
             if self.denoiser.applied:
                 self.macs += executed
                 return answer

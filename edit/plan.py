@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,9 @@ from rich.table import Table
 
 from edit.cost import peak_flops, short
 from edit.denoiser import Condition, Denoiser, Unit
-from edit.probe import Probe, trains
+from edit.edits import trains
+from edit.probe import Probe
+from edit.turns import Call, Turn, turns
 
 Placement = Literal["replicated", "sharded", "offloaded", "tied"]
 GB = 1e9
@@ -181,17 +183,6 @@ def stored(shape: Sequence[int], bytes: int = 2) -> int:
 # ---- time -----------------------------------------------------------------------------------------------------------
 
 
-def step_flops(macs: int, checkpointing: bool, teacher: int = 0, calls: int = 0) -> int:
-    """FLOPs of training on one sample: forward, twice that for the backward, once more for what is recomputed.
-
-    Args:
-        macs: of a student's forward
-        teacher: of a teacher's forward
-        calls: teacher forwards
-    """
-    return 2 * macs * (4 if checkpointing else 3) + 2 * teacher * calls
-
-
 def seconds(flops: float, peak: float, mfu: float = 0.45, devices: int = 1) -> float:
     """Time of `flops` of work that is spread over devices of `peak` FLOP/s, of which it reaches the share `mfu`.
 
@@ -211,14 +202,15 @@ class Plan:
     """Bytes per device at the worst moment of a training step, and the step's time."""
 
     weights: float
-    gradients: float
+    gradients: float  # of all that is trained
     optimizer: float
     average: float
+    critic: float  # its weights and optimiser
     teacher: float
     activations: float
     transients: float
     inputs: float
-    seconds: float | None  # per optimiser step; None: the device's peak is unknown
+    seconds: float | None  # per optimiser step, in the mean; None: the device's peak is unknown
 
     @property
     def total(self) -> float:
@@ -243,7 +235,9 @@ class Draft:
     placement: Placement | None = None  # of the teacher; None: there is none
     teacher_bytes: int = 2
     calls: int = 1  # teacher forwards per sample, in one batch: 2 with classifier-free guidance
-    own: int = 0  # parameters of loss terms
+    critic: Probe | None = None
+    turns: tuple[Turn, ...] = ()  # kinds of steps; empty: the teacher is asked, then the student is trained
+    own: int = 0  # parameters of loss terms, or of a few-step method
     peak: float | None = 989e12  # FLOP/s of a device
     mfu: float = 0.45
 
@@ -255,61 +249,106 @@ class Draft:
         if (self.teacher is None) != (self.placement in (None, "tied")):
             raise ValueError("a teacher is probed exactly if it has weights of its own: it is not tied")
 
-    def roles(self) -> tuple[Role, Role | None]:
-        """The student, with the terms' own parameters, and the teacher."""
-        kind = ADAMW_ZERO if self.strategy.name.startswith("zero") else ADAMW
-        student = role_of(self.student.denoiser, "student", kind)
-        student = replace(student, frozen_bytes=4, average_bytes=4)
-        if self.teacher is None:
-            return student, None
-        teacher = role_of(self.teacher.denoiser, "teacher", frozen=True)
-        assert self.placement is not None
-        return student, replace(teacher, frozen_bytes=self.teacher_bytes, placement=self.placement)
+    @property
+    def kinds(self) -> tuple[Turn, ...]:
+        """Of steps."""
+        asked = (Call("teacher", self.calls),) if self.placement else ()
+        return self.turns or (Turn(1.0, (*asked, Call("student", reach="weights"))),)
 
-    def activations(self, checkpointing: bool, gradients: float) -> float:
-        """Of the student; beyond `gradients`, which are counted apart."""
+    def probe(self, role: str) -> Probe:
+        """What a role's forward runs; a tied teacher's is the student's."""
+        found = {"student": self.student, "critic": self.critic, "teacher": self.teacher or self.student}[role]
+        assert found is not None, "a method that asks a critic has one"
+        return found
+
+    def roles(self) -> dict[str, Role]:
+        """Student, critic and teacher, those that there are with weights of their own."""
+        kind = ADAMW_ZERO if self.strategy.name.startswith("zero") else ADAMW
+        student = replace(role_of(self.student.denoiser, "student", kind), frozen_bytes=4, average_bytes=4)
+        found = {"student": student}
+        if self.critic is not None:
+            found["critic"] = replace(role_of(self.critic.denoiser, "critic", kind), frozen_bytes=4)
+        if self.teacher is not None:
+            teacher = role_of(self.teacher.denoiser, "teacher", frozen=True)
+            assert self.placement is not None
+            found["teacher"] = replace(teacher, frozen_bytes=self.teacher_bytes, placement=self.placement)
+        return found
+
+    def states(self) -> dict[str, Held]:
+        """What each role occupies between two steps of its own, and "own" what loss terms or method train."""
+        roles = self.roles()
+        own = Role("own", self.own, self.own, roles["student"].optimizer)
+        return {name: held(role, self.strategy, self.devices) for name, role in {**roles, "own": own}.items()}
+
+    @property
+    def alternates(self) -> bool:
+        """No step trains both student and critic, so that gradients of one are gone when the other's are made."""
+        trained = [{c.role for c in turn.calls if c.reach == "weights"} for turn in self.kinds]
+        apart = self.critic is not None and all(len(roles) < 2 for roles in trained)
+        return apart and self.strategy.name in ("single", "fsdp2")
+
+    def moment(self, turn: Turn, checkpointing: bool) -> tuple[float, float]:
+        """Transients and activations at the worst moment of a step: what was asked is kept, graphs end in reverse."""
+        roles, states = self.roles(), self.states()
+        keeps = self.strategy.name == "single" and self.accumulate == 1  # elsewhere in buckets, shards or from before
+        alive, moments, ends = 0.0, [(0.0, 0.0)], []
+        for call in turn.calls:
+            there = transient(roles[call.role], self.strategy, self.half) if call.role in roles else 0.0
+            samples, dtype = math.ceil(call.samples * self.batch), self._dtype(call.role)
+            if call.reach == "nothing":
+                a = self.probe(call.role).ask(samples, self.half, dtype)
+                moments.append((there, alive + a.peak))
+                alive += a.kept
+                continue
+            recomputed = checkpointing and call.role != "teacher"
+            a = self.probe(call.role).step(samples, self.half, recomputed, dtype, call.reach == "input")
+            # Lightning drops the last step's gradients between forward and backward
+            made = a.kept - states[call.role].gradients if keeps and call.reach == "weights" else a.flowing
+            moments.append((there, alive + a.forward))
+            ends.append((there, alive + made))  # later graphs are gone by then
+            alive += a.stored
+        return max(moments + ends, key=sum)
+
+    def _dtype(self, role: str) -> torch.dtype:
+        if role == "teacher" and self.teacher is not None:
+            return torch.bfloat16 if self.teacher_bytes == 2 else torch.float32
         sharded = self.strategy.name == "fsdp2"  # hands bf16 weights to units: autocast has nothing to copy
-        dtype = torch.bfloat16 if sharded and self.half else torch.float32
-        a = self.student.step(self.batch, self.half, checkpointing, dtype)
-        if self.strategy.name != "single" or self.accumulate > 1:  # gradients live in buckets, shards or from before
-            return a.flowing
-        # Lightning drops the last step's gradients between forward and backward
-        return max(a.forward, a.kept - gradients)
+        return torch.bfloat16 if sharded and self.half else torch.float32
+
+    def seconds(self) -> float | None:
+        """Of an optimiser step, in the mean over the run."""
+        if self.peak is None:
+            return None
+        calls = [(turn.share, call) for turn in self.kinds for call in turn.calls]
+        flops = sum(
+            share * call.flops(self.probe(call.role).macs(), self.checkpointing and call.role != "teacher")
+            for share, call in calls
+        )
+        took = seconds(flops * self.batch, self.peak, self.mfu)
+        if self.placement == "offloaded":
+            teacher = self.roles()["teacher"]
+            took += sum(s for s, c in calls if c.role == "teacher") * teacher.params * teacher.frozen_bytes / PCIE
+        return took * self.accumulate
 
     def plan(self) -> Plan:
         """Raises ValueError if the structure cannot be run without weights."""
-        student, teacher = self.roles()
-        mine = held(student, self.strategy, self.devices)
-        own = held(Role("terms", self.own, self.own, student.optimizer), self.strategy, self.devices)
-        moment = transient(student, self.strategy, self.half)
-        work = self.activations(self.checkpointing, mine.gradients)
-        teacher_bytes = answer = wait = 0.0
-        asked, calls = self.teacher or self.student, self.calls if self.placement else 0
-        if self.placement is not None:
-            dtype = torch.bfloat16 if self.teacher_bytes == 2 and self.teacher else torch.float32
-            a = asked.ask(self.batch * calls, self.half, dtype)
-            there, answer = 0.0, float(a.kept)
-            if teacher is not None:
-                teacher_bytes = held(teacher, self.strategy, self.devices).total
-                there = transient(teacher, self.strategy, self.half)
-                wait = teacher.params * teacher.frozen_bytes / PCIE if teacher.placement == "offloaded" else 0.0
-            # it is asked before the student runs: the larger of the two counts
-            if there + a.peak > moment + work + answer:
-                moment, work = there, a.peak - answer
+        states = self.states()
+        mine, own, critic = states["student"], states["own"], states.get("critic", Held(0))
+        transients, activations = max((self.moment(turn, self.checkpointing) for turn in self.kinds), key=sum)
+        both = mine.gradients, critic.gradients + own.gradients
         sample = stored(self.student.shape, 4)
         told = sum(v.nbytes for v in vars(self.student.condition).values() if v is not None)
-        flops = step_flops(self.student.macs(), self.checkpointing, asked.macs(), calls)
-        took = None if self.peak is None else seconds(flops * self.batch, self.peak, self.mfu) + wait
         return Plan(
             weights=mine.weights + own.weights,
-            gradients=mine.gradients + own.gradients,
+            gradients=max(both) if self.alternates else sum(both),
             optimizer=mine.optimizer + own.optimizer,
             average=mine.average,
-            teacher=teacher_bytes,
-            activations=work + answer,
-            transients=moment,
+            critic=critic.weights + critic.optimizer,
+            teacher=states["teacher"].total if self.teacher else 0.0,
+            activations=activations,
+            transients=transients,
             inputs=self.batch * (3 * sample + told),  # clean, noise, noisy
-            seconds=None if took is None else took * self.accumulate,
+            seconds=self.seconds(),
         )
 
 
@@ -350,7 +389,8 @@ def _smaller(draft: Draft) -> Iterator[tuple[str, Callable[[Draft], Draft]]]:
         yield words, lambda d: replace(d, strategy=fsdp2, devices=more, checkpointing=True)
     if draft.teacher is not None and draft.placement == "replicated" and draft.devices > 1:
         yield "teacher.placement=sharded", lambda d: replace(d, placement="sharded")
-    if draft.teacher is not None and draft.placement in ("replicated", "sharded"):
+    tapped = any(c.role == "teacher" and c.reach == "input" for turn in draft.kinds for c in turn.calls)
+    if draft.teacher is not None and draft.placement in ("replicated", "sharded") and not tapped:
         yield "teacher.placement=offloaded", lambda d: replace(d, placement="offloaded")
     if draft.batch > 1:
         half, times = draft.batch // 2, draft.accumulate * 2
@@ -499,9 +539,9 @@ def resolve(request: Request, cfg: Any) -> dict[str, Any]:
     draft = draft_of(request, cfg, notes)
     plan, capacity = draft.plan(), request.gpu * GB
     fits = plan.total <= capacity
-    student, teacher = draft.roles()
+    roles = draft.roles()
     condition = draft.student.condition
-    both = {c: draft.activations(c, plan.gradients) for c in (False, True)}
+    both = {c: max((draft.moment(turn, c) for turn in draft.kinds), key=sum)[1] for c in (False, True)}
     return {
         "strategy": draft.strategy.name,
         "devices": draft.devices,
@@ -510,9 +550,12 @@ def resolve(request: Request, cfg: Any) -> dict[str, Any]:
         "checkpointing": draft.checkpointing,
         "precision": "bf16-mixed" if draft.half else "32-true",
         "sample": draft.student.shape,
-        "parameters": student.params,
-        "trained": student.trained,
-        "teacher_parameters": teacher.params if teacher else 0,
+        "parameters": roles["student"].params,
+        "trained": roles["student"].trained,
+        "teacher_parameters": roles["teacher"].params if draft.teacher else 0,
+        "critic_parameters": roles["critic"].params if draft.critic else 0,
+        "matching": cfg.matching is not None,
+        "calls": calls_of(draft.kinds),
         "placement": draft.placement,
         "memory": plan.memory(),
         "activations_without_checkpointing": both[False],
@@ -531,6 +574,16 @@ def resolve(request: Request, cfg: Any) -> dict[str, Any]:
         "mfu": draft.mfu,
         "notes": notes,
     }
+
+
+def calls_of(turns: Sequence[Turn]) -> dict[str, dict[str, float]]:
+    """Forwards of one sample in a step, in the mean over the run: by role, and by what their backward reaches."""
+    found: dict[str, dict[str, float]] = {}
+    for turn in turns:
+        for call in turn.calls:
+            reaches = found.setdefault(call.role, {})
+            reaches[call.reach] = reaches.get(call.reach, 0.0) + turn.share * call.samples
+    return found
 
 
 def draft_of(request: Request, cfg: Any, notes: list[str]) -> Draft:
@@ -555,6 +608,8 @@ def draft_of(request: Request, cfg: Any, notes: list[str]) -> Draft:
     cpu = trainer.accelerator == "cpu"
     half = trainer.precision == "bf16-mixed" or (trainer.precision == "auto" and not cpu)
     spec, edits, terms = made(cfg.backbone), made(cfg.edits) or {}, made(cfg.terms) or {}
+    matching = made(cfg.get("matching"))
+    needy = any(t.needs_teacher for t in terms.values()) or (matching is not None and matching.needs_teacher)
 
     def read(path: str | None, what: str) -> Callable[[], Denoiser]:
         """The structure that lies at a path, or the backbone group's."""
@@ -586,19 +641,34 @@ def draft_of(request: Request, cfg: Any, notes: list[str]) -> Draft:
 
     teacher, placement, calls, kind = None, None, 1, "auto"
     node, path = cfg.get("teacher") or {}, (cfg.get("teacher") or {}).get("path")
-    if path or node.get("placement") == "tied" or any(t.needs_teacher for t in terms.values()):
+    if path or node.get("placement") == "tied" or needy:
         placement, kind, scale = node.get("placement", "replicated"), node.get("dtype", "auto"), node.get("guidance", 1)
         calls = 1 if scale in (1, [1, 1]) else 2
         if placement != "tied":
             if not path:
                 notes.append("teacher.path is not given, so the backbone group's structure stands in")
             wanted = (tuple(sorted({i for t in terms.values() for i in getattr(t, k)})) for k in _TEACHER)
+            if matching is not None:
+                wanted = (matching.teacher_taps,)
             teacher = Probe(settled(read(path, "teacher.path")), shape, condition, *wanted)
         if placement == "sharded" and trainer.strategy == "single":
             raise ValueError("teacher.placement=sharded needs several devices: use trainer=ddp or trainer=fsdp2")
     with torch.device("meta"):
         models = student.denoiser, (teacher or student).denoiser
-        owns = [t.build(*models) if placement else t.build(models[0]) for t in terms.values()]
+        makers = [*terms.values(), *([] if matching is None else [matching])]
+        owns = [m.build(models[0], models[1] if placement else None) for m in makers]
+    calls = 1 if models[1].config.get("guidance_embeds") else calls
+    critic, kinds = None, ()
+    if matching is not None:
+        if matching.teacher_taps and placement in ("tied", "offloaded"):
+            raise ValueError(
+                f"teacher.placement={placement}: {type(matching).__name__} looks at the teacher's taps, whose weights "
+                "must stay in place: use replicated or sharded"
+            )
+        if matching.has_critic:
+            own_start = cfg.critic.start == "student" or teacher is None
+            critic = Probe(student.structure if own_start else teacher.structure, shape, condition)
+        kinds = turns(matching, student, teacher, owns[-1], calls)
     peak = request.peak * 1e12 if request.peak else (None if cpu else _peak_here() or 989e12)
     return Draft(
         student=student,
@@ -611,7 +681,9 @@ def draft_of(request: Request, cfg: Any, notes: list[str]) -> Draft:
         teacher=teacher,
         placement=placement,
         teacher_bytes=2 if kind == "bf16" or (kind == "auto" and half) else 4,
-        calls=1 if models[1].config.get("guidance_embeds") else calls,
+        calls=calls,
+        critic=critic,
+        turns=kinds,
         own=sum(p.numel() for o in owns if o is not None for p in o.parameters()),
         peak=peak,
         mfu=request.mfu,
@@ -673,11 +745,13 @@ def show(r: dict[str, Any]) -> None:
     if r["placement"]:
         size = f", {short(r['teacher_parameters'])}" if r["teacher_parameters"] else ""
         table.add_row(f"teacher ({r['placement']}{size})", gigabytes(m["teacher"]))
+    if r["critic_parameters"]:
+        table.add_row(f"critic ({short(r['critic_parameters'])}), its optimiser", gigabytes(m["critic"]))
     with_, without = (r[f"activations_{k}_checkpointing"] for k in ("with", "without"))
     state = "with" if r["checkpointing"] else "without"
     table.add_row(f"activations, {state} checkpointing", gigabytes(m["activations"]))
     other = ("without", without) if r["checkpointing"] else ("with", with_)
-    table.add_row(f"  the student's {other[0]} it", f"({gigabytes(other[1])})")
+    table.add_row(f"  {other[0]} it", f"({gigabytes(other[1])})")
     table.add_row("transients: gathered weights, buckets", gigabytes(m["transients"]))
     table.add_row("inputs", gigabytes(m["inputs"]), end_section=True)
     table.add_row("total", gigabytes(r["total"]))
@@ -686,6 +760,8 @@ def show(r: dict[str, Any]) -> None:
         table.add_row("seconds per step", f"{r['seconds_per_step']:.3g}")
         table.add_row(f"the run of {r['steps']} steps", duration(r["seconds"]))
     console.print(table)
+    if r["matching"]:
+        console.print(f"Forwards of a sample per step: {forwards(r['calls'])}.")
     text = f", {r['text_per_prompt'] / 1e6:.3g} MB of text per prompt" if r["text_per_prompt"] else ""
     console.print(f"To store in bf16: {r['latent_per_image'] / 1e6:.3g} MB per sample{text}.")
     if r["seconds"] is not None:
@@ -700,6 +776,16 @@ def show(r: dict[str, Any]) -> None:
             console.print(f"  {c['words']}: {gigabytes(c['total'])} GB{fits}")
         if not any(c["total"] <= r["capacity"] for c in r["changes"]):
             console.print("  none of these fits: take a smaller backbone, or more devices that share it")
+
+
+def forwards(calls: Mapping[str, Mapping[str, float]]) -> str:
+    """As in "student 0.2 and 0.5 without gradient, critic 0.8"."""
+
+    def said(reaches: Mapping[str, float]) -> str:
+        words = {"weights": "", "input": " to its input", "nothing": " without gradient"}
+        return " and ".join(f"{reaches[r]:.3g}{w}" for r, w in words.items() if r in reaches)
+
+    return ", ".join(f"{role} {said(reaches)}" for role, reaches in calls.items())
 
 
 def gigabytes(bytes: float) -> str:

@@ -34,6 +34,7 @@ class Solver(ABC):
     """Integrates from noise to data. Subclasses are dataclasses; `evaluations` is what one generation costs."""
 
     integrates: ClassVar[tuple[str, ...]] = ("velocity",)  # the predictions it can work with
+    extras: ClassVar[tuple[str, ...]] = ()  # maps of the trace that it is given behind the prediction, as channels
     steps: int
 
     @property
@@ -395,8 +396,15 @@ class Sampler:
                 if leads:
                     told = replace(told, end=at if end is None else torch.full_like(at, end))
                 out = denoiser(x, at, told, step=Step(index, evaluations, t, name, memory))
-                sample = out.sample.float()
-                return torch.cat((sample, out.variance.float()), 1) if learned and out.variance is not None else sample
+                if lacking := next((name for name in self.solver.extras if name not in out.trace), None):
+                    raise ValueError(
+                        f"{type(self.solver).__name__} needs a model that records {lacking!r}, this {denoiser.name} "
+                        "does not: apply the edit that does, or use another solver"
+                    )
+                maps = [out.sample, *(out.trace[name] for name in self.solver.extras)]
+                if learned and out.variance is not None:
+                    maps.append(out.variance)
+                return torch.cat([m.float() for m in maps], 1) if len(maps) > 1 else out.sample.float()
 
             c = x.shape[1] if self.channels is None else self.channels
             inside = self.interval[0] <= t <= self.interval[1]

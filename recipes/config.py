@@ -127,7 +127,7 @@ class CriticConfig:
     """The model that learns the student's distribution, in few-step methods that have one."""
 
     start: str = rule("teacher", of=("teacher", "student"))  # whose weights and structure it starts with
-    follow: float = rule(0.0, low=0, high=1)  # part of the way to the student after each of its steps; 0.03 in SenseFlow
+    follow: float = rule(0.0, low=0, high=1)  # part of the way to the student after its steps; SenseFlow: 0.03
 
 
 @dataclass

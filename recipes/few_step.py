@@ -18,7 +18,7 @@ from edit import noise
 from edit.denoiser import Condition, Denoiser, Output, check_layout
 from edit.distillation.matching import Draws, Given, Matching, Roles
 from edit.objectives import Objective
-from recipes.recipe import Recipe, Settings, local
+from recipes.recipe import Recipe, Settings, local, share_frozen
 from recipes.roles import Teacher
 
 
@@ -52,18 +52,20 @@ class FewStep(Recipe):
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         self._seed_dropout(batch_index)
+        if self.device_mesh is not None:
+            self.reshard()  # roots stay gathered after a call without a graph: with the weights of before the last step
         given = self._given(batch, batch_index)
         roles, traces = self._roles(given)
         mine, theirs = self.matching.turns(self.trainer.global_step)
         losses: dict[str, Tensor] = {}
         with self.casting():
             if mine:
-                with frozen(self.critics):
+                with self.frozen(self.critics):
                     losses |= self.matching.student_losses(roles, given)
                 for name, edit in self.denoiser.applied.items():  # of the call that came last
                     losses |= {f"{name}/{k}": v for k, v in edit.losses(traces[-1] if traces else {}).items()}
             if theirs:
-                with frozen(self.students):
+                with self.frozen(self.students):
                     losses |= {f"critic/{k}": v for k, v in self.matching.critic_losses(roles, given).items()}
         means = {name: loss.mean() for name, loss in losses.items()}
         loss = sum(means.values(), start=torch.zeros((), device=self.device))
@@ -79,6 +81,8 @@ class FewStep(Recipe):
         if self.teacher is not None:
             scale = self.teacher.guidance.scale(noise.uniform(seed, samples, noise.GUIDANCE))
         x = batch.get("x")
+        if x is None and self.matching.needs_data:
+            raise ValueError(f"{type(self.matching).__name__} starts from data, and this data set has conditions only")
         shape = self.denoiser.sample_shape if x is None else tuple(x.shape[1:])
         draws = Draws(seed, samples, self.micro(batch_index), shape)
         return Given(condition, null, scale, draws, self.progress, x)
@@ -126,6 +130,19 @@ class FewStep(Recipe):
         assert self.teacher is not None, "a method that asks a teacher declares it (needs_teacher)"
         return self.teacher
 
+    @contextmanager
+    def frozen(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """What is computed inside gives these no gradient: no role is changed by the other's loss.
+
+        FSDP2 would not notice; there gradients of the other role are computed, and dropped before the step.
+        """
+        parameters = parameters if self.device_mesh is None else []
+        for p in parameters:
+            p.requires_grad_(False)
+        yield
+        for p in parameters:
+            p.requires_grad_(True)
+
     # ---- models ---------------------------------------------------------------------------------------------------
 
     def configure_parts(self) -> None:
@@ -135,19 +152,38 @@ class FewStep(Recipe):
         if self.build_critic is not None:
             (self.critic,) = self.make(*self.build_critic, 1)
             self.prepare(self.critic)
+            if self.build_critic[0] is self.build and self.device_mesh is None:
+                share_frozen(self.critic, self.denoiser)
         torch.manual_seed(self.settings.seed)  # the same on every rank
         if (own := self.matching.build(self.denoiser, whole_teacher)) is not None:
             self.own = self.whole_or_sharded(own)
+        if (
+            self.own is not None
+            and self.matching.judges(self.own)
+            and self.matching.together
+            and self.device_mesh is not None
+        ):
+            raise ValueError(
+                f"{type(self.matching).__name__} with together=true: under FSDP2 both roles' losses would reach its "
+                "heads in one step; use together=false with every=2 or more"
+            )
         if self.follow and self.critic is not None:
             check_layout(dict(self.critic.named_parameters()), dict(self.denoiser.named_parameters()), "the student")
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        self.students = [p for p in self.denoiser.parameters() if p.requires_grad]
-        rest = [m for m in (self.critic, self.own) if m is not None]
-        self.critics = [p for m in rest for p in m.parameters() if p.requires_grad]
-        if not self.matching.adversarial:  # no turns but the student's: what the method has is trained there
-            self.students, self.critics = self.students + self.critics, []
+        judges = [] if self.own is None else self.matching.judges(self.own)
+        theirs = [*(() if self.critic is None else self.critic.parameters()), *judges]
+        self.critics = [p for p in theirs if p.requires_grad]
+        known = {id(p) for p in theirs}
+        ours = [*self.denoiser.parameters(), *(() if self.own is None else self.own.parameters())]
+        self.students = [p for p in ours if p.requires_grad and id(p) not in known]
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        mine, theirs = self.matching.turns(self.trainer.global_step)
+        for p in (*(() if mine else self.students), *(() if theirs else self.critics)):
+            p.grad = None
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def moves(self, step: int) -> bool:
         return self.matching.turns(step)[0]
@@ -160,13 +196,3 @@ class FewStep(Recipe):
             theirs, ours = zip(*((local(c), local(p)) for c, p in pairs if p.requires_grad), strict=True)
             with torch.no_grad():
                 torch._foreach_lerp_(theirs, ours, self.follow)
-
-
-@contextmanager
-def frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """What is computed inside gives these no gradient: no role is changed by the other's loss."""
-    for p in parameters:
-        p.requires_grad_(False)
-    yield
-    for p in parameters:
-        p.requires_grad_(True)

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from edit import noise
 from edit.denoiser import Condition, Denoiser
+from edit.edits import trains
 from edit.objectives import Objective
 from recipes.roles import Teacher, shard, units_of
 
@@ -150,8 +151,10 @@ class Recipe(pl.LightningModule, ABC):
             return
         self.configured = True
         self.denoiser, self.ema = self.make(self.build, self.structure, 2)
-        self.configure_parts()
         self.prepare(self.denoiser)
+        if self.device_mesh is None:
+            share_frozen(self.ema, self.denoiser)
+        self.configure_parts()
         self.ema.requires_grad_(False).eval()
         self.told = bool(self.denoiser.config.get("guidance_embeds"))  # its guidance scale, as an input
         if self.teacher is not None and self.teacher.placement == "tied" and self.denoiser.config != self.denoiser.base:
@@ -194,7 +197,7 @@ class Recipe(pl.LightningModule, ABC):
     def prepare(self, denoiser: Denoiser) -> None:
         """For training: what its edits leave open, checkpointed and compiled as the settings say."""
         for name, p in denoiser.named_parameters():
-            p.requires_grad_(p.requires_grad and all(e.trainable(name) for e in denoiser.applied.values()))
+            p.requires_grad_(p.requires_grad and trains(denoiser, name))
         denoiser.train().gradient_checkpointing = self.settings.gradient_checkpointing
         if self.settings.compile:
             for unit in units_of(denoiser):
@@ -308,6 +311,14 @@ class Recipe(pl.LightningModule, ABC):
                 f"the gradient was not finite in the last {run} steps (step {self.trainer.global_step}, loss "
                 f"{float(self.losses['loss']):.3g}): lower optimizer.lr, lengthen optimizer.warmup, or clip harder"
             )
+
+
+def share_frozen(copy: nn.Module, original: nn.Module) -> None:
+    """What is not trained is the same in both, and is kept once: with LoRA that is nearly everything."""
+    for name, p in original.named_parameters():
+        if not p.requires_grad:
+            owner, _, leaf = name.rpartition(".")
+            setattr(copy.get_submodule(owner), leaf, p)
 
 
 def local(p: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import edit
-from edit.checkpoint import load, load_official, save, skeleton
+from edit.checkpoint import fingerprint, load, load_official, save, skeleton
 from edit.denoiser import Denoiser
 from edit.distillation.guidance import TeacherGuidance
 from edit.distillation.matching import Matching
@@ -35,9 +34,10 @@ from edit.objectives import Objective
 from recipes.callbacks import Checkpoints, Metrics, Preview, ProgressBar, checkpoints, newest, step_of
 from recipes.config import UserError
 from recipes.diffusion import Diffusion
-from recipes.evaluate import conditions, environment, null_condition, settings
+from recipes.evaluate import check_told, conditions, environment, null_condition, settings
 from recipes.evaluate import run as evaluate
 from recipes.few_step import FewStep
+from recipes.files import write
 from recipes.loggers import CSVLogger, close, log_artifact, log_summary, make_loggers
 from recipes.recipe import Settings
 from recipes.roles import Teacher
@@ -117,6 +117,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         print(f"next      python eval.py artifact={out}")
         return {}
     if first_rank:
+        refuse_other_teacher(cfg, out, resume is not None)
         write_once(cfg, out)
     if cfg.trainer.strategy.startswith("zero"):
         module.configure_model()  # whole, before DeepSpeed partitions it
@@ -241,7 +242,7 @@ def builders(cfg: DictConfig, data: Any, objective: Objective):
     classes = plan.config.get("num_classes")
     if classes is None:
         try:
-            plan.pack(torch.zeros(1, *data.shape), torch.ones(1), conditions(data)(torch.arange(1)))
+            check_told(plan, data)
         except ValueError as error:
             raise UserError(f"the backbone cannot be told what this data tells: {error}") from error
     if data.num_classes is None and classes is not None:
@@ -296,9 +297,8 @@ def make_teacher(cfg: DictConfig, data: Any, objective: Objective, needy: Sequen
     if not plan.accepts(tuple(data.shape)):
         given, taken = "x".join(map(str, data.shape)), "x".join(map(str, plan.sample_shape))
         raise UserError(f"teacher.path={path} takes samples of {taken}, the data has {given}: choose a teacher for it")
-    told = conditions(data)(torch.arange(1))
     try:
-        plan.pack(torch.zeros(1, *data.shape), torch.ones(1), told)
+        check_told(plan, data)
     except ValueError as error:
         raise UserError(f"teacher.path={path} cannot be told what this data tells: {error}") from error
     half = "bf16" in precision_of(cfg.trainer) if cfg.teacher.dtype == "auto" else cfg.teacher.dtype == "bf16"
@@ -381,6 +381,23 @@ def refuse_other_run(cfg: DictConfig, out: Path) -> None:
             )
 
 
+def refuse_other_teacher(cfg: DictConfig, out: Path, resumes: bool) -> None:
+    """A run is continued only with the teacher it began with; what that is, is kept in its folder.
+
+    Raises:
+        UserError: if the weights under the same path are others by now
+    """
+    if cfg.teacher.path is None:
+        return
+    kept, now = out / "teacher.json", fingerprint(cfg.teacher.path)
+    if resumes and kept.exists() and json.loads(kept.read_text())["fingerprint"] != now:
+        raise UserError(
+            f"{out} began with another teacher: the weights at {cfg.teacher.path} have changed since; give the new run "
+            "another name=, or restore them to resume"
+        )
+    write(kept, json.dumps({"path": str(cfg.teacher.path), "fingerprint": now}))
+
+
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     """Nested keys as dotted ones."""
     if isinstance(node, Mapping) and node:
@@ -389,11 +406,8 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def write_once(cfg: DictConfig, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    for name, text in (("config.yaml", OmegaConf.to_yaml(cfg)), ("env.json", json.dumps(here(), indent=2))):
-        temporary = out / f"{name}.tmp-{os.getpid()}"
-        temporary.write_text(text)
-        os.replace(temporary, out / name)
+    write(out / "config.yaml", OmegaConf.to_yaml(cfg))
+    write(out / "env.json", json.dumps(here(), indent=2))
 
 
 def here() -> dict[str, Any]:

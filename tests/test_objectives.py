@@ -271,6 +271,86 @@ def test_a_model_without_variance_has_no_bound_and_its_weight_scales_it():
     torch.testing.assert_close(tenth, 0.1 * one)
 
 
+# ---- noise predictions on the linear path ----------------------------------------------------------------------------
+
+
+def on_line() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scales of data and noise at each of DDPM's 1000 indices, and the times of the linear path with their ratio."""
+    alpha = torch.cumprod(1 - DDPM().betas(), 0)
+    signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
+    return signal.float(), spread.float(), (spread / (signal + spread)).float()
+
+
+def test_a_flow_model_is_asked_and_answers_on_the_linear_path_itself():
+    x_t, v, t = pair()
+    assert all(a is b for a, b in zip(FlowMatching().native(x_t, t), (x_t, t), strict=True))
+    assert torch.equal(FlowMatching().velocity(v.bfloat16(), x_t, t), v.bfloat16().float())
+
+
+def test_a_point_of_the_linear_path_is_ddpms_own_noisy_sample_and_its_noise_is_the_velocity():
+    """From each index to the linear path and back: the times are hit exactly, nothing is lost but fp32."""
+    ddpm, indices = DDPM(), torch.tensor([0, 1, 10, 250, 500, 900, 998, 999])
+    _, _, line = on_line()
+    x, eps = torch.randn(8, 4, 8, 8), torch.randn(8, 4, 8, 8)
+    t = line[indices]
+    native, time = ddpm.native(FlowMatching().corrupt(x, eps, t), t)
+    assert torch.equal(ddpm.index(time), indices)
+    torch.testing.assert_close(native, ddpm.corrupt(x, eps, time), rtol=1e-5, atol=2e-6)
+    v = ddpm.velocity(eps, FlowMatching().corrupt(x, eps, t), t)
+    # noise minus the sample is divided by 1 - t, as small as 6e-3, and so are fp32's last digits
+    error = (v - (eps - x)).abs().amax((1, 2, 3))
+    assert (error < 2e-6 / (1 - t)).all(), error
+
+
+def test_between_two_indices_the_nearest_one_is_asked():
+    ddpm = DDPM()
+    _, _, line = on_line()
+    below, above = (torch.lerp(line[300:301], line[301:302], w) for w in (0.4, 0.6))
+    times = [ddpm.native(torch.zeros(1, 1, 1, 1), t)[1].item() for t in (below, above)]
+    assert times == pytest.approx([0.301, 0.302])
+
+
+@pytest.mark.parametrize("t, index", [(0.0, 0), (1.0, 999)])
+def test_the_ends_of_the_path_are_the_first_and_last_index_and_stay_finite(t, index):
+    ddpm, at = DDPM(), torch.full((3,), t)
+    x_t, eps, _ = pair()
+    native, time = ddpm.native(x_t, at)
+    signal, spread, line = (v[index] for v in on_line())
+    assert torch.equal(ddpm.index(time), torch.full((3,), index))
+    torch.testing.assert_close(native, (signal + spread) * x_t)
+    v = ddpm.velocity(eps, x_t, at)
+    assert v.isfinite().all() and v.dtype == torch.float32
+    torch.testing.assert_close(v, (eps - x_t) / (1 - line), rtol=1e-4, atol=1e-4)  # 1 - line loses digits at noise
+
+
+@pytest.mark.parametrize("s", [0.5, 2.0])
+def test_the_exact_noise_of_gaussian_data_is_its_exact_velocity(s):
+    ddpm, t, x_t = DDPM(), torch.linspace(0, 1, 101), torch.randn(101, 4, 2, 2)
+    native, time = ddpm.native(x_t, t)
+    signal, spread, line = (v[ddpm.index(time)].view(-1, 1, 1, 1) for v in on_line())
+    eps = spread * native / ((signal * s) ** 2 + spread**2)
+    v = ddpm.velocity(eps, x_t, t)
+    exact = (line - (1 - line) * s**2) / ((1 - line) ** 2 * s**2 + line**2) * x_t
+    # at the last index 1 - t is 6e-3 and divides fp32's rounding of a number of size 1
+    torch.testing.assert_close(v, exact, rtol=1e-3, atol=1e-3)
+    inside = (t - line.flatten()).abs() < 2e-3  # where indices are dense the time asked for is the time that was given
+    assert inside.sum() > 90
+    at = t.view(-1, 1, 1, 1)
+    given = (at - (1 - at) * s**2) / ((1 - at) ** 2 * s**2 + at**2) * x_t
+    torch.testing.assert_close(v[inside], given[inside], rtol=0.02, atol=0.05)
+
+
+def test_samples_of_a_batch_are_seen_each_at_its_own_time():
+    ddpm = DDPM()
+    x_t, eps, t = pair()
+    native, time = ddpm.native(x_t, t)
+    v = ddpm.velocity(eps, x_t, t)
+    for k in range(len(t)):
+        one, at = ddpm.native(x_t[k : k + 1], t[k : k + 1])
+        assert torch.equal(one[0], native[k]) and torch.equal(at[0], time[k])
+        assert torch.equal(ddpm.velocity(eps[k : k + 1], x_t[k : k + 1], t[k : k + 1])[0], v[k])
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,9 @@ from edit import plan as planning
 from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig
 from edit.cost import peak_memory
+from edit.distillation.distribution_matching import DistributionMatching
+from edit.distillation.ladd import LADD
+from edit.distillation.progressive import Progressive
 from edit.plan import (
     ADAM_8BIT,
     ADAM_8BIT_MASTER,
@@ -28,12 +31,12 @@ from edit.plan import (
     refuse,
     role_of,
     seconds,
-    step_flops,
     stored,
     transient,
 )
 from edit.probe import Probe
 from edit.tuning.lora import LoRA
+from edit.turns import Call, Turn, turns
 
 ROOT = Path(__file__).parents[1]
 FLUX = 11.901e9
@@ -152,8 +155,11 @@ def test_generating_with_the_teacher_takes_the_time_of_d4():
 
 
 def test_distilling_costs_a_teacher_forward_and_four_of_the_student():
-    assert step_flops(10, checkpointing=True, teacher=30, calls=1) == 2 * (30 + 4 * 10)
-    assert step_flops(10, checkpointing=False) == 2 * 3 * 10
+    asked, trained = Call("teacher"), Call("student", reach="weights")
+    assert asked.flops(30, False) + trained.flops(10, True) == 2 * (30 + 4 * 10)
+    assert trained.flops(10, False) == 2 * 3 * 10
+    assert Call("teacher", 2.0).flops(30, True) == 2 * 2 * 30  # classifier-free guidance; nothing to compute again
+    assert Call("teacher", reach="input").flops(30, False) == 2 * 2 * 30
 
 
 def test_gathered_weights_of_flux_are_two_units():
@@ -235,6 +241,113 @@ def test_the_predicted_peak_is_that_of_the_recipe(monkeypatch):
     from benchmarks.plan import Case, recipe
 
     case = Case(DiTConfig(8, 1, 1, 128, 6, 4, num_classes=10).build, 32)
+    measured = peak_memory(lambda: recipe(case, torch.device("cpu"), False, False))
+    assert case.draft(False, half=False).plan().total == pytest.approx(measured, rel=0.03)
+
+
+# ---- few-step methods ------------------------------------------------------------------------------------------------
+
+
+def small(**options) -> Probe:
+    return probe(DiTConfig(8, 2, 4, hidden_size=64, depth=6, num_heads=2, num_classes=10), **options)
+
+
+def counted(matching, guided: int = 1, rounds: int = 12) -> dict[str, dict[str, float]]:
+    student, teacher = small(), small(taps=tuple(matching.teacher_taps))
+    own = matching.build(student.denoiser, teacher.denoiser)
+    return planning.calls_of(turns(matching, student, teacher, own, guided, rounds))
+
+
+def test_a_method_is_counted_by_what_it_asks():
+    assert counted(Progressive(4)) == {"student": {"weights": 1}, "teacher": {"nothing": 2}}
+    assert counted(Progressive(4), guided=2)["teacher"] == {"nothing": 4}
+
+
+def test_distribution_matching_trains_the_critic_on_its_turns_and_sees_rollouts_of_the_mean_length():
+    """From a grid of K times 0 to K - 1 steps are rolled out, then comes one more, with a graph or without."""
+    found = counted(DistributionMatching(grid=(1.0, 0.5), simulate=1.0, every=5), guided=2, rounds=20)
+    assert found["teacher"] == {"nothing": pytest.approx(2 / 5)}
+    assert found["critic"] == {"weights": pytest.approx(4 / 5), "nothing": pytest.approx(1 / 5)}
+    assert found["student"]["weights"] == pytest.approx(1 / 5)
+    # 100 fair draws of 0 or 1 steps: three standard errors
+    assert found["student"]["nothing"] == pytest.approx(4 / 5 + 0.5, abs=0.15)
+
+
+def test_a_judged_student_is_reached_through_the_frozen_teacher():
+    ladd = LADD(teacher_taps=(1, 3), hidden=8)
+    assert counted(ladd) == {
+        "student": {"weights": 0.5, "nothing": 0.5},
+        "teacher": {"input": 0.5, "nothing": 1.0},  # a fake on the student's turn; a real and a fake on the heads'
+    }
+
+
+def duel(**options) -> Draft:
+    """A run with a critic of the student's own size, whose roles alternate."""
+    critic = (Call("student"), Call("critic", reach="weights"))
+    student = (Call("student", reach="weights"), Call("teacher"), Call("critic"))
+    kinds = (Turn(0.2, student), Turn(0.8, critic))
+    plain = draft(**options)
+    return replace(plain, teacher=plain.student, placement="replicated", critic=plain.student, turns=kinds)
+
+
+def test_the_states_of_row_e_are_those_of_its_roles():
+    """FLUX.1-dev three times over: student and critic of 16 bytes a parameter, both sharded, and a frozen teacher."""
+    flux = probe(FluxConfig(), 128)
+    run = Draft(flux, STRATEGIES["fsdp2"], 8, teacher=flux, placement="sharded", critic=flux)
+    states = run.states()
+    student, critic, teacher = (states[name] for name in ("student", "critic", "teacher"))
+    assert student.total - student.average == pytest.approx(critic.total) and critic.average == 0
+    assert critic.total / GB == pytest.approx(23.8, abs=0.01) and teacher.total / GB == pytest.approx(3.0, abs=0.03)
+    assert (critic.total * 2 + teacher.total) / GB == pytest.approx(50.6, abs=0.05)
+
+
+def test_a_critic_takes_weights_and_optimizer_and_shares_the_room_for_gradients():
+    run = duel()
+    plan, alone = run.plan(), replace(run, critic=None, turns=()).plan()
+    size = run.roles()["critic"].params
+    assert plan.critic == (4 + 8) * size and plan.gradients == alone.gradients == 4 * size
+    assert (plan.weights, plan.optimizer, plan.average) == (alone.weights, alone.optimizer, alone.average)
+    both = replace(run, turns=(Turn(1.0, tuple(c for turn in run.turns for c in turn.calls)),)).plan()
+    assert both.gradients == 8 * size and both.activations > plan.activations
+    # DDP's buckets and DeepSpeed's buffers of both are always there
+    assert replace(run, strategy=DDP, devices=2).plan().gradients == 8 * size
+
+
+def test_what_a_critic_has_frozen_has_no_gradients_and_no_optimizer():
+    spec = DiTConfig(8, 2, 4, hidden_size=64, depth=6, num_heads=2, num_classes=10)
+    with torch.device("meta"):
+        own = spec.build().sample_shape
+    lora = Probe(lambda: edit.apply(spec.build(), {"lora": LoRA(rank=4)}, fresh=False), own, small().condition)
+    run = replace(duel(), critic=lora)
+    role = run.roles()["critic"]
+    assert 0 < role.trained < 0.2 * role.params
+    assert run.plan().critic == 4 * role.params + 8 * role.trained
+
+
+def test_the_time_of_a_step_is_the_mean_over_turns():
+    run, macs = duel(batch=1, peak=1.0, mfu=1.0), small().macs()
+    student, critic = 3 + 1 + 1, 1 + 3  # forwards' worth
+    assert run.plan().seconds == pytest.approx(2 * macs * (0.2 * student + 0.8 * critic))
+    offloaded = replace(run, placement="offloaded")
+    carried = 0.2 * 2 * run.roles()["teacher"].params / planning.PCIE
+    assert offloaded.plan().seconds - run.plan().seconds == pytest.approx(carried, rel=1e-3)
+
+
+def test_a_graph_through_the_teacher_is_held_beside_the_students():
+    through = Turn(1.0, (Call("student", reach="weights"), Call("teacher", reach="input")))
+    found = replace(duel(), turns=(through,)).plan()
+    student, teacher = small().step(16, False, False), small().step(16, False, False, torch.bfloat16, frozen=True)
+    assert found.activations == student.stored + teacher.flowing
+    assert teacher.kept == teacher.flowing  # it leaves no gradients
+
+
+@pytest.mark.slow  # Lightning
+@pytest.mark.parametrize("name", ["progressive", "distribution_matching"])  # found 0.3 % and 0.2 %
+def test_the_predicted_peak_is_that_of_a_few_step_run(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.plan import CASES, METHODS, recipe
+
+    case = replace(CASES["digits"], batch=32, matching=METHODS[name])
     measured = peak_memory(lambda: recipe(case, torch.device("cpu"), False, False))
     assert case.draft(False, half=False).plan().total == pytest.approx(measured, rel=0.03)
 
@@ -322,7 +435,7 @@ def test_the_command_line_plans_what_train_would_run(capsys):
     assert r["sample"] == [1, 8, 8] and r["notes"] == []  # the digits' own
     assert r["total"] == pytest.approx(sum(r["memory"].values())) and r["fits"]
     assert r["activations_with_checkpointing"] < r["activations_without_checkpointing"]
-    flops = step_flops(r["macs"], checkpointing=False)
+    flops = 2 * 3 * r["macs"]
     assert r["seconds_per_step"] == pytest.approx(seconds(flops * 8, 100e12))
     assert r["seconds"] == pytest.approx(r["seconds_per_step"] * r["steps"])
 
@@ -337,6 +450,16 @@ def test_a_teacher_that_is_not_here_is_stood_in_for_and_said_so(capsys):
     assert "teacher.path=not_here cannot be read here" in r["notes"][0] and "stands in" in r["notes"][0]
     tied = report(*TINY, "edits=lora", "teacher={placement: tied}", capsys=capsys)
     assert tied["memory"]["teacher"] == 0 and tied["trained"] < tied["parameters"]
+
+
+def test_a_few_step_run_is_planned_with_its_critic(capsys):
+    method = "matching={_target_: edit.distillation.distribution_matching.DistributionMatching, grid: [1.0, 0.5]}"
+    r = report(*TINY, "teacher.path=not_here", method, capsys=capsys)
+    assert r["critic_parameters"] == r["parameters"] and r["memory"]["critic"] == 12 * r["parameters"]
+    assert r["calls"]["critic"]["weights"] == pytest.approx(0.8)
+    assert main([*TINY, "teacher.path=not_here", method]) in (0, 1)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "critic (" in out and "critic 0.8 and 0.2 without gradient" in out
 
 
 def test_an_edit_is_planned_without_the_artifact_that_it_will_edit(capsys):

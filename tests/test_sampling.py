@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from ranks import run_ranks
 from torch import Tensor, nn
+from weights import randomise
 
 import edit
 from edit import noise
+from edit.backbones.flux import FluxConfig
 from edit.denoiser import Condition, Denoiser, Layout, Output, Step, Stream
 from edit.edits import Edit
 from edit.objectives import DDPM, FlowMatching
-from edit.sampling import DDIMSolver, DDPMSolver, DPMSolver, Euler, EulerMaruyama, Heun, Sampler, times
+from edit.sampling import DDIMSolver, DDPMSolver, DPMSolver, Euler, EulerMaruyama, Grid, Heun, Sampler, times
 
 ALPHA = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
 
@@ -449,6 +451,134 @@ def test_memory_lives_for_one_generation_and_one_branch(dit):
             assert remembered == [{}, {"written": (branch, 0)}, {"written": (branch, 1)}]
 
 
+# ---- a few steps at given times --------------------------------------------------------------------------------------
+
+
+def test_a_grid_of_even_times_is_euler():
+    even, shifted = Grid((1.0, 0.75, 0.5, 0.25)), Grid((1.0, 0.75, 0.5, 0.25), shift=3.0)
+    assert even.steps == even.evaluations == 4 and even.grid == (1, 0.75, 0.5, 0.25, 0)
+    assert shifted.grid == pytest.approx((1, 0.9, 0.75, 0.5, 0))
+    for grid, euler in ((even, Euler(4)), (shifted, Euler(4, 3.0))):
+        torch.testing.assert_close(generate(Gaussian(), grid), generate(Gaussian(), euler), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tokens, published", [(4096, [1000, 904.5, 759.5, 512.8]), (1024, [1000, 849.2, 652.5, 384.9])]
+)
+def test_a_grid_shifted_for_flux_has_the_published_times(tokens, published):
+    """Oracle 19."""
+    shift = math.exp(0.5 + 0.65 * (tokens - 256) / 3840)
+    assert [1000 * t for t in Grid(shift=shift).grid[:-1]] == pytest.approx(published, abs=0.05)
+
+
+def test_a_grid_may_start_below_pure_noise_and_asks_at_its_own_times():
+    denoiser = Gaussian()
+    generate(denoiser, Grid((0.8, 0.3)))
+    assert [sigma for _, _, sigma in denoiser.seen] == pytest.approx([0.8, 0.3])
+
+
+def test_renoising_goes_to_data_and_back_with_fresh_noise():
+    ts, x = (1.0, 0.6, 0.2), start().double()
+    for k, t in enumerate(ts):
+        gain = (t - (1 - t) * 0.25) / ((1 - t) ** 2 * 0.25 + t**2)
+        data = x - t * (gain * (x - (1 - t)) - 1)
+        after = [*ts[1:], 0][k]
+        x = (1 - after) * data
+        if after:
+            x = x + after * noise.gaussian(0, torch.arange(8), noise.SOLVER + k, (4, 4, 4))
+    got = generate(Gaussian(), Grid(ts, renoise=True))
+    torch.testing.assert_close(got.double(), x, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(got, generate(Gaussian(), Grid(ts)), atol=0.1)
+
+
+def test_a_renoised_sample_does_not_depend_on_its_batch():
+    sampler, denoiser = Sampler(Grid((1.0, 0.5, 0.25), renoise=True)), Gaussian()
+    whole = sampler(denoiser, FlowMatching(), labels(6), torch.arange(6))
+    part = sampler(denoiser, FlowMatching(), labels(2), torch.tensor([4, 1]))
+    assert torch.equal(part, whole[[4, 1]])
+    assert not torch.equal(whole[0], whole[1])
+
+
+def test_noise_predictions_are_stepped_as_velocities():
+    """The same Gaussian seen by both kinds of model: they differ by how finely DDPM's 1000 times lie."""
+    times_ = tuple(0.95 - 0.09 * k for k in range(10))
+    flow, ddpm = (generate(Gaussian(0.5, predicts), Grid(times_)) for predicts in ("velocity", "noise"))
+    torch.testing.assert_close(ddpm, flow, rtol=0, atol=0.01)
+
+
+@dataclass
+class Ends(Edit):
+    """Writes down which end its model is told."""
+
+    leads = True
+
+    def apply(self, denoiser: Denoiser) -> None:
+        self.told = []
+
+    def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
+        self.told.append((round(t[0].item(), 3), None if condition.end is None else condition.end.tolist()))
+        return stream
+
+
+@dataclass
+class Deaf(Ends):
+    """Likewise, of a model that is no flow map."""
+
+    leads = False
+
+
+def test_only_a_flow_map_is_told_where_a_step_ends():
+    def heard(solver, ends: Ends, **settings) -> list:
+        denoiser = Gaussian()
+        edit.apply(denoiser, {"ends": ends})
+        generate(denoiser, solver, n=2, **settings)
+        return ends.told
+
+    assert heard(Grid((1.0, 0.5)), Ends()) == [(1, [0.5, 0.5]), (0.5, [0, 0])]
+    assert heard(Grid((1.0, 0.5), renoise=True), Ends()) == [(1, [0, 0]), (0.5, [0, 0])]  # each goes to data
+    assert heard(Euler(2), Ends()) == [(1, [0.5, 0.5]), (0.5, [0, 0])]
+    assert heard(Heun(2), Ends())[:2] == [(1, [1, 1]), (0.5, [0.5, 0.5])]  # instantaneous velocities
+    assert heard(Euler(1), Ends(), guidance=2.0) == 2 * [(1, [0, 0])]  # both branches
+    assert heard(Grid((1.0, 0.5)), Deaf()) == [(1, None), (0.5, None)]
+
+
+# ---- models with a guidance input ------------------------------------------------------------------------------------
+
+
+def flux(**options) -> Denoiser:
+    denoiser = FluxConfig(16, 1, 1, 32, 2, 32, 32, axes_dims_rope=(8, 12, 12), sample_size=(8, 8), **options).build()
+    randomise(denoiser, 0)
+    return denoiser.eval()
+
+
+def told(denoiser: Denoiser, n: int = 2, **settings) -> Tensor:
+    condition = denoiser.example(n, text=4)
+    return Sampler(Euler(2), **settings)(denoiser, FlowMatching(), condition, torch.arange(n))
+
+
+def test_a_model_with_a_guidance_input_is_told_the_scale_in_one_pass():
+    denoiser, calls = flux(guidance=3.5), []
+    denoiser.register_forward_hook(lambda m, args, out: calls.append((len(args[0]), args[2].guidance)))
+    x = told(denoiser, told=5.0)
+    assert [n for n, _ in calls] == [2, 2]  # no second half, no second pass
+    assert all(torch.equal(g, torch.full((2,), 5.0)) for _, g in calls)
+    assert not torch.allclose(x, told(denoiser), atol=1e-3)
+    assert torch.equal(told(denoiser, told=3.5), told(denoiser))  # its own scale
+
+
+def test_a_scale_is_told_to_both_branches_where_there_is_guidance_on_top():
+    denoiser, seen = flux(), []
+    denoiser.register_forward_hook(lambda m, args, out: seen.append(args[2].guidance))
+    told(denoiser, told=2.0, guidance=1.5)
+    assert all(torch.equal(g, torch.full((4,), 2.0)) for g in seen)
+
+
+def test_a_scale_cannot_be_told_to_a_model_without_input(dit):
+    for denoiser, name in ((flux(guidance_embeds=False), "flux"), (dit, "dit")):
+        with pytest.raises(ValueError, match=f"told=2, but this {name} has no guidance input: use guidance instead"):
+            told(denoiser, told=2.0)
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -478,6 +608,12 @@ def test_more_steps_than_the_objective_has_are_refused(solver):
         (lambda: Euler(0), "Euler: steps must be at least 1, got 0"),
         (lambda: EulerMaruyama(1), "EulerMaruyama: steps must be at least 2, got 1"),
         (lambda: EulerMaruyama(10, last=1.0), "last must lie between 0 and 1, got 1.0"),
+        (lambda: Grid(()), r"times must decrease and be above 0, got \[\]"),
+        (lambda: Grid((0.5, 1.0)), r"times must decrease and be above 0, got \[0.5, 1.0\]"),
+        (lambda: Grid((1.0, 0.5, 0.5)), "times must decrease and be above 0"),
+        (lambda: Grid((1.0, 0.0)), "times must decrease and be above 0"),
+        (lambda: Grid((1.5, 1.0)), "times are at most 1, which is pure noise, got 1.5"),
+        (lambda: Grid(shift=0), "shift must be positive, got 0; 1 leaves times unchanged"),
         (lambda: DPMSolver(10, order=4), "order must be 1, 2 or 3, got 4"),
         (lambda: Sampler(interval=(0.7, 0.2)), "interval must be 0 <= low < high <= 1"),
         (lambda: Sampler(interval=(0.0, 1.5)), "interval must be 0 <= low < high <= 1"),

@@ -102,14 +102,17 @@ class Matching(ABC):
         """
 
     def build(self, student: Denoiser, teacher: Denoiser | None) -> nn.Module | None:
-        """Parameters of the method itself: a discriminator's heads, a learned weight. They are trained on the critic's
-        turn, or on the student's where there is no other, saved with the run and not with the artifact. May be called
-        on the meta device.
+        """Parameters of the method itself: a discriminator's heads, a learned weight. They are trained (`judges`) and
+        saved with the run, not with the artifact. May be called on the meta device.
 
         Raises:
             ValueError: if the method does not fit the two models
         """
         return None
+
+    def judges(self, own: nn.Module) -> list[nn.Parameter]:
+        """Of what `build` returned, the parameters of the critic's turns; the rest are of the student's."""
+        return list(own.parameters()) if self.adversarial else []
 
     def turns(self, step: int) -> tuple[bool, bool]:
         """Whether optimiser step `step` is the student's turn, and whether it is the critic's."""

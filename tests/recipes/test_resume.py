@@ -242,3 +242,14 @@ def test_a_full_disk_ends_in_one_sentence_and_keeps_earlier_checkpoints(tmp_path
     run_ranks(limited, 1)
     assert [p.name for p in checkpoints(tmp_path / "a" / "checkpoints")] == ["step_00000004.ckpt", "step_00000005.ckpt"]
     assert not list((tmp_path / "a" / "checkpoints").glob("*.tmp-*"))
+
+
+def test_a_run_is_not_continued_with_another_teacher_under_the_same_path(tmp_path):
+    train(tmp_path, "name=t", "trainer.max_steps=2")
+    kd = ("name=s", f"teacher.path={tmp_path}/t", "+terms.kd._target_=edit.distillation.output.OutputKD")
+    train(tmp_path, *kd, "trainer.max_steps=2")
+    train(tmp_path, *kd, "trainer.max_steps=4")  # the same teacher
+    train(tmp_path, "name=t", "trainer.max_steps=4")
+    with pytest.raises(UserError, match="began with another teacher"):
+        train(tmp_path, *kd, "trainer.max_steps=6")
+    train(tmp_path, *kd, "trainer.max_steps=4")  # there is nothing left to do, and so nothing to refuse

@@ -1,0 +1,211 @@
+"""Discrete consistency models: two neighbours on a path are led to the same end, each in one step.
+
+Sources: consistency distillation (arXiv 2303.01469) and latent consistency models (2310.04378): `Consistency`;
+phased consistency models (2405.18407): `PhasedConsistency`; truncated consistency models (2410.14895):
+`TruncatedConsistency`. Specification: methods/distillation.md, D3.6.
+
+From t to an end e the prediction is f(x_t, t -> e) = x_t + (e - t) v(x_t, t), which is x_t itself at t = e: boundaries
+hold by construction. The pseudo-Huber distance is taken element by element and averaged, as the published code of LCM
+and PCM has it, and their c of 1e-3 means that. Guidance is the teacher's: `Given.scale`, drawn from teacher.guidance in
+our convention, one more than the w that both papers write; PCM's code ignores the range it is given, here it counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edit.distillation.matching import Field, Given, Matching, Roles, column, corrupt, huber, mean, move
+from edit.distillation.progressive import check_steps
+from edit.sampling import Grid, Solver, times
+
+
+@dataclass(frozen=True)
+class Consistency(Matching):
+    """CD and LCM: every point of a path leads to its data.
+
+    Args:
+        steps: of the grid that the teacher steps along; 50 of 1000 are LCM's 20 skipped
+        shift: of the grid's times
+        average: the target is predicted by the moving average (CD, with ema.decay 0.95), or by the student itself
+            without a graph (LCM as a LoRA)
+        scaling: s of LCM's boundary scalings c_skip x_t + c_out f with c_skip = 1 / (1 + r^2),
+            c_out = r / sqrt(1 + r^2), r = s 1000 t / 0.5; None: none, as f needs none. Generation leaves them out:
+            at s = 10 they change a sample by less than 1e-5 of its size where t is at least 0.02
+        c: of the pseudo-Huber distance
+    """
+
+    steps: int = 50
+    shift: float = 1.0
+    average: bool = True
+    scaling: float | None = 10.0
+    c: float = 1e-3
+
+    def __post_init__(self):
+        _check_fields("Consistency", self.steps, self.shift, self.c)
+        if self.scaling is not None and self.scaling < 1:
+            raise ValueError(
+                f"Consistency: scaling must be at least 1, got {self.scaling:g}: below, generation, which leaves it "
+                "out, would differ from training; null is none"
+            )
+
+    def check(self, solver: Solver) -> None:
+        _check_renoised("Consistency", solver)
+
+    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
+        def data(field: Field, x: Tensor, t: Tensor) -> Tensor:
+            found = move(x, field(x, t, given.condition), t, torch.zeros_like(t))
+            if self.scaling is None:
+                return found
+            r = 1000 * self.scaling * t / 0.5
+            return column(1 / (1 + r * r), x) * x + column(r / (1 + r * r).sqrt(), x) * found
+
+        grid = _grid(self.steps, self.shift, given)
+        k, x_t, x_next = _teacher_step(roles, given, grid)
+        with torch.no_grad():
+            target = data(roles.average if self.average else roles.student, x_next, grid[k + 1])
+        return {"consistency": distance(data(roles.student, x_t, grid[k]), target, self.c)}
+
+
+@dataclass(frozen=True)
+class PhasedConsistency(Matching):
+    """PCM: [0, 1] is cut into phases, and a point leads to the end of its own, where the next one begins.
+
+    Generation is a straight step per phase, without fresh noise. The target is predicted by the student itself without
+    a graph. The published run adds a discriminator to `predictions` (weight 0.1), which is not part of this method.
+
+    Args:
+        phases: how many, in equal parts of the grid; several numbers share the run equally in this order, and the last
+            is what is sampled
+        steps: of the grid that the teacher steps along, divisible by each number of phases
+        shift: of the grid's times
+        c: of the pseudo-Huber distance
+    """
+
+    phases: tuple[int, ...] = (4,)
+    steps: int = 100
+    shift: float = 1.0
+    c: float = 1e-3
+
+    def __post_init__(self):
+        object.__setattr__(self, "phases", tuple(self.phases))
+        _check_fields("PhasedConsistency", self.steps, self.shift, self.c)
+        if not self.phases or any(m < 1 or self.steps % m for m in self.phases):
+            raise ValueError(
+                f"PhasedConsistency: phases are numbers that divide the {self.steps} steps, got {list(self.phases)}"
+            )
+
+    def check(self, solver: Solver) -> None:
+        check_steps("PhasedConsistency", self.phases[-1], self.shift, solver)
+
+    def predictions(self, roles: Roles, given: Given) -> tuple[Tensor, Tensor, Tensor]:
+        """The student's point at the end of a phase (with a graph), where it should be, and the time of that end [b].
+
+        For terms that judge the end itself: all three belong to `Given.x` noised to a random time of the grid.
+        """
+        condition, grid = given.condition, _grid(self.steps, self.shift, given)
+        length = self.steps // self.phases[min(int(given.progress * len(self.phases)), len(self.phases) - 1)]
+        k, x_t, x_next = _teacher_step(roles, given, grid)
+        t, after, end = grid[k], grid[k + 1], grid[(k // length + 1) * length]
+        with torch.no_grad():
+            target = move(x_next, roles.student(x_next, after, condition), after, end)
+        return move(x_t, roles.student(x_t, t, condition), t, end), target, end
+
+    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
+        prediction, target, _ = self.predictions(roles, given)
+        return {"phased": distance(prediction, target, self.c)}
+
+
+@dataclass(frozen=True)
+class TruncatedConsistency(Matching):
+    """TCM's second stage: a consistency model gives up the times near data and gets better at the others.
+
+    The teacher is the model of the first stage, frozen, which is where the student starts, too: at times up to `until`
+    its data are the target, above them the student's own at the neighbouring time. Neighbours are one sample with one
+    noise (consistency training), so what is learned is the path of the data: where the first stage distilled guidance,
+    train on samples of its guided teacher. Inferred, as published configurations are EDM's: the grid instead of
+    continuous times, the share of the boundary, the student itself as target.
+
+    Args:
+        until: time up to which the first stage is kept; 0.5 is the paper's noise of 1
+        share: of the samples that are drawn at the boundary, without which the student may collapse to a constant
+        steps: of the grid
+        shift: of the grid's times
+        c: of the pseudo-Huber distance
+    """
+
+    until: float = 0.5
+    share: float = 0.25
+    steps: int = 50
+    shift: float = 1.0
+    c: float = 1e-3
+
+    def __post_init__(self):
+        _check_fields("TruncatedConsistency", self.steps, self.shift, self.c)
+        for name, value in (("until", self.until), ("share", self.share)):
+            if not 0 < value < 1:
+                raise ValueError(f"TruncatedConsistency: {name} must lie between 0 and 1, got {value}")
+
+    def check(self, solver: Solver) -> None:
+        grid = _check_renoised("TruncatedConsistency", solver)
+        if grid[-2] <= self.until:
+            raise ValueError(
+                f"TruncatedConsistency keeps nothing at times up to {self.until:g}, the sampler asks at {grid[-2]:g}: "
+                "leave such times out of sampler.solver.times"
+            )
+
+    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
+        def data(field: Field, x: Tensor, t: Tensor) -> Tensor:
+            return move(x, field(x, t, given.condition), t, torch.zeros_like(t))
+
+        draws, grid = given.draws, _grid(self.steps, self.shift, given)
+        inside = sum(t > self.until for t in times(self.steps, self.shift)[:-1])  # grid times that are trained
+        k = (draws.uniform(0) * inside).long()
+        k = torch.where(draws.uniform(2) < self.share, inside - 1, k)
+        t, after, eps = grid[k], grid[k + 1], draws.gaussian(1)
+        x_t, x_next = corrupt(given.x, eps, t), corrupt(given.x, eps, after)
+        with torch.no_grad():
+            kept, own = data(roles.teacher, x_next, after), data(roles.student, x_next, after)
+            target = torch.where(column(k == inside - 1, own), kept, own)
+        return {"truncated": distance(data(roles.student, x_t, t), target, self.c)}
+
+
+# ---- shared ----------------------------------------------------------------------------------------------------------
+
+
+def distance(prediction: Tensor, target: Tensor, c: float) -> Tensor:
+    """Mean over elements of sqrt(difference^2 + c^2) - c: b ... -> [b]."""
+    return mean(huber((prediction - target).reshape(-1, 1), c).view(prediction.shape))
+
+
+def _grid(steps: int, shift: float, given: Given) -> Tensor:
+    return torch.tensor(times(steps, shift), device=given.x.device, dtype=torch.float32)
+
+
+def _teacher_step(roles: Roles, given: Given, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Data noised to a random time grid[k], and where the teacher's step to grid[k + 1] leads: k [b], x_t, x_next."""
+    k = (given.draws.uniform(0) * (len(grid) - 1)).long()
+    t = grid[k]
+    x_t = corrupt(given.x, given.draws.gaussian(1), t)
+    return k, x_t, move(x_t, roles.teacher(x_t, t, given.condition), t, grid[k + 1])
+
+
+def _check_fields(who: str, steps: int, shift: float, c: float) -> None:
+    if steps < 1:
+        raise ValueError(f"{who}: steps must be at least 1, got {steps}")
+    if shift <= 0:
+        raise ValueError(f"{who}: shift must be positive, got {shift}; 1 leaves times unchanged")
+    if c <= 0:
+        raise ValueError(f"{who}: c must be positive, got {c}")
+
+
+def _check_renoised(who: str, solver: Solver) -> tuple[float, ...]:
+    """The times of the sampler of consistency models."""
+    if not isinstance(solver, Grid) or not solver.renoise:
+        raise ValueError(
+            f"{who} leads to data from any time, the sampler is {solver}: set sampler.solver to edit.sampling.Grid "
+            "with renoise=true, for instance times=[1.0, 0.5]"
+        )
+    return solver.grid

@@ -1,0 +1,106 @@
+"""Trajectory distribution matching (TDM, arXiv 2503.06674): the student's own way from noise to data is matched with
+the teacher's, segment by segment, without any data.
+
+The student goes from noise to one of its times (without a graph), then one step further, into the segment that ends
+there. What it then holds is noised again inside that segment, where the two scores are compared. Specification:
+methods/distillation.md, D3.9. With x and eps what the student sees at t, the state at the lower end s is
+(1 - s) x + s eps, and noised again to tau in [s, t) it is (1 - tau) x + tau n with n = rho eps + sqrt(1 - rho^2) noise,
+rho = s (1 - tau) / (tau (1 - s)): the published a and b, without their cancellation at small tau. Inferred: tau is
+uniform in the segment, and 1e-6 in the normaliser.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from edit.distillation.distribution_matching import check_grid, direction, rollout
+from edit.distillation.matching import Given, Matching, Roles, column, corrupt, huber, mean
+from edit.sampling import Grid, Solver
+
+STEP, TIME, NOISE = 1, 2, 3  # streams of `Draws`, beside those of the rollout
+
+
+@dataclass(frozen=True)
+class TrajectoryMatching(Matching):
+    """Match the marginals along the student's deterministic trajectory; guided teacher: 4.5 for PixArt.
+
+    Args:
+        grid: times of the student's steps, the sampler's own before `shift`
+        shift: of these times, likewise
+        c: of the pseudo-Huber distance
+        cap: of the signal-to-noise ratio, which weights the critic's loss on data
+        every: the student's turn is every n-th step, the critic's are the others
+        together: the critic is trained on the student's turns as well
+    """
+
+    grid: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    shift: float = 1.0
+    c: float = 1e-3
+    cap: float = 5.0
+    every: int = 2
+    together: bool = False
+
+    needs_data: ClassVar[bool] = False
+    has_critic: ClassVar[bool] = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "grid", tuple(self.grid))
+        Grid(self.grid, shift=self.shift)  # refuses what is none
+        if self.c <= 0 or self.cap <= 0:
+            raise ValueError(f"TrajectoryMatching: c and cap must be positive, got {self.c}, {self.cap}")
+        if self.every < 2 and not self.together:
+            raise ValueError(
+                f"TrajectoryMatching: every={self.every} leaves the critic no turn: set every to 2 or more, or "
+                "together=true"
+            )
+
+    @property
+    def solver(self) -> Grid:
+        return Grid(self.grid, shift=self.shift)
+
+    def check(self, solver: Solver) -> None:
+        check_grid("TrajectoryMatching", self.solver, solver)
+
+    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
+        x, eps, tau, rho = self.step(roles, given)
+        with torch.no_grad():
+            x_tau, _ = renoise(x, eps, given.draws.gaussian(NOISE), tau, rho)
+            teacher, critic = roles.teacher(x_tau, tau, given.condition), roles.critic(x_tau, tau, given.condition)
+            gradient = direction(x, x_tau, tau, teacher, critic)
+        # the target is x - gradient, taken from x without rounding
+        return {"trajectory": huber(x - x.detach() + gradient, self.c)}
+
+    def critic_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
+        noise = given.draws.gaussian(NOISE)
+        with torch.no_grad():
+            x, eps, tau, rho = self.step(roles, given)
+            x_tau, n = renoise(x, eps, noise, tau, rho)
+            snr = ((1 - tau) / tau).square().clamp(max=self.cap)
+            importance = (0.5 * (mean(noise.square()) - mean(n.square()))).exp()
+        # data that the critic's velocity implies, less x: their common x_tau is left out
+        delta = column(tau, x) * (roles.critic(x_tau, tau, given.condition) - (n - x))
+        return {"data": snr * importance * mean(delta.square())}
+
+    def step(self, roles: Roles, given: Given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The student's view after its rollout, and where in the segment below it is noised to.
+
+        Returns:
+            x, eps b c y x, with the student's graph unless it is off; tau, rho [b]
+        """
+        draws, ts = given.draws, self.solver.grid
+        k = int(draws.shared(STEP) * len(self.grid))
+        x_t = rollout(roles.student, given, ts[: k + 1], renoise=False)
+        t, end = (torch.full_like(given.scale, ts[j]) for j in (k, k + 1))
+        v = roles.student(x_t, t, replace(given.condition, end=end))
+        tau = torch.lerp(end, t, draws.uniform(TIME))
+        return x_t - column(t, x_t) * v, x_t + column(1 - t, x_t) * v, tau, end * (1 - tau) / (tau * (1 - end))
+
+
+def renoise(x: Tensor, eps: Tensor, noise: Tensor, tau: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
+    """State at tau, and the noise in it, of which the part rho is the student's own: both shaped as x."""
+    n = column(rho, x) * eps + column((1 - rho.square()).clamp_min(0).sqrt(), x) * noise
+    return corrupt(x, n, tau), n
