@@ -94,7 +94,7 @@ class Role:
     optimizer: Optimizer = ADAMW
     frozen_bytes: int = 2  # per parameter that is not trained
     placement: Placement = "replicated"  # of a role that is not trained; the strategy places the others
-    average_bytes: int = 0  # per parameter, trained or not, of its moving average
+    average_bytes: int = 0  # per parameter of its moving average, which shares what is not trained unless sharded
     unit: int = 0  # parameters of its largest unit
     outside: int = 0  # parameters outside all units
     layer: int = 0  # parameters of its largest single layer
@@ -145,7 +145,9 @@ def held(role: Role, strategy: Strategy, devices: int) -> Held:
         weights=(role.trained * o.weights + frozen) * share(strategy.weights),
         gradients=role.trained * o.gradients * share(strategy.gradients),
         optimizer=role.trained * o.state * share(strategy.optimizer),
-        average=role.params * role.average_bytes * share(strategy.average),
+        average=(role.params if strategy.name == "fsdp2" else role.trained)
+        * role.average_bytes
+        * share(strategy.average),
     )
 
 
@@ -236,6 +238,7 @@ class Draft:
     teacher_bytes: int = 2
     calls: int = 1  # teacher forwards per sample, in one batch: 2 with classifier-free guidance
     critic: Probe | None = None
+    based: bool = False  # the critic started as the student, whose frozen weights it shares unless sharded
     turns: tuple[Turn, ...] = ()  # kinds of steps; empty: the teacher is asked, then the student is trained
     own: int = 0  # parameters of loss terms, or of a few-step method
     peak: float | None = 989e12  # FLOP/s of a device
@@ -267,7 +270,8 @@ class Draft:
         student = replace(role_of(self.student.denoiser, "student", kind), frozen_bytes=4, average_bytes=4)
         found = {"student": student}
         if self.critic is not None:
-            found["critic"] = replace(role_of(self.critic.denoiser, "critic", kind), frozen_bytes=4)
+            shares = self.based and self.strategy.name != "fsdp2"
+            found["critic"] = replace(role_of(self.critic.denoiser, "critic", kind), frozen_bytes=0 if shares else 4)
         if self.teacher is not None:
             teacher = role_of(self.teacher.denoiser, "teacher", frozen=True)
             assert self.placement is not None
@@ -658,7 +662,7 @@ def draft_of(request: Request, cfg: Any, notes: list[str]) -> Draft:
         makers = [*terms.values(), *([] if matching is None else [matching])]
         owns = [m.build(models[0], models[1] if placement else None) for m in makers]
     calls = 1 if models[1].config.get("guidance_embeds") else calls
-    critic, kinds = None, ()
+    critic, based, kinds = None, False, ()
     if matching is not None:
         if matching.teacher_taps and placement in ("tied", "offloaded"):
             raise ValueError(
@@ -666,8 +670,8 @@ def draft_of(request: Request, cfg: Any, notes: list[str]) -> Draft:
                 "must stay in place: use replicated or sharded"
             )
         if matching.has_critic:
-            own_start = cfg.critic.start == "student" or teacher is None
-            critic = Probe(student.structure if own_start else teacher.structure, shape, condition)
+            based = cfg.critic.start == "student" or teacher is None
+            critic = Probe(student.structure if based else teacher.structure, shape, condition)
         kinds = turns(matching, student, teacher, owns[-1], calls)
     peak = request.peak * 1e12 if request.peak else (None if cpu else _peak_here() or 989e12)
     return Draft(
@@ -683,6 +687,7 @@ def draft_of(request: Request, cfg: Any, notes: list[str]) -> Draft:
         teacher_bytes=2 if kind == "bf16" or (kind == "auto" and half) else 4,
         calls=calls,
         critic=critic,
+        based=based,
         turns=kinds,
         own=sum(p.numel() for o in owns if o is not None for p in o.parameters()),
         peak=peak,

@@ -322,6 +322,12 @@ def test_what_a_critic_has_frozen_has_no_gradients_and_no_optimizer():
     role = run.roles()["critic"]
     assert 0 < role.trained < 0.2 * role.params
     assert run.plan().critic == 4 * role.params + 8 * role.trained
+    # one base under student, average and critic; with FSDP2 each has shards of its own
+    tied = replace(run, student=lora, based=True)
+    plan, alone, sharded = (d.plan() for d in (tied, run, replace(tied, strategy=STRATEGIES["fsdp2"])))
+    assert plan.critic == 12 * role.trained and alone.critic - plan.critic == 4 * (role.params - role.trained)
+    assert plan.average == 4 * role.trained and sharded.average == 4 * role.params
+    assert sharded.critic == alone.critic
 
 
 def test_the_time_of_a_step_is_the_mean_over_turns():
