@@ -117,6 +117,25 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Maps:
+    """How many query rows of a unit's attention map are wanted; what attention leaves here, its unit traces.
+
+    One is made per unit and call. `found` is filled and emptied within the unit, whose trace alone hands the map on:
+    that is how checkpointing, compilation and FSDP2 see it.
+    """
+
+    rows: int
+    found: list[Tensor] = field(default_factory=list, repr=False, compare=False)
+
+    def see(self, q: Tensor, k: Tensor) -> None:
+        """Logarithms of evenly spread rows of softmax(q k' / sqrt(e)), all rows if there are not so many."""
+        s = q.shape[2]
+        rows = min(self.rows, s)
+        chosen = q[:, :, torch.arange(rows, device=q.device) * s // rows]
+        self.found.append((chosen * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).float().log_softmax(-1))
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where tokens are: what attention-like methods need to know about their order."""
 
@@ -127,6 +146,7 @@ class Layout:
     permutation: Tensor | None = None  # n, token order if not row-major
     kept: Tensor | None = None  # b k, indices of the tokens still present
     rope: Tensor | None = None  # (registers + n) e, position table: cosines then sines
+    maps: Maps | None = None  # of the attention ahead, where they are wanted
 
 
 @dataclass(frozen=True)
@@ -140,7 +160,7 @@ class Stream:
     time: Tensor | None = None  # b d, the timestep alone, without class or text
     step: Step | None = None  # None while training
     trace: Mapping[str, Tensor] = field(default_factory=dict)
-    tap: str | None = None  # the name under which the unit ahead records its branches, where they are wanted
+    tap: str | None = None  # the name under which the unit ahead records its branches and maps, where wanted
 
     def record(self, name: str, value: Tensor) -> Stream:
         """The same stream with one more auxiliary output. It reaches the caller through `Output.trace`."""
@@ -202,7 +222,7 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3])
 
 
-_NOTHING: Mapping[int, Forced] = MappingProxyType({})
+_NOTHING: Mapping[int, Any] = MappingProxyType({})
 SLOTS = ("attention", "mixer", "ffn", "text_ffn")
 
 
@@ -229,6 +249,8 @@ class Unit(nn.Module, ABC):
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, step: Step | None) -> Tensor:
         """Softmax attention over all tokens: b h s e each -> b h s e."""
+        if layout.maps is not None:
+            layout.maps.see(q, k)
         return F.scaled_dot_product_attention(q, k, v)
 
     @abstractmethod
@@ -270,9 +292,11 @@ def force(stream: Stream, forced: Forced) -> Stream:
 
 
 def residual(stream: Stream, name: str, branch: Branch, gate: Branch) -> Stream:
-    """Add a branch, and trace it as `name` of the unit where branches are wanted."""
+    """Add a branch, and trace it as `name` of the unit, with the map that made it, where they are wanted."""
     if stream.tap:
         stream = record_branch(stream, f"{stream.tap}.{name}", branch)
+        if stream.layout.maps is not None and stream.layout.maps.found:
+            stream = stream.record(f"{stream.tap}.maps", stream.layout.maps.found.pop())
     return add(stream, branch, gate)
 
 
@@ -390,6 +414,7 @@ class Denoiser(nn.Module, ABC):
         taps: Collection[int] = (),
         branches: Collection[int] = (),
         forced: Mapping[int, Forced] = _NOTHING,
+        maps: Mapping[int, int] = _NOTHING,
     ) -> Output:
         """Predict from a noisy sample.
 
@@ -403,15 +428,18 @@ class Denoiser(nn.Module, ABC):
             branches: units whose branches before the gate are wanted, as trace["unit.<index>.attention"] and
                 trace["unit.<index>.feed"], each with its ".text" where there is one
             forced: input tokens of some units on some samples
+            maps: units whose attention maps are wanted, and how many evenly spread query rows r of them, as
+                trace["unit.<index>.maps"]: b h r s, natural logarithms, over all tokens s in the joint order
 
         Raises:
-            ValueError: if x does not have the model's shape, or a tap names no unit
+            ValueError: if x does not have the model's shape, a tap names no unit, or a unit with another attention
+                than plain softmax is asked for a map
         """
-        self._check(x, t, (*taps, *branches, *forced))
+        self._check(x, t, (*taps, *branches, *forced, *maps))
         stream = replace(self.embed(**self.pack(x, t, condition)), step=step)
         for name, edit in self.applied.items():
             stream = edit.embed(stream, t, condition, self.edits[name] if name in self.edits else None)
-        stream = self.run(stream, taps, branches, forced)
+        stream = self.run(stream, taps, branches, forced, maps)
         output = self.readout(stream)
         for name, edit in self.applied.items():
             output = edit.readout(output, stream, self.edits[name] if name in self.edits else None)
@@ -423,22 +451,39 @@ class Denoiser(nn.Module, ABC):
         taps: Collection[int] = (),
         branches: Collection[int] = (),
         forced: Mapping[int, Forced] = _NOTHING,
+        maps: Mapping[int, int] = _NOTHING,
     ) -> Stream:
         """All units, from the embedded stream to the one that is read out."""
         depth = len(self.units)
         taps, branches = {i % depth for i in taps}, {i % depth for i in branches}
+        maps = {i % depth: rows for i, rows in maps.items()}
         for i, unit in enumerate(self.units):
             if i in forced:
                 stream = force(stream, forced[i])
-            if branches:
-                stream = replace(stream, tap=f"unit.{i}" if i in branches else None)
+            if branches or maps:
+                stream = replace(stream, tap=f"unit.{i}" if i in branches or i in maps else None)
+            if i in maps:
+                stream = replace(stream, layout=replace(stream.layout, maps=Maps(maps[i])))
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 stream = checkpoint(unit, stream, use_reentrant=False)
             else:
                 stream = unit(stream)
+            if i in maps:
+                stream = self._mapped(stream, i, i in branches)
             if i in taps:
                 stream = record_branch(stream, f"unit.{i}", Branch(stream.image, stream.text))
         return stream
+
+    def _mapped(self, stream: Stream, i: int, branches: bool) -> Stream:
+        """The stream after a unit that was asked for its map; what else it traced goes unless `branches` are wanted."""
+        name = f"unit.{i}.maps"
+        if name not in stream.trace:
+            raise ValueError(
+                f"unit {i} of this {self.name} has another attention than plain softmax over all tokens, so there is "
+                "no map to record: name other units, or compare branches"
+            )
+        kept = {k: v for k, v in stream.trace.items() if branches or k == name or not k.startswith(f"unit.{i}.")}
+        return replace(stream, trace=kept, layout=replace(stream.layout, maps=None))
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
         """Whether samples of this shape (without the batch) can be denoised; families of any size say so here."""

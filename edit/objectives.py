@@ -13,6 +13,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
@@ -178,7 +180,7 @@ class DDPM(Objective):
     bound: float = 1.0  # weight of the variational term, where the model has a variance output
 
     def betas(self) -> Tensor:
-        return torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64, device="cpu")
+        return linear_betas(self.steps, self.beta_start, self.beta_end)
 
     def index(self, t: Tensor) -> Tensor:
         """The discrete step of a time, 0 .. steps - 1."""
@@ -233,19 +235,30 @@ class DDPM(Objective):
         return _mean(bits) / math.log(2.0)
 
     def _tables(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Scales of data and noise, log beta, log posterior variance, the posterior mean's coefficients: [steps] each.
+        return schedule_tables(self.steps, self.beta_start, self.beta_end, device)
 
-        Differences are taken in float64 before the cast: 1 - alpha-bar is as small as 1e-4.
-        """
-        betas = self.betas()
-        alpha = torch.cumprod(1 - betas, 0)
-        before = F.pad(alpha[:-1], (1, 0), value=1.0)
-        posterior = betas * (1 - before) / (1 - alpha)
-        posterior = torch.cat((posterior[1:2], posterior[1:]))  # zero at index 0: its log takes index 1
-        from_data = before.sqrt() * betas / (1 - alpha)
-        from_noisy = (1 - betas).sqrt() * (1 - before) / (1 - alpha)
-        tables = (alpha.sqrt(), (1 - alpha).sqrt(), betas.log(), posterior.log(), from_data, from_noisy)
-        return tuple(v.to(device, torch.float32) for v in tables)
+
+def linear_betas(steps: int, start: float, end: float) -> Tensor:
+    """Variances added by each of DDPM's steps: [steps], float64 on the CPU."""
+    return torch.linspace(start, end, steps, dtype=torch.float64, device="cpu")
+
+
+@lru_cache(maxsize=8)  # a pure function, asked several times a step: the copy to a GPU would wait for it
+@torch.inference_mode(False)  # what a sampler asks for first, training may keep
+def schedule_tables(steps: int, start: float, end: float, device: torch.device) -> tuple[Tensor, ...]:
+    """Scales of data and noise, log beta, log posterior variance, the posterior mean's coefficients: [steps] each.
+
+    Differences are taken in float64 before the cast: 1 - alpha-bar is as small as 1e-4. Not to be written to.
+    """
+    betas = linear_betas(steps, start, end)
+    alpha = torch.cumprod(1 - betas, 0)
+    before = F.pad(alpha[:-1], (1, 0), value=1.0)
+    posterior = betas * (1 - before) / (1 - alpha)
+    posterior = torch.cat((posterior[1:2], posterior[1:]))  # zero at index 0: its log takes index 1
+    from_data = before.sqrt() * betas / (1 - alpha)
+    from_noisy = (1 - betas).sqrt() * (1 - before) / (1 - alpha)
+    tables = (alpha.sqrt(), (1 - alpha).sqrt(), betas.log(), posterior.log(), from_data, from_noisy)
+    return tuple(v.to(device, torch.float32) for v in tables)
 
 
 def discretised_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
@@ -303,9 +316,11 @@ class Term(ABC):
 
     taps: tuple[int, ...] = ()  # units whose tokens arrive in output.trace as "unit.<index>"
     branches: tuple[int, ...] = ()  # units whose branches arrive as "unit.<index>.attention" and "unit.<index>.feed"
+    maps: Mapping[int, int] = MappingProxyType({})  # units whose attention maps arrive as "unit.<index>.maps": rows
     needs_teacher: bool = False
     teacher_taps: tuple[int, ...] = ()  # the same of the teacher
     teacher_branches: tuple[int, ...] = ()
+    teacher_maps: Mapping[int, int] = MappingProxyType({})
 
     def build(self, denoiser: Denoiser, teacher: Denoiser | None = None) -> nn.Module | None:
         """Parameters of the term itself (a projector), trained and saved with the run but not with the artifact.

@@ -128,10 +128,10 @@ class Grid(Solver):
     def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
         ts = self.grid
         for k, (t, t_next) in enumerate(zip(ts, ts[1:], strict=False)):
-            at = torch.full((len(x),), t, device=x.device)
-            native, time = objective.native(x, at)
+            scale, time = objective.native(torch.ones(1, device="cpu"), torch.tensor([t], device="cpu"))
             end = 0.0 if self.renoise else t_next
-            v = objective.velocity(predict(native, float(time[0]), end), x, at)
+            prediction = predict(scale.item() * x, time.item(), end)
+            v = objective.velocity(prediction, x, torch.full((len(x),), t, device=x.device))
             x = x + (end - t) * v
             if self.renoise and t_next:
                 x = (1 - t_next) * x + t_next * draw(k)

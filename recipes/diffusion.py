@@ -12,7 +12,7 @@ from edit import noise
 from edit.denoiser import Branch, Condition, Denoiser, Forced, Output
 from edit.objectives import Objective, Pass, Term, Weight, weight_at
 from recipes.recipe import Recipe, Settings
-from recipes.roles import Teacher, union
+from recipes.roles import Teacher, union, union_of_maps
 
 
 class Diffusion(Recipe):
@@ -40,6 +40,7 @@ class Diffusion(Recipe):
         self.taps, self.branches = (
             union(getattr(term, k) for term in self.terms.values()) for k in ("taps", "branches")
         )
+        self.maps = union_of_maps(term.maps for term in self.terms.values())
         self.own = nn.ModuleDict()  # trainable parameters of terms
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
@@ -57,7 +58,9 @@ class Diffusion(Recipe):
                 taught = self.teacher(self.denoiser, x_t, t, condition, null, scale)
                 condition = replace(condition, guidance=scale) if self.told else condition
             forced = {} if taught is None else self._forced(taught, draw)
-            out = self.denoiser(x_t, t, condition, taps=self.taps, branches=self.branches, forced=forced)
+            out = self.denoiser(
+                x_t, t, condition, taps=self.taps, branches=self.branches, forced=forced, maps=self.maps
+            )
 
         weight = weight_at(self.data_weight, self.progress)
         losses = self.objective.losses(out, x, eps, x_t, t) if weight else {}
@@ -97,7 +100,8 @@ class Diffusion(Recipe):
             taps, branches = (
                 union(getattr(term, k) for term in self.terms.values()) for k in ("teacher_taps", "teacher_branches")
             )
-            whole_teacher = self.teacher.configure(self.denoiser, taps, branches)
+            maps = union_of_maps(term.teacher_maps for term in self.terms.values())
+            whole_teacher = self.teacher.configure(self.denoiser, taps, branches, maps)
         torch.manual_seed(self.settings.seed)  # the same on every rank, also where only rank 0 has built the weights
         for name, term in self.terms.items():
             if (own := term.build(self.denoiser, whole_teacher)) is not None:

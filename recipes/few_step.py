@@ -95,7 +95,7 @@ class FewStep(Recipe):
             told = given.scale if denoiser.config.get("guidance_embeds") else None
             out = denoiser(*self.objective.native(x_t, t), replace(condition, guidance=told))
             if not torch.is_grad_enabled():
-                torch.clear_autocast_cache()  # it holds weights cast without a graph, which must not be used again
+                torch.clear_autocast_cache()  # older torch would use weights cast without a graph again, with one
             return out._replace(sample=self.objective.velocity(out.sample, x_t, t))
 
         def output(x_t: Tensor, t: Tensor, condition: Condition) -> Output:
@@ -137,11 +137,13 @@ class FewStep(Recipe):
         FSDP2 would not notice; there gradients of the other role are computed, and dropped before the step.
         """
         parameters = parameters if self.device_mesh is None else []
-        for p in parameters:
-            p.requires_grad_(False)
-        yield
-        for p in parameters:
-            p.requires_grad_(True)
+        try:
+            for p in parameters:
+                p.requires_grad_(False)
+            yield
+        finally:
+            for p in parameters:
+                p.requires_grad_(True)
 
     # ---- models ---------------------------------------------------------------------------------------------------
 
@@ -149,6 +151,8 @@ class FewStep(Recipe):
         whole_teacher = None
         if self.teacher is not None:
             whole_teacher = self.teacher.configure(self.denoiser, self.matching.teacher_taps, ())
+            if self.matching.teacher_taps:  # through which gradients flow
+                whole_teacher.gradient_checkpointing = self.settings.gradient_checkpointing
         if self.build_critic is not None:
             (self.critic,) = self.make(*self.build_critic, 1)
             self.prepare(self.critic)
@@ -185,11 +189,15 @@ class FewStep(Recipe):
             p.grad = None
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    def moves(self, step: int) -> bool:
-        return self.matching.turns(step)[0]
+    def clipped(self) -> list[list[nn.Parameter]]:
+        return [self.students, self.critics]
+
+    def updates(self, step: int) -> int | None:
+        mine, _ = self.matching.turns(step)
+        return step // self.matching.every if mine else None
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
-        mine = self.moves(self.trainer.global_step)
+        mine, _ = self.matching.turns(self.trainer.global_step)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if mine and self.follow and self.critic is not None:
             pairs = zip(self.critic.parameters(), self.denoiser.parameters(), strict=True)

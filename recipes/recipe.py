@@ -224,6 +224,7 @@ class Recipe(pl.LightningModule, ABC):
             self.teacher.place(self.device)
         both = zip(self.ema.parameters(), self.denoiser.parameters(), strict=True)
         self.averaged = [(e, p) for e, p in both if p.requires_grad]  # walking the modules takes longer than averaging
+        self.trained = [p for p in self.parameters() if p.requires_grad]
 
     # ---- optimiser ------------------------------------------------------------------------------------------------
 
@@ -269,29 +270,36 @@ class Recipe(pl.LightningModule, ABC):
 
         A fused optimiser skips the step when `found_inf` is set, as under a gradient scaler.
         """
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         limit = float("inf") if self.settings.clip is None else self.settings.clip
-        norm = torch.nn.utils.clip_grad_norm_(params, limit)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norms = []
+        for parameters in self.clipped():
+            if with_gradient := [p for p in parameters if p.grad is not None]:
+                norm = torch.nn.utils.clip_grad_norm_(with_gradient, limit)
+                norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norm = torch.stack(norms).norm()
         bad = (~norm.isfinite()).float()
         getattr(optimizer, "optimizer", optimizer).found_inf = bad
         self.skipped[0] += bad
         self.skipped[1] = (self.skipped[1] + 1) * bad
         self.grad_norm = norm.detach()
 
+    def clipped(self) -> list[list[nn.Parameter]]:
+        """Groups of parameters whose gradients are clipped together."""
+        return [self.trained]
+
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         k = self.trainer.global_step
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.moves(k):
+        if (n := self.updates(k)) is not None:
             decay = self.settings.ema_decay
-            decay = min(decay, (1 + k) / (10 + k)) if self.settings.ema_ramp else decay
+            decay = min(decay, (1 + n) / (10 + n)) if self.settings.ema_ramp else decay
             averages, values = zip(*((local(e), local(p)) for e, p in self.averaged), strict=True)
             with torch.no_grad():
                 torch._foreach_lerp_(averages, values, 1 - decay)
 
-    def moves(self, step: int) -> bool:
-        """Whether an optimiser step changes the denoiser: where it does not, its average stays as well."""
-        return True
+    def updates(self, step: int) -> int | None:
+        """How often the denoiser was changed before this optimiser step; None if it stays, and its average with it."""
+        return step
 
     def check_progress(self) -> None:
         """Called where values are read for the log anyway.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -49,8 +50,15 @@ class Teacher:
         self.denoiser: Denoiser | None = None
         self.taps: tuple[int, ...] = ()
         self.branches: tuple[int, ...] = ()
+        self.maps: Mapping[int, int] = {}
 
-    def configure(self, student: Denoiser, taps: tuple[int, ...], branches: tuple[int, ...]) -> Denoiser:
+    def configure(
+        self,
+        student: Denoiser,
+        taps: tuple[int, ...],
+        branches: tuple[int, ...],
+        maps: Mapping[int, int] = MappingProxyType({}),
+    ) -> Denoiser:
         """Make the model; called where the student's is made.
 
         Returns:
@@ -59,7 +67,7 @@ class Teacher:
         Raises:
             ValueError: if a term taps a unit the teacher does not have
         """
-        self.taps, self.branches = taps, branches
+        self.taps, self.branches, self.maps = taps, branches, maps
         if self.placement == "tied":
             model = student
         elif self.placement == "sharded":
@@ -71,7 +79,7 @@ class Teacher:
         if self.denoiser is not None:
             self.denoiser.requires_grad_(False).eval()
         depth = len(model.units)
-        if bad := [i for i in (*taps, *branches) if not -depth <= i < depth]:
+        if bad := [i for i in (*taps, *branches, *maps) if not -depth <= i < depth]:
             raise ValueError(f"a term compares with unit {bad[0]} of the teacher, which has {depth} units")
         return model
 
@@ -124,10 +132,11 @@ class Teacher:
             null: the unconditional counterpart
             scale: b, guidance
         """
+        wanted = self.taps, self.branches, self.maps
         if self.denoiser is not None:
-            return self.guidance(self.denoiser, x_t, t, condition, null, scale, self.taps, self.branches)
+            return self.guidance(self.denoiser, x_t, t, condition, null, scale, *wanted)
         with without(student):
-            return self.guidance(student, x_t, t, condition, null, scale, self.taps, self.branches)
+            return self.guidance(student, x_t, t, condition, null, scale, *wanted)
 
     def features(
         self, student: Denoiser, x_t: Tensor, t: Tensor, condition: Condition, scale: Tensor
@@ -174,3 +183,19 @@ def units_of(denoiser: Denoiser) -> list[Unit]:
 def union(groups: Iterable[Collection[int]]) -> tuple[int, ...]:
     """All units that any term names, in order."""
     return tuple(sorted({i for group in groups for i in group}))
+
+
+def union_of_maps(groups: Iterable[Mapping[int, int]]) -> dict[int, int]:
+    """All units whose maps any term wants, with the rows.
+
+    Raises:
+        ValueError: if two terms want different numbers of rows of one unit
+    """
+    found: dict[int, int] = {}
+    for group in groups:
+        for unit, rows in group.items():
+            if found.setdefault(unit, rows) != rows:
+                raise ValueError(
+                    f"terms want {found[unit]} and {rows} rows of unit {unit}'s attention map: give them one number"
+                )
+    return found

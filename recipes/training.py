@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from edit.distillation.guidance import TeacherGuidance
 from edit.distillation.matching import Matching
 from edit.edits import describe
 from edit.objectives import Objective
+from edit.sampling import Sampler
 from recipes.callbacks import Checkpoints, Metrics, Preview, ProgressBar, checkpoints, newest, step_of
 from recipes.config import UserError
 from recipes.diffusion import Diffusion
@@ -75,7 +77,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     objective, sampler = (instantiate(node, _convert_="all") for node in (cfg.objective, cfg.sampler))
     sampler.solver.check(objective)
     data = instantiate(cfg.data.set, _convert_="all")
-    build, structure = builders(cfg, data, objective)
+    build, structure, plan = builders(cfg, data, objective)
     terms = instantiate(cfg.terms, _convert_="all") or {}
     matching = instantiate(cfg.matching, _convert_="all")
     if matching is not None:
@@ -83,6 +85,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     needy = [f"terms.{name}" for name, term in terms.items() if term.needs_teacher]
     needy += ["matching"] if matching is not None and matching.needs_teacher else []
     teacher = make_teacher(cfg, data, objective, needy)
+    sampler = told_as_taught(cfg, sampler, teacher, plan, matching)
     condition, null = conditions(data), null_condition(data)
     refuse_too_large(cfg)
     how = Settings(
@@ -192,7 +195,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def builders(cfg: DictConfig, data: Any, objective: Objective):
-    """Two ways to make the run's denoiser: with its starting weights, and its structure alone.
+    """Two ways to make the run's denoiser: with its starting weights, and its structure alone; and that structure.
 
     Raises:
         UserError: if backbone, starting artifact, objective and data do not fit together
@@ -249,7 +252,35 @@ def builders(cfg: DictConfig, data: Any, objective: Objective):
         raise UserError(f"the {plan.name} backbone is class-conditional, the data has no labels: sort it into folders")
     if data.num_classes is not None and classes is not None and data.num_classes > classes:
         raise UserError(f"the data has {data.num_classes} classes, the backbone {classes}: set backbone.num_classes")
-    return build, structure
+    return build, structure, plan
+
+
+def told_as_taught(
+    cfg: DictConfig, sampler: Sampler, teacher: Teacher | None, student: Denoiser, matching: Matching | None
+) -> Sampler:
+    """The sampler, with the guidance that the student is told while it learns from a teacher.
+
+    Raises:
+        UserError: if a student would be sampled at another guidance than it has learned, or guided twice
+    """
+    if teacher is None:
+        return sampler
+    low, high = teacher.guidance.low, teacher.guidance.high
+    if matching is not None and (low, high) != (1.0, 1.0) and sampler.guidance != 1:
+        raise UserError(
+            f"the student learns the teacher's guidance of {high:g}, and sampler.guidance={sampler.guidance:g} would "
+            "guide it a second time: set sampler.guidance=1"
+        )
+    if not student.config.get("guidance_embeds"):
+        return sampler
+    if sampler.told is None and low == high:
+        return replace(sampler, told=low)
+    if sampler.told is not None and not low <= sampler.told <= high:
+        raise UserError(
+            f"sampler.told={sampler.told:g} is a guidance that the student does not learn: the teacher is asked at "
+            f"{low:g} to {high:g} (teacher.guidance)"
+        )
+    return sampler
 
 
 def make_teacher(cfg: DictConfig, data: Any, objective: Objective, needy: Sequence[str]) -> Teacher | None:
@@ -317,6 +348,11 @@ def make_critic(
     Raises:
         UserError: if the strategy cannot let roles take turns
     """
+    if matching.teacher_taps and cfg.teacher.placement in ("tied", "offloaded"):
+        raise UserError(
+            f"matching: {type(matching).__name__} looks at the teacher's tokens, whose weights must stay "
+            f"in place, but teacher.placement={cfg.teacher.placement}: use replicated or sharded"
+        )
     alternate = matching.adversarial and not (matching.every == 1 and matching.together)
     if alternate and cfg.trainer.strategy.startswith("zero"):
         raise UserError(

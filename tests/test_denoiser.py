@@ -3,9 +3,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from ranks import run_ranks
+from torch.distributed.fsdp import fully_shard
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from weights import randomise
 
+from edit.backbones.flux import FluxConfig
 from edit.denoiser import Branch, Condition, Forced, Layout, Step, Stream, add, check_layout
 
 
@@ -329,3 +334,144 @@ def test_no_gradient_passes_a_forced_input(make_dit, batch):
 def test_a_branch_of_no_unit_is_refused(dit, batch):
     with pytest.raises(ValueError, match="cannot tap unit 3 of a dit with 3 units"):
         dit(*batch, branches=(3,))
+
+
+# ---- attention maps --------------------------------------------------------------------------------------------------
+
+
+def watched(dit, unit: int) -> dict:
+    """Queries and keys of one unit, kept while its attention stays what it is."""
+    seen, own = {}, dit.units[unit].attention
+
+    def attention(q, k, v, layout, step):
+        seen.update(q=q, k=k)
+        return own(q, k, v, layout, step)
+
+    dit.units[unit].attention = attention
+    return seen
+
+
+@pytest.mark.parametrize("options", [{}, {"registers": 3, "rope": True, "qk_norm": True}], ids=["plain", "modern"])
+@torch.no_grad()
+def test_maps_are_rows_of_the_softmax_and_change_nothing(make_dit, batch, options):
+    dit = make_dit(**options)
+    plain = dit(*batch, taps=(1,), branches=(2,))
+    seen = watched(dit, 1)
+    out = dit(*batch, taps=(1,), branches=(2,), maps={1: 5, -1: 99})
+    assert set(out.trace) == {*plain.trace, "unit.1.maps", "unit.2.maps"}  # and no branch that nobody asked for
+    for name, value in plain.trace.items():
+        assert torch.equal(out.trace[name], value)
+    assert torch.equal(out.sample, plain.sample)
+    q, k = seen["q"], seen["k"]
+    s = 16 + options.get("registers", 0)
+    whole = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+    rows = [i * s // 5 for i in range(5)]
+    # the scale is applied before the product rather than after
+    torch.testing.assert_close(out.trace["unit.1.maps"].exp(), whole[:, :, rows], rtol=1e-4, atol=1e-6)
+    assert out.trace["unit.2.maps"].shape == (4, 4, s, s)  # no more rows than there are
+
+
+@torch.no_grad()
+def test_double_and_single_units_map_the_joint_sequence_and_change_nothing():
+    flux, batch = tiny_flux()
+    plain, seen = flux(*batch), [watched(flux, i) for i in range(3)]
+    out = flux(*batch, maps={0: 7, 1: 7, 2: 7})
+    # a single unit whose attention is looked at adds attention and MLP one after the other
+    torch.testing.assert_close(out.sample, plain.sample, rtol=1e-4, atol=1e-4)
+    for i, unit in enumerate(seen):
+        whole = (unit["q"] @ unit["k"].mT / 4).softmax(-1)  # heads of 16
+        torch.testing.assert_close(out.trace[f"unit.{i}.maps"].exp(), whole[:, :, ::3], rtol=1e-4, atol=1e-6)
+
+
+def test_maps_are_the_same_under_gradient_checkpointing_and_so_are_their_gradients(dit, batch):
+    def gradients(checkpointing: bool) -> list:
+        twin = deepcopy(dit)
+        twin.gradient_checkpointing = checkpointing
+        out = twin(*batch, maps={0: 4, 2: 4})
+        assert set(out.trace) == {"unit.0.maps", "unit.2.maps"}
+        (out.trace["unit.0.maps"][..., 0].sum() + out.trace["unit.2.maps"][..., 3].sum()).backward()
+        return [out.trace["unit.2.maps"].detach(), *(p.grad for p in twin.parameters() if p.grad is not None)]
+
+    plain, again = gradients(False), gradients(True)
+    assert len(plain) == len(again) > 20 and plain[1].any()
+    for a, b in zip(plain, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)  # the same operations in the same order
+
+
+@pytest.mark.parametrize("slot", ["attention", "mixer"])
+def test_a_unit_that_attends_in_another_way_has_no_map(dit, batch, slot):
+    replacement = {"attention": lambda q, k, v, layout, step: v, "mixer": lambda stream, tokens: tokens}[slot]
+    setattr(dit.units[1], slot, replacement)
+    assert "unit.0.maps" in dit(*batch, maps={0: 4}).trace
+    with pytest.raises(ValueError, match="unit 1 of this dit has another attention than plain softmax .* name other"):
+        dit(*batch, maps={0: 4, 1: 4})
+
+
+def test_a_map_of_no_unit_is_refused(dit, batch):
+    with pytest.raises(ValueError, match="cannot tap unit 3 of a dit with 3 units"):
+        dit(*batch, maps={3: 4})
+
+
+def test_nothing_of_a_map_stays_with_the_stream(dit, batch):
+    start = dit.embed(**dit.pack(*batch))
+    end = dit.run(start, maps={1: 4})
+    assert start.layout.maps is end.layout.maps is None and start.trace == {}
+
+
+def compiled_units_trace_their_maps(rank: int = 0) -> None:
+    dit, batch = tiny_flux()
+    wanted = {"branches": (1,), "maps": {0: 4, 2: 4}}
+    plain = dit(*batch, **wanted)
+    for unit in dit.units:
+        unit.compile(backend="aot_eager", fullgraph=True)
+    out = dit(*batch, **wanted)
+    assert set(out.trace) == set(plain.trace) >= {"unit.0.maps", "unit.2.maps"}
+    for name, value in plain.trace.items():
+        torch.testing.assert_close(out.trace[name], value, rtol=1e-4, atol=1e-4)
+    out.trace["unit.2.maps"][..., 0].sum().backward()
+    assert dit.model.single_transformer_blocks[1].attn.to_k.weight.grad.any()
+
+
+def sharded_units_trace_their_maps() -> list[float]:
+    dit, batch = tiny_flux()
+    dist.init_process_group("gloo")
+    maps = {0: 4, 2: 4}
+
+    def gradient(model) -> torch.Tensor:
+        model(*batch, maps=maps).trace["unit.2.maps"][..., 0].sum().backward()
+        return model.model.single_transformer_blocks[0].attn.to_k.weight.grad
+
+    expected = gradient(deepcopy(dit))
+    for unit in (*dit.units, dit):
+        fully_shard(unit)
+    found = gradient(dit).full_tensor()
+    dist.destroy_process_group()
+    return [expected.abs().max().item(), (found - expected).abs().max().item()]
+
+
+def tiny_flux():
+    flux = FluxConfig(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+        axes_dims_rope=(4, 6, 6),
+    ).build()
+    randomise(flux, 0)
+    g = torch.Generator().manual_seed(1)
+    text, pooled = torch.randn(3, 5, 24, generator=g), torch.randn(3, 20, generator=g)
+    x, t = torch.randn(3, 4, 8, 8, generator=g), torch.tensor([0.2, 0.5, 0.9])
+    return flux, (x, t, Condition(text=text, pooled=pooled))
+
+
+@pytest.mark.slow
+def test_a_compiled_unit_traces_its_map_and_is_one_graph():
+    run_ranks(compiled_units_trace_their_maps, 1)  # in a child: what has compiled cannot be forked from
+
+
+def test_a_sharded_unit_hands_the_gradient_of_its_map_on():
+    for size, error in run_ranks(sharded_units_trace_their_maps):
+        assert error < 1e-4 * size  # the same batch on both ranks: their mean is the gradient, summed in another order

@@ -14,6 +14,7 @@ from edit.objectives import (
     Uniform,
     discretised_nll,
     noise_to_velocity,
+    schedule_tables,
     shift_times,
     velocity_to_data,
     velocity_to_noise,
@@ -349,6 +350,37 @@ def test_samples_of_a_batch_are_seen_each_at_its_own_time():
         one, at = ddpm.native(x_t[k : k + 1], t[k : k + 1])
         assert torch.equal(one[0], native[k]) and torch.equal(at[0], time[k])
         assert torch.equal(ddpm.velocity(eps[k : k + 1], x_t[k : k + 1], t[k : k + 1])[0], v[k])
+
+
+def test_a_schedules_tables_are_made_once_and_change_no_loss_by_a_bit():
+    x, eps, t = pair()
+    out = Output(torch.randn_like(x), torch.randn_like(x), {})
+
+    def numbers(ddpm):
+        x_t = ddpm.corrupt(x, eps, t)
+        native, time = ddpm.native(x_t, t)
+        return [x_t, native, time, ddpm.velocity(eps, x_t, t), *ddpm.losses(out, x, eps, x_t, t).values()]
+
+    schedules = (DDPM(), DDPM(beta_end=0.01), DDPM(steps=500, beta_start=1e-3))
+    schedule_tables.cache_clear()
+    cached = [[numbers(ddpm) for ddpm in schedules] for _ in range(2)]  # in turns, as teacher and student might ask
+    assert schedule_tables.cache_info().misses == len(schedules)
+    for ddpm, first, second in zip(schedules, *cached, strict=True):
+        schedule_tables.cache_clear()
+        for fresh, *kept in zip(numbers(ddpm), first, second, strict=True):
+            assert torch.equal(fresh, kept[0]) and torch.equal(fresh, kept[1])
+    assert not torch.equal(cached[0][0][0], cached[0][1][0])
+    assert DDPM(bound=0.1)._tables(x.device)[0] is DDPM()._tables(torch.device("cpu"))[0]
+
+
+def test_tables_that_a_sampler_asked_for_first_can_be_trained_with():
+    schedule_tables.cache_clear()
+    with torch.inference_mode():
+        DDPM().native(torch.zeros(1, 1, 1, 1), torch.ones(1))
+    x, eps, t = pair()
+    v = torch.zeros_like(x, requires_grad=True)
+    DDPM().losses(Output(eps, v, {}), x, eps, DDPM().corrupt(x, eps, t), t)["bound"].sum().backward()
+    assert v.grad.count_nonzero() == v.numel()
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

@@ -55,9 +55,10 @@ def shortened(arguments):
     shapes = any("flux_tiny" in word for word in arguments)  # no judge: it takes half a minute to train
     measure = ["n=20", *(["features=none"] if shapes else [])]
     if arguments[0] == "train.py":
-        taught = ["before=[]"] if "experiment=flux_tiny/distill" in arguments else []  # a short teacher is there
+        taught = ["before=[]"] if any("experiment=flux_tiny/" in word for word in arguments) else []  # a short teacher is there
         return [*arguments, *taught, *SHORT, "evaluate.guidance=[1.0]", *(f"evaluate.{m}" for m in measure)]
-    return [*arguments, *measure, "steps=2"]
+    few = any("lcm" in word for word in arguments)  # whose steps are its own
+    return [*arguments, *measure, *([] if few else ["steps=2"])]
 
 
 def test_the_commands_run_in_the_order_of_the_readme(folder):
@@ -127,17 +128,19 @@ def test_the_flux_commands_run_on_a_stand_in_of_its_depth(folder):
     (folder / "prompts.txt").write_text("a red circle\ntwo small blue squares\n")
     backbone = [*(f"backbone.{k}={v}" for k, v in small.items()), "backbone.axes_dims_rope=[2,2,4]"]
     alone = [*backbone, "trainer=cpu", "trainer.devices=1", "teacher.placement=replicated"]
+    short = [*SHORT, "trainer.accumulate=1"]
     extra = {
         "data.generate": ["steps=2", "size=8", "max_tokens=16", "device=cpu"],
         "edit.plan": [*alone, "peak=1"],
-        "train.py": [*alone, *SHORT, "trainer.accumulate=1", "sampler.solver.steps=2"],
+        "experiment=flux_dev/distill": [*alone, *short, "sampler.solver.steps=2"],
+        "experiment=flux_dev/four_step": [*alone[:-1], *short, "+matching.every=2"],
         "edit.export": [],
     }
     commands = [c for c in COMMANDS if "FLUX.1-dev" in c or "flux_dev" in c]
     assert len(commands) == len(extra)
     for command in commands:
         arguments = [w.replace("devices=8", "devices=1").replace("size=64", "size=8") for w in words(command)]
-        name = arguments[1] if arguments[0] == "-m" else arguments[0]
+        name = arguments[1]
         known = {w.split("=")[0] for w in extra[name]}
         run(folder, [*(w for w in arguments if w.split("=")[0] not in known), *extra[name]])
     student = FluxPipeline.from_pretrained(folder / "student").transformer

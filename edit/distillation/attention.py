@@ -1,10 +1,11 @@
-"""Attention distillation, by what attention puts out or by how tokens relate to each other.
+"""Attention distillation, by what attention puts out, by its maps, or by how tokens relate to each other.
 
 Output: mean square difference of the attention branches before their gate, for students with another attention
-operator (CLEAR, arXiv 2412.16112: every fourth single unit of FLUX, weight 0.5). Relation: cosines between tokens on a
-pooled grid, which need no equal widths. Specification: methods/distillation.md D3.4.
+operator (CLEAR, arXiv 2412.16112: every fourth single unit of FLUX, weight 0.5). Maps: cross-entropy between rows of
+softmax attention (HASTE, whose teacher is an encoder: weight 0.5, 4 units, 12 heads, all rows). Relation: cosines
+between tokens on a pooled grid, which need no equal widths. Specification: methods/distillation.md D3.4.
 
-Maps themselves are not compared: no kernel returns them, and a FLUX map at 1024^2 pixels takes 1 GB per unit.
+A whole FLUX map at 1024^2 pixels takes 1 GB per unit and sample, 64 rows of it 28 MB in fp32.
 """
 
 from __future__ import annotations
@@ -51,6 +52,56 @@ class AttentionKD(Term):
 
 
 @dataclass
+class MapKD(Term):
+    """Cross-entropy of the student's attention maps against the teacher's, mean over pairs, heads and query rows.
+
+    Rows are spread evenly over the joint sequence, text included, and run over all its keys. Heads are matched by
+    their number, the first of one with the first of the other.
+
+    Args:
+        pairs: (student unit, teacher unit), both with plain softmax attention
+        weight: of the term
+        rows: queries per map
+        heads: how many, from the first; None: all, of which both models then need the same number
+    """
+
+    pairs: Pairs
+    weight: Weight = 0.5
+    rows: int = 64
+    heads: int | None = None
+
+    needs_teacher = True
+
+    def __post_init__(self):
+        self.pairs = as_pairs("MapKD", self.pairs)
+        if self.rows < 1 or (self.heads is not None and self.heads < 1):
+            raise ValueError(f"MapKD: rows and heads are at least 1, got {self.rows} and {self.heads}")
+        self.maps, self.teacher_maps = ({p[i]: self.rows for p in self.pairs} for i in (0, 1))
+
+    def build(self, denoiser: Denoiser, teacher: Denoiser | None = None) -> None:
+        teacher = check_pairs("MapKD", self.pairs, denoiser, teacher, widths=False)
+        mine, theirs = head_count(denoiser), head_count(teacher)
+        if mine != theirs if self.heads is None else self.heads > min(mine, theirs):
+            raise ValueError(
+                f"MapKD: the student has {mine} heads and the teacher {theirs}, and {self.heads or 'all'} are to be "
+                f"compared: say heads={min(mine, theirs)} or fewer"
+            )
+
+    def losses(self, seen: Pass, own: None = None) -> dict[str, Tensor]:
+        distances = []
+        for s, t in self.pairs:
+            mine, theirs = seen.output.trace[f"unit.{s}.maps"], seen.teacher.trace[f"unit.{t}.maps"].detach()
+            mine, theirs = mine[:, : self.heads], theirs[:, : self.heads]  # b h r s
+            if mine.shape != theirs.shape:
+                raise ValueError(
+                    f"MapKD: unit {s} of the student attends to {mine.shape[-1]} tokens, unit {t} of the teacher to "
+                    f"{theirs.shape[-1]}: they need the same patch size, registers and text length"
+                )
+            distances.append(-(theirs.exp() * mine).sum(-1).mean((1, 2)))
+        return {"map_kd": weight_at(self.weight, seen.progress) * torch.stack(distances).mean(0)}
+
+
+@dataclass
 class RelationKD(Term):
     """Mean square difference of the cosines between all image tokens of a pooled grid, mean over pairs.
 
@@ -82,6 +133,11 @@ class RelationKD(Term):
             mine, theirs = (cosines(x, rows / columns, self.size) for x in both(seen, pair)[0])
             distances.append((mine - theirs).square().mean((1, 2)))
         return {"relation_kd": weight_at(self.weight, seen.progress) * torch.stack(distances).mean(0)}
+
+
+def head_count(denoiser: Denoiser) -> int:
+    config = denoiser.config
+    return config["num_heads"] if "num_heads" in config else config["num_attention_heads"]
 
 
 def cosines(tokens: Tensor, aspect: float, size: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Several few-step methods at once: their losses are added.
 
-rCM (arXiv 2510.08431) is 100 sCM + 1 DMD, SANA-Sprint (2503.09641) is sCM + LADD, DMD2 with a latent discriminator
-(2405.14867) is DMD + 0.03 LADD. Specification: methods/distillation.md, D3.6, D3.8.
+rCM (arXiv 2510.08431) is 100 sCM + 1 DMD, its consistency loss on the student's turns alone. sCM + LADD is SANA-Sprint
+(2503.09641) but for its share of samples at the largest time, which neither method draws; DMD + 0.03 LADD is DMD2
+(2405.14867) with LADD's heads and times instead of its own. Specification: methods/distillation.md, D3.6, D3.8.
 """
 
 from __future__ import annotations

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from edit.denoiser import Denoiser
+from edit.distillation.discriminator import Heads, hinge_generator, hinge_real_fake, judge
 from edit.distillation.matching import Field, Given, Matching, Roles, column, corrupt, huber, mean, move
-from edit.distillation.progressive import check_steps
+from edit.distillation.progressive import check_steps, time_grid
 from edit.sampling import Grid, Solver, times
 
 
@@ -29,8 +31,9 @@ class Consistency(Matching):
     Args:
         steps: of the grid that the teacher steps along; 50 of 1000 are LCM's 20 skipped
         shift: of the grid's times
-        average: the target is predicted by the moving average (CD, with ema.decay 0.95), or by the student itself
-            without a graph (LCM as a LoRA)
+        average: the target is predicted by the moving average (CD), or by the student itself without a graph (LCM as a
+            LoRA). The average is `ema`'s, whose decay must then be about 0.95 to 0.99: one of 0.9999, right for images
+            alone, freezes the target where the student began
         scaling: s of LCM's boundary scalings c_skip x_t + c_out f with c_skip = 1 / (1 + r^2),
             c_out = r / sqrt(1 + r^2), r = s 1000 t / 0.5; None: none, as f needs none. Generation leaves them out:
             at s = 10 they change a sample by less than 1e-5 of its size where t is at least 0.02
@@ -62,7 +65,7 @@ class Consistency(Matching):
             r = 1000 * self.scaling * t / 0.5
             return column(1 / (1 + r * r), x) * x + column(r / (1 + r * r).sqrt(), x) * found
 
-        grid = _grid(self.steps, self.shift, given)
+        grid = time_grid(self.steps, self.shift, given.x.device)
         k, x_t, x_next = _teacher_step(roles, given, grid)
         with torch.no_grad():
             target = data(roles.average if self.average else roles.student, x_next, grid[k + 1])
@@ -74,7 +77,9 @@ class PhasedConsistency(Matching):
     """PCM: [0, 1] is cut into phases, and a point leads to the end of its own, where the next one begins.
 
     Generation is a straight step per phase, without fresh noise. The target is predicted by the student itself without
-    a graph. The published run adds a discriminator to `predictions` (weight 0.1), which is not part of this method.
+    a graph. With `taps` heads on the frozen teacher's tokens judge the ends as well, noised anew to a time within their
+    phase: the target's are real, the student's fake, and the heads learn on every step that is not the student's.
+    Inferred: that time is continuous and uniform; reals and fakes have noises of their own; the heads are LADD's.
 
     Args:
         phases: how many, in equal parts of the grid; several numbers share the run equally in this order, and the last
@@ -82,40 +87,84 @@ class PhasedConsistency(Matching):
         steps: of the grid that the teacher steps along, divisible by each number of phases
         shift: of the grid's times
         c: of the pseudo-Huber distance
+        taps: units of the teacher that heads look at, negative ones from the end; none: without a discriminator
+        adversarial_weight: of -D(student's end) beside the distance
+        every: the student's turn is every n-th step; without `taps` every step is its turn, and this is 1
     """
 
     phases: tuple[int, ...] = (4,)
     steps: int = 100
     shift: float = 1.0
     c: float = 1e-3
+    taps: tuple[int, ...] = ()
+    adversarial_weight: float = 0.1
+    every: int = 2
 
     def __post_init__(self):
         object.__setattr__(self, "phases", tuple(self.phases))
+        object.__setattr__(self, "taps", tuple(self.taps))
         _check_fields("PhasedConsistency", self.steps, self.shift, self.c)
         if not self.phases or any(m < 1 or self.steps % m for m in self.phases):
             raise ValueError(
                 f"PhasedConsistency: phases are numbers that divide the {self.steps} steps, got {list(self.phases)}"
             )
+        if self.adversarial_weight < 0:
+            raise ValueError(
+                f"PhasedConsistency: adversarial_weight must be at least 0, got {self.adversarial_weight:g}"
+            )
+        if self.taps and self.every < 2:
+            raise ValueError(f"PhasedConsistency: every={self.every} leaves the heads no turn: set every to 2 or more")
+        if not self.taps:
+            object.__setattr__(self, "every", 1)
+
+    @property
+    def adversarial(self) -> bool:
+        return bool(self.taps)
+
+    @property
+    def teacher_taps(self) -> tuple[int, ...]:  # type: ignore[override] - here a consequence of `taps`
+        return self.taps
 
     def check(self, solver: Solver) -> None:
         check_steps("PhasedConsistency", self.phases[-1], self.shift, solver)
 
-    def predictions(self, roles: Roles, given: Given) -> tuple[Tensor, Tensor, Tensor]:
-        """The student's point at the end of a phase (with a graph), where it should be, and the time of that end [b].
+    def build(self, student: Denoiser, teacher: Denoiser | None) -> Heads | None:
+        if not self.taps:
+            return None
+        assert teacher is not None, "this method needs a teacher"
+        return Heads.on(teacher, self.taps)
 
-        For terms that judge the end itself: all three belong to `Given.x` noised to a random time of the grid.
+    def predictions(self, roles: Roles, given: Given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The student's point at the end of a phase (with a graph), where it should be, and the times [b] at which that
+        phase starts and ends. All belong to `Given.x` noised to a random time of the grid.
         """
-        condition, grid = given.condition, _grid(self.steps, self.shift, given)
+        condition, grid = given.condition, time_grid(self.steps, self.shift, given.x.device)
         length = self.steps // self.phases[min(int(given.progress * len(self.phases)), len(self.phases) - 1)]
         k, x_t, x_next = _teacher_step(roles, given, grid)
-        t, after, end = grid[k], grid[k + 1], grid[(k // length + 1) * length]
+        t, after, start, end = grid[k], grid[k + 1], grid[k // length * length], grid[(k // length + 1) * length]
         with torch.no_grad():
             target = move(x_next, roles.student(x_next, after, condition), after, end)
-        return move(x_t, roles.student(x_t, t, condition), t, end), target, end
+        return move(x_t, roles.student(x_t, t, condition), t, end), target, start, end
 
     def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
-        prediction, target, _ = self.predictions(roles, given)
-        return {"phased": distance(prediction, target, self.c)}
+        prediction, target, start, end = self.predictions(roles, given)
+        losses = {"phased": distance(prediction, target, self.c)}
+        if self.taps:
+            logits = self.verdict(roles, given, prediction, start, end, 3)
+            losses["generator"] = self.adversarial_weight * hinge_generator(logits)
+        return losses
+
+    def critic_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
+        with torch.no_grad():
+            fake, real, start, end = self.predictions(roles, given)
+        real, fake = (self.verdict(roles, given, x, start, end, stream) for x, stream in ((real, 4), (fake, 3)))
+        return {"heads": hinge_real_fake(real, fake)}
+
+    def verdict(self, roles: Roles, given: Given, x_e: Tensor, start: Tensor, end: Tensor, stream: int) -> Tensor:
+        """Logits b k of points at the end of a phase, noised to a time within it that is one for real and fake."""
+        t = torch.lerp(end, start, given.draws.uniform(2))
+        x_t = corrupt(x_e, given.draws.gaussian(stream), (t - end) / (1 - end))
+        return judge(roles, x_t, t, given.condition)
 
 
 @dataclass(frozen=True)
@@ -160,10 +209,10 @@ class TruncatedConsistency(Matching):
         def data(field: Field, x: Tensor, t: Tensor) -> Tensor:
             return move(x, field(x, t, given.condition), t, torch.zeros_like(t))
 
-        draws, grid = given.draws, _grid(self.steps, self.shift, given)
+        draws, grid = given.draws, time_grid(self.steps, self.shift, given.x.device)
         inside = sum(t > self.until for t in times(self.steps, self.shift)[:-1])  # grid times that are trained
         k = (draws.uniform(0) * inside).long()
-        k = torch.where(draws.uniform(2) < self.share, inside - 1, k)
+        k = k.masked_fill(draws.uniform(2) < self.share, inside - 1)
         t, after, eps = grid[k], grid[k + 1], draws.gaussian(1)
         x_t, x_next = corrupt(given.x, eps, t), corrupt(given.x, eps, after)
         with torch.no_grad():
@@ -178,10 +227,6 @@ class TruncatedConsistency(Matching):
 def distance(prediction: Tensor, target: Tensor, c: float) -> Tensor:
     """Mean over elements of sqrt(difference^2 + c^2) - c: b ... -> [b]."""
     return mean(huber((prediction - target).reshape(-1, 1), c).view(prediction.shape))
-
-
-def _grid(steps: int, shift: float, given: Given) -> Tensor:
-    return torch.tensor(times(steps, shift), device=given.x.device, dtype=torch.float32)
 
 
 def _teacher_step(roles: Roles, given: Given, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:

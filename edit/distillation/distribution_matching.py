@@ -7,13 +7,15 @@ the critic follows the student (`critic.follow`), and the teacher guides the stu
 With a discriminator on the teacher's features come DMD2's adversarial loss and the weights of f-distill (2502.15681).
 Specification: methods/distillation.md, D3.8. Ours: one draw for a whole batch decides whether it is rolled out, so
 that half of the steps are spared the rollout; the critic's times follow the same law without its margins; fakes are
-judged where the scores are compared. Another discriminator than DMD2's can be had by `edit.distillation.combined`.
+judged where the scores are compared, which asks the teacher twice at one point: guided for its score, then for the
+features of its condition, through which gradients flow. Another discriminator than DMD2's can be had by
+`edit.distillation.combined`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -34,7 +36,8 @@ class DistributionMatching(Matching):
     """Match the distribution of the student's samples with the guided teacher's.
 
     Args:
-        grid: times of the student's steps, the sampler's own before `shift`
+        grid: times of the student's steps, the sampler's own before `shift`. A student of one step, (1.0,), is to start
+            from one that has learned the teacher's ends from noise, by `edit.distillation.endpoint`
         shift: of these times, likewise
         renoise: the sampler's: each step starts from fresh noise, or goes on where the last one ended
         times: law of the times at which scores are compared
@@ -44,7 +47,11 @@ class DistributionMatching(Matching):
         segment: weight of the intra-segment guidance; SenseFlow: 1
         charbonnier: scale c of its distance sqrt(difference^2 + c^2) - c, per element; None: squared, as in the paper
         every: the student's turn is every n-th step, the critic's are the others; DMD2: every=5 together=true
-        together: the critic is trained on the student's turns as well
+        together: the critic is trained on the student's turns as well; the rollout and the student's step are then made
+            twice on the same numbers, with a graph and without
+        critic_weight: what the critic's squared error is of: "velocity", as it is, or "data", those that the velocity
+            implies, times min(SNR, cap): for models that predict noise, FLUX in FastGen (there without the factor)
+        cap: of the signal-to-noise ratio there
         taps: units of the teacher whose tokens discriminator heads look at; none: no discriminator. DMD2 uses the
             middle, in FLUX 28
         realism: weight of the adversarial loss; 5e-3 for SDXL, 0.03 for FLUX
@@ -64,6 +71,8 @@ class DistributionMatching(Matching):
     charbonnier: float | None = 1e-3
     every: int = 5
     together: bool = False
+    critic_weight: Literal["velocity", "data"] = "velocity"
+    cap: float = 5.0
     taps: tuple[int, ...] = ()
     realism: float = 0.03
     judgement: float = 1e-2
@@ -90,6 +99,11 @@ class DistributionMatching(Matching):
             raise ValueError(
                 f"DistributionMatching: segments must be longer than {2 * self.margin} for a teacher's step inside "
                 f"them, got times {[round(t, 4) for t in ts]}: take fewer, or segment=0"
+            )
+        if self.critic_weight not in ("velocity", "data") or self.cap <= 0:
+            raise ValueError(
+                "DistributionMatching: critic_weight must be velocity or data and cap positive, got "
+                f"{self.critic_weight!r}, {self.cap}"
             )
         if self.divergence not in DIVERGENCES:
             known = ", ".join(DIVERGENCES)
@@ -122,6 +136,11 @@ class DistributionMatching(Matching):
             raise ValueError(
                 "DistributionMatching: segment guides velocities, this student is a flow map: set segment=0, or leave "
                 "out the edit"
+            )
+        if student.prediction == "noise" and self.critic_weight == "velocity":
+            raise ValueError(
+                f"DistributionMatching: this {student.name} predicts noise, whose error counts up to 25 000 times in a "
+                "velocity near pure noise: set critic_weight=data"
             )
         if not self.taps:
             return None
@@ -159,7 +178,9 @@ class DistributionMatching(Matching):
             x = move(x_t, roles.student(x_t, t, replace(condition, end=end)), t, end)
         tau, eps = self.times(draws.uniform(CRITIC_TIME)), draws.gaussian(CRITIC_NOISE)
         x_tau = corrupt(x, eps, tau)
-        losses = {"velocity": mean((roles.critic(x_tau, tau, condition) - (eps - x)).square())}
+        error = roles.critic(x_tau, tau, condition) - (eps - x)
+        on_data = self.critic_weight == "data"
+        losses = {self.critic_weight: capped(error, tau, self.cap) if on_data else mean(error.square())}
         if self.taps:
             real = judge(roles, corrupt(given.x, draws.gaussian(REAL_NOISE), tau), tau, condition)
             losses["judgement"] = self.judgement * softplus_real_fake(real, judge(roles, x_tau, tau, condition))
@@ -183,8 +204,8 @@ class DistributionMatching(Matching):
         with torch.no_grad():
             x = move(x_t, roles.teacher(x_t, t, given.condition), t, middle)
             x = move(x, roles.student(x, middle, replace(given.condition, end=end)), middle, end)
-        square, c = (move(x_t, v, t, end) - x).square(), self.charbonnier
-        return mean(square) if c is None else mean(square / ((square + c * c).sqrt() + c))
+        delta = move(x_t, v, t, end) - x
+        return mean(delta.square()) if self.charbonnier is None else pseudo_huber(delta, self.charbonnier)
 
     def weight(self, logits: Tensor, tau: Tensor, judge: Judge) -> Tensor:
         """f-distill's, with mean 1 at each noise level: logits b k -> [b]."""
@@ -220,9 +241,26 @@ def direction(x: Tensor, x_tau: Tensor, tau: Tensor, teacher: Tensor, critic: Te
         teacher: velocity at x_tau, guided
         critic: velocity at x_tau
     """
-    column_tau = column(tau, x)
-    distance = mean((x - (x_tau - column_tau * teacher)).abs()) + 1e-6
-    return column_tau * (teacher - critic) / column(distance, x)
+    return column(tau, x) * (teacher - critic) / column(distance(x, x_tau, tau, teacher), x)
+
+
+def distance(x: Tensor, x_tau: Tensor, tau: Tensor, teacher: Tensor) -> Tensor:
+    """Mean |x - x_teacher| of each sample, which differences of scores are divided by: [b]."""
+    return mean((x - (x_tau - column(tau, x) * teacher)).abs()) + 1e-6
+
+
+def capped(error: Tensor, tau: Tensor, cap: float) -> Tensor:
+    """Squared error of the data that a velocity implies, tau times its own error, times min(SNR, cap): b ... -> [b].
+
+    SNR is ((1 - tau) / tau)^2, so that an error d of predicted noise, d / (1 - tau) of the velocity, counts d^2.
+    """
+    return ((1 - tau) / tau).square().clamp(max=cap) * mean((column(tau, error) * error).square())
+
+
+def pseudo_huber(delta: Tensor, c: float) -> Tensor:
+    """Mean over elements of sqrt(delta^2 + c^2) - c, without its cancellation: b ... -> [b]."""
+    square = delta.square()
+    return mean(square / ((square + c * c).sqrt() + c))
 
 
 def check_grid(name: str, own: Grid, solver: Solver) -> None:

@@ -20,6 +20,7 @@ from edit.backbones.dit import TimeEmbed
 from edit.denoiser import Condition, Denoiser, Stream
 from edit.distillation.matching import Field, column
 from edit.edits import Edit
+from edit.sampling import Euler, Grid, Solver
 
 How = Literal["difference", "jvp"]
 
@@ -81,12 +82,25 @@ def need_interval(method: str, student: Denoiser) -> None:
         )
 
 
+def check_solver(method: str, solver: Solver) -> None:
+    """Refuse a solver that does not tell a flow map where its steps end, or does not end them there.
+
+    Raises:
+        ValueError: naming both, and what to use instead
+    """
+    if not isinstance(solver, Euler) and not (isinstance(solver, Grid) and not solver.renoise):
+        raise ValueError(
+            f"{method} trains straight steps that are told their end, the sampler is {solver}: set sampler.solver to "
+            "edit.sampling.Euler, or to edit.sampling.Grid with renoise=false"
+        )
+
+
 def check_difference(method: str, how: str, step: float) -> None:
     """Refuse settings that `derivative` cannot follow."""
     if how not in ("difference", "jvp"):
         raise ValueError(f"{method}: how must be difference or jvp, got {how!r}")
     if step <= 0:
-        raise ValueError(f"{method}: step must be positive, got {step}; 1e-3 is the default")
+        raise ValueError(f"{method}: step must be positive, got {step}; 1e-2 is the default")
 
 
 @torch.no_grad()
@@ -97,11 +111,15 @@ def derivative(
     dx: Tensor,
     dt: Tensor,
     how: How = "difference",
-    step: float = 1e-3,
+    step: float = 1e-2,
 ) -> Tensor:
     """Of f(x + s dx, t + s dt) by s at s = 0, without a graph and in fp32, whatever the precision of training.
 
-    Both ways call f under the dropout that a call of f right afterwards will have.
+    Both ways call f under the dropout that a call of f right afterwards will have. They are two derivatives rather than
+    two ways to one number: models hear times through sinusoids of 1000 t, whose ripple is most of an exact derivative
+    by t, and a step of 1e-2 is the mean of that over three of their shortest periods. Measured on a trained FLUX, its
+    cosine with the change over +-0.05 is .83, .95 and .95 at t = .3, .6 and .9; that of "jvp", and of the published
+    step of 1e-3, is .26, .36 and .90.
 
     Args:
         f: (x, t) -> shaped as x
@@ -112,8 +130,8 @@ def derivative(
         how: "difference": central, two calls, works wherever f does; times may leave their range by `step` dt.
             "jvp": forward-mode differentiation, exact, with attention that keeps all weights (memory of tokens
             squared); neither FSDP2 nor compiled units allow it
-        step: of "difference", relative to the direction. Where weights themselves are bf16 (FSDP2 with bf16), rounding
-            is felt below 1e-2
+        step: of "difference", relative to the direction; smooths what is shorter. Where weights themselves are bf16
+            (FSDP2 with bf16), rounding is felt below 1e-2
     """
     x, t, dx, dt = x.float(), t.float(), dx.float(), dt.float()
 

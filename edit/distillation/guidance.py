@@ -7,8 +7,10 @@ means w = g - 1. Specification: methods/distillation.md D3.2; scales drawn per s
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -46,6 +48,7 @@ class TeacherGuidance:
         scale: Tensor,
         taps: Collection[int] = (),
         branches: Collection[int] = (),
+        maps: Mapping[int, int] = MappingProxyType({}),
     ) -> Output:
         """The guided prediction, without a graph.
 
@@ -58,17 +61,19 @@ class TeacherGuidance:
             scale: b, what `scale` returned; counts for nothing where g is always 1 and there is no guidance input
             taps: as of `Denoiser.forward`
             branches: likewise
+            maps: likewise
 
         Returns:
-            sample: guided; variance and trace (taps and branches, nothing else): of the conditional half.
+            sample: guided; variance and trace (taps, branches and maps, nothing else): of the conditional half.
         """
+        ask = partial(teacher, taps=taps, branches=branches, maps=maps)
         if teacher.config.get("guidance_embeds"):
-            return teacher(x_t, t, replace(condition, guidance=scale), taps=taps, branches=branches)
+            return ask(x_t, t, replace(condition, guidance=scale))
         condition, null = replace(condition, guidance=None), replace(null, guidance=None)
         if self.low == self.high == 1:
-            return teacher(x_t, t, condition, taps=taps, branches=branches)
+            return ask(x_t, t, condition)
         b = len(x_t)
-        both = teacher(torch.cat((x_t, x_t)), torch.cat((t, t)), condition.join(null), taps=taps, branches=branches)
+        both = ask(torch.cat((x_t, x_t)), torch.cat((t, t)), condition.join(null))
         cond, uncond = both.sample.float().split(b)
         return Output(
             sample=torch.lerp(uncond, cond, scale.float().view(-1, *[1] * (x_t.ndim - 1))),

@@ -114,9 +114,10 @@ class LADD(Matching):
     def generate(self, roles: Roles, given: Given) -> Tensor:
         """What the student makes of data at one of its times, in one step: b c y x."""
         odds = self.first if given.progress < self.warm else self.p
-        like = {"device": given.x.device, "dtype": torch.float32}
-        edges, starts = torch.tensor(list(accumulate(odds))[:-1], **like), torch.tensor(self.times, **like)
-        t = starts[torch.bucketize(given.draws.uniform(0), edges)]
+        u = given.draws.uniform(0)
+        t = torch.full_like(u, self.times[-1])
+        for time, edge in [*zip(self.times, accumulate(odds), strict=True)][-2::-1]:
+            t = t.masked_fill(u <= edge, time)  # scalars alone: a table would be copied from the host in each step
         x_t, end = corrupt(given.x, given.draws.gaussian(1), t), torch.zeros_like(t)
         return move(x_t, roles.student(x_t, t, replace(given.condition, end=end)), t, end)
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
-from edit.distillation.flow_map import How, check_difference, mean_velocity, need_interval
+from edit.distillation.flow_map import How, check_difference, check_solver, mean_velocity, need_interval
 from edit.distillation.matching import Given, Matching, Roles, column, corrupt
 from edit.objectives import LogitNormal, TimeLaw
+from edit.sampling import Solver
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,14 @@ class MeanFlow(Matching):
         p: samples are weighed by 1 / (loss + c)^p; 0.75 on CIFAR, 0 is no weight
         c: likewise
         omega: guidance in the target of `target=data`: v becomes omega v + (1 - omega - kappa) u_null + kappa u_cond,
-            an effective scale of omega / (1 - kappa). It needs `label_drop`. 0.2 with kappa 0.92 for their XL
+            an effective scale of omega / (1 - kappa). u_null is what the student has learned under `label_drop`, which
+            must be above 0; with a teacher in the run (another part's) nothing notices where it is 0. 0.2 with kappa
+            0.92 for their XL. `target=teacher` has the guidance of its teacher and refuses this one
         kappa: likewise
         interval: times t at which the target is guided; 0 to 0.75 for their XL
-        how: derivatives, see `edit.distillation.flow_map.derivative`
-        step: likewise
+        how: derivatives, see `edit.distillation.flow_map.derivative`; their calls are fp32 whatever the precision of
+            training, and cost accordingly
+        step: likewise; 1e-3 in FastGen follows the ripple of time embeddings
     """
 
     target: Literal["teacher", "data"] = "teacher"
@@ -51,7 +55,7 @@ class MeanFlow(Matching):
     kappa: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
     how: How = "difference"
-    step: float = 1e-3
+    step: float = 1e-2
 
     def __post_init__(self):
         object.__setattr__(self, "interval", tuple(self.interval))
@@ -74,6 +78,9 @@ class MeanFlow(Matching):
     @property
     def guided(self) -> bool:
         return (self.omega, self.kappa) != (1, 0)
+
+    def check(self, solver: Solver) -> None:
+        check_solver("MeanFlow", solver)
 
     def build(self, student: Denoiser, teacher: Denoiser | None) -> nn.Module | None:
         need_interval("MeanFlow", student)

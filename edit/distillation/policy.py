@@ -78,9 +78,9 @@ class Policy:
         return x
 
 
-def segments(steps: int, last: float) -> list[float]:
-    """steps + 1 times from 1 to 0 before the shift; the last segment is `last` as long as each of the others."""
-    return [1 - k / (steps - 1 + last) for k in range(steps)] + [0.0]
+def segments(steps: int, last: float, device: torch.device | str = "cpu") -> Tensor:
+    """steps + 1 times from 1 to 0 before the shift; the last segment is `last` <= 1 as long as each of the others."""
+    return (1 - torch.arange(steps + 1, device=device) / (steps - 1 + last)).clamp_min(0)
 
 
 # ---- the head -------------------------------------------------------------------------------------------------------
@@ -227,15 +227,15 @@ class PolicyImitation(Matching):
     def _start(self, roles: Roles, given: Given) -> tuple[Tensor, Tensor, Tensor]:
         """x_s, and the times [b] before the shift at which a segment starts and ends; drawn by its length."""
         draws, eps = given.draws, given.draws.gaussian(0)
-        grid = torch.tensor(segments(self.steps, self.last), device=eps.device)
+        grid = segments(self.steps, self.last, eps.device)
         if self.needs_data:
             assert given.x is not None, "needs_data is declared"
             k = torch.searchsorted(-grid, -draws.uniform(1)) - 1  # the segment that a uniform time falls into
             return corrupt(given.x, eps, shift_times(grid[k], self.shift)), grid[k], grid[k + 1]
         moment, x, k = draws.shared(1), eps, 0
-        starts = grid[:, None].expand(-1, given.count)
+        starts, ends = grid[:, None].expand(-1, given.count), segments(self.steps, self.last).tolist()[1:]
         with torch.no_grad():
-            while segments(self.steps, self.last)[k + 1] > moment:  # on all ranks the same
+            while ends[k] > moment:  # on all ranks the same
                 policy = self._policy(roles, given, x, starts[k])
                 x = policy.follow(x, starts[k], starts[k + 1], self.solver().each, self.shift)
                 k += 1
@@ -276,7 +276,7 @@ class PolicySolver(Solver):
         return ceil(self.substeps / self.steps)
 
     def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        c, ts = x.shape[1], torch.tensor(segments(self.steps, self.last), device=x.device)[:, None].expand(-1, len(x))
+        c, ts = x.shape[1], segments(self.steps, self.last, x.device)[:, None].expand(-1, len(x))
         for start, end in zip(ts, ts[1:], strict=False):
             s = shift_times(start, self.shift)
             native, t = objective.native(x, s)

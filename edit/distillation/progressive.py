@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from edit.distillation.matching import Given, Matching, Roles, column, corrupt, mean, move
+from edit.objectives import shift_times
 from edit.sampling import Euler, Grid, Solver, times
 
 
@@ -45,7 +46,7 @@ class Progressive(Matching):
 
     def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
         draws, condition = given.draws, given.condition
-        grid = torch.tensor(times(2 * self.steps, self.shift), device=given.x.device, dtype=torch.float32)
+        grid = time_grid(2 * self.steps, self.shift, given.x.device)
         k = 2 * (draws.uniform(0) * self.steps).long()  # where the student's step begins
         t, middle, end = grid[k], grid[k + 1], grid[k + 2]
         x_t = corrupt(given.x, draws.gaussian(1), t)
@@ -54,6 +55,11 @@ class Progressive(Matching):
         target = (x - x_t) / column(end - t, x)
         loss = mean((roles.student(x_t, t, condition) - target).square())
         return {"progressive": loss if self.weighting == "none" else torch.maximum(t, 1 - t).square() * loss}
+
+
+def time_grid(steps: int, shift: float, device: torch.device) -> Tensor:
+    """The times of `edit.sampling.times`, fp32, [steps + 1]: made where they are used, as a copy would block a step."""
+    return shift_times(torch.linspace(1, 0, steps + 1, device=device), shift)
 
 
 def check_steps(who: str, steps: int, shift: float, solver: Solver) -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from edit.distillation.matching import Given, Matching, Roles, corrupt, mean, move
+from edit.distillation.progressive import time_grid
 from edit.objectives import TimeLaw, Uniform
-from edit.sampling import times
+from edit.sampling import Grid, Solver
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,17 @@ class Reflow(Matching):
         if self.shift <= 0:
             raise ValueError(f"Reflow: shift must be positive, got {self.shift}; 1 leaves times unchanged")
 
+    def check(self, solver: Solver) -> None:
+        if isinstance(solver, Grid) and solver.renoise:
+            raise ValueError(
+                f"Reflow trains paths that are followed from one noise, the sampler is {solver}: set "
+                "sampler.solver.renoise=false, or use edit.sampling.Euler"
+            )
+
     def pairs(self, roles: Roles, given: Given) -> tuple[Tensor, Tensor]:
         """Noise and the teacher's sample from it: b c y x each."""
-        x = z = given.draws.gaussian(0)
-        grid = torch.tensor(times(self.steps, self.shift), device=z.device).float()[:, None].expand(-1, len(z))
-        for t, end in zip(grid, grid[1:], strict=False):
-            x = move(x, roles.teacher(x, t, given.condition), t, end)
-        return z, x
+        z = given.draws.gaussian(0)
+        return z, solve(roles, given, z, self.steps, self.shift)[-1]
 
     def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
         z, x = self.pairs(roles, given)
@@ -57,3 +62,11 @@ class Reflow(Matching):
             t = self.time(given.draws.uniform(1 + echo))
             losses.append(mean((roles.student(corrupt(x, z, t), t, given.condition) - (z - x)).square()))
         return {"reflow": torch.stack(losses).mean(0)}
+
+
+def solve(roles: Roles, given: Given, z: Tensor, steps: int, shift: float) -> list[Tensor]:
+    """The teacher's path from noise by Euler's method: steps + 1 points b c y x, from z to data."""
+    path, grid = [z], time_grid(steps, shift, z.device)[:, None].expand(-1, len(z))
+    for t, end in zip(grid, grid[1:], strict=False):
+        path.append(move(path[-1], roles.teacher(path[-1], t, given.condition), t, end))
+    return path

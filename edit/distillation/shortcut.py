@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
-from edit.distillation.flow_map import check_difference, mean_velocity, need_interval
+from edit.distillation.flow_map import check_difference, check_solver, mean_velocity, need_interval
 from edit.distillation.matching import Given, Matching, Roles, corrupt, mean
 from edit.objectives import TimeLaw, Uniform
+from edit.sampling import Solver
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Shortcut(Matching):
         diffusion: share of the samples with r = t
         consistency: share of the samples with r = 0
         time: law of t and, for what is left, of r: the later of two is t
-        step: d
+        step: d; both calls are fp32 whatever the precision of training
     """
 
     target: Literal["teacher", "data"] = "teacher"
@@ -54,6 +55,9 @@ class Shortcut(Matching):
     def needs_teacher(self) -> bool:  # type: ignore[override] - here a consequence of `target`
         return self.target == "teacher"
 
+    def check(self, solver: Solver) -> None:
+        check_solver("Shortcut", solver)
+
     def build(self, student: Denoiser, teacher: Denoiser | None) -> nn.Module | None:
         need_interval("Shortcut", student)
         return None
@@ -62,7 +66,7 @@ class Shortcut(Matching):
         draws = given.draws
         kind, t, r = draws.uniform(0), self.time(draws.uniform(1)), self.time(draws.uniform(2))
         between = kind >= self.diffusion + self.consistency
-        t, r = torch.where(between, torch.maximum(t, r), t), torch.where(between, torch.minimum(t, r), 0)
+        t, r = torch.where(between, torch.maximum(t, r), t), torch.minimum(t, r).masked_fill(~between, 0)
         r = torch.where(kind < self.diffusion, t, r)
         assert given.x is not None
         eps = draws.gaussian(3)

@@ -1,4 +1,5 @@
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,10 +7,12 @@ import torch.nn.functional as F
 
 import edit
 from edit.denoiser import Output
-from edit.distillation.attention import AttentionKD, RelationKD, cosines
+from edit.distillation.attention import AttentionKD, MapKD, RelationKD, cosines
+from edit.distillation.guidance import TeacherGuidance
 from edit.distillation.pairs import same
 from edit.objectives import Pass, Ramp
 from edit.pruning.depth import DepthPruning
+from recipes.roles import union_of_maps
 
 
 @pytest.mark.parametrize("term", [AttentionKD(same(0, 6)), RelationKD(same(0, 6))], ids=["attention", "relation"])
@@ -81,3 +84,113 @@ def test_tokens_that_make_no_grid_are_refused():
         RelationKD(((0, 0),)).losses(seen, None)
     with pytest.raises(ValueError, match="size is rows and columns of a grid, at least 1, got 0"):
         RelationKD(((0, 0),), size=0)
+
+
+# ---- maps ------------------------------------------------------------------------------------------------------------
+
+
+def see_maps(student, teacher, batch, term: MapKD, progress: float = 0.0) -> Pass:
+    x, t, _ = batch
+    with torch.no_grad():
+        taught = teacher(*batch, maps=term.teacher_maps)
+    return Pass(student(*batch, maps=term.maps), {"x_t": x}, t, progress, taught)
+
+
+def test_the_loss_is_the_cross_entropy_of_the_maps(flux, make_flux, told):
+    term = MapKD(((0, 1), (5, 6)), weight=Ramp(0.5, 0.1), rows=6)
+    seen = see_maps(make_flux(seed=5), flux, told, term, progress=0.5)
+    expected = 0
+    for s, t in term.pairs:
+        p, q = seen.teacher.trace[f"unit.{t}.maps"].exp(), seen.output.trace[f"unit.{s}.maps"].exp()
+        assert p.shape == (3, 2, 6, 21)  # b h r s
+        expected = expected - (p * q.log()).sum(-1).flatten(1).mean(1) / 2
+    torch.testing.assert_close(term.losses(seen, None)["map_kd"], 0.3 * expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_maps_of_a_copy_cost_their_entropy_and_have_no_gradient(flux, told, checkpointing):
+    student, term = deepcopy(flux), MapKD(same(0, 6, every=2), weight=1.0)
+    student.gradient_checkpointing = checkpointing
+    assert term.build(student, flux) is None
+    seen = see_maps(student, flux, told, term)
+    (loss,) = term.losses(seen, None).values()
+    maps = [seen.teacher.trace[f"unit.{i}.maps"] for i in (0, 2, 4, 6)]
+    entropy = torch.stack([-(m.exp() * m).sum(-1).mean((1, 2)) for m in maps]).mean(0)
+    torch.testing.assert_close(loss, entropy)
+    loss.sum().backward()
+    # p_student - p_teacher is what fp32 leaves of 0; with another teacher the same gradients are a million times larger
+    assert all(p.grad.abs().max() < 1e-7 for p in student.parameters() if p.grad is not None)
+    assert student.units[6].attn.to_q.weight.grad is not None
+
+
+def test_descent_on_the_term_brings_the_maps_together(make_dit, batch):
+    teacher, student, term = make_dit(seed=0), make_dit(seed=1), MapKD(same(0, 2), weight=1.0)
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
+
+    def apart() -> torch.Tensor:
+        seen = see_maps(student, teacher, batch, term)
+        floor = term.losses(replace(seen, output=seen.teacher), None)["map_kd"]  # the teacher's own entropy
+        return (term.losses(seen, None)["map_kd"] - floor).mean()
+
+    before = apart().item()
+    for _ in range(20):
+        optimizer.zero_grad()
+        apart().backward()
+        optimizer.step()
+    assert 0 <= apart().item() < 0.2 * before
+
+
+def test_the_first_heads_of_models_with_different_numbers_can_be_compared(make_dit, batch):
+    student, teacher = make_dit(num_heads=2), make_dit(hidden_size=48, num_heads=4)
+    with pytest.raises(
+        ValueError, match="student has 2 heads and the teacher 4, and all are to be compared: say heads=2"
+    ):
+        MapKD(same(0, 1)).build(student, teacher)
+    with pytest.raises(ValueError, match="2 heads and the teacher 4, and 3 are to be compared: say heads=2 or fewer"):
+        MapKD(same(0, 1), heads=3).build(student, teacher)
+    term = MapKD(same(0, 1), heads=2)
+    term.build(student, teacher)
+    seen = see_maps(student, teacher, batch, term)
+    loss = term.losses(seen, None)["map_kd"]
+    trace = {k: v.clone() for k, v in seen.teacher.trace.items()}
+    for v in trace.values():
+        v[:, 2:] = 0
+    assert loss.shape == (4,) and torch.equal(loss, term.losses(replace(seen, teacher=see_as(trace)), None)["map_kd"])
+    for v in trace.values():
+        v[:, 0] -= 1
+    assert not torch.equal(loss, term.losses(replace(seen, teacher=see_as(trace)), None)["map_kd"])
+
+
+def see_as(trace) -> Output:
+    return Output(torch.zeros(1), None, trace)
+
+
+def test_maps_over_other_tokens_are_refused(make_dit, batch):
+    student, teacher, term = make_dit(registers=2), make_dit(), MapKD(same(0, 1), rows=4)
+    term.build(student, teacher)
+    seen = see_maps(student, teacher, batch, term)
+    with pytest.raises(ValueError, match="unit 0 of the student attends to 18 tokens, unit 0 of the teacher to 16"):
+        term.losses(seen, None)
+
+
+@pytest.mark.parametrize("wrong", [{"rows": 0}, {"heads": 0}])
+def test_no_rows_and_no_heads_are_refused(wrong):
+    with pytest.raises(ValueError, match="MapKD: rows and heads are at least 1"):
+        MapKD(same(0, 1), **wrong)
+
+
+def test_terms_that_want_other_rows_of_one_unit_are_refused():
+    terms = MapKD(same(0, 1), rows=8), MapKD(((1, 2), (2, 2)), rows=8)
+    assert union_of_maps(t.maps for t in terms) == {0: 8, 1: 8, 2: 8}
+    with pytest.raises(ValueError, match="terms want 8 and 4 rows of unit 1's attention map"):
+        union_of_maps(t.maps for t in (*terms, MapKD(((1, 1),), rows=4)))
+
+
+@torch.no_grad()
+def test_a_guided_teacher_hands_on_the_maps_of_the_condition(make_flux, told):
+    plain, scale = make_flux(guidance_embeds=False), torch.tensor([1.0, 2.0, 4.0])
+    x, t, condition = told
+    guided = TeacherGuidance(1.0, 4.0)(plain, x, t, condition, plain.null(condition), scale, maps={4: 5})
+    alone = plain(x, t, condition, maps={4: 5})
+    assert guided.trace.keys() == alone.trace.keys() == {"unit.4.maps"}
+    torch.testing.assert_close(guided.trace["unit.4.maps"], alone.trace["unit.4.maps"], rtol=1e-4, atol=1e-4)

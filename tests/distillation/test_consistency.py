@@ -140,11 +140,12 @@ def test_points_lead_to_the_end_of_their_phase_and_phases_follow_the_run(progres
         return velocity(x_t, t)
 
     method = PhasedConsistency((1, 2, 4), steps=8, shift=3.0)
-    _, _, end = method.predictions(roles(student, velocity), given(200, progress=progress))
+    _, _, start, end = method.predictions(roles(student, velocity), given(200, progress=progress))
     ends = torch.tensor(times(phases, 3.0)[1:])
     assert (end[:, None] - ends).abs().min(1).values.max() < 1e-6 and len(end.unique()) == phases
     after, t = times_asked  # of the target, of the prediction
-    assert (end <= after).all() and (after < t).all()
+    assert (end <= after).all() and (after < t).all() and (t <= start).all()
+    torch.testing.assert_close(start.unique(), torch.tensor(times(phases, 3.0)[-2::-1]))
     assert ((end[:, None] < ends) & (ends < t[:, None] - 1e-6)).sum() == 0  # no other end lies on the way
 
 
@@ -154,7 +155,7 @@ def test_what_is_predicted_at_the_end_of_a_phase_has_a_graph_and_its_target_none
     def student(x_t, t, condition):
         return scale * velocity(x_t, t)
 
-    prediction, target, _ = PhasedConsistency().predictions(roles(student, velocity), given())
+    prediction, target, _, _ = PhasedConsistency().predictions(roles(student, velocity), given())
     assert prediction.requires_grad and not target.requires_grad
 
 

@@ -1,6 +1,7 @@
 """Fields are functions; data N(0, s^2) have the velocity x_t (t - (1-t) s^2) / ((1-t)^2 s^2 + t^2)."""
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -8,10 +9,10 @@ import torch
 from torch import nn
 
 from edit.denoiser import Condition
-from edit.distillation.distribution_matching import DistributionMatching, direction, rollout
+from edit.distillation.distribution_matching import DistributionMatching, capped, direction, rollout
 from edit.distillation.divergence import DIVERGENCES, Judge
 from edit.distillation.matching import Draws, Given, Roles, column, move
-from edit.objectives import LogitNormal, Shifted
+from edit.objectives import DDPM, LogitNormal, Shifted
 from edit.sampling import Euler, Grid
 
 STEPS = (1.0, 0.75, 0.5, 0.25)
@@ -80,6 +81,26 @@ def test_a_critic_that_agrees_with_the_teacher_leaves_the_student_alone():
     loss = DistributionMatching(simulate=1.0).student_losses(roles(one_step(a), same, same), given())["distribution"]
     loss.sum().backward()
     assert float(a.grad) == 0 and torch.equal(loss, torch.zeros(3))
+
+
+def test_three_copies_of_one_model_leave_the_student_alone_to_the_last_bit(dit, make_dit):
+    """Oracle 1: student, critic and unguided teacher with the same weights, each asked by itself."""
+    student, teacher, critic = (deepcopy(dit) for _ in range(3))
+
+    def field(denoiser):
+        return lambda x_t, t, condition: denoiser(x_t, t, condition).sample.float()
+
+    method = DistributionMatching(simulate=1.0)
+    for moment in range(4):
+        told = given(3, moment=moment, condition=Condition(label=torch.tensor([1, 2, 3])))
+        models = roles(field(student), field(teacher), field(critic))
+        loss = method.student_losses(models, told)["distribution"]
+        loss.sum().backward()
+        assert torch.equal(loss, torch.zeros(3))
+    assert all(p.grad.count_nonzero() == 0 for p in student.parameters() if p.grad is not None)
+    assert sum(p.grad is not None for p in student.parameters()) > 10  # a graph there was
+    other = roles(field(student), field(teacher), field(make_dit(seed=1)))
+    assert (method.student_losses(other, told)["distribution"] > 0).all()
 
 
 def test_the_gradient_is_the_weighted_difference_of_the_two_predictions():
@@ -319,6 +340,45 @@ def test_the_critic_learns_the_velocity_from_noise_to_the_students_sample():
     assert min(losses, key=losses.get) == 0.6
 
 
+def test_a_critic_that_predicts_noise_has_losses_of_order_one_near_pure_noise():
+    """Exact noise of the student's N(0, a^2), and beside it what a young critic errs: 0.3 of the noise's deviation."""
+    a, ddpm, told = 0.6, DDPM(), given(64, (4, 8, 8))
+    near = LogitNormal(6.0, 0.5)  # times from 0.99 on; the last of DDPM's indices stands at 0.9937
+    assert 0.99 < float(near(told.draws.uniform(6)).min()) < 0.995
+
+    def critic(x_t, t, condition):
+        native, time = ddpm.native(x_t, t)
+        alpha = torch.cumprod(1 - ddpm.betas(), 0)[ddpm.index(time)].float()
+        eps = column((1 - alpha).sqrt() / (alpha * a * a + 1 - alpha), x_t) * native
+        return ddpm.velocity(eps + 0.3 * told.draws.gaussian(99), x_t, t)
+
+    models = roles(one_step(a), critic=critic)
+    settings = {"grid": (1.0,), "simulate": 1.0, "times": near}
+    velocity = DistributionMatching(**settings).critic_losses(models, told)["velocity"]
+    assert (velocity > 1000).all()  # 0.09 / (1 - 0.9937)^2 is 2300
+    data = DistributionMatching(**settings, critic_weight="data").critic_losses(models, told)["data"]
+    assert (data < 1).all()
+    middle = DistributionMatching(**{**settings, "times": LogitNormal(-0.5, 0.1)}, critic_weight="data")
+    assert 0.1 < float(middle.critic_losses(models, told)["data"].mean()) < 1  # nor does it vanish where it matters
+
+
+def test_an_error_of_predicted_noise_counts_the_same_at_all_times_whose_ratio_is_below_the_cap():
+    t, error = torch.tensor([0.05, 0.31, 0.5, 0.9, 0.999]), torch.randn(1, 4, 8, 8)
+    loss = capped(error / column(1 - t, t.view(-1, 1, 1, 1)), t, 5.0)
+    assert ((1 - t) / t).square().gt(5).tolist() == [True, False, False, False, False]
+    expected = error.square().mean() * torch.tensor([5 / 19**2, 1, 1, 1, 1])  # the ratio at 0.05 is 19^2
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)  # 1 - 0.999 has lost four digits in fp32
+
+
+def test_a_noise_predicting_student_is_refused_the_loss_on_velocities(make_dit):
+    flow, noise = make_dit(), make_dit(time="ddpm")
+    assert noise.prediction == "noise"
+    with pytest.raises(ValueError, match="this dit predicts noise.*set critic_weight=data"):
+        DistributionMatching().build(noise, noise)
+    assert DistributionMatching(critic_weight="data").build(noise, noise) is None
+    assert DistributionMatching().build(flow, flow) is None
+
+
 def test_weights_of_the_divergences_are_those_of_the_table():
     r = torch.tensor([0.25, 4.0])
     expected = {
@@ -381,6 +441,8 @@ def test_flux_steps_come_from_its_own_shift():
         ({"grid": (0.5, 1.0)}, "times must decrease"),
         ({"grid": (1.0, 0.97, 0.5), "segment": 1.0}, "segments must be longer than 0.04"),
         ({"ratio": 1.0}, "ratio must be above 1"),
+        ({"critic_weight": "noise"}, "critic_weight must be velocity or data .* got 'noise'"),
+        ({"cap": 0.0}, "cap positive, got 'velocity', 0.0"),
     ],
 )
 def test_impossible_settings_are_refused(options, words):

@@ -72,7 +72,7 @@ def test_a_critic_that_agrees_with_the_teacher_leaves_the_student_alone():
     assert float(slope) == 0 and torch.equal(loss, torch.zeros(3))
 
 
-def test_the_students_gradient_is_hubers_of_the_normalised_difference():
+def test_the_students_loss_is_elementwise_hubers_of_the_difference_over_the_normaliser():
     v, seen = torch.randn(3, 4, 8, 8, requires_grad=True), []
 
     def teacher(x_t, t, condition):
@@ -85,11 +85,25 @@ def test_the_students_gradient_is_hubers_of_the_normalised_difference():
     x_tau, tau = seen[0]
     x = (given().draws.gaussian(0) - v).detach()
     x_teacher, x_critic = (x_tau - column(tau, x) * gaussian(s)(x_tau, tau, None) for s in (1.0, 0.25))
-    target = x + (x_teacher - x_critic) / (x - x_teacher).abs().mean((1, 2, 3), keepdim=True)
-    delta = (x - target).flatten(1)
-    length = (delta.square().sum(1) + 0.25).sqrt()
-    torch.testing.assert_close(loss, length - 0.5, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(-v.grad.flatten(1), delta / length[:, None], rtol=1e-4, atol=1e-5)
+    scale = (x - x_teacher).abs().mean((1, 2, 3))
+    delta = x_critic - x_teacher  # from the target to x
+    length = (delta.square() + 0.25).sqrt()
+    # 1e-6 in the normaliser, and the published root loses digits that ours does not
+    torch.testing.assert_close(loss, (length - 0.5).mean((1, 2, 3)) / scale, rtol=1e-4, atol=1e-6)
+    slope = delta / length / delta[0].numel() / column(scale, x)  # x = noise - v: the sign turns
+    torch.testing.assert_close(-v.grad, slope, rtol=1e-4, atol=1e-8)
+
+
+def test_gradients_shrink_near_the_goal_and_are_bounded_far_from_it():
+    def length(variance):
+        v = torch.zeros(3, 4, 8, 8, requires_grad=True)  # x is the noise, N(0, 1)
+        models = roles(lambda x, t, c: v, gaussian(variance), gaussian(1.0))
+        TrajectoryMatching(grid=(1.0,)).student_losses(models, given())["trajectory"].sum().backward()
+        return float(v.grad.flatten(1).norm(dim=1).mean())
+
+    far, near, nearer = length(0.25), length(1 + 1e-4), length(1 + 1e-5)
+    assert near < 0.2 * far and nearer == pytest.approx(0.1 * near, rel=0.1)  # below c = 1e-3 as the difference does
+    assert length(0.1) == pytest.approx(far, rel=0.2)  # signs, over a distance to the teacher that hardly changes
 
 
 def test_noise_stays_inside_the_segment_below_the_step_and_all_segments_come():
@@ -126,18 +140,34 @@ def test_the_critics_loss_is_that_of_predicted_data_with_its_two_weights():
     student = gaussian(0.5)
     loss = method.critic_losses(roles(student, critic=critic), told)["data"]
     x_tau, tau = seen[0]
-    x, _, again, rho = method.step(roles(student), told)
+    x, _, again, rho = method.step(roles(student), told, 4)
     assert torch.equal(tau, again) and float(rho.min()) > 0  # part of the noise is the student's
     n = (x_tau - column(1 - tau, x) * x) / column(tau, x)
-    noise = told.draws.gaussian(3)
+    noise = told.draws.gaussian(5)
     importance = (-0.5 * n.square().mean((1, 2, 3))).exp() / (-0.5 * noise.square().mean((1, 2, 3))).exp()
     snr = ((1 - tau) / tau).square().clamp(max=5.0)
     data = x_tau - column(tau, x) * gaussian(0.25)(x_tau, tau, None)
     torch.testing.assert_close(loss, snr * importance * (data - x).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
 
 
+def test_the_two_turns_draw_times_and_noise_of_their_own():
+    method, told, seen = TrajectoryMatching(together=True), given(64), []
+
+    def note(x_t, t, condition):
+        seen.append((x_t, t))
+        return gaussian(1.0)(x_t, t, condition)
+
+    models = roles(gaussian(0.5), gaussian(1.0), note)
+    method.student_losses(models, told)
+    method.critic_losses(models, told)
+    (x, t), (x_own, t_own) = seen
+    assert not (t == t_own).any() and not torch.equal(told.draws.gaussian(3), told.draws.gaussian(5))
+    assert float(torch.corrcoef(torch.stack((t, t_own)))[0, 1].abs()) < 0.4  # 64 pairs: three deviations
+    assert not torch.equal(x, x_own)
+
+
 def test_descent_takes_a_gaussian_student_to_the_teachers_spread():
-    """One step, x = a noise, beside the exact critic. Huber's gradient has length 1: the end is a step wide."""
+    """One step, x = a noise, beside the exact critic; with c = 1 nearly squares, so the way ends at the goal itself."""
     a, method = torch.tensor(0.4, requires_grad=True), TrajectoryMatching(grid=(1.0,), c=1.0)
     for moment in range(150):
 
@@ -147,8 +177,8 @@ def test_descent_takes_a_gaussian_student_to_the_teachers_spread():
         models = roles(student, gaussian(1.0), gaussian(float(a.detach()) ** 2))
         loss = method.student_losses(models, given(16, (4, 8, 8), moment))["trajectory"].mean()
         (slope,) = torch.autograd.grad(loss, a)
-        a = (a - 0.01 * slope).detach().requires_grad_()
-    assert float(a.detach()) == pytest.approx(1.0, abs=0.02)
+        a = (a - 0.5 * slope).detach().requires_grad_()
+    assert float(a.detach()) == pytest.approx(1.0, abs=1e-3)
 
 
 def test_the_critics_loss_gives_the_student_nothing_and_the_students_the_critic_nothing(make_dit):

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import small_runs
 import torch
 from ranks import run_ranks
-from small_runs import TWO_RANKS, config, losses, rows, train
+from small_runs import SMALL, TWO_RANKS, config, losses, rows, train
 
 from recipes.callbacks import newest
 from recipes.config import UserError
@@ -79,11 +80,13 @@ def test_following_all_the_way_is_a_copy(folder, watched):
 
 
 def test_both_turns_in_one_step_have_the_gradients_of_each_alone(folder, watched):
-    """The first step of a run in which both are trained moves each as far as the run in which it is alone."""
-    alone = student(folder, "alone", "trainer.max_steps=2", "trainer.clip=null")
-    train(folder, *alone)
+    """The first step of a run in which both are trained moves the student as far as one in which it is alone, though
+    the critic's gradient is the one that is clipped."""
+    train(folder, *student(folder, "alone", "trainer.max_steps=2", "trainer.clip=0.5"))
     both = MATCHING.replace("every: 2", "every: 1, together: true")
-    train(folder, *(both if word == MATCHING else word for word in student(folder, "both", *alone[-2:])))
+    words = student(folder, "both", "trainer.max_steps=2", "trainer.clip=0.5")
+    train(folder, *(both if word == MATCHING else word for word in words))
+    assert float(rows(folder, "alone")[0]["grad_norm"]) < 0.5 < float(rows(folder, "alone")[1]["grad_norm"])
     (_, mine), _, (_, joint), _ = watched[1]
     torch.testing.assert_close(mine["denoiser"], joint["denoiser"])
     assert watched[0][0, "critic"]
@@ -164,6 +167,7 @@ def test_the_artifact_says_how_its_steps_were_trained(folder):
         ("teacher.path=null", "matching compares with a teacher"),
         ("+terms.a={_target_: edit.distillation.output.OutputKD}", "two ways to train"),
         ("data_weight=0.5", "which matching replaces"),
+        ("sampler.guidance=3.0", "guide it a second time"),
         ("matching=null", None),
     ],
 )
@@ -186,3 +190,28 @@ def test_deepspeed_which_moves_everything_in_every_step_takes_no_turns(folder):
         make_critic(cfg, instantiate(cfg.matching), None, None, None)
     with pytest.raises(UserError, match="weights that DeepSpeed keeps elsewhere"):
         config(folder, *student(folder, "zero", "trainer=zero2", "critic.follow=0.03"))
+
+
+def test_a_student_with_a_guidance_input_is_told_what_the_teacher_is_asked_at(tmp_path, monkeypatch):
+    from edit.backbones.flux import Flux
+
+    scales, forward = [], Flux.forward
+
+    def watching(self, x, t, condition, *args, **kwargs):
+        if self.config["guidance_embeds"]:
+            scales.append(condition.guidance)
+        return forward(self, x, t, condition, *args, **kwargs)
+
+    flux = ("backbone=flux_tiny", "data=shapes", "data.set.count=64", "data.set.held=16", "trainer.max_steps=2")
+    plain = [w for w in SMALL if not w.startswith("backbone.")]
+    monkeypatch.setattr(small_runs, "SMALL", tuple(plain))
+    train(tmp_path, *flux, "name=t", "trainer.max_steps=1")
+    monkeypatch.setattr(Flux, "forward", watching)
+    told = ("+edits.told={_target_: edit.distillation.student.GuidanceInput}", "teacher.guidance=[2.0,4.0]")
+    words = [w for w in student(tmp_path, "s", *told) if w != "teacher.guidance=2.0"]
+    train(tmp_path, *flux, *words, "label_drop=0.0")
+    assert scales and all(((s >= 2) & (s <= 4)).all() and s.std() > 0 for s in scales)
+    with pytest.raises(UserError, match="a guidance that the student does not learn"):
+        train(tmp_path, *flux, *words, "name=u", "+sampler.told=5.0")
+    train(tmp_path, *flux, *student(tmp_path, "one", *told[:1]), "label_drop=0.0")
+    assert json.loads((tmp_path / "one/artifact/edits.json").read_text())["sampler"]["told"] == 2.0
