@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
@@ -341,3 +341,25 @@ class Term(ABC):
             seen: the pass to be scored
             own: what `build` returned
         """
+
+
+def wanted(terms: Iterable[Term], teacher: bool = False) -> tuple[tuple[int, ...], tuple[int, ...], dict[int, int]]:
+    """What terms ask a forward for, all together: taps, branches and maps as `Denoiser.forward` takes them.
+
+    Args:
+        terms: of a run
+        teacher: of the teacher's forward, not the trained model's
+
+    Raises:
+        ValueError: if two terms want different numbers of rows of one unit's attention map
+    """
+    taps, branches, maps = set(), set(), {}
+    for term in terms:
+        taps.update(term.teacher_taps if teacher else term.taps)
+        branches.update(term.teacher_branches if teacher else term.branches)
+        for unit, rows in (term.teacher_maps if teacher else term.maps).items():
+            if maps.setdefault(unit, rows) != rows:
+                raise ValueError(
+                    f"terms want {maps[unit]} and {rows} rows of unit {unit}'s attention map: give them one number"
+                )
+    return tuple(sorted(taps)), tuple(sorted(branches)), maps

@@ -27,6 +27,7 @@ from rich.table import Table
 from edit.cost import peak_flops, short
 from edit.denoiser import Condition, Denoiser, Unit
 from edit.edits import trains
+from edit.objectives import wanted
 from edit.probe import Probe
 from edit.turns import Call, Turn, turns
 
@@ -389,9 +390,10 @@ def _smaller(draft: Draft) -> Iterator[tuple[str, Callable[[Draft], Draft]]]:
     if draft.strategy.name not in ("fsdp2", "zero3"):
         more = draft.devices if draft.devices > 1 else 8
         fsdp2 = STRATEGIES["fsdp2"]  # whose trainer group has checkpointing on
-        words = f"trainer=fsdp2 devices={more}"
+        words = f"trainer=fsdp2 trainer.devices={more}"
         yield words, lambda d: replace(d, strategy=fsdp2, devices=more, checkpointing=True)
-    if draft.teacher is not None and draft.placement == "replicated" and draft.devices > 1:
+    zero = draft.strategy.name.startswith("zero")  # which does not share with FSDP2
+    if draft.teacher is not None and draft.placement == "replicated" and draft.devices > 1 and not zero:
         yield "teacher.placement=sharded", lambda d: replace(d, placement="sharded")
     tapped = any(c.role == "teacher" and c.reach == "input" for turn in draft.kinds for c in turn.calls)
     if draft.teacher is not None and draft.placement in ("replicated", "sharded") and not tapped:
@@ -639,9 +641,8 @@ def draft_of(request: Request, cfg: Any, notes: list[str]) -> Draft:
     with torch.device("meta"):
         plain = start()
     shape, condition = _sample(request, cfg, plain, notes)
-    seen, branches = ((sorted({i for t in terms.values() for i in getattr(t, k)})) for k in ("taps", "branches"))
     base = settled(start)
-    student = Probe(lambda: editing.apply(base(), edits, fresh=False), shape, condition, tuple(seen), tuple(branches))
+    student = Probe(lambda: editing.apply(base(), edits, fresh=False), shape, condition, *wanted(terms.values()))
 
     teacher, placement, calls, kind = None, None, 1, "auto"
     node, path = cfg.get("teacher") or {}, (cfg.get("teacher") or {}).get("path")
@@ -651,12 +652,12 @@ def draft_of(request: Request, cfg: Any, notes: list[str]) -> Draft:
         if placement != "tied":
             if not path:
                 notes.append("teacher.path is not given, so the backbone group's structure stands in")
-            wanted = (tuple(sorted({i for t in terms.values() for i in getattr(t, k)})) for k in _TEACHER)
-            if matching is not None:
-                wanted = (matching.teacher_taps,)
-            teacher = Probe(settled(read(path, "teacher.path")), shape, condition, *wanted)
+            asked = wanted(terms.values(), teacher=True) if matching is None else (matching.teacher_taps,)
+            teacher = Probe(settled(read(path, "teacher.path")), shape, condition, *asked)
         if placement == "sharded" and trainer.strategy == "single":
             raise ValueError("teacher.placement=sharded needs several devices: use trainer=ddp or trainer=fsdp2")
+        if placement == "sharded" and trainer.strategy.startswith("zero"):
+            raise ValueError("teacher.placement=sharded is FSDP2's, not DeepSpeed's: use trainer=fsdp2 or replicated")
     with torch.device("meta"):
         models = student.denoiser, (teacher or student).denoiser
         makers = [*terms.values(), *([] if matching is None else [matching])]
@@ -693,9 +694,6 @@ def draft_of(request: Request, cfg: Any, notes: list[str]) -> Draft:
         peak=peak,
         mfu=request.mfu,
     )
-
-
-_TEACHER = ("teacher_taps", "teacher_branches")
 
 
 def _devices(trainer: Any) -> int:

@@ -8,8 +8,9 @@ Not seen: workspaces of kernels, the allocator's fragmentation, and the temporar
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class Probe:
         condition: of one sample
         taps: units whose tokens are wanted
         branches: units whose branches are wanted
+        maps: units whose attention maps are wanted, and how many rows
     """
 
     def __init__(
@@ -60,9 +62,10 @@ class Probe:
         condition: Condition,
         taps: tuple[int, ...] = (),
         branches: tuple[int, ...] = (),
+        maps: Mapping[int, int] = MappingProxyType({}),
     ):
         self.structure, self.shape, self.condition = structure, shape, condition
-        self.taps, self.branches = taps, branches
+        self.taps, self.branches, self.maps = taps, branches, maps
         self.denoiser = self.build()
         if not self.denoiser.accepts(shape):
             given, wanted = ("x".join(map(str, s)) for s in (shape, self.denoiser.sample_shape))
@@ -92,7 +95,7 @@ class Probe:
     def run(self, denoiser: Denoiser, batch: int, condition: Condition, graph: bool = False) -> Output:
         x, t = torch.zeros(batch, *self.shape, requires_grad=graph), torch.full((batch,), 0.5)
         told = condition.map(lambda v: v.new_zeros(batch, *v.shape[1:]))
-        return denoiser(x, t, told, taps=self.taps, branches=self.branches)
+        return denoiser(x, t, told, taps=self.taps, branches=self.branches, maps=self.maps)
 
     def step(
         self,

@@ -186,6 +186,10 @@ def _conflicts(cfg: DictConfig) -> Iterator[str]:
     yield from _check_groups(cfg.optimizer.groups)
     yield from _check_evaluate(cfg.evaluate)
     yield from _check_teacher(cfg)
+    for section in ("edits", "terms"):
+        for name, node in cfg[section].items():
+            if not isinstance(node, DictConfig) or "_target_" not in node:
+                yield f"{section}.{name}: expected a section with _target_, got {node}; ~{section}.{name} leaves it out"
     yield from _check_matching(cfg)
     for i, words in enumerate(cfg.before):
         if not OmegaConf.is_list(words) or not all(isinstance(w, str) and "=" in w for w in words):

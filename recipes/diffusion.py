@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from edit import noise
 from edit.denoiser import Branch, Condition, Denoiser, Forced, Output
-from edit.objectives import Objective, Pass, Term, Weight, weight_at
+from edit.objectives import Objective, Pass, Term, Weight, wanted, weight_at
 from recipes.recipe import Recipe, Settings
-from recipes.roles import Teacher, union, union_of_maps
+from recipes.roles import Teacher
 
 
 class Diffusion(Recipe):
@@ -37,10 +37,7 @@ class Diffusion(Recipe):
     ):
         super().__init__(build, structure, objective, settings, teacher, null)
         self.terms, self.data_weight = dict(terms or {}), data_weight
-        self.taps, self.branches = (
-            union(getattr(term, k) for term in self.terms.values()) for k in ("taps", "branches")
-        )
-        self.maps = union_of_maps(term.maps for term in self.terms.values())
+        self.taps, self.branches, self.maps = wanted(self.terms.values())
         self.own = nn.ModuleDict()  # trainable parameters of terms
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
@@ -97,11 +94,7 @@ class Diffusion(Recipe):
     def configure_parts(self) -> None:
         whole_teacher = None
         if self.teacher is not None:
-            taps, branches = (
-                union(getattr(term, k) for term in self.terms.values()) for k in ("teacher_taps", "teacher_branches")
-            )
-            maps = union_of_maps(term.teacher_maps for term in self.terms.values())
-            whole_teacher = self.teacher.configure(self.denoiser, taps, branches, maps)
+            whole_teacher = self.teacher.configure(self.denoiser, *wanted(self.terms.values(), teacher=True))
         torch.manual_seed(self.settings.seed)  # the same on every rank, also where only rank 0 has built the weights
         for name, term in self.terms.items():
             if (own := term.build(self.denoiser, whole_teacher)) is not None:

@@ -5,7 +5,7 @@ Specification: methods/distillation.md, roles (D2, D3.2, D6).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Literal
@@ -178,24 +178,3 @@ def shard(
 def units_of(denoiser: Denoiser) -> list[Unit]:
     """The blocks that hold weights, whatever edits have wrapped around them."""
     return [m for m in denoiser.model.modules() if isinstance(m, Unit)]
-
-
-def union(groups: Iterable[Collection[int]]) -> tuple[int, ...]:
-    """All units that any term names, in order."""
-    return tuple(sorted({i for group in groups for i in group}))
-
-
-def union_of_maps(groups: Iterable[Mapping[int, int]]) -> dict[int, int]:
-    """All units whose maps any term wants, with the rows.
-
-    Raises:
-        ValueError: if two terms want different numbers of rows of one unit
-    """
-    found: dict[int, int] = {}
-    for group in groups:
-        for unit, rows in group.items():
-            if found.setdefault(unit, rows) != rows:
-                raise ValueError(
-                    f"terms want {found[unit]} and {rows} rows of unit {unit}'s attention map: give them one number"
-                )
-    return found

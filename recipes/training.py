@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import edit
-from edit.checkpoint import fingerprint, load, load_official, save, skeleton
+from edit.checkpoint import find, fingerprint, load, load_official, save, skeleton
 from edit.denoiser import Denoiser
 from edit.distillation.guidance import TeacherGuidance
 from edit.distillation.matching import Matching
@@ -76,6 +76,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     torch.manual_seed(cfg.seed)
     objective, sampler = (instantiate(node, _convert_="all") for node in (cfg.objective, cfg.sampler))
     sampler.solver.check(objective)
+    if cfg.teacher.path is not None:
+        try:
+            find(cfg.teacher.path, weights=False)
+        except OSError as error:
+            raise UserError(f"teacher.path: {error}") from error
     data = instantiate(cfg.data.set, _convert_="all")
     build, structure, plan = builders(cfg, data, objective)
     terms = instantiate(cfg.terms, _convert_="all") or {}
@@ -84,7 +89,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         matching.check(sampler.solver)
     needy = [f"terms.{name}" for name, term in terms.items() if term.needs_teacher]
     needy += ["matching"] if matching is not None and matching.needs_teacher else []
-    teacher = make_teacher(cfg, data, objective, needy)
+    teacher = make_teacher(cfg, data, objective, needy, plan)
     sampler = told_as_taught(cfg, sampler, teacher, plan, matching)
     condition, null = conditions(data), null_condition(data)
     refuse_too_large(cfg)
@@ -263,6 +268,11 @@ def told_as_taught(
     Raises:
         UserError: if a student would be sampled at another guidance than it has learned, or guided twice
     """
+    takes = student.config.get("guidance_embeds")
+    if sampler.told is not None and not takes:
+        raise UserError(
+            f"sampler.told={sampler.told:g}, but this {student.name} has no guidance input: use sampler.guidance"
+        )
     if teacher is None:
         return sampler
     low, high = teacher.guidance.low, teacher.guidance.high
@@ -271,7 +281,7 @@ def told_as_taught(
             f"the student learns the teacher's guidance of {high:g}, and sampler.guidance={sampler.guidance:g} would "
             "guide it a second time: set sampler.guidance=1"
         )
-    if not student.config.get("guidance_embeds"):
+    if not takes:
         return sampler
     if sampler.told is None and low == high:
         return replace(sampler, told=low)
@@ -283,7 +293,9 @@ def told_as_taught(
     return sampler
 
 
-def make_teacher(cfg: DictConfig, data: Any, objective: Objective, needy: Sequence[str]) -> Teacher | None:
+def make_teacher(
+    cfg: DictConfig, data: Any, objective: Objective, needy: Sequence[str], student: Denoiser
+) -> Teacher | None:
     """The frozen teacher.
 
     Args:
@@ -291,6 +303,7 @@ def make_teacher(cfg: DictConfig, data: Any, objective: Objective, needy: Sequen
         data: the data set
         objective: of the student
         needy: the sections that cannot do without one
+        student: its structure
 
     Raises:
         UserError: if one is needed and there is none, or it does not fit data and objective
@@ -317,6 +330,10 @@ def make_teacher(cfg: DictConfig, data: Any, objective: Objective, needy: Sequen
         return denoiser
 
     plan = structure()
+    if plan.name != student.name:
+        raise UserError(
+            f"teacher.path={path} holds a {plan.name}, the student is a {student.name}: choose a teacher of its family"
+        )
     if plan.prediction != objective.prediction:
         raise UserError(
             f"teacher.path={path} predicts a {plan.prediction}, the student is trained on a {objective.prediction}: "

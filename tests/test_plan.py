@@ -396,7 +396,7 @@ def test_a_change_takes_what_the_changed_run_would():
     found = {c.words: c.total for c in changes(big, big.plan().total - 1)}
     assert found["trainer.gradient_checkpointing=true"] == replace(big, checkpointing=True).plan().total
     assert found["data.batch_size=8 trainer.accumulate=2"] == replace(big, batch=8, accumulate=2).plan().total
-    assert found["trainer=fsdp2 devices=8"] < big.plan().total
+    assert found["trainer=fsdp2 trainer.devices=8"] < big.plan().total
 
 
 def test_changes_are_combined_where_none_is_enough_alone():

@@ -38,6 +38,13 @@ class FluxConfig:
     guidance: float = 3.5  # the scale a guidance-distilled model is told where the condition has none
     path: str | None = None  # folder or hub id of the weights, for `init` and `teacher.path` to refer to
 
+    def __post_init__(self):
+        if self.guidance != 3.5 and not self.guidance_embeds:
+            raise ValueError(
+                f"FluxConfig: guidance={self.guidance:g} is for models with guidance_embeds=true, this one has none: "
+                "guide it with sampler.guidance"
+            )
+
     def build(self) -> Flux:
         config = asdict(self)
         del config["path"]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from edit.denoiser import Denoiser
 from edit.distillation.discriminator import Heads, hinge_generator, hinge_real_fake, judge
-from edit.distillation.matching import Field, Given, Matching, Roles, column, corrupt, huber, mean, move
+from edit.distillation.matching import Field, Given, Matching, Roles, column, corrupt, move, pseudo_huber
 from edit.distillation.progressive import check_steps, time_grid
 from edit.sampling import Grid, Solver, times
 
@@ -69,7 +69,7 @@ class Consistency(Matching):
         k, x_t, x_next = _teacher_step(roles, given, grid)
         with torch.no_grad():
             target = data(roles.average if self.average else roles.student, x_next, grid[k + 1])
-        return {"consistency": distance(data(roles.student, x_t, grid[k]), target, self.c)}
+        return {"consistency": pseudo_huber(data(roles.student, x_t, grid[k]) - target, self.c)}
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class PhasedConsistency(Matching):
 
     def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
         prediction, target, start, end = self.predictions(roles, given)
-        losses = {"phased": distance(prediction, target, self.c)}
+        losses = {"phased": pseudo_huber(prediction - target, self.c)}
         if self.taps:
             logits = self.verdict(roles, given, prediction, start, end, 3)
             losses["generator"] = self.adversarial_weight * hinge_generator(logits)
@@ -218,15 +218,10 @@ class TruncatedConsistency(Matching):
         with torch.no_grad():
             kept, own = data(roles.teacher, x_next, after), data(roles.student, x_next, after)
             target = torch.where(column(k == inside - 1, own), kept, own)
-        return {"truncated": distance(data(roles.student, x_t, t), target, self.c)}
+        return {"truncated": pseudo_huber(data(roles.student, x_t, t) - target, self.c)}
 
 
 # ---- shared ----------------------------------------------------------------------------------------------------------
-
-
-def distance(prediction: Tensor, target: Tensor, c: float) -> Tensor:
-    """Mean over elements of sqrt(difference^2 + c^2) - c: b ... -> [b]."""
-    return mean(huber((prediction - target).reshape(-1, 1), c).view(prediction.shape))
 
 
 def _teacher_step(roles: Roles, given: Given, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from edit.denoiser import Denoiser
 from edit.distillation.discriminator import Heads, judge, softplus_generator, softplus_real_fake
 from edit.distillation.divergence import DIVERGENCES, Divergence, Judge
-from edit.distillation.matching import Field, Given, Matching, Roles, column, corrupt, mean, move
+from edit.distillation.matching import Field, Given, Matching, Roles, column, corrupt, mean, move, pseudo_huber
 from edit.objectives import TimeLaw, Uniform
 from edit.sampling import Grid, Solver
 
@@ -255,12 +255,6 @@ def capped(error: Tensor, tau: Tensor, cap: float) -> Tensor:
     SNR is ((1 - tau) / tau)^2, so that an error d of predicted noise, d / (1 - tau) of the velocity, counts d^2.
     """
     return ((1 - tau) / tau).square().clamp(max=cap) * mean((column(tau, error) * error).square())
-
-
-def pseudo_huber(delta: Tensor, c: float) -> Tensor:
-    """Mean over elements of sqrt(delta^2 + c^2) - c, without its cancellation: b ... -> [b]."""
-    square = delta.square()
-    return mean(square / ((square + c * c).sqrt() + c))
 
 
 def check_grid(name: str, own: Grid, solver: Solver) -> None:

@@ -146,8 +146,13 @@ def mean(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
+def pseudo_huber(delta: Tensor, c: float) -> Tensor:
+    """Mean over elements of sqrt(delta^2 + c^2) - c, without its cancellation: b ... -> [b]."""
+    square = delta.square()
+    return mean(square / ((square + c * c).sqrt() + c))
+
+
 def huber(delta: Tensor, c: float) -> Tensor:
-    """Pseudo-Huber distance of a sample, sqrt(|delta|^2 + c^2) - c without its cancellation: b ... -> [b]."""
     square = delta.flatten(1).square().sum(1)
     return square / ((square + c * c).sqrt() + c)
 

@@ -19,8 +19,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from edit.distillation.distribution_matching import capped, check_grid, distance, pseudo_huber, rollout
-from edit.distillation.matching import Given, Matching, Roles, column, corrupt, mean
+from edit.distillation.distribution_matching import capped, check_grid, distance, rollout
+from edit.distillation.matching import Given, Matching, Roles, column, corrupt, mean, pseudo_huber
 from edit.sampling import Grid, Solver
 
 STEP, TIME, NOISE, CRITIC_TIME, CRITIC_NOISE = 1, 2, 3, 4, 5  # streams of `Draws`, beside those of the rollout

@@ -10,9 +10,8 @@ from edit.denoiser import Output
 from edit.distillation.attention import AttentionKD, MapKD, RelationKD, cosines
 from edit.distillation.guidance import TeacherGuidance
 from edit.distillation.pairs import same
-from edit.objectives import Pass, Ramp
+from edit.objectives import Pass, Ramp, wanted
 from edit.pruning.depth import DepthPruning
-from recipes.roles import union_of_maps
 
 
 @pytest.mark.parametrize("term", [AttentionKD(same(0, 6)), RelationKD(same(0, 6))], ids=["attention", "relation"])
@@ -181,9 +180,9 @@ def test_no_rows_and_no_heads_are_refused(wrong):
 
 def test_terms_that_want_other_rows_of_one_unit_are_refused():
     terms = MapKD(same(0, 1), rows=8), MapKD(((1, 2), (2, 2)), rows=8)
-    assert union_of_maps(t.maps for t in terms) == {0: 8, 1: 8, 2: 8}
+    assert wanted(terms)[2] == {0: 8, 1: 8, 2: 8}
     with pytest.raises(ValueError, match="terms want 8 and 4 rows of unit 1's attention map"):
-        union_of_maps(t.maps for t in (*terms, MapKD(((1, 1),), rows=4)))
+        wanted((*terms, MapKD(((1, 1),), rows=4)))
 
 
 @torch.no_grad()

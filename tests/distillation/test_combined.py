@@ -8,9 +8,11 @@ from torch import nn
 
 from edit.denoiser import Condition
 from edit.distillation.combined import Combined, Parts
+from edit.distillation.distribution_matching import DistributionMatching
 from edit.distillation.ladd import LADD
 from edit.distillation.matching import Draws, Given, Matching, Roles, mean
 from edit.distillation.progressive import Progressive
+from edit.distillation.trig import SCM
 from edit.edits import describe, rebuild
 from edit.objectives import Ramp
 from edit.sampling import Euler, Grid
@@ -139,6 +141,22 @@ def test_needs_and_turns_are_those_of_the_parts():
     assert not (alone.needs_teacher or alone.needs_data or alone.adversarial)
     assert alone.turns(3) == (True, False) and alone.build(None, None).parts["a"]
     assert Combined({"a": Progressive()}).build(None, None) is None
+
+
+def test_rcm_has_both_losses_on_the_students_turn_and_the_critics_alone_on_the_others(dit, given):
+    scm, dmd = SCM(sigma=1.0), DistributionMatching(grid=(1.0, 0.5))
+    rcm = Combined({"scm": scm, "dmd": dmd}, {"scm": 100.0})
+    rcm.check(Grid(times=(1.0, 0.5), renoise=True))
+    with pytest.raises(ValueError, match="choose sampler=grid"):
+        rcm.check(Grid(times=(1.0, 0.4), renoise=True))
+    assert rcm.has_critic and [rcm.turns(k) for k in (0, 1, 5)] == [(True, False), (False, True), (True, False)]
+    own = rcm.build(dit, dit)
+    assert rcm.judges(own) == [] and list(own.parts) == ["scm"]  # the weight u is the student's
+    models = replace(roles_of(own), critic=lambda x_t, t, c: 0.1 * x_t)
+    losses = rcm.student_losses(models, given)
+    alone = scm.student_losses(replace(models, own=own.parts["scm"]), given)["scm"]
+    assert list(losses) == ["scm/scm", "dmd/distribution"] and torch.allclose(losses["scm/scm"], 100 * alone)
+    assert list(rcm.critic_losses(models, given)) == ["dmd/velocity"]
 
 
 def test_parts_with_other_turns_are_refused():

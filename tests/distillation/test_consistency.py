@@ -1,12 +1,14 @@
 import math
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
 from analytic import STD, flow, given, jump, roles, velocity
+from torch import nn
 
-from edit.distillation.consistency import Consistency, PhasedConsistency, TruncatedConsistency, distance
-from edit.distillation.matching import column
+from edit.distillation.consistency import Consistency, PhasedConsistency, TruncatedConsistency
+from edit.distillation.matching import column, mean, pseudo_huber
 from edit.objectives import FlowMatching
 from edit.sampling import Euler, Grid, Heun, times
 
@@ -82,7 +84,7 @@ def test_a_grid_of_one_step_compares_with_the_teacher_s_data(average):
     batch = given(5)
     z = batch.draws.gaussian(1)
     found = total(Consistency(1, average=average), roles(student, velocity, student), batch)
-    expected = distance(student(z, None, None), velocity(z, torch.ones(5)), 1e-3)
+    expected = pseudo_huber(student(z, None, None) - velocity(z, torch.ones(5)), 1e-3)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -112,7 +114,7 @@ def test_the_average_is_asked_for_the_target_and_only_where_wanted():
 def test_the_distance_is_of_each_element_whatever_their_number():
     for shape in ((3, 1, 1, 1), (3, 4, 8, 8)):
         prediction = torch.tensor([0.0, 1e-3, 2.0]).view(3, 1, 1, 1).expand(shape)
-        found = distance(prediction, torch.zeros(shape), 1e-3).tolist()
+        found = pseudo_huber(prediction, 1e-3).tolist()
         assert found == pytest.approx([0, 1e-3 * (math.sqrt(2) - 1), math.sqrt(4 + 1e-6) - 1e-3], rel=1e-5)
 
 
@@ -157,6 +159,101 @@ def test_what_is_predicted_at_the_end_of_a_phase_has_a_graph_and_its_target_none
 
     prediction, target, _, _ = PhasedConsistency().predictions(roles(student, velocity), given())
     assert prediction.requires_grad and not target.requires_grad
+
+
+# ---- phases that are judged ------------------------------------------------------------------------------------------
+
+
+class Gain(nn.Module):
+    """A head that can be written down: logits are so many times the first channel of the tokens."""
+
+    def __init__(self, gain: float):
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, features, t, pooled, size):
+        return self.gain * features["unit.0"][:, :, 0]
+
+
+def judged(student, gain: float = 1.0, seen: list | None = None):
+    """Roles whose features are the elements themselves."""
+
+    def features(x_t, t, condition):
+        if seen is not None:
+            seen.append((x_t, t))
+        return {"unit.0": x_t.flatten(2).transpose(1, 2)}
+
+    return replace(roles(student, velocity), features=features, own=Gain(gain))
+
+
+def slow(x_t, t, condition):
+    return 0.5 * velocity(x_t, t)
+
+
+def test_ends_are_judged_at_one_time_of_their_phase_noised_along_a_straight_path():
+    seen, batch, method = [], given(200), PhasedConsistency((2,), taps=(0,))
+    who = judged(slow, seen=seen)
+    fake, real, start, end = method.predictions(who, batch)
+    assert not torch.equal(fake, real)
+    method.critic_losses(who, batch)
+    method.student_losses(who, batch)
+    for (x_t, t), x_e, stream in zip(seen, (real, fake, fake), (4, 3, 3), strict=True):
+        assert torch.equal(t, seen[0][1]) and (end <= t).all() and (t <= start).all()
+        s, e = column(t, x_e), column(end, x_e)
+        expected = ((1 - s) * x_e + (s - e) * batch.draws.gaussian(stream)) / (1 - e)
+        torch.testing.assert_close(x_t, expected, rtol=1e-5, atol=1e-6)
+    # uniform: the mean of 200 places within a phase is known to 0.02
+    assert ((seen[0][1] - end) / (start - end)).mean().item() == pytest.approx(0.5, abs=0.08)
+
+
+def test_the_adversarial_losses_are_the_hinge_s():
+    batch, method = given(50), PhasedConsistency(taps=(0,), adversarial_weight=0.3)
+    blind = judged(slow, gain=0.0)
+    assert method.critic_losses(blind, batch)["heads"].tolist() == [2.0] * 50
+    assert not method.student_losses(blind, batch)["generator"].any()
+    seen = []
+    generator = method.student_losses(judged(slow, 5.0, seen), batch)["generator"]
+    heads = method.critic_losses(judged(slow, 5.0, seen), batch)["heads"]
+    own, real, fake = (x_t for x_t, _ in seen)
+    torch.testing.assert_close(generator, -0.3 * 5 * mean(own))
+    torch.testing.assert_close(heads, mean((1 - 5 * real).relu()) + mean((1 + 5 * fake).relu()))
+
+
+@pytest.mark.parametrize("every", [2, 5])
+def test_without_taps_the_discriminator_leaves_nothing_behind(every, dit):
+    off, on, batch = PhasedConsistency(every=every), PhasedConsistency(taps=[-1], every=every), given()
+    plain = off.student_losses(roles(slow, velocity), batch)  # whose features refuse to be asked
+    assert list(plain) == ["phased"]
+    assert torch.equal(plain["phased"], on.student_losses(judged(slow), batch)["phased"])
+    assert off.build(dit, dit) is None and not off.adversarial and off.teacher_taps == ()
+    assert [off.turns(k) for k in range(3)] == [(True, False)] * 3
+    assert on.adversarial and on.teacher_taps == (-1,)
+    assert [on.turns(k) for k in range(every + 1)] == [(True, False), *[(False, True)] * (every - 1), (True, False)]
+
+
+def test_each_side_of_the_discriminator_learns_from_its_own_loss_through_frozen_features(make_dit):
+    student, teacher = make_dit(0).requires_grad_(True), make_dit(1).requires_grad_(False)
+    method = PhasedConsistency(taps=(0, -1))
+    heads = method.build(student, teacher)
+    assert method.judges(heads) == list(heads.parameters())
+
+    def asked(x_t, t, condition):
+        with torch.no_grad():
+            return teacher(x_t, t, condition).sample
+
+    def features(x_t, t, condition):
+        return teacher(x_t, t, condition, taps=method.teacher_taps).trace
+
+    plain = roles(lambda x_t, t, condition: student(x_t, t, condition).sample, asked)
+    who, batch = replace(plain, features=features, own=heads), given(3, (4, 8, 8), label=torch.tensor([0, 3, 9]))
+    heads.requires_grad_(False)  # as the recipe does
+    method.student_losses(who, batch)["generator"].sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in student.parameters() if p.requires_grad)
+    student.zero_grad()
+    heads.requires_grad_(True)
+    method.critic_losses(who, batch)["heads"].sum().backward()
+    assert all(p.grad is None for p in (*student.parameters(), *teacher.parameters()))
+    assert sum(p.grad.abs().sum() for p in heads.parameters()) > 0
 
 
 # ---- truncated -------------------------------------------------------------------------------------------------------
@@ -268,6 +365,8 @@ def test_the_solver_of_each_method_is_accepted():
         (lambda: PhasedConsistency(shift=0.0), "shift must be positive, got 0"),
         (lambda: PhasedConsistency([3]), r"numbers that divide the 100 steps, got \[3\]"),
         (lambda: PhasedConsistency([]), r"numbers that divide the 100 steps, got \[\]"),
+        (lambda: PhasedConsistency(taps=[0], every=1), "every=1 leaves the heads no turn: set every to 2 or more"),
+        (lambda: PhasedConsistency(adversarial_weight=-0.1), "adversarial_weight must be at least 0, got -0.1"),
         (lambda: TruncatedConsistency(until=1.0), "until must lie between 0 and 1, got 1"),
         (lambda: TruncatedConsistency(share=0.0), "share must lie between 0 and 1, got 0"),
     ],

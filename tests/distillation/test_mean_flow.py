@@ -121,6 +121,12 @@ def test_guidance_needs_a_null_condition():
         MeanFlow(target="data", omega=2.0).student_losses(roles(average(0.3)), given())
 
 
+def test_a_guided_teacher_and_guidance_in_the_target_exclude_each_other():
+    for guidance in ({"omega": 0.5}, {"kappa": 0.5}):
+        with pytest.raises(ValueError, match="a teacher is guided by teacher.guidance: leave out omega and kappa"):
+            MeanFlow(target="teacher", **guidance)
+
+
 def test_a_teacher_is_needed_where_it_is_the_target():
     assert MeanFlow().needs_teacher and not MeanFlow(target="data").needs_teacher
     assert MeanFlow().needs_data and not MeanFlow().adversarial
@@ -161,7 +167,6 @@ def test_a_student_without_an_end_is_refused(dit):
         ({"c": 0.0}, "c must be positive"),
         ({"how": "guess"}, "how must be difference or jvp, got 'guess'"),
         ({"step": 0.0}, "step must be positive"),
-        ({"omega": 2.0}, "a teacher is guided by teacher.guidance"),
         ({"target": "data", "kappa": 1.0}, "kappa below 1"),
     ],
 )

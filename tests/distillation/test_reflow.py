@@ -7,7 +7,7 @@ from analytic import STD, given, roles, velocity
 from edit.distillation.matching import column
 from edit.distillation.reflow import Reflow
 from edit.objectives import LogitNormal
-from edit.sampling import Euler, times
+from edit.sampling import Euler, Grid, Heun, times
 
 
 def straight(end: float):
@@ -66,6 +66,13 @@ def test_echoes_share_one_solve_and_each_has_times_of_its_own():
         for x_t in [torch.lerp(x, z, column(t, x))]
     ]
     torch.testing.assert_close(three, torch.stack(each).mean(0))
+
+
+def test_a_sampler_that_leaves_the_path_is_refused():
+    for solver in (Euler(8), Heun(4), Grid((1.0, 0.5))):
+        Reflow().check(solver)
+    with pytest.raises(ValueError, match="Reflow.*Grid.*renoise=false"):
+        Reflow().check(Grid((1.0, 0.5), renoise=True))
 
 
 def test_times_follow_their_law():

@@ -246,6 +246,7 @@ REFUSED = {
     "a file where runs should be": (["runs=train.py/runs"], ["runs=train.py/runs", "train.py is a file"]),
     "missing argument": (["~backbone.depth"], ["backbone.depth: Net needs it"]),
     "nothing chosen": (["optimizer.lr=???"], ["optimizer.lr has no value"]),
+    "edit without target": (["+edits.a={depth: 3}"], ["edits.a: expected a section with _target_"]),
     "untrusted target": (["backbone._target_=os.system"], ["none of the trusted packages"]),
     "untrusted target by a detour": (["backbone._target_=toy.os.system"], ["comes from posix"]),
     "no such class": (["backbone._target_=toy.Nett"], ["toy has no 'Nett'", "'Net'"]),

@@ -143,6 +143,14 @@ def test_two_ranks_train_where_no_loss_reaches_the_last_unit(tmp_path):
     assert len(losses(tmp_path, "a")) == 3
 
 
+def test_a_teacher_of_another_family_is_refused_though_it_takes_the_same_samples(tmp_path):
+    small = [f"backbone.{k}=1" for k in ("num_layers", "num_single_layers")]
+    run_text(tmp_path, *TEXT, *small, "name=flux")
+    sd3 = ("backbone=sd3_tiny", *TEXT[1:], "backbone.in_channels=12", f"teacher.path={tmp_path}/flux", OUTPUT)
+    with pytest.raises(UserError, match="holds a flux, the student is a sd3"):
+        run_text(tmp_path, *sd3, "name=a")
+
+
 def test_a_range_of_guidance_needs_a_student_that_is_told_the_scale(tmp_path):
     told = teacher_of(tmp_path)
     with pytest.raises((UserError, ValueError), match="student has no guidance input that could be told the scale"):
@@ -160,7 +168,10 @@ TEXT = ("backbone=flux_tiny", "data=shapes", "data.set.count=32", "data.set.held
             "cannot be told what this data tells: flux takes text embeddings of width 32",
         ),
         (["backbone.in_channels=16"], "the data has samples of 12x8x8, the backbone takes 4x8x8"),
-        (["teacher.path={folder}/digits"], "digits takes samples of 1x8x8, the data has 12x8x8"),
+        (["teacher.path={folder}/digits"], "holds a dit, the student is a flux: choose a teacher of its family"),
+        (["teacher.path={folder}/digitz"], "teacher.path: no artifact at .*; did you mean .*/digits?"),
+        (["+backbone.guidance=2.0"], "this one has none: guide it with sampler.guidance"),
+        (["+sampler.told=2.0"], "this flux has no guidance input: use sampler.guidance"),
         (["teacher.path={folder}/digits", "data=digits", "backbone=pixart_tiny"], "has no labels|predicts a|takes"),
     ],
 )
