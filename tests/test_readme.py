@@ -55,7 +55,7 @@ def shortened(arguments):
     shapes = any("flux_tiny" in word for word in arguments)  # no judge: it takes half a minute to train
     measure = ["n=20", *(["features=none"] if shapes else [])]
     if arguments[0] == "train.py":
-        taught = ["before=[]"] if any("experiment=flux_tiny/" in word for word in arguments) else []  # a short teacher is there
+        taught = ["before=[]"] if shapes else []  # a short teacher is there
         return [*arguments, *taught, *SHORT, "evaluate.guidance=[1.0]", *(f"evaluate.{m}" for m in measure)]
     few = any("lcm" in word for word in arguments)  # whose steps are its own
     return [*arguments, *measure, *([] if few else ["steps=2"])]

@@ -288,3 +288,8 @@ def compiled_units_trace_the_same(rank: int = 0) -> None:
 
 def test_taps_survive_compilation_and_a_unit_is_one_graph():
     run_ranks(compiled_units_trace_the_same, 1)  # in a child: what has compiled cannot be forked from
+
+
+def test_a_scale_for_a_model_without_guidance_input_is_refused():
+    with pytest.raises(ValueError, match="guidance=2 is for models with guidance_embeds=true"):
+        FluxConfig(guidance=2.0, guidance_embeds=False)

@@ -170,7 +170,6 @@ TEXT = ("backbone=flux_tiny", "data=shapes", "data.set.count=32", "data.set.held
         (["backbone.in_channels=16"], "the data has samples of 12x8x8, the backbone takes 4x8x8"),
         (["teacher.path={folder}/digits"], "holds a dit, the student is a flux: choose a teacher of its family"),
         (["teacher.path={folder}/digitz"], "teacher.path: no artifact at .*; did you mean .*/digits?"),
-        (["+backbone.guidance=2.0"], "this one has none: guide it with sampler.guidance"),
         (["+sampler.told=2.0"], "this flux has no guidance input: use sampler.guidance"),
         (["teacher.path={folder}/digits", "data=digits", "backbone=pixart_tiny"], "has no labels|predicts a|takes"),
     ],
