@@ -152,11 +152,6 @@ def pseudo_huber(delta: Tensor, c: float) -> Tensor:
     return mean(square / ((square + c * c).sqrt() + c))
 
 
-def huber(delta: Tensor, c: float) -> Tensor:
-    square = delta.flatten(1).square().sum(1)
-    return square / ((square + c * c).sqrt() + c)
-
-
 def move(x: Tensor, v: Tensor, t: Tensor, end: Tensor) -> Tensor:
     """One Euler step along a velocity, which is a step of DDIM in these coordinates: x_t, v, t, end -> x_end."""
     return x + column(end - t, x) * v

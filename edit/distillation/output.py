@@ -28,7 +28,7 @@ class OutputKD(Term):
         weight: of the term
         space: what is compared: "output", the prediction itself, or "data", the data it implies (t times a velocity)
         loss: "mse", per element, or "huber": sqrt(|difference|^2 + c^2) - c of a whole sample
-        c: of "huber"; None: 0.00054 sqrt(d), d elements in a sample; 1e-3 in LCM and TDM
+        c: of "huber"; None: 0.00054 sqrt(d), d elements in a sample (iCT)
         variance: weight of the learned variance, on top of `weight`; it matters where both models have one
         diffusion: the steps that the variance belongs to
     """
