@@ -21,8 +21,12 @@ from yaml import YAMLError
 import edit
 from edit.checkpoint import Artifact, is_hub_id
 from edit.edits import describe
+from edit.sampling import Euler, Grid, times
 
-RECIPE = ("init", "teacher", "edits", "terms", "data_weight", "objective", "optimizer", "ema", "data", "seed")
+RECIPE = (
+    *("init", "teacher", "edits", "terms", "matching", "critic", "data_weight", "objective", "optimizer", "ema"),
+    *("data", "seed"),
+)
 # identifiers of the hub's list that need no name and link beside them
 LICENCES = (
     *("apache-2.0", "mit", "bsd-3-clause", "gpl-3.0", "openrail", "openrail++", "creativeml-openrail-m"),
@@ -138,6 +142,8 @@ def recipe(folder: Path) -> dict[str, Any]:
                 config = OmegaConf.load(place / "config.yaml")
                 steps = OmegaConf.select(config, "trainer.max_steps")
                 chosen = {k: _resolved(OmegaConf.select(config, k)) for k in RECIPE if k in config}
+                if not chosen.get("matching"):
+                    chosen.pop("critic", None)  # which only these methods have
             except (OmegaConfBaseException, YAMLError, ValueError, OSError):
                 return {}  # another program's config.yaml
             return {k: v for k, v in {**chosen, "steps": steps}.items() if v not in (None, {}, [])}
@@ -275,6 +281,7 @@ class Card:
         run, folder = self.artifact.run, self.artifact.path
         facts = [("run", "name"), ("training steps", "step"), ("images seen", "images"), ("revision", "revision")]
         lines = [f"- {label}: {run[key]}" for label, key in facts if run.get(key) not in (None, "")]
+        lines += method(self.artifact)
         parts = ["\n".join(lines)] if lines else []
         live = ({"name": name, **describe(e)} for name, e in self.artifact.denoiser.applied.items())
         if edits := [*self.artifact.denoiser.folded, *live]:
@@ -294,6 +301,30 @@ class Card:
         if self.around:
             parts.append(f"The other components are those of {self.around}: {self.around.licence}.")
         return [*parts, f"Written by `edit` {edit.__version__}."]
+
+
+def few_steps(artifact: Artifact) -> Grid | None:
+    """The few times that a student was trained to be sampled at; None: those are the user's choice."""
+    solver = artifact.sampler.solver
+    if isinstance(solver, Euler) and "matching" in artifact.run:
+        return Grid(tuple(times(solver.steps, 1)[:-1]), shift=solver.shift)
+    return solver if isinstance(solver, Grid) else None
+
+
+def method(artifact: Artifact) -> list[str]:
+    """Facts of a few-step student: the method with the teacher's guidance, and the times; empty for other models."""
+    lines, run, grid = [], artifact.run, few_steps(artifact)
+    if matching := run.get("matching"):
+        teacher = run.get("teacher") or {}
+        given = teacher.get("guidance", 1.0)
+        scale = " to ".join(map(str, given)) if isinstance(given, list) else given
+        taught = teacher.get("path") or teacher.get("placement") == "tied"  # some methods learn from data alone
+        of = f", of a teacher at guidance {scale}" if taught else ""
+        lines.append(f"- method: {matching['_target_'].rpartition('.')[2]}{of}")
+    if grid:
+        renoised = ", each step but the first from fresh noise" if grid.renoise else ""
+        lines.append(f"- trained for the times {', '.join(f'{t:.4g}' for t in grid.grid[:-1])} (1 is noise){renoised}")
+    return lines
 
 
 def takes_text(artifact: Artifact) -> bool:

@@ -5,8 +5,9 @@
     python -m edit.export artifact=runs/student out=student-file format=single_file
     python -m edit.export artifact=runs/lora out=lora format=lora
 
-Live edits are folded into the weights; one that cannot be is named, and nothing is written. The folder appears whole or
-not at all, with a model card that says where the weights come from. Nothing is sent anywhere without `push=`.
+Live edits are folded into the weights; one that cannot be is named, and nothing is written. In a pipeline the scheduler
+takes the times that a few-step student was trained for. The folder appears whole or not at all, with a model card that
+says where the weights come from. Nothing is sent anywhere without `push=`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import os
 import re
 import shutil
@@ -31,10 +33,10 @@ from torch import Tensor
 import edit
 from edit import edits as editing
 from edit.backbones.stock import StockDenoiser
-from edit.card import Card, Licence, Origin, base_of, common, licence_files, origin, origins, takes_text
+from edit.card import Card, Licence, Origin, base_of, common, few_steps, licence_files, origin, origins, takes_text
 from edit.checkpoint import Artifact, default_objective, edits_of, load, save, split_state
 from edit.denoiser import Denoiser
-from edit.sampling import Sampler
+from edit.sampling import Grid, Sampler
 from edit.tuning.lora import ADAPTER, LoRA
 
 FORMAT = 1
@@ -43,6 +45,8 @@ LAYOUTS = ("diffusers", "single_file", "lora")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # the names that `diffusers` looks for
 LORA_METADATA = "lora_adapter_metadata"
+FLOW = "FlowMatchEulerDiscreteScheduler"  # the scheduler that can be told our times
+EVEN = ("flux", "qwen_image")  # families whose pipelines ask for the times 1, 1 - 1/n ... 1/n by themselves
 LINKED = 2**20  # bytes from which a component's file is linked rather than copied: weights, not settings
 
 
@@ -120,7 +124,7 @@ def export(settings: Settings, say: Callable[[str], None] = lambda stage: None) 
     with replacing(out) as folder:
         say(f"writing {out}")
         if s.format == "lora":
-            usage = write_lora(artifact.denoiser, folder, dtype, bases[0] if bases else None)
+            usage = write_lora(artifact, folder, dtype, bases[0] if bases else None)
         else:
             fold(artifact)
             if s.format == "single_file":
@@ -194,11 +198,11 @@ def write_model(artifact: Artifact, folder: Path, dtype: torch.dtype | None, max
     name = config["_class_name"]
 
     def usage(export: str, base: str | None) -> str:
-        lines = ["import torch", f"from diffusers import DiffusionPipeline, {name}", ""]
+        lines = ["import torch", f"from diffusers import {', '.join(['DiffusionPipeline', name, *_needs(a)])}", ""]
         lines += [f'transformer = {name}.from_pretrained("{export}", torch_dtype={_dtype(denoiser, dtype)})']
         around = base or "<the pipeline it was made from>"
         lines += [f'pipe = DiffusionPipeline.from_pretrained("{around}", transformer=transformer)']
-        return "\n".join([*lines, _call(artifact)])
+        return "\n".join([*lines, *_schedule(a), *_call(a)])
 
     return usage
 
@@ -208,25 +212,46 @@ def write_pipeline(
 ) -> Usage:
     """Everything of a stock pipeline but its transformer. Large files are hard links where the disk allows.
 
+    For a few-step student a flow-matching scheduler is written anew, with its shift and its kind of step.
+
     Raises:
         ValueError: if the pipeline has a transformer of another class
     """
     mine, other = stock_config(artifact.denoiser)["_class_name"], index["transformer"][1]
     if mine != other:
         raise ValueError(f"the pipeline {source} has a {other} as its transformer, the artifact is a {mine}")
+    grid, scheduler = few_steps(artifact), index["scheduler"][1] if "scheduler" in components(index) else None
+    own = ("transformer", "scheduler") if grid and scheduler == FLOW else ("transformer",)
     for name in components(index):
-        if name != "transformer":
+        if name not in own:
             shutil.copytree(source / name, folder / name, copy_function=_take)
+    if grid and scheduler == FLOW:
+        write_scheduler(grid, source / "scheduler", folder / "scheduler")
     kept = {k: v for k, v in index.items() if k != "_name_or_path"}  # a folder of this machine
     (folder / "model_index.json").write_text(json.dumps(kept, indent=2) + "\n")
     of = _dtype(artifact.denoiser, dtype)
 
     def usage(export: str, base: str | None) -> str:
         lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
-        lines += [f'pipe = DiffusionPipeline.from_pretrained("{export}", torch_dtype={of})', _call(artifact)]
-        return "\n".join(lines)
+        lines += [f'pipe = DiffusionPipeline.from_pretrained("{export}", torch_dtype={of})']
+        return "\n".join([*lines, *_call(artifact, scheduler)])
 
     return usage
+
+
+def write_scheduler(grid: Grid, source: Path, folder: Path) -> None:
+    """A stock flow-matching scheduler that steps as `grid` does; of the old one it has the unit of time.
+
+    Raises:
+        ValueError: if the old one's configuration cannot be read
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    try:
+        unit = FlowMatchEulerDiscreteScheduler.from_pretrained(source).config["num_train_timesteps"]
+    except OSError as error:
+        raise ValueError(f"{source} is not the folder of a {FLOW}: {error}") from error
+    FlowMatchEulerDiscreteScheduler(unit, shift=grid.shift, stochastic_sampling=grid.renoise).save_pretrained(folder)
 
 
 def write_single_file(denoiser: Denoiser, file: Path, dtype: torch.dtype | None) -> Usage:
@@ -254,14 +279,14 @@ def write_single_file(denoiser: Denoiser, file: Path, dtype: torch.dtype | None)
     return usage
 
 
-def write_lora(denoiser: Denoiser, folder: Path, dtype: torch.dtype | None, base: Origin | None) -> Usage:
+def write_lora(artifact: Artifact, folder: Path, dtype: torch.dtype | None, base: Origin | None) -> Usage:
     """The factors of a LoRA as `diffusers` and `peft` name them.
 
     alpha / rank is multiplied into B and alpha = rank written down: readers that do not know the metadata take just
     that for granted, so that all agree.
 
     Args:
-        denoiser: with the LoRA live
+        artifact: with the LoRA live
         folder: to write into
         dtype: of the factors
         base: the model that the LoRA was trained on, which may have edits of its own
@@ -272,6 +297,7 @@ def write_lora(denoiser: Denoiser, folder: Path, dtype: torch.dtype | None, base
     """
     from peft.tuners.lora import LoraLayer
 
+    denoiser = artifact.denoiser
     lora = next((e for e in denoiser.applied.values() if isinstance(e, LoRA)), None)
     inherited = edits_of(base.path) if base and base.ours else []
     live = {name: e for name, e in denoiser.applied.items() if {"name": name, **editing.describe(e)} not in inherited}
@@ -308,9 +334,10 @@ def write_lora(denoiser: Denoiser, folder: Path, dtype: torch.dtype | None, base
         if base and base.ours:
             names, around = f"{names}, {stock}", '"<the pipeline around it>", transformer=transformer'
             own = [f'transformer = {stock}.from_pretrained("<export of {base.name}>", torch_dtype=torch.bfloat16)']
-        lines = ["import torch", f"from diffusers import {names}", "", *own]
+        lines = ["import torch", f"from diffusers import {', '.join([names, *_needs(artifact)])}", "", *own]
         lines += [f"pipe = DiffusionPipeline.from_pretrained({around}, torch_dtype=torch.bfloat16)"]
-        return "\n".join([*lines, f'pipe.load_lora_weights("{export}", weight_name="{LORA_WEIGHTS}")'])
+        lines += [f'pipe.load_lora_weights("{export}", weight_name="{LORA_WEIGHTS}")']
+        return "\n".join([*lines, *_schedule(artifact), *_call(artifact)])
 
     return usage
 
@@ -340,16 +367,46 @@ def _dtype(denoiser: Denoiser, dtype: torch.dtype | None) -> str:
     return str(dtype or next(denoiser.parameters()).dtype)
 
 
-def _call(artifact: Artifact) -> str:
-    """A line that generates, with the artifact's own sampler settings."""
-    denoiser, sampler = artifact.denoiser, artifact.sampler
-    embedded = denoiser.config.get("guidance_embeds") and getattr(denoiser, "guidance", None)
+def _needs(artifact: Artifact) -> list[str]:
+    return [FLOW] if _schedule(artifact) else []
+
+
+def _schedule(artifact: Artifact) -> list[str]:
+    """Lines that give another's pipeline the times of a few-step student, where its scheduler can be told."""
+    grid = few_steps(artifact)
+    if grid is None or artifact.objective.prediction != "velocity":
+        return []
+    return [f"pipe.scheduler = {FLOW}(shift={grid.shift:.8g}, stochastic_sampling={grid.renoise})"]
+
+
+def _call(artifact: Artifact, scheduler: str | None = None) -> list[str]:
+    """Lines that generate, with the artifact's own sampler settings.
+
+    Args:
+        artifact: what is exported
+        scheduler: class of the scheduler in the pipeline; None: the one that goes with the model
+    """
+    denoiser, sampler, grid = artifact.denoiser, artifact.sampler, few_steps(artifact)
+    scheduler = scheduler or (FLOW if artifact.objective.prediction == "velocity" else "scheduler of the pipeline")
+    lines, settings = [], [f"num_inference_steps={sampler.solver.steps}"]
+    if grid and scheduler != FLOW:
+        asked = ", ".join(f"{t:.4g}" for t in grid.grid[:-1])
+        lines = [f"# trained for the times {asked} (1 is noise): the {scheduler} makes its own"]
+    elif grid:
+        even = all(math.isclose(t, 1 - k / grid.steps, abs_tol=1e-6) for k, t in enumerate(grid.times))
+        if not even or denoiser.name not in EVEN:  # before the shift, which the scheduler applies
+            settings.append(f"sigmas=[{', '.join(f'{t:.8g}' for t in grid.times)}]")
+        if grid.renoise:
+            lines = ["torch.manual_seed(0)  # decides the fresh noise of each step: a generator does not reach it"]
+    told = sampler.told if sampler.told is not None else getattr(denoiser, "guidance", None)
+    if "guidance_embeds" not in denoiser.config:
+        settings.append(f"guidance_scale={sampler.guidance:g}")
+    elif denoiser.config["guidance_embeds"] and told is not None:
+        settings.append(f"guidance_scale={told:g}")
+    if "guidance_embeds" in denoiser.config and sampler.guidance != 1:  # the pipelines' name for two evaluations
+        settings += ['negative_prompt=""', f"true_cfg_scale={sampler.guidance:g}"]
     what = '"a photo of a cat"' if takes_text(artifact) else "class_labels=[0]"
-    if embedded or "guidance_embeds" not in denoiser.config:
-        how = f", guidance_scale={embedded or sampler.guidance:g}"
-    else:  # pipelines that mean the embedded scale by guidance_scale
-        how = f', negative_prompt="", true_cfg_scale={sampler.guidance:g}' if sampler.guidance != 1 else ""
-    return f"image = pipe({what}, num_inference_steps={sampler.solver.steps}{how}).images[0]"
+    return [*lines, f"image = pipe({', '.join([what, *settings])}).images[0]"]
 
 
 # ---- stock pipelines -------------------------------------------------------------------------------------------------
