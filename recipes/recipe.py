@@ -276,6 +276,8 @@ class Recipe(pl.LightningModule, ABC):
             if with_gradient := [p for p in parameters if p.grad is not None]:
                 norm = torch.nn.utils.clip_grad_norm_(with_gradient, limit)
                 norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if not norms:  # DeepSpeed keeps gradients, and clips them, out of sight
+            return
         norm = torch.stack(norms).norm()
         bad = (~norm.isfinite()).float()
         getattr(optimizer, "optimizer", optimizer).found_inf = bad
