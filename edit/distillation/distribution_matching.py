@@ -23,7 +23,18 @@ from torch import Tensor
 from edit.denoiser import Denoiser
 from edit.distillation.discriminator import Heads, judge, softplus_generator, softplus_real_fake
 from edit.distillation.divergence import DIVERGENCES, Divergence, Judge
-from edit.distillation.matching import Field, Given, Matching, Roles, column, corrupt, mean, move, pseudo_huber
+from edit.distillation.matching import (
+    Field,
+    Given,
+    Matching,
+    Roles,
+    column,
+    corrupt,
+    mean,
+    move,
+    need_turns,
+    pseudo_huber,
+)
 from edit.objectives import TimeLaw, Uniform
 from edit.sampling import Grid, Solver
 
@@ -90,11 +101,7 @@ class DistributionMatching(Matching):
             raise ValueError(f"DistributionMatching: 0 < low <= high < 1 are times, got {self.low}, {self.high}")
         if not 0 <= self.simulate <= 1:
             raise ValueError(f"DistributionMatching: simulate is a probability, got {self.simulate}")
-        if self.every < 2 and not self.together:
-            raise ValueError(
-                f"DistributionMatching: every={self.every} leaves the critic no turn: set every to 2 or more, or "
-                "together=true"
-            )
+        need_turns(self, "critic")
         if self.segment and min(t - end for t, end in zip(ts, ts[1:], strict=False)) <= 2 * self.margin:
             raise ValueError(
                 f"DistributionMatching: segments must be longer than {2 * self.margin} for a teacher's step inside "

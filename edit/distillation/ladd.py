@@ -30,7 +30,7 @@ from edit.distillation.discriminator import (
     softplus_generator,
     softplus_real_fake,
 )
-from edit.distillation.matching import Given, Matching, Roles, corrupt, mean, move
+from edit.distillation.matching import Given, Matching, Roles, corrupt, mean, move, need_turns
 from edit.objectives import LogitNormal, TimeLaw
 from edit.sampling import Euler, Grid, Solver, times
 
@@ -90,8 +90,7 @@ class LADD(Matching):
             raise ValueError(f"LADD: loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         if min(self.distill, self.r1, self.r1_noise) < 0:
             raise ValueError("LADD: distill, r1 and r1_noise must be at least 0")
-        if self.every < 2 and not self.together:
-            raise ValueError(f"LADD: every={self.every} leaves the heads no turn: use every=2, or together=true")
+        need_turns(self, "heads")
 
     @property
     def adversarial(self) -> bool:

@@ -136,6 +136,15 @@ class Matching(ABC):
 # ---- what several methods share --------------------------------------------------------------------------------------
 
 
+def need_turns(method: Matching, role: str) -> None:
+    """Raises ValueError if every step is the student's alone, so that its opponent would never learn."""
+    if method.every < 2 and not method.together:
+        raise ValueError(
+            f"{type(method).__name__}: every={method.every} leaves the {role} no turn: set every to 2 or more, or "
+            "together=true"
+        )
+
+
 def column(t: Tensor, x: Tensor) -> Tensor:
     """One number per sample, to be multiplied with x: [b] -> b 1 1 1."""
     return t.view(-1, *[1] * (x.ndim - 1))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from edit.distillation.distribution_matching import capped, check_grid, distance, rollout
-from edit.distillation.matching import Given, Matching, Roles, column, corrupt, mean, pseudo_huber
+from edit.distillation.matching import Given, Matching, Roles, column, corrupt, mean, need_turns, pseudo_huber
 from edit.sampling import Grid, Solver
 
 STEP, TIME, NOISE, CRITIC_TIME, CRITIC_NOISE = 1, 2, 3, 4, 5  # streams of `Draws`, beside those of the rollout
@@ -56,11 +56,7 @@ class TrajectoryMatching(Matching):
         Grid(self.grid, shift=self.shift)  # refuses what is none
         if self.c <= 0 or self.cap <= 0:
             raise ValueError(f"TrajectoryMatching: c and cap must be positive, got {self.c}, {self.cap}")
-        if self.every < 2 and not self.together:
-            raise ValueError(
-                f"TrajectoryMatching: every={self.every} leaves the critic no turn: set every to 2 or more, or "
-                "together=true"
-            )
+        need_turns(self, "critic")
 
     @property
     def solver(self) -> Grid:

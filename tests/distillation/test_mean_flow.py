@@ -2,12 +2,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from analytic import average, roles
 from weights import randomise
 
 import edit
 from edit.denoiser import Condition
 from edit.distillation.flow_map import IntervalInput
-from edit.distillation.matching import Draws, Given, Roles, corrupt
+from edit.distillation.matching import Draws, Given, corrupt
 from edit.distillation.mean_flow import MeanFlow
 from edit.objectives import Uniform
 
@@ -19,27 +20,6 @@ def given(count: int = 64, x=None, null=None) -> Given:
     x = torch.randn(count, *SHAPE) if x is None else x
     draws = Draws(0, torch.arange(count), 0, tuple(x.shape[1:]))
     return Given(condition, condition if null is None else null, torch.ones(count), draws, 0.5, x)
-
-
-def refused(*_):
-    raise AssertionError("this role is not to be asked")
-
-
-def roles(student, teacher=refused) -> Roles:
-    return Roles(student, refused, refused, teacher, refused, refused)
-
-
-def average(lam: float, seen: list | None = None):
-    """The mean velocity of v = lam z, in closed form."""
-
-    def u(x, t, condition):
-        if seen is not None:
-            seen.append((t, condition.end))
-        length = (t - condition.end).view(-1, 1, 1, 1).double()
-        exact = torch.where(length == 0, lam, -torch.expm1(-lam * length) / torch.where(length == 0, 1, length))
-        return x * exact.to(x.dtype)
-
-    return u
 
 
 @pytest.mark.parametrize("how, near", [("jvp", 1e-10), ("difference", 1e-6)])

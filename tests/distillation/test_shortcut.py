@@ -1,10 +1,11 @@
 import pytest
 import torch
+from analytic import average, roles
 
 import edit
 from edit.denoiser import Condition
 from edit.distillation.flow_map import IntervalInput
-from edit.distillation.matching import Draws, Given, Roles, corrupt
+from edit.distillation.matching import Draws, Given, corrupt
 from edit.distillation.shortcut import Shortcut
 
 SHAPE = (1, 2, 2)
@@ -14,27 +15,6 @@ def given(count: int = 64) -> Given:
     condition = Condition(label=torch.zeros(count, dtype=torch.int64))
     draws = Draws(0, torch.arange(count), 0, SHAPE)
     return Given(condition, condition, torch.ones(count), draws, 0.0, torch.randn(count, *SHAPE))
-
-
-def refused(*_):
-    raise AssertionError("this role is not to be asked")
-
-
-def roles(student, teacher=refused) -> Roles:
-    return Roles(student, refused, refused, teacher, refused, refused)
-
-
-def average(lam: float, seen: list | None = None):
-    """The mean velocity of v = lam z, in closed form."""
-
-    def u(x, t, condition):
-        if seen is not None:
-            seen.append((t, condition.end))
-        length = (t - condition.end).view(-1, 1, 1, 1).double()
-        exact = torch.where(length == 0, lam, -torch.expm1(-lam * length) / torch.where(length == 0, 1, length))
-        return x * exact.to(x.dtype)
-
-    return u
 
 
 def test_the_exact_flow_map_has_no_loss_and_another_has():
