@@ -32,6 +32,14 @@ class Edit(ABC):
     def initialise(self, denoiser: Denoiser) -> None:  # noqa: B027 - most edits need no weights to start from
         """Set own parameters from the weights (an SVD, a copy). Called once when the edit is new, never on reload."""
 
+    def advance(self, progress: float, own: nn.Module | None) -> None:  # noqa: B027 - most edits have no schedule
+        """Called before every training step: set what has a schedule, in buffers of the edit's own.
+
+        Args:
+            progress: part of the run that is done, in [0, 1)
+            own: what `apply` returned
+        """
+
     def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
         """What the first unit gets in place of the embedded stream: a second time, a further token.
 

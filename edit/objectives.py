@@ -274,19 +274,27 @@ def discretised_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Ramp:
-    """A weight that goes linearly from `start` to `end` while the run goes from `begin` to `until` of its length."""
+    """A weight that goes linearly from `start` to `end` while the run goes from `begin` to `until` of its length.
+
+    With `levels` it takes that many values, each for as long, the last of them `end`: once per epoch in TinyFusion.
+    """
 
     start: float
     end: float = 0.0
     begin: float = 0.0
     until: float = 1.0
+    levels: int | None = None
 
     def __post_init__(self):
+        if self.levels is not None and self.levels < 1:
+            raise ValueError(f"Ramp: levels is at least 1, got {self.levels}; leave it out for a straight line")
         if not 0 <= self.begin < self.until <= 1:
             raise ValueError(f"Ramp: 0 <= begin < until <= 1 are parts of the run, got {self.begin}, {self.until}")
 
     def __call__(self, progress: float) -> float:
         way = min(1.0, max(0.0, (progress - self.begin) / (self.until - self.begin)))
+        if self.levels is not None:  # with one level, `start` it is
+            way = min(int(way * self.levels), self.levels - 1) / max(1, self.levels - 1)
         return self.start + (self.end - self.start) * way
 
 

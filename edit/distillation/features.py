@@ -38,7 +38,8 @@ class FeatureKD(Term):
             raw over the teacher's mean square, a running mean over batches
         sigma: leave out elements further than this many deviations from a sample's mean; None: keep all
         mask: whose outliers: "separate": the student's are zero in the student, the teacher's in the teacher (as
-            published); "teacher": the teacher's are left out of both
+            published), so that where one side alone has one the student is pulled to zero, or keeps its square;
+            "intersection": either's are left out of both; "teacher": the teacher's are left out of both
         projector: "linear": a learned map of the student's tokens (after "layer"), needed where widths differ; it
             starts as the identity where they do not
         momentum: of the running mean
@@ -50,7 +51,7 @@ class FeatureKD(Term):
     text: float = 1.0
     norm: Literal["raw", "unit", "layer", "relative"] = "relative"
     sigma: float | None = None
-    mask: Literal["separate", "teacher"] = "separate"
+    mask: Literal["separate", "intersection", "teacher"] = "separate"
     projector: Literal["none", "linear"] = "none"
     momentum: float = 0.99
 
@@ -62,8 +63,8 @@ class FeatureKD(Term):
             raise ValueError(f"FeatureKD: {len(self.weights)} weights for {len(self.pairs)} pairs: one each, or none")
         if self.norm not in NORMS:
             raise ValueError(f"FeatureKD: norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
-        if self.mask not in ("separate", "teacher"):
-            raise ValueError(f"FeatureKD: mask must be separate or teacher, got {self.mask!r}")
+        if self.mask not in ("separate", "intersection", "teacher"):
+            raise ValueError(f"FeatureKD: mask must be separate, intersection or teacher, got {self.mask!r}")
         if self.projector not in ("none", "linear"):
             raise ValueError(f"FeatureKD: projector must be none or linear, got {self.projector!r}")
         if self.sigma is not None and self.sigma <= 0:
@@ -103,8 +104,12 @@ class FeatureKD(Term):
         return {"feature_kd": weight_at(self.weight, seen.progress) * mean}
 
     def masked(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        keep = inliers(teacher, self.sigma)
-        return student * (inliers(student, self.sigma) if self.mask == "separate" else keep), teacher * keep
+        mine, theirs = inliers(student, self.sigma), inliers(teacher, self.sigma)
+        if self.mask == "intersection":
+            mine = theirs = mine & theirs
+        elif self.mask == "teacher":
+            mine = theirs
+        return student * mine, teacher * theirs
 
 
 class FeatureState(nn.Module):
@@ -156,5 +161,5 @@ def unit_distance(student: Tensor, teacher: Tensor) -> Tensor:
 def inliers(x: Tensor, sigma: float) -> Tensor:
     """Elements within `sigma` deviations of their sample's mean: b n d -> bool."""
     x = x.detach()
-    mean, std = x.mean((1, 2), keepdim=True), x.std((1, 2), correction=0, keepdim=True)
+    mean, std = x.mean((1, 2), keepdim=True), x.std((1, 2), keepdim=True)
     return (x - mean).abs() < sigma * std

@@ -13,6 +13,7 @@ import torch
 
 from edit.denoiser import Denoiser
 from edit.edits import Edit
+from edit.pruning.tinyfusion import Gated
 
 
 @dataclass
@@ -53,6 +54,8 @@ class DepthPruning(Edit):
         return torch.linspace(0, depth - 1, count, dtype=torch.float64, device="cpu").round().long().tolist()
 
     def apply(self, denoiser: Denoiser) -> None:
+        if any(isinstance(u, Gated) for u in denoiser.units):
+            raise ValueError("DepthPruning: a search over these units is under way: fold it, or prune before it")
         denoiser.keep(self.kept(len(denoiser.units)))
 
     def fold(self, denoiser: Denoiser) -> None:

@@ -240,7 +240,7 @@ def test_gradient_checkpointing_changes_neither_taps_nor_gradients(flux, make_fl
         ({"pairs": ()}, "FeatureKD: pairs are"),
         ({"weights": (1.0, 2.0)}, "2 weights for 1 pairs: one each, or none"),
         ({"norm": "l2"}, "norm must be one of raw, unit, layer, relative, got 'l2'"),
-        ({"mask": "none"}, "mask must be separate or teacher"),
+        ({"mask": "none"}, "mask must be separate, intersection or teacher"),
         ({"projector": "mlp"}, "projector must be none or linear, got 'mlp'"),
         ({"sigma": 0.0}, "sigma must be positive, got 0.0"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
