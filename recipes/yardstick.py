@@ -257,15 +257,15 @@ def for_grid(labels: Tensor | None, classes: int | None, length: int) -> list[in
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[float], None]]:
-    """A bar of images with the time left, gone when done; on no terminal, one line."""
+def progress(title: str, total: int, of: str = "images") -> Iterator[Callable[[float], None]]:
+    """A bar of images, or of what else is counted, with the time left, gone when done; on no terminal, one line."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console()
     if not console.is_terminal:
-        print(f"{title}: {total} images", flush=True)
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("images, left"), TimeRemainingColumn())
+        print(f"{title}: {total} {of}", flush=True)
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(f"{of}, left"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
-        yield lambda images: bar.advance(task, images)
+        yield lambda done: bar.advance(task, done)

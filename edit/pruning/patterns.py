@@ -46,8 +46,9 @@ def groups_of(pattern: Pattern, lengths: Sequence[int]) -> Groups:
         raise ValueError(f"pattern: {bad[0]}:{bad[1]} is no choice of 1 to {bad[1]} out of {bad[1]} units")
     if len(groups) == 1:
         m = groups[0][1]
-        left = [length % m if len(lengths) > 1 else 0 for length in lengths]
-        groups = [g for length, r in zip(lengths, left, strict=True) for g in groups * (length // m) + [(1, 1)] * r]
+        if len(lengths) == 1 and lengths[0] % m:
+            raise ValueError(f"pattern {pattern!r}: {lengths[0]} units make no groups of {m}: list them, as in 2:4,3:4")
+        groups = [g for length in lengths for g in groups * (length // m) + [(1, 1)] * (length % m)]
     ends = [0, *accumulate(m for _, m in groups)]
     if ends[-1] != sum(lengths):
         raise ValueError(f"pattern {pattern!r}: groups of {ends[-1]} units in all, and the model has {sum(lengths)}")

@@ -1,0 +1,312 @@
+"""Choose the units that stay, and write the model without the others: between a search and its recovery.
+
+    python -m recipes.prune model=runs/dit_digits_deep by=learned search=runs/dit_digits_search out=runs/pruned
+    python -m recipes.prune model=runs/dit_digits_deep by=calibration pattern=2:4 out=runs/least_loss
+
+The weights are those of `model`, whatever the search did with them. What `out` is made of is in its pruning.json, a
+picture of how it was chosen in pruning.png; the same command answers at once, one with other settings is refused.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from recipes.check import rule, suggest
+from recipes.config import UserError, check
+from recipes.files import write
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edit.checkpoint import Artifact
+    from edit.denoiser import Condition, Denoiser
+    from edit.pruning.patterns import Groups
+
+WAYS = ("learned", "random", "uniform", "influence", "sensitivity", "calibration")
+
+
+@dataclass
+class Settings:
+    model: str = MISSING  # artifact, run or diffusers folder, or hub id of the model to be pruned
+    out: str = MISSING  # run folder to write, with the artifact in it
+    by: str = rule("learned", of=WAYS)
+    search: str | None = None  # by=learned: run of the search
+    pattern: str = "1:2"  # of the other ways: N:M, or several with commas between
+    seed: int = rule(0, low=0)  # of by=random, candidates and calibration samples
+    candidates: int = rule(64, low=1)  # by=calibration: patterns that are tried
+    pick: str = rule("min", of=("min", "median", "max"))  # by=calibration: which of them is taken, by its loss
+    samples: int = rule(256, low=1)  # training samples that influence and losses are measured on
+    batch: int = rule(64, low=1)  # at a time
+    data: str | None = None  # run folder whose data set is used; null: that of the model
+    device: str = "auto"
+
+
+def main(words: Sequence[str]) -> int:
+    """Exit code: 0, 1 for what could not be done, 2 for a mistake in the command, 130 after Ctrl-C."""
+    if not words or {"--help", "-h"} & set(words):
+        defaults = OmegaConf.to_yaml(OmegaConf.structured(Settings))
+        print(f"{__doc__}\nKeys and their defaults (by: {', '.join(WAYS)})\n\n{defaults}")
+        return 0 if words else 2
+    code = 2
+    try:
+        chosen = parse(words)
+        code = 1
+        run(chosen)
+    except (UserError, ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return code
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(words: Sequence[str]) -> Settings:
+    """`key=value` words as settings.
+
+    Raises:
+        UserError: for an unknown key, a wrong value, or one that is missing
+    """
+    known, given = [f.name for f in fields(Settings)], {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if name not in known or not equals:
+            raise UserError(f"'{word}' is not one of the settings key=value{suggest(name, known)}")
+        given[name] = None if text == "null" else text  # not as YAML, to which 2:4 is 124 seconds
+    try:
+        cfg: Any = OmegaConf.merge(OmegaConf.structured(Settings), given)
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    if errors := check(cfg):
+        raise UserError(errors[0])
+    chosen = OmegaConf.to_object(cfg)
+    assert isinstance(chosen, Settings)
+    if (chosen.by == "learned") != (chosen.search is not None):
+        raise UserError(f"by={chosen.by}, search={chosen.search}: give the run of a search exactly with by=learned")
+    return chosen
+
+
+def run(chosen: Settings) -> Path:
+    """Prune.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: if the folder holds a model that was pruned otherwise, or the search was of another model
+        ValueError, FileNotFoundError: if model, search or pattern do not fit
+    """
+    import edit
+    from edit.checkpoint import fingerprint, save
+    from edit.pruning.depth import DepthPruning
+    from edit.pruning.patterns import groups_of, segments
+
+    out = Path(chosen.out)
+    settings = {k: v for k, v in asdict(chosen).items() if k not in ("out", "device", "batch")}
+    settings["weights"] = [fingerprint(path) for path in (chosen.model, chosen.search) if path]
+    if (out / "pruning.json").exists():
+        before = json.loads((out / "pruning.json").read_text())
+        if other := next((k for k in settings if before["settings"].get(k) != settings[k]), None):
+            raise UserError(
+                f"{out} holds a model pruned with {other}={before['settings'].get(other)}, this command says "
+                f"{settings[other]}: give another out="
+            )
+        print(f"{out} is complete: units {', '.join(map(str, before['kept']))} stay")
+        return out
+    artifact = edit.load(chosen.model)
+    denoiser = artifact.denoiser
+    if chosen.search is not None:
+        groups, choice = searched(chosen.search, denoiser)
+    else:
+        groups = groups_of(chosen.pattern, segments(denoiser))
+        choice = judged(chosen, artifact, groups)
+    depth, name = len(denoiser.units), "depth"
+    while name in denoiser.applied:  # of a model that was pruned before
+        name += "_again"
+    edit.apply(denoiser, {name: DepthPruning(pattern="listed", units=tuple(choice.kept))})
+    made = {"name": out.name, "pruned_from": chosen.model, "by": chosen.by, "kept": choice.kept}
+    out.mkdir(parents=True, exist_ok=True)
+    save(denoiser, out / "artifact", artifact.objective, artifact.sampler, artifact.data, artifact.run | made)
+    picture(out / "pruning.png", chosen, depth, choice)
+    record = {"settings": settings, "groups": groups, **asdict(choice)}
+    write(out / "pruning.json", json.dumps(record, indent=2) + "\n")  # last: it says that the rest is there
+    print(f"kept      units {', '.join(map(str, choice.kept))} of {depth}, by {chosen.by}")
+    print(f"pruned    {out / 'artifact'}")
+    return out
+
+
+@dataclass
+class Choice:
+    """What stays, and why."""
+
+    kept: list[int]
+    scores: list[float] | None = None  # of every unit
+    losses: list[float] | None = None  # of the patterns that were tried
+    confidence: list[float] | None = None  # of every group of a search, at its end
+
+
+def searched(path: str, denoiser: Denoiser) -> tuple[Groups, Choice]:
+    """What a search decided, by its averaged logits.
+
+    Raises:
+        UserError: if it was no search
+        ValueError: if it was one of another model
+    """
+    from edit.checkpoint import load, split_state
+    from edit.denoiser import check_layout
+    from edit.pruning.tinyfusion import Gates
+
+    found = load(path).denoiser
+    gates = next((own for own in found.edits.values() if isinstance(own, Gates)), None)
+    if gates is None:
+        raise UserError(f"search={path} is no search: its model has no gates; train one with edits=tinyfusion")
+    check_layout(*(split_state(d, d.state_dict())[0] for d in (denoiser, found)), f"search={path}")
+    confidence = gates.probabilities().amax(1).tolist()
+    return gates.groups, Choice(gates.kept(), confidence=confidence)
+
+
+# ---- without learning ------------------------------------------------------------------------------------------------
+
+
+def judged(chosen: Settings, artifact: Artifact, groups: Groups) -> Choice:
+    """What one of the criteria of `edit.pruning.importance` keeps."""
+    import torch
+
+    from edit.pruning import importance
+
+    depth = len(artifact.denoiser.units)
+    if chosen.by == "random":
+        return Choice(importance.draw(groups, torch.Generator().manual_seed(chosen.seed)))
+    if chosen.by == "uniform":
+        return Choice(importance.even(groups))
+    batches = Batches(chosen, artifact)
+    if chosen.by == "influence":
+        scores = batches.mean(lambda x, eps, x_t, t, c: importance.influence(artifact.denoiser, x_t, t, c))
+        return Choice(importance.strongest(scores, groups), scores=scores)
+    if chosen.by == "sensitivity":
+        scores = batches.losses([[k for k in range(depth) if k != i] for i in range(depth)])
+        return Choice(importance.strongest(scores, groups), scores=scores)
+    tried = importance.candidates(groups, chosen.candidates, chosen.seed)
+    losses = batches.losses(tried)
+    order = sorted(range(len(tried)), key=losses.__getitem__)
+    taken = order[{"min": 0, "median": (len(order) - 1) // 2, "max": -1}[chosen.pick]]
+    return Choice(list(tried[taken]), losses=losses)
+
+
+class Batches:
+    """Calibration: the same noisy training samples for every question that is asked of the model.
+
+    Raises:
+        UserError: if it is not known which data the model was trained on
+    """
+
+    def __init__(self, chosen: Settings, artifact: Artifact):
+        import edit
+        from data.loader import EndlessLoader
+        from recipes.evaluate import build_data, pick_device
+
+        source = artifact if chosen.data is None else edit.load(chosen.data)
+        self.objective, self.seed = artifact.objective, chosen.seed
+        self.device = pick_device(chosen.device)
+        self.denoiser = artifact.denoiser.to(self.device)
+        size = min(chosen.batch, chosen.samples)
+        split = build_data(source).train()
+        self.loader = EndlessLoader(split, size, max(1, chosen.samples // size), chosen.seed)
+
+    def mean(self, measure: Callable[[Tensor, Tensor, Tensor, Tensor, Condition], Tensor]) -> list[float]:
+        """Mean over all samples of what is measured of (x, noise, x_t, t, condition): ... b -> ..."""
+        import torch
+
+        from edit import noise
+        from edit.denoiser import Condition
+
+        found = []
+        with torch.no_grad():
+            for batch in self.loader:
+                batch = {k: v.to(self.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+                x, draw = batch["x"], batch["draw"]
+                condition = Condition(**{f.name: batch[f.name] for f in fields(Condition) if f.name in batch})
+                t = self.objective.times(noise.uniform(self.seed, draw, noise.TIME))
+                eps = noise.gaussian(self.seed, draw, noise.NOISE, tuple(x.shape[1:]))
+                found.append(measure(x, eps, self.objective.corrupt(x, eps, t), t, condition))
+        return torch.cat(found, -1).mean(-1).tolist()
+
+    def losses(self, patterns: Sequence[Sequence[int]]) -> list[float]:
+        """Mean loss of the model with these units alone, for each of them."""
+        import torch
+
+        from edit.pruning.importance import only
+        from recipes.yardstick import progress
+
+        with progress("losses", len(patterns) * len(self.loader), "batches") as done:
+
+            def each(x: Tensor, eps: Tensor, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+                found = []
+                for kept in patterns:
+                    with only(self.denoiser, kept):
+                        out = self.denoiser(x_t, t, condition)
+                    losses = self.objective.losses(out, x, eps, x_t, t)
+                    found.append(torch.stack(list(losses.values())).sum(0))
+                    done(1)
+                return torch.stack(found)
+
+            return self.mean(each)
+
+
+# ---- the picture -----------------------------------------------------------------------------------------------------
+
+
+def picture(path: Path, chosen: Settings, depth: int, choice: Choice) -> None:
+    """How units were chosen: the confidence of a search over its steps, or scores of units, or losses of patterns."""
+    from io import BytesIO
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=[4, 1])
+    if choice.confidence is not None:
+        assert chosen.search is not None
+        for g, (steps, values) in enumerate(confidences(Path(chosen.search) / "metrics.csv")):
+            top.plot(steps, values, label=f"group {g}")
+        top.set(xlabel="step", ylabel="probability of the likeliest way", ylim=(0, 1.02))
+        if top.lines:
+            top.legend(fontsize="x-small", ncols=4)
+    elif choice.scores is not None:
+        top.bar(range(depth), choice.scores, color=["C0" if i in choice.kept else "0.8" for i in range(depth)])
+        label = "influence" if chosen.by == "influence" else "loss without it"
+        top.set(xlabel="unit", ylabel=label, ylim=(0.9 * min(choice.scores), 1.05 * max(choice.scores)))
+    elif choice.losses is not None:
+        top.hist(choice.losses, bins=30)
+        top.set(xlabel=f"loss right after pruning ({chosen.pick} is taken)", ylabel="patterns")
+    else:
+        top.set_axis_off()
+    bottom.imshow([[float(i in choice.kept) for i in range(depth)]], cmap="Blues", vmin=0, vmax=1.3, aspect="auto")
+    bottom.set(yticks=[], xlabel=f"units that stay, by {chosen.by}")
+    file = BytesIO()
+    figure.savefig(file, dpi=120, format="png")
+    write(path, file.getvalue())
+
+
+def confidences(metrics: Path) -> list[tuple[list[int], list[float]]]:
+    """Steps and probabilities of every group, as a search has logged them; none where there is no log."""
+    if not metrics.is_file():
+        return []
+    with open(metrics, newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = [k for k in rows[0] if "/confidence/" in k] if rows else []
+    columns.sort(key=lambda name: int(name.rsplit("/", 1)[1]))
+    logged = [[(int(r["step"]), float(r[c])) for r in rows if r[c]] for c in columns]
+    return [([step for step, _ in line], [value for _, value in line]) for line in logged]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
