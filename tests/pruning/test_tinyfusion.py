@@ -10,22 +10,15 @@ from weights import randomise
 import edit
 from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig
+from edit.backbones.pixart import PixArtConfig
+from edit.backbones.sd3 import SD3Config
 from edit.cost import macs
 from edit.denoiser import Condition, Denoiser
 from edit.pruning.depth import DepthPruning
+from edit.pruning.importance import starts
+from edit.pruning.patterns import options
 from edit.pruning.tinyfusion import MASK, Gates, TinyFusion
 from edit.tuning.lora import LoRA
-
-TINY = dict(
-    in_channels=16,
-    num_layers=3,
-    num_single_layers=4,
-    attention_head_dim=16,
-    num_attention_heads=2,
-    joint_attention_dim=24,
-    pooled_projection_dim=20,
-    axes_dims_rope=(4, 6, 6),
-)
 
 
 @pytest.fixture
@@ -40,14 +33,32 @@ def make(make_dit) -> Callable[..., Denoiser]:
 
 
 @pytest.fixture
-def make_flux() -> Callable[[], Denoiser]:
-    def made() -> Denoiser:
-        torch.manual_seed(0)
-        flux = FluxConfig(**TINY).build()
-        randomise(flux, 0)
-        return flux.eval()
+def stock_family() -> Callable[[str], tuple[Callable[[], Denoiser], tuple]]:
+    """A way to make a tiny random model of a family, the same every time, and inputs for two samples."""
+    text = {"joint_attention_dim": 24, "pooled_projection_dim": 20}
+    small = {"attention_head_dim": 16, "num_attention_heads": 2}
+    configs = {
+        "flux": FluxConfig(
+            in_channels=16, num_layers=3, num_single_layers=4, axes_dims_rope=(4, 6, 6), **small, **text
+        ),
+        "sd3": SD3Config(in_channels=4, num_layers=5, sample_size=8, pos_embed_max_size=8, **small, **text),
+        "pixart": PixArtConfig(num_layers=4, sample_size=8, cross_attention_dim=32, caption_channels=24, **small),
+    }
 
-    return made
+    def of(family: str):
+        def made() -> Denoiser:
+            torch.manual_seed(0)
+            denoiser = configs[family].build()
+            randomise(denoiser, 0)
+            return denoiser.eval()
+
+        told = {"text": torch.randn(2, 5, 24)}
+        told |= (
+            {"text_mask": torch.ones(2, 5, dtype=torch.bool)} if family == "pixart" else {"pooled": torch.randn(2, 20)}
+        )
+        return made, (torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8]), Condition(**told))
+
+    return of
 
 
 def gates_of(denoiser: Denoiser) -> Gates:
@@ -121,18 +132,38 @@ def test_keeping_all_is_the_dense_model(make, batch):
 
 
 @torch.no_grad()
-def test_image_and_text_of_flux_share_a_gate(make_flux, monkeypatch):
-    flux = make_flux()
-    x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8])
-    condition = Condition(text=torch.randn(2, 5, 24), pooled=torch.randn(2, 20), guidance=torch.tensor([1.0, 3.0]))
-    gated = searched(make_flux())
-    assert gates_of(gated).groups == ((1, 2), (1, 1), (1, 2), (1, 2))  # 3 double units, 4 single ones
-    kept = [1, 2, 3, 6]
-    mask = torch.zeros(2, 7)
+@pytest.mark.parametrize(
+    "family, groups, kept",
+    [
+        ("flux", ((1, 2), (1, 1), (1, 2), (1, 2)), [1, 2, 3, 6]),  # 3 double units, 4 single ones
+        ("sd3", ((1, 2), (1, 2), (1, 1)), [0, 3, 4]),  # the last unit puts out no text
+        ("pixart", ((1, 2), (1, 2)), [1, 2]),
+    ],
+)
+def test_image_and_text_share_a_gate_and_what_is_left_is_a_stock_model(
+    stock_family, family, groups, kept, monkeypatch, tmp_path
+):
+    import diffusers
+
+    make, inputs = stock_family(family)
+    gated = searched(make())
+    own = gates_of(gated)
+    assert own.groups == groups
+    mask = torch.zeros(2, len(gated.units))
     mask[:, kept] = 1
-    fixed(gates_of(gated), mask, monkeypatch)
-    flux = assembled(make_flux, kept)
-    assert torch.allclose(gated(x, t, condition).sample, flux(x, t, condition).sample, atol=1e-6)
+    with monkeypatch.context() as patch:
+        fixed(own, mask, patch)
+        mixed = gated(*inputs).sample
+    shallow = edit.apply(make(), {"depth": DepthPruning(pattern="listed", units=tuple(kept))})
+    wanted = shallow(*inputs).sample
+    assert torch.allclose(mixed, wanted, atol=1e-6 * float(wanted.abs().max()))  # fp32, weights of 1 - 1e-7
+    for g, (start, (n, m)) in enumerate(zip(starts(groups), groups, strict=True)):
+        way = options(n, m).tolist().index([float(start + i in kept) for i in range(m)])
+        own.logits[g, way] += 1.0
+    assert torch.equal(edit.fold(gated.eval())(*inputs).sample, wanted)
+    edit.save(gated, tmp_path / "a")
+    stock = getattr(diffusers, type(make()).stock).from_pretrained(tmp_path / "a")
+    assert all(torch.equal(v, gated.model.state_dict()[k]) for k, v in stock.state_dict().items())
 
 
 @torch.no_grad()
