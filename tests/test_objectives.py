@@ -406,6 +406,17 @@ def test_a_ramp_goes_linearly_between_its_ends_and_stays_there():
     assert weight_at(0.3, 0.9) == 0.3
 
 
+def test_a_ramp_of_levels_goes_down_once_an_epoch():
+    # TinyFusion: beta_0 (1 - e / (E - 1)) in epoch e of E
+    ramp = Ramp(start=1e-2, end=0.0, levels=5)
+    for epoch in range(5):
+        for inside in (0.0, 0.5, 0.999):
+            assert ramp((epoch + inside) / 5) == pytest.approx(1e-2 * (1 - epoch / 4))
+    assert Ramp(start=1.0, levels=1)(0.7) == 1.0  # a run of one epoch
+    with pytest.raises(ValueError, match="levels is at least 1"):
+        Ramp(1.0, levels=0)
+
+
 @pytest.mark.parametrize("ends", [(0.5, 0.5), (-0.1, 1), (0, 1.1)])
 def test_a_ramp_outside_the_run_is_refused(ends):
     with pytest.raises(ValueError, match="parts of the run"):

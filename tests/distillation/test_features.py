@@ -32,6 +32,7 @@ VARIANTS = [
     {"norm": "layer", "projector": "linear"},
     {"norm": "raw", "sigma": 2.0},
     {"norm": "raw", "sigma": 2.0, "mask": "teacher"},
+    {"norm": "raw", "sigma": 2.0, "mask": "intersection"},
 ]
 
 
@@ -179,6 +180,43 @@ def test_separate_masks_compare_an_outlier_of_one_with_zero_and_a_shared_one_lea
     torch.testing.assert_close(
         separate.losses(tokens(s, t), None)["feature_kd"][0], plain + s[0, 3, 2] ** 2 / t.numel()
     )
+
+
+def masked(s: torch.Tensor, t: torch.Tensor, **options) -> torch.Tensor:
+    return FeatureKD(((0, 0),), weight=1.0, norm="raw", **options).losses(tokens(s, t), None)["feature_kd"]
+
+
+def test_massive_activations_at_one_place_count_only_without_a_mask():
+    # oracle 8 of methods/tinyfusion.md
+    t = torch.randn(2, 16, 32)
+    s = t.clone().requires_grad_()
+    with torch.no_grad():
+        s[:, 3, 5], t[:, 3, 5] = 900.0, 1000.0
+    assert masked(s, t, sigma=2.0).tolist() == [0.0, 0.0]
+    assert masked(s, t).tolist() == pytest.approx([19.53125] * 2)  # 100^2 / 512
+    assert torch.equal(masked(s, t, sigma=1e9), masked(s, t))
+    (masked(s, t, sigma=2.0) + masked(s, torch.randn(2, 16, 32), sigma=2.0)).sum().backward()
+    assert s.grad[0, 3, 5] == 0 and (s.grad != 0).sum() > 900
+
+
+def test_an_outlier_of_the_teacher_alone_leaves_the_students_square_unless_masks_intersect():
+    t = torch.randn(2, 16, 32)
+    s = t.clone()
+    t[:, 3, 5] = 1000.0
+    torch.testing.assert_close(masked(s, t, sigma=2.0), s[:, 3, 5] ** 2 / 512 + gap(s, t, 2.0))
+    keep = inliers(s, 2.0) & inliers(t, 2.0)
+    torch.testing.assert_close(masked(s, t, sigma=2.0, mask="intersection"), (((s - t) * keep) ** 2).mean((1, 2)))
+
+
+def gap(s: torch.Tensor, t: torch.Tensor, sigma: float) -> torch.Tensor:
+    """What the student's own ordinary outliers, which its mask zeroes and the teacher's does not, add: b."""
+    lost = ~inliers(s, sigma) & inliers(t, sigma)
+    return (t**2 * lost).sum((1, 2)) / s[0].numel()
+
+
+def test_deviations_are_unbiased():
+    x = torch.tensor([[[0.0], [0.0], [3.0]]])  # mean 1, unbiased deviation 1.732, biased 1.414
+    assert inliers(x, 1.2).all() and not inliers(x, 1.1).all()  # 1.2 x 1.414 < 2 < 1.2 x 1.732
 
 
 def test_masked_distillation_fades_out_over_the_run():
