@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data import pixel_codec
+from data.decoder import Codec
 from data.split import held_out
 from data.toy_text import LENGTH, Embedded, ToyText
 from edit import noise
@@ -133,3 +134,7 @@ class World:
     def to_images(self, x: Tensor) -> Tensor:
         """Latents b c y x -> uint8 b 4y 4x 3."""
         return pixel_codec.decode(x)
+
+    def decoder(self) -> Codec:
+        """The same with a graph."""
+        return Codec()

@@ -1,15 +1,17 @@
 """Let a teacher make the training data of its student: prompts in, shards of latents and text embeddings out.
 
+    python -m data.generate teacher=FLUX.1-dev prompts=prompts.txt out=cache precision=bfloat16 processes=0
     python -m data.generate teacher=runs/teacher prompts=prompts.txt out=cache text_encoder=t5 pooled_encoder=clip
     python train.py data=latents data.set.path=cache data.set.generated_by=runs/teacher
 
-Stop it whenever you like: the same command goes on after the last finished shard.
+Stop it whenever you like: the same command goes on after the last finished shard, and answers at once when all is made.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -38,9 +40,16 @@ class Order:
     """What to generate with what, and how. The fields are the command's keys."""
 
     teacher: str = key("artifact, run or diffusers folder, or hub id, of a text-conditioned model")
-    prompts: str = key("text file with one prompt per line, or .jsonl with a 'prompt' and perhaps an 'id' in each line")
+    prompts: str = key(
+        "text file with one prompt per line, or .jsonl with a 'prompt' and perhaps an 'id' in each line; or "
+        "composed:<count>, so many different ones made of words, for want of such as the student will be given"
+    )
     out: str = key("folder to write; one begun with another teacher or other settings is refused")
-    text_encoder: str | None = key("T5 or CLIP of transformers, folder or hub id; its token states", None)
+    text_encoder: str | None = key(
+        "T5 or CLIP of transformers, folder or hub id; its token states. Encoders, tokenizers and VAE that are not "
+        "named are found where the teacher is, or lies in, a pipeline of FLUX or PixArt",
+        None,
+    )
     tokenizer: str | None = key("its tokenizer, if it lies elsewhere", None)
     pooled_encoder: str | None = key("CLIP for the pooled embedding, if the text encoder has none", None)
     pooled_tokenizer: str | None = key("its tokenizer, if it lies elsewhere", None)
@@ -62,31 +71,43 @@ class Order:
     )
     seed: int = key("of the noise; image k of the file has noise number k of this seed", 0)
     images: int = key("per prompt", 1)
+    points: int = key(
+        "states of each solve to store beside its latent, evenly between noise and sample: for students that learn "
+        "from the teacher's paths; with euler or heun, whose steps must be a multiple of points + 1",
+        0,
+    )
     size: int | None = key("rows and columns of a latent; null: the teacher's default", None)
     dtype: str = key("stored as: float16 or float32", "float16")
     precision: str = key("the models compute in: float32, bfloat16 or float16", "float32")
     batch: int = key("images at once", 8)
     shard_size: int = key("images per shard; an interruption loses at most one shard's work per process", 256)
-    processes: int = key("spread over the GPUs", 1)
-    device: str = key("cpu, cuda, cuda:1, ...; auto: cuda if there is one", "auto")
+    processes: int = key("spread over the GPUs; 0: one for each GPU of this machine", 1)
+    device: str = key("cpu, cuda or gpu, cuda:1, ...; auto: cuda if there is one", "auto")
     rank: int = 0  # of this command among `world` such commands
     world: int = 1
 
     def __post_init__(self):
-        for name in ("max_tokens", "steps", "images", "batch", "shard_size", "processes", "world"):
+        for name in ("max_tokens", "steps", "images", "batch", "shard_size", "world"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
+        if self.processes < 0:
+            raise ValueError(f"processes is at least 1, or 0 for one on each GPU, got {self.processes}")
         if self.size is not None and self.size < 1:
             raise ValueError(f"size is at least 1, got {self.size}")
         if self.shift is not None and self.shift <= 0:
             raise ValueError(f"shift is greater than 0, got {self.shift}; 1 leaves the times evenly spaced")
+        if self.points < 0 or self.steps % (self.points + 1):
+            raise ValueError(
+                f"points={self.points} does not divide steps={self.steps} evenly: steps must be a multiple of "
+                "points + 1, and 0 stores none"
+            )
+        if self.points and self.solver not in ("euler", "heun"):
+            raise ValueError(f"points={self.points} needs solver euler or heun, got {self.solver}: set points=0")
         if not 0 <= self.rank < self.world:
             raise ValueError(f"rank is one of 0 to {self.world - 1} (world={self.world}), got {self.rank}")
         for name, accepted in CHOICES.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} is one of {', '.join(accepted)}, got {getattr(self, name)!r}")
-        if self.text_encoder is None and self.pooled_encoder is None:
-            raise ValueError("no text encoder: give those that the teacher was trained with, as text_encoder=<folder>")
 
 
 KEYS = {f.name: f for f in fields(Order) if f.metadata}
@@ -166,5 +187,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def stop(number: int, _: object) -> None:
+    """What a signal does: leave in good order, so that the processes of this command end with it."""
+    print("stopped: the same command goes on after the last finished shard", file=sys.stderr)
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    for told in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(told, stop)
     sys.exit(main())

@@ -2,7 +2,8 @@
 
 Image number k is prompt k // images, with the noise that `edit.noise` gives number k of the seed: what a shard holds
 does not depend on who writes it, or on how often the work was interrupted. The teacher is told the text embeddings as
-they are stored, so what is trained on is what it saw.
+they are stored, so what is trained on is what it saw. States of the solve can be stored too (`points`); the noise that
+it began with is drawn again where it is needed (`data.latents`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import gc
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,18 +31,17 @@ from data.latent_folder import Writer, begin, finish, finished, in_processes, pr
 from data.latent_writer import DTYPES, Words, device_of, npy, store
 from data.latents import data_set, padded, text_length
 from data.loader import collate
+from data.pipelines import complete
 from data.pixels import to_uint8
+from data.prompts import Prompt, read_prompts
 from edit.backbones.stock import StockDenoiser
 from edit.checkpoint import default_objective, find, is_hub_id, skeleton
 from edit.denoiser import Condition, Denoiser
-from edit.sampling import DDIMSolver, DDPMSolver, DPMSolver, Euler, Heun, Sampler, Solver
+from edit.objectives import Objective
+from edit.sampling import DDIMSolver, DDPMSolver, DPMSolver, Draw, Euler, Heun, Predict, Sampler, Solver, times
 
 SHEET = 24  # images on samples.png
-
-
-class Prompt(NamedTuple):
-    text: str
-    id: str  # of the prompt file, else the number of its line, from 1
+PASSING = ("out", "batch", "processes", "device", "rank", "world")  # of an order, what its samples do not depend on
 
 
 def generate(order: Order, say: Callable[[str], None] = print) -> Path | None:
@@ -53,9 +54,11 @@ def generate(order: Order, say: Callable[[str], None] = print) -> Path | None:
         FileNotFoundError, ValueError: in one sentence, for what cannot be used
         RuntimeError: if a process died
     """
-    if order.device == "auto":
-        order = replace(order, device="cuda" if torch.cuda.is_available() else "cpu")
-    out, prompts = Path(order.out), read_prompts(Path(order.prompts))
+    order = complete(on_devices(order))
+    out, prompts = Path(order.out), read_prompts(order.prompts)
+    if is_made(out, stamp(order, prompts)):
+        say(f"{out}: all {len(prompts) * order.images:,} images are there")
+        return out / manifest.MANIFEST
     words = Words(order, "cpu")
     refuse_long(order, words, prompts)
     settings = describe(order, words, prompts)
@@ -79,38 +82,40 @@ def generate(order: Order, say: Callable[[str], None] = print) -> Path | None:
     return finish(out, settings, {"num_classes": None, "classes": None}, total)
 
 
-# ---- what is asked for ----------------------------------------------------------------------------------------------
+def on_devices(order: Order) -> Order:
+    """The order with its device and processes as this machine has them."""
+    device = {"auto": "cuda" if torch.cuda.is_available() else "cpu", "gpu": "cuda"}.get(order.device, order.device)
+    each = torch.cuda.device_count() if device == "cuda" else 1
+    return replace(order, device=device, processes=order.processes or max(each, 1))
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a text file, one per line, or of a .jsonl file; empty lines count for nothing.
+def is_made(out: Path, stamped: str) -> bool:
+    """Whether the folder is whole, and was made by an order of this stamp."""
+    if not (out / manifest.MANIFEST).exists():
+        return False
+    made = manifest.read(out / manifest.MANIFEST)
+    if made.get("sources", {}).get("stamp") != stamped:
+        return False
+    null = made["null"] is None or (out / manifest.NULL).exists()
+    return null and all(manifest.check_shard(out, shard, full=False) is None for shard in made["shards"])
 
-    Raises:
-        FileNotFoundError: if there is no such file
-        ValueError: if it holds no prompts, or a line that is none
+
+def stamp(order: Order, prompts: Sequence[Prompt]) -> str:
+    """Changes with all that decides what is written: settings, prompts, name, size and time of each file that is read.
+
+    Milliseconds, where `describe` reads all weights. Equal stamps mean the same work; of others `describe` knows. What
+    is on the hub goes by its name.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"prompts={path} is no file: give a text file with one prompt per line, or a .jsonl")
-    try:
-        lines = [(i, line.strip()) for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts={path} is no UTF-8 text ({error.reason}): convert it") from error
-    prompts = []
-    for number, line in lines:
-        if line and path.suffix == ".jsonl":
-            try:
-                entry = json.loads(line)
-                text, name = entry["prompt"], entry.get("id", number)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f'{path}, line {number}: expected {{"prompt": "..."}}, got {line:.60}') from error
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"{path}, line {number}: the prompt is {text!r}, expected words")
-            prompts.append(Prompt(text.strip(), str(name)))
-        elif line:
-            prompts.append(Prompt(line, str(number)))
-    if not prompts:
-        raise ValueError(f"prompts={path} is empty: give one prompt per line")
-    return prompts
+    settings = {name: value for name, value in asdict(order).items() if name not in PASSING}
+    teacher = find(order.teacher)
+    specs = (order.text_encoder, order.tokenizer, order.pooled_encoder, order.pooled_tokenizer, order.vae)
+    folders = [teacher, teacher.parent / "scheduler", *(Path(spec) for spec in specs if spec)]
+    files = [(file.name, file.stat()) for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()]
+    facts = [(name, about.st_size, about.st_mtime_ns) for name, about in files]
+    return hashlib.sha256(json.dumps([manifest.FORMAT, settings, prompts, facts]).encode()).hexdigest()
+
+
+# ---- what is asked for ----------------------------------------------------------------------------------------------
 
 
 def refuse_long(order: Order, words: Words, prompts: Sequence[Prompt]) -> None:
@@ -130,6 +135,36 @@ def solver_of(order: Order, shift: float) -> Solver:
     if order.solver in ("euler", "heun", "dpm"):
         return {"euler": Euler, "heun": Heun, "dpm": DPMSolver}[order.solver](steps=order.steps, shift=shift)
     return {"ddim": DDIMSolver, "ddpm": DDPMSolver}[order.solver](steps=order.steps)
+
+
+class Recorded(Solver):
+    """A solver whose states at some times are kept: `states` by time, b c y x, of the last batch.
+
+    A state is what the model is asked at; Heun's method asks at its guess first, and then at the state, which stays.
+
+    Args:
+        solver: what integrates
+        times: of the states, among those it asks at
+    """
+
+    def __init__(self, solver: Euler | Heun, times: Sequence[float]):
+        self.solver, self.steps, self.times = solver, solver.steps, tuple(times)
+        self.states: dict[float, Tensor] = {}
+
+    @property
+    def evaluations(self) -> int:
+        return self.solver.evaluations
+
+    def check(self, objective: Objective) -> None:
+        self.solver.check(objective)
+
+    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
+        def watched(x: Tensor, t: float, end: float | None = None) -> Tensor:
+            if t in self.times:
+                self.states[t] = x
+            return predict(x, t, end)
+
+        return self.solver.integrate(watched, x, objective, draw)
 
 
 def describe(order: Order, words: Words, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -178,9 +213,11 @@ def describe(order: Order, words: Words, prompts: Sequence[Prompt]) -> dict[str,
             "shift": shift,
             "seed": order.seed,
             "images": order.images,
+            **({"points": order.points, "times": stored_times(order, shift)} if order.points else {}),
             "prompts": {"count": len(prompts), "sha256": hashlib.sha256(texts.encode()).hexdigest()},
         },
         "sources": {
+            "stamp": stamp(order, prompts),
             "data": _recorded(order.teacher).get("data") or None,
             **{
                 name: os.path.abspath(spec) if spec and os.path.exists(spec) else spec
@@ -194,6 +231,11 @@ def describe(order: Order, words: Words, prompts: Sequence[Prompt]) -> dict[str,
             },
         },
     }
+
+
+def stored_times(order: Order, shift: float) -> list[float]:
+    """Times of the states to store, from noise to data without either: every so many of the solver's own."""
+    return times(order.steps, shift)[:: order.steps // (order.points + 1)][1:-1]
 
 
 def check_text(order: Order, denoiser: Denoiser, words: Words, shape: tuple[int, int, int]) -> None:
@@ -266,6 +308,7 @@ def forecast(
         return f"{out}: all of this command's shards are there ({total} in all, {count:,} images)"
     width = DTYPES[order.dtype].itemsize
     members = [math.prod(settings["latent_shape"]) * width, 200]  # the last is the json
+    members += [order.points * members[0]] if order.points else []
     if text := settings["text"]:
         members.append(text["max_tokens"] * text["width"] * width)  # at most, where the padding is not stored
     if pooled := settings["pooled"]:
@@ -320,13 +363,17 @@ def writer(order: Order, process: int) -> Writer:
     if order.device == "cpu" and order.processes > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // order.processes))
     device = device_of(order, process)
+    starter = multiprocessing.parent_process()  # of this one, if there are several
     words, artifact = Words(order, device), edit.load(order.teacher)
     denoiser = artifact.denoiser.to(device, DTYPES[order.precision]).requires_grad_(False)
     settings = manifest.read(Path(order.out) / manifest.SETTINGS)
-    prompts = read_prompts(Path(order.prompts))
+    prompts = read_prompts(order.prompts)
     c, y, x = settings["latent_shape"]
     told = denoiser.config.get("guidance_embeds")
-    sampler = Sampler(solver_of(order, settings["generated"]["shift"]), 1.0 if told else order.guidance)
+    generated = settings["generated"]
+    solver = solver_of(order, generated["shift"])
+    recorded = Recorded(solver, generated["times"]) if order.points else None
+    sampler = Sampler(recorded or solver, 1.0 if told else order.guidance)
 
     def samples(shard: int, advance: Callable[[float], None]) -> Iterator[tuple[str, dict[str, bytes]]]:
         first: list[Tensor] = []
@@ -338,6 +385,8 @@ def writer(order: Order, process: int) -> Writer:
             condition, negative = condition_of(order, denoiser, words, rows)
 
             def count(done: int, total: int, b: int = len(part)) -> None:
+                if starter is not None and not starter.is_alive():
+                    raise KeyboardInterrupt  # killed: the same command, given again, must not find this one at work
                 advance(b * done // total - b * (done - 1) // total)  # whole images, which add up
 
             made = sampler(
@@ -350,11 +399,13 @@ def writer(order: Order, process: int) -> Writer:
                     "too much for the teacher, or precision is too low"
                 )
             made = words.fit(made)
+            states = [words.fit(recorded.states[t]) for t in recorded.times] if recorded else []
             if shard == 0 and len(first) < SHEET:
                 first.extend(made.float())
-            for n, prompt, latent, row in zip(part, asked, made, rows, strict=True):
+            for n, prompt, latent, row, *path in zip(part, asked, made, rows, *states, strict=True):
                 facts = {"caption": prompt.text, "prompt": prompt.id, "number": n, "seed": order.seed}
-                members = {f"{name}.npy": npy(array) for name, array in {"latent": latent, **row}.items()}
+                arrays = {"latent": latent, **({"trajectory": torch.stack(path)} if path else {}), **row}
+                members = {f"{name}.npy": npy(array) for name, array in arrays.items()}
                 yield f"{n:09d}", {**members, "json": json.dumps(facts).encode()}
         if first:
             contact_sheet(order, settings, torch.stack(first[:SHEET]), device)

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from data import manifest
 from data.damage import Damaged, Tolerance
+from data.decoder import Decoder
+from data.encoders import VAE
 from data.pixels import to_uint8
 from data.split import CheckedSet, Split, flipped
 from data.tars import ABSENT, Tars
@@ -43,6 +45,7 @@ class Latents:
         guidance: refuse samples generated at another guidance scale; None expects nothing, as for the next two
         steps: refuse samples generated in another number of steps
         shift: refuse samples generated with another shift of the times
+        trajectories: hand out how each training sample was generated, see `LatentSplit`
 
     Raises:
         FileNotFoundError, ValueError: in one sentence, for a folder that cannot be used
@@ -62,6 +65,7 @@ class Latents:
         guidance: float | None = None,
         steps: int | None = None,
         shift: float | None = None,
+        trajectories: bool = False,
     ):
         if verify not in ("size", "full"):
             raise ValueError(f"verify is size or full, got {verify!r}")
@@ -81,16 +85,16 @@ class Latents:
         self.vae = vae or self.manifest["sources"]["vae"]
         self.text_length = text_length(self.manifest["text"])
         self.null = self._null()
-        self._vae: Any = None  # loaded when something is first looked at
+        self._vae: VAE | None = None  # loaded when something is first looked at
         tars = shards(self.path, self.manifest, verify == "full", tolerance, cache)
-        self._train = LatentSplit(tars, self.manifest, flip, seed)
+        self._train = LatentSplit(tars, self.manifest, flip, seed, trajectories)
         self._heldout = None
         if heldout is not None:
             other = manifest.verify(Path(heldout))
             if other["identity"] != self.manifest["identity"]:
                 raise ValueError(f"{heldout} was made with other encoders or size than {path}: precompute it alike")
             tars = shards(Path(heldout), other, verify == "full", tolerance, cache)
-            self._heldout = LatentSplit(tars, other, False, seed)
+            self._heldout = LatentSplit(tars, other, False, seed, False)
 
     def train(self) -> Split:
         return self._train
@@ -110,9 +114,20 @@ class Latents:
         """
         if self.manifest["vae"] is None:
             return self._origin.to_images(x)
-        if self._vae is None:
-            from data.encoders import VAE
+        shift, scale = scaling(self.manifest)
+        vae = self._own()
+        vae.to(x.device)
+        return to_uint8(vae.decode(x.float() / scale.to(x.device) + shift.to(x.device)))
 
+    def decoder(self) -> nn.Module:
+        """The same with a graph: b c y x -> pixels b 3 y x in about [-1, 1]; raises likewise."""
+        if self.manifest["vae"] is None:
+            return getattr(self._origin, "decoder", nn.Identity)()
+        return Decoder(self._own().model, *scaling(self.manifest))
+
+    def _own(self) -> VAE:
+        """The VAE that made these latents."""
+        if self._vae is None:
             try:
                 vae = VAE(self.vae)
             except FileNotFoundError as error:
@@ -122,9 +137,7 @@ class Latents:
             if vae.sha256 != self.manifest["vae"]["sha256"]:
                 raise ValueError(f"{self.vae} is not the VAE that made {self.path}: give that one as data.set.vae")
             self._vae = vae
-        shift, scale = scaling(self.manifest)
-        self._vae.to(x.device)
-        return to_uint8(self._vae.decode(x.float() / scale.to(x.device) + shift.to(x.device)))
+        return self._vae
 
     @cached_property
     def _origin(self) -> Any:
@@ -236,14 +249,32 @@ class LatentSplit:
     """Samples x = (mean + std * eps - shift) * scale, with eps a pure function of (seed, draw); or as generated.
 
     With aspect-ratio buckets `groups` is the bucket of each sample, n int64, by the manifest's order; else None.
+
+    With `trajectories` a sample has its teacher's path, too: `z` c y x, the noise; `trajectory` k c y x, the stored
+    states, and their `times` k, from noise to data without either; `scale`, the guidance. The noise is what the teacher
+    began with bit for bit, on another kind of device to a unit in the last place.
+
+    Raises:
+        ValueError: for trajectories of samples that were not generated, or by a solver that adds noise of its own
     """
 
-    def __init__(self, tars: Tars, described: dict, flip: bool, seed: int):
+    def __init__(self, tars: Tars, described: dict, flip: bool, seed: int, trajectories: bool):
         self.tars, self.flip, self.seed = tars, flip, seed
         self.shape: Sequence[int] = described["latent_shape"]
         self.text, self.pooled = described["text"], described["pooled"] is not None
         self.labelled = described["num_classes"] is not None
         self.generated = bool(described.get("generated"))
+        self.path = described["generated"] if trajectories and self.generated else None
+        if trajectories and not self.generated:
+            raise ValueError(
+                f"{tars.paths[0].parent} holds no generated data, which alone has trajectories: set "
+                "trajectories=false, or run data.generate"
+            )
+        if self.path and self.path["solver"] == "ddpm":
+            raise ValueError(
+                f"{tars.paths[0].parent} was generated by ddpm, which adds noise on the way, so its samples do not "
+                "follow from theirs: set trajectories=false, or generate with another solver"
+            )
         if not self.generated:
             self.shift, self.scale = scaling(described)
         self.groups = None
@@ -280,7 +311,17 @@ class LatentSplit:
             sample |= padded(self._array(index, "text.npy", (None, None)), self.text)
         if self.pooled:
             sample["pooled"] = self._array(index, "pooled.npy", (None,))
+        if self.path:
+            sample |= self._path(index, self.path, shape)
         return sample
+
+    def _path(self, index: int, made: dict, shape: Sequence[int]) -> dict[str, Tensor]:
+        told, times = self.tars.json(index), torch.tensor(made.get("times", []))
+        if not isinstance(told.get("number"), int):
+            raise Damaged(f"{self.tars.name(index)}.json does not say which noise it was generated from")
+        z = noise.gaussian(made["seed"], torch.tensor([told["number"]]), noise.NOISE, tuple(shape))[0]
+        states = self._array(index, "trajectory.npy", (len(times), *shape)) if len(times) else z.new_empty(0, *shape)
+        return {"z": z, "trajectory": states, "times": times, "scale": torch.tensor(float(made["guidance"]))}
 
     def _latent(self, index: int, draw: int, shape: Sequence[int]) -> Tensor:
         c, y, x = shape

@@ -35,17 +35,21 @@ def encode(images: Tensor) -> Tensor:
     height, width = images.shape[1:3]
     if height % BLOCK or width % BLOCK:
         raise ValueError(f"the codec takes sides that are multiples of {BLOCK} pixels, got {height} x {width}")
-    pixels = images.float() / 127.5 - 1
-    blocks = pixels.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))  # b y i x j 3
+    rgb = images.float() / 127.5 - 1
+    blocks = rgb.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))  # b y i x j 3
     return torch.einsum("byixjc,kijc->bkyx", blocks, basis().to(images.device)).sub(_shift(images)).mul(_scale(images))
 
 
 def decode(x: Tensor) -> Tensor:
     """b 12 y x -> uint8 b 4y 4x 3, clamped."""
+    return (127.5 * pixels(x).permute(0, 2, 3, 1) + 128).clamp(0, 255).to(torch.uint8)
+
+
+def pixels(x: Tensor) -> Tensor:
+    """b 12 y x -> b 3 4y 4x, of images in [-1, 1]; gradients reach x."""
     coefficients = x.float() / _scale(x) + _shift(x)
     blocks = torch.einsum("bkyx,kijc->byixjc", coefficients, basis().to(x.device))
-    pixels = blocks.flatten(3, 4).flatten(1, 2)
-    return (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8)
+    return blocks.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 def basis() -> Tensor:

@@ -42,6 +42,7 @@ class DataSet(Protocol):
     num_classes: int | None
     classes: list[str] | None  # their names, where known
     # a set with texts has `text_length`: the tokens they all have, with their padding; None if they differ
+    # a set of latents has `decoder()`: a frozen module, latents b c y x -> pixels b 3 y x in [-1, 1], with gradients
 
     def train(self) -> Split: ...
 

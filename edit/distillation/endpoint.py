@@ -4,7 +4,8 @@ The student's prediction of the data is compared with the end of the teacher's p
 for more steps, at points of that path; 1/2 |x - x_T|^2 / d. The mean over what one point may lead to blurs where the
 teacher's paths bend much, so one or two steps look soft: this is the warm-up of distribution matching in one step
 (`edit.distillation.distribution_matching`), which starts from a student that does not yet know single steps otherwise.
-Published runs (FastGen, FastVideo) store the paths, lr 7e-5 for 10,000 steps; here each is solved where it is used.
+Published runs (FastGen, FastVideo) store the paths, at the times 1, 0.937, 0.833, 0.624, which are quarters with shift
+5, and train at lr 7e-5 for 10,000 steps: that is `CachedEndpoint`. `Endpoint` solves each path where it is used.
 Specification: methods/distillation.md, D3.1.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from edit.distillation.matching import Given, Matching, Roles, mean, move
 from edit.distillation.progressive import time_grid
-from edit.distillation.reflow import solve
+from edit.distillation.reflow import solve, stored_noise
 from edit.sampling import Euler, Grid, Solver, times
 
 
@@ -46,24 +47,83 @@ class Endpoint(Matching):
             raise ValueError(f"Endpoint: shift must be positive, got {self.shift}; 1 leaves times unchanged")
 
     def check(self, solver: Solver) -> None:
-        wanted, found = times(self.starts, self.shift), ()
-        if isinstance(solver, Grid) and (solver.renoise or solver.steps == 1):
-            found = solver.grid
-        elif isinstance(solver, Euler) and solver.steps == 1:
-            found = (1.0, 0.0)
-        if len(found) != len(wanted) or any(abs(a - b) > 1e-4 for a, b in zip(found, wanted, strict=True)):
-            raise ValueError(
-                f"Endpoint trains steps to data from the times {[round(t, 4) for t in wanted[:-1]]}, the sampler is "
-                f"{solver}: set sampler.solver to edit.sampling.Grid with these times and renoise=true"
-            )
+        check_starts("Endpoint", self.starts, self.shift, solver)
 
     def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
-        draws, condition = given.draws, given.condition
-        path = solve(roles, given, draws.gaussian(0), self.steps, self.shift)
-        every = self.steps // self.starts
-        k = (draws.uniform(1) * self.starts).long()
-        x_t = torch.stack(path[:-1:every])[k, torch.arange(len(k), device=k.device)]
-        t = time_grid(self.starts, self.shift, k.device)[k]
-        end = torch.zeros_like(t)
-        x = move(x_t, roles.student(x_t, t, replace(condition, end=end)), t, end)
-        return {"endpoint": 0.5 * mean((x - path[-1]).square())}
+        path = solve(roles, given, given.draws.gaussian(0), self.steps, self.shift)
+        states = torch.stack(path[: -1 : self.steps // self.starts], 1)
+        at = time_grid(self.starts, self.shift, states.device)[:-1].expand(given.count, -1)
+        return regress(roles, given, states, at, path[-1])
+
+
+@dataclass(frozen=True)
+class CachedEndpoint(Matching):
+    """The same with stored paths (`python -m data.generate points=...`). Needs no teacher.
+
+    Generated with some guidance, the student learns that guidance; leave label_drop at 0.
+
+    Args:
+        starts: times of the student, evenly among the noise and the states that are stored beside each sample: 1 with
+            points=0, divides points + 1 in any case
+        shift: of the times that the paths were generated at
+    """
+
+    needs_teacher = False
+    starts: int = 1
+    shift: float = 1.0
+
+    def __post_init__(self):
+        if self.starts < 1:
+            raise ValueError(f"CachedEndpoint: starts must be at least 1, got {self.starts}")
+        if self.shift <= 0:
+            raise ValueError(f"CachedEndpoint: shift must be positive, got {self.shift}; 1 leaves times unchanged")
+
+    def check(self, solver: Solver) -> None:
+        check_starts("CachedEndpoint", self.starts, self.shift, solver)
+
+    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
+        z = stored_noise("CachedEndpoint", given)
+        states = torch.cat((z[:, None], given.trajectory), 1)
+        at = torch.cat((torch.ones_like(given.scale)[:, None], given.times), 1)
+        every, left = divmod(at.shape[1], self.starts)
+        if left:
+            raise ValueError(
+                f"CachedEndpoint: starts={self.starts} does not divide the noise and the {at.shape[1] - 1} states that "
+                f"are stored of each path: generate with points={self.starts - 1}, or change starts"
+            )
+        return regress(roles, given, states[:, ::every], at[:, ::every], given.x)
+
+
+def check_starts(who: str, starts: int, shift: float, solver: Solver) -> None:
+    """Refuse a solver that does not step to data from these times.
+
+    Raises:
+        ValueError: naming both, and what to use instead
+    """
+    wanted, found = times(starts, shift), ()
+    if isinstance(solver, Grid) and (solver.renoise or solver.steps == 1):
+        found = solver.grid
+    elif isinstance(solver, Euler) and solver.steps == 1:
+        found = (1.0, 0.0)
+    if len(found) != len(wanted) or any(abs(a - b) > 1e-4 for a, b in zip(found, wanted, strict=True)):
+        raise ValueError(
+            f"{who} trains steps to data from the times {[round(t, 4) for t in wanted[:-1]]}, the sampler is "
+            f"{solver}: set sampler.solver to edit.sampling.Grid with these times and renoise=true"
+        )
+
+
+def regress(roles: Roles, given: Given, states: Tensor, at: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """The loss of one step to data from one of the states, drawn for each sample by stream 1.
+
+    Args:
+        roles, given: of the method
+        states: b k c y x, on the teacher's paths
+        at: b k, their times
+        x: b c y x, where the paths end
+    """
+    k = (given.draws.uniform(1) * at.shape[1]).long()
+    one = torch.arange(len(k), device=k.device)
+    x_t, t = states[one, k], at[one, k]
+    end = torch.zeros_like(t)
+    found = move(x_t, roles.student(x_t, t, replace(given.condition, end=end)), t, end)
+    return {"endpoint": 0.5 * mean((found - x).square())}

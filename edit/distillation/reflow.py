@@ -2,12 +2,14 @@
 
 As each noise keeps its own image, the paths no longer cross and can be followed in fewer steps, with the teacher's
 picture for each seed; a good start for consistency and distribution matching. The published procedure (Chroma: 10
-Euler steps, guidance 1.1 to 1.2) solves for a block of pairs and then trains on it with the teacher parked; here each
-batch is solved where it is used, and nothing is stored. Specification: methods/distillation.md, D3.5.
+Euler steps, guidance 1.1 to 1.2) solves for a block of pairs and then trains on it with the teacher parked. `Reflow`
+solves each batch where it is used, and nothing is stored; `CachedReflow` takes pairs that `python -m data.generate`
+made beforehand, and needs no teacher. Specification: methods/distillation.md, D3.5.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -44,11 +46,7 @@ class Reflow(Matching):
             raise ValueError(f"Reflow: shift must be positive, got {self.shift}; 1 leaves times unchanged")
 
     def check(self, solver: Solver) -> None:
-        if isinstance(solver, Grid) and solver.renoise:
-            raise ValueError(
-                f"Reflow trains paths that are followed from one noise, the sampler is {solver}: set "
-                "sampler.solver.renoise=false, or use edit.sampling.Euler"
-            )
+        check_followed("Reflow", solver)
 
     def pairs(self, roles: Roles, given: Given) -> tuple[Tensor, Tensor]:
         """Noise and the teacher's sample from it: b c y x each."""
@@ -56,12 +54,63 @@ class Reflow(Matching):
         return z, solve(roles, given, z, self.steps, self.shift)[-1]
 
     def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
-        z, x = self.pairs(roles, given)
-        losses = []
-        for echo in range(self.echoes):
-            t = self.time(given.draws.uniform(1 + echo))
-            losses.append(mean((roles.student(corrupt(x, z, t), t, given.condition) - (z - x)).square()))
-        return {"reflow": torch.stack(losses).mean(0)}
+        return straighten(roles, given, *self.pairs(roles, given), self.echoes, self.time)
+
+
+@dataclass(frozen=True)
+class CachedReflow(Matching):
+    """The same with stored pairs: samples of a teacher, and the noise of each, drawn again. Needs no teacher.
+
+    Generated with some guidance, the student learns that guidance; leave label_drop at 0.
+
+    Args:
+        echoes: times per pair, each a pass of the student
+        time: law of these times
+    """
+
+    needs_teacher = False
+    echoes: int = 2
+    time: TimeLaw = field(default_factory=Uniform)
+
+    def __post_init__(self):
+        if self.echoes < 1:
+            raise ValueError(f"CachedReflow: echoes must be at least 1, got {self.echoes}")
+
+    def check(self, solver: Solver) -> None:
+        check_followed("CachedReflow", solver)
+
+    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
+        return straighten(roles, given, stored_noise("CachedReflow", given), given.x, self.echoes, self.time)
+
+
+def check_followed(who: str, solver: Solver) -> None:
+    """Raises ValueError if the solver does not follow one path, but starts each step from fresh noise."""
+    if isinstance(solver, Grid) and solver.renoise:
+        raise ValueError(
+            f"{who} trains paths that are followed from one noise, the sampler is {solver}: set "
+            "sampler.solver.renoise=false, or use edit.sampling.Euler"
+        )
+
+
+def straighten(
+    roles: Roles, given: Given, z: Tensor, x: Tensor, echoes: int, law: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Flow matching between noise and sample, b c y x each: the mean over `echoes` times, of streams 1 on."""
+    losses = []
+    for echo in range(echoes):
+        t = law(given.draws.uniform(1 + echo))
+        losses.append(mean((roles.student(corrupt(x, z, t), t, given.condition) - (z - x)).square()))
+    return {"reflow": torch.stack(losses).mean(0)}
+
+
+def stored_noise(who: str, given: Given) -> Tensor:
+    """The noise that the data were generated from: b c y x. Raises ValueError if the data do not tell."""
+    if given.noise is None:
+        raise ValueError(
+            f"{who} needs to know the noise of each sample, and this data set does not tell it: set "
+            "data.set.trajectories=true, on samples made by python -m data.generate"
+        )
+    return given.noise
 
 
 def solve(roles: Roles, given: Given, z: Tensor, steps: int, shift: float) -> list[Tensor]:

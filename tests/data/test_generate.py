@@ -15,15 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import edit
 from data.encoders import TextEncoder
 from data.generate import Order, main, parse
-from data.generator import default_shift, describe, generate, read_prompts
+from data.generator import default_shift, describe, generate
 from data.latent_writer import Words
 from data.latents import Latents
 from data.loader import EndlessLoader
 from data.manifest import teacher_hash
+from data.pipelines import complete
+from data.prompts import read_prompts
 from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig
 from edit.backbones.qwen_image import QwenImageConfig
@@ -205,7 +208,7 @@ def test_a_shift_that_is_given_wins_over_that_of_the_pipeline(order, tmp_path):
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(tmp_path / "scheduler")
     for given, used in ((None, 3.0), (1.25, 1.25)):
         work = order(teacher=str(tmp_path), size=8, shift=given)
-        told = describe(work, Words(work, "cpu"), read_prompts(Path(work.prompts)))
+        told = describe(work, Words(work, "cpu"), read_prompts(work.prompts))
         assert told["generated"]["shift"] == used
 
 
@@ -230,6 +233,71 @@ def test_latents_can_be_looked_at_through_the_vae(order, vae, tmp_path):
         Latents(str(tmp_path / "plain")).to_images(torch.zeros(1, 4, 8, 8))
 
 
+# ---- a teacher in its pipeline ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path, t5: Path, clip: Path, vae: Path) -> Path:
+    """A FLUX pipeline folder: tokenizers apart from their encoders."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "pipe"
+    edited = flux(tmp_path / "made")
+    edited.rename((folder.mkdir(), folder / "transformer")[1])
+    (folder / "transformer/edits.json").unlink()
+    shutil.copytree(vae, folder / "vae")
+    index: dict = {"_class_name": "FluxPipeline", "_diffusers_version": "0.30.0", "vae": ["diffusers", "AutoencoderKL"]}
+    for number, encoder, name in (("", clip, "CLIPTextModel"), ("_2", t5, "T5EncoderModel")):
+        for file in ("config.json", "model.safetensors"):
+            (folder / f"text_encoder{number}").mkdir(exist_ok=True)
+            shutil.copy(encoder / file, folder / f"text_encoder{number}")
+        AutoTokenizer.from_pretrained(encoder).save_pretrained(folder / f"tokenizer{number}")
+        index |= {f"text_encoder{number}": ["transformers", name], f"tokenizer{number}": ["transformers", "Tokenizer"]}
+    (folder / "model_index.json").write_text(json.dumps(index | {"image_encoder": [None, None]}))
+    return folder
+
+
+def test_what_a_pipeline_has_need_not_be_named(order, pipeline, t5, clip, vae):
+    named = order("named", teacher=str(pipeline), vae=str(vae), size=8)
+    bare = {"text_encoder": None, "pooled_encoder": None, "size": 8}
+    for out, teacher in (("whole", pipeline), ("part", pipeline / "transformer")):
+        found = complete(order(out, teacher=str(teacher), **bare))
+        folders = (found.text_encoder, found.tokenizer, found.pooled_encoder, found.pooled_tokenizer, found.vae)
+        names = ("text_encoder_2", "tokenizer_2", "text_encoder", "tokenizer", "vae")
+        assert folders == tuple(f"{pipeline}/{name}" for name in names)
+    made = [generate(work, quiet).parent for work in (named, order("whole", teacher=str(pipeline), **bare))]
+    assert contents(made[0])["shard-000000.tar"] == contents(made[1])["shard-000000.tar"]
+    assert (made[1] / "samples.png").exists()
+
+
+def test_what_is_named_wins_over_the_pipeline(order, pipeline, t5):
+    found = complete(order(teacher=str(pipeline), pooled_encoder=None))
+    assert (found.text_encoder, found.tokenizer) == (str(t5), None)
+    assert found.pooled_encoder == f"{pipeline}/text_encoder"
+
+
+@pytest.mark.parametrize(
+    "encoders",
+    [
+        ["CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel"],
+        ["Qwen2_5_VLForConditionalGeneration"],
+    ],
+    ids=["SD3", "Qwen-Image"],
+)
+def test_a_pipeline_of_other_encoders_is_refused(order, pipeline, encoders):
+    parts = {f"text_encoder_{i}": ["transformers", name] for i, name in enumerate(encoders)}
+    (pipeline / "model_index.json").write_text(json.dumps(parts))
+    with pytest.raises(
+        ValueError, match=rf"told its prompts by {', '.join(encoders)}, and .* one T5 and one CLIP at most"
+    ):
+        generate(order(teacher=str(pipeline), text_encoder=None, pooled_encoder=None), quiet)
+
+
+def test_without_encoders_or_pipeline_the_way_out_is_said(order):
+    with pytest.raises(ValueError, match="no text encoder: .* is in no pipeline that has one, so give those"):
+        generate(order(text_encoder=None, pooled_encoder=None), quiet)
+
+
 # ---- interruptions --------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +319,82 @@ def test_killed_and_started_again_it_writes_the_same_bytes(order):
     generate(work, quiet)
     assert contents(Path(work.out)) == contents(whole)
     assert (Path(work.out) / "shard-000000.tar").stat().st_mtime_ns == made  # finished shards are not made again
+
+
+def test_what_is_made_is_not_looked_at_again(order, teacher, tmp_path):
+    """Encoders whose weights are gone would be missed by whoever loads them."""
+    copies = {}
+    for name in ("text_encoder", "pooled_encoder"):
+        shutil.copytree(getattr(order(), name), tmp_path / name)
+        copies[name] = str(tmp_path / name)
+    work = order(**copies)
+    generate(work, quiet)
+    weights = [tmp_path / name / "model.safetensors" for name in copies]
+    for file in weights:  # of the same size and time, and no model
+        before = file.stat()
+        file.write_bytes(bytes(before.st_size))
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    said: list[str] = []
+    assert generate(replace(work, batch=1, processes=0), said.append) == Path(work.out) / "manifest.json"
+    assert said == [f"{work.out}: all 5 images are there"]
+    for change in ({"seed": 1}, {"prompts": "composed:5"}):
+        with pytest.raises(SafetensorError):  # which reads them again, to tell what differs
+            generate(replace(work, **change), quiet)
+    (Path(work.out) / "shard-000001.tar").unlink()
+    with pytest.raises(SafetensorError):
+        generate(work, quiet)
+
+
+def test_another_teacher_of_the_same_name_is_refused(order, tmp_path):
+    work = order(teacher=str(flux(tmp_path / "mine")))
+    generate(work, quiet)
+    flux(tmp_path / "mine", seed=1)
+    with pytest.raises(ValueError, match="cache was begun with generated.teacher="):
+        generate(work, quiet)
+
+
+def test_composed_prompts_are_counted_in_the_manifest(order):
+    made = json.loads(generate(order(prompts="composed:2", long="cut"), quiet).read_text())
+    assert made["count"] == made["generated"]["prompts"]["count"] == 2 and made["sources"]["prompts"] == "composed:2"
+    with pytest.raises(ValueError, match="begun with generated.prompts.count=2, this command has 3"):
+        generate(order(prompts="composed:3", long="cut"), quiet)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
+@pytest.mark.slow  # each process imports torch and diffusers anew
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_command_leaves_no_process_at_work(order, number):
+    work = order(shard_size=1, steps=200, batch=1, processes=2)
+    names = (
+        "teacher",
+        "prompts",
+        "out",
+        "text_encoder",
+        "pooled_encoder",
+        "max_tokens",
+        "steps",
+        "processes",
+        "device",
+    )
+    words = [f"{name}={getattr(work, name)}" for name in (*names, "shard_size", "batch")]
+    command = subprocess.Popen([sys.executable, "-m", "data.generate", *words], start_new_session=True)
+    end = time.monotonic() + 120
+    while not list(Path(work.out).glob(".shard-*")):  # at work
+        assert command.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    command.send_signal(number)
+    assert command.wait(60) == (143 if number == signal.SIGTERM else -9)
+    while any(_session(process) == command.pid for process in Path("/proc").glob("[0-9]*")):
+        assert time.monotonic() < end, "a process outlived its command"
+        time.sleep(0.1)
+
+
+def _session(process: Path) -> int:
+    try:
+        state, _, _, session = (process / "stat").read_text().rpartition(")")[2].split()[:4]
+    except OSError:
+        return 0
+    return 0 if state == "Z" else int(session)
 
 
 def test_ranks_share_the_work_and_write_the_same_bytes(order):
@@ -394,8 +538,8 @@ def test_settings_that_make_no_sense_are_refused():
     assert parse("teacher=a prompts=b out=c shift=null guidance=2".split())["shift"] is None
     base = {"teacher": "a", "prompts": "b", "out": "c", "text_encoder": "d"}
     for change, message in (
-        ({"text_encoder": None}, "no text encoder: give those"),
         ({"steps": 0}, "steps is at least 1, got 0"),
+        ({"processes": -1}, "processes is at least 1, or 0 for one on each GPU, got -1"),
         ({"solver": "rk4"}, "solver is one of euler, .*, got 'rk4'"),
         ({"shift": 0.0}, "shift is greater than 0"),
     ):

@@ -2,9 +2,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from analytic import STD, given, jump, roles, velocity
+from analytic import STD, flow, given, jump, roles, velocity
 
-from edit.distillation.endpoint import Endpoint
+from edit.distillation.endpoint import CachedEndpoint, Endpoint
 from edit.distillation.matching import column
 from edit.sampling import Euler, Grid, Heun, times
 
@@ -119,3 +119,53 @@ def test_samplers_whose_steps_lead_to_data_from_its_times_are_accepted_and_other
 def test_impossible_settings_are_refused(settings, complaint):
     with pytest.raises(ValueError, match=f"Endpoint: .*{complaint}"):
         Endpoint(**settings)
+
+
+# ---- stored paths ---------------------------------------------------------------------------------------------------
+
+
+def stored(points: int, count: int = 300):
+    """Samples with their exact paths, at the times that an evenly spaced solver passes."""
+    z, grid = given(count).draws.gaussian(0), torch.tensor(times(points + 1, 1.0))[1:-1].expand(count, -1)
+    one, states = torch.ones(count), [flow(z, torch.ones(count), t) for t in grid.unbind(1)]
+    trajectory = torch.stack(states, 1) if points else z[:, None][:, :0]
+    return replace(given(count), x=flow(z, one, 0 * one), noise=z, trajectory=trajectory, times=grid)
+
+
+@pytest.mark.parametrize("points, starts", [(0, 1), (3, 4), (3, 2), (3, 1)])
+def test_from_stored_paths_the_exact_map_has_no_loss_and_nobody_else_is_asked(points, starts):
+    method = CachedEndpoint(starts)
+    assert method.student_losses(roles(jump()), stored(points))["endpoint"].max() < 1e-10
+    assert method.student_losses(roles(velocity), stored(points))["endpoint"].mean() > 1e-4
+
+
+def test_stored_starts_are_drawn_evenly_and_asked_at_their_own_times():
+    asked = []
+
+    def student(x_t, t, condition):
+        asked.append((x_t, t, condition.end))
+        return torch.zeros_like(x_t)
+
+    batch = stored(5)
+    CachedEndpoint(3).student_losses(roles(student), batch)
+    ((x_t, t, end),) = asked
+    assert not end.any()
+    torch.testing.assert_close(x_t, flow(batch.noise, torch.ones(300), t))
+    for time in times(3, 1.0)[:-1]:
+        assert 60 < ((t - time).abs() < 1e-6).sum() < 140  # a third of 300, standard deviation 8
+
+
+def test_data_without_the_paths_that_are_asked_for_are_refused():
+    with pytest.raises(ValueError, match="CachedEndpoint needs to know the noise .* data.set.trajectories=true"):
+        CachedEndpoint().student_losses(roles(velocity), given())
+    with pytest.raises(ValueError, match="starts=4 does not divide the noise and the 4 states .* points=3"):
+        CachedEndpoint(4).student_losses(roles(velocity), stored(4))
+
+
+def test_stored_paths_train_the_steps_of_a_sampler_with_their_times():
+    CachedEndpoint(4, 5.0).check(Grid((1.0, 0.75, 0.5, 0.25), renoise=True, shift=5.0))
+    with pytest.raises(ValueError, match="CachedEndpoint trains steps to data from the times .*renoise=true"):
+        CachedEndpoint(4).check(Grid((1.0, 0.75, 0.5, 0.25), renoise=True, shift=5.0))
+    for options in ({"starts": 0}, {"shift": 0.0}):
+        with pytest.raises(ValueError, match="CachedEndpoint: .* must be .*, got 0"):
+            CachedEndpoint(**options)

@@ -5,7 +5,7 @@ import torch
 from analytic import STD, given, roles, velocity
 
 from edit.distillation.matching import column
-from edit.distillation.reflow import Reflow
+from edit.distillation.reflow import CachedReflow, Reflow
 from edit.objectives import LogitNormal
 from edit.sampling import Euler, Grid, Heun, times
 
@@ -111,3 +111,19 @@ def test_a_sample_s_loss_depends_on_its_number_alone():
 def test_impossible_settings_are_refused(options):
     with pytest.raises(ValueError, match=f"Reflow: {next(iter(options))} must be .* got 0"):
         Reflow(**options)
+
+
+def test_stored_pairs_on_straight_paths_have_no_loss_and_ask_nobody_else():
+    z = given().draws.gaussian(0)
+    batch = replace(given(), x=STD * z, noise=z)
+    assert CachedReflow(3).student_losses(roles(straight(STD)), batch)["reflow"].max() < 1e-10
+    assert CachedReflow(3).student_losses(roles(velocity), batch)["reflow"].min() > 1e-4
+
+
+def test_stored_pairs_are_refused_where_there_are_none():
+    with pytest.raises(ValueError, match="CachedReflow needs to know the noise .* data.set.trajectories=true"):
+        CachedReflow().student_losses(roles(velocity), given())
+    with pytest.raises(ValueError, match="CachedReflow: echoes must be at least 1, got 0"):
+        CachedReflow(0)
+    with pytest.raises(ValueError, match="CachedReflow.*Grid.*renoise=false"):
+        CachedReflow().check(Grid((1.0, 0.5), renoise=True))
