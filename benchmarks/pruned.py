@@ -3,8 +3,8 @@
     python -m benchmarks.pruned
     python -m benchmarks.pruned --families dit,flux --batch 4 --threads 2
 
-A random model of each family, and the same with part of its units dropped by an N:M pattern, run in turns. `time` is the
-pruned model's median over the dense one's, round by round, `macs` the same of what they execute; `gap` is time / macs - 1,
+A random model of each family, and the same with part of its units dropped by an N:M pattern, run in turns. `time` is
+the pruned model's over the dense one's, round by round, `macs` the same of what they execute; `gap` is time / macs - 1,
 which a real saving keeps within 5 %.
 """
 

@@ -58,8 +58,10 @@ ADAMW = Optimizer(4, 4, 8)  # on fp32 weights under autocast: what our recipe do
 ADAMW_MIXED = Optimizer(2, 2, 12)  # bf16 weights and gradients, fp32 master and moments
 ADAMW_MIXED_FP32_GRADIENTS = Optimizer(2, 4, 12)
 ADAMW_ZERO = Optimizer(4, 4, 12)  # DeepSpeed makes its own fp32 master, of fp32 weights too
-ADAM_8BIT = Optimizer(2, 2, 2)
+ADAMW_8BIT = Optimizer(4, 4, 2)  # on fp32 weights, which are their own master: what our recipe does
+ADAM_8BIT = Optimizer(2, 2, 2)  # on bf16 weights, rounded at random
 ADAM_8BIT_MASTER = Optimizer(2, 2, 6)
+OPTIMIZERS = {"adamw": ADAMW, "adamw8bit": ADAMW_8BIT}  # by optimizer.kind
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,8 @@ class Draft:
     based: bool = False  # the critic started as the student, whose frozen weights it shares unless sharded
     turns: tuple[Turn, ...] = ()  # kinds of steps; empty: the teacher is asked, then the student is trained
     own: int = 0  # parameters of loss terms, or of a few-step method
+    optimizer: Optimizer = ADAMW  # of all that is trained; DeepSpeed's adds to it
+    vision: int = 0  # of its frozen vision model, in fp32 and whole on each device
     peak: float | None = 989e12  # FLOP/s of a device
     mfu: float = 0.45
 
@@ -250,6 +254,8 @@ class Draft:
             raise ValueError(f"trainer.strategy=single uses 1 device, got {self.devices}: choose trainer=ddp or fsdp2")
         if min(self.devices, self.batch, self.accumulate) < 1:
             raise ValueError("devices, batch and accumulate are numbers of at least 1")
+        if self.optimizer is not ADAMW and self.strategy.name.startswith("zero"):
+            raise ValueError(f"trainer={self.strategy.name} takes optimizer.kind=adamw alone: use it, or trainer=fsdp2")
         if (self.teacher is None) != (self.placement in (None, "tied")):
             raise ValueError("a teacher is probed exactly if it has weights of its own: it is not tied")
 
@@ -267,7 +273,7 @@ class Draft:
 
     def roles(self) -> dict[str, Role]:
         """Student, critic and teacher, those that there are with weights of their own."""
-        kind = ADAMW_ZERO if self.strategy.name.startswith("zero") else ADAMW
+        kind = ADAMW_ZERO if self.strategy.name.startswith("zero") else self.optimizer
         student = replace(role_of(self.student.denoiser, "student", kind), frozen_bytes=4, average_bytes=4)
         found = {"student": student}
         if self.critic is not None:
@@ -344,7 +350,7 @@ class Draft:
         sample = stored(self.student.shape, 4)
         told = sum(v.nbytes for v in vars(self.student.condition).values() if v is not None)
         return Plan(
-            weights=mine.weights + own.weights,
+            weights=mine.weights + own.weights + 4 * self.vision,
             gradients=max(both) if self.alternates else sum(both),
             optimizer=mine.optimizer + own.optimizer,
             average=mine.average,
@@ -440,7 +446,8 @@ settings are those of train.py, in the same words, and:
   devices=N       short for trainer.devices=N
   gpu=GB          memory of a device (80)
   image=PX        rows and columns of an image, or ROWSxCOLUMNS; a model of more than 3 channels reads latents of an
-                  eighth of that. Without it: the data set's, where it can be read here, or the backbone's own
+                  eighth of that. Without it: the data set's, where it can be read here or before tells how it is
+                  made, or the backbone's own
   text=N          tokens of a prompt (512), where the data set does not tell
   peak=TFLOPS     of a device in bf16 (the GPU of this machine where it is known, else an H100's 989); on a CPU there
                   is no estimate of time without it
@@ -674,6 +681,13 @@ def draft_of(request: Request, cfg: Any, notes: list[str]) -> Draft:
             based = cfg.critic.start == "student" or teacher is None
             critic = Probe(student.structure if based else teacher.structure, shape, condition)
         kinds = turns(matching, student, teacher, owns[-1], calls)
+    vision = 0
+    if matching is not None and matching.vision is not None:
+        vision = sum(p.numel() for p in matching.vision.structure().parameters())
+        notes.append(
+            "the vision model's weights are counted, but neither the data set's decoder nor what both keep for the "
+            "backward pass: 8 to 10 GB for an image of 1024 px, in proportion to its pixels with matching.vision.crop"
+        )
     peak = request.peak * 1e12 if request.peak else (None if cpu else _peak_here() or 989e12)
     return Draft(
         student=student,
@@ -691,6 +705,8 @@ def draft_of(request: Request, cfg: Any, notes: list[str]) -> Draft:
         based=based,
         turns=kinds,
         own=sum(p.numel() for o in owns if o is not None for p in o.parameters()),
+        optimizer=OPTIMIZERS[cfg.optimizer.kind],
+        vision=vision,
         peak=peak,
         mfu=request.mfu,
     )
@@ -727,12 +743,28 @@ def _sample(request: Request, cfg: Any, denoiser: Denoiser, notes: list[str]) ->
         data = instantiate(cfg.data.set, _convert_="all")
         return tuple(data.shape), conditions(data)(torch.arange(1))
     except Exception as error:  # whatever a data set raises that is not here: it is not needed
-        reason, own = flat(error), "x".join(map(str, denoiser.sample_shape))
+        told = _told_before(cfg)
+        c, y, x = denoiser.sample_shape
+        y, x = told.get("size") or y, told.get("size") or x
+        text = told.get("max_tokens", request.text)
+        whose = "as data.generate is told in before" if told else "the backbone's own"
         notes.append(
-            f"the data set cannot be read here ({reason}), so samples are the backbone's own, {own}, and prompts have "
-            f"{request.text} tokens; image= and text= change that"
+            f"the data set cannot be read here ({flat(error)}), so samples are {whose}, {c}x{y}x{x}, and prompts have "
+            f"{text} tokens; image= and text= change that"
         )
-        return denoiser.sample_shape, denoiser.example(text=request.text)
+        return (c, y, x), denoiser.example(text=text)
+
+
+def _told_before(cfg: Any) -> dict[str, Any]:
+    """Settings of the data.generate that `before` has for the data set; none if it makes another or none.
+
+    Raises:
+        ValueError: for a setting that data.generate does not have
+    """
+    from data.generate import parse
+
+    orders = [parse(words[1:]) for words in cfg.before if list(words)[:1] == ["data.generate"]]
+    return next((order for order in orders if order["out"] == cfg.data.set.get("path")), {})
 
 
 def show(r: dict[str, Any]) -> None:

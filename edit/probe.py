@@ -108,7 +108,8 @@ class Probe:
         """Forward and backward of `batch` samples.
 
         Args:
-            half: under bf16 autocast. Its bf16 copies of fp32 weights count as activations: they live as long.
+            half: under bf16 autocast, which keeps no cache. bf16 copies of fp32 weights count as activations: they live
+                as long as the graph that holds them.
             checkpointing: units are computed again in the backward
             dtype: of the weights
             frozen: the backward goes through the weights to the noisy sample and leaves them no gradient
@@ -159,7 +160,7 @@ class Probe:
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(leave)
         with ledger:
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
                 out = self.run(denoiser, batch, self.condition.map(_copy), frozen)
             loss = (out.sample.float() - torch.zeros(batch, *self.shape)).square().mean()
             forward, stored = ledger.peak, ledger.bytes - base
@@ -171,7 +172,7 @@ class Probe:
         ledger = _Ledger([*denoiser.parameters(), *denoiser.buffers()])
         base = ledger.bytes
         with torch.no_grad(), ledger:
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
                 out = self.run(denoiser, batch, self.condition.map(_copy))
         storages = {s._cdata: s for s in (v.untyped_storage() for v in (out.sample, *out.trace.values()))}
         return Asked(ledger.peak - base, sum(s.nbytes() for s in storages.values()))

@@ -1,7 +1,8 @@
 """What a few-step method asks of its models in each step: found by running it on tensors without memory.
 
 Nothing is declared: a method's own losses are run on fake tensors, with models that answer in the right shapes and
-write down that they were asked. Costs of its heads and of what it computes itself are left out.
+write down that they were asked. Costs of its heads, of a decoder and a vision model, and of what it computes itself are
+left out.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edit.denoiser import Condition, Output
 from edit.distillation.matching import Draws, Field, Given, Matching, Roles
+from edit.distillation.vision import Eye
 from edit.probe import Probe, without_memory
 
 Reach = Literal["nothing", "input", "weights"]
 BATCH = 2  # samples of the run that is counted: methods average over no fewer
+STATES = 60  # of a stored path, noise included: a multiple of what methods ask for
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def turns(
         ValueError: if the method needs values to decide what it asks
     """
     steps = rounds * matching.every
+    eye = None if matching.vision is None else matching.vision.structure()
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # not entered: a method's own constants keep their values
     own = deepcopy(own)
     with fake, torch.device("cpu"):
@@ -83,13 +87,15 @@ def turns(
         condition = student.condition.map(lambda v: torch.zeros(BATCH, *v.shape[1:], dtype=v.dtype))
         x, samples = torch.zeros(BATCH, *student.shape), torch.arange(BATCH)
         scale = torch.ones(BATCH)
+        path = x, x[:, None].expand(-1, STATES - 1, *x.shape[1:]), torch.ones(BATCH, STATES - 1)
 
     def given(step: int) -> Given:
         draws = Shapes(0, samples, step, student.shape)
-        return Given(condition, condition, scale, draws, step / steps, x if matching.needs_data else None)
+        data = (x, *path) if matching.needs_data else ()
+        return Given(condition, condition, scale, draws, step / steps, *data)
 
     try:
-        seen = Counter(_calls(matching, student, teacher, own, guided, k, given(k)) for k in range(steps))
+        seen = Counter(_calls(matching, student, teacher, own, eye, guided, k, given(k)) for k in range(steps))
     except (RuntimeError, NotImplementedError) as error:  # torch's, for what cannot be decided without values
         reason = str(error).splitlines()[0]
         raise ValueError(f"{type(matching).__name__} cannot be counted without values: {reason}") from error
@@ -101,6 +107,7 @@ def _calls(
     student: Probe,
     teacher: Probe | None,
     own: nn.Module | None,
+    eye: Eye | None,
     guided: int,
     step: int,
     given: Given,
@@ -125,13 +132,19 @@ def _calls(
         assert teacher is not None, "features are those of a teacher with weights of its own"
         return trace(teacher, ask("teacher", False, 1, x_t))
 
+    def look(pixels: Tensor) -> Mapping[str, Tensor]:
+        assert eye is not None, "a method that looks at images declares its vision"
+        link = pixels.sum() * 0
+        return {f"unit.{i}": pixels.new_zeros(len(pixels), eye.tokens, eye.width) + link for i in eye.layers}
+
     def roles(mine: bool) -> Roles:
         def output(x_t: Tensor, t: Tensor, condition: Condition) -> Output:
             sample = ask("student", mine, 1, x_t)
             return Output(sample, None, trace(student, sample))
 
         average, taught = (torch.no_grad()(f) for f in (field("student"), field("teacher", parts=guided)))
-        return Roles(field("student", mine), output, average, taught, features, field("critic", not mine), own)
+        asked = field("student", mine), output, average, taught, features, field("critic", not mine)
+        return Roles(*asked, own, nn.Identity(), look)
 
     mine, theirs = matching.turns(step)
     if mine:

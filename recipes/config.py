@@ -71,13 +71,16 @@ class TrainerConfig:
 
 @dataclass
 class OptimizerConfig:
+    kind: str = rule("adamw", of=("adamw", "adamw8bit"))  # 8bit: moments of a byte each (torchao)
     lr: float = rule(MISSING, low=0)
     betas: list[float] = rule([0.9, 0.999], low=0, high=1, count=2)
     weight_decay: float = rule(0.0, low=0)
     eps: float = rule(1e-8, low=0)
     warmup: int = rule(0, low=0)  # optimiser steps
     schedule: str = rule("constant", of=("constant", "cosine"))
-    groups: dict[str, Any] = field(default_factory=dict)  # regex found in parameter names -> {lr_scale, weight_decay}
+    end: float = rule(0.0, low=0, high=1)  # part of lr that a cosine ends at
+    # regex found in parameter names -> {lr_scale, weight_decay, betas}; names begin with denoiser, critic or own
+    groups: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -144,7 +147,9 @@ class Root:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     matching: Any = None  # node with _target_: a few-step method, in place of the objective's losses and terms
     critic: CriticConfig = field(default_factory=CriticConfig)
-    before: list[Any] = field(default_factory=list)  # runs this one needs: lists of key=value words for train.py
+    # runs this one needs: lists of key=value words for train.py, or for the module of ours that the first word names
+    before: list[Any] = field(default_factory=list)
+    after: list[Any] = field(default_factory=list)  # the same of what is done with its artifact
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     sampler: Any = MISSING
@@ -183,6 +188,7 @@ def check(cfg: DictConfig) -> list[str]:
 
 def _conflicts(cfg: DictConfig) -> Iterator[str]:
     yield from _check_name(cfg)
+    yield from _check_optimizer(cfg)
     yield from _check_groups(cfg.optimizer.groups)
     yield from _check_evaluate(cfg.evaluate)
     yield from _check_teacher(cfg)
@@ -191,9 +197,9 @@ def _conflicts(cfg: DictConfig) -> Iterator[str]:
             if not isinstance(node, DictConfig) or "_target_" not in node:
                 yield f"{section}.{name}: expected a section with _target_, got {node}; ~{section}.{name} leaves it out"
     yield from _check_matching(cfg)
-    for i, words in enumerate(cfg.before):
-        if not OmegaConf.is_list(words) or not all(isinstance(w, str) and "=" in w for w in words):
-            yield f"before.{i}: expected a list of settings such as [experiment=flux_tiny/teacher], got {words}"
+    for when in ("before", "after"):
+        for i, words in enumerate(cfg[when]):
+            yield from _check_stage(f"{when}.{i}", words)
     if not OmegaConf.is_interpolation(cfg, "init") and cfg.init == "":  # null means from scratch
         yield "init is missing: this run starts from a trained model; give its run or artifact folder with init=..."
     trainer, kinds = cfg.trainer, cfg.logger.kinds
@@ -227,8 +233,22 @@ def _check_name(cfg: DictConfig) -> Iterator[str]:
         yield f"name={cfg.name}: expected a folder below runs, such as digits or sweep/a; runs=... moves them elsewhere"
 
 
+def _check_optimizer(cfg: DictConfig) -> Iterator[str]:
+    if cfg.optimizer.kind != "adamw8bit":
+        return
+    if cfg.trainer.strategy.startswith("zero"):
+        yield (
+            f"optimizer.kind=adamw8bit does not fit trainer={cfg.trainer.strategy}: DeepSpeed steps on flat pieces of "
+            "an fp32 copy of its own and takes state for plain tensors; use trainer=fsdp2, or optimizer.kind=adamw"
+        )
+    elif find_spec("torchao") is None:
+        yield (
+            "optimizer.kind=adamw8bit needs the package torchao, which is not installed: pip install 'edit-dit[quant]'"
+        )
+
+
 def _check_groups(groups: DictConfig) -> Iterator[str]:
-    known = ("lr_scale", "weight_decay")
+    known = ("lr_scale", "weight_decay", "betas")
     for pattern, change in groups.items():
         place = f"optimizer.groups.{pattern}"
         try:
@@ -236,11 +256,15 @@ def _check_groups(groups: DictConfig) -> Iterator[str]:
         except re.error as error:
             yield f"{place}: expected a regular expression, got {str(pattern)!r} ({error})"
         if not isinstance(change, DictConfig):
-            yield f"{place}: expected a section with {' and '.join(known)}, got {change!r}"
+            yield f"{place}: expected a section with {', '.join(known[:-1])} or {known[-1]}, got {change!r}"
             continue
         for key, value in change.items():
             if key not in known:
                 yield f"unknown key '{place}.{key}'{suggest(key, known)}"
+            elif key == "betas":
+                pair = list(value) if OmegaConf.is_list(value) else []
+                if len(pair) != 2 or not all(type(v) in (int, float) and 0 <= v < 1 for v in pair):
+                    yield f"{place}.betas: expected two numbers of at least 0 and below 1, got {value!r}"
             elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 yield f"{place}.{key}: expected a number of at least 0, got {value!r}"
 
@@ -278,6 +302,25 @@ def _check_matching(cfg: DictConfig) -> Iterator[str]:
         yield f"data_weight={cfg.data_weight} weighs the objective's losses, which matching replaces: leave it out"
     if cfg.critic.follow and cfg.trainer.strategy.startswith("zero"):
         yield f"critic.follow={cfg.critic.follow} writes into weights that DeepSpeed keeps elsewhere: use trainer=fsdp2"
+
+
+def _check_stage(place: str, words: Any) -> Iterator[str]:
+    if not OmegaConf.is_list(words) or not words or not all(isinstance(w, str) for w in words):
+        yield f"{place}: expected a list of settings such as [experiment=flux_tiny/teacher], got {words}"
+        return
+    module, *settings = words if "=" not in words[0] else [None, *words]
+    if module is not None and not re.fullmatch(r"(data|edit|recipes)(\.\w+)+", module):
+        yield (
+            f"{place}: {module!r} is neither a setting, key=value, nor a module of data, edit or recipes such as "
+            "data.generate"
+        )
+    elif module is not None and not (Path(__file__).parents[1] / module.replace(".", "/")).with_suffix(".py").is_file():
+        yield f"{place}: there is no module {module}; one that makes what a run needs is data.generate"
+    if odd := next((w for w in settings if "=" not in w), None):
+        yield f"{place}: expected settings, key=value, after the first word, got {odd}"
+    for word, written in zip(words, OmegaConf.to_container(words), strict=True):
+        if word.endswith("=None") and (source := re.search(r"\$\{([\w.]+)\}$", written)):
+            yield f"{source[1]} has no value, and {place} needs it for {written}; give one with {source[1]}=..."
 
 
 def _check_evaluate(chosen: Any) -> Iterator[str]:

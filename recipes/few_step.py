@@ -7,7 +7,7 @@ Specification: methods/distillation.md, D3.5-D3.10.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -31,6 +31,7 @@ class FewStep(Recipe):
         critic: makes the critic with its starting weights, and its structure alone; None: the method has none
         follow: implicit distribution alignment (SenseFlow, arXiv 2506.00523): after each of the student's steps the
             critic moves this part of the way to the student, 0.03 there; 0: never
+        sight: frozen decoder of samples and vision model, where the method looks at images; no part of checkpoints
     """
 
     def __init__(
@@ -44,9 +45,11 @@ class FewStep(Recipe):
         null: Condition | None = None,
         critic: tuple[Callable[[], Denoiser], Callable[[], Denoiser]] | None = None,
         follow: float = 0.0,
+        sight: tuple[nn.Module, nn.Module] | None = None,
     ):
         super().__init__(build, structure, objective, settings, teacher, null)
         self.matching, self.build_critic, self.follow = matching, critic, follow
+        self.sight = sight  # a tuple, whose modules Lightning does not see
         self.critic: Denoiser | None = None
         self.own: nn.Module | None = None  # heads and weights of the method
 
@@ -62,11 +65,13 @@ class FewStep(Recipe):
             if mine:
                 with self.frozen(self.critics):
                     losses |= self.matching.student_losses(roles, given)
-                for name, edit in self.denoiser.applied.items():  # of the call that came last
-                    losses |= {f"{name}/{k}": v for k, v in edit.losses(traces[-1] if traces else {}).items()}
+                losses |= _edit_losses(self.denoiser, traces["student"])
             if theirs:
                 with self.frozen(self.students):
-                    losses |= {f"critic/{k}": v for k, v in self.matching.critic_losses(roles, given).items()}
+                    found = self.matching.critic_losses(roles, given)
+                if self.critic is not None:
+                    found = {**found, **_edit_losses(self.critic, traces["critic"])}
+                losses |= {f"critic/{k}": v for k, v in found.items()}
         means = {name: loss.mean() for name, loss in losses.items()}
         loss = sum(means.values(), start=torch.zeros((), device=self.device))
         before = self.losses
@@ -77,7 +82,7 @@ class FewStep(Recipe):
     def _given(self, batch: dict[str, Tensor], batch_index: int) -> Given:
         seed, samples = self.settings.seed, batch["draw"]
         condition, null = self.conditions(batch)
-        scale = torch.ones(len(samples), device=self.device)
+        scale = batch.get("scale", torch.ones(len(samples), device=self.device))
         if self.teacher is not None:
             scale = self.teacher.guidance.scale(noise.uniform(seed, samples, noise.GUIDANCE))
         x = batch.get("x")
@@ -85,23 +90,22 @@ class FewStep(Recipe):
             raise ValueError(f"{type(self.matching).__name__} starts from data, and this data set has conditions only")
         shape = self.denoiser.sample_shape if x is None else tuple(x.shape[1:])
         draws = Draws(seed, samples, self.micro(batch_index), shape)
-        return Given(condition, null, scale, draws, self.progress, x)
+        path = (batch.get(name) for name in ("z", "trajectory", "times"))
+        return Given(condition, null, scale, draws, self.progress, x, *path)
 
-    def _roles(self, given: Given) -> tuple[Roles, list[Mapping[str, Tensor]]]:
-        """The models as velocity fields, and a list in which each call of the student with a graph leaves its trace."""
-        traces: list[Mapping[str, Tensor]] = []
+    def _roles(self, given: Given) -> tuple[Roles, dict[str, list[Mapping[str, Tensor]]]]:
+        """The models as velocity fields, and lists in which calls of student and critic with a graph leave traces."""
+        traces: dict[str, list[Mapping[str, Tensor]]] = {"student": [], "critic": []}
 
         def ask(denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) -> Output:
             told = given.scale if denoiser.config.get("guidance_embeds") else None
             out = denoiser(*self.objective.native(x_t, t), replace(condition, guidance=told))
-            if not torch.is_grad_enabled():
-                torch.clear_autocast_cache()  # older torch would use weights cast without a graph again, with one
             return out._replace(sample=self.objective.velocity(out.sample, x_t, t))
 
         def output(x_t: Tensor, t: Tensor, condition: Condition) -> Output:
             out = ask(self.denoiser, x_t, t, condition)
             if torch.is_grad_enabled():
-                traces.append(out.trace)
+                traces["student"].append(out.trace)
             return out
 
         def student(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -113,18 +117,20 @@ class FewStep(Recipe):
 
         def critic(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
             assert self.critic is not None, "a method that asks a critic declares it (has_critic)"
-            return ask(self.critic, x_t, t, condition).sample
+            out = ask(self.critic, x_t, t, condition)
+            if torch.is_grad_enabled():
+                traces["critic"].append(out.trace)
+            return out.sample
 
         def teacher(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
             native = self.objective.native(x_t, t)
             out = self._asked()(self.denoiser, *native, condition, given.null, given.scale)
-            torch.clear_autocast_cache()
             return self.objective.velocity(out.sample, x_t, t)
 
         def features(x_t: Tensor, t: Tensor, condition: Condition) -> Mapping[str, Tensor]:
             return self._asked().features(self.denoiser, *self.objective.native(x_t, t), condition, given.scale)
 
-        return Roles(student, output, average, teacher, features, critic, self.own), traces
+        return Roles(student, output, average, teacher, features, critic, self.own, *(self.sight or ())), traces
 
     def _asked(self) -> Teacher:
         assert self.teacher is not None, "a method that asks a teacher declares it (needs_teacher)"
@@ -176,6 +182,8 @@ class FewStep(Recipe):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        for module in self.sight or ():
+            module.to(self.device)
         judges = [] if self.own is None else self.matching.judges(self.own)
         theirs = [*(() if self.critic is None else self.critic.parameters()), *judges]
         self.critics = [p for p in theirs if p.requires_grad]
@@ -204,3 +212,9 @@ class FewStep(Recipe):
             theirs, ours = zip(*((local(c), local(p)) for c, p in pairs if p.requires_grad), strict=True)
             with torch.no_grad():
                 torch._foreach_lerp_(theirs, ours, self.follow)
+
+
+def _edit_losses(denoiser: Denoiser, traces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What the edits of a role ask for, of the call that came last."""
+    trace = traces[-1] if traces else {}
+    return {f"{name}/{k}": v for name, edit in denoiser.applied.items() for k, v in edit.losses(trace).items()}

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, fields
+from functools import partial
 from math import cos, pi
 from typing import Any
 
@@ -36,7 +37,8 @@ class Settings:
     """How a recipe is trained, whatever it trains.
 
     Args:
-        optimizer: lr, betas, weight_decay, eps, warmup, schedule, groups (see `recipes.config.OptimizerConfig`)
+        optimizer: kind, lr, betas, weight_decay, eps, warmup, schedule, end, groups: a
+            `recipes.config.OptimizerConfig`
         max_steps: optimiser steps of the whole run, for the schedule
         accumulate: batches per optimiser step
         clip: largest gradient norm; None: no clipping
@@ -117,7 +119,10 @@ class Recipe(pl.LightningModule, ABC):
         return self.null.map(lambda v: v.to(self.device).expand(count, *v.shape[1:]))
 
     def casting(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.settings.autocast else nullcontext()
+        """bf16 without a cache, as Lightning's own: it would hold copies of all weights until the last unit is done."""
+        if not self.settings.autocast:
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
     @property
     def progress(self) -> float:
@@ -135,6 +140,11 @@ class Recipe(pl.LightningModule, ABC):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed costs 1 % of a small step
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
+
+    def advance(self) -> None:
+        """Tell the edits how far the run is."""
+        for name, edit in self.denoiser.applied.items():
+            edit.advance(self.progress, self.denoiser.edits[name] if name in self.denoiser.edits else None)
 
     def _record(self, batch_index: int, values: dict[str, Tensor]) -> None:
         first = batch_index % self.settings.accumulate == 0
@@ -230,8 +240,8 @@ class Recipe(pl.LightningModule, ABC):
 
     def configure_optimizers(self) -> dict[str, Any]:
         s = self.settings.optimizer
-        optimizer = torch.optim.AdamW(
-            self._groups(), lr=s.lr, betas=tuple(s.betas), eps=s.eps, weight_decay=s.weight_decay, fused=True
+        optimizer = optimizer_of(s.kind)(
+            self._groups(), lr=s.lr, betas=tuple(s.betas), eps=s.eps, weight_decay=s.weight_decay
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -251,7 +261,8 @@ class Recipe(pl.LightningModule, ABC):
             if members:
                 change = dict(groups.get(pattern, {}))
                 lr, decay = s.lr * change.get("lr_scale", 1.0), change.get("weight_decay", s.weight_decay)
-                out.append({"params": members, "lr": lr, "weight_decay": decay})
+                betas = tuple(change.get("betas", s.betas))
+                out.append({"params": members, "lr": lr, "weight_decay": decay, "betas": betas})
         if not out:
             raise ValueError("nothing to train: the edits freeze every parameter")
         return out
@@ -262,13 +273,14 @@ class Recipe(pl.LightningModule, ABC):
         if step < s.warmup:
             return (step + 1) / s.warmup
         if s.schedule == "cosine":
-            return 0.5 * (1 + cos(pi * min(1.0, (step - s.warmup) / max(1, self.settings.max_steps - s.warmup))))
+            way = min(1.0, (step - s.warmup) / max(1, self.settings.max_steps - s.warmup))
+            return s.end + (1 - s.end) * 0.5 * (1 + cos(pi * way))
         return 1.0
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clip by global norm, and mark a step with a non-finite gradient to be skipped, without a synchronisation.
 
-        A fused optimiser skips the step when `found_inf` is set, as under a gradient scaler.
+        The optimiser skips the step when `found_inf` is set, as a fused one does under a gradient scaler.
         """
         limit = float("inf") if self.settings.clip is None else self.settings.clip
         norms = []
@@ -321,6 +333,15 @@ class Recipe(pl.LightningModule, ABC):
                 f"the gradient was not finite in the last {run} steps (step {self.trainer.global_step}, loss "
                 f"{float(self.losses['loss']):.3g}): lower optimizer.lr, lengthen optimizer.warmup, or clip harder"
             )
+
+
+def optimizer_of(kind: str) -> Callable[..., torch.optim.Optimizer]:
+    """What makes the optimiser; a step is skipped where its `found_inf` is set."""
+    if kind == "adamw8bit":
+        from recipes.adamw8bit import AdamW8bit  # an optional package
+
+        return AdamW8bit
+    return partial(torch.optim.AdamW, fused=True)
 
 
 def share_frozen(copy: nn.Module, original: nn.Module) -> None:

@@ -105,16 +105,8 @@ class Teacher:
         """Move the weights to where they are used."""
         if self.denoiser is None or self.placement == "sharded":
             return
-        if self.placement == "offloaded" and device.type == "cuda":
-            from diffusers.hooks import apply_group_offloading
-
-            apply_group_offloading(
-                self.denoiser.model, device, torch.device("cpu"), offload_type="leaf_level", use_stream=True
-            )
-            model = self.denoiser.model  # its own forward, which would fetch what is directly on it, is never called
-            for t in (*model.parameters(recurse=False), *model.buffers(recurse=False)):
-                t.data = t.data.to(device)
-            self.denoiser.edits.to(device)
+        if self.placement == "offloaded":
+            offload(self.denoiser, device)
         else:
             self.denoiser.to(device)
 
@@ -154,6 +146,21 @@ class Teacher:
         assert self.denoiser is not None
         told = scale if self.denoiser.config.get("guidance_embeds") else None
         return self.denoiser(x_t, t, replace(condition, guidance=told), taps=self.taps).trace
+
+
+def offload(denoiser: Denoiser, device: torch.device) -> None:
+    """Keep the weights in main memory; each layer is on the device only while it runs (`diffusers`' group offloading).
+
+    A GPU is sent the next layer while one runs.
+    """
+    from diffusers.hooks import apply_group_offloading
+
+    model, memory = denoiser.model, torch.device("cpu")
+    apply_group_offloading(model, device, memory, offload_type="leaf_level", use_stream=device.type == "cuda")
+    # the model's own forward, which would fetch what is directly on it, is never called
+    for t in (*model.parameters(recurse=False), *model.buffers(recurse=False)):
+        t.data = t.data.to(device)
+    denoiser.edits.to(device)
 
 
 def shard(

@@ -1,8 +1,10 @@
-"""Runs that another run needs first: the stages of a method, from one command.
+"""Runs that another run needs first, and what is done with it at last: the stages of a method, from one command.
 
-Each is a process of its own, `python train.py` with its own words, so that launchers, devices and memory start afresh.
+Each is a process of its own, `python train.py` with its own words, so that launchers, devices and memory start afresh;
+or, where the first word names a module of ours, `python -m` with what follows: `[data.generate, teacher=..., ...]`.
 A finished run answers at once; one that was stopped goes on where it was; any can be started by hand. Under torchrun
-the first of all ranks starts it, with as many processes as its own words ask for, while the others wait.
+the first of all ranks starts it, with as many processes as its own words ask for, while the others wait; under SLURM
+train.py is started by every task, as it was itself, and a module by the first.
 """
 
 from __future__ import annotations
@@ -15,15 +17,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-# what all runs of one command share unless a run's own words say otherwise
+# what all runs of train.py from one command share unless a run's own words say otherwise
 SHARED = ("runs", "logger.kinds", "logger.wandb.mode", "logger.wandb.project", "debug")
 SHARED += ("trainer.accelerator", "trainer.threads")  # not devices: how many share a batch is part of what a run is
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 CONNECTED = timedelta(minutes=10)  # for all ranks to come to the store
+OURS = Path(__file__).parents[1]  # where `data` and `edit` are
 # what torchrun tells its ranks
 LAUNCHER = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 LAUNCHER |= {f"{group}_{what}" for group in ("LOCAL", "GROUP", "ROLE") for what in ("RANK", "WORLD_SIZE")} | {
@@ -36,7 +40,7 @@ def run_before(cfg: DictConfig, script: Path) -> None:
 
     Args:
         cfg: the composed configuration
-        script: train.py
+        script: train.py, for words that name no module
 
     Raises:
         SystemExit: with the exit code of the first run that did not finish; on every rank
@@ -44,7 +48,8 @@ def run_before(cfg: DictConfig, script: Path) -> None:
     if not cfg.before:
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        code = _while_others_wait(lambda: _run_all(cfg, script), f"before/{cfg.runs}/{cfg.name}")  # a sweep has several
+        name = f"before/{cfg.runs}/{cfg.name}"  # a sweep has several
+        code = _while_others_wait(lambda: _run_all(cfg, script), name, "env://")
     elif "LOCAL_RANK" in os.environ and "SLURM_PROCID" not in os.environ:
         return  # launched by Lightning on rank 0, which has run them
     else:
@@ -53,18 +58,60 @@ def run_before(cfg: DictConfig, script: Path) -> None:
         raise SystemExit(code)
 
 
+def run_after(cfg: DictConfig, script: Path) -> None:
+    """Run what `cfg.after` lists, in order, on the first of all ranks, whenever the run itself is found complete.
+
+    Raises:
+        SystemExit: with the exit code of the first that failed
+    """
+    if any(os.environ.get(rank, "0") != "0" for rank in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+        return
+    for words in cfg.after:
+        if code := _run(command(cfg, script, words), "after"):
+            raise SystemExit(code)
+
+
+def command(cfg: DictConfig, script: Path, words: Sequence[str]) -> list[str]:
+    """A stage's words as a command line."""
+    if "=" in words[0]:
+        return [sys.executable, str(script), *shared(cfg), *words]
+    return [sys.executable, "-m", *words]
+
+
 def _run_all(cfg: DictConfig, script: Path) -> int:
     """The exit code of the first run that did not finish, or 0."""
-    commands = ([sys.executable, str(script), *shared(cfg), *words] for words in cfg.before)
-    return next((code for command in commands if (code := _run(command))), 0)
+    tasks = _slurm_tasks()
+    for number, words in enumerate(cfg.before):
+        if "=" in words[0]:
+            code = _run(command(cfg, script, words))
+        else:
+            work = partial(_run, command(cfg, script, words))
+            code = _while_others_wait(work, f"before/{cfg.runs}/{cfg.name}/{number}", tasks) if tasks else work()
+        if code:
+            return code
+    return 0
 
 
-def _while_others_wait(work: Callable[[], int], name: str) -> int:
-    """What `work` returns on rank 0 of a torchrun launch, on all its ranks; they talk through the launch's store, under
-    a name that is used once."""
+def _slurm_tasks() -> str | None:
+    """Where the tasks of a SLURM launch meet, for `rendezvous`; None if this is none, or a single task."""
+    if "SLURM_PROCID" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        return None
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+
+    if not SLURMEnvironment.detect() or os.environ["SLURM_NTASKS"] == "1":
+        return None
+    launch = SLURMEnvironment()
+    return (
+        f"tcp://{launch.main_address}:{launch.main_port}?rank={launch.global_rank()}&world_size={launch.world_size()}"
+    )
+
+
+def _while_others_wait(work: Callable[[], int], name: str, meeting: str) -> int:
+    """What `work` returns on rank 0 of a launch, on all its ranks; they talk through the launch's store, under a name
+    that is used once."""
     from torch.distributed import PrefixStore, rendezvous
 
-    store, rank, world = next(rendezvous("env://", timeout=CONNECTED))
+    store, rank, world = next(rendezvous(meeting, timeout=CONNECTED))
     store = PrefixStore(name, store)
     if rank == 0:
         store.set("code", str(work()))
@@ -89,9 +136,9 @@ def shared(cfg: DictConfig) -> list[str]:
     return words
 
 
-def _run(command: Sequence[str]) -> int:
+def _run(command: Sequence[str], when: str = "before") -> int:
     """A child's exit code. What this process is told by a signal the child is told; it dies with this process."""
-    print("before    " + " ".join(command[1:]), flush=True)
+    print(f"{when:<10}" + " ".join(command[1:]), flush=True)
     die = _die_with_parent if sys.platform == "linux" else None
     child = subprocess.Popen(command, preexec_fn=die, env=_environment())
     kept = {s: signal.signal(s, lambda number, _: child.send_signal(number)) for s in FORWARDED}
@@ -108,10 +155,13 @@ def _run(command: Sequence[str]) -> int:
 
 
 def _environment() -> dict[str, str]:
-    """This process's, for a run of its own: without the rank, port and store that torchrun gave to this one."""
+    """This process's, for a run of its own: our modules are found from any folder, and the rank, port and store that
+    torchrun gave to this one are left out."""
+    found = {"PYTHONPATH": os.pathsep.join(filter(None, (str(OURS), os.environ.get("PYTHONPATH"))))}
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return dict(os.environ)
-    return {k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith(("TORCHELASTIC_", "SLURM_"))}
+        return dict(os.environ) | found
+    passing = ("TORCHELASTIC_", "SLURM_")
+    return {k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith(passing)} | found
 
 
 def _die_with_parent() -> None:

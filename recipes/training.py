@@ -23,6 +23,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import edit
@@ -34,7 +35,7 @@ from edit.edits import describe
 from edit.objectives import Objective
 from edit.sampling import Sampler
 from recipes.callbacks import Checkpoints, Metrics, Preview, ProgressBar, checkpoints, newest, step_of
-from recipes.config import UserError
+from recipes.config import Root, UserError
 from recipes.diffusion import Diffusion
 from recipes.evaluate import check_told, conditions, environment, null_condition, settings
 from recipes.evaluate import run as evaluate
@@ -46,7 +47,8 @@ from recipes.roles import Teacher
 from recipes.trainer import accelerator_of, count_devices, make_trainer, precision_of, recipe_casts
 
 # what may change between two attempts at one run; everything else decides the numbers
-FREE = {"name", "runs", "logger", "checkpoint", "preview", "evaluate", "log_every", "debug", "trusted", "before"}
+FREE = {"name", "runs", "logger", "checkpoint", "preview", "evaluate", "log_every", "debug", "trusted"}
+FREE |= {"before", "after"}
 FREE |= {
     f"trainer.{k}"
     for k in ("max_steps", "accelerator", "strategy", "compile", "gradient_checkpointing", "threads", "memory")
@@ -90,6 +92,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     needy = [f"terms.{name}" for name, term in terms.items() if term.needs_teacher]
     needy += ["matching"] if matching is not None and matching.needs_teacher else []
     teacher = make_teacher(cfg, data, objective, needy, plan)
+    sight = make_sight(data, matching)
     sampler = told_as_taught(cfg, sampler, teacher, plan, matching)
     condition, null = conditions(data), null_condition(data)
     refuse_too_large(cfg)
@@ -112,7 +115,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     else:
         critic = make_critic(cfg, matching, teacher, build, structure)
         follow = cfg.critic.follow
-        module = FewStep(build, structure, objective, how, matching, teacher, null, critic, follow)
+        module = FewStep(build, structure, objective, how, matching, teacher, null, critic, follow, sight)
     resume = newest(out / "checkpoints")
     done = step_of(resume) if resume else 0
     first_rank = rank_zero_only.rank in (0, None)
@@ -385,6 +388,25 @@ def make_critic(
     return teacher.build, teacher.structure
 
 
+def make_sight(data: Any, matching: Matching | None) -> tuple[nn.Module, nn.Module] | None:
+    """What the method looks at images with: the data set's decoder, and its vision model; None if it does not look.
+
+    Raises:
+        UserError: if one of the two cannot be had, or a crop is larger than the samples
+    """
+    if matching is None or matching.vision is None:
+        return None
+    crop, shapes = matching.vision.crop, getattr(data, "buckets", None) or [data.shape]
+    if crop is not None and crop > (least := min(side for shape in shapes for side in shape[1:])):
+        raise UserError(
+            f"matching.vision.crop={crop} is more than the {least} rows of a sample: lower it, or leave it out"
+        )
+    try:
+        return getattr(data, "decoder", nn.Identity)(), matching.vision.load()
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"matching.vision looks at decoded images: {error}") from error
+
+
 def refuse_too_large(cfg: DictConfig) -> None:
     """A run that would end for lack of memory does not begin. A plan that cannot be made stops nothing.
 
@@ -425,11 +447,12 @@ def refuse_other_run(cfg: DictConfig, out: Path) -> None:
     before, now = (flat(OmegaConf.to_container(c)) for c in (OmegaConf.load(out / "config.yaml"), cfg))
     for settings_ in (before, now):
         settings_["data.batch_size x trainer.devices x trainer.num_nodes"] = prod(settings_.get(k) or 1 for k in BATCH)
+    defaults = flat(OmegaConf.to_container(OmegaConf.structured(Root)))  # an older run may not know every setting
     for key in {**before, **now}:
         free = key in FREE or key.split(".")[0] in FREE
-        if not free and before.get(key) != now.get(key):
+        if not free and (was := before.get(key, defaults.get(key))) != now.get(key):
             raise UserError(
-                f"{out} holds a run with {key}={before.get(key)}, this command says {now.get(key)}: give the new run "
+                f"{out} holds a run with {key}={was}, this command says {now.get(key)}: give the new run "
                 f"another name=, or restore the setting to resume"
             )
 

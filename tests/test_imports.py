@@ -34,10 +34,17 @@ def modules() -> list[str]:
     return sorted(m.name for m in pkgutil.walk_packages(edit.__path__, "edit."))
 
 
-def test_every_module_of_edit_imports_without_lightning_hydra_triton_or_deepspeed():
+@pytest.fixture(scope="module")
+def imported() -> tuple[list[str], list[str]]:
+    """Modules of edit that could be imported, and all that were loaded then."""
+    each = f"for m in {modules()!r}: importlib.import_module(m); print(m, end=' ')"
+    tried, loaded = python(f"import importlib, sys\n{each}\nprint()\nprint(*sys.modules)").splitlines()
+    return tried.split(), loaded.split()
+
+
+def test_every_module_of_edit_imports_without_lightning_hydra_triton_or_deepspeed(imported):
     assert {"edit.denoiser", "edit.backbones.dit", "edit.pruning.depth", "edit.tuning.lora"} <= set(modules())
-    tried = python(f"import importlib\nfor m in {modules()!r}: importlib.import_module(m); print(m)")
-    assert tried.split() == modules()
+    assert imported[0] == modules()
 
 
 def test_the_block_of_this_file_does_block():
@@ -66,9 +73,8 @@ def test_import_edit_alone_does_not_import_torch():
     assert python("import edit; print('torch' in sys.modules)") == "False"
 
 
-def test_heavy_libraries_wait_for_the_function_that_needs_them():
-    code = f"import importlib\nfor m in {modules()!r}: importlib.import_module(m)\nprint(*sys.modules)"
-    loaded = {name.split(".")[0] for name in python(code).split()}
+def test_heavy_libraries_wait_for_the_function_that_needs_them(imported):
+    loaded = {name.split(".")[0] for name in imported[1]}
     assert not loaded & {"diffusers", "transformers", "peft", "sklearn", "matplotlib", "torchmetrics", *HEAVY}
 
 

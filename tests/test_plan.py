@@ -19,6 +19,7 @@ from edit.plan import (
     ADAM_8BIT,
     ADAM_8BIT_MASTER,
     ADAMW,
+    ADAMW_8BIT,
     ADAMW_MIXED,
     ADAMW_MIXED_FP32_GRADIENTS,
     GB,
@@ -62,6 +63,15 @@ def draft(**options) -> Draft:
 def test_optimizers_take_16_18_6_and_10_bytes_per_parameter():
     kinds = ADAMW, ADAMW_MIXED, ADAMW_MIXED_FP32_GRADIENTS, ADAM_8BIT, ADAM_8BIT_MASTER
     assert [k.total for k in kinds] == [16, 16, 18, 6, 10]
+
+
+def test_moments_of_a_byte_leave_10_bytes_per_fp32_parameter_of_a_run(capsys):
+    exact, small = (report(*TINY, f"optimizer.kind={kind}", capsys=capsys) for kind in ("adamw", "adamw8bit"))
+    assert exact["memory"]["optimizer"] == 8 * exact["parameters"]
+    assert small["memory"]["optimizer"] == 2 * small["parameters"]
+    assert exact["total"] - small["total"] == 6 * small["parameters"]
+    with pytest.raises(ValueError, match="trainer=zero3 takes optimizer.kind=adamw alone"):
+        draft(strategy=SHARDED, devices=2, optimizer=ADAMW_8BIT)
 
 
 @pytest.mark.parametrize(
@@ -202,12 +212,18 @@ def test_activations_of_flux_are_those_of_d6():
     assert 0.5 < unit < 0.9
 
 
-def test_autocast_over_fp32_weights_keeps_a_bf16_copy_of_them():
+def test_bf16_copies_of_fp32_weights_live_as_long_as_the_graph_that_holds_them():
     p = probe(DiTConfig(8, 2, 4, hidden_size=256, depth=4, num_heads=4, num_classes=10))
     weights = sum(q.numel() for q in p.denoiser.parameters())
-    copied, handed = (p.step(1, True, True, dtype).forward for dtype in (torch.float32, torch.bfloat16))
+    stored, recomputed = (
+        p.step(1, True, checkpointing, torch.float32).flowing - p.step(1, True, checkpointing, torch.bfloat16).flowing
+        for checkpointing in (False, True)
+    )
     # linear layers are copied, embeddings and norms are not
-    assert copied - handed == pytest.approx(2 * weights, rel=0.1)
+    assert stored == pytest.approx(2 * weights, rel=0.1)
+    unit = max(sum(q.numel() for q in unit.parameters()) for unit in p.denoiser.units)
+    # of the unit that is computed again, and gradients of one layer in both types
+    assert recomputed < 2 * unit + 4 * 4 * 256 * 256
 
 
 def test_frozen_weights_have_no_gradients_and_no_optimizer():

@@ -3,6 +3,7 @@
 Those that need a cluster or ImageNet are composed and checked against the signatures, or run on a stand-in.
 """
 
+import json
 import os
 import re
 import shlex
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from scripts import python
 
 from recipes.config import check, register
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SHORT = "trainer.max_steps=4 preview.every=0 optimizer.warmup=1".split()
+WORLD = "data.set.count=512 data.set.held=64 data.batch_size=8".split()
 COMMANDS = [
     line.strip()
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
@@ -34,17 +37,17 @@ def words(command):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Looks like a clone in which nothing has been run."""
+    import recipes.evaluate
+    import recipes.training  # noqa: F401  else each command would import torch and Lightning again
+
     folder = tmp_path_factory.mktemp("clone")
     for name in ("train.py", "eval.py", "configs"):
         (folder / name).symlink_to(ROOT / name)
     return folder
 
 
-def run(folder, arguments, timeout=120):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
-    )
+def run(folder, arguments):
+    done = python(*arguments, cwd=folder)
     assert done.returncode == 0, f"{arguments}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
@@ -53,17 +56,17 @@ def shortened(arguments):
     if "--help" in arguments or "-m" == arguments[0]:
         return arguments
     shapes = any("flux_tiny" in word for word in arguments)  # no judge: it takes half a minute to train
-    measure = ["n=20", *(["features=none"] if shapes else [])]
-    if arguments[0] == "train.py":
-        taught = ["before=[]"] if shapes else []  # a short teacher is there
-        return [*arguments, *taught, *SHORT, "evaluate.guidance=[1.0]", *(f"evaluate.{m}" for m in measure)]
     few = any("lcm" in word for word in arguments)  # whose steps are its own
-    return [*arguments, *measure, *([] if few else ["steps=2"])]
+    measure = ["n=20", "rounds=2", *([] if few else ["steps=2"]), *(["features=none"] if shapes else [])]
+    if arguments[0] == "train.py":
+        taught = ["before=[]", *WORLD] if shapes else []  # a short teacher is there
+        return [*arguments, *taught, *SHORT, "evaluate.guidance=[1.0]", *(f"evaluate.{m}" for m in measure)]
+    return [*arguments, *measure]
 
 
 def test_the_commands_run_in_the_order_of_the_readme(folder):
     ran = []
-    run(folder, ["train.py", "experiment=flux_tiny/teacher", *SHORT, "evaluate=null"])
+    run(folder, ["train.py", "experiment=flux_tiny/teacher", *WORLD, *SHORT, "evaluate=null"])
     for command in COMMANDS:
         if not any(n in command for n in NEEDS_DATA):
             run(folder, shortened(words(command)))
@@ -72,8 +75,9 @@ def test_the_commands_run_in_the_order_of_the_readme(folder):
     assert (folder / "runs/digits/artifact/edits.json").exists()
     assert (folder / "reports/depth/report.html").exists()
     assert len(list((folder / "runs/sweep").glob("*/metrics.csv"))) == 6, "each job of the sweep has its own folder"
-    (python,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    run(folder, ["-c", python])
+    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # a new process: its imports must be complete
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, check=True, timeout=120)
     assert (folder / "shallow/config.json").exists()
 
 
@@ -127,22 +131,29 @@ def test_the_flux_commands_run_on_a_stand_in_of_its_depth(folder):
     words_.write(folder / "FLUX.1-dev")  # with a tokenizer beside each encoder
     (folder / "prompts.txt").write_text("a red circle\ntwo small blue squares\n")
     backbone = [*(f"backbone.{k}={v}" for k, v in small.items()), "backbone.axes_dims_rope=[2,2,4]"]
-    alone = [*backbone, "trainer=cpu", "trainer.devices=1", "teacher.placement=replicated"]
+    alone = [*backbone, "trainer=cpu"]
     short = [*SHORT, "trainer.accumulate=1"]
+    few = ["before.0.1='prompts=composed:5'", "before.0.4='size=8'", "before.0.6='steps=2'", "before.0.9='long=cut'"]
     extra = {
-        "data.generate": ["steps=2", "size=8", "max_tokens=16", "device=cpu"],
-        "edit.plan": [*alone, "peak=1"],
-        "experiment=flux_dev/distill": [*alone, *short, "sampler.solver.steps=2"],
-        "experiment=flux_dev/four_step": [*alone[:-1], *short, "+matching.every=2"],
+        "edit.plan": [*alone, "devices=1", "peak=1", "before.0.4='size=8'"],
+        "experiment=flux_dev/distill": [*alone, *short, "sampler.solver.steps=2", *few],
         "edit.export": [],
+        "data.generate": ["steps=2", "size=8", "processes=1", "device=cpu"],
+        "experiment=flux_dev/four_step": [*alone, *short, "+matching.every=2", "before=[]", "data.set.path=made"],
     }
-    commands = [c for c in COMMANDS if "FLUX.1-dev" in c or "flux_dev" in c]
-    assert len(commands) == len(extra)
-    for command in commands:
-        arguments = [w.replace("devices=8", "devices=1").replace("size=64", "size=8") for w in words(command)]
-        name = arguments[1]
+    commands = {words(c)[1]: words(c) for c in COMMANDS if "FLUX.1-dev" in c or "flux_dev" in c}
+    assert list(commands) == list(extra)
+    said = {}
+    for name, arguments in commands.items():
         known = {w.split("=")[0] for w in extra[name]}
-        run(folder, [*(w for w in arguments if w.split("=")[0] not in known), *extra[name]])
+        commands[name] = [*(w for w in arguments if w.split("=")[0] not in known), *extra[name]]
+        said[name] = run(folder, commands[name])
+    assert "as data.generate is told in before, 16x8x8" in " ".join(said["edit.plan"].split())  # there were no data yet
+    images = json.loads((folder / "runs/flux_dev_512px/manifest.json").read_text())
+    assert images["count"] == 5 and images["pooled"]["name"] == "CLIPTextModel" and images["vae"]["scale"]
+    assert (folder / "runs/flux_dev_512px/samples.png").exists()  # the pipeline's VAE was found
+    again = run(folder, commands["experiment=flux_dev/distill"])
+    assert "flux_dev_512px: all 5 images are there" in again and "flux_dev_distill is complete" in again
     student = FluxPipeline.from_pretrained(folder / "student").transformer
     assert (len(student.transformer_blocks), len(student.single_transformer_blocks)) == (8, 38)
     assert student.dtype == torch.float32 and (folder / "student/README.md").exists()

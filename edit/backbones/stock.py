@@ -253,17 +253,30 @@ def finite(tokens: Tensor) -> Tensor:
 
 # ---- inside the stock pipeline ---------------------------------------------------------------------------------------
 
+TOLD = {  # arguments of stock models, which edits read as fields of `Condition`
+    "class_labels": "label",
+    "encoder_hidden_states": "text",
+    "pooled_projections": "pooled",
+    "guidance": "guidance",
+}
+
 
 @contextmanager
 def attached(pipeline: Any, denoiser: StockDenoiser) -> Iterator[Any]:
     """The stock `diffusers` pipeline with this denoiser, its edits included, in place of its transformer.
 
     Edits that remember something between steps get the step from the pipeline's scheduler and its guidance branch from
-    the pipeline's cache context, where it names one. On leaving, the pipeline has its own transformer again.
+    the pipeline's cache context, where it names one; those that change what is embedded get the scheduler's time and
+    what the pipeline tells its transformer, without masks. On leaving, the pipeline has its own transformer again.
 
     Raises:
-        ValueError: if the pipeline's transformer is of another class
+        ValueError: if the pipeline's transformer is of another class, or an edit makes the denoiser a flow map
     """
+    if leader := next((name for name, e in denoiser.applied.items() if e.leads), None):
+        raise ValueError(
+            f"edit {leader!r} makes this {denoiser.name} a flow map, which must be told where a step ends, and a stock "
+            "pipeline tells times alone: sample it with edit.sampling.Sampler"
+        )
     own, model = pipeline.transformer, denoiser.model
     if type(own).__name__ != denoiser.stock:
         raise ValueError(f"the pipeline has a {type(own).__name__}, a {denoiser.name} stands in for {denoiser.stock}")
@@ -308,10 +321,26 @@ class _Calls:
         else:
             sigma = float(scheduler.sigmas[index]) if hasattr(scheduler, "sigmas") else 1 - index / count
         step = Step(index, count, sigma, self.branch, self.memory)
-        stream = replace(self.denoiser.embed(hidden_states=hidden_states, **native), step=step)
-        sample = self.denoiser.native(self.denoiser.run(stream))
+        sample = self._predict(replace(self.denoiser.embed(hidden_states=hidden_states, **native), step=step), native)
+        if hidden_states.ndim == 3:  # packed, as it came
+            sample = tokens_of(sample)
         if not return_dict:
             return (sample,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         return Transformer2DModelOutput(sample=sample)
+
+    def _predict(self, stream: Stream, native: Mapping[str, Any]) -> Tensor:
+        """What `Denoiser.forward` does with an embedded stream: b c y x, the learned variance after the prediction."""
+        d, step = self.denoiser, stream.step
+        assert step is not None
+        t = torch.full((len(stream.image),), step.sigma, device=stream.image.device)
+        condition = Condition(**{field: native[name] for name, field in TOLD.items() if name in native})
+        hooks = [(edit, d.edits[name] if name in d.edits else None) for name, edit in d.applied.items()]
+        for edit, own in hooks:
+            stream = edit.embed(stream, t, condition, own)
+        stream = d.run(stream)
+        output = d.readout(stream)
+        for edit, own in hooks:
+            output = edit.readout(output, stream, own)
+        return output.sample if output.variance is None else torch.cat((output.sample, output.variance), 1)

@@ -49,11 +49,15 @@ class Combined(Matching):
             )
         every, together = next(iter(plans), (1, False))
         taps = sorted({i for p in self.parts.values() for i in p.teacher_taps})
+        sights = {name: p.vision for name, p in self.parts.items() if p.vision is not None}
+        if other := next((name for name, v in sights.items() if v != next(iter(sights.values()))), None):
+            raise ValueError(f"Combined: {next(iter(sights))} and {other} look with two vision models: give both one")
         derived = {
             "needs_teacher": any(p.needs_teacher for p in self.parts.values()),
             "needs_data": any(p.needs_data for p in self.parts.values()),
             "has_critic": any(p.has_critic for p in self.parts.values()),
             "teacher_taps": tuple(taps),
+            "vision": next(iter(sights.values()), None),
             "every": every,
             "together": together,
         }

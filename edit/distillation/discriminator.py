@@ -142,6 +142,16 @@ def softplus_generator(fake: Tensor) -> Tensor:
     return mean(F.softplus(-fake))
 
 
+def square_real_fake(real: Tensor, fake: Tensor) -> Tensor:
+    """Least squares (LSGAN, arXiv 1611.04076): ((D(real) - 1)^2 + D(fake)^2) / 2; 1/2 at D = 0."""
+    return 0.5 * (mean((real - 1).square()) + mean(fake.square()))
+
+
+def square_generator(fake: Tensor) -> Tensor:
+    """(D(fake) - 1)^2 / 2."""
+    return 0.5 * mean((fake - 1).square())
+
+
 def approximate_r1(real: Tensor, near: Tensor) -> Tensor:
     """(D(real) - D(near))^2, near being the same noisy latents and a little more noise: a gradient penalty."""
     return mean((real - near).square())

@@ -8,8 +8,8 @@ With a discriminator on the teacher's features come DMD2's adversarial loss and 
 Specification: methods/distillation.md, D3.8. Ours: one draw for a whole batch decides whether it is rolled out, so
 that half of the steps are spared the rollout; the critic's times follow the same law without its margins; fakes are
 judged where the scores are compared, which asks the teacher twice at one point: guided for its score, then for the
-features of its condition, through which gradients flow. Another discriminator than DMD2's can be had by
-`edit.distillation.combined`.
+features of its condition, through which gradients flow. SenseFlow's discriminator looks at decoded images instead
+(`vision`). Others can be had by `edit.distillation.combined`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 from edit.denoiser import Denoiser
-from edit.distillation.discriminator import Heads, judge, softplus_generator, softplus_real_fake
+from edit.distillation.discriminator import (
+    Heads,
+    hinge_generator,
+    hinge_real_fake,
+    judge,
+    softplus_generator,
+    softplus_real_fake,
+)
 from edit.distillation.divergence import DIVERGENCES, Divergence, Judge
 from edit.distillation.matching import (
     Field,
@@ -35,6 +42,7 @@ from edit.distillation.matching import (
     need_turns,
     pseudo_huber,
 )
+from edit.distillation.vision import Vision, late
 from edit.objectives import TimeLaw, Uniform
 from edit.sampling import Grid, Solver
 
@@ -67,6 +75,8 @@ class DistributionMatching(Matching):
             middle, in FLUX 28
         realism: weight of the adversarial loss; 5e-3 for SDXL, 0.03 for FLUX
         judgement: weight of the discriminator's loss beside the critic's
+        vision: SenseFlow's discriminator, heads on a frozen vision model by the hinge loss, in place of `taps`. The
+            student's is weighted by 2 (1 - t)^2, t being the time that its step begins at
         divergence: which one is minimised; all but reverse_kl need `taps`
         ratio: density ratios are clipped to [1 / ratio, ratio]
     """
@@ -87,6 +97,7 @@ class DistributionMatching(Matching):
     taps: tuple[int, ...] = ()
     realism: float = 0.03
     judgement: float = 1e-2
+    vision: Vision | None = None
     divergence: Divergence = "reverse_kl"
     ratio: float = 10.0
 
@@ -120,6 +131,10 @@ class DistributionMatching(Matching):
                 f"DistributionMatching: divergence={self.divergence} needs a discriminator's density ratios: name "
                 "teacher units in taps, or use reverse_kl"
             )
+        if self.taps and self.vision is not None:
+            raise ValueError(
+                f"DistributionMatching: taps={list(self.taps)} and vision are two discriminators: leave one of them out"
+            )
         if self.ratio <= 1:
             raise ValueError(f"DistributionMatching: ratio must be above 1, got {self.ratio}")
 
@@ -129,7 +144,7 @@ class DistributionMatching(Matching):
 
     @property
     def needs_data(self) -> bool:  # type: ignore[override] - here a consequence
-        return self.simulate < 1 or bool(self.taps)
+        return self.simulate < 1 or bool(self.taps) or self.vision is not None
 
     @property
     def teacher_taps(self) -> tuple[int, ...]:  # type: ignore[override] - likewise
@@ -138,7 +153,7 @@ class DistributionMatching(Matching):
     def check(self, solver: Solver) -> None:
         check_grid("DistributionMatching", self.solver, solver)
 
-    def build(self, student: Denoiser, teacher: Denoiser | None) -> Judge | None:
+    def build(self, student: Denoiser, teacher: Denoiser | None) -> Judge | Heads | None:
         if self.segment and any(e.leads for e in student.applied.values()):
             raise ValueError(
                 "DistributionMatching: segment guides velocities, this student is a flow map: set segment=0, or leave "
@@ -149,6 +164,8 @@ class DistributionMatching(Matching):
                 f"DistributionMatching: this {student.name} predicts noise, whose error counts up to 25 000 times in a "
                 "velocity near pure noise: set critic_weight=data"
             )
+        if self.vision is not None:
+            return self.vision.heads(student)
         if not self.taps:
             return None
         assert teacher is not None, "this method needs a teacher"
@@ -173,6 +190,8 @@ class DistributionMatching(Matching):
             gradient = column(self.weight(logits.detach(), tau, cast(Judge, roles.own)), x) * gradient
         # written with x - x, so that the gradient is exact: in x - (x - gradient) its last digits would be lost
         losses["distribution"] = 0.5 * mean((x - x.detach() + gradient).square())
+        if self.vision is not None:
+            losses["vision"] = late(t) * hinge_generator(self.vision.judge(roles, given, x))
         if self.segment:
             losses["segment"] = self.segment * self.inside(roles, given, x_t, v, t, end)
         return losses
@@ -191,6 +210,9 @@ class DistributionMatching(Matching):
         if self.taps:
             real = judge(roles, corrupt(given.x, draws.gaussian(REAL_NOISE), tau), tau, condition)
             losses["judgement"] = self.judgement * softplus_real_fake(real, judge(roles, x_tau, tau, condition))
+        if self.vision is not None:
+            real, fake = (self.vision.judge(roles, given, sample) for sample in (given.x, x))
+            losses["judgement"] = self.judgement * hinge_real_fake(real, fake)
         return losses
 
     # ---- parts ----------------------------------------------------------------------------------------------------

@@ -10,16 +10,19 @@ D3.5 to D3.10.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from edit import noise
 from edit.denoiser import Condition, Denoiser, Output
-from edit.sampling import Solver
+from edit.sampling import Grid, Solver
+
+if TYPE_CHECKING:
+    from edit.distillation.vision import Vision
 
 Field = Callable[[Tensor, Tensor, Condition], Tensor]  # (x_t, t, condition) -> velocity in fp32, shaped as x_t
 Features = Callable[[Tensor, Tensor, Condition], Mapping[str, Tensor]]  # the same -> taps as "unit.<index>"
@@ -61,6 +64,10 @@ class Given:
     draws: Draws
     progress: float  # part of the run that is done, for schedules
     x: Tensor | None = None  # b c y x, data; None where there are conditions only
+    # how a teacher generated x, where the data tell: from which noise, and which states lay between, None elsewhere
+    noise: Tensor | None = None  # b c y x
+    trajectory: Tensor | None = None  # b k c y x, from noise to data, without either; k may be 0
+    times: Tensor | None = None  # b k, of the trajectory
 
     @property
     def count(self) -> int:
@@ -78,6 +85,9 @@ class Roles:
     features: Features  # frozen; taps of the teacher (`teacher_taps`); gradients reach x_t, not the weights
     critic: Field  # learns the student's distribution; likewise
     own: nn.Module | None = None  # what `Matching.build` returned
+    # of a method with `vision`; both are frozen, and gradients reach what they are given
+    decode: Callable[[Tensor], Tensor] | None = None  # samples b c y x, or crops of them -> pixels b 3 y x in [-1, 1]
+    look: Callable[[Tensor], Mapping[str, Tensor]] | None = None  # pixels -> hidden states as "unit.<layer>", b n d
 
 
 class Matching(ABC):
@@ -91,6 +101,7 @@ class Matching(ABC):
     needs_data: bool = True
     has_critic: ClassVar[bool] = False  # a second model of the teacher's or student's structure
     teacher_taps: tuple[int, ...] = ()  # of `Roles.features`; negative ones count from the end
+    vision: Vision | None = None  # the model that looks at decoded samples
     every: int = 1  # the student's turn is every n-th step; the others are the critic's
     together: bool = False  # the critic is trained on the student's turns as well
 
@@ -142,6 +153,16 @@ def need_turns(method: Matching, role: str) -> None:
         raise ValueError(
             f"{type(method).__name__}: every={method.every} leaves the {role} no turn: set every to 2 or more, or "
             "together=true"
+        )
+
+
+def check_times(name: str, known: Sequence[float], solver: Solver) -> None:
+    """Raises ValueError unless the sampler steps to data, from times that a method trains alone."""
+    steps = solver.grid[:-1] if isinstance(solver, Grid) and (solver.renoise or solver.steps == 1) else ()
+    if not steps or any(min(abs(t - own) for own in known) > 1e-3 for t in steps):
+        raise ValueError(
+            f"{name} trains steps to data from the times {list(known)}, the sampler is {solver}: choose sampler=grid "
+            "with renoise=true and times among these"
         )
 
 

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from edit.denoiser import Denoiser, Output
-from edit.objectives import DDPM, Pass, Term, Weight, weight_at
+from edit.objectives import DDPM, Pass, Term, Weight, schedule_tables, weight_at
 
 
 @dataclass
@@ -86,13 +85,10 @@ def step_kl(diffusion: DDPM, student: Output, teacher: Output, t: Tensor) -> Ten
     Its gradient reaches the student's variance alone. The means differ by b / sqrt((1 - b)(1 - abar)) of what the
     noises differ by.
     """
-    betas = diffusion.betas()
-    abar = torch.cumprod(1 - betas, 0)
-    posterior = betas * (1 - F.pad(abar[:-1], (1, 0), value=1.0)) / (1 - abar)
-    posterior[0] = posterior[1]  # zero, and its logarithm is wanted
+    tables = schedule_tables(diffusion.steps, diffusion.beta_start, diffusion.beta_end, t.device)
     i, shape = diffusion.index(t), (-1, *[1] * (student.sample.ndim - 1))
-    tables = (betas.log(), posterior.log(), betas / ((1 - betas) * (1 - abar)).sqrt())
-    log_beta, log_posterior, scale = (v.to(t.device, torch.float32)[i].view(shape) for v in tables)
+    signal, spread, log_beta, log_posterior, from_data, _ = (v[i].view(shape) for v in tables)
+    scale = from_data * spread / signal  # of the posterior mean, through the data that a noise implies
     gap = scale * (teacher.sample.detach() - student.sample.detach()).float()
     mine, theirs = (
         torch.lerp(log_posterior, log_beta, (v.float() + 1) / 2) for v in (student.variance, teacher.variance.detach())

@@ -13,6 +13,7 @@ from edit.distillation.ladd import LADD
 from edit.distillation.matching import Draws, Given, Matching, Roles, mean
 from edit.distillation.progressive import Progressive
 from edit.distillation.trig import SCM
+from edit.distillation.vision import Vision
 from edit.edits import describe, rebuild
 from edit.objectives import Ramp
 from edit.sampling import Euler, Grid
@@ -162,6 +163,14 @@ def test_rcm_has_both_losses_on_the_students_turn_and_the_critics_alone_on_the_o
 def test_parts_with_other_turns_are_refused():
     with pytest.raises(ValueError, match="a takes turns by every=2 together=False, b by every=5 together=True"):
         Combined({"a": LATENT, "b": replace(LATENT, every=5, together=True)})
+
+
+def test_parts_look_with_one_vision_model():
+    one, other = Vision("here", layers=(0, 1)), Vision("there", layers=(0, 1))
+    seeing = DistributionMatching(vision=one, every=2)
+    assert Combined({"dm": seeing, "scm": SCM()}).vision == one and Combined({"scm": SCM()}).vision is None
+    with pytest.raises(ValueError, match="dm and again look with two vision models"):
+        Combined({"dm": seeing, "again": replace(seeing, vision=other)})
 
 
 def test_a_sampler_must_suit_every_part():

@@ -1,6 +1,7 @@
 """Runs with student, teacher and critic: whose turn it is, what moves, on how many ranks, and after a stop."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import small_runs
@@ -8,6 +9,8 @@ import torch
 from ranks import run_ranks
 from small_runs import SMALL, TWO_RANKS, config, losses, rows, train
 
+import edit
+from edit.edits import Edit
 from recipes.callbacks import newest
 from recipes.config import UserError
 
@@ -150,6 +153,36 @@ def test_losses_of_both_roles_are_in_every_row_once_each_had_a_turn(folder):
     train(folder, *student(folder, "rows", "trainer.max_steps=4"))
     for row in rows(folder, "rows")[1:]:
         assert row["train/distribution"] and row["train/critic/velocity"]
+
+
+@dataclass
+class Small(Edit):
+    """Asks for a unit's output to be small."""
+
+    def apply(self, denoiser):
+        unit = denoiser.units[0]
+        denoiser.units[0] = lambda stream: (s := unit(stream)).record("size", s.image.square().mean((1, 2)))
+
+    def losses(self, trace):
+        return {"size": 1e-3 * trace["size"]}
+
+
+def test_edits_of_both_roles_ask_for_their_losses_each_on_its_turn(folder, monkeypatch):
+    from recipes import training
+
+    made = training.builders
+
+    def with_edit(*args):
+        build, structure, plan = made(*args)
+        return lambda: edit.apply(build(), {"small": Small()}), structure, plan
+
+    monkeypatch.setattr(training, "builders", with_edit)
+    train(folder, *student(folder, "edited", "critic.start=student", "trainer.max_steps=3"))
+    before, *after = rows(folder, "edited")
+    assert float(before["train/small/size"]) > 0 and not before["train/critic/small/size"]
+    assert all(float(row["train/critic/small/size"]) > 0 for row in after)
+    critics = [float(after[0][f"train/critic/{name}"]) for name in ("velocity", "small/size")]
+    assert float(after[0]["train/loss"]) == pytest.approx(sum(critics), rel=1e-5)  # the critic's turn alone
 
 
 def test_the_artifact_says_how_its_steps_were_trained(folder):

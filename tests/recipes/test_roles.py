@@ -1,12 +1,19 @@
 """A teacher beside the model: asked at the same point, never trained, never saved, wherever its weights are."""
 
+from copy import deepcopy
+from math import prod
+
 import pytest
 import torch
 from small_runs import losses, rows, train, train_ranks
+from weights import randomise
 
+from edit.distillation.guidance import TeacherGuidance
 from recipes.config import UserError
+from recipes.roles import Teacher
 
 OUTPUT = "+terms.kd._target_=edit.distillation.output.OutputKD"
+PIXART = {"caption_channels": 16, "sample_size": 8, "cross_attention_dim": 16}
 FEATURES = ("+terms.f._target_=edit.distillation.features.FeatureKD", "+terms.f.pairs=[[0,1]]", "+terms.f.norm=raw")
 
 
@@ -57,6 +64,43 @@ def test_a_tied_teacher_is_the_student_without_its_lora(tmp_path):
     values = [float(r["train/kd/output_kd"]) for r in rows(tmp_path, "a")]
     assert values[0] == 0, "a fresh LoRA is the identity"
     assert max(values) > 0, "the data's own loss moves the LoRA, and the teacher stays where it was"
+
+
+@pytest.mark.parametrize("family", ["flux", "pixart"])  # PixArt has parameters directly on the model
+def test_an_offloaded_teacher_answers_to_the_bit_and_its_layers_are_fetched(family):
+    from edit.backbones.flux import FluxConfig
+    from edit.backbones.pixart import PixArtConfig
+
+    configs = {
+        "flux": FluxConfig(16, 1, 1, 16, 2, 16, 16, False, (4, 6, 6), (8, 8)),
+        "pixart": PixArtConfig(in_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8, **PIXART),
+    }
+
+    source = configs[family].build()
+    randomise(source)
+
+    def answer(placement):
+        teacher = Teacher(lambda: deepcopy(source), None, TeacherGuidance(), placement)
+        model = teacher.configure(source, (0, -1), (0,))
+        teacher.place(torch.device("cpu"))
+        told, x = model.example(2, text=3), torch.linspace(-1, 1, 2 * prod(model.sample_shape))
+        t = torch.tensor([0.3, 0.8])
+        out = teacher(model, x.view(2, *model.sample_shape), t, told, model.null(told), torch.ones(2))
+        return model, out
+
+    (whole, expected), (model, found) = answer("replicated"), answer("offloaded")
+    assert torch.equal(found.sample, expected.sample) and found.trace.keys() == expected.trace.keys()
+    assert all(torch.equal(found.trace[k], v) for k, v in expected.trace.items()) and len(found.trace) >= 4
+    linear = [m for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
+    assert linear and all(hasattr(m, "_diffusers_hook") for m in linear)
+    assert not any(hasattr(m, "_diffusers_hook") for m in whole.modules())
+
+
+def test_a_run_with_an_offloaded_teacher_has_the_losses_of_one_with_a_replicated(tmp_path):
+    told = (*teacher_of(tmp_path), OUTPUT, *FEATURES, "edits=depth", "trainer.max_steps=3")
+    for placement in ("replicated", "offloaded"):
+        train(tmp_path, f"name={placement}", *told, f"teacher.placement={placement}")
+    assert losses(tmp_path, "replicated") == losses(tmp_path, "offloaded")
 
 
 @pytest.mark.parametrize("placement", ["replicated", "sharded"])

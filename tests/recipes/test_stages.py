@@ -1,6 +1,8 @@
 """Runs that a run needs first: each is made once, shares the machine's settings, lives and dies with its command."""
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,11 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from omegaconf import OmegaConf
 from ranks import run_ranks
 from small_runs import config, rows
 
-from recipes.stages import run_before, shared
+from recipes.config import UserError
+from recipes.stages import LAUNCHER, run_before, shared
 
 RECORD = """
 import sys
@@ -60,6 +64,35 @@ def test_ranks_that_lightning_started_leave_them_to_rank_0(tmp_path, monkeypatch
     assert not log.exists()
 
 
+def test_a_module_of_ours_is_run_with_its_own_words_alone(tmp_path, monkeypatch, capfd):
+    """From any folder, also where nothing is installed; its exit code ends the command as that of a run does."""
+    script, log = recorder(tmp_path)
+    cfg = config(tmp_path, "name=a", "before=[['name=one'],[data.generate,'teacher=a'],['name=never']]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        run_before(cfg, script)
+    said, error = capfd.readouterr()
+    assert ended.value.code == 2 and "error: prompts is missing" in error  # nothing else was given to it
+    assert "before    -m data.generate teacher=a\n" in said and len(log.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("[os.system,'a=b']", "'os.system' is neither a setting, key=value, nor a module of data, edit or recipes"),
+        ("[database.drop,'a=b']", "'database.drop' is neither a setting"),
+        ("[data.generat,'a=b']", "there is no module data.generat;"),
+        ("['','a=b']", "'' is neither a setting"),
+        ("[data.generate,'teacher']", "expected settings, key=value, after the first word, got teacher"),
+        ("[]", "expected a list of settings such as"),
+    ],
+)
+def test_words_that_start_nothing_are_refused(tmp_path, words, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        config(tmp_path, "name=a", f"before=[{words}]")
+
+
 SLOW = """
 import json, os, sys, time
 time.sleep(0.5)
@@ -92,6 +125,24 @@ def test_under_torchrun_a_run_that_fails_ends_every_rank_with_its_code(tmp_path)
     (tmp_path / "script.py").write_text(SLOW.format(log=str(tmp_path / "log")))
     answers = run_ranks(_before, args=(tmp_path, "[['name=stop'],['name=never']]"))
     assert [code for code, _ in answers] == [7, 7] and all(len(lines) == 1 for _, lines in answers)
+
+
+def _under_slurm(folder: Path) -> int:
+    """What a task of an srun launch ends with."""
+    rank, port = os.environ["RANK"], os.environ["MASTER_PORT"]
+    for name in [n for n in os.environ if n in LAUNCHER or n.startswith("TORCHELASTIC_")]:
+        del os.environ[name]
+    os.environ |= {f"SLURM_{name}": value for name, value in {
+        "PROCID": rank, "LOCALID": rank, "NODEID": "0", "NTASKS": "2", "NTASKS_PER_NODE": "2", "JOB_NAME": "job",
+        "NODELIST": "localhost"}.items()} | {"MASTER_PORT": port}  # fmt: skip
+    assert SLURMEnvironment.detect()
+    return _before(folder, "[[data.generate,'teacher=a'],['name=never']]")[0]
+
+
+def test_under_slurm_the_first_task_runs_a_module_and_all_tasks_wait(tmp_path, capfd):
+    (tmp_path / "log").touch()
+    assert run_ranks(_under_slurm, args=(tmp_path,)) == [2, 2]
+    assert capfd.readouterr().out.count("-m data.generate") == 1
 
 
 @pytest.mark.slow

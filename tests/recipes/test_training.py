@@ -71,6 +71,27 @@ def test_optimizer_groups_scale_the_rate_of_matching_parameters(tmp_path):
         train(tmp_path, "name=b", "+optimizer.groups.nothing={lr_scale: 2.0}")
 
 
+def test_optimizer_groups_have_betas_of_their_own(tmp_path):
+    train(tmp_path, "name=a", "+optimizer.groups.x_embedder={betas: [0.0, 0.5]}", "trainer.max_steps=2")
+    state = torch.load(newest(tmp_path / "a" / "checkpoints"), weights_only=True)["optimizer_states"][0]
+    assert [group["betas"] for group in state["param_groups"]] == [(0.0, 0.5), (0.9, 0.95)]
+
+
+def test_bf16_without_a_cache_of_weights_has_the_losses_of_bf16_with_one(tmp_path, monkeypatch):
+    """As under DeepSpeed, where the recipe casts: each weight is cast to the same numbers however often it is cast."""
+    from recipes import training
+    from recipes.recipe import Recipe
+
+    monkeypatch.setattr(training, "recipe_casts", lambda trainer: True)
+    words = ("trainer.gradient_checkpointing=true", "trainer.max_steps=4")
+    train(tmp_path, "name=uncached", *words)
+    monkeypatch.setattr(Recipe, "casting", lambda self: torch.autocast("cpu", torch.bfloat16, cache_enabled=True))
+    train(tmp_path, "name=cached", *words)
+    monkeypatch.undo()
+    train(tmp_path, "name=exact", *words)
+    assert losses(tmp_path, "uncached") == losses(tmp_path, "cached") != losses(tmp_path, "exact")
+
+
 def test_the_artifact_is_the_average_and_stock_diffusers_loads_it(tmp_path):
     from diffusers import DiTTransformer2DModel
 
