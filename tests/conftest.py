@@ -6,6 +6,7 @@ import os
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", WANDB_MODE="disabled")
 
 from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -16,10 +17,25 @@ from edit.backbones.dit import DiT, DiTConfig  # noqa: E402
 from edit.denoiser import Condition  # noqa: E402
 
 torch.set_num_threads(1)
+# The autograd engine starts a thread per device at its first backward, and a process with such threads cannot be forked
+# (`ranks.py`). So that comes before a FakeTensorMode adds a GPU that is not there.
+torch.ones((), requires_grad=True).backward()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", r"error:::(edit|recipes|data)(\.|$)")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker per core, up to four of 2 GB each; none for a single file, and for what needs all cores or the GPU."""
+    one_file = len(config.args) == 1 and Path(config.args[0].split("::")[0]).is_file()
+    alone = one_file or config.option.markexpr in ("slow", "gpu")
+    return 0 if alone else min(4, len(os.sched_getaffinity(0)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file comes first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
 
 
 @pytest.fixture(autouse=True)
