@@ -6,12 +6,13 @@ from recipes.config import launch
 
 
 def main(cfg) -> None:
-    from recipes.stages import run_after, run_before
+    from recipes.stages import launched, run_after, run_before
 
     run_before(cfg, Path(__file__))
     from recipes.training import run  # heavy imports after the configuration is known to be right
 
-    run(cfg)
+    with launched():
+        run(cfg)
     run_after(cfg, Path(__file__))
 
 

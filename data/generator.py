@@ -375,8 +375,9 @@ def writer(order: Order, process: int) -> Writer:
     recorded = Recorded(solver, generated["times"]) if order.points else None
     sampler = Sampler(recorded or solver, 1.0 if told else order.guidance)
 
+    first: list[Tensor] = []
+
     def samples(shard: int, advance: Callable[[float], None]) -> Iterator[tuple[str, dict[str, bytes]]]:
-        first: list[Tensor] = []
         numbers = span(order, len(prompts) * order.images, shard)
         for start in range(0, len(numbers), order.batch):
             part = numbers[start : start + order.batch]
@@ -407,10 +408,18 @@ def writer(order: Order, process: int) -> Writer:
                 arrays = {"latent": latent, **({"trajectory": torch.stack(path)} if path else {}), **row}
                 members = {f"{name}.npy": npy(array) for name, array in arrays.items()}
                 yield f"{n:09d}", {**members, "json": json.dumps(facts).encode()}
-        if first:
-            contact_sheet(order, settings, torch.stack(first[:SHEET]), device)
 
-    return lambda shard, advance: store(Path(order.out), shard, samples(shard, advance), lambda: {"skipped": []})
+    def write(shard: int, advance: Callable[[float], None]) -> Any:
+        stored = store(Path(order.out), shard, samples(shard, advance), lambda: {"skipped": []})
+        if first:  # the shard is in place, whatever becomes of the picture
+            try:
+                contact_sheet(order, settings, torch.stack(first[:SHEET]), device)
+            except (ValueError, OSError, RuntimeError) as error:
+                warnings.warn(f"{order.out} has no samples.png: {error}", RuntimeWarning, stacklevel=2)
+            first.clear()
+        return stored
+
+    return write
 
 
 def contact_sheet(order: Order, settings: dict[str, Any], x: Tensor, device: str) -> None:
@@ -419,11 +428,7 @@ def contact_sheet(order: Order, settings: dict[str, Any], x: Tensor, device: str
         shift, scale = (torch.tensor(settings["vae"][k]).view(-1, 1, 1) for k in ("shift", "scale"))
         images = to_uint8(VAE(order.vae, device).decode(x / scale + shift)).cpu()
     elif settings["sources"]["data"]:
-        try:
-            images = data_set(settings["sources"]["data"], "for samples.png").to_images(x).cpu()
-        except (ValueError, OSError) as error:
-            warnings.warn(f"{order.out} has no samples.png: {error}", RuntimeWarning, stacklevel=2)
-            return
+        images = data_set(settings["sources"]["data"], "for samples.png").to_images(x).cpu()
     else:
         return
     from PIL import Image

@@ -88,6 +88,7 @@ class Latents:
         self._vae: VAE | None = None  # loaded when something is first looked at
         tars = shards(self.path, self.manifest, verify == "full", tolerance, cache)
         self._train = LatentSplit(tars, self.manifest, flip, seed, trajectories)
+        self.stored: dict[str, Any] | None = self._train.path  # with trajectories: at which guidance and times
         self._heldout = None
         if heldout is not None:
             other = manifest.verify(Path(heldout))

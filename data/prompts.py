@@ -108,7 +108,7 @@ def _read(path: Path) -> list[Prompt]:
             f"prompts={path} is no file: give a text file with one prompt per line, a .jsonl, or {COMPOSED}<count>"
         )
     try:
-        lines = [(i, line.strip()) for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)]
+        lines = [(i, line.strip()) for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1)]
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts={path} is no UTF-8 text ({error.reason}): convert it") from error
     prompts = []

@@ -23,6 +23,7 @@ class Edit(ABC):
 
     perturbs: ClassVar[bool] = False  # changes what the guidance branch "perturbed" computes
     leads: ClassVar[bool] = False  # the model becomes a flow map, which is told where a step ends (Condition.end)
+    keeps: ClassVar[bool] = False  # without a LoRA, and told the same, the model predicts what it did without this edit
     excludes: ClassVar[tuple[str, ...]] = ()  # class names of edits this one cannot live with
 
     @abstractmethod

@@ -7,6 +7,7 @@ left out.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
@@ -24,7 +25,6 @@ from edit.probe import Probe, without_memory
 
 Reach = Literal["nothing", "input", "weights"]
 BATCH = 2  # samples of the run that is counted: methods average over no fewer
-STATES = 60  # of a stored path, noise included: a multiple of what methods ask for
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ def turns(
         condition = student.condition.map(lambda v: torch.zeros(BATCH, *v.shape[1:], dtype=v.dtype))
         x, samples = torch.zeros(BATCH, *student.shape), torch.arange(BATCH)
         scale = torch.ones(BATCH)
-        path = x, x[:, None].expand(-1, STATES - 1, *x.shape[1:]), torch.ones(BATCH, STATES - 1)
+        parts = getattr(matching, "parts", {"": matching}).values()
+        states = math.lcm(*(getattr(part, "starts", 1) for part in parts)) - 1  # of a stored path, noise left out
+        path = x, x[:, None].expand(-1, states, *x.shape[1:]), torch.ones(BATCH, states)
 
     def given(step: int) -> Given:
         draws = Shapes(0, samples, step, student.shape)

@@ -149,7 +149,8 @@ class Root:
     critic: CriticConfig = field(default_factory=CriticConfig)
     # runs this one needs: lists of key=value words for train.py, or for the module of ours that the first word names
     before: list[Any] = field(default_factory=list)
-    after: list[Any] = field(default_factory=list)  # the same of what is done with its artifact
+    # modules of ours that do something with its artifact, each with its settings
+    after: list[Any] = field(default_factory=list)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     sampler: Any = MISSING
@@ -316,6 +317,8 @@ def _check_stage(place: str, words: Any) -> Iterator[str]:
         )
     elif module is not None and not (Path(__file__).parents[1] / module.replace(".", "/")).with_suffix(".py").is_file():
         yield f"{place}: there is no module {module}; one that makes what a run needs is data.generate"
+    if module is None and place.startswith("after"):
+        yield f"{place}: expected a module of ours and its settings, such as [edit.export, artifact=...], got {words}"
     if odd := next((w for w in settings if "=" not in w), None):
         yield f"{place}: expected settings, key=value, after the first word, got {odd}"
     for word, written in zip(words, OmegaConf.to_container(words), strict=True):

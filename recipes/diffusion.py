@@ -43,7 +43,7 @@ class Diffusion(Recipe):
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         x, draw = batch["x"], batch["draw"]  # b c y x, b
         self._seed_dropout(batch_index)
-        self.advance()
+        self.advance(self.denoiser)
         seed = self.settings.seed
         t = self.objective.times(noise.uniform(seed, draw, noise.TIME))
         eps = noise.gaussian(seed, draw, noise.NOISE, tuple(x.shape[1:]))

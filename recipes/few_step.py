@@ -55,6 +55,7 @@ class FewStep(Recipe):
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         self._seed_dropout(batch_index)
+        self.advance(self.denoiser, *([] if self.critic is None else [self.critic]))
         if self.device_mesh is not None:
             self.reshard()  # roots stay gathered after a call without a graph: with the weights of before the last step
         given = self._given(batch, batch_index)

@@ -141,10 +141,11 @@ class Recipe(pl.LightningModule, ABC):
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def advance(self) -> None:
-        """Tell the edits how far the run is."""
-        for name, edit in self.denoiser.applied.items():
-            edit.advance(self.progress, self.denoiser.edits[name] if name in self.denoiser.edits else None)
+    def advance(self, *denoisers: Denoiser) -> None:
+        """Tell the edits of what is trained how far the run is."""
+        for denoiser in denoisers:
+            for name, edit in denoiser.applied.items():
+                edit.advance(self.progress, denoiser.edits[name] if name in denoiser.edits else None)
 
     def _record(self, batch_index: int, values: dict[str, Tensor]) -> None:
         first = batch_index % self.settings.accumulate == 0
@@ -167,11 +168,14 @@ class Recipe(pl.LightningModule, ABC):
         self.configure_parts()
         self.ema.requires_grad_(False).eval()
         self.told = bool(self.denoiser.config.get("guidance_embeds"))  # its guidance scale, as an input
-        if self.teacher is not None and self.teacher.placement == "tied" and self.denoiser.config != self.denoiser.base:
-            raise ValueError(
-                "teacher.placement=tied makes the student without its LoRA the teacher, but another edit changes its "
-                "structure: give the teacher's folder with teacher.path, or leave that edit out"
-            )
+        if self.teacher is not None and self.teacher.placement == "tied":
+            others = [name for name, e in self.denoiser.applied.items() if not e.keeps]
+            if others or self.denoiser.config != self.denoiser.base:
+                raise ValueError(
+                    "teacher.placement=tied makes the student without its LoRA the teacher, but another edit "
+                    f"{'(' + others[0] + ') ' if others else ''}changes it: give the teacher's folder with "
+                    "teacher.path, or leave that edit out"
+                )
         if self.teacher is not None and not self.told and self.teacher.guidance.low != self.teacher.guidance.high:
             raise ValueError(
                 "teacher.guidance is a range, but the student has no guidance input that could be told the scale: give "

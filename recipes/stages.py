@@ -15,7 +15,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -28,8 +29,8 @@ SHARED += ("trainer.accelerator", "trainer.threads")  # not devices: how many sh
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 CONNECTED = timedelta(minutes=10)  # for all ranks to come to the store
 OURS = Path(__file__).parents[1]  # where `data` and `edit` are
-# what torchrun tells its ranks
-LAUNCHER = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+# what torchrun tells its ranks, and Lightning those that it starts itself
+LAUNCHER = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"}
 LAUNCHER |= {f"{group}_{what}" for group in ("LOCAL", "GROUP", "ROLE") for what in ("RANK", "WORLD_SIZE")} | {
     "ROLE_NAME"
 }
@@ -71,6 +72,20 @@ def run_after(cfg: DictConfig, script: Path) -> None:
             raise SystemExit(code)
 
 
+@contextmanager
+def launched() -> Iterator[None]:
+    """Afterwards the environment is what the launcher made it: of a run of several devices Lightning leaves rank and
+    port behind, by which what is started next would take itself for one of those ranks."""
+    before = {name: os.environ.get(name) for name in LAUNCHER}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
 def command(cfg: DictConfig, script: Path, words: Sequence[str]) -> list[str]:
     """A stage's words as a command line."""
     if "=" in words[0]:
@@ -80,20 +95,23 @@ def command(cfg: DictConfig, script: Path, words: Sequence[str]) -> list[str]:
 
 def _run_all(cfg: DictConfig, script: Path) -> int:
     """The exit code of the first run that did not finish, or 0."""
-    tasks = _slurm_tasks()
     for number, words in enumerate(cfg.before):
+        work = partial(_run, command(cfg, script, words))
         if "=" in words[0]:
-            code = _run(command(cfg, script, words))
+            code = work()
         else:
-            work = partial(_run, command(cfg, script, words))
+            tasks = _slurm_tasks(number)
             code = _while_others_wait(work, f"before/{cfg.runs}/{cfg.name}/{number}", tasks) if tasks else work()
         if code:
             return code
     return 0
 
 
-def _slurm_tasks() -> str | None:
-    """Where the tasks of a SLURM launch meet, for `rendezvous`; None if this is none, or a single task."""
+def _slurm_tasks(number: int) -> str | None:
+    """Where the tasks of a SLURM launch meet for a stage, for `rendezvous`; None if this is none, or a single task.
+
+    Each stage has a port of its own: a task that is ahead must not find the store that another is about to close.
+    """
     if "SLURM_PROCID" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         return None
     from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -101,9 +119,8 @@ def _slurm_tasks() -> str | None:
     if not SLURMEnvironment.detect() or os.environ["SLURM_NTASKS"] == "1":
         return None
     launch = SLURMEnvironment()
-    return (
-        f"tcp://{launch.main_address}:{launch.main_port}?rank={launch.global_rank()}&world_size={launch.world_size()}"
-    )
+    port = 10_000 + (launch.main_port + 1 + number) % 50_000  # not train.py's own
+    return f"tcp://{launch.main_address}:{port}?rank={launch.global_rank()}&world_size={launch.world_size()}"
 
 
 def _while_others_wait(work: Callable[[], int], name: str, meeting: str) -> int:
@@ -120,7 +137,8 @@ def _while_others_wait(work: Callable[[], int], name: str, meeting: str) -> int:
             time.sleep(1)
     code = int(store.get("code"))
     store.add("known", 1)
-    while rank == 0 and store.add("known", 0) < world:  # it may be the host of the store
+    patience = time.monotonic() + CONNECTED.total_seconds()  # a task may have died meanwhile
+    while rank == 0 and store.add("known", 0) < world and time.monotonic() < patience:  # it may host the store
         time.sleep(0.01)
     return code
 

@@ -93,7 +93,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     needy += ["matching"] if matching is not None and matching.needs_teacher else []
     teacher = make_teacher(cfg, data, objective, needy, plan)
     sight = make_sight(data, matching)
-    sampler = told_as_taught(cfg, sampler, teacher, plan, matching)
+    stored = getattr(data, "stored", None)  # how a teacher made the data, where a method is to know
+    if matching is not None and stored is not None:
+        matching.check_stored(stored.get("times", []))
+    sampler = told_as_taught(sampler, taught_at(teacher, stored), plan, matching)
     condition, null = conditions(data), null_condition(data)
     refuse_too_large(cfg)
     how = Settings(
@@ -263,8 +266,24 @@ def builders(cfg: DictConfig, data: Any, objective: Objective):
     return build, structure, plan
 
 
+def taught_at(teacher: Teacher | None, stored: Mapping[str, Any] | None) -> TeacherGuidance | None:
+    """The guidance that a student learns: its teacher's, or that of stored paths.
+
+    Raises:
+        UserError: if there are both, and they differ
+    """
+    live = None if teacher is None else teacher.guidance
+    cached = None if stored is None else TeacherGuidance(float(stored["guidance"]), float(stored["guidance"]))
+    if live and cached and live != cached:
+        raise UserError(
+            f"the stored paths were made at guidance {cached.high:g}, and teacher.guidance asks at {live.low:g} to "
+            f"{live.high:g}: set teacher.guidance={cached.high:g}"
+        )
+    return live or cached
+
+
 def told_as_taught(
-    cfg: DictConfig, sampler: Sampler, teacher: Teacher | None, student: Denoiser, matching: Matching | None
+    sampler: Sampler, taught: TeacherGuidance | None, student: Denoiser, matching: Matching | None
 ) -> Sampler:
     """The sampler, with the guidance that the student is told while it learns from a teacher.
 
@@ -276,9 +295,9 @@ def told_as_taught(
         raise UserError(
             f"sampler.told={sampler.told:g}, but this {student.name} has no guidance input: use sampler.guidance"
         )
-    if teacher is None:
+    if taught is None:
         return sampler
-    low, high = teacher.guidance.low, teacher.guidance.high
+    low, high = taught.low, taught.high
     if matching is not None and (low, high) != (1.0, 1.0) and sampler.guidance != 1:
         raise UserError(
             f"the student learns the teacher's guidance of {high:g}, and sampler.guidance={sampler.guidance:g} would "

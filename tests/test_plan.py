@@ -13,6 +13,7 @@ from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig
 from edit.cost import peak_memory
 from edit.distillation.distribution_matching import DistributionMatching
+from edit.distillation.endpoint import CachedEndpoint
 from edit.distillation.ladd import LADD
 from edit.distillation.progressive import Progressive
 from edit.plan import (
@@ -279,6 +280,11 @@ def test_a_method_is_counted_by_what_it_asks():
     assert counted(Progressive(4), guided=2)["teacher"] == {"nothing": 4}
 
 
+@pytest.mark.parametrize("starts", [1, 7, 8])
+def test_students_of_stored_paths_are_counted_whatever_their_starts(starts):
+    assert counted(CachedEndpoint(starts)) == {"student": {"weights": 1}}
+
+
 def test_distribution_matching_trains_the_critic_on_its_turns_and_sees_rollouts_of_the_mean_length():
     """From a grid of K times 0 to K - 1 steps are rolled out, then comes one more, with a graph or without."""
     found = counted(DistributionMatching(grid=(1.0, 0.5), simulate=1.0, every=5), guided=2, rounds=20)
@@ -488,6 +494,20 @@ def test_an_edit_is_planned_without_the_artifact_that_it_will_edit(capsys):
     whole = report("data.batch_size=8", capsys=capsys)
     pruned = report("experiment=dit_digits/depth", "data.batch_size=8", capsys=capsys)
     assert pruned["parameters"] < 0.6 * whole["parameters"] and pruned["macs"] < 0.6 * whole["macs"]
+
+
+def test_a_search_over_flux_trains_its_lora_and_two_logits_for_each_pair_of_units(capsys):
+    less = ("backbone.path=not_here", "backbone.num_layers=3", "backbone.num_single_layers=4", "devices=8")
+    r = report("experiment=flux_dev/tinyfusion_search", *less, capsys=capsys)
+    with torch.device("meta"):
+        flux = FluxConfig(num_layers=3, num_single_layers=4).build()
+    linear = [m for m in flux.modules() if isinstance(m, torch.nn.Linear)]
+    lora, logits = (
+        sum(8 * (m.in_features + m.out_features) for m in linear),
+        2 * (2 + 2),
+    )  # one double unit is left over
+    assert r["trained"] == lora + logits
+    assert r["parameters"] == sum(p.numel() for p in flux.parameters()) + lora + logits
 
 
 def test_settings_that_do_not_decide_the_structure_may_be_missing(capsys):

@@ -7,7 +7,7 @@ rCM (arXiv 2510.08431) is 100 sCM + 1 DMD, its consistency loss on the student's
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -71,6 +71,10 @@ class Combined(Matching):
     def check(self, solver: Solver) -> None:
         for part in self.parts.values():
             part.check(solver)
+
+    def check_stored(self, stored: Sequence[float]) -> None:
+        for part in self.parts.values():
+            part.check_stored(stored)
 
     def build(self, student: Denoiser, teacher: Denoiser | None) -> Parts | None:
         built = {name: part.build(student, teacher) for name, part in self.parts.items()}

@@ -11,6 +11,7 @@ Specification: methods/distillation.md, D3.1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,16 +82,29 @@ class CachedEndpoint(Matching):
     def check(self, solver: Solver) -> None:
         check_starts("CachedEndpoint", self.starts, self.shift, solver)
 
+    def check_stored(self, stored: Sequence[float]) -> None:
+        found, wanted = [1.0, *stored][:: self.apart(1 + len(stored))], times(self.starts, self.shift)
+        if any(abs(a - b) > 1e-4 for a, b in zip(found, wanted, strict=False)):
+            raise ValueError(
+                f"CachedEndpoint trains steps to data from the times {[round(t, 4) for t in wanted[:-1]]}, the stored "
+                f"paths have {[round(t, 4) for t in found]}: set matching.shift to the shift they were generated with"
+            )
+
+    def apart(self, states: int) -> int:
+        """Which of the states of a path, noise included, are starts: every n-th."""
+        every, left = divmod(states, self.starts)
+        if left:
+            raise ValueError(
+                f"CachedEndpoint: starts={self.starts} does not divide the noise and the {states - 1} states that "
+                f"are stored of each path: generate with points={self.starts - 1}, or change starts"
+            )
+        return every
+
     def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
         z = stored_noise("CachedEndpoint", given)
         states = torch.cat((z[:, None], given.trajectory), 1)
         at = torch.cat((torch.ones_like(given.scale)[:, None], given.times), 1)
-        every, left = divmod(at.shape[1], self.starts)
-        if left:
-            raise ValueError(
-                f"CachedEndpoint: starts={self.starts} does not divide the noise and the {at.shape[1] - 1} states that "
-                f"are stored of each path: generate with points={self.starts - 1}, or change starts"
-            )
+        every = self.apart(at.shape[1])
         return regress(roles, given, states[:, ::every], at[:, ::every], given.x)
 
 

@@ -38,6 +38,7 @@ class IntervalInput(Edit):
     """
 
     leads: ClassVar[bool] = True
+    keeps: ClassVar[bool] = True
     scale: float = 10.0
 
     def __post_init__(self):

@@ -112,6 +112,16 @@ class Matching(ABC):
             ValueError: naming both, and what to use instead
         """
 
+    def check_stored(self, stored: Sequence[float]) -> None:  # noqa: B027 - few look at stored paths
+        """Refuse paths that were stored at other times than this method trains at.
+
+        Args:
+            stored: of the states between noise and data, decreasing
+
+        Raises:
+            ValueError: naming both
+        """
+
     def build(self, student: Denoiser, teacher: Denoiser | None) -> nn.Module | None:
         """Parameters of the method itself: a discriminator's heads, a learned weight. They are trained (`judges`) and
         saved with the run, not with the artifact. May be called on the meta device.

@@ -99,6 +99,7 @@ class MixtureHead(Edit):
         std: the first std of a component in units of s
     """
 
+    keeps: ClassVar[bool] = True
     components: int = 8
     spread: float = 0.05
     std: float = 0.05

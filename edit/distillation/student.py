@@ -8,7 +8,7 @@ mean of an interval after Amber-Image, the fold is ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -70,6 +70,15 @@ def average(units: list[nn.Module], into: nn.Module) -> None:
         p.copy_(torch.stack([u.get_parameter(name) for u in units]).mean(0))
 
 
+def embedders(who: str, model: Any) -> Any:
+    """What embeds time, guidance and pooled text. Raises ValueError if another edit has replaced it."""
+    if not hasattr(model.time_text_embed, "timestep_embedder") or not hasattr(
+        model.time_text_embed.timestep_embedder, "linear_2"
+    ):
+        raise ValueError(f"{who}: another edit has replaced the embedder of the time: apply {who} before it")
+    return model.time_text_embed
+
+
 @dataclass
 class FixedGuidance(Edit):
     """A guidance-distilled FLUX that is always told the same scale, and no longer needs to be: exact.
@@ -91,7 +100,7 @@ class FixedGuidance(Edit):
         if not config.get("guidance_embeds"):
             raise ValueError(f"FixedGuidance: this {denoiser.name} has no guidance input: there is nothing to fold")
         model = denoiser.model
-        old, bias = model.time_text_embed, model.time_text_embed.timestep_embedder.linear_2.bias
+        old, bias = embedders("FixedGuidance", model), model.time_text_embed.timestep_embedder.linear_2.bias
         told = torch.tensor([self.guidance], dtype=bias.dtype, device=bias.device)
         bias += old.guidance_embedder(old.time_proj(told * 1000).to(bias.dtype))[0]
         with torch.device("meta"):  # stock calls a module without guidance with other arguments
@@ -119,7 +128,7 @@ class GuidanceInput(Edit):
         if config.get("guidance_embeds", True):  # families without the option have no such input
             raise ValueError(f"GuidanceInput: this {denoiser.name} cannot be given a guidance input, or has one")
         model = denoiser.model
-        old, weight = model.time_text_embed, model.time_text_embed.timestep_embedder.linear_2.weight
+        old, weight = embedders("GuidanceInput", model), model.time_text_embed.timestep_embedder.linear_2.weight
         with weight.device:  # type: ignore
             new = CombinedTimestepGuidanceTextProjEmbeddings(len(weight), config["pooled_projection_dim"])
         new.guidance_embedder.to(weight.dtype)

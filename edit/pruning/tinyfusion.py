@@ -76,6 +76,7 @@ class TinyFusion(Edit):
     def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
         assert isinstance(own, Gates)
         if not own.training:
+            own.decision = frozenset(own.kept())  # in every pass: FSDP2 changes logits without a trace of it
             return stream
         p = own.probabilities()
         stream = stream.record(MASK, own.draw(len(stream.image)))
@@ -123,7 +124,7 @@ class Gates(nn.Module):
         self.register_buffer("tau", torch.tensor(float(tau), device=device))
         places = [g * width + i for g, (_, m) in enumerate(groups) for i in range(m)]
         self.register_buffer("places", torch.tensor(places, device="cpu").to(device))  # of the units in g x m
-        self._decision: tuple[tuple[int, int], frozenset[int]] = (-1, -1), frozenset()
+        self.decision: frozenset[int] = frozenset()  # units that stay, of the pass under way outside of training
 
     def scaled(self) -> Tensor:
         """kappa l: g c, minus infinity where a group has no such way."""
@@ -151,18 +152,11 @@ class Gates(nn.Module):
     def kept(self) -> list[int]:
         """Units that stay, by the largest logit of each group. Reading the logits waits for the device."""
         best = self.scaled().argmax(1)
-        ends = [0, *accumulate(m for _, m in self.groups)]
         if best.is_meta:  # no weights yet: any way costs the same
+            ends = [0, *accumulate(m for _, m in self.groups)]
             return [end + i for end, (n, _) in zip(ends, self.groups, strict=False) for i in range(n)]
-        ways = [options(n, m)[c] for (n, m), c in zip(self.groups, best.tolist(), strict=True)]
-        return torch.cat(ways).nonzero()[:, 0].tolist()
-
-    def keeps(self, i: int) -> bool:
-        """Whether unit i is in `kept`, which is looked up again only when the logits have changed."""
-        version = id(self.logits), self.logits._version
-        if self._decision[0] != version:
-            self._decision = version, frozenset(self.kept())
-        return i in self._decision[1]
+        ways = self.options[torch.arange(len(best), device=best.device), best]  # g m
+        return ways.flatten()[self.places].nonzero()[:, 0].tolist()
 
 
 class Gated:
@@ -174,7 +168,7 @@ class Gated:
     def __call__(self, stream: Stream) -> Stream:
         mask = stream.trace.get(MASK)
         if mask is None:
-            return self.unit(stream) if self.gates.keeps(self.index) else stream
+            return self.unit(stream) if self.index in self.gates.decision else stream
         after, m = self.unit(stream), mask[:, self.index, None, None].to(stream.image.dtype)
         text = after.text if stream.text is None else torch.lerp(stream.text, after.text, m)
         return replace(after, image=torch.lerp(stream.image, after.image, m), text=text)

@@ -34,6 +34,8 @@ class LoRA(Edit):
     dropout: float = 0.0
     targets: tuple[str, ...] = ("attn.qkv", "attn.proj")
 
+    keeps = True
+
     def __post_init__(self):
         self.targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
         if self.rank < 1:

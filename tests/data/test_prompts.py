@@ -8,6 +8,13 @@ import pytest
 from data.prompts import SLOTS, TOTAL, _sentence, _shuffled, read_prompts
 
 
+def test_a_line_ends_where_the_file_says_so(tmp_path):
+    """Other characters that Python takes for line ends may stand inside a prompt."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("a\u2028b\r\nc\x85d\n".encode())
+    assert [p.text for p in read_prompts(str(path))] == ["a\u2028b", "c\x85d"]
+
+
 def test_they_are_different_and_numbered():
     prompts = read_prompts("composed:20000")
     assert len({p.text for p in prompts}) == 20_000 and TOTAL > 1e6

@@ -155,6 +155,15 @@ def test_stored_starts_are_drawn_evenly_and_asked_at_their_own_times():
         assert 60 < ((t - time).abs() < 1e-6).sum() < 140  # a third of 300, standard deviation 8
 
 
+def test_paths_that_were_stored_at_other_times_are_refused():
+    CachedEndpoint(4, shift=5.0).check_stored([0.9375, 0.833333, 0.625])
+    CachedEndpoint(2).check_stored([0.75, 0.5, 0.25])
+    with pytest.raises(ValueError, match=r"the stored paths have \[1.0, 0.9375, 0.8333, 0.625\]: set matching.shift"):
+        CachedEndpoint(4).check_stored([0.9375, 0.833333, 0.625])
+    with pytest.raises(ValueError, match="starts=3 does not divide"):
+        CachedEndpoint(3).check_stored([0.75, 0.5, 0.25])
+
+
 def test_data_without_the_paths_that_are_asked_for_are_refused():
     with pytest.raises(ValueError, match="CachedEndpoint needs to know the noise .* data.set.trajectories=true"):
         CachedEndpoint().student_losses(roles(velocity), given())

@@ -10,7 +10,7 @@ import edit
 from edit.backbones.flux import FluxConfig
 from edit.denoiser import Condition
 from edit.distillation.modulation import ModulationApproximator, Scalars, Slots, Taught, modulated
-from edit.distillation.student import FixedGuidance
+from edit.distillation.student import FixedGuidance, GuidanceInput
 from edit.pruning.depth import DepthPruning
 
 SLOTS = 3 * 4 + 12 * 3 + 2  # of the fixture: 4 single and 3 double units
@@ -214,3 +214,10 @@ def test_what_cannot_be_is_refused_in_a_sentence(flux, dit, tmp_path):
         edit.apply(flux, {"twice": small()})
     with pytest.raises(ValueError, match="cannot be folded into the weights: keep it as an edit"):
         edit.fold(flux)
+
+
+@pytest.mark.parametrize("other", [FixedGuidance(3.5), GuidanceInput()])
+def test_what_changes_the_embedders_must_come_before(make_flux, other):
+    flux = make_flux(guidance_embeds=isinstance(other, FixedGuidance))
+    with pytest.raises(ValueError, match=f"{type(other).__name__}: another edit has replaced the embedder"):
+        edit.apply(flux, {"small": small(), "late": other})

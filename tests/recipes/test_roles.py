@@ -170,8 +170,19 @@ def test_a_term_that_names_no_unit_of_the_teacher_is_refused(tmp_path):
 def test_a_tied_teacher_must_have_the_structure_of_the_student(tmp_path):
     teacher_of(tmp_path)
     lora = "+edits.lora={_target_: edit.tuning.lora.LoRA, rank: 2}"
-    with pytest.raises((UserError, ValueError), match="another edit changes its structure"):
+    with pytest.raises((UserError, ValueError), match=r"another edit \(depth\) changes it"):
         train(tmp_path, "name=a", "teacher.placement=tied", f"init={tmp_path}/teacher", "edits=depth", lora, OUTPUT)
+
+
+def test_a_tied_teacher_must_not_have_another_attention_than_before(tmp_path):
+    """Its shapes would not tell: the student's own operator would be what it is taught by."""
+    teacher_of(tmp_path)
+    edits = (
+        "+edits.lora={_target_: edit.tuning.lora.LoRA, rank: 2}",
+        "+edits.swap._target_=edit.attention.linear.LinearAttention",
+    )
+    with pytest.raises((UserError, ValueError), match=r"another edit \(swap\) changes it"):
+        train(tmp_path, "name=a", "teacher.placement=tied", f"init={tmp_path}/teacher", *edits, OUTPUT)
 
 
 def test_a_teacher_of_other_classes_is_refused(tmp_path):

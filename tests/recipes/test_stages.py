@@ -16,7 +16,7 @@ from ranks import run_ranks
 from small_runs import config, rows
 
 from recipes.config import UserError
-from recipes.stages import LAUNCHER, run_before, shared
+from recipes.stages import LAUNCHER, launched, run_after, run_before, shared
 
 RECORD = """
 import sys
@@ -77,6 +77,41 @@ def test_a_module_of_ours_is_run_with_its_own_words_alone(tmp_path, monkeypatch,
     assert "before    -m data.generate teacher=a\n" in said and len(log.read_text().splitlines()) == 1
 
 
+def test_what_follows_a_run_comes_in_order_and_ends_the_command_with_its_code(tmp_path, capfd):
+    script, _ = recorder(tmp_path)
+    cfg = config(tmp_path, "name=a", "after=[[data.generate],[data.generate,'teacher=a'],[data.generate]]")
+    with pytest.raises(SystemExit) as ended:
+        run_after(cfg, script)
+    said, error = capfd.readouterr()
+    assert ended.value.code == 2 and "error: prompts is missing" in error
+    assert said.count("after     ") == 2 and "Keys and their defaults" in said  # the first had nothing to complain of
+
+
+def test_a_run_of_its_own_cannot_follow_a_run(tmp_path):
+    with pytest.raises(UserError, match="after.0: expected a module of ours and its settings"):
+        config(tmp_path, "name=a", "after=[['name=one']]")
+
+
+def test_what_lightning_tells_its_ranks_is_gone_after_the_run(monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(RuntimeError), launched():
+        os.environ |= {"LOCAL_RANK": "0", "NODE_RANK": "0", "MASTER_PORT": "2"}
+        raise RuntimeError
+    assert os.environ["MASTER_PORT"] == "1" and not {"LOCAL_RANK", "NODE_RANK"} & os.environ.keys()
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+def test_what_follows_a_run_is_the_first_ranks(tmp_path, monkeypatch, name, capfd):
+    script, _ = recorder(tmp_path)
+    cfg = config(tmp_path, "name=a", "after=[[data.generate]]")
+    for rank, times in (("1", 0), ("0", 1)):
+        monkeypatch.setenv(name, rank)
+        run_after(cfg, script)
+        assert capfd.readouterr().out.count("after     -m data.generate") == times
+
+
+@pytest.mark.parametrize("stage", ["before", "after"])
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -88,9 +123,9 @@ def test_a_module_of_ours_is_run_with_its_own_words_alone(tmp_path, monkeypatch,
         ("[]", "expected a list of settings such as"),
     ],
 )
-def test_words_that_start_nothing_are_refused(tmp_path, words, sentence):
+def test_words_that_start_nothing_are_refused(tmp_path, stage, words, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
-        config(tmp_path, "name=a", f"before=[{words}]")
+        config(tmp_path, "name=a", f"{stage}=[{words}]")
 
 
 SLOW = """
@@ -136,13 +171,13 @@ def _under_slurm(folder: Path) -> int:
         "PROCID": rank, "LOCALID": rank, "NODEID": "0", "NTASKS": "2", "NTASKS_PER_NODE": "2", "JOB_NAME": "job",
         "NODELIST": "localhost"}.items()} | {"MASTER_PORT": port}  # fmt: skip
     assert SLURMEnvironment.detect()
-    return _before(folder, "[[data.generate,'teacher=a'],['name=never']]")[0]
+    return _before(folder, "[[data.generate],[data.generate],[data.generate,'teacher=a'],['name=never']]")[0]
 
 
-def test_under_slurm_the_first_task_runs_a_module_and_all_tasks_wait(tmp_path, capfd):
+def test_under_slurm_the_first_task_runs_modules_one_by_one_and_all_tasks_wait(tmp_path, capfd):
     (tmp_path / "log").touch()
     assert run_ranks(_under_slurm, args=(tmp_path,)) == [2, 2]
-    assert capfd.readouterr().out.count("-m data.generate") == 1
+    assert capfd.readouterr().out.count("before    -m data.generate") == 3
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from weights import randomise
 
 import edit
 from edit.backbones.flux import Flux
+from recipes.config import UserError
 
 EXPERIMENT = "experiment=flux_tiny/endpoint_cached"
 TINY = ("backbone.num_layers=1", "backbone.num_single_layers=1")
@@ -62,3 +63,13 @@ def test_reflow_takes_the_same_folder(runs):
     words = ("matching._target_=edit.distillation.reflow.CachedReflow", "~matching.starts", "~matching.shift")
     train(runs, EXPERIMENT, "name=reflow", *words, "sampler.solver.renoise=false")
     assert len(losses(runs, "reflow")) == 3
+
+
+def test_a_student_of_stored_paths_is_not_guided_a_second_time(runs):
+    with pytest.raises(UserError, match="learns the teacher's guidance of 3, and sampler.guidance=2"):
+        train(runs, EXPERIMENT, "name=twice", "sampler.guidance=2.0")
+
+
+def test_stored_paths_of_another_shift_are_refused(runs):
+    with pytest.raises((UserError, ValueError), match="set matching.shift to the shift they were generated with"):
+        train(runs, EXPERIMENT, "name=shift", "matching.shift=1.0", "sampler.solver.shift=1.0")
