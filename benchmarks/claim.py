@@ -60,7 +60,8 @@ def main(words: Sequence[str]) -> int:
     runs = Path(claim.get("runs", "runs"))
     folder = runs / "claims" / name
     folders: dict[str, list[Path]] = {}
-    for arm, settings in claim.arms.items():
+    arms: Any = OmegaConf.to_container(claim.arms, resolve=False)  # ${...} in them is train.py's
+    for arm, settings in arms.items():
         for seed in claim.seeds:
             run_name = f"claims/{name}/{arm}_{seed}"
             run("train.py", *settings, f"name={run_name}", f"seed={seed}", f"runs={runs}", "evaluate=null", *passed)

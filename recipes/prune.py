@@ -109,10 +109,11 @@ def run(chosen: Settings) -> Path:
     from edit.checkpoint import fingerprint, save
     from edit.pruning.depth import DepthPruning
     from edit.pruning.patterns import groups_of, segments
+    from edit.pruning.tinyfusion import Gates
 
     out = Path(chosen.out)
-    settings = {k: v for k, v in asdict(chosen).items() if k not in ("out", "device", "batch")}
-    settings["weights"] = [fingerprint(path) for path in (chosen.model, chosen.search) if path]
+    settings = {k: v for k, v in asdict(chosen).items() if k not in ("out", "model", "search", "device", "batch")}
+    settings["weights"] = [fingerprint(path) for path in (chosen.model, chosen.search) if path]  # wherever they lie
     if (out / "pruning.json").exists():
         before = json.loads((out / "pruning.json").read_text())
         if other := next((k for k in settings if before["settings"].get(k) != settings[k]), None):
@@ -124,6 +125,10 @@ def run(chosen: Settings) -> Path:
         return out
     artifact = edit.load(chosen.model)
     denoiser = artifact.denoiser
+    if any(isinstance(own, Gates) for own in denoiser.edits.values()):
+        raise UserError(
+            f"model={chosen.model} is a search: give the model that it started from, and the search as search="
+        )
     if chosen.search is not None:
         groups, choice = searched(chosen.search, denoiser)
     else:
@@ -137,7 +142,7 @@ def run(chosen: Settings) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     save(denoiser, out / "artifact", artifact.objective, artifact.sampler, artifact.data, artifact.run | made)
     picture(out / "pruning.png", chosen, depth, choice)
-    record = {"settings": settings, "groups": groups, **asdict(choice)}
+    record = {"model": chosen.model, "search": chosen.search, "settings": settings, "groups": groups, **asdict(choice)}
     write(out / "pruning.json", json.dumps(record, indent=2) + "\n")  # last: it says that the rest is there
     print(f"kept      units {', '.join(map(str, choice.kept))} of {depth}, by {chosen.by}")
     print(f"pruned    {out / 'artifact'}")
@@ -158,18 +163,34 @@ def searched(path: str, denoiser: Denoiser) -> tuple[Groups, Choice]:
     """What a search decided, by its averaged logits.
 
     Raises:
-        UserError: if it was no search
-        ValueError: if it was one of another model
+        UserError: if it was no search, or one of other weights
+        ValueError: if it was one of another structure
     """
+    import torch
+
     from edit.checkpoint import load, split_state
     from edit.denoiser import check_layout
-    from edit.pruning.tinyfusion import Gates
+    from edit.pruning.tinyfusion import Gates, TinyFusion
+    from edit.tuning.lora import LoRA
 
     found = load(path).denoiser
     gates = next((own for own in found.edits.values() if isinstance(own, Gates)), None)
     if gates is None:
         raise UserError(f"search={path} is no search: its model has no gates; train one with edits=tinyfusion")
-    check_layout(*(split_state(d, d.state_dict())[0] for d in (denoiser, found)), f"search={path}")
+    whole, theirs = (split_state(d, d.state_dict())[0] for d in (denoiser, found))
+    check_layout(whole, theirs, f"search={path}")
+    rules = list(found.applied.values())
+    rule = next(e for e in rules if isinstance(e, TinyFusion))
+    if rule.frozen or any(isinstance(e, LoRA) for e in rules):  # then the search has left the weights alone
+        begin = slice(0, 4096)
+        same = (
+            torch.equal(v.flatten()[begin].to(theirs[k].dtype), theirs[k].flatten()[begin]) for k, v in whole.items()
+        )
+        if not all(same):
+            raise UserError(
+                f"search={path} was made with other weights than model=: give the model that it started from"
+            )
+    gates.kappa.fill_(rule.kappa[1])  # the average, which is what was saved, has kept the first
     confidence = gates.probabilities().amax(1).tolist()
     return gates.groups, Choice(gates.kept(), confidence=confidence)
 
@@ -216,7 +237,7 @@ class Batches:
 
         source = artifact if chosen.data is None else edit.load(chosen.data)
         self.objective, self.seed = artifact.objective, chosen.seed
-        self.device = pick_device(chosen.device)
+        self.device = pick_device({"gpu": "cuda"}.get(chosen.device, chosen.device))  # as trainer.accelerator has it
         self.denoiser = artifact.denoiser.to(self.device)
         size = min(chosen.batch, chosen.samples)
         split = build_data(source).train()

@@ -29,7 +29,7 @@ def test_every_arm_composes_and_the_winner_is_one_of_them(path):
     assert set(claim.measures.values()) <= {"higher", "lower"}
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
-        for settings in claim.arms.values():
+        for settings in OmegaConf.to_container(claim.arms, resolve=False).values():
             assert check(compose("train", [*settings, "name=a", "seed=1"])) == []
 
 

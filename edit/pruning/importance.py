@@ -76,9 +76,9 @@ def influence(denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) 
         One number per unit and sample: units b.
     """
     depth = len(denoiser.units)
-    before = denoiser.embed(**denoiser.pack(x_t, t, condition))
-    tokens = [before.image[:, before.layout.registers :]]
-    trace = denoiser.run(before, taps=range(depth)).trace
+    embedded = denoiser.embed(**denoiser.pack(x_t, t, condition))
+    tokens = [embedded.image[:, embedded.layout.registers :]]
+    trace = denoiser(x_t, t, condition, taps=range(depth)).trace
     tokens += [trace[f"unit.{i}"] for i in range(depth)]
     cosines = [
         F.cosine_similarity(a.float(), b.float(), dim=2).mean(1) for a, b in zip(tokens, tokens[1:], strict=False)

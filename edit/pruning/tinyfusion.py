@@ -39,8 +39,8 @@ class TinyFusion(Edit):
         start: of every logit
         kappa: factor of the logits at the start and the end of the run: with 100, a step of 1e-3 moves one by 0.1
         tau: temperature of the straight-through gradient, linear over the run; which way is drawn does not depend on it
-        frozen: train the logits alone; otherwise the weights too, or a LoRA where one is applied (rank 8, alpha 16 on
-            all linear layers)
+        frozen: without a LoRA, train the logits alone; otherwise the weights too, or a LoRA where one is applied (rank
+            8, alpha 16 on all linear layers)
     """
 
     pattern: Pattern = "1:2"
@@ -100,7 +100,7 @@ class TinyFusion(Edit):
 
 
 class Gates(nn.Module):
-    """The logits of a search.
+    """The logits of a search. Under FSDP2 with bf16 a pass sees them rounded to bf16, kappa l to 0.01 near the start.
 
     Args:
         groups: (n, m) each
@@ -124,7 +124,7 @@ class Gates(nn.Module):
         self.register_buffer("tau", torch.tensor(float(tau), device=device))
         places = [g * width + i for g, (_, m) in enumerate(groups) for i in range(m)]
         self.register_buffer("places", torch.tensor(places, device="cpu").to(device))  # of the units in g x m
-        self.decision: frozenset[int] = frozenset()  # units that stay, of the pass under way outside of training
+        self.decision: frozenset[int] | None = None  # units that stay, of the pass under way outside of training
 
     def scaled(self) -> Tensor:
         """kappa l: g c, minus infinity where a group has no such way."""
@@ -168,7 +168,17 @@ class Gated:
     def __call__(self, stream: Stream) -> Stream:
         mask = stream.trace.get(MASK)
         if mask is None:
-            return self.unit(stream) if self.index in self.gates.decision else stream
-        after, m = self.unit(stream), mask[:, self.index, None, None].to(stream.image.dtype)
-        text = after.text if stream.text is None else torch.lerp(stream.text, after.text, m)
-        return replace(after, image=torch.lerp(stream.image, after.image, m), text=text)
+            decision = self.gates.decision
+            if decision is None:
+                raise RuntimeError(
+                    "TinyFusion: units were run without the denoiser's forward, which decides: call that"
+                )
+            return self.unit(stream) if self.index in decision else stream
+        after, m = self.unit(stream), mask[:, self.index, None, None]
+        text = after.text if stream.text is None else mix(stream.text, after.text, m)
+        return replace(after, image=mix(stream.image, after.image, m), text=text)
+
+
+def mix(before: Tensor, after: Tensor, m: Tensor) -> Tensor:
+    """m after + (1 - m) before, in the type of `after`: under autocast a unit may hand on another than it got."""
+    return torch.lerp(before.to(after.dtype), after, m.to(after.dtype))

@@ -166,6 +166,24 @@ def test_image_and_text_share_a_gate_and_what_is_left_is_a_stock_model(
     assert all(torch.equal(v, gated.model.state_dict()[k]) for k, v in stock.state_dict().items())
 
 
+@pytest.mark.parametrize("family", ["flux", "sd3", "pixart"])
+def test_a_search_runs_in_bf16_whatever_type_a_unit_hands_on(stock_family, family):
+    make, inputs = stock_family(family)
+    gated = searched(make())
+    for checkpointing in (False, True):
+        gated.gradient_checkpointing = checkpointing
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            gated(*inputs).sample.float().square().sum().backward()
+        assert gates_of(gated).logits.grad.isfinite().all()
+
+
+def test_units_without_a_decision_are_not_run(make, batch):
+    gated = searched(make(depth=4)).eval()
+    stream = gated.embed(**gated.pack(*batch))
+    with pytest.raises(RuntimeError, match="call that"):
+        gated.run(stream)
+
+
 @torch.no_grad()
 def test_outside_of_training_dropped_units_are_not_run(make, batch):
     gated = searched(make(depth=4)).eval()

@@ -133,6 +133,24 @@ def test_a_search_of_another_model_is_refused(whole, capsys):
     assert "does not fit this model" in capsys.readouterr().err
 
 
+def test_a_search_over_other_weights_is_refused(whole, capsys):
+    model(whole / "other", seed=1)
+    assert prune(whole, model=whole / "other", search=whole / "search") == 1
+    assert "was made with other weights than model=" in capsys.readouterr().err
+
+
+def test_the_same_model_is_the_same_wherever_it_lies(whole, monkeypatch, capsys):
+    assert prune(whole, by="uniform") == 0
+    monkeypatch.chdir(whole)
+    assert prune(whole, model="whole", out="out", by="uniform") == 0
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_a_search_is_not_what_is_pruned(whole, capsys):
+    assert prune(whole, model=whole / "search", by="influence") == 1
+    assert "is a search: give the model that it started from" in capsys.readouterr().err
+
+
 def test_help_names_every_key(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out

@@ -60,6 +60,14 @@ def test_the_schedule_warms_up_and_follows_the_cosine_to_zero(tmp_path):
     assert rates[3:] == pytest.approx(expected, abs=1e-9)
 
 
+def test_a_cosine_ends_at_the_part_of_the_rate_that_is_asked_for(tmp_path):
+    words = ("optimizer.warmup=0", "optimizer.lr=0.01", "optimizer.end=0.4", "trainer.max_steps=4")
+    train(tmp_path, "name=a", *words)
+    rates = [float(r["lr"]) for r in rows(tmp_path, "a")]  # after each of 4 steps: the rate of the next one
+    assert rates == pytest.approx([0.007 + 0.003 * math.cos(math.pi * k / 4) for k in range(1, 5)])
+    assert rates[-1] == pytest.approx(0.004)
+
+
 def test_optimizer_groups_scale_the_rate_of_matching_parameters(tmp_path):
     train(tmp_path, "name=a", "+optimizer.groups.x_embedder={lr_scale: 0.0, weight_decay: 0.0}", "ema.ramp=true")
     trained = edit.load(tmp_path / "a").denoiser.model
