@@ -138,13 +138,26 @@ def test_the_flux_commands_run_on_a_stand_in_of_its_depth(folder):
     backbone = [*(f"backbone.{k}={v}" for k, v in small.items()), "backbone.axes_dims_rope=[2,2,4]"]
     alone = [*backbone, "trainer=cpu"]
     short = [*SHORT, "trainer.accumulate=1"]
-    few = ["before.0.1='prompts=composed:5'", "before.0.4='size=8'", "before.0.6='steps=2'", "before.0.9='long=cut'"]
+    few = [
+        "data.set.steps=2",
+        "before.0.1='prompts=composed:5'",
+        "before.0.4='size=8'",
+        "before.0.6='steps=2'",
+        "before.0.9='long=cut'",
+    ]
     extra = {
         "edit.plan": [*alone, "devices=1", "peak=1", "before.0.4='size=8'"],
         "experiment=flux_dev/distill": [*alone, *short, "sampler.solver.steps=2", *few],
         "edit.export": [],
         "data.generate": ["steps=2", "size=8", "processes=1", "device=cpu"],
-        "experiment=flux_dev/four_step": [*alone, *short, "+matching.every=2", "before=[]", "data.set.path=made"],
+        "experiment=flux_dev/four_step": [
+            *alone,
+            *short,
+            "+matching.every=2",
+            "before=[]",
+            "data.set.path=made",
+            "data.set.steps=2",
+        ],
     }
     commands = {words(c)[1]: words(c) for c in COMMANDS if "FLUX.1-dev" in c or "flux_dev" in c}
     assert list(commands) == list(extra)
