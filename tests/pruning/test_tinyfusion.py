@@ -232,6 +232,28 @@ def test_every_logit_gets_a_gradient_and_frozen_weights_none(make, batch, patter
     assert all(p.grad is None for n, p in gated.named_parameters() if not n.startswith("edits."))
 
 
+@pytest.mark.parametrize("update", ["none", "lora", "full"])
+def test_what_is_trained_beside_the_logits(make, batch, update):
+    gated = make(depth=4)
+    if update == "lora":
+        edit.apply(gated, {"lora": LoRA(rank=2, alpha=4, targets=("all-linear",))})
+    searched(gated, frozen=update == "none")
+    trained = {n for n, _ in gated.named_parameters() if edit.edits.trains(gated, n)}
+    assert "edits.tinyfusion.logits" in trained
+    rest = {n for n, _ in gated.named_parameters()} - {"edits.tinyfusion.logits"}
+    kept = {"none": set(), "lora": {n for n in rest if ".lora_" in n}, "full": rest}[update]
+    assert trained - {"edits.tinyfusion.logits"} == kept
+
+
+def test_seven_of_fourteen_are_drawn_and_reach_every_way():
+    gates = Gates(((7, 14), (7, 14)), 0.02, 100.0, 4.0)
+    masks = gates.draw(64)
+    assert masks.shape == (64, 28) and gates.logits.shape == (2, 3432)
+    assert torch.allclose(masks.unflatten(1, (2, 14)).sum(2), torch.tensor(7.0), atol=1e-4)  # weights of 1 - 1e-7
+    (masks * torch.randn(28)).sum().backward()
+    assert (gates.logits.grad != 0).all()
+
+
 def test_gradient_checkpointing_draws_the_same_units_again(make, batch):
     grads = []
     for checkpointing in (False, True):
