@@ -13,7 +13,7 @@ def main(cfg) -> None:
 
     with launched():
         run(cfg)
-    run_after(cfg, Path(__file__))
+    run_after(cfg)
 
 
 if __name__ == "__main__":

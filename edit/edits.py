@@ -131,6 +131,20 @@ def trains(denoiser: Denoiser, name: str) -> bool:
     return any(e.owns(name) for e in applied) or all(e.trainable(name) for e in applied)
 
 
+def chosen(who: str, units: tuple[int, ...], denoiser: Denoiser) -> tuple[int, ...]:
+    """Positions of units, all where none are given.
+
+    Raises:
+        ValueError: if one is not there, or is given twice
+    """
+    depth = len(denoiser.units)
+    if bad := [i for i in units if not 0 <= i < depth]:
+        raise ValueError(f"{who}: this {denoiser.name} has units 0 to {depth - 1}, got {bad[0]}")
+    if len(set(units)) < len(units):
+        raise ValueError(f"{who}: name each unit once, got {list(units)}")
+    return units or tuple(range(depth))
+
+
 def fold(denoiser: Denoiser, *names: str) -> Denoiser:
     """Make applied edits permanent, the last applied first; without names, all that are applied.
 

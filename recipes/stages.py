@@ -59,7 +59,7 @@ def run_before(cfg: DictConfig, script: Path) -> None:
         raise SystemExit(code)
 
 
-def run_after(cfg: DictConfig, script: Path) -> None:
+def run_after(cfg: DictConfig) -> None:
     """Run what `cfg.after` lists, in order, on the first of all ranks, whenever the run itself is found complete.
 
     Raises:
@@ -68,7 +68,7 @@ def run_after(cfg: DictConfig, script: Path) -> None:
     if any(os.environ.get(rank, "0") != "0" for rank in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
         return
     for words in cfg.after:
-        if code := _run(command(cfg, script, words), "after"):
+        if code := _run([sys.executable, "-m", *words], "after"):
             raise SystemExit(code)
 
 
@@ -86,21 +86,13 @@ def launched() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def command(cfg: DictConfig, script: Path, words: Sequence[str]) -> list[str]:
-    """A stage's words as a command line."""
-    if "=" in words[0]:
-        return [sys.executable, str(script), *shared(cfg), *words]
-    return [sys.executable, "-m", *words]
-
-
 def _run_all(cfg: DictConfig, script: Path) -> int:
     """The exit code of the first run that did not finish, or 0."""
     for number, words in enumerate(cfg.before):
-        work = partial(_run, command(cfg, script, words))
         if "=" in words[0]:
-            code = work()
+            code = _run([sys.executable, str(script), *shared(cfg), *words])
         else:
-            tasks = _slurm_tasks(number)
+            work, tasks = partial(_run, [sys.executable, "-m", *words]), _slurm_tasks(number)
             code = _while_others_wait(work, f"before/{cfg.runs}/{cfg.name}/{number}", tasks) if tasks else work()
         if code:
             return code

@@ -47,9 +47,8 @@ from recipes.roles import Teacher
 from recipes.trainer import accelerator_of, count_devices, make_trainer, precision_of, recipe_casts
 
 # what may change between two attempts at one run; everything else decides the numbers
-FREE = {"name", "runs", "logger", "checkpoint", "preview", "evaluate", "log_every", "debug", "trusted"}
-FREE |= {"before", "after"}
-FREE |= {
+FREE = {"name", "runs", "logger", "checkpoint", "preview", "evaluate", "log_every", "debug", "trusted", "before"}
+FREE |= {"after"} | {
     f"trainer.{k}"
     for k in ("max_steps", "accelerator", "strategy", "compile", "gradient_checkpointing", "threads", "memory")
 }

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from edit.denoiser import Denoiser, Layout, Step, Unit
 from edit.distillation.attention import head_count
 from edit.distillation.pairs import width
-from edit.edits import Edit
+from edit.edits import Edit, chosen
 
 PROJECTIONS = re.compile(r"\.attn1?\.(qkv|proj|to_q|to_k|to_v|to_out)\.")
 
@@ -87,17 +87,3 @@ def features(x: Tensor) -> Tensor:
     """elu(x) + 1 in fp32, above zero also where the sum would be rounded to it."""
     x = x.float()
     return torch.where(x > 0, x + 1, x.clamp(-80, 0).exp())
-
-
-def chosen(who: str, units: tuple[int, ...], denoiser: Denoiser) -> tuple[int, ...]:
-    """Positions of units, all where none are given.
-
-    Raises:
-        ValueError: if one is not there, or is given twice
-    """
-    depth = len(denoiser.units)
-    if bad := [i for i in units if not 0 <= i < depth]:
-        raise ValueError(f"{who}: this {denoiser.name} has units 0 to {depth - 1}, got {bad[0]}")
-    if len(set(units)) < len(units):
-        raise ValueError(f"{who}: name each unit once, got {list(units)}")
-    return units or tuple(range(depth))

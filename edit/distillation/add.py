@@ -19,7 +19,7 @@ from torch import Tensor
 
 from edit.denoiser import Denoiser
 from edit.distillation.discriminator import Heads, approximate_r1, hinge_generator, hinge_real_fake
-from edit.distillation.matching import Given, Matching, Roles, check_times, corrupt, mean, move, need_turns
+from edit.distillation.matching import Given, Matching, Roles, check_times, corrupt, decreasing, mean, move, need_turns
 from edit.distillation.vision import Vision
 from edit.sampling import Solver
 
@@ -50,10 +50,9 @@ class ADD(Matching):
 
     def __post_init__(self):
         object.__setattr__(self, "times", tuple(self.times))
-        ordered = sorted(set(self.times), reverse=True)
         if self.vision is None:
             raise ValueError("ADD judges images by a vision model and there is none: give its folder as vision.path")
-        if not self.times or list(self.times) != ordered or not 0 < self.times[-1] <= self.times[0] <= 1:
+        if not decreasing(self.times):
             raise ValueError(f"ADD: times must decrease and lie in (0, 1], got {list(self.times)}")
         if min(self.distill, self.r1) < 0 or self.r1_noise <= 0:
             raise ValueError(

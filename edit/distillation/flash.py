@@ -23,7 +23,7 @@ from torch import Tensor
 from edit.denoiser import Denoiser
 from edit.distillation.discriminator import Heads, judge, square_generator, square_real_fake
 from edit.distillation.distribution_matching import direction
-from edit.distillation.matching import Given, Matching, Roles, check_times, corrupt, mean, move, need_turns
+from edit.distillation.matching import Given, Matching, Roles, check_times, corrupt, decreasing, mean, move, need_turns
 from edit.distillation.progressive import time_grid
 from edit.distillation.vision import Vision, distance
 from edit.objectives import Ramp, TimeLaw, Uniform, Weight, weight_at
@@ -76,8 +76,7 @@ class Flash(Matching):
         object.__setattr__(self, "modes", tuple(self.modes))
         object.__setattr__(self, "teacher_taps", tuple(self.teacher_taps))
         object.__setattr__(self, "stages", tuple(tuple(odds) for odds in self.stages))
-        ordered = sorted(set(self.modes), reverse=True)
-        if not self.modes or list(self.modes) != ordered or not 0 < self.modes[-1] <= self.modes[0] <= 1:
+        if not decreasing(self.modes):
             raise ValueError(f"Flash: modes are times that decrease and lie in (0, 1], got {list(self.modes)}")
         for odds in self.stages or ((),):
             if len(odds) != len(self.modes) or min(odds) < 0 or abs(sum(odds) - 1) > 1e-6:

@@ -30,7 +30,7 @@ from edit.distillation.discriminator import (
     softplus_generator,
     softplus_real_fake,
 )
-from edit.distillation.matching import Given, Matching, Roles, corrupt, mean, move, need_turns
+from edit.distillation.matching import Given, Matching, Roles, corrupt, decreasing, mean, move, need_turns
 from edit.objectives import LogitNormal, TimeLaw
 from edit.sampling import Euler, Grid, Solver, times
 
@@ -76,8 +76,7 @@ class LADD(Matching):
     def __post_init__(self):
         for name in ("teacher_taps", "times", "p", "first"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        ordered = sorted(set(self.times), reverse=True)
-        if not self.times or list(self.times) != ordered or not 0 < self.times[-1] <= self.times[0] <= 1:
+        if not decreasing(self.times):
             raise ValueError(f"LADD: times must decrease and lie in (0, 1], got {list(self.times)}")
         for name, odds in (("p", self.p), ("first", self.first)):
             if len(odds) != len(self.times) or min(odds) < 0 or abs(sum(odds) - 1) > 1e-6:

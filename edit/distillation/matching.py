@@ -176,6 +176,11 @@ def check_times(name: str, known: Sequence[float], solver: Solver) -> None:
         )
 
 
+def decreasing(times: Sequence[float]) -> bool:
+    """Whether these are times to step from: one or more, decreasing, in (0, 1]."""
+    return bool(times) and list(times) == sorted(set(times), reverse=True) and 0 < times[-1] <= times[0] <= 1
+
+
 def column(t: Tensor, x: Tensor) -> Tensor:
     """One number per sample, to be multiplied with x: [b] -> b 1 1 1."""
     return t.view(-1, *[1] * (x.ndim - 1))

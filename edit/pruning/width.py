@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edit.attention.linear import chosen
 from edit.backbones.dit import DiTBlock, Mlp
 from edit.backbones.flux import SingleUnit
 from edit.denoiser import Denoiser
-from edit.edits import Edit
+from edit.edits import Edit, chosen
 
 FEED_FORWARDS = ("ff", "ff_context", "img_mlp", "txt_mlp")  # of image and text, in the stock classes' blocks
 TEXT = ("ff_context", "txt_mlp")

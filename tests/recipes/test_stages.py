@@ -78,10 +78,9 @@ def test_a_module_of_ours_is_run_with_its_own_words_alone(tmp_path, monkeypatch,
 
 
 def test_what_follows_a_run_comes_in_order_and_ends_the_command_with_its_code(tmp_path, capfd):
-    script, _ = recorder(tmp_path)
     cfg = config(tmp_path, "name=a", "after=[[data.generate],[data.generate,'teacher=a'],[data.generate]]")
     with pytest.raises(SystemExit) as ended:
-        run_after(cfg, script)
+        run_after(cfg)
     said, error = capfd.readouterr()
     assert ended.value.code == 2 and "error: prompts is missing" in error
     assert said.count("after     ") == 2 and "Keys and their defaults" in said  # the first had nothing to complain of
@@ -103,11 +102,10 @@ def test_what_lightning_tells_its_ranks_is_gone_after_the_run(monkeypatch):
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
 def test_what_follows_a_run_is_the_first_ranks(tmp_path, monkeypatch, name, capfd):
-    script, _ = recorder(tmp_path)
     cfg = config(tmp_path, "name=a", "after=[[data.generate]]")
     for rank, times in (("1", 0), ("0", 1)):
         monkeypatch.setenv(name, rank)
-        run_after(cfg, script)
+        run_after(cfg)
         assert capfd.readouterr().out.count("after     -m data.generate") == times
 
 
