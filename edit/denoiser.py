@@ -136,6 +136,15 @@ class Maps:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """What an edit decided for the unit ahead, as factors, 0 or 1 with a gradient while training; None: all of it."""
+
+    heads: Tensor | None = None  # b h, of the attention
+    channels: Tensor | None = None  # b c, hidden ones of the image's feed-forward
+    tokens: Tensor | None = None  # b n, image tokens that the feed-forward is run on
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where tokens are: what attention-like methods need to know about their order."""
 
@@ -147,6 +156,7 @@ class Layout:
     kept: Tensor | None = None  # b k, indices of the tokens still present
     rope: Tensor | None = None  # (registers + n) e, position table: cosines then sines
     maps: Maps | None = None  # of the attention ahead, where they are wanted
+    routing: Routing | None = None  # for the slots of the unit ahead, where an edit decides
 
 
 @dataclass(frozen=True)
@@ -237,7 +247,7 @@ class Unit(nn.Module, ABC):
     |-------------|-------------------------------------------------------------------------------------------|
     | `attention` | `(q, k, v, layout, step) -> o`, all b h s e, after QK-norm and RoPE, in the joint order    |
     | `mixer`     | `(stream, tokens) -> tokens`: the whole attention module on normalised tokens              |
-    | `ffn`       | `(tokens, routing=None) -> tokens`                                                         |
+    | `ffn`       | `(tokens, routing=None) -> tokens`, `routing` as in the layout                             |
     | `text_ffn`  | the same for the text tokens of two-stream families                                        |
     """
 

@@ -22,6 +22,7 @@ class Edit(ABC):
     """A final subclass is a dataclass. Its `apply` may be called on the meta device: it must not read weights."""
 
     perturbs: ClassVar[bool] = False  # changes what the guidance branch "perturbed" computes
+    decides: ClassVar[bool] = False  # what is run depends on samples or times: its cost is counted on real ones
     leads: ClassVar[bool] = False  # the model becomes a flow map, which is told where a step ends (Condition.end)
     keeps: ClassVar[bool] = False  # without a LoRA, and told the same, the model predicts what it did without this edit
     excludes: ClassVar[tuple[str, ...]] = ()  # class names of edits this one cannot live with
@@ -68,6 +69,14 @@ class Edit(ABC):
 
     def metrics(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What to log beside the losses: open rates, expert loads, confidence."""
+        return {}
+
+    def decisions(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What was run of each unit, in [0, 1], for pictures and reports: u b each, u b n where tokens are chosen."""
+        return {}
+
+    def further(self, output: Output) -> dict[str, Output]:
+        """More predictions of the same samples, recorded in the trace, which the objective scores like the first."""
         return {}
 
     def trainable(self, name: str) -> bool:

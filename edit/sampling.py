@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from edit import noise
-from edit.denoiser import Condition, Denoiser, Step
+from edit.denoiser import Condition, Denoiser, Output, Step
 from edit.objectives import DDPM, Objective, shift_times, velocity_to_score
 
 
@@ -27,6 +27,7 @@ class Predict(Protocol):
     def __call__(self, x: Tensor, t: float, end: float | None = None) -> Tensor: ...
 
 
+Watch = Callable[[Step, Output], None]  # sees every evaluation of a branch
 Draw = Callable[[int], Tensor]  # step -> fresh standard normal noise, shaped as x
 
 
@@ -319,6 +320,7 @@ class Sampler:
         negative: Condition | None = None,
         progress: Callable[[int, int], None] | None = None,
         shape: tuple[int, ...] | None = None,
+        watch: Watch | None = None,
     ) -> Tensor:
         """Generate one image per sample number.
 
@@ -331,6 +333,7 @@ class Sampler:
             negative: the unconditional counterpart, b entries or one for all; None asks the denoiser for its own
             progress: called as (evaluations done, evaluations in all) after each prediction
             shape: of one sample; None: the denoiser's own
+            watch: called with each evaluation's step and output; both branches are one output where they share a batch
 
         Returns:
             b c y x float32, as the model was trained to see data.
@@ -352,7 +355,7 @@ class Sampler:
         # faster than no_grad, but it would leave gathered shards that training cannot go on with
         sharded = isinstance(weight, DTensor) or hasattr(weight, "ds_id")
         with torch.no_grad() if sharded else torch.inference_mode():
-            x = self._generate(denoiser, objective, condition, samples, seed, negative, progress, shape)
+            x = self._generate(denoiser, objective, condition, samples, seed, negative, progress, shape, watch)
         return x.clone()  # an ordinary tensor, which may be trained on
 
     def _generate(
@@ -365,6 +368,7 @@ class Sampler:
         negative: Condition | None,
         progress: Callable[[int, int], None] | None,
         shape: tuple[int, ...] | None,
+        watch: Watch | None,
     ) -> Tensor:
         memory: dict = {}
         device = next(denoiser.parameters()).device
@@ -395,7 +399,10 @@ class Sampler:
             def branch(name: str, told: Condition, x: Tensor = x, at: Tensor = at) -> Tensor:
                 if leads:
                     told = replace(told, end=at if end is None else torch.full_like(at, end))
-                out = denoiser(x, at, told, step=Step(index, evaluations, t, name, memory))
+                step = Step(index, evaluations, t, name, memory)
+                out = denoiser(x, at, told, step=step)
+                if watch is not None:
+                    watch(step, out)
                 if lacking := next((name for name in self.solver.extras if name not in out.trace), None):
                     raise ValueError(
                         f"{type(self.solver).__name__} needs a model that records {lacking!r}, this {denoiser.name} "

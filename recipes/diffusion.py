@@ -71,6 +71,9 @@ class Diffusion(Recipe):
         watched = {}
         for name, edit in self.denoiser.applied.items():
             losses |= {f"{name}/{k}": v for k, v in edit.losses(out.trace).items()}
+            for further, prediction in edit.further(out).items():
+                scored = self.objective.losses(prediction, x, eps, x_t, t)
+                losses |= {f"{name}/{further}/{k}": v for k, v in scored.items()}
             watched |= {f"{name}/{k}": v.float().mean() for k, v in edit.metrics(out.trace).items()}
         means = {name: loss.mean() for name, loss in losses.items()}
         loss = sum(means.values(), start=torch.zeros((), device=x.device))

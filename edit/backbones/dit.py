@@ -218,7 +218,7 @@ class DiTBlock(Unit):
 
     def feed(self, stream: Stream, modulation: Modulation) -> Branch:
         x = torch.addcmul(modulation.feed_shift, self.norm2(stream.image), modulation.feed_scale)
-        return Branch(self.ffn(x))
+        return Branch(self.ffn(x, stream.layout.routing))
 
     def mixer(self, stream: Stream, tokens: Tensor) -> Tensor:  # b n d -> b n d
         a, rope = self.attn, stream.layout.rope

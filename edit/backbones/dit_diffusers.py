@@ -195,7 +195,8 @@ class ClassUnit(BasicUnit):
 
     def feed(self, stream: Stream, modulation: Modulation) -> Branch:
         shift, scale = modulation.feed_shift, modulation.feed_scale
-        return Branch(self.ffn(torch.addcmul(shift.image, self.norm3(stream.image), 1 + scale.image)))
+        x = torch.addcmul(shift.image, self.norm3(stream.image), 1 + scale.image)
+        return Branch(self.ffn(x, stream.layout.routing))
 
     def forward(self, stream: Stream) -> Stream:
         if stream.time is None:

@@ -103,7 +103,7 @@ class DoubleUnit(StockUnit):
         shift, scale = modulation.feed_shift, modulation.feed_scale
         image = self.norm2(stream.image) * (1 + scale.image) + shift.image
         text = self.norm2_context(stream.text) * (1 + scale.text) + shift.text
-        return Branch(self.ffn(image), self.text_ffn(text))
+        return Branch(self.ffn(image, stream.layout.routing), self.text_ffn(text))
 
     def forward(self, stream: Stream) -> Stream:
         stream = super().forward(stream)
@@ -155,7 +155,7 @@ class SingleUnit(StockUnit):
         return split(self.mixer(stream, modulation.tokens.image), stream.layout)
 
     def feed(self, stream: Stream, modulation: Modulation) -> Branch:
-        return split(self.ffn(modulation.tokens.image), stream.layout)
+        return split(self.ffn(modulation.tokens.image, stream.layout.routing), stream.layout)
 
     def forward(self, stream: Stream) -> Stream:
         if stream.tap or not {"mixer", "ffn"}.isdisjoint(vars(self)):

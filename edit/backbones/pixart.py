@@ -83,7 +83,8 @@ class PixArtUnit(BasicUnit):
 
     def feed(self, stream: Stream, modulation: Modulation) -> Branch:
         shift, scale = modulation.feed_shift, modulation.feed_scale
-        return Branch(self.ffn(torch.addcmul(shift.image, self.norm2(stream.image), 1 + scale.image)))
+        x = torch.addcmul(shift.image, self.norm2(stream.image), 1 + scale.image)
+        return Branch(self.ffn(x, stream.layout.routing))
 
     def forward(self, stream: Stream) -> Stream:
         modulation = self.modulate(stream)

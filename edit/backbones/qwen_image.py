@@ -110,7 +110,7 @@ class QwenImageUnit(StockUnit):
         shift, scale = modulation.feed_shift, modulation.feed_scale
         image = torch.addcmul(shift.image, self.img_norm2(stream.image), 1 + scale.image)
         text = torch.addcmul(shift.text, self.txt_norm2(stream.text), 1 + scale.text)
-        return Branch(self.ffn(image), self.text_ffn(text))
+        return Branch(self.ffn(image, stream.layout.routing), self.text_ffn(text))
 
     def forward(self, stream: Stream) -> Stream:
         stream = super().forward(stream)

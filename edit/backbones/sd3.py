@@ -131,7 +131,8 @@ class JointUnit(StockUnit):
 
     def feed(self, stream: Stream, modulation: Modulation) -> Branch:
         shift, scale = modulation.feed_shift, modulation.feed_scale
-        image = self.ffn(torch.addcmul(shift.image, self.norm2(stream.image), 1 + scale.image))
+        image = torch.addcmul(shift.image, self.norm2(stream.image), 1 + scale.image)
+        image = self.ffn(image, stream.layout.routing)
         if self.last:
             return Branch(image)
         return Branch(image, self.text_ffn(torch.addcmul(shift.text, self.norm2_context(stream.text), 1 + scale.text)))

@@ -1,0 +1,77 @@
+"""Samples of a batch that were decided on alike run together, as a batch of their own; the others wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from edit.denoiser import Stream
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def grouped(keys: Sequence[Key]) -> dict[Key, list[int]]:
+    """Positions by key, in order of first appearance."""
+    groups: dict[Key, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    return groups
+
+
+def run_grouped(stream: Stream, keys: Sequence[Key | None], run: Callable[[Key, Stream], Stream]) -> Stream:
+    """Each sample through what its key stands for; samples without one stay as they are, and nothing is run on them.
+
+    Args:
+        stream: b samples
+        keys: b, on the host
+        run: of a key and the samples that have it
+
+    Raises:
+        ValueError: if branches or maps are wanted of a unit that is not run on all samples alike
+    """
+    groups = grouped(keys)
+    if len(groups) == 1:
+        (key,) = groups
+        return stream if key is None else run(key, stream)
+    if stream.tap is not None:
+        raise ValueError(
+            f"branches or maps of {stream.tap} are wanted, but its samples are not run alike: compare its tokens (taps)"
+        )
+    image, text = stream.image, stream.text
+    for key, members in groups.items():
+        if key is None:
+            continue
+        rows = torch.tensor(members, device=image.device)
+        after = run(key, take(stream, rows))
+        image = image.to(after.image.dtype).index_copy(0, rows, after.image)
+        if text is not None and after.text is not None:
+            text = text.to(after.text.dtype).index_copy(0, rows, after.text)
+    return replace(stream, image=image, text=text)
+
+
+def take(stream: Stream, rows: Tensor) -> Stream:
+    """Some samples of a stream, without its trace."""
+
+    def of(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.index_select(0, rows)
+
+    layout = replace(stream.layout, text_mask=of(stream.layout.text_mask), kept=of(stream.layout.kept))
+    image, cond = stream.image.index_select(0, rows), stream.cond.index_select(0, rows)
+    return replace(stream, image=image, cond=cond, text=of(stream.text), time=of(stream.time), layout=layout, trace={})
+
+
+def mean_over_ranks(local: Tensor) -> Tensor:
+    """The mean of a number over all ranks, with the gradient of this rank's part.
+
+    A squared error of it has, once gradients are averaged over ranks, the gradient of the whole batch's.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return local
+    everywhere = local.detach().clone()
+    dist.all_reduce(everywhere)
+    return local + (everywhere / dist.get_world_size() - local.detach())
