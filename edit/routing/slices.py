@@ -112,7 +112,7 @@ def number_of_heads(unit: Unit) -> int:
     return u.attn.heads
 
 
-# ---- a unit whose layers are called otherwise -------------------------------------------------------------------------
+# ---- a unit whose layers are called otherwise -----------------------------------------------------------------------
 
 
 def variant(unit: Unit, layers: Mapping[str, nn.Module], counts: Mapping[tuple[str, str], int] | None = None) -> Unit:
@@ -202,7 +202,7 @@ class Narrow(nn.Module):
         base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
         if type(base) is not nn.Linear:
             raise ValueError(
-                f"only a part of plain linear layers can be run, this one is a {type(base).__name__}: fold what changed "
+                f"only a part of a plain linear layer can be run, this is a {type(base).__name__}: fold what changed "
                 "it first, or apply it later"
             )
         self.layer, self.base, self.keep = layer, base, keep
@@ -271,7 +271,7 @@ def taken(x: Tensor, pieces: Pieces | None, dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-# ---- the same while training: factors that gradients reach ------------------------------------------------------------
+# ---- the same while training: factors that gradients reach ----------------------------------------------------------
 
 
 class MaskedFeed:
