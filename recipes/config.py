@@ -143,6 +143,7 @@ class Root:
     edits: dict[str, Any] = field(default_factory=dict)  # name -> node with _target_, applied in order
     objective: Any = MISSING
     data_weight: Any = 1.0  # of the objective's losses beside the terms: a number, or an edit.objectives.Ramp
+    strata: int = rule(1, low=1)  # parts of the times that the samples of a batch are drawn from in turn; 1: none
     terms: dict[str, Any] = field(default_factory=dict)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     matching: Any = None  # node with _target_: a few-step method, in place of the objective's losses and terms
@@ -301,6 +302,8 @@ def _check_matching(cfg: DictConfig) -> Iterator[str]:
         yield f"matching and terms are two ways to train: leave out terms.{next(iter(cfg.terms))} or matching"
     if cfg.data_weight != 1.0:
         yield f"data_weight={cfg.data_weight} weighs the objective's losses, which matching replaces: leave it out"
+    if cfg.strata != 1:
+        yield f"strata={cfg.strata} stratifies the times of diffusion training, which matching replaces: leave it out"
     if cfg.critic.follow and cfg.trainer.strategy.startswith("zero"):
         yield f"critic.follow={cfg.critic.follow} writes into weights that DeepSpeed keeps elsewhere: use trainer=fsdp2"
 

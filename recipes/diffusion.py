@@ -22,6 +22,7 @@ class Diffusion(Recipe):
         build, structure, objective, settings, teacher, null: as of `Recipe`
         terms: further losses, by name
         data_weight: of the objective's own losses, that is of the data beside the terms
+        strata: sample k draws its time from part k mod strata of the time law, so that each batch spans all times
     """
 
     def __init__(
@@ -34,9 +35,10 @@ class Diffusion(Recipe):
         null: Condition | None = None,
         terms: Mapping[str, Term] | None = None,
         data_weight: Weight = 1.0,
+        strata: int = 1,
     ):
         super().__init__(build, structure, objective, settings, teacher, null)
-        self.terms, self.data_weight = dict(terms or {}), data_weight
+        self.terms, self.data_weight, self.strata = dict(terms or {}), data_weight, strata
         self.taps, self.branches, self.maps = wanted(self.terms.values())
         self.own = nn.ModuleDict()  # trainable parameters of terms
 
@@ -45,7 +47,8 @@ class Diffusion(Recipe):
         self._seed_dropout(batch_index)
         self.advance(self.denoiser)
         seed = self.settings.seed
-        t = self.objective.times(noise.uniform(seed, draw, noise.TIME))
+        u = (draw % self.strata + noise.uniform(seed, draw, noise.TIME)) / self.strata
+        t = self.objective.times(u.clamp_max(1 - 2**-24))  # the sum may be rounded up, and 1 is no quantile
         eps = noise.gaussian(seed, draw, noise.NOISE, tuple(x.shape[1:]))
         condition, null = self.conditions(batch)
         x_t = self.objective.corrupt(x, eps, t)

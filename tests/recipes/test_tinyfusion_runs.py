@@ -224,7 +224,7 @@ def test_one_command_searches_prunes_recovers_and_exports_and_the_runs_can_be_st
         tmp_path / f"dit_digits_{name}" for name in ("deep", "tinyfusion_search", "tinyfusion_pruned", "tinyfusion")
     )
     kept = json.loads((pruned / "pruning.json").read_text())["kept"]
-    assert [unit // 2 for unit in kept] == [0, 1, 2, 3, 4, 5]
+    assert [unit // 4 for unit in kept] == [0, 0, 1, 1, 2, 2]
     assert {"train/output/output_kd", "train/features/feature_kd"} <= set(rows(tmp_path, recovered.name)[-1])
 
     denoiser = edit.load(recovered).denoiser

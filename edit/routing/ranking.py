@@ -1,0 +1,70 @@
+"""Heads and hidden channels in order of magnitude, so that those which stay on are those that weigh most.
+
+Where width is a prefix of the channels (E-DiT), or the first head and group are always run (DyDiT, arXiv 2410.03456),
+the order decides what that is. In place, and the unit computes what it did: softmax attention treats its heads alike,
+an activation its channels, and QK-norm and positions are the same for every head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from edit.denoiser import Unit
+from edit.routing.slices import Features, heads, hidden, number_of_heads
+
+
+def order_heads(unit: Unit) -> None:
+    """Those of largest |rows of q, k and v, biases included| x |columns that read them| come first, text's included.
+
+    Raises:
+        ValueError: if a layer is no plain linear one
+    """
+    order(unit, heads(unit), number_of_heads(unit))
+
+
+def order_channels(unit: Unit) -> None:
+    """Those of largest |row into it, its bias included| x |column out of it| come first, as width pruning ranks them.
+
+    Raises:
+        ValueError: if a layer is no plain linear one
+    """
+    features = hidden(unit)
+    order(unit, features, features.size)
+
+
+@torch.no_grad()
+def order(unit: Unit, features: Features, groups: int) -> None:
+    """Contiguous groups of equal size by falling magnitude; nothing is moved on the meta device."""
+    writers = [(plain(unit, path), parts) for path, parts in features.writers]
+    readers = [(plain(unit, path), slice(first, first + features.size)) for path, first in features.readers]
+    if readers[0][0].weight.is_meta:
+        return
+    written = [p for layer, _ in writers for p in (layer.weight, layer.bias) if p is not None]
+    into = sum(energy(p.view(len(p), -1), groups, features.size) for p in written)
+    out = sum(energy(layer.weight[:, columns].T, groups, features.size) for layer, columns in readers)
+    assert isinstance(into, Tensor) and isinstance(out, Tensor)
+    best = (into.sqrt() * out.sqrt()).argsort(descending=True, stable=True)
+    places = torch.arange(features.size, device=best.device).view(groups, -1)[best].flatten()
+    for layer, parts in writers:
+        rows = torch.cat([places + i * features.size for i in range(parts)])
+        for p in (layer.weight, layer.bias):
+            if p is not None:
+                p.copy_(p[rows])
+    for layer, columns in readers:
+        layer.weight[:, columns] = layer.weight[:, columns][:, places]
+
+
+def energy(rows: Tensor, groups: int, size: int) -> Tensor:
+    """Sum of squares of each group's rows, in every part of `size` rows: groups."""
+    return rows.float().square().sum(1).view(-1, groups, size // groups).sum((0, 2))
+
+
+def plain(unit: Unit, path: str) -> nn.Linear:
+    layer = unit.get_submodule(path)
+    if type(layer) is not nn.Linear:
+        raise ValueError(
+            f"only plain linear layers can be put in order, {path} of this {type(unit).__name__} is a "
+            f"{type(layer).__name__}: apply this edit before those that change its layers, or leave the order as it is"
+        )
+    return layer
