@@ -44,7 +44,7 @@ class Settings:
     seed: int = rule(0, low=0)  # of by=random, candidates and calibration samples
     candidates: int = rule(64, low=1)  # by=calibration: patterns that are tried
     pick: str = rule("min", of=("min", "median", "max"))  # by=calibration: which of them is taken, by its loss
-    samples: int = rule(256, low=1)  # training samples that influence and losses are measured on
+    samples: int = rule(256, low=1)  # training samples that influence and losses are measured on, in whole batches
     batch: int = rule(64, low=1)  # at a time
     data: str | None = None  # run folder whose data set is used; null: that of the model
     device: str = "auto"
@@ -241,7 +241,7 @@ class Batches:
         self.denoiser = artifact.denoiser.to(self.device)
         size = min(chosen.batch, chosen.samples)
         split = build_data(source).train()
-        self.loader = EndlessLoader(split, size, max(1, chosen.samples // size), chosen.seed)
+        self.loader = EndlessLoader(split, size, -(-chosen.samples // size), chosen.seed)
 
     def mean(self, measure: Callable[[Tensor, Tensor, Tensor, Tensor, Condition], Tensor]) -> list[float]:
         """Mean over all samples of what is measured of (x, noise, x_t, t, condition): ... b -> ..."""

@@ -1,0 +1,436 @@
+"""E-DiT (arXiv 2602.13993): every sample decides which units it needs, how wide their MLPs, and which it may repeat.
+
+A router in front of each unit sees the unit's input and the time. It gives the probability p that the unit is run, and
+a distribution q over four widths, prefixes of the hidden channels of the (image) MLP:
+
+    h = mean_tokens ReLU(W ((1 + g) LN(x) + s)),  p = sigmoid(w h),  q = softmax(V h),  [s, g] = M SiLU(c)
+    x <- x + 1[p >= 1/2] (U(x; width argmax q) - x)
+
+Decisions are hard and gradients go straight through; unit and router are trained together on the ordinary loss plus
+(mean p - rho_g)^2 + (mean width of open units - rho_w)^2. While training all is run, with factors of 0 and 1.
+Afterwards a closed unit is not run, a narrow MLP is a slice of the weights, and a unit that is only just open adds what
+it added at an earlier step of the same generation.
+
+The budget is one of the mean p, and p gathers near 1/2: 0.6 does not mean that 60 % is run. Report what is (`open`).
+
+Where units are sharded over ranks (FSDP2, ZeRO-3) each call is a collective that no rank may skip: there all is run as
+in training, with the same decisions, and nothing is repeated.
+
+Specification: methods/elastic-dit.md. Families other than Qwen-Image are ours, as are p >= 1/2 in both modes (the
+release trains on >), decisions of each sample alone (it averages p over a batch), the modulation that starts at zero
+and has no third part, and what is remembered of a generation ending with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import count, takewhile
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from edit.backbones.dit_diffusers import BasicUnit, ClassUnit
+from edit.backbones.pixart import PixArtUnit
+from edit.denoiser import Condition, Denoiser, Routing, Stream, Unit
+from edit.edits import Edit
+from edit.objectives import Ramp, Weight, weight_at
+from edit.pruning.tinyfusion import mix
+from edit.routing.batches import mean_over_ranks, run_grouped
+from edit.routing.slices import MaskedFeed, hidden, narrowed, variant
+
+GATE, WIDTH = "elastic.gate", "elastic.width"  # the budgets of a training pass
+WIDTHS = 4  # of an MLP: 1/4, 1/2, 3/4 and 1 of its hidden channels
+EPS = 1e-6
+OPEN = 0.7  # p of a fresh router
+WHOLE = 2.0  # lead of the whole width over each other in a fresh router's logits: its probability is 0.71
+
+Rule = Callable[[int, Tensor, Tensor | None], Tensor]
+
+
+@dataclass
+class Elastic(Edit):
+    """Routers in front of all units. A LoRA on the same layers is applied before it.
+
+    Args:
+        gate: rho_g, what the mean p shall be, at clean data; a number or one over the run. From 0.7, where a fresh
+            router stands, over the first tenth: a unit that is closed is not trained
+        gate_at_noise: the same at pure noise, linear in t between the two; None: the same
+        width: rho_w, the mean width of open units' MLPs; a fresh router's is 0.86. None: MLPs stay whole
+        width_from: part of the run before which MLPs stay whole, and the width heads as they are
+        weight: lambda, of both budgets
+        threshold: a unit is open from this p on
+        reduction: "sample": each sample keeps the budgets on its own, which is published; "batch": all samples of all
+            ranks together, which leaves room for easy and hard ones
+        hard: the budget counts open units, straight-through, in place of p
+        router: width of a router
+        order: put hidden channels in order of magnitude first, so that a prefix is what weighs most
+        band: a unit whose p is at most this above the threshold may repeat what it added before; negative: none may
+        reuse: how often in a row, before it is run again; 0: never
+        cache_from: part of a generation's evaluations before which nothing is kept; 1: all of them
+        cache_on_closed: a closed unit that has something to repeat does so
+    """
+
+    gate: Weight = 0.6
+    gate_at_noise: Weight | None = None
+    width: Weight | None = 0.75
+    width_from: float = 0.0
+    weight: float = 1.0
+    threshold: float = 0.5
+    reduction: Literal["sample", "batch"] = "sample"
+    hard: bool = False
+    router: int = 128
+    order: bool = False
+    band: float = 0.015
+    reuse: int = 10
+    cache_from: float = 0.5
+    cache_on_closed: bool = False
+
+    decides = True
+    excludes = ("Elastic", "TinyFusion", "DyDiT")
+
+    def __post_init__(self):
+        for name in ("gate", "gate_at_noise", "width"):
+            if (value := getattr(self, name)) is not None:
+                ends = (value.start, value.end) if isinstance(value, Ramp) else (value,)
+                if bad := [v for v in ends if not 0 < v <= 1]:
+                    raise ValueError(f"Elastic: {name} is a part of the model, above 0 and at most 1, got {bad[0]:g}")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"Elastic: threshold is a probability between 0 and 1, got {self.threshold:g}")
+        if not 0 <= self.width_from < 1:
+            raise ValueError(f"Elastic: width_from is a part of the run, 0 to below 1, got {self.width_from:g}")
+        if min(self.weight, self.reuse, self.cache_from) < 0:
+            given = f"{self.weight:g}, {self.reuse} and {self.cache_from:g}"
+            raise ValueError(f"Elastic: weight, reuse and cache_from are at least 0, got {given}")
+        if self.router < 1:
+            raise ValueError(f"Elastic: router is the width of a router, at least 1, got {self.router}")
+        if self.reduction not in ("sample", "batch"):
+            raise ValueError(f"Elastic: reduction is sample or batch, got {self.reduction!r}")
+
+    def apply(self, denoiser: Denoiser) -> Routers:
+        units: list = list(denoiser.units)
+        if any(isinstance(unit, ClassUnit) for unit in units):
+            raise ValueError(
+                f"Elastic: every block of a {denoiser.name} embeds time and class for itself and for the readout, so "
+                "none can be closed: use a dit"
+            )
+        sizes = [unit.get_submodule(hidden(unit).writers[0][0]).in_features for unit in units]
+        own = Routers([Router(size, self.router, self.width is not None) for size in sizes])
+        self.advance(0.0, own)
+        denoiser.units = [ElasticUnit(unit, own, i, self) for i, unit in enumerate(units)]
+        return own
+
+    def initialise(self, denoiser: Denoiser) -> None:
+        if self.order:
+            from edit.routing.ranking import order_channels
+
+            for unit in denoiser.units:
+                assert isinstance(unit, ElasticUnit)
+                order_channels(unit.widths[WIDTHS])
+
+    def advance(self, progress: float, own: nn.Module | None) -> None:
+        assert isinstance(own, Routers)
+        own.gate = weight_at(self.gate, progress)
+        own.gate_at_noise = own.gate if self.gate_at_noise is None else weight_at(self.gate_at_noise, progress)
+        whole = self.width is None or progress < self.width_from
+        own.width = None if whole else weight_at(self.width, progress)  # type: ignore[arg-type]
+
+    def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
+        assert isinstance(own, Routers)
+        if not own.training:
+            return stream
+        stream = stream.record(GATE, own.gate + (own.gate_at_noise - own.gate) * t.float())
+        return stream if own.width is None else stream.record(WIDTH, torch.full_like(stream.trace[GATE], own.width))
+
+    def losses(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The squared error of the mean p, and of the mean width that open units expect; b each, or one number."""
+        if GATE not in trace:
+            return {}
+        p, opened = stacked(trace, "p"), stacked(trace, "open")  # u b
+        error = (p - p.detach() + opened if self.hard else p).mean(0) - trace[GATE]
+        if self.reduction == "batch":
+            error = mean_over_ranks(error.mean())
+        gate = self.weight * error.square()
+        if self.width is None:
+            return {"gate": gate}
+        q = stacked(trace, "q")  # u b k
+        if WIDTH not in trace:  # not yet; DDP waits for the gradient of every parameter
+            return {"gate": gate, "width": 0.0 * q.sum()}
+        expected = (q * torch.arange(1, WIDTHS + 1, device=q.device)).sum(2) / WIDTHS
+        total, number, wanted = (opened * expected).sum(0), opened.sum(0), trace[WIDTH]
+        if self.reduction == "batch":
+            total, number, wanted = mean_over_ranks(total.mean()), mean_over_ranks(number.mean()), wanted.mean()
+        return {"gate": gate, "width": self.weight * (total / number.clamp_min(EPS) - wanted).square()}
+
+    def metrics(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mean p; the part of units that is open, which the budget does not fix; the mean width at which open ones are
+        run; `spread`, the standard deviation over samples of the number of open units: 0 is static pruning; and how
+        often each unit is open, where 0 means that it is not trained any more."""
+        if "elastic.0.p" not in trace:
+            return {}
+        p, opened, width = (stacked(trace, what).detach() for what in ("p", "open", "width"))
+        seen = {"p": p.mean(), "open": opened.mean(), "width": width.sum() / (width > 0).sum().clamp_min(1)}
+        seen["spread"] = opened.sum(0).std(correction=0)
+        return seen | {f"open/{i}": v for i, v in enumerate(opened.mean(1))}
+
+    def decisions(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Which units were open, the width at which MLPs were run (0 where the unit was not), and where the unit
+        repeated what it had added before instead."""
+        if "elastic.0.p" not in trace:
+            return {}
+        return {what: stacked(trace, what).detach() for what in ("open", "width", "cached")}
+
+
+def stacked(trace: Mapping[str, Tensor], what: str) -> Tensor:
+    """What all units recorded under one name: u b ..."""
+    return torch.stack([trace[n] for n in takewhile(trace.__contains__, (f"elastic.{i}.{what}" for i in count()))])
+
+
+@contextmanager
+def forced(denoiser: Denoiser, rule: Rule) -> Iterator[None]:
+    """Inside the block a rule decides in place of the routers, in training and in eval mode; they are asked all the
+    same, so budgets and costs stay what they are. What routing is worth is measured against such rules:
+
+        with forced(denoiser, lambda i, p, q: torch.full_like(p, 4)): ...              # the dense model
+        with forced(denoiser, lambda i, p, q: torch.full_like(p, 4 * (i in kept))): ...  # static pruning
+        with forced(denoiser, lambda i, p, q: 4 * (torch.rand_like(p) < rate)): ...      # as much, at random
+
+    Args:
+        denoiser: with an Elastic edit
+        rule: of the unit's number, p [b] and q [b 4] (None where MLPs stay whole): b decisions, 0 closed, else the
+            width in quarters
+
+    Raises:
+        ValueError: if the denoiser has no Elastic edit
+    """
+    own = next((own for own in denoiser.edits.values() if isinstance(own, Routers)), None)
+    if own is None:
+        raise ValueError(f"this {denoiser.name} has no routers whose decisions could be forced: apply Elastic first")
+    before, own.rule = own.rule, rule
+    try:
+        yield
+    finally:
+        own.rule = before
+
+
+# ---- routers --------------------------------------------------------------------------------------------------------
+
+
+class Routers(nn.ModuleList):
+    """One per unit, and what holds for all of them at this point of the run, as `Elastic.advance` sets it."""
+
+    gate: float
+    gate_at_noise: float
+    width: float | None  # None: MLPs are run whole while training
+    rule: Rule | None
+
+    def __init__(self, routers: Sequence[Router]):
+        super().__init__(routers)
+        self.rule = None
+
+
+class Router(nn.Module):
+    """Which of its unit a sample needs. A fresh one says: all; without noise, so that it says the same again.
+
+    Args:
+        size: d, width of the tokens
+        width: of the router
+        widths: decide on the MLP, too
+    """
+
+    def __init__(self, size: int, width: int, widths: bool):
+        super().__init__()
+        self.modulation, self.trunk = nn.Linear(size, 2 * size), nn.Linear(size, width)
+        for p in (*self.modulation.parameters(), self.trunk.bias):
+            nn.init.zeros_(p)
+        self.gate, self.width = Head(width, 1), Head(width, WIDTHS) if widths else None
+        nn.init.constant_(self.gate.bias, math.log(OPEN / (1 - OPEN)))
+        if self.width is not None:
+            nn.init.constant_(self.width.bias[-1:], WHOLE)
+
+    def forward(self, cond: Tensor, image: Tensor, text: Tensor | None, mask: Tensor | None):
+        """p [b] and q [b 4], fp32; q is None where MLPs stay whole.
+
+        Args:
+            cond: b d, what the unit's adaLN receives
+            image: b n d
+            text: b l d, where the unit writes it
+            mask: b l, bool, text that is no padding; None: all
+        """
+        dtype = self.trunk.weight.dtype
+        shift, scale = self.modulation(F.silu(cond.to(dtype)))[:, None].chunk(2, 2)
+
+        def features(tokens: Tensor) -> Tensor:
+            x = torch.addcmul(shift, F.layer_norm(tokens, tokens.shape[2:], eps=EPS), 1 + scale)
+            return F.relu(self.trunk(x.to(dtype)))
+
+        total, number = features(image).sum(1, dtype=torch.float32), image.shape[1]
+        if text is not None:
+            h = features(text)
+            h, length = (h, text.shape[1]) if mask is None else (h * mask[..., None], mask.sum(1, keepdim=True))
+            total, number = total + h.sum(1, dtype=torch.float32), number + length
+        pooled = total / number
+        return self.gate(pooled)[:, 0].sigmoid(), None if self.width is None else self.width(pooled).softmax(1)
+
+
+class Head(nn.Linear):
+    """b c -> b k in fp32, under autocast too: steps of bf16 are 1/256 near the threshold, and the band is 1/67."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=1e-3)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return (input[:, None] * self.weight.float()).sum(2) + self.bias.float()
+
+
+# ---- units ----------------------------------------------------------------------------------------------------------
+
+
+class ElasticUnit:
+    """A unit behind its router: with factors while training, afterwards run at the width that each sample needs, if at
+    all."""
+
+    def __init__(self, unit: Unit, own: Routers, index: int, edit: Elastic):
+        self.unit, self.own, self.index, self.edit = unit, own, index, edit
+        features = hidden(unit)
+        self.size = features.size
+        self.joint = not isinstance(unit, BasicUnit)  # PixArt's text is no token of the stream that units write
+        self.widths: dict[int, Unit] = {WIDTHS: unit}
+        if edit.width is not None:
+            parts = {k: slice(0, -(-k * self.size // WIDTHS)) for k in range(1, WIDTHS)}
+            self.widths = {k: narrowed(unit, [(features, part)]) for k, part in parts.items()}
+            self.widths[WIDTHS] = variant(unit, {})  # without the slot, FLUX's single units stay fused
+            unit.ffn = MaskedFeed(unit)  # type: ignore[method-assign]
+
+    def __call__(self, stream: Stream) -> Stream:
+        p, q = self.route(stream)
+        decision = self.decide(p, q)
+        repeated: list[int] = []
+        if self.own.training or sharded(self.unit):
+            after = self.factored(stream, p, q, decision)
+        else:
+            after, repeated = self.executed(stream, p, decision)
+        cached = torch.zeros_like(p)
+        if repeated:
+            cached[torch.tensor(repeated, device=p.device)] = 1.0
+        seen = {"p": p, "open": (decision > 0).float(), "width": decision * (1 - cached) / WIDTHS, "cached": cached}
+        if q is not None:
+            seen["q"] = q
+        return replace(after, trace={**after.trace, **{f"elastic.{self.index}.{k}": v for k, v in seen.items()}})
+
+    def route(self, stream: Stream) -> tuple[Tensor, Tensor | None]:
+        """p [b] and q [b 4]."""
+        cond = stream.time if isinstance(self.unit, PixArtUnit) else stream.cond  # there b 6d, the modulation itself
+        image, text = stream.image[:, stream.layout.registers :], stream.text if self.joint else None
+        return self.own[self.index](cond, image, text, stream.layout.text_mask)
+
+    @property
+    def narrows(self) -> bool:
+        return self.edit.width is not None and (
+            not self.own.training or self.own.width is not None or self.own.rule is not None
+        )
+
+    def decide(self, p: Tensor, q: Tensor | None) -> Tensor:
+        """b int64: 0 closed, 1 to 4 the width in quarters."""
+        if self.own.rule is not None:
+            return self.own.rule(self.index, p, q).long()
+        opened = p >= self.edit.threshold
+        return opened * (q.argmax(1) + 1) if q is not None and self.narrows else opened * WIDTHS
+
+    def factored(self, stream: Stream, p: Tensor, q: Tensor | None, decision: Tensor) -> Stream:
+        """All of it, times 0 or 1 with a gradient: the one of p also where the unit is closed."""
+        opened, inner = decision > 0, stream
+        if q is not None and self.narrows:
+            width = torch.where(opened, decision, q.argmax(1) + 1)
+            reach = q.flip(1).cumsum(1).flip(1)  # b 4: of each quarter, the probability that the width reaches it
+            quarters = reach - reach.detach() + (torch.arange(WIDTHS, device=q.device) < width[:, None])
+            channels = quarters[:, torch.arange(self.size, device=q.device) * WIDTHS // self.size]
+            inner = replace(stream, layout=replace(stream.layout, routing=Routing(channels=channels)))
+        after = self.unit(inner)
+        m = (p - p.detach() + opened)[:, None, None]
+        text = after.text
+        if self.joint and stream.text is not None and text is not None:
+            text = mix(stream.text, text, m)
+        return replace(after, image=mix(stream.image, after.image, m), text=text, layout=stream.layout)
+
+    def executed(self, stream: Stream, p: Tensor, decision: Tensor) -> tuple[Stream, list[int]]:
+        """What was decided and nothing else, and the samples that repeat. Reading decisions waits for the device."""
+        kept, edit = self.residuals(stream), self.edit
+        if kept is not None:  # one transfer for both: open but near the threshold is 9 to 12
+            decision = decision + 8 * ((p >= edit.threshold) & (p <= edit.threshold + edit.band))
+        codes = [WIDTHS] * len(p) if p.is_meta else decision.tolist()  # without weights: what a fresh router says
+        if kept is None:
+            return run_grouped(stream, [code or None for code in codes], self.run), []
+        may = [code > 8 or (code % 8 == 0 and edit.cache_on_closed) for code in codes]
+        repeated = [i for i, times in enumerate(kept.count) if may[i] and times < edit.reuse]
+        before = kept.added(stream, repeated) if repeated else stream
+        keys = [None if i in repeated else code % 8 or None for i, code in enumerate(codes)]
+        after = run_grouped(before, keys, self.run)
+        if rows := [i for i, key in enumerate(keys) if key is not None]:
+            kept.store(rows, before, after, self.joint)
+        return after, repeated
+
+    def residuals(self, stream: Stream) -> Residuals | None:
+        """Of this unit, guidance branch and generation, once they are kept."""
+        edit, step = self.edit, stream.step
+        if step is None or edit.band < 0 or edit.reuse == 0 or step.index < edit.cache_from * step.count:
+            return None
+        return step.recall("elastic", self.index).setdefault("residuals", Residuals(len(stream.image)))
+
+    def run(self, width: int, stream: Stream) -> Stream:
+        """The unit at a width, compiled where the unit is."""
+        if width not in self.widths:
+            possible = ", ".join(map(str, sorted(self.widths)))
+            raise ValueError(f"unit {self.index} was to be run at {width} quarters, it has {possible}: mend the rule")
+        unit = self.widths[width]
+        if self.unit._compiled_call_impl is not None and unit._compiled_call_impl is None:
+            unit.compile()
+        return unit(stream)
+
+
+class Residuals:
+    """What a unit added to each sample's tokens when it was last run, and how often that was repeated since."""
+
+    def __init__(self, samples: int):
+        self.count: list[float] = [math.inf] * samples  # nothing there that could be repeated
+        self.image: Tensor | None = None  # b n d
+        self.text: Tensor | None = None  # b l d
+
+    def store(self, rows: list[int], before: Stream, after: Stream, text: bool) -> None:
+        where = torch.tensor(rows, device=after.image.device)
+        self.image = put(self.image, where, before.image, after.image)
+        if text and before.text is not None and after.text is not None:
+            self.text = put(self.text, where, before.text, after.text)
+        for i in rows:
+            self.count[i] = 0
+
+    def added(self, stream: Stream, rows: list[int]) -> Stream:
+        where = torch.tensor(rows, device=stream.image.device)
+        for i in rows:
+            self.count[i] += 1
+
+        def plus(tokens: Tensor | None, kept: Tensor | None) -> Tensor | None:
+            if tokens is None or kept is None:
+                return tokens
+            return tokens.index_add(0, where, kept.index_select(0, where).to(tokens.dtype))
+
+        image = plus(stream.image, self.image)
+        assert image is not None
+        return replace(stream, image=image, text=plus(stream.text, self.text))
+
+
+def put(kept: Tensor | None, rows: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """The differences of some samples, in place of those kept so far."""
+    change = after.index_select(0, rows) - before.index_select(0, rows)
+    return (torch.zeros_like(after) if kept is None else kept).index_copy_(0, rows, change.to(after.dtype))
+
+
+def sharded(unit: Unit) -> bool:
+    """Whether calling it is a collective (FSDP2, ZeRO-3)."""
+    return isinstance(unit, FSDPModule) or hasattr(next(unit.parameters()), "ds_id")
