@@ -3,10 +3,12 @@
     python -m benchmarks.claim flux_tiny_distill
     python -m benchmarks.claim flux_tiny_distill runs=/data/runs seeds=[0] trainer.max_steps=200
 
-A claim is a file of benchmarks/claims: arms (words for train.py), what is measured, and which arm should win. Every arm
-is trained with every seed under runs/claims/<claim>/<arm>_<seed>; finished runs are not repeated. All of them are then
-measured with the same noise, and each comparison is made seed by seed. A claim that does not hold is reported as not
-holding; the exit code is 0 all the same.
+A claim is a file of benchmarks/claims: arms (words for train.py), what is measured, and which arm should win, or which
+arm should be no worse than which other (`within`). Every arm is trained with every seed under
+runs/claims/<claim>/<arm>_<seed>; finished runs are not repeated. All of them are then measured with the same noise. A
+winner is compared seed by seed; an arm is within another's spread where its mean is worse by no more than the standard
+deviation over seeds, of both arms together. A claim that does not hold is reported as not holding; the exit code is 0
+all the same.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def value_of(result: Mapping[str, Any], measure: str) -> float | None:
     for part in ("quality", "compared"):
         if result.get(part) and measure in result[part]:
             return result[part][measure]["value"]
-    return None
+    return result.get("cost", {}).get(measure)
 
 
 def verdict(winner: Sequence[float], other: Sequence[float], higher: bool) -> dict[str, Any]:
@@ -38,6 +40,14 @@ def verdict(winner: Sequence[float], other: Sequence[float], higher: bool) -> di
     gains = [(a - b) if higher else (b - a) for a, b in zip(winner, other, strict=True)]
     spread = statistics.stdev(gains) if len(gains) > 1 else None
     return {"gain": statistics.fmean(gains), "spread": spread, "holds": all(g > 0 for g in gains), "gains": gains}
+
+
+def within(arm: Sequence[float], other: Sequence[float], higher: bool) -> dict[str, Any]:
+    """Whether the mean of an arm is worse than another's by no more than the spread of both over seeds."""
+    gain = statistics.fmean(arm) - statistics.fmean(other)
+    gain = gain if higher else -gain
+    spread = ((statistics.variance(arm) + statistics.variance(other)) / 2) ** 0.5 if len(arm) > 1 else 0.0
+    return {"gain": gain, "spread": spread, "holds": gain >= -spread}
 
 
 def run(script: str, *words: str) -> None:
@@ -82,13 +92,14 @@ def main(words: Sequence[str]) -> int:
             if None in found:
                 sys.exit(f"error: the report measures no {measure}: see {folder / 'report.json'}")
             values.setdefault(arm, {})[measure] = [v for v in found if v is not None]
+    won = [(claim.winner, other, verdict) for other in values if other != claim.winner] if claim.get("winner") else []
+    kept = [(*pair, within) for pair in claim.get("within", [])]
     comparisons = {
-        other: {
-            measure: verdict(values[claim.winner][measure], values[other][measure], direction == "higher")
+        f"{arm} against {other}": {
+            measure: judge(values[arm][measure], values[other][measure], direction == "higher")
             for measure, direction in claim.measures.items()
         }
-        for other in values
-        if other != claim.winner
+        for arm, other, judge in (*won, *kept)
     }
     holds = all(c["holds"] for one in comparisons.values() for c in one.values())
     outcome = {"claim": claim.claim, "seeds": list(claim.seeds), "values": values, "comparisons": comparisons}
@@ -109,10 +120,13 @@ def show(claim: Any, values: Mapping[str, Any], comparisons: Mapping[str, Any], 
     for arm, measured in values.items():
         print(f"| {arm} | {' | '.join(cell(measured[m]) for m in claim.measures)} |")
     print()
-    for other, measures in comparisons.items():
+    for pair, measures in comparisons.items():
         for measure, c in measures.items():
-            word = "better" if c["holds"] else "NOT better on every seed"
-            print(f"{claim.winner} against {other}, {measure}: {word}, by {c['gain']:.4g}")
+            if "gains" in c:
+                word = "better" if c["holds"] else "NOT better on every seed"
+            else:
+                word = f"{'within' if c['holds'] else 'NOT within'} the spread of {c['spread']:.4g}"
+            print(f"{pair}, {measure}: {word}, better by {c['gain']:.4g}")
     print(f"\nThe claim {'holds' if holds else 'does NOT hold'} over {len(claim.seeds)} seeds.")
 
 

@@ -30,6 +30,7 @@ from edit.sampling import Sampler
 from recipes.config import UserError
 from recipes.loggers import log_image
 from recipes.recipe import Recipe
+from recipes.routing_map import Decisions, decides, draw, groups
 
 WHOLE = "whole"  # marker inside a checkpoint folder (DeepSpeed), written when all ranks have finished
 
@@ -163,11 +164,13 @@ class ProgressBar(StepCallback):
 class Preview(StepCallback):
     """Every `every` optimiser steps, a grid of samples from the average: always the same noise and labels.
 
+    Where edits decide, what they decided for these samples is drawn, too.
+
     Args:
         every: optimiser steps; 0: never
         count: images
         sampler: how to generate
-        folder: for `step_000500.png`
+        folder: for `step_000500.png`, and `routing_<edit>_000500.png` where an edit decides
         grid: (denoised samples b c y x) -> picture, uint8 y x 3
         condition: makes the condition of `count` samples
         negative: one unconditional counterpart for all; None: the denoiser's own
@@ -198,22 +201,40 @@ class Preview(StepCallback):
             self._draw(trainer, module, step)
 
     def _draw(self, trainer: pl.Trainer, module: Recipe, step: int) -> None:
-        numbers = torch.arange(self.count)
-        x = self.sampler(module.ema, module.objective, self.condition(self.count), numbers, self.seed, self.negative)
+        numbers, told = torch.arange(self.count), self.condition(self.count)
+        seen = Decisions(module.ema) if trainer.is_global_zero and decides(module.ema) else None
+        x = self.sampler(module.ema, module.objective, told, numbers, self.seed, self.negative, watch=seen)
         module.reshard()
-        if not trainer.is_global_zero or self.grid is None:
+        if not trainer.is_global_zero:
             return
-        from PIL import Image
+        x = x.cpu()
+        if (picture := self._picture(x)) is not None:
+            self._put(trainer, "samples", f"step_{step:06d}.png", picture, step)
+        if seen is not None:
+            whom = groups(told.label, [f"sample {k}" for k in range(self.count)])
+            for name, maps in seen.maps().items():
+                picture = np.asarray(draw(maps, whom, lambda k: self._picture(x[k : k + 1])))
+                file = f"routing_{name.replace('/', '_')}_{step:06d}.png"
+                self._put(trainer, f"routing/{name}", file, picture, step)
 
+    def _picture(self, x: torch.Tensor) -> np.ndarray | None:
+        """Samples as a grid; None where there is no way to look at them."""
+        if self.grid is None:
+            return None
         try:
-            picture = self.grid(x.cpu())
+            return self.grid(x)
         except (FileNotFoundError, ValueError) as error:  # no VAE to decode with: not worth a training run
             print(f"no more previews: {error}", flush=True)
             self.grid = None
-            return
+            return None
+
+    def _put(self, trainer: pl.Trainer, name: str, file: str, picture: np.ndarray, step: int) -> None:
+        """Into the folder and to the loggers."""
+        from PIL import Image
+
         self.folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(self.folder / f"step_{step:06d}.png")
-        log_image(trainer.loggers, "samples", picture, step)
+        Image.fromarray(picture).save(self.folder / file)
+        log_image(trainer.loggers, name, picture, step)
 
 
 class AtomicIO(TorchCheckpointIO):

@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 
     from data.split import DataSet
     from edit.checkpoint import Artifact
+    from edit.cost import Cost
     from edit.denoiser import Condition, Denoiser
 
+COUNTED = 32  # images whose MACs are counted where an edit decides
+ROUTED = 64  # images whose decisions are drawn
 DEFAULTS = Path(__file__).parents[1] / "configs" / "eval.yaml"
 FORMAT = 1  # of report.json
 
@@ -256,6 +259,7 @@ def evaluate(
     from edit.cost import cost
     from edit.edits import describe as described
     from recipes.report import save_grid
+    from recipes.routing_map import decides
 
     artifact = edit.load(path, device, tuple(chosen.trusted))
     data = build_data(artifact, chosen.trusted)
@@ -290,6 +294,11 @@ def evaluate(
             real=bool(artifact.denoiser.applied),  # an edit may decide by what it sees
             rounds=chosen.rounds,
         )
+        costs, routing, pictures = counted.as_dict(), {}, {}
+        if decides(artifact.denoiser):
+            costs = decided_cost(counted, artifact, sampler, condition, data, chosen)
+            stem = f"{name.replace('/', '_')}_w{guidance:g}"
+            routing, pictures = draw_routing(artifact, sampler, condition, space, chosen, out, stem)
         results.append(
             {
                 "guidance": guidance,
@@ -298,8 +307,10 @@ def evaluate(
                 "seed": chosen.seed,
                 "quality": space.quality(sets),
                 "compared": space.compared(sets),
-                "cost": counted.as_dict() | {"images_per_second": chosen.n * len(chosen.seed) / seconds},
+                "cost": costs | {"images_per_second": chosen.n * len(chosen.seed) / seconds},
                 "grid": f"{file}_w{guidance:g}.png",
+                "routing": routing,
+                "routing_maps": pictures,
             }
         )
     denoiser = artifact.denoiser
@@ -318,6 +329,76 @@ def evaluate(
         "reference": space.description | {"grid": f"{file}_real.png", "world": world and type(world).__name__},
         "results": results,
     }
+
+
+def decided_cost(
+    counted: Cost,
+    artifact: Artifact,
+    sampler: Any,
+    condition: Callable[[Tensor], Condition],
+    data: DataSet,
+    chosen: Settings,
+) -> dict[str, Any]:
+    """A cost where edits decide: counted on real generations of several images at once, in place of one image.
+
+    Returns:
+        macs, macs_per_image: means over these images
+        activated: parameters that any of these generations read
+        share: of the MACs that the same generations need with everything run
+        counted: how many images
+        and what else `counted` holds
+    """
+    import torch
+
+    from edit.cost import count_generation, twin
+
+    count = min(chosen.n, chosen.batch, COUNTED)
+    told = condition(torch.arange(count))
+    real = partial(sampler, seed=chosen.seed[0], negative=null_condition(data))
+    run = count_generation(artifact.denoiser, real, artifact.objective, told, count)
+    whole = count_generation(twin(artifact.denoiser), real, artifact.objective, told, count)
+    macs = run.macs / count
+    dynamic = replace(counted, macs=round(macs / run.forwards), macs_per_image=round(macs), activated=run.activated)
+    return dynamic.as_dict() | {"share": run.macs / whole.macs, "counted": count}
+
+
+def draw_routing(
+    artifact: Artifact,
+    sampler: Any,
+    condition: Callable[[Tensor], Condition],
+    space: Yardstick,
+    chosen: Settings,
+    out: Path,
+    stem: str,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What edits decide for the first images: numbers by edit and quantity, and each edit's picture in `out`."""
+    import torch
+
+    from recipes.report import save_png
+    from recipes.routing_map import collect, draw, groups, numbers
+
+    data, first = space.data, torch.arange(min(chosen.n, ROUTED))
+    with progress(f"decisions of {stem}", len(first)) as done:
+        maps, x = collect(
+            artifact.denoiser,
+            artifact.objective,
+            sized(sampler, space.shape),
+            condition,
+            first,
+            chosen.seed[0],
+            chosen.batch,
+            done,
+            null_condition(data),
+        )
+    captions = space.checked.heldout().captions if space.checked else [f"sample {k}" for k in first.tolist()]
+    labels = first % data.num_classes if data.num_classes else None
+    whom = groups(labels, [captions[k % len(captions)] for k in first.tolist()], data.classes)
+    images = data.to_images(x).cpu().numpy()
+    pictures = {}
+    for name, seen in maps.items():
+        pictures[name] = f"grids/routing_{stem}_{name.replace('/', '_')}.png"
+        save_png(draw(seen, whom, lambda k: images[k]), out / pictures[name])
+    return {name: numbers(seen) for name, seen in maps.items()}, pictures
 
 
 def build_data(artifact: Artifact, trusted: Sequence[str] = ()) -> DataSet:

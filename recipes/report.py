@@ -53,8 +53,12 @@ def image_grid(images: Tensor, columns: int = 8, scale: int | None = None) -> Im
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> Path:
+    return save_png(image_grid(images, columns), path)
+
+
+def save_png(image: Image, path: Path) -> Path:
     picture = io.BytesIO()
-    image_grid(images, columns).save(picture, format="PNG")
+    image.save(picture, format="PNG")
     return write(path, picture.getvalue())
 
 
@@ -114,6 +118,7 @@ COLUMNS = (
     Column("parameters, M", _cost("parameters", 1e-6), "{:,.2f}".format, -1),
     Column("activated, M", _cost("activated", 1e-6), "{:,.2f}".format, -1),
     Column("MACs per image, G", _cost("macs_per_image", 1e-9), "{:,.3g}".format, -1),
+    Column("share of MACs run", _cost("share"), "{:.1%}".format, -1),
     Column("ms per forward", _time("forward"), "{:,.2f}".format, -1),
     Column("ms per image", _time("generation"), "{:,.2f}".format, -1),
     Column("images/s", _cost("images_per_second"), "{:,.3g}".format, 1),
@@ -200,6 +205,12 @@ def notes(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"n = {settings['n']} is no more than the {extractor['width']} features: Fréchet distances are rough."
     if table and not comparable(table):
         yield "Not all rows were measured against the same real images: their qualities cannot be compared."
+    if counts := {count for row in table if (count := row["cost"].get("counted"))}:
+        yield (
+            "Where a share of MACs run is given, an edit decides for each image what is run: MACs are means over real "
+            f"generations of the first {max(counts)} images in one batch, the share is of the same generations with "
+            "everything run, and activated parameters are those that any of them read; latencies are of one image."
+        )
     yield (
         f"Costs on {report['environment']['device']}, one image at a time, images/s {settings['batch']} at a time; "
         "times are medians ± half the distance of the quartiles."
@@ -309,7 +320,7 @@ def html(report: Mapping[str, Any], folder: Path) -> str:
         parts.append("<h2>Quality against cost</h2>" + _image(picture, "quality against cost", "plot"))
     parts += ["<h2>Samples</h2><p class=dim>The same place is the same noise and label.</p><div class=grids>"]
     parts += [_figure(caption, folder / path) for caption, path in _pictures(report)]
-    parts += ["</div>", *_captions(report), "<h2>Details</h2>"]
+    parts += ["</div>", *_captions(report), *_routing(table, folder), "<h2>Details</h2>"]
     for name, content in [("environment and settings", {k: report[k] for k in ("environment", "settings")})] + [
         (a["name"], a) for a in report["artifacts"]
     ]:
@@ -352,6 +363,28 @@ def _captions(report: Mapping[str, Any]) -> Iterator[str]:
     for captions in dict.fromkeys(tuple(t) for t in told if t):
         items = "".join(f"<li>{escape(caption)}</li>" for caption in captions)
         yield f"<p class=dim>Captions, row by row:</p><ol class=captions>{items}</ol>"
+
+
+def _routing(table: Sequence[Row], folder: Path) -> Iterator[str]:
+    """What edits decided: a sentence for each quantity, and the map."""
+    found = [(row, name, path) for row in table for name, path in row.get("routing_maps", {}).items()]
+    if found:
+        yield "<h2>Routing</h2><p class=dim>What edits decided for the first images (64 at most): shares of each "
+        yield "unit at each time, from noise to data. Small maps: a class or prompt each, conditional branch.</p>"
+    for row, name, path in found:
+        said = " ".join(sentence(quantity, n) for quantity, n in row["routing"][name].items())
+        caption = f"{row['label']}, {name}"
+        picture = _image((folder / path).read_bytes(), f"routing of {caption}", "plot")
+        yield f"<figure><figcaption>{escape(caption)}: {escape(said)}</figcaption>{picture}</figure>"
+
+
+def sentence(quantity: str, n: Mapping[str, Any]) -> str:
+    """What `recipes.routing_map.numbers` says of one quantity."""
+    branches = ", ".join(f"{name} {b['mean']:.1%}" for name, b in n["branches"].items())
+    return (
+        f"{quantity} {n['mean']:.1%} ({branches}), standard deviation {n['std_samples']:.1%} between samples and "
+        f"{n['std_timesteps']:.1%} between timesteps, units from {min(n['units']):.1%} to {max(n['units']):.1%}."
+    )
 
 
 def _figure(caption: str, path: Path) -> str:

@@ -4,7 +4,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from benchmarks.claim import CLAIMS, ROOT, main, value_of, verdict
+from benchmarks.claim import CLAIMS, ROOT, main, value_of, verdict, within
 from recipes.config import check, register
 
 
@@ -16,16 +16,24 @@ def test_a_winner_must_be_better_on_every_seed():
     assert verdict([1.0], [2.0], higher=False)["spread"] is None
 
 
-def test_a_measure_is_found_in_either_part_of_a_report():
-    result = {"quality": {"frechet": {"value": 2.0}}, "compared": {"psnr": {"value": 20.0}}}
-    assert value_of(result, "frechet") == 2.0 and value_of(result, "psnr") == 20.0
+def test_an_arm_within_the_spread_may_be_worse_by_it_and_no_more():
+    assert within([1.0, 3.0], [1.5, 3.5], higher=True)["holds"]  # by 0.5, of 1.41
+    assert not within([1.0, 1.2], [1.5, 1.7], higher=True)["holds"]  # by 0.5, of 0.14
+    assert within([1.0, 1.2], [1.5, 1.7], higher=False)["holds"]
+    assert within([1.0, 1.2], [1.5, 1.7], higher=False)["gain"] == pytest.approx(0.5)
+
+
+def test_a_measure_is_found_in_each_part_of_a_report():
+    result = {"quality": {"frechet": {"value": 2.0}}, "compared": {"psnr": {"value": 20.0}}, "cost": {"macs": 7}}
+    assert value_of(result, "frechet") == 2.0 and value_of(result, "psnr") == 20.0 and value_of(result, "macs") == 7
     assert value_of({"quality": {}, "compared": None}, "psnr") is None
 
 
 @pytest.mark.parametrize("path", sorted(CLAIMS.glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_arm_composes_and_the_winner_is_one_of_them(path):
+def test_every_arm_composes_and_those_that_are_judged_are_among_them(path):
     claim = OmegaConf.load(path)
-    assert claim.winner in claim.arms and len(claim.arms) > 1 and len(claim.seeds) >= 3
+    judged = [claim.winner] if "winner" in claim else [arm for pair in claim.within for arm in pair]
+    assert judged and set(judged) <= claim.arms.keys() and len(claim.arms) > 1 and len(claim.seeds) >= 3
     assert set(claim.measures.values()) <= {"higher", "lower"}
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):

@@ -42,6 +42,7 @@ from edit.edits import Edit
 from edit.objectives import Ramp, Weight, weight_at
 from edit.pruning.tinyfusion import mix
 from edit.routing.batches import mean_over_ranks, run_grouped
+from edit.routing.ranking import order_channels
 from edit.routing.slices import MaskedFeed, hidden, narrowed, variant
 
 GATE, WIDTH = "elastic.gate", "elastic.width"  # the budgets of a training pass
@@ -127,8 +128,6 @@ class Elastic(Edit):
 
     def initialise(self, denoiser: Denoiser) -> None:
         if self.order:
-            from edit.routing.ranking import order_channels
-
             for unit in denoiser.units:
                 assert isinstance(unit, ElasticUnit)
                 order_channels(unit.widths[WIDTHS])
@@ -168,13 +167,13 @@ class Elastic(Edit):
         return {"gate": gate, "width": self.weight * (total / number.clamp_min(EPS) - wanted).square()}
 
     def metrics(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Mean p; the part of units that is open, which the budget does not fix; the mean width at which open ones are
-        run; `spread`, the standard deviation over samples of the number of open units: 0 is static pruning; and how
-        often each unit is open, where 0 means that it is not trained any more."""
+        """Mean p; the part of units that is open, which the budget does not fix; `executed`, the mean width at which
+        open ones are run; `spread`, the standard deviation over samples of the number of open units, 0 in static
+        pruning; and how often each unit is open, where 0 means that it is not trained any more."""
         if "elastic.0.p" not in trace:
             return {}
         p, opened, width = (stacked(trace, what).detach() for what in ("p", "open", "width"))
-        seen = {"p": p.mean(), "open": opened.mean(), "width": width.sum() / (width > 0).sum().clamp_min(1)}
+        seen = {"p": p.mean(), "open": opened.mean(), "executed": width.sum() / (width > 0).sum().clamp_min(1)}
         seen["spread"] = opened.sum(0).std(correction=0)
         return seen | {f"open/{i}": v for i, v in enumerate(opened.mean(1))}
 

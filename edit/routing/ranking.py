@@ -2,7 +2,8 @@
 
 Where width is a prefix of the channels (E-DiT), or the first head and group are always run (DyDiT, arXiv 2410.03456),
 the order decides what that is. In place, and the unit computes what it did: softmax attention treats its heads alike,
-an activation its channels, and QK-norm and positions are the same for every head.
+an activation its channels, and QK-norm and positions are the same for every head. Layers with additions of low rank
+(TD-LoRA) are put in order by their weights alone; LoRAs are applied afterwards.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from edit.denoiser import Unit
-from edit.routing.slices import Features, heads, hidden, number_of_heads
+from edit.routing.slices import Adapted, Features, heads, hidden, number_of_heads
 
 
 def order_heads(unit: Unit) -> None:
     """Those of largest |rows of q, k and v, biases included| x |columns that read them| come first, text's included.
 
     Raises:
-        ValueError: if a layer is no plain linear one
+        ValueError: if a layer is neither a plain linear one nor adapted
     """
     order(unit, heads(unit), number_of_heads(unit))
 
@@ -27,7 +28,7 @@ def order_channels(unit: Unit) -> None:
     """Those of largest |row into it, its bias included| x |column out of it| come first, as width pruning ranks them.
 
     Raises:
-        ValueError: if a layer is no plain linear one
+        ValueError: if a layer is neither a plain linear one nor adapted
     """
     features = hidden(unit)
     order(unit, features, features.size)
@@ -48,11 +49,13 @@ def order(unit: Unit, features: Features, groups: int) -> None:
     places = torch.arange(features.size, device=best.device).view(groups, -1)[best].flatten()
     for layer, parts in writers:
         rows = torch.cat([places + i * features.size for i in range(parts)])
-        for p in (layer.weight, layer.bias):
+        up = layer.factors()[0] if isinstance(layer, Adapted) else None
+        for p in (layer.weight, layer.bias, up):
             if p is not None:
                 p.copy_(p[rows])
     for layer, columns in readers:
-        layer.weight[:, columns] = layer.weight[:, columns][:, places]
+        for p in (layer.weight, layer.factors()[1]) if isinstance(layer, Adapted) else (layer.weight,):
+            p[:, columns] = p[:, columns][:, places]
 
 
 def energy(rows: Tensor, groups: int, size: int) -> Tensor:
@@ -62,9 +65,10 @@ def energy(rows: Tensor, groups: int, size: int) -> Tensor:
 
 def plain(unit: Unit, path: str) -> nn.Linear:
     layer = unit.get_submodule(path)
-    if type(layer) is not nn.Linear:
+    if not isinstance(layer, Adapted) and type(layer) is not nn.Linear:
+        kind = type(layer)
         raise ValueError(
             f"only plain linear layers can be put in order, {path} of this {type(unit).__name__} is a "
-            f"{type(layer).__name__}: apply this edit before those that change its layers, or leave the order as it is"
+            f"{kind.__module__}.{kind.__name__}: apply this edit before those that change layers, or leave the order"
         )
     return layer

@@ -8,7 +8,9 @@ layers otherwise; it is a unit like any other, of its own static shape.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +24,7 @@ from edit.backbones.dit_diffusers import BasicUnit
 from edit.backbones.flux import DoubleUnit, SingleUnit
 from edit.backbones.qwen_image import QwenImageUnit
 from edit.backbones.sd3 import JointUnit
-from edit.denoiser import Layout, Routing, Step, Unit
+from edit.denoiser import Layout, Routing, Step, Stream, Unit
 
 Part = slice | Tensor  # of features: a range, or int64 indices in order
 
@@ -58,8 +60,8 @@ def hidden(unit: Unit) -> Features:
             return Features(u.proj_out.in_features - width, (("proj_mlp", 1),), (("proj_out", width),))
         case BasicUnit() | DoubleUnit() | JointUnit() | QwenImageUnit():
             name = "img_mlp" if isinstance(unit, QwenImageUnit) else "ff"
-            net = getattr(u, name).net
-            if hasattr(net[2], "in_features") and hasattr(net[0], "proj"):
+            net = getattr(getattr(u, name), "net", ())
+            if len(net) > 2 and hasattr(net[2], "in_features") and hasattr(net[0], "proj"):
                 size = net[2].in_features
                 parts = net[0].proj.out_features // size
                 return Features(size, ((f"{name}.net.0.proj", parts),), ((f"{name}.net.2", 0),))
@@ -183,7 +185,7 @@ def shifted(part: Part, by: int) -> Part:
 
 
 class Narrow(nn.Module):
-    """Some rows and columns of a linear layer, plain or with a LoRA: what they cost is run, and no more.
+    """Some rows and columns of a linear layer, plain, adapted or with a LoRA: what they cost is run, and no more.
 
     Args:
         layer: keeps its weights
@@ -200,7 +202,7 @@ class Narrow(nn.Module):
         from peft.tuners.lora import LoraLayer
 
         base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-        if type(base) is not nn.Linear:
+        if type(base) is not nn.Linear and not isinstance(base, Adapted):
             raise ValueError(
                 f"only a part of a plain linear layer can be run, this is a {type(base).__name__}: fold what changed "
                 "it first, or apply it later"
@@ -213,19 +215,28 @@ class Narrow(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if hasattr(self.base.weight, "ds_id"):  # ZeRO-3 gathers what is called whole: the same result, not cheaper
             return self._whole(x)
-        if self.kept:
-            return F.linear(x, *self.kept[0])
+        y = F.linear(x, *self._kept()) if self.keep else self._live(x)
+        if isinstance(self.base, Adapted) and not self.base._disable_adapters:
+            y = y + self.base.added(x, self.rows, self.columns)
+        return y
+
+    def _weights(self) -> tuple[Tensor, Tensor | None]:
         weight = taken(taken(self.base.weight, self.rows, 0), self.columns, 1)
-        bias = None if self.base.bias is None else taken(self.base.bias, self.rows, 0)
-        if self.keep:
-            for down, up, scale in self._additions():
-                weight = torch.addmm(weight, up, down, alpha=scale)
-            self.kept.append((weight, bias))
-            return F.linear(x, weight, bias)
-        y = F.linear(x, weight, bias)
+        return weight, None if self.base.bias is None else taken(self.base.bias, self.rows, 0)
+
+    def _live(self, x: Tensor) -> Tensor:
+        y = F.linear(x, *self._weights())
         for down, up, scale in self._additions():
             y = y + scale * F.linear(F.linear(x, down), up)
         return y
+
+    def _kept(self) -> tuple[Tensor, Tensor | None]:
+        if not self.kept:
+            weight, bias = self._weights()
+            for down, up, scale in self._additions():
+                weight = torch.addmm(weight, up, down, alpha=scale)
+            self.kept.append((weight, bias))
+        return self.kept[0]
 
     def _additions(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """A r x in, B out x r and the scale of each LoRA, of these rows and columns."""
@@ -271,7 +282,86 @@ def taken(x: Tensor, pieces: Pieces | None, dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-# ---- the same while training: factors that gradients reach ----------------------------------------------------------
+# ---- linear layers that depend on the sample ------------------------------------------------------------------------
+
+
+class Adapted(nn.Linear, ABC):
+    """A linear layer with an addition that depends on the sample, too: W x + b + added(x).
+
+    Args:
+        layer: whose weights it takes over
+    """
+
+    def __init__(self, layer: nn.Linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight = layer.weight
+        self.register_parameter("bias", layer.bias)
+        self._disable_adapters = False  # as peft's layers have it
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self._disable_adapters else y + self.added(x)
+
+    @abstractmethod
+    def added(self, x: Tensor, rows: Pieces | None = None, columns: Pieces | None = None) -> Tensor:
+        """Of some outputs, from some inputs: ... in -> ... out."""
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """What has a row for each output, and what has a column for each input."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the layers of a unit are told besides their tokens."""
+
+    time: Tensor  # b d, or 1 d where all samples share one: in a generation
+    samples: Tensor | None = None  # m: whose each token is, where tokens of several samples run as one sequence
+
+
+class Calls:
+    """The calls of a unit that are under way, the innermost last. Between calls there are none.
+
+    A layer is called with tokens alone. Hooks of the unit, which its copies share, say the rest for as long as it runs;
+    checkpointing runs it once more, and so it is said once more.
+    """
+
+    def __init__(self, unit: Unit):
+        self.open: list[Call] = []
+        unit.register_forward_pre_hook(self._begin)
+        unit.register_forward_hook(self._end, always_call=True)  # checkpointing leaves early, by an exception
+        unit.calls = self
+
+    def _begin(self, unit: nn.Module, args: tuple[Stream]) -> None:
+        (stream,) = args
+        assert stream.time is not None
+        self.open.append(Call(stream.time if stream.step is None else stream.time[:1]))
+
+    def _end(self, unit: nn.Module, args: tuple[Stream], after: Stream) -> None:
+        self.open.pop()
+
+
+@contextmanager
+def one_sequence(unit: Unit, samples: Tensor) -> Iterator[None]:
+    """Within a call of a unit: its layers are called with tokens of several samples as one sequence, (1) m c.
+
+    Args:
+        unit: or a copy of it
+        samples: m, of each token the position of its sample in the batch
+    """
+    calls = vars(unit).get("calls")
+    if calls is None:
+        yield
+        return
+    calls.open.append(Call(calls.open[-1].time, samples))
+    try:
+        yield
+    finally:
+        calls.open.pop()
+
+
+# ---- parts while training: factors that gradients reach -------------------------------------------------------------
 
 
 class MaskedFeed:

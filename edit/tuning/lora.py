@@ -14,6 +14,7 @@ from torch import nn
 
 from edit.denoiser import Denoiser
 from edit.edits import Edit
+from edit.routing.slices import Adapted
 
 ADAPTER = "default"  # peft's own name for a model's only adapter, which other tools expect
 
@@ -82,14 +83,14 @@ class LoRA(Edit):
 
 @contextmanager
 def without(denoiser: Denoiser) -> Iterator[Denoiser]:
-    """The denoiser with its LoRA switched off inside the block: bit for bit the model it was applied to.
+    """The denoiser with its LoRA (or TD-LoRA) switched off inside the block: bit for bit the model it was applied to.
 
     Raises:
         ValueError: if it has none
     """
     from peft.tuners.lora import LoraLayer
 
-    layers = [m for m in denoiser.model.modules() if isinstance(m, LoraLayer)]
+    layers = [m for m in denoiser.model.modules() if isinstance(m, (LoraLayer, Adapted))]
     if not layers:
         raise ValueError(f"this {denoiser.name} has no LoRA that could be switched off: apply one first")
     try:

@@ -1,0 +1,185 @@
+"""TD-LoRA of DyDiT++ (arXiv 2504.06803): low-rank additions to frozen linear layers that are mixed by the time.
+
+    y = W x + b + (alpha / rank) sum_e w_e(E_t) B_e A x,    w = softmax(Linear(E_t))
+
+A layer has one A, which all experts share, E matrices B_e, zero at first, and its own w. As w depends on the embedded
+time alone, W + sum_e w_e B_e A is one plain weight at each time (`weights_at`). Beside routers (E-DiT, DyDiT), which
+train with it, apply TD-LoRA first: what they run of a layer (`slices.Narrow`), they run of its addition.
+
+Specification: methods/dydit.md, TD-LoRA, where rank, experts and targets are ours: rank 4 on all of a unit's layers
+that DyDiT narrows makes 0.9 % of DiT-XL/2, with DyDiT's routers 1.4 % as published. w starts as any linear layer, for
+with equal experts and equal w all B_e would stay equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edit.backbones.dit_diffusers import ClassUnit
+from edit.denoiser import SLOTS, Denoiser, Unit
+from edit.edits import Edit
+from edit.routing.slices import Adapted, Calls, Pieces, heads, hidden, taken
+
+MODULATIONS = ("adaLN_modulation.", "norm1.linear.", "norm1_context.linear.", "norm.linear.", "norm_out.linear.")
+MODULATIONS += ("adaln_single.linear.", "scale_shift_table", "img_mod.", "txt_mod.")
+
+
+@dataclass
+class TDLoRA(Edit):
+    """Additions to linear layers of the units; all else is frozen, except for parameters of other edits.
+
+    Args:
+        rank: r, of the addition
+        experts: E
+        targets: name endings of linear layers inside units, e.g. "attn.qkv"; none given: the attention's and the
+            (image) feed-forward's, in and out
+        alpha: scale numerator
+        modulation: train the weights that make shifts, scales and gates, too
+    """
+
+    rank: int = 4
+    experts: int = 4
+    targets: tuple[str, ...] = ()
+    alpha: float = 4.0
+    modulation: bool = False
+
+    def __post_init__(self):
+        self.targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        if min(self.rank, self.experts) < 1:
+            raise ValueError(f"TDLoRA: rank and experts are at least 1, got {self.rank} and {self.experts}")
+
+    def apply(self, denoiser: Denoiser) -> None:
+        units = [self._checked(denoiser, i) for i in range(len(denoiser.units))]
+        found = [self._paths(unit) for unit in units]
+        if unmet := [t for t in self.targets if not any(path.endswith(t) for paths in found for path in paths)]:
+            names = [n for n, m in units[0].named_modules() if isinstance(m, nn.Linear)]
+            raise ValueError(
+                f"TDLoRA: no linear layer inside a unit has a name that ends in {unmet[0]!r}; there are "
+                f"{', '.join(names)}"
+            )
+        for i, (unit, paths) in enumerate(zip(units, found, strict=True)):
+            if bad := next((path for path in paths if type(unit.get_submodule(path)) is not nn.Linear), None):
+                raise ValueError(
+                    f"TDLoRA: {bad} of unit {i} of this {denoiser.name} is no plain linear layer any more: put TDLoRA "
+                    "before the edit that changed it, or fold that one first"
+                )
+        for unit, paths in zip(units, found, strict=True):
+            calls, width = Calls(unit), width_of(unit)
+            for path in paths:
+                parent, _, name = path.rpartition(".")
+                layer = unit.get_submodule(path)
+                assert isinstance(layer, nn.Linear)
+                new = Timed(layer, calls, width, self.rank, self.experts, self.alpha / self.rank)
+                setattr(unit.get_submodule(parent), name, new)
+
+    @property
+    def keeps(self) -> bool:  # type: ignore[override]
+        return not self.modulation
+
+    def trainable(self, name: str) -> bool:
+        return self.owns(name) or name.startswith("edits.") or (self.modulation and any(m in name for m in MODULATIONS))
+
+    def owns(self, name: str) -> bool:
+        return ".td_" in name
+
+    def stock_key(self, key: str) -> str | None:
+        return None if self.owns(key) else key
+
+    def _checked(self, denoiser: Denoiser, i: int) -> Unit:
+        unit = denoiser.units[i]
+        if not isinstance(unit, Unit) or not vars(unit).keys().isdisjoint((*SLOTS, "forward", "calls")):
+            raise ValueError(
+                f"TDLoRA: another edit has changed unit {i} of this {denoiser.name} already: put TDLoRA before it"
+            )
+        if isinstance(unit, ClassUnit):
+            raise ValueError(
+                f"TDLoRA: every unit of a {denoiser.name} embeds the time for itself: use the backbone dit, which "
+                "reads such weights where the units agree"
+            )
+        return unit
+
+    def _paths(self, unit: Unit) -> list[str]:
+        if self.targets:
+            return [n for n, m in unit.named_modules() if isinstance(m, nn.Linear) and n.endswith(self.targets)]
+        parts = (heads(unit), hidden(unit))
+        return list(dict.fromkeys(path for f in parts for path, _ in (*f.writers, *f.readers)))  # some are shared
+
+
+def width_of(unit: Unit) -> int:
+    """Of the embedded time, which in every family is that of the tokens."""
+    return unit.get_submodule(heads(unit).readers[0][0]).out_features  # type: ignore[return-value]
+
+
+class Timed(Adapted):
+    """A linear layer with the addition.
+
+    Args:
+        layer: whose weights it takes over
+        calls: of the unit it is in
+        width: d, of the embedded time
+        rank, experts: r and E
+        scale: of the addition
+    """
+
+    def __init__(self, layer: nn.Linear, calls: Calls, width: int, rank: int, experts: int, scale: float):
+        super().__init__(layer)
+        self.calls, self.experts, self.scale = calls, experts, scale
+        like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        self.td_down = nn.Parameter(torch.empty(rank, layer.in_features, **like))
+        self.td_up = nn.Parameter(torch.zeros(layer.out_features, experts * rank, **like))
+        self.td_mixture = nn.Linear(width, experts, **like)
+        nn.init.kaiming_uniform_(self.td_down, a=math.sqrt(5))  # as a LoRA's A
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.td_up, self.td_down
+
+    def mixture(self, time: Tensor) -> Tensor:
+        """w, b E: of the embedded time, b d."""
+        return self.td_mixture(time.to(self.td_mixture.weight.dtype)).softmax(-1)
+
+    def mixed(self, w: Tensor, up: Tensor) -> Tensor:
+        """sum_e w_e B_e: b E, out (E r) -> b out r."""
+        return torch.einsum("be,oer->bor", w.to(up.dtype), up.unflatten(1, (self.experts, -1)))
+
+    def added(self, x: Tensor, rows: Pieces | None = None, columns: Pieces | None = None) -> Tensor:
+        if not self.calls.open:
+            raise RuntimeError("TDLoRA: a layer was called outside of its unit, which knows the time: call the unit")
+        call = self.calls.open[-1]
+        down, up, w = taken(self.td_down, columns, 1), taken(self.td_up, rows, 0), self.mixture(call.time)
+        h = F.linear(x, down)
+        if len(w) == 1:
+            return self.scale * F.linear(h, self.mixed(w, up)[0])
+        if call.samples is not None or h.shape[:-1] == w.shape[:1]:  # each token, or row, has its own w
+            w = w if call.samples is None else w[call.samples]
+            return self.scale * F.linear((w[:, :, None] * h[..., None, :]).flatten(-2).to(h.dtype), up)
+        if len(h) not in (1, len(w)) or (h.ndim > 2 and len(h) == 1):
+            raise RuntimeError(
+                f"TDLoRA: a layer got {len(h)} sequence for {len(w)} samples, each with its own time: say whose tokens "
+                "these are with edit.routing.slices.one_sequence"
+            )
+        return self.scale * (h @ self.mixed(w, up).mT)  # B(t) is small beside as many tokens
+
+    def weight_at(self, time: Tensor) -> Tensor:
+        """W + (alpha / rank) sum_e w_e B_e A at one embedded time, d: out x in."""
+        return self.weight + self.scale * self.mixed(self.mixture(time[None]), self.td_up)[0] @ self.td_down
+
+
+def weights_at(denoiser: Denoiser, time: Tensor) -> dict[str, Tensor]:
+    """What to put in place of the model's weights for the same prediction at one time, by stock names.
+
+    Args:
+        denoiser: with TD-LoRA
+        time: d, embedded (`Stream.time` of one sample)
+    """
+    return {f"{name}.weight": layer.weight_at(time) for name, layer in timed(denoiser)}
+
+
+def timed(denoiser: Denoiser) -> Iterator[tuple[str, Timed]]:
+    """The layers with additions, by their names in the model."""
+    return ((name, m) for name, m in denoiser.model.named_modules() if isinstance(m, Timed))
