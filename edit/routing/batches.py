@@ -8,7 +8,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from edit.denoiser import Stream
 
@@ -75,3 +76,8 @@ def mean_over_ranks(local: Tensor) -> Tensor:
     everywhere = local.detach().clone()
     dist.all_reduce(everywhere)
     return local + (everywhere / dist.get_world_size() - local.detach())
+
+
+def sharded(unit: nn.Module) -> bool:
+    """Whether calling it is a collective (FSDP2, ZeRO-3), which no rank may leave out."""
+    return isinstance(unit, FSDPModule) or hasattr(next(unit.parameters()), "ds_id")

@@ -33,7 +33,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from edit.backbones.dit_diffusers import BasicUnit, ClassUnit
 from edit.backbones.pixart import PixArtUnit
@@ -41,7 +40,7 @@ from edit.denoiser import Condition, Denoiser, Routing, Stream, Unit
 from edit.edits import Edit
 from edit.objectives import Ramp, Weight, weight_at
 from edit.pruning.tinyfusion import mix
-from edit.routing.batches import mean_over_ranks, run_grouped
+from edit.routing.batches import mean_over_ranks, run_grouped, sharded
 from edit.routing.ranking import order_channels
 from edit.routing.slices import MaskedFeed, hidden, narrowed, variant
 
@@ -428,8 +427,3 @@ def put(kept: Tensor | None, rows: Tensor, before: Tensor, after: Tensor) -> Ten
     """The differences of some samples, in place of those kept so far."""
     change = after.index_select(0, rows) - before.index_select(0, rows)
     return (torch.zeros_like(after) if kept is None else kept).index_copy_(0, rows, change.to(after.dtype))
-
-
-def sharded(unit: Unit) -> bool:
-    """Whether calling it is a collective (FSDP2, ZeRO-3)."""
-    return isinstance(unit, FSDPModule) or hasattr(next(unit.parameters()), "ds_id")

@@ -444,3 +444,17 @@ def test_lora_and_td_lora_both_train_and_are_both_switched_off(dit, batch):
         assert isinstance(p, nn.Parameter)
     with torch.no_grad(), without(dit):
         assert torch.equal(dit(*batch).sample, before)
+
+
+@pytest.mark.parametrize("name", ["dit", "flux"])
+@torch.no_grad()
+def test_tokens_of_samples_at_different_times_run_as_one_sequence_with_the_mixture_of_each(name):
+    denoiser = edit.apply(adapted(family(name)), {"dydit": DyDiT()})
+    generator = torch.Generator().manual_seed(3)
+    for p in denoiser.edits.parameters():
+        p.copy_(0.2 * torch.randn(p.shape, generator=generator))
+    sliced = denoiser(*inputs(denoiser))
+    factored = denoiser(*inputs(denoiser), branches=range(len(denoiser.units)))  # where branches are wanted
+    assert 0.1 < sliced.trace["dydit.tokens.0"].mean() < 0.9
+    # FLUX's stock positions round in fp32
+    torch.testing.assert_close(sliced.sample, factored.sample, rtol=0, atol=1e-7 if name == "flux" else 1e-12)

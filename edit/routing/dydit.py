@@ -1,0 +1,503 @@
+"""DyDiT (arXiv 2410.03456; DyDiT++, 2504.06803): heads and channel groups by time, tokens by what they hold.
+
+Timestep-wise dynamic width (TDW): from the embedded time E alone a router of each unit opens H attention heads and as
+many groups of hidden channels, the first of each always. Spatial-wise dynamic tokens (SDT): a second router reads the
+stream after the attention and says which image tokens the feed-forward is run on:
+
+    m = [1, G(W E + b)],  s = G(R(x)),  x <- x + g1 A(x; m_heads),  x <- x + g2 s M(x; m_groups)
+
+G is a Gumbel-sigmoid: while training hard(z + g - g' > 0) with the gradient of sigmoid((z + g - g') / tau), afterwards
+z > 0. One loss holds the share of the multiply-accumulates that is run, a mean over the batch, at lambda; for the first
+part of the run the complete network is trained beside it, on the same noisy samples.
+
+What is decided is what is run: in a generation all units' widths of a time are read once and serve both branches; units
+then run slices of their weights, kept until a time asks for others. Chosen tokens are gathered, which waits for the
+device once per unit, for their number.
+
+FLUX as DyFLUX has it: tokens are chosen by a modulated router, in single units from their input, where those left out
+are keys and values only and neither attention nor MLP changes them; text always runs. Ours there: width by time in the
+double units, too, and routers whose last layer starts at zero, since with a bias of 5 a random one closes some at once.
+
+Specification: methods/dydit.md, without its TD-LoRA. Ours: routers read detached streams, so that the budget moves no
+backbone weight; costs come from shapes, text and registers included; steps of large gradients are clipped, where the
+release skips them. Times stratified over the batch, on which the budget's mean depends, are the setting `strata`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edit.backbones.dit import DiTBlock
+from edit.backbones.flux import DoubleUnit, SingleUnit
+from edit.denoiser import Condition, Denoiser, Layout, Output, Routing, Stream, Unit
+from edit.edits import Edit
+from edit.objectives import Ramp, Weight, weight_at
+from edit.routing.batches import grouped, mean_over_ranks, run_grouped, sharded
+from edit.routing.ranking import order_channels, order_heads
+from edit.routing.slices import MaskedFeed, MaskedHeads, heads, hidden, narrowed, number_of_heads, variant
+from edit.routing.tokens import Run, choosing, gathered, multiplied
+
+WIDTHS, TOKENS, RATIO = "dydit.widths", "dydit.tokens", "dydit.ratio"
+TARGET, PLAN, WHOLE = "dydit.target", "dydit.plan", "dydit.whole"
+SAMPLE, VARIANCE = "dydit.complete.sample", "dydit.complete.variance"
+
+
+@dataclass
+class DyDiT(Edit):
+    """Routers for every unit. To be applied after edits that change the embedded stream, which may change the time: the
+    first part of a run doubles the batch there; and after TD-LoRA and LoRA, before what wraps units.
+
+    Args:
+        ratio: lambda, the share of the units' multiply-accumulates to run, in (0, 1]; over the paper's 200k steps it
+            stays at 1 for 100 and reaches its end at 1100
+        weight: of the budget's squared error; 1 in the paper, 2 in its code
+        temperature: tau, of the gradient alone: which way is drawn does not depend on it
+        bias: of fresh width routers, so that everything is open; None: the family's, 15 or in FLUX 5
+        token_bias: likewise of the token routers; None: 35 or in FLUX 5
+        complete: first part of the run in which the complete network is trained, too, at about twice the cost
+        width: choose heads and channel groups by time
+        tokens: choose the tokens of the feed-forward
+        order: rank heads and channels by magnitude first, so that those which are always on are those that weigh most
+    """
+
+    ratio: Weight = Ramp(1.0, 0.5, begin=0.0005, until=0.0055)
+    weight: float = 2.0
+    temperature: float = 5.0
+    bias: float | None = None
+    token_bias: float | None = None
+    complete: float = 0.15
+    width: bool = True
+    tokens: bool = True
+    order: bool = True
+
+    decides = True
+    excludes = ("DyDiT", "TinyFusion", "Elastic")
+
+    def __post_init__(self):
+        if not all(0 < weight_at(self.ratio, progress) <= 1 for progress in (0.0, 1.0)):
+            raise ValueError(f"DyDiT: ratio is the share of the work to run, in (0, 1], got {self.ratio}")
+        if self.temperature <= 0 or self.weight < 0:
+            raise ValueError(
+                f"DyDiT: temperature must be positive and weight not negative, got {self.temperature}, {self.weight}"
+            )
+        if not 0 <= self.complete <= 1:
+            raise ValueError(f"DyDiT: complete is a part of the run, in [0, 1], got {self.complete}; 0 leaves it out")
+        if not (self.width or self.tokens):
+            raise ValueError("DyDiT: with width=false and tokens=false there is nothing to choose: turn one of them on")
+
+    def apply(self, denoiser: Denoiser) -> Routers:
+        units = denoiser.units
+        for unit in units:
+            if not isinstance(unit, (DiTBlock, DoubleUnit, SingleUnit)):
+                raise ValueError(
+                    f"DyDiT chooses within the units of DiT, SiT and FLUX, this {denoiser.name} has a "
+                    f"{type(unit).__name__}: use another backbone, or apply DyDiT before what wraps units"
+                )
+        flux, weight = not isinstance(units[0], DiTBlock), next(denoiser.parameters())
+        bias, token_bias = (5.0, 5.0) if flux else (15.0, 35.0)
+        works = [work(unit) for unit in units]
+        d, h = heads(units[0]).size, number_of_heads(units[0])
+        if self.width and (h == 1 or any(w.channels % h for w in works)):
+            raise ValueError(
+                f"DyDiT: hidden channels form as many groups as there are heads, at least two, but this {denoiser.name}"
+                f" has {h} and {works[0].channels} channels: choose widths that fit, or set width=false"
+            )
+        bias = bias if self.bias is None else self.bias
+        token_bias = token_bias if self.token_bias is None else self.token_bias
+        router = ModulatedTokenRouter if flux else TokenRouter
+        with weight.device:
+            width = TimeRouter(d, len(units), h, bias, zero=flux) if self.width else None
+            tokens = nn.ModuleList(router(d, token_bias) for _ in units) if self.tokens else None
+            own = Routers(works, h, width, tokens, self.temperature).to(weight.dtype)
+        self.advance(0.0, own)
+        denoiser.units = [Routed(unit, own, i) for i, unit in enumerate(units)]  # type: ignore[arg-type]
+        return own
+
+    def initialise(self, denoiser: Denoiser) -> None:
+        for routed in denoiser.units:
+            if self.order and self.width and isinstance(routed, Routed):
+                order_heads(routed.plain)
+                order_channels(routed.plain)
+
+    def advance(self, progress: float, own: nn.Module | None) -> None:
+        assert isinstance(own, Routers)
+        own.target, own.complete = weight_at(self.ratio, progress), progress < self.complete
+
+    def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
+        assert isinstance(own, Routers) and stream.time is not None
+        if not own.training:
+            widths, plan = own.plan(stream)
+            return stream.record(WIDTHS, widths).record(PLAN, plan)
+        widths = own.widths(stream.time)
+        stream = stream.record(TARGET, widths.new_full((), own.target))
+        if own.complete:
+            stream, widths = doubled(stream), torch.cat((widths, torch.ones_like(widths)))
+        return stream.record(WIDTHS, widths)
+
+    def readout(self, output: Output, stream: Stream, own: nn.Module | None) -> Output:
+        assert isinstance(own, Routers)
+        sample, variance = output.sample, output.variance
+        trace = {k: v for k, v in output.trace.items() if k not in (PLAN, WHOLE)}
+        if WHOLE in output.trace:
+            b = len(sample) // 2
+            trace = {k: v[:b] if k.startswith(("unit.", WIDTHS, TOKENS)) else v for k, v in trace.items()}
+            sample, trace[SAMPLE] = sample[:b], sample[b:]
+            if variance is not None:
+                variance, trace[VARIANCE] = variance[:b], variance[b:]
+        trace[RATIO] = own.ratio(trace, stream.layout, stream.image.shape[1] - stream.layout.registers)
+        return Output(sample, variance, trace)
+
+    def further(self, output: Output) -> dict[str, Output]:
+        """What the complete network predicts, in the part of the run that trains it."""
+        trace = output.trace
+        return {"complete": Output(trace[SAMPLE], trace.get(VARIANCE), {})} if SAMPLE in trace else {}
+
+    def losses(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if TARGET not in trace:
+            return {}
+        return {"budget": self.weight * (mean_over_ranks(trace[RATIO].mean()) - trace[TARGET]) ** 2}
+
+    def metrics(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Shares that are run: of the work, and as far as they are chosen of heads, channel groups and tokens."""
+        shares = {name: share.mean() for name, share in self.decisions(trace).items()}
+        return {"ratio": trace[RATIO].detach().mean(), **shares}
+
+    def decisions(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        if self.width:
+            shares = trace[WIDTHS].detach().mean(3)  # b u 2
+            found = {"heads": shares[..., 0].T, "groups": shares[..., 1].T}
+        if self.tokens:
+            units = range(trace[WIDTHS].shape[1])
+            found["tokens"] = torch.stack([trace[f"{TOKENS}.{i}"].detach() for i in units])
+        return found
+
+
+def doubled(stream: Stream) -> Stream:
+    """Every sample a second time, marked in the trace for the complete network."""
+
+    def twice(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.cat((x, x))
+
+    layout = stream.layout
+    layout = replace(layout, text_mask=twice(layout.text_mask), kept=twice(layout.kept))
+    image, cond = torch.cat((stream.image, stream.image)), torch.cat((stream.cond, stream.cond))
+    whole = torch.arange(len(image), device=image.device) >= len(stream.image)
+    stream = replace(stream, image=image, cond=cond, text=twice(stream.text), time=twice(stream.time), layout=layout)
+    return stream.record(WHOLE, whole)
+
+
+# ---- what a unit costs ----------------------------------------------------------------------------------------------
+
+
+class Work(NamedTuple):
+    """Multiply-accumulates of a unit with everything on, by what they grow with; modulation and routers are left out.
+
+    Of t = text and image tokens, registers included, of which k are chosen (registers and in single units text always
+    are), with shares h of the heads and g of the channels:
+
+        text * l + h (token t + pair t^2) + k (h out + g feed)
+    """
+
+    channels: int  # hidden, of the image's feed-forward
+    token: int
+    pair: int
+    out: int
+    feed: int
+    text: int
+    joint: bool  # text tokens are chosen, too, all of them
+
+    def parts(self, n: int, registers: int, length: int) -> tuple[int, int, int]:
+        """Fixed work, the work of all heads before the choice, and how many tokens are always chosen.
+
+        Args:
+            n: image tokens
+            registers, length: further ones, of text
+        """
+        t, joint = n + registers + length, length if self.joint else 0
+        return length * self.text, t * self.token + t * t * self.pair, registers + joint
+
+
+def work(unit: Unit) -> Work:
+    """Read off the shapes of the unit's layers."""
+    u: Any = unit
+    inner, features = heads(unit).size, hidden(unit)
+    d = u.get_submodule(features.writers[0][0]).in_features
+    feed = (features.writers[0][1] + 1) * d * features.size
+    if isinstance(unit, SingleUnit):
+        return Work(features.size, 3 * d * inner, 2 * inner, inner * d, feed, 0, True)
+    text = 0
+    if isinstance(unit, DoubleUnit):
+        text = sum(m.in_features * m.out_features for m in u.ff_context.modules() if isinstance(m, nn.Linear))
+    return Work(features.size, 4 * d * inner, 2 * inner, 0, feed, text, False)
+
+
+# ---- routers --------------------------------------------------------------------------------------------------------
+
+
+class Routers(nn.Module):
+    """The routers of all units, and where the run is, as `DyDiT.advance` sets it.
+
+    Args:
+        works: of the units
+        heads: h, of every unit
+        width: None: all are on
+        tokens: one per unit; None: all are kept
+        temperature: of the gradient
+    """
+
+    target: float
+    complete: bool
+
+    def __init__(
+        self,
+        works: Sequence[Work],
+        heads: int,
+        width: TimeRouter | None,
+        tokens: nn.ModuleList | None,
+        temperature: float,
+    ):
+        super().__init__()
+        self.works, self.heads, self.temperature = tuple(works), heads, temperature
+        self.width, self.tokens = width, tokens
+
+    def opened(self, logits: Tensor) -> Tensor:
+        """Gumbel-sigmoid: 1 where open, else 0, shaped as the logits; while training drawn, and with a gradient."""
+        logits = logits.float()
+        if not self.training:
+            return (logits > 0).float()
+        first, second = (torch.empty_like(logits).exponential_().log() for _ in range(2))  # Gumbel but for the sign
+        y = torch.sigmoid((logits + second - first) / self.temperature)
+        return (y > 0.5).float() + (y - y.detach())
+
+    def widths(self, time: Tensor) -> Tensor:
+        """Heads and channel groups of all units: b d -> b u 2 h, the first always on."""
+        if self.width is None:
+            return time.new_ones(len(time), len(self.works), 2, self.heads, dtype=torch.float32)
+        return F.pad(self.opened(self.width(time.detach())), (1, 0), value=1.0)
+
+    def plan(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """`widths`, and the same on the host, bool, for one sample where it holds for all.
+
+        All samples of a generation's step have one time, so one transfer serves all units and both branches.
+        """
+        time, step = stream.time, stream.step
+        assert time is not None
+        if step is None:
+            widths = self.widths(time)
+            return widths, on_host(widths)
+        known = step.memory.setdefault(("dydit", "plans"), {})
+        if step.sigma not in known:
+            widths = self.widths(time[:1])
+            known[step.sigma] = widths, on_host(widths)
+        widths, plan = known[step.sigma]
+        return widths.expand(len(time), -1, -1, -1), plan
+
+    def ratio(self, trace: Mapping[str, Tensor], layout: Layout, n: int) -> Tensor:
+        """Of each sample, the share of the units' work that is run: b. `n` image tokens."""
+        spent, whole = torch.zeros((), device=trace[WIDTHS].device), 0
+        shares = trace[WIDTHS].mean(3)  # b u 2
+        for w, members in grouped(self.works).items():
+            fixed, attended, always = w.parts(n, layout.registers, layout.text_length)
+            h, g = torch.stack([shares[:, i] for i in members], 1).unbind(2)  # b units
+            kept: Tensor | int = n
+            if self.tokens is not None:
+                kept = torch.stack([trace[f"{TOKENS}.{i}"] for i in members], 1).sum(2)
+            spent = spent + (fixed + attended * h + (always + kept) * (w.out * h + w.feed * g)).sum(1)
+            whole += len(members) * (fixed + attended + (always + n) * (w.out + w.feed))
+        return spent / whole
+
+
+def on_host(widths: Tensor) -> Tensor:
+    """As booleans on the CPU; without weights there is no decision, and all is run."""
+    return torch.ones(widths.shape, dtype=torch.bool, device="cpu") if widths.is_meta else (widths > 0.5).cpu()
+
+
+class TimeRouter(nn.Linear):
+    """Logits of all units' heads and channel groups but the first: b d -> b u 2 (h - 1), in fp32 also under autocast,
+    as bf16 would turn those near the threshold.
+
+    Args:
+        d: width of the embedded time
+        units, heads: u and h
+        bias: at the start
+        zero: start from the bias alone; otherwise each unit's two layers are drawn as Xavier has it
+    """
+
+    def __init__(self, d: int, units: int, heads: int, bias: float, zero: bool):
+        super().__init__(d, units * 2 * (heads - 1))
+        self.units = units
+        nn.init.constant_(self.bias, bias)
+        nn.init.zeros_(self.weight)
+        if not zero:
+            for part in self.weight.detach().view(2 * units, heads - 1, d):
+                nn.init.xavier_uniform_(part)
+
+    def forward(self, input: Tensor) -> Tensor:
+        kind = "cpu" if input.is_meta else input.device.type
+        with torch.autocast(kind, enabled=False):
+            logits = F.linear(input.float(), self.weight.float(), self.bias.float())
+        return logits.unflatten(1, (self.units, 2, -1))
+
+
+class TokenRouter(nn.Module):
+    """Logits of the image tokens of a DiT, b n, from the residual stream as it is.
+
+    Args:
+        d: width of the tokens
+        bias: at the start
+    """
+
+    def __init__(self, d: int, bias: float):
+        super().__init__()
+        self.into, self.out = nn.Linear(d, max(1, d // 16)), nn.Linear(max(1, d // 16), 1)
+        for layer in (self.into, self.out):
+            nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(self.into.bias)
+        nn.init.constant_(self.out.bias, bias)
+
+    def forward(self, stream: Stream) -> Tensor:
+        tokens = stream.image[:, stream.layout.registers :].detach()
+        return self.out(F.relu(self.into(tokens.to(self.into.weight.dtype))))[..., 0]
+
+
+class ModulatedTokenRouter(nn.Module):
+    """Logits of FLUX's image tokens, b n, from each of them and the mean of the text, normalised and modulated.
+
+    Args:
+        d: width of the tokens
+        bias: at the start
+    """
+
+    def __init__(self, d: int, bias: float):
+        super().__init__()
+        self.modulation, self.norm, self.out = nn.Linear(d, 4 * d), nn.LayerNorm(d, eps=1e-5), nn.Linear(d, 1)
+        nn.init.xavier_uniform_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        nn.init.zeros_(self.out.weight)
+        nn.init.constant_(self.out.bias, bias)
+
+    def forward(self, stream: Stream) -> Tensor:
+        dtype, text = self.out.weight.dtype, stream.text
+        assert text is not None
+        modulation = self.modulation(F.silu(stream.cond.detach().to(dtype)))[:, None]
+        shift, scale, text_shift, text_scale = modulation.chunk(4, -1)
+        image = torch.addcmul(shift, self.norm(stream.image.detach().to(dtype)), 1 + scale)
+        text = torch.addcmul(text_shift, self.norm(text.detach().to(dtype)), 1 + text_scale)
+        return self.out(image + text.mean(1, keepdim=True))[..., 0]
+
+
+# ---- units ----------------------------------------------------------------------------------------------------------
+
+
+class Routed:
+    """A unit with its decisions: with factors while training, and only what is on afterwards.
+
+    Where branches or maps are wanted, and where calling a sharded unit a different number of times on each rank would
+    wait for ever, it computes with factors in eval mode, too: the same numbers, no saving.
+    """
+
+    def __init__(self, unit: Unit, own: Routers, index: int):
+        self.own, self.index = own, index
+        self.plain = variant(unit, {})  # what narrow copies are made from
+        self.whole = self.choosing(variant(unit, {}), gathered)
+        unit.attention, unit.ffn = MaskedHeads(unit), MaskedFeed(unit)  # type: ignore[method-assign]
+        self.unit = self.choosing(unit, multiplied)
+
+    def choosing(self, unit: Unit, run: Run) -> Unit:
+        """The unit with its choice of tokens, where there is one."""
+        if self.own.tokens is None:
+            return unit
+        return choosing(unit, Choice(self.own, self.own.tokens[self.index]), run)
+
+    def __call__(self, stream: Stream) -> Stream:
+        if self.own.training or stream.tap is not None:
+            return self.factored(stream)
+        if PLAN not in stream.trace:
+            raise RuntimeError("DyDiT: units were run without the denoiser's forward, which decides: call that")
+        plans = stream.trace[PLAN][:, self.index]  # b 2 h, or 1 2 h
+        if len(plans) == 1:
+            return self.call(self.at(plans[0], stream), stream)
+        if sharded(self.unit):
+            return self.factored(stream)
+        plans, which = plans.unique(dim=0, return_inverse=True)
+        tokens: dict[int, Tensor] = {}
+
+        def run(key: int, part: Stream) -> Stream:
+            after = self.call(self.at(plans[key], part), part)
+            if self.own.tokens is not None:
+                tokens[key] = after.trace[f"{TOKENS}.{self.index}"]
+            return after
+
+        after = run_grouped(stream, which.tolist(), run)
+        if self.own.tokens is None:
+            return after
+        chosen = stream.image.new_empty(len(which), *tokens[0].shape[1:], dtype=torch.float32)
+        for key, mask in tokens.items():
+            chosen[which == key] = mask
+        return after.record(f"{TOKENS}.{self.index}", chosen)
+
+    def factored(self, stream: Stream) -> Stream:
+        routing = None
+        if self.own.width is not None:
+            h, g = stream.trace[WIDTHS][:, self.index].unbind(1)
+            size = self.own.works[self.index].channels // self.own.heads
+            routing = Routing(heads=h, channels=g.repeat_interleave(size, 1))
+        return self.call(self.unit, stream, routing)
+
+    def call(self, unit: Unit, stream: Stream, routing: Routing | None = None) -> Stream:
+        """A unit sees the same kind of trace whichever it is: compiled, all share one graph."""
+        seen = {WHOLE: stream.trace[WHOLE]} if WHOLE in stream.trace else {}
+        after = unit(replace(stream, trace=seen, layout=replace(stream.layout, routing=routing)))
+        found = {f"{k}.{self.index}" if k == TOKENS else k: v for k, v in after.trace.items()}
+        return replace(after, trace={**stream.trace, **found}, layout=stream.layout)
+
+    def at(self, plan: Tensor, stream: Stream) -> Unit:
+        """The unit with some heads and channel groups; of a generation the latest is kept.
+
+        All of it is compiled where the unit is. Narrow ones are not: each width would be a graph of its own, made while
+        a generation waits, and soon more than torch keeps.
+
+        Args:
+            plan: 2 h, bool, on the host
+            stream: that it is for
+        """
+        if plan.all():
+            if self.unit._compiled_call_impl is not None and self.whole._compiled_call_impl is None:
+                self.whole.compile()
+            return self.whole
+        memory = {} if stream.step is None else stream.step.memory
+        kept = memory.get(("dydit", self.index))
+        if kept is not None and torch.equal(kept[0], plan):
+            return kept[1]
+        unit = self.narrow(plan, stream.image.device, keep=stream.step is not None)
+        memory["dydit", self.index] = plan, unit
+        return unit
+
+    def narrow(self, plan: Tensor, device: torch.device, keep: bool) -> Unit:
+        parts = []
+        for features, live in zip((heads(self.plain), hidden(self.plain)), plan, strict=True):
+            if not live.all():
+                places = torch.arange(features.size, device="cpu").view(len(live), -1)[live].flatten()
+                parts.append((features, places.to(device)))
+        return self.choosing(narrowed(self.plain, parts, int(plan[0].sum()), keep), gathered)
+
+
+class Choice:
+    """Of the image tokens that a unit's router keeps: in the trace, and for what runs on them."""
+
+    def __init__(self, own: Routers, router: nn.Module):
+        self.own, self.router = own, router
+
+    def __call__(self, stream: Stream) -> Stream:
+        mask = self.own.opened(self.router(stream))
+        if WHOLE in stream.trace:  # the complete network takes all
+            mask = torch.where(stream.trace[WHOLE][:, None], 1.0, mask)
+        routing = replace(stream.layout.routing or Routing(), tokens=mask)
+        return replace(stream, layout=replace(stream.layout, routing=routing)).record(TOKENS, mask)
