@@ -470,6 +470,8 @@ def test_training_and_evaluation_run_in_half_precision(family):
 
 
 def compile_units(denoiser: Denoiser, **options) -> None:
+    torch._dynamo.reset()  # of what the process this one was forked from may have compiled
+    torch._dynamo.utils.counters.clear()
     for unit in units_of(denoiser):
         unit.compile(backend="eager", **options)
 
