@@ -67,7 +67,8 @@ class Elastic(Edit):
         threshold: a unit is open from this p on
         reduction: "sample": each sample keeps the budgets on its own, which is published; "batch": all samples of all
             ranks together, which leaves room for easy and hard ones
-        hard: the budget counts open units, straight-through, in place of p
+        hard: the budgets count what is run, straight-through, in place of p and of the width that q expects: both may
+            meet theirs with nothing closed or narrowed
         router: width of a router
         order: put hidden channels in order of magnitude first, so that a prefix is what weighs most
         band: a unit whose p is at most this above the threshold may repeat what it added before; negative: none may
@@ -160,6 +161,8 @@ class Elastic(Edit):
         if WIDTH not in trace:  # not yet; DDP waits for the gradient of every parameter
             return {"gate": gate, "width": 0.0 * q.sum()}
         expected = (q * torch.arange(1, WIDTHS + 1, device=q.device)).sum(2) / WIDTHS
+        if self.hard:
+            expected = expected - expected.detach() + stacked(trace, "width")
         total, number, wanted = (opened * expected).sum(0), opened.sum(0), trace[WIDTH]
         if self.reduction == "batch":
             total, number, wanted = mean_over_ranks(total.mean()), mean_over_ranks(number.mean()), wanted.mean()

@@ -4,16 +4,19 @@ import hashlib
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from ranks import run_ranks
 from small_runs import TWO_RANKS, config, rows, train, train_ranks
 from test_resume import kill_at
 from test_tinyfusion_runs import forked_stages, run  # noqa: F401 - a fixture
+from weights import randomise
 
 import edit
 from edit import noise
 from edit.denoiser import Condition
 from edit.objectives import FlowMatching, Ramp
 from edit.routing.dydit import DyDiT
+from edit.routing.elastic import Elastic
 from edit.tuning.td_lora import TDLoRA
 from recipes import callbacks
 from recipes.callbacks import newest
@@ -24,16 +27,9 @@ from recipes.routing_map import Decisions
 
 RATIO = Ramp(1.0, 0.5, begin=0.25, until=0.75)
 COMMON = ("backbone.patch_size=2", "optimizer.warmup=0", "optimizer.lr=1e-3", "sampler.solver.steps=3")
-# fresh routers stand at the threshold, so that both decisions occur from the start, and move fast; nothing is repeated,
-# as sharded units do not; blocks alone in the first half of the run
-ELASTIC = (
-    "edits=elastic",
-    "+edits.elastic.threshold=0.7",
-    "+edits.elastic.width_from=0.5",
-    "+edits.elastic.reduction=batch",
-    "+edits.elastic.band=-1",
-    "+optimizer.groups={edits.elastic: {lr_scale: 10}}",
-)
+# applied to the model that its runs start from, `start`: nothing is repeated, as sharded units do not
+ROUTED = Elastic(gate=0.5, width=0.6, width_from=0.5, reduction="batch", router=16, band=-1.0)
+ELASTIC = ("init={folder}/start", "+optimizer.groups={edits.elastic: {lr_scale: 2}}")
 DYDIT = (
     "edits=dydit",
     "+edits.dydit.bias=0.3",
@@ -52,9 +48,21 @@ TWO = (*TWO_RANKS, "data.batch_size=8")
 def folder(tmp_path_factory):
     """One process's uninterrupted run of each, `elastic`, `dydit` and `td_lora`, with three checkpoints."""
     folder = tmp_path_factory.mktemp("routing")
-    for name, words in METHODS.items():
-        train(folder, f"name={name}", "checkpoint.keep=3", *COMMON, *words)
+    start = edit.apply(instantiate(config(folder, *COMMON).backbone).build(), {"elastic": ROUTED})
+    randomise(start)
+    for router in start.edits["elastic"]:
+        for head in (router.gate, router.width):
+            torch.nn.init.normal_(head.weight, std=2.0)
+            torch.nn.init.zeros_(head.bias)
+    edit.save(start, folder / "start")
+    for name in METHODS:
+        train(folder, f"name={name}", "checkpoint.keep=3", *words_of(name, folder))
     return folder
+
+
+def words_of(name, folder):
+    """Settings of a run; the model that it starts from is below `folder`."""
+    return *COMMON, *(word.format(folder=folder) if "{folder}" in word else word for word in METHODS[name])
 
 
 def state(folder, name, step=12):
@@ -103,18 +111,25 @@ def _trained(folder, overrides) -> tuple[str, list]:
 @pytest.fixture(scope="module")
 def sharded(folder):
     """The same on two ranks under FSDP2, `<name>_fsdp2`: the last preview's decisions, by name."""
-    return {name: sharded_run(folder, name, words) for name, words in METHODS.items()}
+    return {name: sharded_run(folder, name) for name in METHODS}
 
 
-def sharded_run(folder, name, words):
-    told = ("preview.every=6", "preview.count=6", "sampler.guidance=2.0", "trainer=fsdp2", *COMMON, *words, *TWO)
+def sharded_run(folder, name):
+    told = (
+        "preview.every=6",
+        "preview.count=2",
+        "sampler.guidance=2.0",
+        "trainer=fsdp2",
+        *words_of(name, folder),
+        *TWO,
+    )
     return run_ranks(_trained, 2, args=(folder, (f"name={name}_fsdp2", *told)), timeout=120)[0][1]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_of_elastic_train_as_one_process_with_the_budgets_of_the_global_batch(folder, sharded, strategy):
     if strategy == "ddp":
-        two = ("name=elastic_ddp", "trainer=ddp", *COMMON, *ELASTIC, *TWO)
+        two = ("name=elastic_ddp", "trainer=ddp", *words_of("elastic", folder), *TWO)
         train_ranks(folder, *two, world=2)
     for key in ("loss", "flow", "elastic/gate", "elastic/width", "elastic/p", "elastic/open"):
         # the same samples and noise; the order of fp32 sums differs, which twelve steps of AdamW amplify a little
@@ -124,17 +139,16 @@ def test_two_ranks_of_elastic_train_as_one_process_with_the_budgets_of_the_globa
 
 
 def test_two_ranks_of_dydit_draw_for_themselves_and_keep_one_model_and_one_budget(folder):
-    told = ("name=dydit_ddp", "trainer=ddp", *COMMON, *DYDIT, *TWO)
+    told = ("name=dydit_ddp", "trainer=ddp", *words_of("dydit", folder), *TWO)
     (first, _), (second, _) = run_ranks(_trained, 2, args=(folder, told), timeout=120)
     assert first == second
     ratio, budget = (column(folder, "dydit_ddp", f"dydit/{key}") for key in ("ratio", "budget"))
     wanted = [2 * (r - RATIO(k / 12)) ** 2 for k, r in enumerate(ratio)]  # a budget of each rank's own is larger
     assert budget == pytest.approx(wanted, rel=1e-4, abs=1e-6)  # fp32 differences of numbers near 1
     # the complete network is told nothing that is drawn: before the first step it is that of one process
-    key = "dydit/complete/flow"
-    assert column(folder, "dydit_ddp", key)[0] == pytest.approx(column(folder, "dydit", key)[0], rel=1e-5)
-    key = "dydit/ratio"
-    assert column(folder, "dydit_ddp", key)[0] != pytest.approx(column(folder, "dydit", key)[0], rel=1e-5)
+    one, two = (rows(folder, name)[0] for name in ("dydit", "dydit_ddp"))
+    key = "train/dydit/complete/flow"
+    assert float(two[key]) == pytest.approx(float(one[key]), rel=1e-5) and two["train/flow"] != one["train/flow"]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -143,8 +157,8 @@ def test_what_a_sharded_run_leaves_decides_in_one_process_as_its_last_preview_di
     assert (folder / f"{name}_fsdp2/samples/step_000012.png").exists()
     artifact = edit.load(folder / f"{name}_fsdp2")
     seen = Decisions(artifact.denoiser)
-    label = Condition(label=torch.arange(6))
-    artifact.sampler(artifact.denoiser, artifact.objective, label, torch.arange(6), 0, watch=seen)
+    label = Condition(label=torch.arange(2))
+    artifact.sampler(artifact.denoiser, artifact.objective, label, torch.arange(2), 0, watch=seen)
     (maps,) = seen.maps().values()
     alone = [[q, branch, m.shares.tolist()] for q, found in maps.items() for branch, m in found.items()]
     assert {branch for _, branch, _ in alone} == {"cond", "uncond"}
@@ -158,8 +172,8 @@ def test_what_a_sharded_run_leaves_decides_in_one_process_as_its_last_preview_di
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_killed_run_goes_on_bit_equal_with_its_phases_and_draws(folder, tmp_path, name):
-    kill_at(tmp_path, "killed", 6, *COMMON, *METHODS[name])
-    train_ranks(tmp_path, "name=killed", *COMMON, *METHODS[name])
+    kill_at(tmp_path, "killed", 6, *words_of(name, folder))
+    train_ranks(tmp_path, "name=killed", *words_of(name, folder))
     clock = ("images_per_second", "memory_gb")
     told = [
         [{k: v for k, v in r.items() if k not in clock} for r in rows(f, n)]

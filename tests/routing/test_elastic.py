@@ -307,7 +307,9 @@ def seen(logits: Tensor, u: Tensor, target: float = 0.6, width: float = 0.5) -> 
     b = logits.shape[1]
     trace = {GATE: torch.full((b,), target), WIDTH: torch.full((b,), width)}
     for i in range(len(p)):
-        trace |= {f"elastic.{i}.p": p[i], f"elastic.{i}.q": q[i], f"elastic.{i}.open": (p[i] >= 0.5).float()}
+        opened = (p[i] >= 0.5).float()
+        trace |= {f"elastic.{i}.p": p[i], f"elastic.{i}.q": q[i], f"elastic.{i}.open": opened}
+        trace[f"elastic.{i}.width"] = opened * (q[i].argmax(1) + 1) / 4
     return trace
 
 
@@ -360,6 +362,16 @@ def test_a_hard_budget_counts_open_units_with_the_gradient_of_p():
     loss.sum().backward()
     p = logits.detach().sigmoid()
     assert torch.allclose(logits.grad, 6 * (2 / 3 - 0.6) * p * (1 - p) / 3, rtol=1e-4)
+
+
+def test_a_hard_budget_counts_the_widths_that_are_run_with_the_gradient_of_those_expected():
+    logits = torch.tensor([[2.0], [0.1], [-1.0]])
+    u = torch.tensor([[[0.0, 0, 0, 1]], [[0.0, 1, 0, 0]], [[1.0, 0, 0, 0]]], requires_grad=True)
+    hard, soft = (Elastic(hard=h).losses(seen(logits, u)) for h in (True, False))
+    assert hard["width"].item() == pytest.approx((0.75 - 0.5) ** 2)  # widths 1 and 1/2 of the two that are open
+    (found,) = torch.autograd.grad(hard["width"].sum(), u, retain_graph=True)
+    (expected,) = torch.autograd.grad(soft["width"].sum().sqrt(), u)
+    assert torch.allclose(found, 2 * 0.25 * expected, atol=1e-7)
 
 
 def part_of_a_batch(logits, u) -> tuple[list, list, list]:
