@@ -1,14 +1,18 @@
 """E-DiT, DyDiT and DyDiT's TD-LoRA as runs: several ranks, a kill, shards, strata of times, frozen weights, reports."""
 
 import hashlib
+import json
+from functools import cache
 
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
+from PIL import Image
 from ranks import run_ranks
 from small_runs import TWO_RANKS, config, rows, train, train_ranks
 from test_resume import kill_at
-from test_tinyfusion_runs import forked_stages, run  # noqa: F401 - a fixture
+from test_tinyfusion_runs import run
 from weights import randomise
 
 import edit
@@ -18,7 +22,7 @@ from edit.objectives import FlowMatching, Ramp
 from edit.routing.dydit import DyDiT
 from edit.routing.elastic import Elastic
 from edit.tuning.td_lora import TDLoRA
-from recipes import callbacks
+from recipes import callbacks, stages
 from recipes.callbacks import newest
 from recipes.config import UserError
 from recipes.diffusion import Diffusion
@@ -48,12 +52,11 @@ TWO = (*TWO_RANKS, "data.batch_size=8")
 def folder(tmp_path_factory):
     """One process's uninterrupted run of each, `elastic`, `dydit` and `td_lora`, with three checkpoints."""
     folder = tmp_path_factory.mktemp("routing")
+    torch.manual_seed(0)
     start = edit.apply(instantiate(config(folder, *COMMON).backbone).build(), {"elastic": ROUTED})
     randomise(start)
-    for router in start.edits["elastic"]:
-        for head in (router.gate, router.width):
-            torch.nn.init.normal_(head.weight, std=2.0)
-            torch.nn.init.zeros_(head.bias)
+    for p in start.edits.parameters():
+        torch.nn.init.normal_(p, std=0.5)  # fresh ones open everything
     edit.save(start, folder / "start")
     for name in METHODS:
         train(folder, f"name={name}", "checkpoint.keep=3", *words_of(name, folder))
@@ -90,7 +93,7 @@ def test_the_runs_here_decide_both_ways_and_pass_their_phases(folder):
 # ---- ranks -----------------------------------------------------------------------------------------------------------
 
 
-def _trained(folder, overrides) -> tuple[str, list]:
+def _trained(folder, overrides, run=train) -> tuple[str, list]:
     """Train: a digest of all weights and averages of this rank, and what the average decided in the last preview, by
     quantity and guidance branch (rank 0 alone draws that)."""
     digest, decided, draw = hashlib.sha256(), [], callbacks.draw
@@ -100,37 +103,40 @@ def _trained(folder, overrides) -> tuple[str, list]:
             digest.update(name.encode() + local(value).numpy().tobytes())
 
     def drawing(maps, *rest):
-        decided[:] = [[q, branch, m.shares.tolist()] for q, found in maps.items() for branch, m in found.items()]
+        decided[:] = shares_of(maps)
         return draw(maps, *rest)
 
     Diffusion.on_train_end, callbacks.draw = ended, drawing
-    train(folder, *overrides)
+    run(folder, *overrides)
     return digest.hexdigest(), decided
+
+
+def shares_of(maps):
+    return [[quantity, name, m.shares.tolist()] for quantity, found in maps.items() for name, m in found.items()]
+
+
+PREVIEWED = ("preview.every=6", "preview.count=4", "sampler.guidance=2.0")
 
 
 @pytest.fixture(scope="module")
 def sharded(folder):
-    """The same on two ranks under FSDP2, `<name>_fsdp2`: the last preview's decisions, by name."""
-    return {name: sharded_run(folder, name) for name in METHODS}
+    """A method's name -> what the last preview of its run under FSDP2, `<name>_fsdp2`, decided."""
 
+    @cache
+    def made(name):
+        words = (f"name={name}_fsdp2", "trainer=fsdp2", *words_of(name, folder), *TWO, *PREVIEWED)
+        return run_ranks(_trained, 2, args=(folder, words), timeout=120)[0][1]
 
-def sharded_run(folder, name):
-    told = (
-        "preview.every=6",
-        "preview.count=2",
-        "sampler.guidance=2.0",
-        "trainer=fsdp2",
-        *words_of(name, folder),
-        *TWO,
-    )
-    return run_ranks(_trained, 2, args=(folder, (f"name={name}_fsdp2", *told)), timeout=120)[0][1]
+    return made
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_of_elastic_train_as_one_process_with_the_budgets_of_the_global_batch(folder, sharded, strategy):
-    if strategy == "ddp":
-        two = ("name=elastic_ddp", "trainer=ddp", *words_of("elastic", folder), *TWO)
-        train_ranks(folder, *two, world=2)
+    if strategy == "fsdp2":
+        sharded("elastic")
+    else:
+        words = ("name=elastic_ddp", "trainer=ddp", *words_of("elastic", folder), *TWO)
+        train_ranks(folder, *words, world=2)
     for key in ("loss", "flow", "elastic/gate", "elastic/width", "elastic/p", "elastic/open"):
         # the same samples and noise; the order of fp32 sums differs, which twelve steps of AdamW amplify a little
         assert column(folder, f"elastic_{strategy}", key) == pytest.approx(column(folder, "elastic", key), abs=1e-4), (
@@ -151,20 +157,36 @@ def test_two_ranks_of_dydit_draw_for_themselves_and_keep_one_model_and_one_budge
     assert float(two[key]) == pytest.approx(float(one[key]), rel=1e-5) and two["train/flow"] != one["train/flow"]
 
 
-@pytest.mark.parametrize("name", METHODS)
-@torch.no_grad()
+@pytest.mark.parametrize("name", ["elastic", pytest.param("dydit", marks=pytest.mark.slow), "td_lora"])
 def test_what_a_sharded_run_leaves_decides_in_one_process_as_its_last_preview_did(folder, sharded, name):
-    assert (folder / f"{name}_fsdp2/samples/step_000012.png").exists()
-    artifact = edit.load(folder / f"{name}_fsdp2")
+    check_decided(folder, f"{name}_fsdp2", sharded(name))
+
+
+@torch.no_grad()
+def check_decided(folder, name, previewed):
+    assert (folder / name / "samples/step_000006.png").exists()
+    artifact, numbers = edit.load(folder / name), torch.arange(4)
     seen = Decisions(artifact.denoiser)
-    label = Condition(label=torch.arange(2))
-    artifact.sampler(artifact.denoiser, artifact.objective, label, torch.arange(2), 0, watch=seen)
+    artifact.sampler(artifact.denoiser, artifact.objective, Condition(label=numbers), numbers, 0, watch=seen)
     (maps,) = seen.maps().values()
-    alone = [[q, branch, m.shares.tolist()] for q, found in maps.items() for branch, m in found.items()]
-    assert {branch for _, branch, _ in alone} == {"cond", "uncond"}
-    assert alone == sharded[name]
-    shares = torch.tensor([m.shares.mean() for found in maps.values() for m in found.values()])
-    assert ((shares > 0) & (shares < 1)).any()
+    assert shares_of(maps) == previewed
+    for quantity in {"open", "heads", "groups", "tokens"} & maps.keys():
+        assert maps[quantity].keys() == {"cond", "uncond"} and maps[quantity]["cond"].shares.std() > 0
+
+
+@pytest.mark.slow  # DeepSpeed compiles an extension
+def test_zero_3_trains_elastic_as_one_process_and_leaves_what_its_last_preview_decided(folder):
+    from test_deepspeed import on_the_cpu
+
+    words = ("name=elastic_zero3", "trainer=zero3", *words_of("elastic", folder), *TWO, *PREVIEWED)
+    (_, previewed), _ = run_ranks(_trained_by_zero, 2, args=(folder, words, on_the_cpu), timeout=300)
+    check_decided(folder, "elastic_zero3", previewed)
+    one, two = (column(folder, name, "loss") for name in ("elastic", "elastic_zero3"))
+    assert two == pytest.approx(one, abs=1e-3)  # sums in another order, through twelve AdamW steps
+
+
+def _trained_by_zero(folder, overrides, on_the_cpu):
+    return _trained(folder, overrides, run=lambda folder, *words: on_the_cpu(folder, 3, words))
 
 
 # ---- a kill ----------------------------------------------------------------------------------------------------------
@@ -232,3 +254,50 @@ def test_td_lora_leaves_the_model_bit_for_bit_and_trains_all_additions_and_route
                 assert not torch.equal(before, after), key
             else:
                 assert torch.equal(after, value), key
+
+
+# ---- one command -----------------------------------------------------------------------------------------------------
+
+FEW = ("data.batch_size=8", "trainer.max_steps=4", "checkpoint.every=4", "log_every=1", "optimizer.warmup=0")
+DIT = (*FEW, "backbone.hidden_size=32", "backbone.num_heads=2")
+FLUX = (*FEW, "backbone.num_layers=1", "backbone.num_single_layers=1", "backbone.num_attention_heads=2")
+FLUX = (*FLUX, "data.set.count=64", "data.set.held=32")
+MEASURED = ("evaluate.n=16", "evaluate.rounds=0", "evaluate.features=none", "sampler.solver.steps=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "experiment, edits",
+    [
+        ("dit_digits/elastic", ["elastic"]),
+        ("dit_digits/elastic_static", []),
+        ("dit_digits/dydit", ["dydit"]),
+        ("dit_digits/dydit_dense", []),
+        ("dit_digits/td_lora", ["dydit"]),
+        ("flux_tiny/elastic", ["elastic"]),
+        ("flux_tiny/dydit", ["dydit"]),
+    ],
+)
+def test_one_command_trains_what_is_needed_then_itself_and_reports_what_is_decided(
+    tmp_path, monkeypatch, experiment, edits
+):
+    tiny = FLUX if experiment.startswith("flux") else DIT
+
+    def stage(command, when="before"):
+        GlobalHydra.instance().clear()  # that of the command, which has its configuration
+        run(*command[1:], *((*tiny, "evaluate=null") if command[1].endswith("train.py") else ()))
+        return 0
+
+    monkeypatch.setattr(stages, "_run", stage)
+    run("train.py", f"experiment={experiment}", f"runs={tmp_path}", *tiny, *MEASURED)
+    folder = tmp_path / experiment.replace("/", "_")
+    found = json.loads((folder / "report.json").read_text())["artifacts"][0]["results"]
+    for result in found:
+        assert list(result["routing"]) == list(result["routing_maps"]) == edits
+        assert ("share" in result["cost"]) == bool(edits)
+        for name in edits:
+            assert Image.open(folder / result["routing_maps"][name]).width > 100
+            assert 0 < result["cost"]["share"] <= 1
+            means = [numbers["mean"] for numbers in result["routing"][name].values()]
+            assert means and all(0 <= mean <= 1 for mean in means)
+    assert len(list(folder.glob("grids/routing_*.png"))) == len(edits) * len(found)
