@@ -59,7 +59,7 @@ def shortened(arguments):
     few = any("lcm" in word for word in arguments)  # whose steps are its own
     measure = ["n=20", "rounds=2", *([] if few else ["steps=2"]), *(["features=none"] if shapes else [])]
     if arguments[0] == "train.py":
-        staged = any("tinyfusion" in word for word in arguments)
+        staged = any("tinyfusion" in word or "elastic" in word for word in arguments)
         taught = ["before=[]", *(WORLD if shapes else [])] if shapes or staged else []  # short earlier stages are there
         return [*arguments, *taught, *SHORT, "evaluate.guidance=[1.0]", *(f"evaluate.{m}" for m in measure)]
     return [*arguments, *measure]
@@ -68,7 +68,8 @@ def shortened(arguments):
 def test_the_commands_run_in_the_order_of_the_readme(folder):
     ran = []
     run(folder, ["train.py", "experiment=flux_tiny/teacher", *WORLD, *SHORT, "evaluate=null"])
-    run(folder, ["train.py", "experiment=dit_digits/deep", *SHORT, "evaluate=null"])
+    for start in ("deep", "fine"):
+        run(folder, ["train.py", f"experiment=dit_digits/{start}", *SHORT, "evaluate=null"])
     run(folder, ["train.py", "experiment=dit_digits/tinyfusion_search", "before=[]", *SHORT])
     search = "search=runs/dit_digits_tinyfusion_search"
     run(folder, ["-m", "recipes.prune", "model=runs/dit_digits_deep", search, "out=runs/dit_digits_tinyfusion_pruned"])

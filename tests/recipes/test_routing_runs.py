@@ -29,19 +29,25 @@ from recipes.diffusion import Diffusion
 from recipes.recipe import local
 from recipes.routing_map import Decisions
 
-RATIO = Ramp(1.0, 0.5, begin=0.25, until=0.75)
-COMMON = ("backbone.patch_size=2", "optimizer.warmup=0", "optimizer.lr=1e-3", "sampler.solver.steps=3")
+RATIO = Ramp(0.7, 0.4, begin=0.25, until=0.75)
+COMMON = (
+    "backbone.patch_size=2",
+    "backbone.num_heads=4",
+    "optimizer.warmup=0",
+    "optimizer.lr=1e-3",
+    "sampler.solver.steps=3",
+)
 # applied to the model that its runs start from, `start`: nothing is repeated, as sharded units do not
 ROUTED = Elastic(gate=0.5, width=0.6, width_from=0.5, reduction="batch", router=16, band=-1.0)
 ELASTIC = ("init={folder}/start", "+optimizer.groups={edits.elastic: {lr_scale: 2}}")
 DYDIT = (
     "edits=dydit",
-    "+edits.dydit.bias=0.3",
-    "+edits.dydit.token_bias=0.3",
+    "+edits.dydit.bias=-0.03",
+    "+edits.dydit.token_bias=-0.3",
     "+edits.dydit.complete=0.5",
-    "+edits.dydit.ratio={_target_: edit.objectives.Ramp, start: 1.0, end: 0.5, begin: 0.25, until: 0.75}",
+    "+edits.dydit.ratio={_target_: edit.objectives.Ramp, start: 0.7, end: 0.4, begin: 0.25, until: 0.75}",
     "strata=4",
-    "+optimizer.groups={edits.dydit: {lr_scale: 10}}",
+    "+optimizer.groups={edits.dydit: {lr_scale: 4}}",
 )
 TD_LORA = ("edits=[td_lora,dydit]", "+edits.td_lora.rank=2", "+edits.td_lora.experts=2", *DYDIT[1:])
 METHODS = {"elastic": ELASTIC, "dydit": DYDIT, "td_lora": TD_LORA}
@@ -170,8 +176,12 @@ def check_decided(folder, name, previewed):
     artifact.sampler(artifact.denoiser, artifact.objective, Condition(label=numbers), numbers, 0, watch=seen)
     (maps,) = seen.maps().values()
     assert shares_of(maps) == previewed
-    for quantity in {"open", "heads", "groups", "tokens"} & maps.keys():
-        assert maps[quantity].keys() == {"cond", "uncond"} and maps[quantity]["cond"].shares.std() > 0
+    shares = {quantity: seen["cond"].shares for quantity, seen in maps.items()}
+    assert all(seen.keys() == {"cond", "uncond"} for seen in maps.values())
+    for one, other in (("open", "width"), ("groups", "tokens")):
+        assert one not in shares or (
+            shares[one].mean() < 1 and shares[other].std() > 0
+        )  # there was something to decide
 
 
 @pytest.mark.slow  # DeepSpeed compiles an extension
