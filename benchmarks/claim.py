@@ -6,9 +6,9 @@
 A claim is a file of benchmarks/claims: arms (words for train.py), what is measured, and which arm should win, or which
 arm should be no worse than which other (`within`). Every arm is trained with every seed under
 runs/claims/<claim>/<arm>_<seed>; finished runs are not repeated. All of them are then measured with the same noise. A
-winner is compared seed by seed; an arm is within another's spread where its mean is worse by no more than the standard
-deviation over seeds, of both arms together. A claim that does not hold is reported as not holding; the exit code is 0
-all the same.
+winner is compared seed by seed; an arm is within another's spread where its mean is worse by no more than that one's
+standard deviation over seeds; `at_most` bounds a measure of one arm by a multiple of another's, seed by seed. A claim
+that does not hold is reported as not holding; the exit code is 0 all the same.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def verdict(winner: Sequence[float], other: Sequence[float], higher: bool) -> di
 
 
 def within(arm: Sequence[float], other: Sequence[float], higher: bool) -> dict[str, Any]:
-    """Whether the mean of an arm is worse than another's by no more than the spread of both over seeds."""
-    gain = statistics.fmean(arm) - statistics.fmean(other)
-    gain = gain if higher else -gain
-    spread = ((statistics.variance(arm) + statistics.variance(other)) / 2) ** 0.5 if len(arm) > 1 else 0.0
-    return {"gain": gain, "spread": spread, "holds": gain >= -spread}
+    """Whether the mean of an arm is worse than another's by no more than the other's spread over seeds."""
+    worse = statistics.fmean(other) - statistics.fmean(arm)
+    worse = worse if higher else -worse
+    spread = statistics.stdev(other) if len(other) > 1 else 0.0
+    return {"worse": worse, "spread": spread, "holds": worse <= spread}
 
 
 def run(script: str, *words: str) -> None:
@@ -85,23 +85,28 @@ def main(words: Sequence[str]) -> int:
     if failed := [a["name"] for a in report["artifacts"] if "error" in a]:
         sys.exit(f"error: {', '.join(failed)} could not be measured: see {folder / 'report.json'}")
     results = {Path(a["path"]).resolve().parent: a["results"][0] for a in report["artifacts"]}
+    bounds = claim.get("at_most", [])  # arm, other, measure, ratio
+    measures = {*claim.measures, *(measure for _, _, measure, _ in bounds)}
     values: dict[str, dict[str, list[float]]] = {}
     for arm, paths in folders.items():
-        for measure in claim.measures:
+        for measure in sorted(measures):
             found = [value_of(results[p.resolve()], measure) for p in paths]
             if None in found:
                 sys.exit(f"error: the report measures no {measure}: see {folder / 'report.json'}")
             values.setdefault(arm, {})[measure] = [v for v in found if v is not None]
     won = [(claim.winner, other, verdict) for other in values if other != claim.winner] if claim.get("winner") else []
     kept = [(*pair, within) for pair in claim.get("within", [])]
-    comparisons = {
-        f"{arm} against {other}": {
-            measure: judge(values[arm][measure], values[other][measure], direction == "higher")
-            for measure, direction in claim.measures.items()
-        }
+    comparisons = [
+        {"arm": arm, "other": other, "measure": measure}
+        | judge(values[arm][measure], values[other][measure], direction == "higher")
         for arm, other, judge in (*won, *kept)
-    }
-    holds = all(c["holds"] for one in comparisons.values() for c in one.values())
+        for measure, direction in claim.measures.items()
+    ]
+    for arm, other, measure, most in bounds:
+        ratio = max(a / b for a, b in zip(values[arm][measure], values[other][measure], strict=True))
+        found = {"ratio": ratio, "most": most, "holds": ratio <= most}
+        comparisons.append({"arm": arm, "other": other, "measure": measure} | found)
+    holds = all(c["holds"] for c in comparisons)
     outcome = {"claim": claim.claim, "seeds": list(claim.seeds), "values": values, "comparisons": comparisons}
     (folder / "claim.json").write_text(json.dumps(outcome | {"holds": holds}, indent=2) + "\n")
     show(claim, values, comparisons, holds)
@@ -109,24 +114,28 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def show(claim: Any, values: Mapping[str, Any], comparisons: Mapping[str, Any], holds: bool) -> None:
+def show(claim: Any, values: Mapping[str, Any], comparisons: Sequence[Mapping[str, Any]], holds: bool) -> None:
     """The values of every arm and the verdict as markdown, to be kept in configs/RESULTS.md."""
 
     def cell(numbers: Sequence[float]) -> str:
         spread = f" ± {statistics.stdev(numbers):.3g}" if len(numbers) > 1 else ""
         return f"{statistics.fmean(numbers):.4g}{spread}"
 
-    print(f"\n{claim.claim}\n\n| arm | {' | '.join(claim.measures)} |\n|---{'|---' * len(claim.measures)}|")
+    measures = list(next(iter(values.values())))
+    print(f"\n{claim.claim}\n\n| arm | {' | '.join(measures)} |\n|---{'|---' * len(measures)}|")
     for arm, measured in values.items():
-        print(f"| {arm} | {' | '.join(cell(measured[m]) for m in claim.measures)} |")
+        print(f"| {arm} | {' | '.join(cell(measured[m]) for m in measures)} |")
     print()
-    for pair, measures in comparisons.items():
-        for measure, c in measures.items():
-            if "gains" in c:
-                word = "better" if c["holds"] else "NOT better on every seed"
-            else:
-                word = f"{'within' if c['holds'] else 'NOT within'} the spread of {c['spread']:.4g}"
-            print(f"{pair}, {measure}: {word}, better by {c['gain']:.4g}")
+    for c in comparisons:
+        if "gain" in c:
+            said = f"{'better' if c['holds'] else 'NOT better on every seed'}, by {c['gain']:.4g}"
+        elif "worse" in c:
+            said = (
+                f"{'within' if c['holds'] else 'NOT within'} the spread of {c['spread']:.4g}, worse by {c['worse']:.4g}"
+            )
+        else:
+            said = f"{'at most' if c['holds'] else 'NOT at most'} {c['most']:.4g} of it, {c['ratio']:.4g}"
+        print(f"{c['arm']} against {c['other']}, {c['measure']}: {said}")
     print(f"\nThe claim {'holds' if holds else 'does NOT hold'} over {len(claim.seeds)} seeds.")
 
 

@@ -6,15 +6,17 @@
 
 A random model of each family, dense, and with decisions that make up a budget. E-DiT: units closed and MLPs narrowed at
 random, for each sample on its own. DyDiT: heads, groups of channels and tokens left out at random. They run in turns.
-`time` is the latency over the dense model's, round by round, `macs` the same of what both execute on these inputs,
-routers included; a method is as fast as it says where time is no more than macs + 0.10. At a budget of 1 all is run:
-what routing itself costs. `flux1` are three true blocks of FLUX.1 at 1024 px, for a GPU.
+`time` is the latency of a step over the dense model's, round by round, with DyDiT's slices made already; `macs` the
+same of what both execute on these inputs, routers included; a method is as fast as it says where time is no more than
+macs + 0.10. At a budget of 1 all is run: what routing itself costs. `flux1` are three true blocks of FLUX.1 at 1024 px,
+for a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,10 +92,10 @@ def main() -> None:
     parser.add_argument("--batches", default="1,16", help="samples at a time (1,16)")
     args = parser.parse_args()
     device = prepare(args)
-    rows = []
+    rows, known = [], families()
     for name in args.families.split(","):
         torch.manual_seed(0)
-        dense = (flux1() if name == "flux1" else families()[name]).eval().to(device)
+        dense = (flux1() if name == "flux1" else known[name]).eval().to(device)
         for p in dense.parameters():
             p.add_(0.02 * torch.randn_like(p))  # a fresh model is the identity, and its tokens are all alike
         if args.precision == "bf16":
@@ -102,28 +104,27 @@ def main() -> None:
             x = torch.randn(batch, *dense.sample_shape, device=device)
             t = torch.full((batch,), 0.5, device=device)
             condition = dense.example(batch, 512 if name == "flux1" else 128).map(lambda v: v.to(device))
-            step = Step(0, 1, 0.5)  # one of a generation, where what is prepared once stays
 
-            def run(model: Denoiser, x=x, t=t, condition=condition, step=step) -> Tensor:
+            def run(model: Denoiser, step: Step, x=x, t=t, condition=condition) -> Tensor:
                 with cast(args.precision, device):
                     return model(x, t, condition, step=step).sample
 
-            def ruled(model: Denoiser, rule: Callable, run=run) -> Tensor:
+            def ruled(model: Denoiser, step: Step, rule: Callable, run=run) -> Tensor:
                 with forced(model, rule):
-                    return run(model)
+                    return run(model, step)
 
-            whole = executed(lambda run=run, dense=dense: run(dense))
+            whole = executed(lambda run=run, dense=dense: run(dense, Step(0, 1, 0.5)))
             for method in args.methods.split(","):
                 for budget in map(float, args.budgets.split(",")):
+                    step = Step(0, 1, 0.5)  # one of a generation, where what is prepared once stays
                     if method == "elastic":
                         model, rule = elastic(dense, budget)
-                        routed = lambda model=model, rule=rule, ruled=ruled: ruled(model, rule)  # noqa: E731
+                        routed = partial(ruled, model, step, rule)
                     else:
-                        model = dydit(dense, budget, (x, t, condition))
-                        routed = lambda model=model, run=run: run(model)  # noqa: E731
+                        routed = partial(run, dydit(dense, budget, (x, t, condition)), step)
                     routed()
                     macs = executed(routed) / whole
-                    runs = {"dense": lambda run=run, dense=dense: run(dense), "routed": routed}
+                    runs = {"dense": partial(run, dense, Step(0, 1, 0.5)), "routed": routed}
                     seconds, ratios = race(runs, device, args.rounds, args.warmup)
                     row = show(f"{name} {method} {budget:g} batch {batch}", seconds, ratios)
                     time = ratios["routed"].median

@@ -165,12 +165,19 @@ def macs(denoiser: Denoiser, condition: Condition | None = None) -> int:
     return count_forward(twin(denoiser), condition or denoiser.example(), 1).macs
 
 
-def twin(denoiser: Denoiser) -> Denoiser:
-    """The same denoiser, edits included, without weights: on the meta device and in eval mode."""
-    if _device(denoiser).type == "meta":
+def twin(denoiser: Denoiser, decided: bool = True) -> Denoiser:
+    """The same denoiser without weights: on the meta device and in eval mode.
+
+    Args:
+        denoiser: on any device
+        decided: with the edits that decide what is run, too; they come last, and without them all of it is
+    """
+    if _device(denoiser).type == "meta" and decided:
         return denoiser.eval()
     live = {
-        name: editing.rebuild(editing.describe(e), trusted=_homes(denoiser)) for name, e in denoiser.applied.items()
+        name: editing.rebuild(editing.describe(e), trusted=_homes(denoiser))
+        for name, e in denoiser.applied.items()
+        if decided or not e.decides
     }
     with torch.device("meta"):
         return editing.apply(denoiser.family.from_config(denoiser.base), live, fresh=False).eval()

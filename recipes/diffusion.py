@@ -22,7 +22,8 @@ class Diffusion(Recipe):
         build, structure, objective, settings, teacher, null: as of `Recipe`
         terms: further losses, by name
         data_weight: of the objective's own losses, that is of the data beside the terms
-        strata: sample k draws its time from part k mod strata of the time law, so that each batch spans all times
+        strata: sample k of the run draws its time from part k mod strata of the time law, so that the batch of all
+            ranks spans all times
     """
 
     def __init__(
@@ -74,9 +75,9 @@ class Diffusion(Recipe):
         watched = {}
         for name, edit in self.denoiser.applied.items():
             losses |= {f"{name}/{k}": v for k, v in edit.losses(out.trace).items()}
-            for further, prediction in edit.further(out).items():
+            for further, prediction in edit.further(out).items() if weight else ():
                 scored = self.objective.losses(prediction, x, eps, x_t, t)
-                losses |= {f"{name}/{further}/{k}": v for k, v in scored.items()}
+                losses |= {f"{name}/{further}/{k}": weight * v for k, v in scored.items()}
             watched |= {f"{name}/{k}": v.float().mean() for k, v in edit.metrics(out.trace).items()}
         means = {name: loss.mean() for name, loss in losses.items()}
         loss = sum(means.values(), start=torch.zeros((), device=x.device))

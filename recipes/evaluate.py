@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from edit.cost import Cost
     from edit.denoiser import Condition, Denoiser
 
-COUNTED = 32  # images whose MACs are counted where an edit decides
-ROUTED = 64  # images whose decisions are drawn
+ROUTED = 60  # images whose MACs are counted, and whose decisions are drawn, where an edit decides: of all classes alike
 DEFAULTS = Path(__file__).parents[1] / "configs" / "eval.yaml"
 FORMAT = 1  # of report.json
 
@@ -294,11 +293,10 @@ def evaluate(
             real=bool(artifact.denoiser.applied),  # an edit may decide by what it sees
             rounds=chosen.rounds,
         )
-        costs, routing, pictures = counted.as_dict(), {}, {}
+        parts = {"cost": counted.as_dict(), "routing": {}, "routing_maps": {}}
         if decides(artifact.denoiser):
-            costs = decided_cost(counted, artifact, sampler, condition, data, chosen)
             stem = f"{name.replace('/', '_')}_w{guidance:g}"
-            routing, pictures = draw_routing(artifact, sampler, condition, space, chosen, out, stem)
+            parts = decided(counted, artifact, sampler, condition, space, chosen, out, stem)
         results.append(
             {
                 "guidance": guidance,
@@ -307,10 +305,9 @@ def evaluate(
                 "seed": chosen.seed,
                 "quality": space.quality(sets),
                 "compared": space.compared(sets),
-                "cost": costs | {"images_per_second": chosen.n * len(chosen.seed) / seconds},
+                **parts,
+                "cost": parts["cost"] | {"images_per_second": chosen.n * len(chosen.seed) / seconds},
                 "grid": f"{file}_w{guidance:g}.png",
-                "routing": routing,
-                "routing_maps": pictures,
             }
         )
     denoiser = artifact.denoiser
@@ -331,38 +328,8 @@ def evaluate(
     }
 
 
-def decided_cost(
+def decided(
     counted: Cost,
-    artifact: Artifact,
-    sampler: Any,
-    condition: Callable[[Tensor], Condition],
-    data: DataSet,
-    chosen: Settings,
-) -> dict[str, Any]:
-    """A cost where edits decide: counted on real generations of several images at once, in place of one image.
-
-    Returns:
-        macs, macs_per_image: means over these images
-        activated: parameters that any of these generations read
-        share: of the MACs that the same generations need with everything run
-        counted: how many images
-        and what else `counted` holds
-    """
-    import torch
-
-    from edit.cost import count_generation, twin
-
-    count = min(chosen.n, chosen.batch, COUNTED)
-    told = condition(torch.arange(count))
-    real = partial(sampler, seed=chosen.seed[0], negative=null_condition(data))
-    run = count_generation(artifact.denoiser, real, artifact.objective, told, count)
-    whole = count_generation(twin(artifact.denoiser), real, artifact.objective, told, count)
-    macs = run.macs / count
-    dynamic = replace(counted, macs=round(macs / run.forwards), macs_per_image=round(macs), activated=run.activated)
-    return dynamic.as_dict() | {"share": run.macs / whole.macs, "counted": count}
-
-
-def draw_routing(
     artifact: Artifact,
     sampler: Any,
     condition: Callable[[Tensor], Condition],
@@ -370,35 +337,49 @@ def draw_routing(
     chosen: Settings,
     out: Path,
     stem: str,
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """What edits decide for the first images: numbers by edit and quantity, and each edit's picture in `out`."""
+) -> dict[str, Any]:
+    """Where edits decide: one more generation of the first images, of which all is counted, told and drawn.
+
+    Returns:
+        cost: as `counted`, with MACs that are means over these images; `share`: of what the same model needs without
+            the edits that decide; `counted`: how many images. There is no one number of activated parameters or of the
+            time of a forward
+        routing: numbers by edit and quantity
+        routing_maps: each edit's picture in `out`
+    """
     import torch
 
+    from edit.cost import count_generation, twin
     from recipes.report import save_png
-    from recipes.routing_map import collect, draw, groups, numbers
+    from recipes.routing_map import SHOWN, Decisions, draw, groups, numbers
 
-    data, first = space.data, torch.arange(min(chosen.n, ROUTED))
-    with progress(f"decisions of {stem}", len(first)) as done:
-        maps, x = collect(
-            artifact.denoiser,
-            artifact.objective,
-            sized(sampler, space.shape),
-            condition,
-            first,
-            chosen.seed[0],
-            chosen.batch,
-            done,
-            null_condition(data),
-        )
-    captions = space.checked.heldout().captions if space.checked else [f"sample {k}" for k in first.tolist()]
+    data, count = space.data, min(chosen.n, chosen.batch, ROUTED)
+    first = torch.arange(count)
+    told, negative = condition(first), null_condition(data)
+    seen, samples = Decisions(artifact.denoiser), []
+
+    def generate(*what: Any) -> Tensor:
+        x = sampler(*what, seed=chosen.seed[0], negative=negative, shape=space.shape, watch=seen)
+        samples.append(x[:SHOWN])
+        return x
+
+    run = count_generation(artifact.denoiser, generate, artifact.objective, told, count)  # type: ignore[arg-type]
+    dense = partial(sampler, negative=negative, shape=space.shape)
+    whole = count_generation(twin(artifact.denoiser, decided=False), dense, artifact.objective, told, count)
+    macs, share = run.macs / count, run.macs / whole.macs
+    costs = replace(counted, macs=round(macs / run.forwards), macs_per_image=round(macs), forward=None).as_dict()
+    costs |= {"activated": None, "share": share, "counted": count}
+    costs["training_flops"] = round(6 * whole.macs / whole.forwards / count)  # while training all is run
+
+    captions = space.checked.heldout().captions if space.checked else [f"sample {k}" for k in range(count)]
     labels = first % data.num_classes if data.num_classes else None
-    whom = groups(labels, [captions[k % len(captions)] for k in first.tolist()], data.classes)
-    images = data.to_images(x).cpu().numpy()
-    pictures = {}
-    for name, seen in maps.items():
+    whom = groups(labels, [captions[k % len(captions)] for k in range(count)], data.classes)
+    pictures, maps = {}, seen.maps()
+    for name, found in maps.items():
         pictures[name] = f"grids/routing_{stem}_{name.replace('/', '_')}.png"
-        save_png(draw(seen, whom, lambda k: images[k]), out / pictures[name])
-    return {name: numbers(seen) for name, seen in maps.items()}, pictures
+        picture = draw(found, whom, lambda k: data.to_images(samples[0][k : k + 1])[0].cpu().numpy())
+        save_png(picture, out / pictures[name])
+    return {"cost": costs, "routing": {n: numbers(m) for n, m in maps.items()}, "routing_maps": pictures}
 
 
 def build_data(artifact: Artifact, trusted: Sequence[str] = ()) -> DataSet:

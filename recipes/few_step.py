@@ -101,6 +101,7 @@ class FewStep(Recipe):
         def ask(denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) -> Output:
             told = given.scale if denoiser.config.get("guidance_embeds") else None
             out = denoiser(*self.objective.native(x_t, t), replace(condition, guidance=told))
+            _refuse_further(denoiser, out)
             return out._replace(sample=self.objective.velocity(out.sample, x_t, t))
 
         def output(x_t: Tensor, t: Tensor, condition: Condition) -> Output:
@@ -213,6 +214,20 @@ class FewStep(Recipe):
             theirs, ours = zip(*((local(c), local(p)) for c, p in pairs if p.requires_grad), strict=True)
             with torch.no_grad():
                 torch._foreach_lerp_(theirs, ours, self.follow)
+
+
+def _refuse_further(denoiser: Denoiser, out: Output) -> None:
+    """A method scores what it asked for: further predictions would be paid for and do nothing.
+
+    Raises:
+        ValueError: if an edit hands some out
+    """
+    for name, edit in denoiser.applied.items():
+        if further := edit.further(out):
+            raise ValueError(
+                f"edit {name!r} predicts every sample a second time ({', '.join(further)}), which few-step methods do "
+                f"not score: set edits.{name}.complete=0"
+            )
 
 
 def _edit_losses(denoiser: Denoiser, traces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

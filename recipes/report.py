@@ -118,7 +118,7 @@ COLUMNS = (
     Column("parameters, M", _cost("parameters", 1e-6), "{:,.2f}".format, -1),
     Column("activated, M", _cost("activated", 1e-6), "{:,.2f}".format, -1),
     Column("MACs per image, G", _cost("macs_per_image", 1e-9), "{:,.3g}".format, -1),
-    Column("share of MACs run", _cost("share"), "{:.1%}".format, -1),
+    Column("share of MACs run", _cost("share"), "{:.1%}".format),
     Column("ms per forward", _time("forward"), "{:,.2f}".format, -1),
     Column("ms per image", _time("generation"), "{:,.2f}".format, -1),
     Column("images/s", _cost("images_per_second"), "{:,.3g}".format, 1),
@@ -207,9 +207,8 @@ def notes(report: Mapping[str, Any]) -> Iterator[str]:
         yield "Not all rows were measured against the same real images: their qualities cannot be compared."
     if counts := {count for row in table if (count := row["cost"].get("counted"))}:
         yield (
-            "Where a share of MACs run is given, an edit decides for each image what is run: MACs are means over real "
-            f"generations of the first {max(counts)} images in one batch, the share is of the same generations with "
-            "everything run, and activated parameters are those that any of them read; latencies are of one image."
+            "Where a share of MACs run is given, an edit decides for each image what is run: MACs are means over a "
+            f"generation of the first {max(counts)} images, the share is of what the model needs without that edit."
         )
     yield (
         f"Costs on {report['environment']['device']}, one image at a time, images/s {settings['batch']} at a time; "
@@ -369,7 +368,7 @@ def _routing(table: Sequence[Row], folder: Path) -> Iterator[str]:
     """What edits decided: a sentence for each quantity, and the map."""
     found = [(row, name, path) for row in table for name, path in row.get("routing_maps", {}).items()]
     if found:
-        yield "<h2>Routing</h2><p class=dim>What edits decided for the first images (64 at most): shares of each "
+        yield "<h2>Routing</h2><p class=dim>What edits decided for the images whose cost was counted: shares of each "
         yield "unit at each time, from noise to data. Small maps: a class or prompt each, conditional branch.</p>"
     for row, name, path in found:
         said = " ".join(sentence(quantity, n) for quantity, n in row["routing"][name].items())

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from edit.denoiser import Condition, Denoiser, Output, Step
-    from edit.objectives import Objective
+    from edit.denoiser import Denoiser, Output, Step
 
 CLASSES, PROMPTS = 10, 6  # small maps beside each other, at most
 SHOWN = 4  # samples whose tokens are shown
@@ -88,32 +87,6 @@ class Decisions:
 def decides(denoiser: Denoiser) -> bool:
     """Whether what is run depends on samples or times."""
     return any(edit.decides for edit in denoiser.applied.values())
-
-
-def collect(
-    denoiser: Denoiser,
-    objective: Objective,
-    sampler: Any,
-    condition: Callable[[Tensor], Condition],
-    numbers: Tensor,
-    seed: int,
-    batch: int,
-    done: Callable[[float], None] = lambda images: None,
-    negative: Condition | None = None,
-) -> tuple[dict[str, Maps], Tensor]:
-    """Generate, and see what is decided; the arguments are those of `edit.evaluation.generate`.
-
-    Returns:
-        Maps by edit, and the first samples, b c y x.
-    """
-    import torch
-
-    from edit.evaluation import generate
-
-    seen = Decisions(denoiser)
-    watched = partial(sampler, watch=seen)
-    samples = [x.cpu() for x in generate(denoiser, objective, watched, condition, numbers, seed, batch, done, negative)]
-    return seen.maps(), torch.cat(samples)[:SHOWN]
 
 
 def groups(labels: Tensor | None, told: Sequence[str], classes: Sequence[str] | None = None) -> dict[str, list[int]]:
@@ -224,7 +197,7 @@ def _small(seen: Map, groups: Mapping[str, Sequence[int]], part: Any) -> None:
     for axes, (title, members) in zip(places, groups.items(), strict=True):
         _heat(axes, seen.shares[:, :, list(members)].mean(2).T)
         axes.set(xticks=[], yticks=[])
-        axes.set_title(shorten(title, 150 // len(groups), placeholder=" …"), fontsize=8)
+        axes.set_title(shorten(title, 150 // len(groups), placeholder=" …"), fontsize=8, parse_math=False)
 
 
 def _tokens(times: Mapping[int, float], tokens: Tensor, look: Look, part: Any) -> None:

@@ -523,7 +523,11 @@ SHIPPED = [
 
 
 NEED_A_START = ("experiment=dit_digits/depth", "experiment=dit_digits/lora")
-NEED_A_START += ("experiment=dit_xl_2/tinyfusion_search", "experiment=sit_xl_2/tinyfusion_search")
+NEED_A_START += (
+    "experiment=dit_xl_2/tinyfusion_search",
+    "experiment=sit_xl_2/tinyfusion_search",
+    "experiment=sit_xl_2/dydit",
+)
 # what only the user knows
 OWN = ("data.set.path", "data.set.shards", "matching.vision.path", "backbone.path", "teacher.path")
 

@@ -1,0 +1,34 @@
+"""The benchmarks' own models do what their tables say."""
+
+import pytest
+import torch
+
+from benchmarks.routing import DYDIT, ELASTIC, dydit, elastic, executed
+from edit.backbones.dit import DiTConfig
+from edit.denoiser import Step
+from edit.routing.elastic import forced
+
+
+@pytest.mark.parametrize("method, budgets", [("elastic", ELASTIC), ("dydit", DYDIT)])
+@torch.no_grad()
+def test_the_work_that_is_timed_falls_with_the_budget(method, budgets):
+    torch.manual_seed(0)
+    dense = DiTConfig(16, 4, 2, 64, 6, 8, num_classes=10).build().eval()
+    for p in dense.parameters():
+        p.add_(0.02 * torch.randn_like(p))
+    inputs = torch.randn(4, 4, 16, 16), torch.full((4,), 0.5), dense.example(4)
+    whole = executed(lambda: dense(*inputs))
+    shares: list[float] = []
+    for budget in budgets:
+        step = Step(0, 1, 0.5)
+        if method == "elastic":
+            model, rule = elastic(dense, budget)
+            with forced(model, rule):
+                share = executed(lambda model=model, step=step: model(*inputs, step=step)) / whole
+        else:
+            model = dydit(dense, budget, inputs)
+            share = executed(lambda model=model, step=step: model(*inputs, step=step)) / whole
+        # drawn for 24 pairs of units and samples, and a router is a fifth of so small a unit
+        shares.append(share)
+        assert budget - 0.2 < share < budget + 0.3
+    assert shares == sorted(shares, reverse=True) and shares[-1] < 0.8
