@@ -288,7 +288,16 @@ def record_branch(stream: Stream, name: str, branch: Branch) -> Stream:
 
 
 def force(stream: Stream, forced: Forced) -> Stream:
-    """The stream with the tokens of the marked samples replaced."""
+    """The stream with the tokens of the marked samples replaced.
+
+    Raises:
+        ValueError: if there are more or fewer samples in the stream
+    """
+    if len(forced.where) != len(stream.image):
+        raise ValueError(
+            f"tokens of {len(forced.where)} samples were to be forced on a stream of {len(stream.image)}: if an edit "
+            "doubles the batch (DyDiT's complete), set complete=0"
+        )
 
     def choose(own: Tensor, other: Tensor) -> Tensor:
         return torch.where(forced.where.view(-1, 1, 1), other, own)

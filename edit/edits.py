@@ -22,7 +22,9 @@ class Edit(ABC):
     """A final subclass is a dataclass. Its `apply` may be called on the meta device: it must not read weights."""
 
     perturbs: ClassVar[bool] = False  # changes what the guidance branch "perturbed" computes
-    decides: ClassVar[bool] = False  # what is run depends on samples or times: its cost is counted on real ones
+    # what is run depends on samples or times: its cost is counted on real ones, and it is applied last, for it runs
+    # copies of the units, which a later edit would not change
+    decides: ClassVar[bool] = False
     leads: ClassVar[bool] = False  # the model becomes a flow map, which is told where a step ends (Condition.end)
     keeps: ClassVar[bool] = False  # without a LoRA, and told the same, the model predicts what it did without this edit
     excludes: ClassVar[tuple[str, ...]] = ()  # class names of edits this one cannot live with
@@ -109,7 +111,8 @@ def apply(denoiser: Denoiser, edits: Mapping[str, Edit], fresh: bool = True) -> 
         fresh: call each edit's `initialise`; False when weights are loaded afterwards
 
     Raises:
-        ValueError: if a name is taken or impossible, or two edits cannot live together (both are named)
+        ValueError: if a name is taken or impossible, or two edits cannot live together, or not in this order (both
+            are named)
     """
     for name, new in edits.items():
         if name in denoiser.applied:
@@ -123,6 +126,11 @@ def apply(denoiser: Denoiser, edits: Mapping[str, Edit], fresh: bool = True) -> 
                 raise ValueError(
                     f"{name} ({type(new).__name__}) cannot be applied together with {other_name} "
                     f"({type(other).__name__}): remove one of them"
+                )
+            if other.decides:
+                raise ValueError(
+                    f"{name} ({type(new).__name__}) cannot be applied after {other_name} ({type(other).__name__}), "
+                    "which decides what is run of the units as they are: put it before"
                 )
         own = new.apply(denoiser)
         if own is not None:

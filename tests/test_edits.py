@@ -117,6 +117,24 @@ def test_edits_that_exclude_each_other_are_refused_in_either_order_naming_both(d
     assert list(dit.applied) == [order[0]]
 
 
+@dataclass
+class Decides(Edit):
+    decides = True
+
+    def apply(self, denoiser: Denoiser) -> None:
+        """Changes nothing."""
+
+
+def test_an_edit_that_decides_comes_last(dit):
+    edit.apply(dit, {"shift": Shift(), "routers": Decides()})
+    for late in (Scale(), Decides()):
+        with pytest.raises(
+            ValueError, match=r"cannot be applied after routers \(Decides\), which decides .* put it before"
+        ):
+            edit.apply(dit, {"late": late})
+    assert list(dit.applied) == ["shift", "routers"]
+
+
 def test_an_edit_that_is_no_dataclass_is_refused(dit):
     with pytest.raises(TypeError, match="NoData is not a dataclass: an edit is data"):
         edit.apply(dit, {"mine": NoData()})

@@ -55,7 +55,7 @@ class ModulationApproximator(Edit):
         seed: of the pairs
     """
 
-    excludes: ClassVar[tuple[str, ...]] = ("IntervalInput",)  # it adds to a `cond` of one vector
+    excludes: ClassVar[tuple[str, ...]] = ("IntervalInput", "DyDiT", "TDLoRA", "Elastic")  # of one `cond`, or the time
     depth: int = 5
     hidden: int = 5120
     steps: int = 2000

@@ -10,9 +10,9 @@ G is a Gumbel-sigmoid: while training hard(z + g - g' > 0) with the gradient of 
 z > 0. One loss holds the share of the multiply-accumulates that is run, a mean over the batch, at lambda; for the first
 part of the run the complete network is trained beside it, on the same noisy samples.
 
-What is decided is what is run: in a generation all units' widths of a time are read once and serve both branches; units
-then run slices of their weights, kept until a time asks for others. Chosen tokens are gathered, which waits for the
-device once per unit, for their number.
+What is decided is what is run: in a generation all units' widths are read once per evaluation and serve both branches;
+units then run slices of their weights, kept until others are asked for. Chosen tokens are gathered. There the device is
+waited for when widths are read, once per evaluation, and in each unit for the number of its tokens; for nothing else.
 
 FLUX as DyFLUX has it: tokens are chosen by a modulated router, in single units from their input, where those left out
 are keys and values only and neither attention nor MLP changes them; text always runs. Ours there: width by time in the
@@ -20,7 +20,9 @@ double units, too, and routers whose last layer starts at zero, since with a bia
 
 Specification: methods/dydit.md, without its TD-LoRA. Ours: routers read detached streams, so that the budget moves no
 backbone weight; costs come from shapes, text and registers included; steps of large gradients are clipped, where the
-release skips them. Times stratified over the batch, on which the budget's mean depends, are the setting `strata`.
+release skips them; masks by time are not tabulated in the checkpoint (pitfall 8 there), as weights of an average change
+in place, but decided in fp32 once per evaluation, whatever the precision of the rest. Times stratified over the batch,
+on which the budget's mean depends, are the setting `strata`.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from edit.denoiser import Condition, Denoiser, Layout, Output, Routing, Stream, 
 from edit.edits import Edit
 from edit.objectives import Ramp, Weight, weight_at
 from edit.routing.batches import grouped, mean_over_ranks, run_grouped, sharded
-from edit.routing.ranking import order_channels, order_heads
+from edit.routing.ranking import check_order, order_channels, order_heads
 from edit.routing.slices import MaskedFeed, MaskedHeads, heads, hidden, narrowed, number_of_heads, variant
 from edit.routing.tokens import Run, choosing, gathered, multiplied
 
@@ -50,8 +52,8 @@ SAMPLE, VARIANCE = "dydit.complete.sample", "dydit.complete.variance"
 
 @dataclass
 class DyDiT(Edit):
-    """Routers for every unit. To be applied after edits that change the embedded stream, which may change the time: the
-    first part of a run doubles the batch there; and after TD-LoRA and LoRA, before what wraps units.
+    """Routers for every unit. Comes last: the first part of a run doubles the batch as it is embedded, and halves it as
+    it is read out, with what the edits before have recorded of each sample.
 
     Args:
         ratio: lambda, the share of the units' multiply-accumulates to run, in (0, 1]; over the paper's 200k steps it
@@ -63,7 +65,8 @@ class DyDiT(Edit):
         complete: first part of the run in which the complete network is trained, too, at about twice the cost
         width: choose heads and channel groups by time
         tokens: choose the tokens of the feed-forward
-        order: rank heads and channels by magnitude first, so that those which are always on are those that weigh most
+        order: rank heads and channels by magnitude first, so that those which are always on are those that weigh most;
+            not over a LoRA
     """
 
     ratio: Weight = Ramp(1.0, 0.5, begin=0.0005, until=0.0055)
@@ -97,8 +100,10 @@ class DyDiT(Edit):
             if not isinstance(unit, (DiTBlock, DoubleUnit, SingleUnit)):
                 raise ValueError(
                     f"DyDiT chooses within the units of DiT, SiT and FLUX, this {denoiser.name} has a "
-                    f"{type(unit).__name__}: use another backbone, or apply DyDiT before what wraps units"
+                    f"{type(unit).__name__}: use another backbone, or leave out the edit that wraps units"
                 )
+            if self.order and self.width:
+                check_order(unit)
         flux, weight = not isinstance(units[0], DiTBlock), next(denoiser.parameters())
         bias, token_bias = (5.0, 5.0) if flux else (15.0, 35.0)
         works = [work(unit) for unit in units]
@@ -114,7 +119,7 @@ class DyDiT(Edit):
         with weight.device:
             width = TimeRouter(d, len(units), h, bias, zero=flux) if self.width else None
             tokens = nn.ModuleList(router(d, token_bias) for _ in units) if self.tokens else None
-            own = Routers(works, h, width, tokens, self.temperature).to(weight.dtype)
+            own = Routers(works, h, width, tokens, self.temperature).float()
         self.advance(0.0, own)
         denoiser.units = [Routed(unit, own, i) for i, unit in enumerate(units)]  # type: ignore[arg-type]
         return own
@@ -142,11 +147,11 @@ class DyDiT(Edit):
 
     def readout(self, output: Output, stream: Stream, own: nn.Module | None) -> Output:
         assert isinstance(own, Routers)
-        sample, variance = output.sample, output.variance
+        sample, variance, both = output.sample, output.variance, len(output.sample)
         trace = {k: v for k, v in output.trace.items() if k not in (PLAN, WHOLE)}
         if WHOLE in output.trace:
-            b = len(sample) // 2
-            trace = {k: v[:b] if k.startswith(("unit.", WIDTHS, TOKENS)) else v for k, v in trace.items()}
+            b = both // 2
+            trace = {k: v[:b] if v.shape[:1] == (both,) else v for k, v in trace.items()}
             sample, trace[SAMPLE] = sample[:b], sample[b:]
             if variance is not None:
                 variance, trace[VARIANCE] = variance[:b], variance[b:]
@@ -242,7 +247,9 @@ def work(unit: Unit) -> Work:
 
 
 class Routers(nn.Module):
-    """The routers of all units, and where the run is, as `DyDiT.advance` sets it.
+    """The routers of all units, in fp32 whatever the units have, and where the run is, as `DyDiT.advance` sets it.
+
+    Under FSDP2 with bf16 a pass sees their weights rounded to bf16: 35 to 0.125, 15 to 0.03.
 
     Args:
         works: of the units
@@ -285,7 +292,8 @@ class Routers(nn.Module):
     def plan(self, stream: Stream) -> tuple[Tensor, Tensor]:
         """`widths`, and the same on the host, bool, for one sample where it holds for all.
 
-        All samples of a generation's step have one time, so one transfer serves all units and both branches.
+        All samples of an evaluation have one time, and a flow map's one end, which the time holds, too; so one transfer
+        serves all units and both branches. Another evaluation at the same time may have another end.
         """
         time, step = stream.time, stream.step
         assert time is not None
@@ -293,10 +301,11 @@ class Routers(nn.Module):
             widths = self.widths(time)
             return widths, on_host(widths)
         known = step.memory.setdefault(("dydit", "plans"), {})
-        if step.sigma not in known:
+        evaluation = step.index, step.sigma
+        if evaluation not in known:
             widths = self.widths(time[:1])
-            known[step.sigma] = widths, on_host(widths)
-        widths, plan = known[step.sigma]
+            known[evaluation] = widths, on_host(widths)
+        widths, plan = known[evaluation]
         return widths.expand(len(time), -1, -1, -1), plan
 
     def ratio(self, trace: Mapping[str, Tensor], layout: Layout, n: int) -> Tensor:
@@ -319,9 +328,22 @@ def on_host(widths: Tensor) -> Tensor:
     return torch.ones(widths.shape, dtype=torch.bool, device="cpu") if widths.is_meta else (widths > 0.5).cpu()
 
 
-class TimeRouter(nn.Linear):
-    """Logits of all units' heads and channel groups but the first: b d -> b u 2 (h - 1), in fp32 also under autocast,
-    as bf16 would turn those near the threshold.
+def uploaded(x: Tensor, device: torch.device) -> Tensor:
+    """From the host without waiting for the device, as `rows_on`, but not through a list: channels are thousands."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+class Logits(nn.Linear):
+    """A linear layer in fp32, under autocast too: bf16 has steps of 0.25 near 35, and would turn what is near 0."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        kind = "cpu" if input.is_meta else input.device.type
+        with torch.autocast(kind, enabled=False):
+            return F.linear(input.float(), self.weight.float(), self.bias.float())
+
+
+class TimeRouter(Logits):
+    """Logits of all units' heads and channel groups but the first: b d -> b u 2 (h - 1).
 
     Args:
         d: width of the embedded time
@@ -340,10 +362,7 @@ class TimeRouter(nn.Linear):
                 nn.init.xavier_uniform_(part)
 
     def forward(self, input: Tensor) -> Tensor:
-        kind = "cpu" if input.is_meta else input.device.type
-        with torch.autocast(kind, enabled=False):
-            logits = F.linear(input.float(), self.weight.float(), self.bias.float())
-        return logits.unflatten(1, (self.units, 2, -1))
+        return super().forward(input).unflatten(1, (self.units, 2, -1))
 
 
 class TokenRouter(nn.Module):
@@ -356,7 +375,7 @@ class TokenRouter(nn.Module):
 
     def __init__(self, d: int, bias: float):
         super().__init__()
-        self.into, self.out = nn.Linear(d, max(1, d // 16)), nn.Linear(max(1, d // 16), 1)
+        self.into, self.out = nn.Linear(d, max(1, d // 16)), Logits(max(1, d // 16), 1)
         for layer in (self.into, self.out):
             nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(self.into.bias)
@@ -377,7 +396,7 @@ class ModulatedTokenRouter(nn.Module):
 
     def __init__(self, d: int, bias: float):
         super().__init__()
-        self.modulation, self.norm, self.out = nn.Linear(d, 4 * d), nn.LayerNorm(d, eps=1e-5), nn.Linear(d, 1)
+        self.modulation, self.norm, self.out = nn.Linear(d, 4 * d), nn.LayerNorm(d, eps=1e-5), Logits(d, 1)
         nn.init.xavier_uniform_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
         nn.init.zeros_(self.out.weight)
@@ -399,8 +418,9 @@ class ModulatedTokenRouter(nn.Module):
 class Routed:
     """A unit with its decisions: with factors while training, and only what is on afterwards.
 
-    Where branches or maps are wanted, and where calling a sharded unit a different number of times on each rank would
-    wait for ever, it computes with factors in eval mode, too: the same numbers, no saving.
+    In eval mode, too, it computes with factors, the same numbers without the saving, where branches or maps are wanted,
+    under ZeRO-3, which gathers weights for the modules it knows and no copies, and where samples of several times would
+    have each rank call a sharded unit another number of times, and wait for ever.
     """
 
     def __init__(self, unit: Unit, own: Routers, index: int):
@@ -417,7 +437,8 @@ class Routed:
         return choosing(unit, Choice(self.own, self.own.tokens[self.index]), run)
 
     def __call__(self, stream: Stream) -> Stream:
-        if self.own.training or stream.tap is not None:
+        zero = hasattr(next(self.unit.parameters()), "ds_id")
+        if zero or self.own.training or stream.tap is not None:
             return self.factored(stream)
         if PLAN not in stream.trace:
             raise RuntimeError("DyDiT: units were run without the denoiser's forward, which decides: call that")
@@ -440,7 +461,8 @@ class Routed:
             return after
         chosen = stream.image.new_empty(len(which), *tokens[0].shape[1:], dtype=torch.float32)
         for key, mask in tokens.items():
-            chosen[which == key] = mask
+            rows = uploaded((which == key).nonzero()[:, 0], mask.device)
+            chosen.index_copy_(0, rows, mask)
         return after.record(f"{TOKENS}.{self.index}", chosen)
 
     def factored(self, stream: Stream) -> Stream:
@@ -485,7 +507,7 @@ class Routed:
         for features, live in zip((heads(self.plain), hidden(self.plain)), plan, strict=True):
             if not live.all():
                 places = torch.arange(features.size, device="cpu").view(len(live), -1)[live].flatten()
-                parts.append((features, places.to(device)))
+                parts.append((features, uploaded(places, device)))
         return self.choosing(narrowed(self.plain, parts, int(plan[0].sum()), keep), gathered)
 
 

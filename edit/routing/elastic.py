@@ -14,7 +14,7 @@ it added at an earlier step of the same generation.
 The budget is one of the mean p, and p gathers near 1/2: 0.6 does not mean that 60 % is run. Report what is (`open`).
 
 Where units are sharded over ranks (FSDP2, ZeRO-3) each call is a collective that no rank may skip: there all is run as
-in training, with the same decisions, and nothing is repeated.
+in training, with the same decisions, and nothing is repeated. So it is with a unit whose branches or maps are wanted.
 
 Specification: methods/elastic-dit.md. Families other than Qwen-Image are ours, as are p >= 1/2 in both modes (the
 release trains on >), decisions of each sample alone (it averages p over a batch), the modulation that starts at zero
@@ -36,12 +36,13 @@ from torch import Tensor, nn
 
 from edit.backbones.dit_diffusers import BasicUnit, ClassUnit
 from edit.backbones.pixart import PixArtUnit
+from edit.backbones.sd3 import JointUnit
 from edit.denoiser import Condition, Denoiser, Routing, Stream, Unit
 from edit.edits import Edit
 from edit.objectives import Ramp, Weight, weight_at
 from edit.pruning.tinyfusion import mix
-from edit.routing.batches import mean_over_ranks, run_grouped, sharded
-from edit.routing.ranking import order_channels
+from edit.routing.batches import mean_over_ranks, rows_on, run_grouped, sharded
+from edit.routing.ranking import check_order, order_channels
 from edit.routing.slices import MaskedFeed, hidden, narrowed, variant
 
 GATE, WIDTH = "elastic.gate", "elastic.width"  # the budgets of a training pass
@@ -55,7 +56,7 @@ Rule = Callable[[int, Tensor, Tensor | None], Tensor]
 
 @dataclass
 class Elastic(Edit):
-    """Routers in front of all units. A LoRA on the same layers is applied before it.
+    """Routers in front of all units, applied last: other edits, such as a LoRA, come before it.
 
     Args:
         gate: rho_g, what the mean p shall be, at clean data; a number or one over the run. From 0.7, where a fresh
@@ -64,16 +65,18 @@ class Elastic(Edit):
         width: rho_w, the mean width of open units' MLPs; a fresh router's is 0.86. None: MLPs stay whole
         width_from: part of the run before which MLPs stay whole, and the width heads as they are
         weight: lambda, of both budgets
-        threshold: a unit is open from this p on
+        threshold: a unit is open from this p on; below 0.7, or fresh ones would be closed
         reduction: "sample": each sample keeps the budgets on its own, which is published; "batch": all samples of all
             ranks together, which leaves room for easy and hard ones
         hard: the budgets count what is run, straight-through, in place of p and of the width that q expects: both may
             meet theirs with nothing closed or narrowed
         router: width of a router
-        order: put hidden channels in order of magnitude first, so that a prefix is what weighs most
+        order: put hidden channels in order of magnitude first, so that a prefix is what weighs most; not on a LoRA
         band: a unit whose p is at most this above the threshold may repeat what it added before; negative: none may
         reuse: how often in a row, before it is run again; 0: never
-        cache_from: part of a generation's evaluations before which nothing is kept; 1: all of them
+        cache_from: part of a generation's evaluations before which nothing is kept; 1: all of them. From then on what a
+            unit adds is kept of samples whose p is or was in the band, for no others would repeat it (all, if
+            `cache_on_closed`)
         cache_on_closed: a closed unit that has something to repeat does so
     """
 
@@ -101,8 +104,11 @@ class Elastic(Edit):
                 ends = (value.start, value.end) if isinstance(value, Ramp) else (value,)
                 if bad := [v for v in ends if not 0 < v <= 1]:
                     raise ValueError(f"Elastic: {name} is a part of the model, above 0 and at most 1, got {bad[0]:g}")
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"Elastic: threshold is a probability between 0 and 1, got {self.threshold:g}")
+        if not 0 < self.threshold < OPEN:
+            raise ValueError(
+                f"Elastic: threshold is above 0 and below {OPEN}, which is the p of a fresh router, got "
+                f"{self.threshold:g}"
+            )
         if not 0 <= self.width_from < 1:
             raise ValueError(f"Elastic: width_from is a part of the run, 0 to below 1, got {self.width_from:g}")
         if min(self.weight, self.reuse, self.cache_from) < 0:
@@ -120,10 +126,16 @@ class Elastic(Edit):
                 f"Elastic: every block of a {denoiser.name} embeds time and class for itself and for the readout, so "
                 "none can be closed: use a dit"
             )
-        sizes = [unit.get_submodule(hidden(unit).writers[0][0]).in_features for unit in units]
-        own = Routers([Router(size, self.router, self.width is not None) for size in sizes])
+        first: list = [unit.get_submodule(hidden(unit).writers[0][0]) for unit in units]
+        for unit in units if self.order else ():
+            check_order(unit, hidden(unit))
+        with first[0].weight.device:
+            own = Routers([Router(layer.in_features, self.router, self.width is not None) for layer in first]).float()
         self.advance(0.0, own)
-        denoiser.units = [ElasticUnit(unit, own, i, self) for i, unit in enumerate(units)]
+        wrapped: list = [ElasticUnit(unit, own, i, self) for i, unit in enumerate(units)]
+        for unit in units if self.width is not None else ():  # after all copies are made: none was refused
+            unit.ffn = MaskedFeed(unit)
+        denoiser.units = wrapped
         return own
 
     def initialise(self, denoiser: Denoiser) -> None:
@@ -180,11 +192,13 @@ class Elastic(Edit):
         return seen | {f"open/{i}": v for i, v in enumerate(opened.mean(1))}
 
     def decisions(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Which units were open, the width at which MLPs were run (0 where the unit was not), and where the unit
-        repeated what it had added before instead."""
+        """Which units were open, the width at which MLPs were run (0 where the unit was not), and, where any may,
+        which units repeated what they had added before instead."""
         if "elastic.0.p" not in trace:
             return {}
-        return {what: stacked(trace, what).detach() for what in ("open", "width", "cached")}
+        caches = self.band >= 0 and self.reuse > 0 and self.cache_from < 1
+        told = ("open", "width", "cached") if caches else ("open", "width")
+        return {what: stacked(trace, what).detach() for what in told}
 
 
 def stacked(trace: Mapping[str, Tensor], what: str) -> Tensor:
@@ -200,6 +214,8 @@ def forced(denoiser: Denoiser, rule: Rule) -> Iterator[None]:
         with forced(denoiser, lambda i, p, q: torch.full_like(p, 4)): ...              # the dense model
         with forced(denoiser, lambda i, p, q: torch.full_like(p, 4 * (i in kept))): ...  # static pruning
         with forced(denoiser, lambda i, p, q: 4 * (torch.rand_like(p) < rate)): ...      # as much, at random
+
+    Under gradient checkpointing units are run once more in the backward pass, which must then be inside the block, too.
 
     Args:
         denoiser: with an Elastic edit
@@ -302,28 +318,29 @@ class ElasticUnit:
         features = hidden(unit)
         self.size = features.size
         self.joint = not isinstance(unit, BasicUnit)  # PixArt's text is no token of the stream that units write
+        self.last = isinstance(unit, JointUnit) and unit.last  # SD3's, after which there is no text
         self.widths: dict[int, Unit] = {WIDTHS: unit}
         if edit.width is not None:
             parts = {k: slice(0, -(-k * self.size // WIDTHS)) for k in range(1, WIDTHS)}
             self.widths = {k: narrowed(unit, [(features, part)]) for k, part in parts.items()}
             self.widths[WIDTHS] = variant(unit, {})  # without the slot, FLUX's single units stay fused
-            unit.ffn = MaskedFeed(unit)  # type: ignore[method-assign]
 
     def __call__(self, stream: Stream) -> Stream:
         p, q = self.route(stream)
         decision = self.decide(p, q)
         repeated: list[int] = []
-        if self.own.training or sharded(self.unit):
+        if self.own.training or sharded(self.unit) or stream.tap is not None:
             after = self.factored(stream, p, q, decision)
         else:
             after, repeated = self.executed(stream, p, decision)
         cached = torch.zeros_like(p)
         if repeated:
-            cached[torch.tensor(repeated, device=p.device)] = 1.0
+            cached = cached.index_fill(0, rows_on(p.device, repeated), 1.0)
         seen = {"p": p, "open": (decision > 0).float(), "width": decision * (1 - cached) / WIDTHS, "cached": cached}
         if q is not None:
             seen["q"] = q
-        return replace(after, trace={**after.trace, **{f"elastic.{self.index}.{k}": v for k, v in seen.items()}})
+        trace = {**after.trace, **{f"elastic.{self.index}.{k}": v for k, v in seen.items()}}
+        return replace(after, text=None if self.last else after.text, trace=trace)
 
     def route(self, stream: Stream) -> tuple[Tensor, Tensor | None]:
         """p [b] and q [b 4]."""
@@ -362,18 +379,23 @@ class ElasticUnit:
 
     def executed(self, stream: Stream, p: Tensor, decision: Tensor) -> tuple[Stream, list[int]]:
         """What was decided and nothing else, and the samples that repeat. Reading decisions waits for the device."""
+        if p.is_meta:  # without weights: what a fresh router says
+            return self.run(WIDTHS, stream), []
         kept, edit = self.residuals(stream), self.edit
-        if kept is not None:  # one transfer for both: open but near the threshold is 9 to 12
-            decision = decision + 8 * ((p >= edit.threshold) & (p <= edit.threshold + edit.band))
-        codes = [WIDTHS] * len(p) if p.is_meta else decision.tolist()  # without weights: what a fresh router says
+        near = (p >= edit.threshold) & (p <= edit.threshold + edit.band)
+        codes, close = torch.stack((decision, near)).tolist()  # one transfer for both
+        if bad := set(codes) - {0, *self.widths}:
+            known = ", ".join(map(str, (0, *sorted(self.widths))))
+            raise ValueError(f"unit {self.index} was to be run at {min(bad)} quarters, it has {known}: mend the rule")
         if kept is None:
             return run_grouped(stream, [code or None for code in codes], self.run), []
-        may = [code > 8 or (code % 8 == 0 and edit.cache_on_closed) for code in codes]
+        kept.near = [bool(a or b) for a, b in zip(kept.near, close, strict=True)]
+        may = [near if code else edit.cache_on_closed for code, near in zip(codes, close, strict=True)]
         repeated = [i for i, times in enumerate(kept.count) if may[i] and times < edit.reuse]
         before = kept.added(stream, repeated) if repeated else stream
-        keys = [None if i in repeated else code % 8 or None for i, code in enumerate(codes)]
+        keys = [None if i in repeated else code or None for i, code in enumerate(codes)]
         after = run_grouped(before, keys, self.run)
-        if rows := [i for i, key in enumerate(keys) if key is not None]:
+        if rows := [i for i, key in enumerate(keys) if key is not None and (kept.near[i] or edit.cache_on_closed)]:
             kept.store(rows, before, after, self.joint)
         return after, repeated
 
@@ -386,9 +408,6 @@ class ElasticUnit:
 
     def run(self, width: int, stream: Stream) -> Stream:
         """The unit at a width, compiled where the unit is."""
-        if width not in self.widths:
-            possible = ", ".join(map(str, sorted(self.widths)))
-            raise ValueError(f"unit {self.index} was to be run at {width} quarters, it has {possible}: mend the rule")
         unit = self.widths[width]
         if self.unit._compiled_call_impl is not None and unit._compiled_call_impl is None:
             unit.compile()
@@ -396,15 +415,20 @@ class ElasticUnit:
 
 
 class Residuals:
-    """What a unit added to each sample's tokens when it was last run, and how often that was repeated since."""
+    """What a unit added to samples' tokens when it was last run, and how often that was repeated since."""
 
     def __init__(self, samples: int):
         self.count: list[float] = [math.inf] * samples  # nothing there that could be repeated
+        self.near = [False] * samples  # in the band now or before
         self.image: Tensor | None = None  # b n d
         self.text: Tensor | None = None  # b l d
 
+    def where(self, rows: list[int], device: torch.device) -> Tensor | None:
+        """None: all."""
+        return None if len(rows) == len(self.count) else rows_on(device, rows)
+
     def store(self, rows: list[int], before: Stream, after: Stream, text: bool) -> None:
-        where = torch.tensor(rows, device=after.image.device)
+        where = self.where(rows, after.image.device)
         self.image = put(self.image, where, before.image, after.image)
         if text and before.text is not None and after.text is not None:
             self.text = put(self.text, where, before.text, after.text)
@@ -412,21 +436,22 @@ class Residuals:
             self.count[i] = 0
 
     def added(self, stream: Stream, rows: list[int]) -> Stream:
-        where = torch.tensor(rows, device=stream.image.device)
+        where = self.where(rows, stream.image.device)
         for i in rows:
             self.count[i] += 1
 
         def plus(tokens: Tensor | None, kept: Tensor | None) -> Tensor | None:
             if tokens is None or kept is None:
                 return tokens
-            return tokens.index_add(0, where, kept.index_select(0, where).to(tokens.dtype))
+            kept = kept.to(tokens.dtype)
+            return tokens + kept if where is None else tokens.index_add(0, where, kept.index_select(0, where))
 
         image = plus(stream.image, self.image)
         assert image is not None
         return replace(stream, image=image, text=plus(stream.text, self.text))
 
 
-def put(kept: Tensor | None, rows: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """The differences of some samples, in place of those kept so far."""
-    change = after.index_select(0, rows) - before.index_select(0, rows)
-    return (torch.zeros_like(after) if kept is None else kept).index_copy_(0, rows, change.to(after.dtype))
+def put(kept: Tensor | None, rows: Tensor | None, before: Tensor, after: Tensor) -> Tensor:
+    """The differences of some samples, None: of all, in place of those kept so far."""
+    change = (after - before).to(after.dtype)
+    return change if kept is None or rows is None else kept.index_copy_(0, rows, change.index_select(0, rows))

@@ -3,7 +3,7 @@
 Where width is a prefix of the channels (E-DiT), or the first head and group are always run (DyDiT, arXiv 2410.03456),
 the order decides what that is. In place, and the unit computes what it did: softmax attention treats its heads alike,
 an activation its channels, and QK-norm and positions are the same for every head. Layers with additions of low rank
-(TD-LoRA) are put in order by their weights alone; LoRAs are applied afterwards.
+(TD-LoRA) are put in order by their weights alone; a LoRA has to be folded first.
 """
 
 from __future__ import annotations
@@ -32,6 +32,21 @@ def order_channels(unit: Unit) -> None:
     """
     features = hidden(unit)
     order(unit, features, features.size)
+
+
+def check_order(unit: Unit, *parts: Features) -> None:
+    """Refuse what cannot be put in order, and change nothing.
+
+    Args:
+        unit: of any edit that orders it later
+        parts: features that will be put in order; none given: heads and hidden channels
+
+    Raises:
+        ValueError: if a layer is neither a plain linear one nor adapted
+    """
+    for features in parts or (heads(unit), hidden(unit)):
+        for path, _ in (*features.writers, *features.readers):
+            plain(unit, path)
 
 
 @torch.no_grad()
@@ -69,6 +84,6 @@ def plain(unit: Unit, path: str) -> nn.Linear:
         kind = type(layer)
         raise ValueError(
             f"only plain linear layers can be put in order, {path} of this {type(unit).__name__} is a "
-            f"{kind.__module__}.{kind.__name__}: apply this edit before those that change layers, or leave the order"
+            f"{kind.__module__}.{kind.__name__}: fold the LoRA first, or set order=false"
         )
     return layer

@@ -213,8 +213,8 @@ class Narrow(nn.Module):
         self.kept: list[tuple[Tensor, Tensor | None]] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        if hasattr(self.base.weight, "ds_id"):  # ZeRO-3 gathers what is called whole: the same result, not cheaper
-            return self._whole(x)
+        if hasattr(self.base.weight, "ds_id") or self.base.weight.device != x.device:
+            return self._whole(x)  # ZeRO-3 and offloading fetch what is called whole: the same result, not cheaper
         y = F.linear(x, *self._kept()) if self.keep else self._live(x)
         if isinstance(self.base, Adapted) and not self.base._disable_adapters:
             y = y + self.base.added(x, self.rows, self.columns)
@@ -226,15 +226,16 @@ class Narrow(nn.Module):
 
     def _live(self, x: Tensor) -> Tensor:
         y = F.linear(x, *self._weights())
+        dtype = y.dtype
         for down, up, scale in self._additions():
-            y = y + scale * F.linear(F.linear(x, down), up)
-        return y
+            y = y + scale * F.linear(F.linear(x.to(down.dtype), down), up)  # as peft does in mixed precision
+        return y.to(dtype)
 
     def _kept(self) -> tuple[Tensor, Tensor | None]:
         if not self.kept:
             weight, bias = self._weights()
             for down, up, scale in self._additions():
-                weight = torch.addmm(weight, up, down, alpha=scale)
+                weight = torch.addmm(weight.to(up.dtype), up, down, alpha=scale).to(weight.dtype)
             self.kept.append((weight, bias))
         return self.kept[0]
 

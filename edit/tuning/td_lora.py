@@ -176,7 +176,12 @@ def weights_at(denoiser: Denoiser, time: Tensor) -> dict[str, Tensor]:
     Args:
         denoiser: with TD-LoRA
         time: d, embedded (`Stream.time` of one sample)
+
+    Raises:
+        ValueError: if a LoRA lies on a layer, whose addition would be missing
     """
+    if lora := next((name for name, _ in timed(denoiser) if name.endswith(".base_layer")), None):
+        raise ValueError(f"a LoRA lies on {lora.removesuffix('.base_layer')}, which has no plain weight: fold it first")
     return {f"{name}.weight": layer.weight_at(time) for name, layer in timed(denoiser)}
 
 

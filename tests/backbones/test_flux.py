@@ -1,6 +1,7 @@
 """FLUX.1 in our words computes what `diffusers.FluxTransformer2DModel` computes, and stays loadable as one."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import diffusers
 import pytest
@@ -10,12 +11,14 @@ from ranks import run_ranks
 
 import edit
 from edit.backbones.flux import Flux, FluxConfig, flux_shift
-from edit.backbones.stock import attached
-from edit.denoiser import Branch, Condition, Forced
+from edit.backbones.stock import attached, latent_of, tokens_of
+from edit.denoiser import Branch, Condition, Forced, Step
 from edit.distillation.flow_map import IntervalInput
 from edit.edits import Edit
 from edit.pruning.depth import DepthPruning
+from edit.routing.elastic import Elastic
 from edit.tuning.lora import LoRA
+from edit.tuning.td_lora import TDLoRA
 
 SMALL = {
     "in_channels": 16,
@@ -296,6 +299,34 @@ def test_hooks_of_edits_work_inside_the_stock_pipeline():
     assert (pictures[0] - picture(pipeline(stock_model()))).abs().max() > 1e-3
     times, words, pooled = zip(*hooked.applied["hooked"].told, strict=True)
     assert times[0] == 1.0 and times[0] > times[1] > times[2] > 0 and set(words) == {5} and set(pooled) == {12}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["elastic", "td_lora"])
+def test_routed_and_timed_units_do_inside_the_stock_pipeline_what_they_do_in_a_generation(name):
+    edits = {"elastic": Elastic(router=8, band=0.5, reuse=1, cache_from=0.0), "td_lora": TDLoRA()}
+    ours = edit.apply(Flux.of(stock_model()), {name: edits[name]})
+    generator = torch.Generator().manual_seed(4)
+    for key, p in ours.named_parameters():
+        if "edits." in key or ".td_" in key:
+            p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    told = {"prompt_embeds": torch.ones(1, 5, 24), "pooled_prompt_embeds": torch.ones(1, 12)}
+    noise, stock, seen = torch.randn(1, 96, 16, generator=generator), stock_model(), []
+    words = {"height": 16, "width": 24, "num_inference_steps": 4, "output_type": "latent"}
+    with attached(pipeline(stock), ours) as pipe:
+        painted = pipe(**told, **words, latents=noise).images
+    x, memory, sigmas = latent_of(noise, (1, 8, 12)), {}, pipe.scheduler.sigmas.tolist()
+    condition = Condition(text=told["prompt_embeds"], pooled=told["pooled_prompt_embeds"])
+    for k, (sigma, end) in enumerate(pairwise(sigmas)):
+        out = ours(x, torch.tensor([sigma]), condition, step=Step(k, 4, sigma, "cond", memory))
+        seen.append(ours.applied[name].decisions(out.trace))
+        x = x + (end - sigma) * out.sample
+    torch.testing.assert_close(painted, tokens_of(x), rtol=0, atol=1e-5 * x.abs().max().item())  # fp32, four steps
+    if name == "elastic":  # something was decided, and something repeated
+        assert len({v for d in seen for v in d["width"][d["cached"] == 0].tolist()}) > 1
+        assert any(d["cached"].any() for d in seen)
+    plain = pipeline(stock)(**told, **words, latents=noise).images
+    assert (painted - plain).abs().max() > 1e-3
 
 
 def test_a_flow_map_is_refused_inside_a_stock_pipeline():

@@ -185,6 +185,11 @@ def test_edits_of_both_roles_ask_for_their_losses_each_on_its_turn(folder, monke
     assert float(after[0]["train/loss"]) == pytest.approx(sum(critics), rel=1e-5)  # the critic's turn alone
 
 
+def test_a_student_with_routers_is_trained_with_their_budget(folder):
+    train(folder, *student(folder, "routed", "edits=dydit", "+edits.dydit.complete=0", "trainer.max_steps=2"))
+    assert all(row["train/dydit/budget"] for row in rows(folder, "routed"))
+
+
 def test_the_artifact_says_how_its_steps_were_trained(folder):
     train(folder, *student(folder, "said", "trainer.max_steps=1"))
     said = json.loads((folder / "said/artifact/edits.json").read_text())
@@ -202,6 +207,7 @@ def test_the_artifact_says_how_its_steps_were_trained(folder):
         ("data_weight=0.5", "which matching replaces"),
         ("sampler.guidance=3.0", "guide it a second time"),
         ("matching=null", None),
+        ("edits=dydit", "few-step methods do not score: set edits.dydit.complete=0"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(folder, change, sentence):

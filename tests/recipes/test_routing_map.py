@@ -223,7 +223,7 @@ def test_the_macs_of_elastic_are_what_its_map_says(make_dit, tmp_path):
     words = {"n": 20, "guidance": 1.0, "rounds": 0, "features": "none", "device": "cpu"}
     result = run([tmp_path / "run"], settings(words), tmp_path / "out")["artifacts"][0]["results"][0]
     found, cost = result["routing"]["elastic"], result["cost"]
-    assert set(found) == {"open", "width", "cached"} and found["cached"]["mean"] == 0
+    assert set(found) == {"open", "width"}  # none may repeat anything
     assert 0 < found["open"]["mean"] < 1 and found["open"]["std_samples"] > 0
 
     def all_at(width: int) -> float:

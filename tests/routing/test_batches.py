@@ -8,7 +8,7 @@ from ranks import run_ranks
 from torch import Tensor
 
 from edit.denoiser import Layout, Stream
-from edit.routing.batches import grouped, mean_over_ranks, run_grouped, take
+from edit.routing.batches import grouped, mean_over_ranks, rows_on, run_grouped, take
 
 
 def stream_of(count: int, text: bool = True) -> Stream:
@@ -63,6 +63,14 @@ def test_units_run_in_groups_as_they_do_alone(name):
         alone = unit(take(stream, torch.tensor([1])))
         assert torch.equal(after.image[0], stream.image[0])
         assert difference(take(after, torch.tensor([1])), alone) < 1e-6  # stock RoPE is fp32
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_positions_are_whole_numbers_on_their_device_however_few(device):
+    for members in ([], [3, 1]):
+        rows = rows_on(torch.device(device), members)
+        assert rows.dtype == torch.int64 and rows.device.type == device and rows.shape == (len(members),)
+        assert device == "meta" or rows.tolist() == members
 
 
 def test_the_type_is_that_of_what_was_run():

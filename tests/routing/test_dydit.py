@@ -1,7 +1,7 @@
 """Oracles 1 to 8 of methods/dydit.md, and DyDiT as an edit; 9 is in tests/tuning/test_td_lora."""
 
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,9 +15,12 @@ import edit
 from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig, SingleUnit
 from edit.backbones.pixart import PixArtConfig
+from edit.backbones.stock import attached
 from edit.denoiser import Condition, Denoiser, Step, residual
+from edit.distillation.flow_map import IntervalInput
+from edit.edits import Edit
 from edit.objectives import DDPM, FlowMatching, Ramp
-from edit.routing.dydit import PLAN, RATIO, TOKENS, WIDTHS, DyDiT, Routed, Routers, TokenRouter, work
+from edit.routing.dydit import PLAN, RATIO, TOKENS, WIDTHS, DyDiT, Logits, Routed, Routers, TokenRouter, work
 from edit.routing.slices import Narrow
 from edit.sampling import Euler, Sampler
 from edit.tuning.lora import LoRA
@@ -428,6 +431,25 @@ def test_the_complete_network_is_trained_beside_the_chosen_one(family):
     assert denoiser.applied["dydit"].further(denoiser(*batch)) == {}
 
 
+@dataclass
+class Noted(Edit):
+    """Records a number of each sample, and three of none."""
+
+    def apply(self, denoiser):
+        return None
+
+    def readout(self, output, stream, own):
+        noted = {"noted": output.sample.mean((1, 2, 3)), "law": output.sample.new_ones(3)}
+        return output._replace(trace={**output.trace, **noted})
+
+
+def test_what_other_edits_record_while_both_are_trained_is_of_the_chosen_network():
+    denoiser = routed(edit.apply(tiny("dit"), {"noted": Noted()})).train()
+    out = denoiser(*inputs("dit"))
+    assert denoiser.applied["dydit"].further(out)
+    assert torch.equal(out.trace["noted"], out.sample.mean((1, 2, 3))) and len(out.trace["law"]) == 3
+
+
 def test_both_networks_are_scored_on_a_learned_variance_too(make_dit, batch):
     denoiser = routed(make_dit(time="ddpm", learn_sigma=True)).train()
     out = denoiser(*batch)
@@ -467,6 +489,37 @@ def test_training_and_evaluation_run_in_half_precision(family):
     loss.backward()
     assert all(p.grad.isfinite().all() for p in denoiser.parameters())
     assert denoiser.eval().bfloat16()(batch[0], batch[1], batch[2]).sample.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["dit", "flux"])
+def test_routers_stay_in_fp32_over_weights_of_bf16_and_decide_alike_in_training_and_evaluation(family):
+    denoiser, batch = routed(tiny(family).bfloat16()), inputs(family)
+    own = own_of(denoiser)
+    assert all(p.dtype == torch.float32 for p in own.parameters())
+    assert all(p.dtype == torch.bfloat16 for p in denoiser.model.parameters())
+    x, t, condition = batch
+    stream = denoiser.embed(**denoiser.pack(x, t, condition))
+    assert stream.image.dtype == torch.bfloat16
+    for half in (False, True):
+        found = []
+        for mode in (True, False):
+            denoiser.train(mode)
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                found.append([own.width(stream.time), *(router(stream) for router in own.tokens)])
+        for trained, evaluated in zip(*found, strict=True):
+            assert trained.dtype == torch.float32 and torch.equal(trained, evaluated)
+
+
+@torch.no_grad()
+def test_a_logit_is_the_small_difference_of_large_numbers_under_autocast_too():
+    layer = Logits(2, 1)
+    layer.weight.fill_(-35.0)
+    layer.bias.fill_(34.9)  # 35 in bf16
+    features = torch.tensor([[0.5, 0.5], [0.5, 0.492]])  # sums of -0.1 and 0.18
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = layer(features)[:, 0]
+    torch.testing.assert_close(logits, torch.tensor([-0.1, 0.18]), rtol=0, atol=1e-5)  # fp32 near 35: 4e-6
 
 
 def compile_units(denoiser: Denoiser, **options) -> None:
@@ -539,7 +592,8 @@ def test_a_generation_decides_once_per_time_for_both_branches_and_keeps_the_late
 
     sampler = Sampler(Euler(4), guidance=2.0)
     sampler(denoiser, FlowMatching(), condition, torch.arange(4), watch=watch)
-    plans = memory["it"]["dydit", "plans"]
+    plans = {sigma: plan for (_, sigma), plan in memory["it"]["dydit", "plans"].items()}
+    assert len(memory["it"]["dydit", "plans"]) == 4  # evaluations
     assert set(plans) == set(seen) and len({p.numpy().tobytes() for _, p in plans.values()}) > 1
     for sigma, branches in seen.items():
         assert [name for name, _ in branches] == ["cond", "uncond"]
@@ -570,6 +624,47 @@ def test_a_step_of_a_generation_decides_and_computes_what_a_call_outside_does(fa
         inside = denoiser(x, t, condition, step=Step(0, 2, 0.5, memory=memory))
         torch.testing.assert_close(inside.sample, outside.sample, rtol=1e-5, atol=1e-5)
         assert all(torch.equal(inside.trace[k], v) for k, v in outside.trace.items())
+
+
+@torch.no_grad()
+def test_a_flow_map_asked_for_two_ends_of_one_time_decides_for_each():
+    denoiser, (x, t, condition) = edit.apply(tiny("dit"), {"interval": IntervalInput()}), inputs("dit")
+    randomise(denoiser.edits, 3)
+    routed(denoiser)
+    t, memory, widths = torch.full_like(t, 0.5), {}, []
+    for index, end in enumerate((0.4, 0.0)):
+        told = replace(condition, end=torch.full_like(t, end))
+        inside = denoiser(x, t, told, step=Step(index, 2, 0.5, memory=memory)).trace[WIDTHS]
+        assert torch.equal(inside, denoiser(x, t, told).trace[WIDTHS])
+        widths.append(inside)
+    assert not torch.equal(*widths)
+
+
+@torch.no_grad()
+def test_in_a_stock_pipeline_it_paints_as_the_sampler_does():
+    import diffusers
+
+    denoiser, condition = tiny("flux"), inputs("flux", 1)[2]
+    sampler, numbers = Sampler(Euler(3)), torch.arange(1)
+    static = sampler(denoiser, FlowMatching(), condition, numbers)
+    wanted = sampler(routed(denoiser), FlowMatching(), condition, numbers)
+    assert (wanted - static).abs().max() > 1e-2  # there was something to leave out
+    pack = diffusers.FluxPipeline._pack_latents
+    noise = edit.noise.gaussian(0, numbers, edit.noise.NOISE, (4, 8, 8))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = diffusers.FluxPipeline(scheduler, None, None, None, None, None, denoiser.model)
+    pipe.set_progress_bar_config(disable=True)
+    with attached(pipe, denoiser):
+        painted = pipe(
+            prompt_embeds=condition.text,
+            pooled_prompt_embeds=condition.pooled,
+            height=64,
+            width=64,
+            num_inference_steps=3,
+            latents=pack(noise, 1, 4, 8, 8),
+            output_type="latent",
+        ).images
+    torch.testing.assert_close(painted, pack(wanted, 1, 4, 8, 8), rtol=1e-4, atol=1e-4)  # fp32 times, thousandfold
 
 
 @torch.no_grad()
@@ -654,6 +749,33 @@ def sharded(rank: int = 0) -> list[float]:
 
 def test_sharded_units_compute_what_whole_ones_do():
     run_ranks(sharded, 2)
+
+
+@torch.no_grad()
+def test_under_zero_3_the_units_themselves_are_called_and_compute_the_same():
+    denoiser, (x, t, condition) = routed(tiny("dit")), inputs("dit")
+    batch = x, torch.full_like(t, 0.5), condition
+    wanted, called = denoiser(*batch), []
+    for i, module in enumerate(denoiser.modules()):
+        module.ds_id = i  # as DeepSpeed numbers modules, and its hooks ask for the number
+        module.register_forward_pre_hook(lambda module, args: called.append(module.ds_id))
+    for p in denoiser.parameters():
+        p.ds_id = 0
+    for step in (None, Step(0, 2, 0.5)):
+        out = denoiser(*batch, step=step)
+        torch.testing.assert_close(out.sample, wanted.sample, rtol=1e-4, atol=1e-4)  # factors and slices, fp32
+        assert all(torch.equal(out.trace[k], v) for k, v in wanted.trace.items())
+    assert {unit.unit.ds_id for unit in denoiser.units} < set(called)
+
+
+def test_the_order_of_what_cannot_be_permuted_is_refused_before_anything_is_changed():
+    denoiser, batch = edit.apply(tiny("dit"), {"lora": LoRA(2, 4)}), inputs("dit")
+    before = denoiser(*batch).sample
+    with pytest.raises(ValueError, match="fold the LoRA first, or set order=false"):
+        edit.apply(denoiser, {"dydit": DyDiT()})
+    assert list(denoiser.applied) == ["lora"] and not any(isinstance(u, Routed) for u in denoiser.units)
+    assert torch.equal(denoiser(*batch).sample, before)
+    assert torch.equal(routed(denoiser, True)(*batch).sample, before)
 
 
 def test_what_it_cannot_route_is_refused():

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from offload import offloaded
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -25,10 +26,13 @@ from edit.backbones.qwen_image import QwenImageConfig
 from edit.backbones.sd3 import SD3Config
 from edit.cost import count_forward, macs
 from edit.denoiser import Condition, Denoiser, Routing, Step, Stream, Unit
+from edit.distillation.modulation import ModulationApproximator
 from edit.objectives import FlowMatching, Ramp
-from edit.routing.elastic import GATE, WIDTH, Elastic, ElasticUnit, Router, Routers, forced, stacked
+from edit.routing.dydit import DyDiT
+from edit.routing.elastic import GATE, WIDTH, Elastic, ElasticUnit, Residuals, Router, Routers, forced, stacked
 from edit.sampling import Euler, Sampler
 from edit.tuning.lora import LoRA
+from edit.tuning.td_lora import TDLoRA
 
 TEXT = {"joint_attention_dim": 24}
 SMALL = {"attention_head_dim": 16, "num_attention_heads": 2}
@@ -215,6 +219,16 @@ def test_a_lora_on_the_same_layers_is_masked_and_sliced_alike():
         close(net.train()(*inputs()).sample, net.eval()(*inputs()).sample)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["dit", "flux"])
+def test_offloaded_weights_are_narrow_all_the_same(family):
+    net = elastic(make(family), band=-1.0)
+    with forced(net, mixed):
+        wanted = net(*inputs(family)).sample
+        offloaded(net.model)
+        close(net(*inputs(family)).sample, wanted)
+
+
 # ---- 3: closed units -------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +257,33 @@ def test_a_closed_unit_is_the_identity_on_both_streams_and_is_not_called(family)
     with forced(net.train(), always(0)):
         after = unit(stream)  # computed, and multiplied by 0
     assert torch.equal(after.image, stream.image) and (after.text is None or torch.equal(after.text, stream.text))
+
+
+@torch.no_grad()
+def test_after_the_last_unit_of_an_sd3_there_is_no_text_closed_or_open():
+    net = elastic(make("sd3"))
+    for rule in (always(0), always(4), mixed):
+        for mode in (True, False):
+            with forced(net.train(mode), rule):
+                trace = net(*inputs("sd3"), taps=(1, 2)).trace
+            assert "unit.1.text" in trace and "unit.2" in trace and "unit.2.text" not in trace
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["dit", "sd3", "flux"])
+def test_branches_and_maps_are_there_whatever_was_decided(family):
+    net, batch = elastic(make(family), cache_from=0.0, band=0.5), inputs(family)
+    step = Step(0, 2, 0.5)
+    for rule in (always(0), always(2), mixed):
+        with forced(net.eval(), rule):
+            wanted = net(*batch).sample
+            out = net(*batch, branches=(0, -1), maps={1: 4}, step=step)
+        with forced(net.train(), rule):
+            told = net(*batch, branches=(0, -1), maps={1: 4}).trace
+        close(out.sample, wanted)
+        for name in ("unit.0.attention", "unit.2.feed", "unit.1.maps"):
+            assert torch.equal(out.trace[name], told[name])
+        assert torch.equal(stacked(out.trace, "width"), stacked(told, "width"))
 
 
 # ---- 4, 5: gradients -------------------------------------------------------------------------------------------------
@@ -550,10 +591,73 @@ def test_a_cache_that_is_off_keeps_nothing_and_changes_nothing():
     for off in ({"band": -1.0}, {"band": 0.5, "reuse": 0}, {"band": 0.5, "cache_from": 1.0}):
         x, told, memory = generated(stirred(elastic(make(), **off)))
         images.append(x)
-        assert not memory and not any(made["cached"].any() for made in told.values())
+        assert not memory and not any("cached" in made for made in told.values())
+    plain = stirred(elastic(make(), band=-1.0))
+    plain.units = [lambda s, unit=unit: replace(unit(replace(s, step=None)), step=s.step) for unit in plain.units]
+    images.append(generated(plain)[0])  # of units that are told of no generation
     assert all(torch.equal(x, images[0]) for x in images)
     cached, told, memory = generated(stirred(elastic(make(), band=0.5, cache_from=0.0)))
     assert memory and told["cond"]["cached"].any() and not torch.equal(cached, images[0])
+
+
+def test_a_cached_generation_is_one_without_a_cache_whose_units_are_replaced_by_what_they_added():
+    found = generated(stirred(elastic(make(), band=1.0, reuse=2, cache_from=0.0)))[0]
+    plain, kept = stirred(elastic(make(), band=-1.0)), {}
+
+    def repeating(unit: Callable, i: int) -> Callable:
+        def call(stream: Stream) -> Stream:
+            """Runs all; keeps and repeats what open samples get."""
+            after, step = unit(stream), stream.step
+            new, opened = after.image - stream.image, after.trace[f"elastic.{i}.open"] > 0
+            old, times = kept.get((i, step.branch), (new, torch.full((len(new),), 9)))
+            again = opened & (times < 2)
+            change = torch.where(again[:, None, None], old, new)
+            ran = opened & ~again
+            kept[i, step.branch] = (
+                torch.where(ran[:, None, None], new, old),
+                torch.where(again, times + 1, torch.where(ran, 0, times)),
+            )
+            return replace(after, image=stream.image + change)
+
+        return call
+
+    plain.units = [repeating(unit, i) for i, unit in enumerate(plain.units)]
+    images = Sampler(Euler(6), guidance=2.0)(plain, FlowMatching(), Condition(label=torch.arange(3)), torch.arange(3))
+    close(found, images, 1e-5)  # six steps of two branches
+    assert (found - generated(stirred(elastic(make(), band=-1.0)))[0]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_what_was_added_is_kept_from_when_p_is_near_the_threshold_on():
+    net = elastic(make(), band=0.1, cache_from=0.0)
+    unit, stream = entered(net)
+    memory: dict = {}
+    nn.init.zeros_(routers_of(net)[0].gate.weight)
+    cached, held = [], []
+    for k, p in enumerate((0.7, 0.55, 0.55, 0.7, 0.55)):  # far, near, near, far, near
+        nn.init.constant_(routers_of(net)[0].gate.bias, math.log(p / (1 - p)))
+        moved = replace(stream, image=stream.image + k, step=Step(k, 5, 0.5, "cond", memory))
+        after = unit(moved)
+        cached.append(after.trace["elastic.0.cached"].unique().item())
+        held.append(memory["elastic", 0, "cond"]["residuals"].image)
+        if k == 3:
+            last = after.image - moved.image
+    assert cached == [0, 0, 1, 0, 1] and held[0] is None and held[1] is not None
+    close(after.image - moved.image, last)  # of the step before, though p was far
+
+
+@torch.no_grad()
+def test_all_samples_and_some_are_kept_and_repeated_alike():
+    _, stream = entered(elastic(make()))
+    other = replace(stream, image=stream.image.flip(0))
+    for rows in ([0, 1, 2, 3], [2, 0]):
+        kept, one = Residuals(4), [Residuals(4) for _ in rows]
+        kept.store(rows, stream, other, text=False)
+        found = kept.added(stream, rows).image
+        for r, i in zip(one, rows, strict=True):
+            r.store([i], stream, other, text=False)
+            assert torch.equal(r.added(stream, [i]).image[i], found[i])
+        assert kept.count == [1 if i in rows else math.inf for i in range(4)]
 
 
 def test_a_unit_near_the_threshold_is_run_once_per_branch_and_then_repeated():
@@ -642,6 +746,18 @@ def test_what_is_executed_costs_what_open_units_and_their_widths_cost():
     assert macs(net) == dense // b + depth * router  # where nothing can be decided all is run
 
 
+def test_a_single_unit_of_flux_costs_what_is_run_of_it():
+    net, d, h, n, b = elastic(make("flux")), 32, 128, 16 + 5, 4
+    condition = inputs("flux")[2]
+    counted = []
+    for k in range(5):  # of the last unit, and the others whole
+        with forced(net, lambda i, p, q, k=k: torch.full_like(p, k if i == 2 else 4)):
+            counted.append(count_forward(net, condition, b).macs)
+    mlp = 2 * n * d * h
+    rest = 3 * d * d + 4 * n * d * d + 2 * n * n * d  # its modulation; q, k, v and out; scores and sums
+    assert [c - counted[0] for c in counted[1:]] == [b * (rest + k * mlp // 4) for k in (1, 2, 3, 4)]
+
+
 # ---- forced decisions ------------------------------------------------------------------------------------------------
 
 
@@ -667,8 +783,15 @@ def test_what_cannot_be_forced_is_refused():
     with pytest.raises(ValueError, match="no routers whose decisions could be forced"), forced(make(), always(4)):
         pass
     net = elastic(make(), width=None)
-    with pytest.raises(ValueError, match="run at 2 quarters, it has 4: mend"), forced(net, always(2)):
+    with pytest.raises(ValueError, match="run at 2 quarters, it has 0, 4: mend"), forced(net, always(2)):
         net(*inputs())
+    for rule in (8, -1):  # with a cache, too
+        net, step = elastic(make(), band=0.5, cache_from=0.0), Step(0, 2, 0.5)
+        with (
+            pytest.raises(ValueError, match=f"run at {rule} quarters, it has 0, 1, 2, 3, 4"),
+            forced(net, always(rule)),
+        ):
+            net(*inputs(), step=step)
 
 
 @torch.no_grad()
@@ -821,6 +944,44 @@ def test_ranks_that_decide_otherwise_do_not_wait_for_each_other():
             close(torch.tensor(found), net(*inputs()).sample)
 
 
+@torch.no_grad()
+def test_routers_are_where_the_model_is_and_in_fp32():
+    with torch.device("meta"):
+        net = CONFIGS["flux"].build()
+    assert all(p.is_meta for p in elastic(net).parameters())
+    small = elastic(make("flux").bfloat16())
+    assert {p.dtype for p in routers_of(small).parameters()} == {torch.float32}
+    for mode in (True, False):
+        out = small.train(mode)(*inputs("flux"))
+        assert out.sample.dtype == torch.bfloat16 and out.trace["elastic.0.p"].dtype == torch.float32
+
+
+def test_what_is_refused_changed_nothing():
+    class Other(nn.Linear):
+        """Not known."""
+
+    odd, adapted = make(), edit.apply(make(), {"lora": LoRA(rank=2, targets=("mlp.fc1",))})
+    odd.model.blocks[2].mlp.fc1 = Other(32, 128)
+    for net, order, complaint in (
+        (odd, False, "only a part of a plain linear layer can be run, this is a Other"),
+        (adapted, True, "mlp.fc1 .* fold the LoRA first, or set order=false"),
+    ):
+        names, units = set(net.state_dict()), list(net.units)
+        with pytest.raises(ValueError, match=complaint):
+            elastic(net, order=order)
+        assert set(net.state_dict()) == names and net.units == units and "elastic" not in net.applied
+        assert not any("ffn" in vars(unit) for unit in net.units)
+    beside = edit.apply(make(), {"lora": LoRA(rank=2)})  # on the attention alone
+    elastic(beside, order=True)
+
+
+@pytest.mark.parametrize("other", [Elastic(), DyDiT(), TDLoRA()], ids=lambda e: type(e).__name__)
+def test_compressed_modulation_says_nothing_to_routers_and_mixtures(other):
+    net = edit.apply(make("flux"), {"modulation": ModulationApproximator(depth=1, hidden=8, steps=0)})
+    with pytest.raises(ValueError, match=r"cannot be applied together with modulation \(ModulationApproximator\)"):
+        edit.apply(net, {"other": other})
+
+
 def test_it_is_alone_and_on_units_it_knows():
     net = elastic(make())
     with pytest.raises(ValueError, match="cannot be applied together"):
@@ -840,7 +1001,7 @@ def test_it_is_alone_and_on_units_it_knows():
         ({"gate": 0.0}, "gate is a part of the model, above 0 and at most 1, got 0"),
         ({"gate_at_noise": 1.5}, "gate_at_noise is a part"),
         ({"width": Ramp(0.8, -1.0)}, "width is a part .* got -1"),
-        ({"threshold": 1.0}, "threshold is a probability between 0 and 1, got 1"),
+        ({"threshold": 0.75}, "threshold is above 0 and below 0.7, which is the p of a fresh router, got 0.75"),
         ({"width_from": 1.0}, "width_from is a part of the run, 0 to below 1, got 1"),
         ({"weight": -1.0}, "at least 0, got -1, 10 and 0.5"),
         ({"router": 0}, "at least 1, got 0"),

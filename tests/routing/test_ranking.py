@@ -9,7 +9,7 @@ import edit
 from edit.backbones.dit import DiTConfig
 from edit.denoiser import Unit
 from edit.pruning.width import FeedForwardWidth
-from edit.routing.ranking import order_channels, order_heads
+from edit.routing.ranking import check_order, order_channels, order_heads
 from edit.routing.slices import Features, heads, hidden, number_of_heads
 from edit.tuning.lora import LoRA
 
@@ -90,11 +90,24 @@ def test_without_weights_there_is_nothing_to_order():
 def test_layers_that_are_not_plain_are_refused(dit):
     edit.apply(dit, {"lora": LoRA(rank=2, targets=("attn.proj", "mlp.fc1"))})
     before = {k: v.clone() for k, v in dit.state_dict().items()}
-    with pytest.raises(ValueError, match="attn.proj of this DiTBlock is a peft.* apply this edit before"):
+    with pytest.raises(ValueError, match="attn.proj .* is a peft.*: fold the LoRA first, or set order=false"):
         order_heads(dit.units[0])
     with pytest.raises(ValueError, match="mlp.fc1 of this DiTBlock is a peft."):
         order_channels(dit.units[0])
+    with pytest.raises(ValueError, match="attn.proj of this DiTBlock is a peft."):
+        check_order(dit.units[0])
+    with pytest.raises(ValueError, match="mlp.fc1 of this DiTBlock is a peft."):
+        check_order(dit.units[0], hidden(dit.units[0]))
     assert all(torch.equal(v, before[k]) for k, v in dit.state_dict().items())
+
+
+@families
+@torch.no_grad()
+def test_what_can_be_ordered_passes_the_check_unchanged(name):
+    for unit in family(name).units:
+        before = {k: v.clone() for k, v in unit.state_dict().items()}
+        check_order(unit)
+        assert all(torch.equal(v, before[k]) for k, v in unit.state_dict().items())
 
 
 def test_a_replaced_feed_forward_is_not_ordered(dit):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import CONFIGS, TOLERANCE, difference, family, walk
+from offload import offloaded
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -250,6 +251,38 @@ def test_what_can_only_be_called_whole_gives_the_same(layer):
     layer.weight.ds_id = 0
     found = rows(x), columns(x[:, part])
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(wanted, found, strict=True))  # float64
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("name", LINEAR)
+@torch.no_grad()
+def test_offloaded_layers_are_narrow_all_the_same(name, lora, keep):
+    denoiser = with_lora(name) if lora else family(name)
+    walked = list(walk(denoiser))
+    copies, before = [], []
+    for unit, stream in walked:
+        live, channels = parts_of(unit)
+        copies.append(narrowed(unit, ((heads(unit), live), (hidden(unit), channels)), heads=2))
+        before.append(copies[-1](stream))
+    if keep:
+        parts = [((heads(u), parts_of(u)[0]), (hidden(u), parts_of(u)[1])) for u, _ in walked]
+        copies = [narrowed(u, part, heads=2, keep=True) for (u, _), part in zip(walked, parts, strict=True)]
+    offloaded(denoiser.model)
+    for copy, (_, stream), wanted in zip(copies, walked, before, strict=True):
+        assert difference(copy(stream), wanted) < TOLERANCE[name]
+    assert all(p.is_meta for layer in denoiser.modules() if isinstance(layer, nn.Linear) for p in layer.parameters())
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@torch.no_grad()
+def test_a_lora_in_fp32_on_bf16_weights_is_cast_as_peft_does(keep):
+    layer, x = with_lora("dit").units[0].mlp.fc1.float(), torch.randn(3, 64).bfloat16()
+    layer.base_layer.bfloat16()
+    found, wanted = Narrow(layer, rows=(slice(0, 5),), keep=keep)(x), layer(x)[:, :5]
+    assert found.dtype == wanted.dtype == torch.bfloat16
+    # 8 bits of mantissa, of the sum, and of W + B A where that is kept, whose 64 products add up
+    torch.testing.assert_close(found, wanted, rtol=2**-7, atol=(2**-6 if keep else 2**-9) * wanted.abs().max().item())
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

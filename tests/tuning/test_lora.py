@@ -13,6 +13,7 @@ from edit.backbones.flux import FluxConfig
 from edit.denoiser import Condition
 from edit.distillation.student import GuidanceInput
 from edit.edits import Edit, trains
+from edit.routing.elastic import Elastic
 from edit.tuning.lora import LoRA, without
 
 
@@ -86,6 +87,14 @@ def test_a_fold_in_training_mode_is_the_same_fold(dit):
     twin = deepcopy(dit).train()
     for a, b in zip(edit.fold(dit).parameters(), edit.fold(twin).parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_after_routers_it_would_be_missing_where_they_run_copies_and_is_refused(dit):
+    edit.apply(dit, {"elastic": Elastic(router=8)})
+    keys = set(dit.state_dict())
+    with pytest.raises(ValueError, match=r"lora \(LoRA\) cannot be applied after elastic \(Elastic\).*: put it before"):
+        edit.apply(dit, {"lora": LoRA(rank=2)})
+    assert set(dit.state_dict()) == keys and list(dit.applied) == ["elastic"]
 
 
 def test_what_cannot_be_adapted_is_refused(dit):

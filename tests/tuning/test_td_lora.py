@@ -427,8 +427,18 @@ def test_it_comes_before_what_changes_the_same_layers(dit):
     ):
         edit.apply(dit, {"td": TDLoRA()})
     edit.apply(other, {"elastic": Elastic()})
-    with pytest.raises(ValueError, match="another edit has changed unit 0 of this dit already"):
+    with pytest.raises(ValueError, match=r"td \(TDLoRA\) cannot be applied after elastic .*: put it before"):
         edit.apply(other, {"td": TDLoRA()})
+
+
+def test_under_a_lora_there_is_no_plain_weight_until_that_is_folded(dit, batch):
+    edit.apply(adapted(dit, targets=("mlp.fc1",)), {"lora": LoRA(rank=2, targets=("mlp.fc1",))})
+    time = dit.embed(**dit.pack(*batch)).time[0]
+    with pytest.raises(ValueError, match="a LoRA lies on blocks.0.mlp.fc1, which has no plain weight: fold it first"):
+        weights_at(dit, time)
+    edit.fold(dit, "lora")
+    stock = dit.from_config(dit.config).model.state_dict()
+    assert weights_at(dit, time).keys() == {k for k in stock if k.endswith("mlp.fc1.weight")}
 
 
 def test_units_that_embed_the_time_for_themselves_are_refused():
