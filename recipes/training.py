@@ -113,7 +113,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     )
     if matching is None:
         weight = instantiate(cfg.data_weight) if OmegaConf.is_config(cfg.data_weight) else cfg.data_weight
-        module = Diffusion(build, structure, objective, how, teacher, null, terms, weight, cfg.strata)
+        module = Diffusion(
+            build, structure, objective, how, teacher, null, terms=terms, data_weight=weight, strata=cfg.strata
+        )
     else:
         critic = make_critic(cfg, matching, teacher, build, structure)
         follow = cfg.critic.follow

@@ -240,11 +240,18 @@ def test_a_slot_changes_one_unit_and_comes_back(dit, batch, slot, replacement):
     assert torch.equal(dit(*batch).sample, before.sample)
 
 
+class Routed(torch.nn.Linear):
+    """A linear layer with the signature of the slot `ffn`."""
+
+    def forward(self, tokens, routing=None):
+        return super().forward(tokens)
+
+
 def test_a_module_in_a_slot_is_not_registered_there(dit, batch):
     own = torch.nn.Linear(32, 32)
     before = set(dit.state_dict())
     dit.units[0].ffn = lambda tokens, routing=None: own(tokens)
-    dit.units[1].ffn = torch.nn.Linear(32, 32)
+    dit.units[1].ffn = Routed(32, 32)
     assert set(dit.state_dict()) == before and len(list(dit.units[1].children())) == 5
     dit.edits["mine"] = own  # where an edit's parameters belong
     assert set(dit.state_dict()) - before == {"edits.mine.weight", "edits.mine.bias"}
