@@ -25,9 +25,13 @@ def grouped(keys: Sequence[Key]) -> dict[Key, list[int]]:
 
 
 def rows_on(device: torch.device, members: Sequence[int]) -> Tensor:
-    """Positions as int64 on a device; to CUDA they go from pinned memory, for which the host does not wait."""
-    pin = device.type == "cuda"
-    return torch.tensor(members, dtype=torch.int64, device="cpu", pin_memory=pin).to(device, non_blocking=pin)
+    """Positions as int64 on a device."""
+    return uploaded(torch.tensor(members, dtype=torch.int64, device="cpu"), device)
+
+
+def uploaded(x: Tensor, device: torch.device) -> Tensor:
+    """From the host to a device; to CUDA from pinned memory, for which the host does not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def run_grouped(stream: Stream, keys: Sequence[Key | None], run: Callable[[Key, Stream], Stream]) -> Stream:

@@ -40,9 +40,18 @@ from edit.backbones.flux import DoubleUnit, SingleUnit
 from edit.denoiser import Condition, Denoiser, Layout, Output, Routing, Stream, Unit
 from edit.edits import Edit
 from edit.objectives import Ramp, Weight, weight_at
-from edit.routing.batches import grouped, mean_over_ranks, run_grouped, sharded
+from edit.routing.batches import grouped, mean_over_ranks, run_grouped, sharded, uploaded
 from edit.routing.ranking import check_order, order_channels, order_heads
-from edit.routing.slices import MaskedFeed, MaskedHeads, heads, hidden, narrowed, number_of_heads, variant
+from edit.routing.slices import (
+    MaskedFeed,
+    MaskedHeads,
+    compiled_as,
+    heads,
+    hidden,
+    narrowed,
+    number_of_heads,
+    variant,
+)
 from edit.routing.tokens import Run, choosing, gathered, multiplied
 
 WIDTHS, TOKENS, RATIO = "dydit.widths", "dydit.tokens", "dydit.ratio"
@@ -328,11 +337,6 @@ def on_host(widths: Tensor) -> Tensor:
     return torch.ones(widths.shape, dtype=torch.bool, device="cpu") if widths.is_meta else (widths > 0.5).cpu()
 
 
-def uploaded(x: Tensor, device: torch.device) -> Tensor:
-    """From the host without waiting for the device, as `rows_on`, but not through a list: channels are thousands."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
 class Logits(nn.Linear):
     """A linear layer in fp32, under autocast too: bf16 has steps of 0.25 near 35, and would turn what is near 0."""
 
@@ -491,9 +495,7 @@ class Routed:
             stream: that it is for
         """
         if plan.all():
-            if self.unit._compiled_call_impl is not None and self.whole._compiled_call_impl is None:
-                self.whole.compile()
-            return self.whole
+            return compiled_as(self.unit, self.whole)
         memory = {} if stream.step is None else stream.step.memory
         kept = memory.get(("dydit", self.index))
         if kept is not None and torch.equal(kept[0], plan):

@@ -43,7 +43,7 @@ from edit.objectives import Ramp, Weight, weight_at
 from edit.pruning.tinyfusion import mix
 from edit.routing.batches import mean_over_ranks, rows_on, run_grouped, sharded
 from edit.routing.ranking import check_order, order_channels
-from edit.routing.slices import MaskedFeed, hidden, narrowed, variant
+from edit.routing.slices import MaskedFeed, compiled_as, hidden, narrowed, variant
 
 GATE, WIDTH = "elastic.gate", "elastic.width"  # the budgets of a training pass
 WIDTHS = 4  # of an MLP: 1/4, 1/2, 3/4 and 1 of its hidden channels
@@ -408,10 +408,7 @@ class ElasticUnit:
 
     def run(self, width: int, stream: Stream) -> Stream:
         """The unit at a width, compiled where the unit is."""
-        unit = self.widths[width]
-        if self.unit._compiled_call_impl is not None and unit._compiled_call_impl is None:
-            unit.compile()
-        return unit(stream)
+        return compiled_as(self.unit, self.widths[width])(stream)
 
 
 class Residuals:

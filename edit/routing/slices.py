@@ -94,9 +94,7 @@ def heads(unit: Unit) -> Features:
         case JointUnit():
             readers = (out,) if unit.last else (out, text_out)
             return Features(u.attn.to_out[0].in_features, joint + added, readers, ("attn", "heads"))
-        case DoubleUnit():
-            return Features(u.attn.to_out[0].in_features, joint + added, (out, text_out))
-        case QwenImageUnit():
+        case DoubleUnit() | QwenImageUnit():
             return Features(u.attn.to_out[0].in_features, joint + added, (out, text_out))
     raise ValueError(f"the attention of a {type(unit).__name__} is not known here")
 
@@ -145,6 +143,13 @@ def variant(unit: Unit, layers: Mapping[str, nn.Module], counts: Mapping[tuple[s
         own(parent)._modules[name] = layer
     for (path, name), value in (counts or {}).items():
         setattr(own(path), name, value)
+    return other
+
+
+def compiled_as(unit: Unit, other: Unit) -> Unit:
+    """A copy of a unit, compiled where the unit is: that may have come after the copy was made."""
+    if unit._compiled_call_impl is not None and other._compiled_call_impl is None:
+        other.compile()
     return other
 
 
