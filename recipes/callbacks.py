@@ -173,6 +173,7 @@ class Preview(StepCallback):
         folder: for `step_000500.png`, and `routing_<edit>_000500.png` where an edit decides
         grid: (denoised samples b c y x) -> picture, uint8 y x 3
         condition: makes the condition of `count` samples
+        captions: says in words what it is, for samples without classes
         negative: one unconditional counterpart for all; None: the denoiser's own
         seed: of the noise
         metrics: whose clock stands still meanwhile
@@ -186,12 +187,13 @@ class Preview(StepCallback):
         folder: Path,
         grid: Callable[[torch.Tensor], np.ndarray] | None,
         condition: Callable[[int], Any],
+        captions: Callable[[int], list[str]],
         negative: Condition | None,
         seed: int,
         metrics: Metrics,
     ):
         self.every, self.count, self.sampler, self.folder = every, count, sampler, folder
-        self.grid, self.condition, self.negative = grid, condition, negative
+        self.grid, self.condition, self.captions, self.negative = grid, condition, captions, negative
         self.seed, self.metrics = seed, metrics
 
     def on_step(self, trainer: pl.Trainer, module: Recipe, step: int) -> None:
@@ -211,7 +213,7 @@ class Preview(StepCallback):
         if (picture := self._picture(x)) is not None:
             self._put(trainer, "samples", f"step_{step:06d}.png", picture, step)
         if seen is not None:
-            whom = groups(told.label, [f"sample {k}" for k in range(self.count)])
+            whom = groups(told.label, self.captions(self.count))
             for name, maps in seen.maps().items():
                 picture = np.asarray(draw(maps, whom, lambda k: self._picture(x[k : k + 1])))
                 file = f"routing_{name.replace('/', '_')}_{step:06d}.png"

@@ -371,9 +371,8 @@ def decided(
     costs |= {"activated": None, "share": share, "counted": count}
     costs["training_flops"] = round(6 * whole.macs / whole.forwards / count)  # while training all is run
 
-    captions = space.checked.heldout().captions if space.checked else [f"sample {k}" for k in range(count)]
     labels = first % data.num_classes if data.num_classes else None
-    whom = groups(labels, [captions[k % len(captions)] for k in range(count)], data.classes)
+    whom = groups(labels, captions(space.checked or data, count), data.classes)
     pictures, maps = {}, seen.maps()
     for name, found in maps.items():
         pictures[name] = f"grids/routing_{stem}_{name.replace('/', '_')}.png"
@@ -415,6 +414,12 @@ def conditions(data: DataSet) -> Callable[[Tensor], Condition]:
         return Condition(**batch)
 
     return of
+
+
+def captions(data: DataSet, count: int) -> list[str]:
+    """What the conditions of the first samples say, in words where the data has them."""
+    told = getattr(data.heldout() or data.train(), "captions", None)
+    return [told[k % len(told)] if told else f"sample {k}" for k in range(count)]
 
 
 def check_told(denoiser: Denoiser, data: DataSet) -> None:

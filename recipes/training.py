@@ -37,7 +37,7 @@ from edit.sampling import Sampler
 from recipes.callbacks import Checkpoints, Metrics, Preview, ProgressBar, checkpoints, newest, step_of
 from recipes.config import Root, UserError
 from recipes.diffusion import Diffusion
-from recipes.evaluate import check_told, conditions, environment, null_condition, settings
+from recipes.evaluate import captions, check_told, conditions, environment, null_condition, settings
 from recipes.evaluate import run as evaluate
 from recipes.few_step import FewStep
 from recipes.files import write
@@ -151,6 +151,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         out / "samples",
         grid=lambda x: picture(data, x),
         condition=lambda n: condition(torch.arange(n)),
+        captions=lambda n: captions(data, n),
         negative=null,
         seed=cfg.seed,
         metrics=metrics,

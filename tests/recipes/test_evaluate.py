@@ -11,11 +11,23 @@ import torch
 from omegaconf import OmegaConf
 
 import edit
+from data.digits import Digits
+from data.shapes import Shapes
 from edit.backbones.flux import FluxConfig
 from edit.pruning.depth import DepthPruning
 from edit.sampling import Euler, Grid, Sampler
 from recipes.config import UserError
-from recipes.evaluate import DEFAULTS, adjusted, build_data, run, run_folder, settings, short_names
+from recipes.evaluate import (
+    DEFAULTS,
+    adjusted,
+    build_data,
+    captions,
+    conditions,
+    run,
+    run_folder,
+    settings,
+    short_names,
+)
 
 ROOT = Path(__file__).parents[2]
 DIGITS = {"_target_": "data.digits.Digits"}
@@ -277,3 +289,14 @@ def test_steps_are_not_asked_of_a_solver_with_times_of_its_own(tmp_path, make_di
     assert adjusted(artifact, 1, None).solver == adjusted(artifact, 1, 2).solver == Grid((1.0, 0.5))
     with pytest.raises(UserError, match=r"steps=8, but this model is sampled at times of its own, Grid\("):
         adjusted(artifact, 1, 8)
+
+
+def test_samples_are_named_by_the_captions_of_their_conditions_or_numbered():
+    shapes = Shapes()
+    split, told = shapes.heldout(), captions(shapes, 3)
+    assert told == split.captions[:3]
+    shown = conditions(shapes)(torch.arange(3))
+    assert all(torch.equal(shown.text[k], split.sample(k, 0)["text"]) for k in range(3))
+    count = len(split) + 1
+    assert captions(shapes, count)[-1] == told[0]
+    assert captions(Digits(), 2) == ["sample 0", "sample 1"]
