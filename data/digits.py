@@ -52,6 +52,29 @@ class Digits:
         return to_uint8(x)
 
 
+class DigitsAndShades(Digits):
+    """Digits, and as many cards of one brightness in ten classes: samples that need much work, and ones that need none.
+
+    A card's class tells a tenth of [-1, 1], in which its brightness is uniform.
+    """
+
+    num_classes = 20
+    classes = [*Digits.classes, *(f"shade {k}" for k in range(10))]
+
+    def __init__(self):
+        super().__init__()
+        self._train, self._heldout = with_shades(self._train, 0), with_shades(self._heldout, len(self._train))
+
+
+def with_shades(digits: Tensors, first: int) -> Tensors:
+    """Digits, and as many cards, numbered from `first`: what is on a card depends on its number alone."""
+    number = torch.arange(first, first + len(digits))
+    shade = number % 10
+    brightness = (shade + noise.uniform(0, number, noise.SHUFFLE)) / 5 - 1
+    cards = brightness.float()[:, None, None, None].expand_as(digits.x)
+    return Tensors(torch.cat((digits.x, cards)), torch.cat((digits.label, 10 + shade)))
+
+
 def heldout_indices(label: Tensor) -> Tensor:
     """Every fifth image in an order by class and then by a hash of the index: stratified, and fixed for ever.
 

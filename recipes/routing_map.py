@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from math import log
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -90,7 +89,7 @@ def decides(denoiser: Denoiser) -> bool:
 
 
 def groups(labels: Tensor | None, told: Sequence[str], classes: Sequence[str] | None = None) -> dict[str, list[int]]:
-    """Whom the small maps are of: the first classes or, where there are none, the first prompts, with their samples.
+    """Whom the small maps are of: classes or, where there are none, prompts, evenly from all there are.
 
     Args:
         labels: b, classes of the samples; None: there are none
@@ -100,9 +99,14 @@ def groups(labels: Tensor | None, told: Sequence[str], classes: Sequence[str] | 
     from edit.routing.batches import grouped
 
     if labels is None:
-        return dict(islice(grouped(told).items(), PROMPTS))
+        return evenly(grouped(told), PROMPTS)
     titles = [classes[int(label)] if classes else f"class {label}" for label in labels.tolist()]
-    return dict(islice(grouped(titles).items(), CLASSES))
+    return evenly(grouped(titles), CLASSES)
+
+
+def evenly(found: Mapping[str, list[int]], most: int) -> dict[str, list[int]]:
+    names = list(found)
+    return {names[i]: found[names[i]] for i in spaced(len(names), most)}
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------

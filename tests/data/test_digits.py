@@ -2,7 +2,7 @@ import hashlib
 
 import torch
 
-from data.digits import Digits, heldout_indices
+from data.digits import Digits, DigitsAndShades, heldout_indices
 from data.loader import EndlessLoader
 
 
@@ -45,3 +45,18 @@ def test_images_go_back_to_sixteen_grey_levels():
 def test_a_batch_of_digits_holds_what_a_recipe_needs():
     batch = next(iter(EndlessLoader(Digits().train(), batch_size=32, total=1)))
     assert {k: tuple(v.shape) for k, v in batch.items()} == {"x": (32, 1, 8, 8), "label": (32,), "draw": (32,)}
+
+
+def test_half_of_digits_and_shades_are_plain_cards_whose_class_tells_their_brightness():
+    digits, both = Digits(), DigitsAndShades()
+    assert len(both.classes) == both.num_classes == 20 and both.classes[10] == "shade 0"
+    for plain, split in ((digits.train(), both.train()), (digits.heldout(), both.heldout())):
+        assert len(split) == 2 * len(plain)
+        assert torch.equal(split.x[: len(plain)], plain.x) and torch.equal(split.label[: len(plain)], plain.label)
+        x, label = split.x[len(plain) :], split.label[len(plain) :]
+        assert torch.equal(x, x[:, :, :1, :1].expand_as(x)) and -1 <= x.min() < -0.9 and 0.9 < x.max() <= 1
+        assert torch.equal(((x[:, 0, 0, 0] + 1) * 5).long(), label - 10)
+        share = torch.bincount(label)[10:] / len(plain)
+        assert (share - 0.1).abs().max() < 0.003  # in turn
+    brightness = [split.x[len(split) // 2 :, 0, 0, 0] for split in (both.train(), both.heldout())]
+    assert not torch.isin(*brightness).any()

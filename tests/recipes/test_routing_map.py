@@ -131,11 +131,12 @@ def test_numbers_tell_variance_between_samples_from_variance_between_timesteps()
     json.dumps(numbers({"a": {"cond": Map({0: 1.0}, torch.ones(1, 1, 1))}}), allow_nan=False)  # one of each
 
 
-def test_small_maps_are_of_the_first_classes_or_prompts():
-    found = groups(torch.arange(24) % 12, [], None)
-    assert list(found) == [f"class {c}" for c in range(10)] and found["class 3"] == [3, 15]
+def test_small_maps_are_of_classes_or_prompts_evenly_from_all():
+    found = groups(torch.arange(40) % 20, [], None)
+    assert list(found) == [f"class {c}" for c in (0, 2, 4, 6, 8, 11, 13, 15, 17, 19)] and found["class 4"] == [4, 24]
     assert groups(torch.tensor([1, 0]), [], ["cat", "dog"]) == {"dog": [0], "cat": [1]}
-    assert groups(None, ["a", "b", "a", *"cdefg"]) == {"a": [0, 2], "b": [1], "c": [3], "d": [4], "e": [5], "f": [6]}
+    found = groups(None, ["a", "b", "a", *"cdefg"])
+    assert found == {"a": [0, 2], "b": [1], "c": [3], "e": [5], "f": [6], "g": [7]}
 
 
 def test_token_grids_have_the_shape_of_their_image():
