@@ -68,7 +68,7 @@ def shortened(arguments):
 def test_the_commands_run_in_the_order_of_the_readme(folder):
     ran = []
     run(folder, ["train.py", "experiment=flux_tiny/teacher", *WORLD, *SHORT, "evaluate=null"])
-    for start in ("deep", "fine"):
+    for start in ("deep", "uneven"):
         run(folder, ["train.py", f"experiment=dit_digits/{start}", *SHORT, "evaluate=null"])
     run(folder, ["train.py", "experiment=dit_digits/tinyfusion_search", "before=[]", *SHORT])
     search = "search=runs/dit_digits_tinyfusion_search"

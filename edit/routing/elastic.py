@@ -59,8 +59,9 @@ class Elastic(Edit):
     """Routers in front of all units, applied last: other edits, such as a LoRA, come before it.
 
     Args:
-        gate: rho_g, what the mean p shall be, at clean data; a number or one over the run. From 0.7, where a fresh
-            router stands, over the first tenth: a unit that is closed is not trained
+        gate: rho_g, what the mean p shall be, at clean data; a number or one over the run. From where fresh routers
+            stand, 0.7 or, if `hard`, 1, over the first part: a unit that is closed is not trained, and those that a
+            budget far below closes at once are chosen by chance
         gate_at_noise: the same at pure noise, linear in t between the two; None: the same
         width: rho_w, the mean width of open units' MLPs; a fresh router's is 0.86. None: MLPs stay whole
         width_from: part of the run before which MLPs stay whole, and the width heads as they are
