@@ -55,7 +55,7 @@ class Digits:
 class DigitsAndShades(Digits):
     """Digits, and as many cards of one brightness in ten classes: samples that need much work, and ones that need none.
 
-    A card's class tells a tenth of [-1, 1], in which its brightness is uniform.
+    A card's class tells a tenth of [-1, 1], in whose inner half its brightness is: so a judge cannot mistake it.
     """
 
     num_classes = 20
@@ -70,7 +70,7 @@ def with_shades(digits: Tensors, first: int) -> Tensors:
     """Digits, and as many cards, numbered from `first`: what is on a card depends on its number alone."""
     number = torch.arange(first, first + len(digits))
     shade = number % 10
-    brightness = (shade + noise.uniform(0, number, noise.SHUFFLE)) / 5 - 1
+    brightness = (shade + 0.25 + 0.5 * noise.uniform(0, number, noise.SHUFFLE)) / 5 - 1
     cards = brightness.float()[:, None, None, None].expand_as(digits.x)
     return Tensors(torch.cat((digits.x, cards)), torch.cat((digits.label, 10 + shade)))
 

@@ -60,8 +60,7 @@ class Elastic(Edit):
 
     Args:
         gate: rho_g, what the mean p shall be, at clean data; a number or one over the run. From where fresh routers
-            stand, 0.7 or, if `hard`, 1, over the first part: a unit that is closed is not trained, and those that a
-            budget far below closes at once are chosen by chance
+            stand, 0.7 or, if `hard`, 1, over the first part: a unit that is closed is not trained
         gate_at_noise: the same at pure noise, linear in t between the two; None: the same
         width: rho_w, the mean width of open units' MLPs; a fresh router's is 0.86. None: MLPs stay whole
         width_from: part of the run before which MLPs stay whole, and the width heads as they are
