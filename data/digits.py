@@ -71,7 +71,7 @@ def with_shades(digits: Tensors, first: int) -> Tensors:
     number = torch.arange(first, first + len(digits))
     shade = number % 10
     brightness = (shade + 0.25 + 0.5 * noise.uniform(0, number, noise.SHUFFLE)) / 5 - 1
-    cards = brightness.float()[:, None, None, None].expand_as(digits.x)
+    cards = brightness[:, None, None, None].expand_as(digits.x)
     return Tensors(torch.cat((digits.x, cards)), torch.cat((digits.label, 10 + shade)))
 
 

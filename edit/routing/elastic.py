@@ -62,7 +62,8 @@ class Elastic(Edit):
         gate: rho_g, what the mean p shall be, at clean data; a number or one over the run. From where fresh routers
             stand, 0.7 or, if `hard`, 1, over the first part: a unit that is closed is not trained
         gate_at_noise: the same at pure noise, linear in t between the two; None: the same
-        width: rho_w, the mean width of open units' MLPs; a fresh router's is 0.86. None: MLPs stay whole
+        width: rho_w, the mean width of open units' MLPs; a fresh router's is 0.86 or, if `hard`, 1. None: MLPs stay
+            whole
         width_from: part of the run before which MLPs stay whole, and the width heads as they are
         weight: lambda, of both budgets
         threshold: a unit is open from this p on; below 0.7, or fresh ones would be closed

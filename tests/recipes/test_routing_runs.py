@@ -298,6 +298,14 @@ DIT = (*FEW, "backbone.hidden_size=32", "backbone.num_heads=2")
 FLUX = (*FEW, "backbone.num_layers=1", "backbone.num_single_layers=1", "backbone.num_attention_heads=2")
 FLUX = (*FLUX, "data.set.count=64", "data.set.held=32")
 MEASURED = ("evaluate.n=16", "evaluate.rounds=0", "evaluate.features=none", "sampler.solver.steps=2")
+FAST = ("optimizer.groups={edits.elastic: {lr_scale: 1000}}", "edits.elastic.gate.start=0.5")
+CLOSING = {  # what fresh routers open, four steps would not close
+    "dit_digits/elastic": FAST,
+    "dit_digits/dydit": ("edits.dydit.bias=0",),
+    "dit_digits/td_lora": ("edits.dydit.bias=0",),
+    "flux_tiny/elastic": FAST,
+    "flux_tiny/dydit": ("+edits.dydit.bias=-0.1", "+edits.dydit.token_bias=-0.1"),
+}
 
 
 @pytest.mark.slow
@@ -324,7 +332,7 @@ def test_one_command_trains_what_is_needed_then_itself_and_reports_what_is_decid
         return 0
 
     monkeypatch.setattr(stages, "_run", stage)
-    run("train.py", f"experiment={experiment}", f"runs={tmp_path}", *tiny, *MEASURED)
+    run("train.py", f"experiment={experiment}", f"runs={tmp_path}", *tiny, *CLOSING.get(experiment, ()), *MEASURED)
     folder = tmp_path / experiment.replace("/", "_")
     found = json.loads((folder / "report.json").read_text())["artifacts"][0]["results"]
     for result in found:
@@ -332,7 +340,7 @@ def test_one_command_trains_what_is_needed_then_itself_and_reports_what_is_decid
         assert ("share" in result["cost"]) == bool(edits)
         for name in edits:
             assert Image.open(folder / result["routing_maps"][name]).width > 100
-            assert 0 < result["cost"]["share"] < 1.1  # four steps may close nothing, and routers cost something
+            assert 0 < result["cost"]["share"] <= 1
             means = [numbers["mean"] for numbers in result["routing"][name].values()]
             assert means and all(0 <= mean <= 1 for mean in means)
     assert len(list(folder.glob("grids/routing_*.png"))) == len(edits) * len(found)
