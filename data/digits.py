@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.pixels import to_uint8
@@ -52,17 +53,38 @@ class Digits:
         return to_uint8(x)
 
 
-class DigitsAndShades(Digits):
-    """Digits, and as many cards of one brightness in ten classes: samples that need much work, and ones that need none.
+class MovedDigits(Digits):
+    """Digits, each of them turned, scaled and shifted in `copies` ways: too many to be learnt by heart.
+
+    1437 digits are: a model then goes on improving for as long as it is trained, and what is compared after training on
+    is how well it remembers them.
+
+    Args:
+        copies: of each digit, all of them moved
+    """
+
+    def __init__(self, copies: int = 16):
+        if copies < 1:
+            raise ValueError(f"copies must be at least 1, got {copies}")
+        super().__init__()
+        first = copies * len(self._train)
+        self._train, self._heldout = moved(self._train, 0, copies), moved(self._heldout, first, copies)
+
+
+class DigitsAndShades(MovedDigits):
+    """Moved digits, and as many cards of one brightness in ten classes: some need much work, some next to none.
 
     A card's class tells a tenth of [-1, 1], in whose inner half its brightness is: so a judge cannot mistake it.
+
+    Args:
+        copies: of each digit, all of them moved
     """
 
     num_classes = 20
     classes = [*Digits.classes, *(f"shade {k}" for k in range(10))]
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, copies: int = 16):
+        super().__init__(copies)
         self._train, self._heldout = with_shades(self._train, 0), with_shades(self._heldout, len(self._train))
 
 
@@ -73,6 +95,22 @@ def with_shades(digits: Tensors, first: int) -> Tensors:
     brightness = (shade + 0.25 + 0.5 * noise.uniform(0, number, noise.SHUFFLE)) / 5 - 1
     cards = brightness[:, None, None, None].expand_as(digits.x)
     return Tensors(torch.cat((digits.x, cards)), torch.cat((digits.label, 10 + shade)))
+
+
+def moved(digits: Tensors, first: int, copies: int) -> Tensors:
+    """All digits moved, then all of them moved otherwise: sample k by what its number, `first` + k, says.
+
+    Turned by up to 15 degrees, 0.8 to 1.1 times the size, and shifted by up to one pixel each way; bilinear, with
+    black around.
+    """
+    x, label = digits.x.repeat(copies, 1, 1, 1), digits.label.repeat(copies)
+    number = torch.arange(first, first + len(x))
+    angle, size, down, right = (2 * noise.uniform(0, 4 * number + k, noise.MOVE) - 1 for k in range(4))
+    angle, size = torch.deg2rad(15 * angle), 0.95 + 0.15 * size
+    cos, sin, pixel = angle.cos() / size, angle.sin() / size, 2 / x.shape[-1]
+    where = torch.stack((cos, -sin, right * pixel, sin, cos, down * pixel), dim=1).view(-1, 2, 3)  # to where it was
+    grid = F.affine_grid(where, list(x.shape), align_corners=False)
+    return Tensors(F.grid_sample(x + 1, grid, align_corners=False) - 1, label)
 
 
 def heldout_indices(label: Tensor) -> Tensor:

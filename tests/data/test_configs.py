@@ -22,6 +22,6 @@ def test_a_data_config_names_every_argument_of_its_class_and_no_other(file):
             assert value == parameters[key].default
 
 
-def test_there_are_the_seven_data_sets():
-    names = ["captioned_digits", "digits", "digits_and_shades", "image_folder", "latents", "shapes", "webdataset"]
-    assert [f.stem for f in FILES] == names
+def test_there_are_the_eight_data_sets():
+    names = ["captioned_digits", "digits", "digits_and_shades", "digits_moved", "image_folder", "latents", "shapes"]
+    assert [f.stem for f in FILES] == [*names, "webdataset"]

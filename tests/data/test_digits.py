@@ -1,8 +1,9 @@
 import hashlib
 
+import pytest
 import torch
 
-from data.digits import Digits, DigitsAndShades, heldout_indices
+from data.digits import Digits, DigitsAndShades, MovedDigits, Tensors, heldout_indices, moved
 from data.loader import EndlessLoader
 
 
@@ -48,7 +49,7 @@ def test_a_batch_of_digits_holds_what_a_recipe_needs():
 
 
 def test_half_of_digits_and_shades_are_plain_cards_whose_class_tells_their_brightness():
-    digits, both = Digits(), DigitsAndShades()
+    digits, both = MovedDigits(copies=1), DigitsAndShades(copies=1)
     assert len(both.classes) == both.num_classes == 20 and both.classes[10] == "shade 0"
     for plain, split in ((digits.train(), both.train()), (digits.heldout(), both.heldout())):
         assert len(split) == 2 * len(plain)
@@ -61,3 +62,39 @@ def test_half_of_digits_and_shades_are_plain_cards_whose_class_tells_their_brigh
         assert (share - 0.1).abs().max() < 0.003  # in turn
     brightness = [split.x[len(split) // 2 :, 0, 0, 0] for split in (both.train(), both.heldout())]
     assert not torch.isin(*brightness).any()
+
+
+def test_moved_digits_are_the_digits_copies_times_each_moved_otherwise():
+    digits, many = Digits(), MovedDigits(copies=3)
+    for plain, split in ((digits.train(), many.train()), (digits.heldout(), many.heldout())):
+        assert len(split) == 3 * len(plain) and torch.equal(split.label, plain.label.repeat(3))
+        assert split.x.shape[1:] == many.shape and split.x.min() == -1 and split.x.max() <= 1
+        every = split.x.flatten(1).unique(dim=0)
+        assert len(every) == len(split)  # no two alike, nor across the splits
+        assert not (every[:, None] == plain.x[:40].flatten(1)).all(2).any()
+        ink = (split.x + 1).sum((1, 2, 3)) / (plain.x.repeat(3, 1, 1, 1) + 1).sum((1, 2, 3))
+        assert 0.8**2 * 0.9 < ink.median() < 1.1**2  # as large as it is scaled, less what leaves the picture
+    assert torch.equal(many.train().x, MovedDigits(copies=3).train().x)
+
+
+def test_a_moved_digit_is_turned_scaled_and_shifted_about_its_centre(monkeypatch):
+    x = torch.full((1, 1, 8, 8), -1.0)
+    x[0, 0, 3:5, 3:5] = 1.0  # four pixels in the middle
+    middle = torch.arange(8.0) - 3.5
+    drawn = [[0.5] * 4, [1.0, 0.5, 0.5, 0.5], [0.5, 0.5, 1.0, 0.5], [0.5, 0.5, 0.5, 0.0]]
+    found = []
+    for numbers in drawn:  # angle, size, down, right: 0.5 is none of it, but for the size
+        given = iter(torch.tensor([numbers]).T)
+        monkeypatch.setattr("data.digits.noise.uniform", lambda *_, given=given: next(given))
+        found.append(moved(Tensors(x, torch.tensor([7])), 0, 1).x[0, 0] + 1)
+    still, turned, down, right = found
+    assert torch.allclose(still, still.flip(0)) and torch.allclose(still, still.mT)
+    assert not torch.allclose(turned, turned.mT) and torch.allclose(turned, turned.rot90(2), atol=1e-6)
+    for picture, axis, by in ((down, 0, -1.0), (right, 1, 1.0)):  # what is read lies where the number says
+        centre = (picture.sum(1 - axis) * middle).sum() / picture.sum()
+        assert abs(centre - by) < 0.05  # bilinear
+
+
+def test_moved_digits_without_copies_are_refused():
+    with pytest.raises(ValueError, match="copies must be at least 1, got 0"):
+        MovedDigits(copies=0)
