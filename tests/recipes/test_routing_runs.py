@@ -301,8 +301,8 @@ MEASURED = ("evaluate.n=16", "evaluate.rounds=0", "evaluate.features=none", "sam
 FAST = ("optimizer.groups={edits.elastic: {lr_scale: 1000}}", "edits.elastic.gate.start=0.5")
 CLOSING = {  # what fresh routers open, four steps would not close
     "dit_digits/elastic": FAST,
-    "dit_digits/dydit": ("edits.dydit.bias=0",),
-    "dit_digits/td_lora": ("edits.dydit.bias=0",),
+    "dit_digits/dydit": ("edits.dydit.bias=-1",),
+    "dit_digits/td_lora": ("edits.dydit.bias=-1",),
     "flux_tiny/elastic": FAST,
     "flux_tiny/dydit": ("+edits.dydit.bias=-0.1", "+edits.dydit.token_bias=-0.1"),
 }
