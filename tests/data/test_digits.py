@@ -70,10 +70,12 @@ def test_moved_digits_are_the_digits_copies_times_each_moved_otherwise():
         assert len(split) == 3 * len(plain) and torch.equal(split.label, plain.label.repeat(3))
         assert split.x.shape[1:] == many.shape and split.x.min() == -1 and split.x.max() <= 1
         every = split.x.flatten(1).unique(dim=0)
-        assert len(every) == len(split)  # no two alike, nor across the splits
+        assert len(every) == len(split)  # no two alike
         assert not (every[:, None] == plain.x[:40].flatten(1)).all(2).any()
         ink = (split.x + 1).sum((1, 2, 3)) / (plain.x.repeat(3, 1, 1, 1) + 1).sum((1, 2, 3))
         assert 0.8**2 * 0.9 < ink.median() < 1.1**2  # as large as it is scaled, less what leaves the picture
+    both = torch.cat((many.train().x, many.heldout().x)).flatten(1)
+    assert len(both.unique(dim=0)) == len(both)  # nor across the splits
     assert torch.equal(many.train().x, MovedDigits(copies=3).train().x)
 
 
