@@ -16,7 +16,8 @@ from torch import Tensor
 # streams: independent uses of one sample's randomness
 TIME, NOISE, DROP, FLIP, GUIDANCE, FORCE = 1, 2, 3, 4, 5, 6
 MATCHING, SHARED = 200, 100  # MATCHING + k: uses of a few-step method; + SHARED where all ranks draw one number
-RESAMPLE, SHUFFLE, MOVE = 101, 102, 103  # latents from their moments; the order of an epoch; where a picture is moved
+RESAMPLE, SHUFFLE = 101, 102  # latents from their moments; the order of an epoch
+MOVE, GRAIN = 103, 104  # where a picture is moved; the grain of one that shows nothing
 SOLVER = 1000  # SOLVER + k: noise of the sampler's k-th step
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed 64-bit

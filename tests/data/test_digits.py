@@ -48,20 +48,26 @@ def test_a_batch_of_digits_holds_what_a_recipe_needs():
     assert {k: tuple(v.shape) for k, v in batch.items()} == {"x": (32, 1, 8, 8), "label": (32,), "draw": (32,)}
 
 
-def test_half_of_digits_and_shades_are_plain_cards_whose_class_tells_their_brightness():
+def test_half_of_digits_and_shades_are_cards_of_the_grey_of_their_class_and_grain():
     digits, both = MovedDigits(copies=1), DigitsAndShades(copies=1)
     assert len(both.classes) == both.num_classes == 20 and both.classes[10] == "shade 0"
+    cards = []
     for plain, split in ((digits.train(), both.train()), (digits.heldout(), both.heldout())):
         assert len(split) == 2 * len(plain)
         assert torch.equal(split.x[: len(plain)], plain.x) and torch.equal(split.label[: len(plain)], plain.label)
-        x, label = split.x[len(plain) :], split.label[len(plain) :]
-        assert torch.equal(x, x[:, :, :1, :1].expand_as(x)) and -0.95 <= x.min() < -0.94 and 0.94 < x.max() <= 0.95
-        inside = (x[:, 0, 0, 0] + 1) * 5 - (label - 10)
-        assert 0.25 <= inside.min() and inside.max() <= 0.75 and inside.std() > 0.1
+        x, label = split.x[len(plain) :].flatten(1), split.label[len(plain) :]
+        grain = x - 0.144 * (label - 14.5)[:, None]
+        assert -0.35 <= grain.min() < -0.34 and 0.34 < grain.max() <= 0.35 and x.abs().max() <= 1
+        assert (grain.std() - 0.35 / 3**0.5).abs() < 0.005 and grain.mean().abs() < 0.005  # uniform
+        pairs = torch.corrcoef(grain.T).fill_diagonal_(0)
+        assert pairs.abs().max() < 5 / len(x) ** 0.5  # 2016 pairs of pixels, none of which tells of the other
+        assert (((x.mean(1) / 0.144 + 4.5).round() + 10) == label).float().mean() > 0.98  # beyond 2.85 deviations
         share = torch.bincount(label)[10:] / len(plain)
         assert (share - 0.1).abs().max() < 0.003  # in turn
-    brightness = [split.x[len(split) // 2 :, 0, 0, 0] for split in (both.train(), both.heldout())]
-    assert not torch.isin(*brightness).any()
+        cards.append(x)
+    every = torch.cat(cards)
+    assert len(every.unique(dim=0)) == len(every)  # no two alike, nor across the splits
+    assert torch.equal(both.train().x, DigitsAndShades(copies=1).train().x)
 
 
 def test_moved_digits_are_the_digits_copies_times_each_moved_otherwise():
