@@ -74,8 +74,8 @@ class MovedDigits(Digits):
 class DigitsAndShades(MovedDigits):
     """Moved digits, and as many cards in ten shades of grey: some need much work, some next to none.
 
-    A card is the brightness of its class and grain. Its velocity is thus nearly linear in what is noisy, at all times:
-    without grain it would have to be exact near the data, which takes as much work as a digit.
+    A card is the brightness of its class and grain. Its velocity is thus nearly linear in what is noisy, which without
+    grain would have to be ever more exact near the data.
 
     Args:
         copies: of each digit, all of them moved
