@@ -220,17 +220,18 @@ class Narrow(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if hasattr(self.base.weight, "ds_id") or self.base.weight.device != x.device:
             return self._whole(x)  # ZeRO-3 and offloading fetch what is called whole: the same result, not cheaper
-        y = F.linear(x, *self._kept()) if self.keep else self._live(x)
+        weight, bias = self._kept() if self.keep else self._weights()
         if isinstance(self.base, Adapted) and not self.base._disable_adapters:
-            y = y + self.base.added(x, self.rows, self.columns)
-        return y
+            y = self.base.part(x, weight, bias, self.rows, self.columns)
+        else:
+            y = F.linear(x, weight, bias)
+        return y if self.keep else self._with_loras(x, y)
 
     def _weights(self) -> tuple[Tensor, Tensor | None]:
         weight = taken(taken(self.base.weight, self.rows, 0), self.columns, 1)
         return weight, None if self.base.bias is None else taken(self.base.bias, self.rows, 0)
 
-    def _live(self, x: Tensor) -> Tensor:
-        y = F.linear(x, *self._weights())
+    def _with_loras(self, x: Tensor, y: Tensor) -> Tensor:
         dtype = y.dtype
         for down, up, scale in self._additions():
             y = y + scale * F.linear(F.linear(x.to(down.dtype), down), up)  # as peft does in mixed precision
@@ -306,12 +307,19 @@ class Adapted(nn.Linear, ABC):
         self._disable_adapters = False  # as peft's layers have it
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return y if self._disable_adapters else y + self.added(x)
+        return super().forward(x) if self._disable_adapters else self.part(x, self.weight, self.bias)
 
     @abstractmethod
-    def added(self, x: Tensor, rows: Pieces | None = None, columns: Pieces | None = None) -> Tensor:
-        """Of some outputs, from some inputs: ... in -> ... out."""
+    def part(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Pieces | None = None, columns: Pieces | None = None
+    ) -> Tensor:
+        """Some outputs from some inputs, ... in -> ... out, with their addition.
+
+        Args:
+            x: ... in, these inputs
+            weight, bias: W and b of these outputs and inputs, out x in and out
+            rows, columns: which they are; None: all
+        """
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:

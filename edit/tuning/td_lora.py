@@ -3,8 +3,10 @@
     y = W x + b + (alpha / rank) sum_e w_e(E_t) B_e A x,    w = softmax(Linear(E_t))
 
 A layer has one A, which all experts share, E matrices B_e, zero at first, and its own w. As w depends on the embedded
-time alone, W + sum_e w_e B_e A is one plain weight at each time (`weights_at`). Beside routers (E-DiT, DyDiT), which
-train with it, apply TD-LoRA first: what they run of a layer (`slices.Narrow`), they run of its addition.
+time alone, W + sum_e w_e B_e A is one plain weight at each time (`weights_at`). In a generation, where all samples have
+one time, a layer with enough tokens is run with that weight: the addition then costs r multiply-accumulates for each of
+its elements per evaluation, however many samples there are. Beside routers (E-DiT, DyDiT), which train with it, apply
+TD-LoRA first: what they run of a layer (`slices.Narrow`), they run of its addition.
 
 Specification: methods/dydit.md, TD-LoRA, where rank, experts and targets are ours: rank 4 on all of a unit's layers
 that DyDiT narrows makes 0.9 % of DiT-XL/2, with DyDiT's routers 1.4 % as published. w starts as any linear layer, for
@@ -147,27 +149,43 @@ class Timed(Adapted):
         """sum_e w_e B_e: b E, out (E r) -> b out r."""
         return torch.einsum("be,oer->bor", w.to(up.dtype), up.unflatten(1, (self.experts, -1)))
 
-    def added(self, x: Tensor, rows: Pieces | None = None, columns: Pieces | None = None) -> Tensor:
+    def part(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Pieces | None = None, columns: Pieces | None = None
+    ) -> Tensor:
         if not self.calls.open:
             raise RuntimeError("TDLoRA: a layer was called outside of its unit, which knows the time: call the unit")
         call = self.calls.open[-1]
         down, up, w = taken(self.td_down, columns, 1), taken(self.td_up, rows, 0), self.mixture(call.time)
-        h = F.linear(x, down)
         if len(w) == 1:
-            return self.scale * F.linear(h, self.mixed(w, up)[0])
-        if call.samples is not None or h.shape[:-1] == w.shape[:1]:  # each token, or row, has its own w
-            w = w if call.samples is None else w[call.samples]
-            return self.scale * F.linear((w[:, :, None] * h[..., None, :]).flatten(-2).to(h.dtype), up)
+            up = self.mixed(w, up)[0]
+            if not torch.is_grad_enabled() and merging_saves(x, weight):
+                merged = torch.addmm(weight.to(up.dtype), up, down, alpha=self.scale).to(weight.dtype)
+                return F.linear(x, merged, bias)
+            added = F.linear(F.linear(x, down), up)
+        else:
+            added = self.of_each(F.linear(x, down), w, up, call.samples)
+        return F.linear(x, weight, bias) + self.scale * added
+
+    def of_each(self, h: Tensor, w: Tensor, up: Tensor, samples: Tensor | None) -> Tensor:
+        """B(t) h where samples have their own times: b n r (or rows b r, or, with `samples`, tokens m r) -> .. out."""
+        if samples is not None or h.shape[:-1] == w.shape[:1]:  # each token, or row, has its own w
+            w = w if samples is None else w[samples]
+            return F.linear((w[:, :, None] * h[..., None, :]).flatten(-2).to(h.dtype), up)
         if len(h) not in (1, len(w)) or (h.ndim > 2 and len(h) == 1):
             raise RuntimeError(
                 f"TDLoRA: a layer got {len(h)} sequence for {len(w)} samples, each with its own time: say whose tokens "
                 "these are with edit.routing.slices.one_sequence"
             )
-        return self.scale * (h @ self.mixed(w, up).mT)  # B(t) is small beside as many tokens
+        return h @ self.mixed(w, up).mT  # B(t) is small beside as many tokens
 
     def weight_at(self, time: Tensor) -> Tensor:
         """W + (alpha / rank) sum_e w_e B_e A at one embedded time, d: out x in."""
         return self.weight + self.scale * self.mixed(self.mixture(time[None]), self.td_up)[0] @ self.td_down
+
+
+def merging_saves(x: Tensor, weight: Tensor) -> bool:
+    """Whether B A, r out in, is less work than B (A x) of that many tokens, r (out + in) each."""
+    return math.prod(x.shape[:-1]) * sum(weight.shape) > weight.numel()
 
 
 def weights_at(denoiser: Denoiser, time: Tensor) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from families import CONFIGS, TOLERANCE, difference, family, inputs, walk
 from ranks import run_ranks
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import edit
 from edit.backbones.dit import DiTConfig
@@ -19,7 +20,7 @@ from edit.routing.elastic import Elastic, forced
 from edit.routing.ranking import order_channels, order_heads
 from edit.routing.slices import heads, hidden, narrowed, one_sequence
 from edit.tuning.lora import LoRA, without
-from edit.tuning.td_lora import TDLoRA, Timed, timed, weights_at
+from edit.tuning.td_lora import TDLoRA, Timed, merging_saves, timed, weights_at
 
 NAMES = [name for name in CONFIGS if not name.startswith("dit_diffusers")]
 families = pytest.mark.parametrize("name", NAMES)
@@ -104,6 +105,37 @@ def test_gradients_begin_at_b_and_reach_all_once_it_speaks(name):
     assert {key for key, g in fresh.items() if g.any()} == {key for key in read if key.endswith("td_up")}
     later = gradients(prepared(adapted(family(name))))
     assert {key for key, g in later.items() if g.any()} == read
+
+
+def generated(denoiser: Denoiser, samples: int) -> tuple[Tensor, int]:
+    """One evaluation of a generation of as many like samples, and the multiply-accumulates that it executes."""
+    x, _, condition = inputs(denoiser)
+    x, condition = x[:1].repeat(samples, 1, 1, 1), condition.map(lambda v: v[:1].repeat_interleave(samples, 0))
+    with FlopCounterMode(display=False) as counter:
+        out = denoiser(x, torch.full((samples,), 0.5).to(x), condition, step=Step(0, 1, 0.5)).sample
+    return out, counter.get_total_flops() // 2
+
+
+def test_in_a_generation_the_addition_costs_the_same_for_any_number_of_samples():
+    plain, denoiser = family("dit"), adapted(family("dit"), rank=2, experts=3)
+    layers = [layer for _, layer in timed(denoiser)]
+    with torch.no_grad():
+        (few, some), (_, more) = generated(denoiser, 8), generated(denoiser, 16)
+        assert more - some == generated(plain, 16)[1] - generated(plain, 8)[1]
+        of_time = sum(2 * m.weight.numel() + 3 * m.td_mixture.in_features + 3 * 2 * m.out_features for m in layers)
+        assert some - generated(plain, 8)[1] == of_time  # r W, and the mixture of three experts
+    added, work = generated(denoiser, 8)  # with a graph for gradients: to each token
+    torch.testing.assert_close(few, added, rtol=0, atol=1e-10)  # float64
+    assert work > some
+
+
+@torch.no_grad()
+def test_few_tokens_have_the_addition_where_a_merged_weight_would_be_more_work():
+    layer = next(layer for name, layer in timed(adapted(family("dit"))) if name.endswith("attn.qkv"))
+    out, into = layer.weight.shape
+    most = out * into // (out + into)
+    assert not merging_saves(torch.empty(most, into), layer.weight)
+    assert merging_saves(torch.empty(1, most + 1, into), layer.weight)
 
 
 @torch.no_grad()
