@@ -5,7 +5,8 @@
     python -m benchmarks.routing --families flux1 --device cuda --precision bf16 --batches 1
 
 A random model of each family, dense, and with decisions that make up a budget. E-DiT: units closed and MLPs narrowed at
-random, for each sample on its own. DyDiT: heads, groups of channels and tokens left out at random. They run in turns.
+random, for each sample on its own. DyDiT: heads, groups of channels and tokens left out at random; `td_lora` is DyDiT
+over TD-LoRA's additions. They run in turns.
 `time` is the latency of a step over the dense model's, round by round, with DyDiT's slices made already; `macs` the
 same of what both execute on these inputs, routers included; a method is as fast as it says where time is no more than
 macs + 0.10. At a budget of 1 all is run: what routing itself costs. `flux1` are three true blocks of FLUX.1 at 1024 px,
@@ -14,7 +15,7 @@ for a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -28,8 +29,10 @@ from benchmarks.common import arguments, cast, prepare, race, show, write
 from benchmarks.pruned import families
 from edit.backbones.flux import FluxConfig
 from edit.denoiser import Denoiser, Step
+from edit.edits import Edit
 from edit.routing.dydit import DyDiT
 from edit.routing.elastic import Elastic, forced
+from edit.tuning.td_lora import TDLoRA
 
 ELASTIC = {1.0: (1.0, (4,)), 0.75: (0.82, (3, 4)), 0.5: (0.6, (2, 3, 4))}  # open units, widths in quarters
 DYDIT = {1.0: (1.0, 1.0, 1.0), 0.75: (0.65, 0.75, 0.8), 0.5: (0.35, 0.55, 0.6)}  # heads, groups, tokens
@@ -54,9 +57,9 @@ def elastic(dense: Denoiser, budget: float) -> tuple[Denoiser, Callable[[int, Te
     return denoiser, rule
 
 
-def dydit(dense: Denoiser, budget: float, inputs: tuple) -> Denoiser:
-    """With routers that leave out as much on these inputs."""
-    denoiser = edit.apply(deepcopy(dense), {"dydit": DyDiT()}).eval()
+def dydit(dense: Denoiser, budget: float, inputs: tuple, additions: Mapping[str, Edit]) -> Denoiser:
+    """With routers that leave out as much on these inputs, over what adds to its layers."""
+    denoiser = edit.apply(deepcopy(dense), {**additions, "dydit": DyDiT()}).eval()
     if budget == 1:
         return denoiser
     own: Any = denoiser.edits["dydit"]
@@ -87,7 +90,11 @@ def executed(run: Callable[[], Any]) -> int:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--families", default="dit,flux", help="of dit, flux, sd3, pixart, flux1 (dit,flux)")
-    parser.add_argument("--methods", default="elastic,dydit", help="(elastic,dydit; the second knows dit and flux)")
+    parser.add_argument(
+        "--methods",
+        default="elastic,dydit",
+        help="of elastic, dydit, td_lora; the last two know dit and flux (elastic,dydit)",
+    )
     parser.add_argument("--budgets", default="1.0,0.75,0.5", help="(1.0,0.75,0.5)")
     parser.add_argument("--batches", default="1,16", help="samples at a time (1,16)")
     args = parser.parse_args()
@@ -121,7 +128,8 @@ def main() -> None:
                         model, rule = elastic(dense, budget)
                         routed = partial(ruled, model, step, rule)
                     else:
-                        routed = partial(run, dydit(dense, budget, (x, t, condition)), step)
+                        additions = {"td_lora": TDLoRA()} if method == "td_lora" else {}
+                        routed = partial(run, dydit(dense, budget, (x, t, condition), additions), step)
                     routed()
                     macs = executed(routed) / whole
                     runs = {"dense": partial(run, dense, Step(0, 1, 0.5)), "routed": routed}
