@@ -157,14 +157,12 @@ class Timed(Adapted):
         call = self.calls.open[-1]
         down, up, w = taken(self.td_down, columns, 1), taken(self.td_up, rows, 0), self.mixture(call.time)
         if len(w) == 1:
-            up = self.mixed(w, up)[0]
+            up = self.scale * self.mixed(w, up)[0]
             if not torch.is_grad_enabled() and merging_saves(x, weight):
-                merged = torch.addmm(weight.to(up.dtype), up, down, alpha=self.scale).to(weight.dtype)
-                return F.linear(x, merged, bias)
-            added = F.linear(F.linear(x, down), up)
-        else:
-            added = self.of_each(F.linear(x, down), w, up, call.samples)
-        return F.linear(x, weight, bias) + self.scale * added
+                return F.linear(x, torch.addmm(weight.to(up.dtype), up, down).to(weight.dtype), bias)
+            y, h = F.linear(x, weight, bias), F.linear(x, down)
+            return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up.mT).view(y.shape)  # goes over y once
+        return F.linear(x, weight, bias) + self.scale * self.of_each(F.linear(x, down), w, up, call.samples)
 
     def of_each(self, h: Tensor, w: Tensor, up: Tensor, samples: Tensor | None) -> Tensor:
         """B(t) h where samples have their own times: b n r (or rows b r, or, with `samples`, tokens m r) -> .. out."""
