@@ -36,6 +36,7 @@ from edit.tuning.td_lora import TDLoRA
 
 ELASTIC = {1.0: (1.0, (4,)), 0.75: (0.82, (3, 4)), 0.5: (0.6, (2, 3, 4))}  # open units, widths in quarters
 DYDIT = {1.0: (1.0, 1.0, 1.0), 0.75: (0.65, 0.75, 0.8), 0.5: (0.35, 0.55, 0.6)}  # heads, groups, tokens
+BELOW: dict[str, dict[str, Edit]] = {"dydit": {}, "td_lora": {"td_lora": TDLoRA()}}  # what DyDiT lies on
 
 
 def flux1() -> Denoiser:
@@ -57,9 +58,9 @@ def elastic(dense: Denoiser, budget: float) -> tuple[Denoiser, Callable[[int, Te
     return denoiser, rule
 
 
-def dydit(dense: Denoiser, budget: float, inputs: tuple, additions: Mapping[str, Edit]) -> Denoiser:
-    """With routers that leave out as much on these inputs, over what adds to its layers."""
-    denoiser = edit.apply(deepcopy(dense), {**additions, "dydit": DyDiT()}).eval()
+def dydit(dense: Denoiser, budget: float, inputs: tuple, below: Mapping[str, Edit]) -> Denoiser:
+    """With routers that leave out as much on these inputs, on edits that come before them."""
+    denoiser = edit.apply(deepcopy(dense), {**below, "dydit": DyDiT()}).eval()
     if budget == 1:
         return denoiser
     own: Any = denoiser.edits["dydit"]
@@ -98,6 +99,8 @@ def main() -> None:
     parser.add_argument("--budgets", default="1.0,0.75,0.5", help="(1.0,0.75,0.5)")
     parser.add_argument("--batches", default="1,16", help="samples at a time (1,16)")
     args = parser.parse_args()
+    if unknown := set(args.methods.split(",")) - {"elastic", *BELOW}:
+        parser.error(f"--methods are elastic, {', '.join(BELOW)}, got {', '.join(sorted(unknown))}")
     device = prepare(args)
     rows, known = [], families()
     for name in args.families.split(","):
@@ -128,8 +131,7 @@ def main() -> None:
                         model, rule = elastic(dense, budget)
                         routed = partial(ruled, model, step, rule)
                     else:
-                        additions = {"td_lora": TDLoRA()} if method == "td_lora" else {}
-                        routed = partial(run, dydit(dense, budget, (x, t, condition), additions), step)
+                        routed = partial(run, dydit(dense, budget, (x, t, condition), BELOW[method]), step)
                     routed()
                     macs = executed(routed) / whole
                     runs = {"dense": partial(run, dense, Step(0, 1, 0.5)), "routed": routed}

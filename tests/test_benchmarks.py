@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from benchmarks.routing import DYDIT, ELASTIC, dydit, elastic, executed
+from benchmarks.routing import BELOW, DYDIT, ELASTIC, dydit, elastic, executed
 from edit.backbones.dit import DiTConfig
 from edit.denoiser import Step
 from edit.routing.elastic import forced
-from edit.tuning.td_lora import TDLoRA
 
 
 @pytest.mark.parametrize("method, budgets", [("elastic", ELASTIC), ("dydit", DYDIT), ("td_lora", DYDIT)])
@@ -27,8 +26,7 @@ def test_the_work_that_is_timed_falls_with_the_budget(method, budgets):
             with forced(model, rule):
                 share = executed(lambda model=model, step=step: model(*inputs, step=step)) / whole
         else:
-            additions = {"td_lora": TDLoRA()} if method == "td_lora" else {}
-            model = dydit(dense, budget, inputs, additions)
+            model = dydit(dense, budget, inputs, BELOW[method])
             share = executed(lambda model=model, step=step: model(*inputs, step=step)) / whole
         # drawn for 24 pairs of units and samples, and a router is a fifth of so small a unit
         shares.append(share)

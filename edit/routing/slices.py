@@ -241,7 +241,7 @@ class Narrow(nn.Module):
         if not self.kept:
             weight, bias = self._weights()
             for down, up, scale in self._additions():
-                weight = torch.addmm(weight.to(up.dtype), up, down, alpha=scale).to(weight.dtype)
+                weight = merged(weight, up, down, scale)
             self.kept.append((weight, bias))
         return self.kept[0]
 
@@ -260,6 +260,11 @@ class Narrow(nn.Module):
             places = taken(every, self.columns, 0)
             x = x.new_zeros(*x.shape[:-1], len(every)).index_copy(-1, places, x)
         return taken(self.layer(x), self.rows, -1)
+
+
+def merged(weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
+    """W + scale B A: out x in, out x r, r x in; added in B's precision, and then in W's."""
+    return torch.addmm(weight.to(up.dtype), up, down, alpha=scale).to(weight.dtype)
 
 
 Pieces = tuple[Part, ...]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from edit.backbones.dit_diffusers import ClassUnit
 from edit.denoiser import SLOTS, Denoiser, Unit
 from edit.edits import Edit
-from edit.routing.slices import Adapted, Calls, Pieces, heads, hidden, taken
+from edit.routing.slices import Adapted, Calls, Pieces, heads, hidden, merged, taken
 
 MODULATIONS = ("adaLN_modulation.", "norm1.linear.", "norm1_context.linear.", "norm.linear.", "norm_out.linear.")
 MODULATIONS += ("adaln_single.linear.", "scale_shift_table", "img_mod.", "txt_mod.")
@@ -157,11 +157,13 @@ class Timed(Adapted):
         call = self.calls.open[-1]
         down, up, w = taken(self.td_down, columns, 1), taken(self.td_up, rows, 0), self.mixture(call.time)
         if len(w) == 1:
-            up = self.scale * self.mixed(w, up)[0]
+            up = self.mixed(w, up)[0]
+            # not with a graph, for then the whole matrix would get a gradient on its way to A and B
             if not torch.is_grad_enabled() and merging_saves(x, weight):
-                return F.linear(x, torch.addmm(weight.to(up.dtype), up, down).to(weight.dtype), bias)
+                return F.linear(x, merged(weight, up, down, self.scale), bias)
             y, h = F.linear(x, weight, bias), F.linear(x, down)
-            return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up.mT).view(y.shape)  # goes over y once
+            # in one pass over y
+            return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up.mT, alpha=self.scale).view(y.shape)
         return F.linear(x, weight, bias) + self.scale * self.of_each(F.linear(x, down), w, up, call.samples)
 
     def of_each(self, h: Tensor, w: Tensor, up: Tensor, samples: Tensor | None) -> Tensor:
@@ -178,7 +180,7 @@ class Timed(Adapted):
 
     def weight_at(self, time: Tensor) -> Tensor:
         """W + (alpha / rank) sum_e w_e B_e A at one embedded time, d: out x in."""
-        return self.weight + self.scale * self.mixed(self.mixture(time[None]), self.td_up)[0] @ self.td_down
+        return merged(self.weight, self.mixed(self.mixture(time[None]), self.td_up)[0], self.td_down, self.scale)
 
 
 def merging_saves(x: Tensor, weight: Tensor) -> bool:
