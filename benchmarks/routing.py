@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import edit
 from benchmarks.common import arguments, cast, prepare, race, show, write
@@ -30,6 +29,7 @@ from benchmarks.pruned import families
 from edit.backbones.flux import FluxConfig
 from edit.denoiser import Denoiser, Step
 from edit.edits import Edit
+from edit.flops import Flops
 from edit.routing.dydit import DyDiT
 from edit.routing.elastic import Elastic, forced
 from edit.tuning.td_lora import TDLoRA
@@ -81,10 +81,9 @@ def dydit(dense: Denoiser, budget: float, inputs: tuple, below: Mapping[str, Edi
 
 
 def executed(run: Callable[[], Any]) -> int:
-    counter = FlopCounterMode(display=False)
-    with counter:
+    with Flops() as flops:
         run()
-    return counter.get_total_flops() // 2
+    return flops.total // 2
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import json
 import re
 import sys
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -30,11 +31,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from edit import edits as editing
 from edit.checkpoint import default_objective, load
 from edit.denoiser import Condition, Denoiser, Output, Step
+from edit.flops import Flops, Uncounted, uncounted
 from edit.objectives import Objective
 from edit.sampling import DDIMSolver, Euler, Sampler
 
@@ -70,6 +71,7 @@ class Cost:
     forward: Spread | None = None  # seconds per forward of `batch` samples
     generation: Spread | None = None  # seconds per image, generated `batch` at a time
     peak_memory: int | None = None  # bytes during a generation of `batch` images, weights included
+    uncounted: tuple[str, ...] = ()  # operators without a FLOP formula that ran: with any, MACs are a lower bound
 
     @property
     def training_flops(self) -> int:
@@ -102,8 +104,11 @@ def cost(
             whose decisions depend on activations
         rounds: timed forwards, and timed generations; 0: none, and no memory is measured
 
+    Warns:
+        Uncounted: if an operator without a FLOP formula has run; `Cost.uncounted` names it
+
     Raises:
-        ValueError: if it cannot be counted without weights, has none to be timed with, or runs an uncountable operator
+        ValueError: if it cannot be counted without weights, or has none to be timed with
     """
     objective = objective or default_objective(denoiser)
     sampler = sampler or default_sampler(objective)
@@ -122,6 +127,7 @@ def cost(
         macs_per_image=round(whole.macs / batch),
         batch=batch,
         device=device_name(_device(denoiser)),
+        uncounted=tuple(sorted({*one.uncounted, *whole.uncounted})),
     )
     if not rounds:
         return counted
@@ -158,6 +164,7 @@ class Count:
     macs: int  # multiply-accumulates of matrix products, convolutions and attention
     activated: int  # parameter elements that were computed with
     forwards: int  # per image: two branches in one batch are two
+    uncounted: tuple[str, ...] = ()  # operators without a formula: with any, `macs` is a lower bound
 
 
 def macs(denoiser: Denoiser, condition: Condition | None = None) -> int:
@@ -240,30 +247,34 @@ class _Meter:
         return answer
 
     def _run(self, x: Tensor, t: Tensor, condition: Condition, step: Step | None) -> tuple[int, Output]:
-        flops = FlopCounterMode(display=False)
+        flops = Flops()
         try:
             with torch.no_grad(), self.reads, flops:
                 told = condition.map(lambda v: v.to(self.device))
                 out = self.denoiser(x.to(self.device), t.to(self.device), told, step=step)
-        except RuntimeError as error:  # torch's, for what the meta device cannot decide
-            if self.device.type != "meta":
+        except (RuntimeError, ValueError) as error:  # torch's, for what the meta device cannot decide or run
+            if self.device.type != "meta" or (isinstance(error, ValueError) and "meta" not in str(error)):
                 raise
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"{self.denoiser.name} cannot be counted without weights, count a real run: {reason}"
             ) from error
-        return flops.get_total_flops() // 2, out
+        return flops.total // 2, out
 
     def total(self, batch: int) -> Count:
-        return Count(self.macs, self.reads.elements(self.denoiser), self.samples // batch)
-
-
-# products whose FLOPs would be missed if they had no formula
-_PRODUCT = re.compile(r"(mm|mv|dot|linear)$|attention|convolution")
+        missed = tuple(sorted(self.reads.uncounted))
+        if missed:
+            warnings.warn(
+                f"{self.denoiser.name}: no FLOP formula for {', '.join(missed)}: MACs are a lower bound; "
+                "torch.utils.flop_counter.register_flop_formula takes one",
+                Uncounted,
+                stacklevel=3,
+            )
+        return Count(self.macs, self.reads.elements(self.denoiser), self.samples // batch, missed)
 
 
 class _Reads(TorchDispatchMode):
-    """Notes which parts of which storages are computed with, and refuses products that nobody counts.
+    """Notes which parts of which storages are computed with, and products that nobody counts.
 
     Taking a view reads nothing: of a stack of experts, or of a layer narrowed by slicing, only the slices that enter
     an operator count.
@@ -274,15 +285,11 @@ class _Reads(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.views: dict[int, set[tuple]] = {}  # by storage: (size, stride, offset)
+        self.uncounted: set[str] = set()  # names of operators without a FLOP formula
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        namespace, name = getattr(func, "namespace", ""), func.__name__.split(".")[0]
-        counted = getattr(func, "overloadpacket", func) in flop_registry
-        if not counted and (namespace not in ("aten", "prims", "prim") or _PRODUCT.search(name)):
-            raise ValueError(
-                f"no FLOP formula for the operator {func}: register one with "
-                "torch.utils.flop_counter.register_flop_formula, or its work would be missing from the count"
-            )
+        if uncounted(func):
+            self.uncounted.add(str(func))
         if not getattr(func, "is_view", False):
             for v in tree_leaves((args, kwargs or {})):
                 if isinstance(v, Tensor):
@@ -605,10 +612,13 @@ def show(report: Mapping[str, Any]) -> None:
     table.add_row("parameters", short(r["parameters"]))
     table.add_row("  read by a forward", short(r["activated"]))
     table.add_row("elements of fixed tables", short(r["buffers"]))
-    table.add_row("MACs per forward", short(r["macs"]))
+    least = "at least " if r["uncounted"] else ""
+    table.add_row("MACs per forward", least + short(r["macs"]))
     table.add_row("forwards per image", f"{r['evaluations']}")
-    table.add_row("MACs per image", short(r["macs_per_image"]))
-    table.add_row("training FLOPs per image", short(r["training_flops"]))
+    table.add_row("MACs per image", least + short(r["macs_per_image"]))
+    table.add_row("training FLOPs per image", least + short(r["training_flops"]))
+    if least:
+        table.add_row("operators nobody counts", ", ".join(r["uncounted"]))
     for key, label in (("forward", f"seconds per forward of {n}"), ("generation", f"seconds per image, {n} at a time")):
         if r[key]:
             s = r[key]

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from edit.cost import _Ledger
 from edit.denoiser import Condition, Denoiser, Output
 from edit.edits import trains
+from edit.flops import Flops
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ class Probe:
 
     def _on_meta(self) -> tuple[int, Output]:
         if ("meta",) not in self.known:
-            flops = FlopCounterMode(display=False)
+            flops = Flops()
             with torch.no_grad(), flops, torch.device("meta"):
                 out = self.run(self.denoiser.eval(), 1, self.condition.map(lambda v: v.to("meta")))
-            self.known["meta",] = flops.get_total_flops() // 2, out
+            self.known["meta",] = flops.total // 2, out
         return self.known["meta",]
 
     def run(self, denoiser: Denoiser, batch: int, condition: Condition, graph: bool = False) -> Output:

@@ -367,7 +367,9 @@ def decided(
     dense = partial(sampler, negative=negative, shape=space.shape)
     whole = count_generation(twin(artifact.denoiser, decided=False), dense, artifact.objective, told, count)
     macs, share = run.macs / count, run.macs / whole.macs
-    costs = replace(counted, macs=round(macs / run.forwards), macs_per_image=round(macs), forward=None).as_dict()
+    missed = tuple(sorted({*run.uncounted, *whole.uncounted}))
+    counted = replace(counted, macs=round(macs / run.forwards), macs_per_image=round(macs), uncounted=missed)
+    costs = replace(counted, forward=None).as_dict()
     costs |= {"activated": None, "share": share, "counted": count}
     costs["training_flops"] = round(6 * whole.macs / whole.forwards / count)  # while training all is run
 

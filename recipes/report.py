@@ -72,6 +72,11 @@ class Column:
     show: Callable[[float], str]
     better: int = 0  # -1: less, 1: more, 0: neither
     judged: bool = False  # depends on the real images and the extractor
+    counted: bool = False  # a lower bound where an operator without a FLOP formula has run
+
+    def at_least(self, row: Row) -> bool:
+        """Whether a row's value is only a lower bound."""
+        return self.counted and bool(row["cost"].get("uncounted"))
 
 
 def _quality(name: str) -> Callable[[Row], Any]:
@@ -117,7 +122,7 @@ COLUMNS = (
     Column("forwards per image", _cost("evaluations"), "{:.0f}".format, -1),
     Column("parameters, M", _cost("parameters", 1e-6), "{:,.2f}".format, -1),
     Column("activated, M", _cost("activated", 1e-6), "{:,.2f}".format, -1),
-    Column("MACs per image, G", _cost("macs_per_image", 1e-9), "{:,.3g}".format, -1),
+    Column("MACs per image, G", _cost("macs_per_image", 1e-9), "{:,.3g}".format, -1, counted=True),
     Column("share of MACs run", _cost("share"), "{:.1%}".format),
     Column("ms per forward", _time("forward"), "{:,.2f}".format, -1),
     Column("ms per image", _time("generation"), "{:,.2f}".format, -1),
@@ -150,8 +155,8 @@ def value_of(picked: Any) -> float | None:
 
 
 def best(column: Column, table: Sequence[Row]) -> float | None:
-    """The best value of a column, if it says which is better and rows differ."""
-    values = {v for row in table if (v := value_of(column.pick(row))) is not None}
+    """The best value of a column, if it says which is better and rows differ; a lower bound is none."""
+    values = {v for row in table if (v := value_of(column.pick(row))) is not None and not column.at_least(row)}
     if not column.better or len(values) < 2 or (column.judged and not comparable(table)):
         return None
     return max(values) if column.better > 0 else min(values)
@@ -164,7 +169,11 @@ def shown(column: Column) -> Callable[[Row], str]:
         if value is None:
             return "–"
         spread = picked.get("spread") if isinstance(picked, Mapping) else None
-        return column.show(value) + (f" ± {column.show(spread)}" if spread is not None else "")
+        return (
+            ("≥ " if column.at_least(row) else "")
+            + column.show(value)
+            + (f" ± {column.show(spread)}" if spread is not None else "")
+        )
 
     return text
 
@@ -205,6 +214,8 @@ def notes(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"n = {settings['n']} is no more than the {extractor['width']} features: Fréchet distances are rough."
     if table and not comparable(table):
         yield "Not all rows were measured against the same real images: their qualities cannot be compared."
+    if missed := sorted({op for row in table for op in row["cost"].get("uncounted", ())}):
+        yield f"≥: a lower bound, {', '.join(missed)} has no FLOP formula and is not in the MACs."
     if counts := {count for row in table if (count := row["cost"].get("counted"))}:
         yield (
             "Where a share of MACs run is given, an edit decides for each image what is run: MACs are means over a "
@@ -244,7 +255,7 @@ def show(report: Mapping[str, Any]) -> None:
 
 
 def _is(column: Column, row: Row, top: float | None) -> bool:
-    return top is not None and value_of(column.pick(row)) == top
+    return top is not None and value_of(column.pick(row)) == top and not column.at_least(row)
 
 
 # ---- plot -----------------------------------------------------------------------------------------------------------

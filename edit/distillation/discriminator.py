@@ -88,7 +88,8 @@ class Head(nn.Module):
         self.outer = nn.Conv2d(hidden, 1, 1)
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:  # b d rows columns, b hidden -> b n
-        h = F.silu(self.inner(self.norm(x)))
+        # torch's GroupNorm on a CPU crashes in the backward of tokens-last memory whose gradient nobody wants
+        h = F.silu(self.inner(self.norm(x.contiguous())))
         projected = torch.einsum("bdyx,bd->byx", h, code) / math.sqrt(h.shape[1])
         return (self.outer(h)[:, 0] + projected).flatten(1)
 

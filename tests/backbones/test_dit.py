@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from ranks import run_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import edit
 from edit.backbones.dit import (
@@ -24,6 +23,7 @@ from edit.backbones.dit import (
 )
 from edit.checkpoint import load_official
 from edit.denoiser import Condition
+from edit.flops import Flops
 from edit.objectives import DDPM, FlowMatching
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -62,9 +62,9 @@ MACS = {  # GMACs at 256 px for patch 2, 4, 8: the blocks alone
 
 
 def macs(denoiser, *inputs) -> float:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with Flops() as counter, torch.no_grad():
         denoiser(*inputs)
-    return counter.get_total_flops() / 2
+    return counter.total / 2
 
 
 @pytest.mark.parametrize(

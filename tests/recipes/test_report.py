@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from recipes.files import write
-from recipes.report import COLUMNS, best, html, image_grid, plot, rows, save_grid, show, write_report
+from recipes.report import COLUMNS, best, html, image_grid, notes, plot, rows, save_grid, show, shown, write_report
 
 FRECHET, MACS = (next(c for c in COLUMNS if c.title == t) for t in ("Fréchet distance", "MACs per image, G"))
 
@@ -136,3 +136,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         write(file, "new")
     assert file.read_text() == "old"
+
+
+def test_macs_of_which_some_were_not_counted_are_shown_as_a_lower_bound_and_are_never_the_best(report):
+    fast = report["artifacts"][1]["results"][0]
+    table = rows(report)
+    assert best(MACS, table) == 1.0
+    fast["cost"]["uncounted"] = ["aten.mv.default"]
+    table = rows(report)
+    assert best(MACS, table) is None and shown(MACS)(table[2]) == "≥ 1" and shown(MACS)(table[0]) == "4"
+    assert any("aten.mv.default has no FLOP formula" in note for note in notes(report))

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from weights import randomise
 
 import edit
@@ -19,6 +18,7 @@ from edit.backbones.stock import attached
 from edit.denoiser import Condition, Denoiser, Step, residual
 from edit.distillation.flow_map import IntervalInput
 from edit.edits import Edit
+from edit.flops import Flops
 from edit.objectives import DDPM, FlowMatching, Ramp
 from edit.routing.dydit import PLAN, RATIO, TOKENS, WIDTHS, DyDiT, Logits, Routed, Routers, TokenRouter, work
 from edit.routing.slices import Narrow
@@ -180,10 +180,10 @@ def test_the_model_of_the_work_is_what_is_executed(family, options):
         told = condition.map(lambda v, i=i: v[i : i + 1])
         stream = denoiser.embed(**denoiser.pack(x[i : i + 1], t[i : i + 1], told))
         stream = denoiser.applied["dydit"].embed(stream, t, told, own)
-        with FlopCounterMode(display=False) as counter:
+        with Flops() as counter:
             stream = denoiser.run(stream)
         out = denoiser.applied["dydit"].readout(denoiser.readout(stream), stream, own)
-        executed = counter.get_total_flops() // 2 - modulation_macs(denoiser) - router_macs(denoiser, 16, length)
+        executed = counter.total // 2 - modulation_macs(denoiser) - router_macs(denoiser, 16, length)
         whole = 0
         for w in own.works:
             fixed, attended, always = w.parts(16, registers, length)

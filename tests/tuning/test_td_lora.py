@@ -9,12 +9,12 @@ import torch
 from families import CONFIGS, TOLERANCE, difference, family, inputs, walk
 from ranks import run_ranks
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import edit
 from edit.backbones.dit import DiTConfig
 from edit.denoiser import Denoiser, Step
 from edit.edits import trains
+from edit.flops import Flops
 from edit.routing.dydit import DyDiT
 from edit.routing.elastic import Elastic, forced
 from edit.routing.ranking import order_channels, order_heads
@@ -111,9 +111,9 @@ def generated(denoiser: Denoiser, samples: int) -> tuple[Tensor, int]:
     """One evaluation of a generation of as many like samples, and the multiply-accumulates that it executes."""
     x, _, condition = inputs(denoiser)
     x, condition = x[:1].repeat(samples, 1, 1, 1), condition.map(lambda v: v[:1].repeat_interleave(samples, 0))
-    with FlopCounterMode(display=False) as counter:
+    with Flops() as counter:
         out = denoiser(x, torch.full((samples,), 0.5).to(x), condition, step=Step(0, 1, 0.5)).sample
-    return out, counter.get_total_flops() // 2
+    return out, counter.total // 2
 
 
 def test_in_a_generation_the_addition_costs_the_same_for_any_number_of_samples():

@@ -1,0 +1,139 @@
+"""Every attention operator is counted, on any release; what nobody can count is named."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.flop_counter import flop_registry
+
+from edit.cost import Cost, Uncounted, cost, count_forward
+from edit.denoiser import Denoiser
+from edit.flops import FORMULAS, Flops, uncounted
+from edit.sampling import Euler, Sampler
+
+B, H, N, M, E = 2, 3, 256, 128, 16
+WHOLE = 2 * 2 * B * H * N * M * E  # two products of N M E multiply-adds
+
+
+def tensors(device="cpu"):
+    return torch.randn(B, H, N, E, device=device), *(torch.randn(B, H, M, E, device=device) for _ in range(2))
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+def test_fused_and_plain_attention_cost_the_same(backend, graph):
+    q, k, v = (x.requires_grad_(graph) for x in tensors())
+    with sdpa_kernel(backend), Flops() as flops:
+        F.scaled_dot_product_attention(q, k, v)
+    assert flops.total == WHOLE
+
+
+def test_a_backward_of_fused_attention_is_counted():
+    """Five products where the forward has two: scores again, and one for each of q, k, v and the probabilities."""
+    q, k, v = (x.requires_grad_() for x in tensors())
+    with Flops() as flops:
+        out = F.scaled_dot_product_attention(q, k, v)
+        out.sum().backward()
+    assert flops.total == WHOLE + WHOLE * 5 // 2
+
+
+def test_every_attention_operator_of_this_torch_has_a_formula_or_is_named():
+    """A release that adds one fails here, and not in a user's evaluation."""
+    forward = [n for n in torch._C._dispatch_get_all_op_names() if "attention" in n and n.startswith("aten::")]
+    names = {n.removeprefix("aten::").partition(".")[0] for n in forward if not n.endswith((".out", ".quantized"))}
+    composite = {"scaled_dot_product_attention", "_scaled_dot_product_attention_math"}  # made of others
+    rare = {"_triton_multi_head_attention", "_triton_scaled_dot_attention", "_cudnn_attention_backward"}
+    packets = {n: getattr(torch.ops.aten, n) for n in names - composite}
+    missing = {n for n, op in packets.items() if op not in flop_registry and op not in FORMULAS}
+    assert missing <= rare, missing - rare
+    assert all(uncounted(packets[n]) for n in missing), "what has no formula is not passed over in silence"
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("_scaled_dot_product_fused_attention_overrideable", [(B, H, N, E), (B, H, M, E), (B, H, M, E)]),
+        ("_scaled_dot_product_attention_math_for_mps", [(B, H, N, E), (B, H, M, E), (B, H, M, E)]),
+        ("_cudnn_attention_forward", [(B, H, N, E), (B, H, M, E), (B, H, M, E)]),
+        ("_flash_attention_forward_no_dropout_inplace", [(B, N, H, E), (B, N, H, E), (B, M, H, E), (B, M, H, E)]),
+        ("_scaled_dot_product_flash_attention_for_cpu", [(B, H, N, E), (B, H, M, E), (B, H, M, E)]),
+    ],
+)
+def test_operators_of_other_devices_count_what_the_plain_one_does(name, shapes):
+    """Their formulas alone: the operators themselves do not run here."""
+    op = getattr(torch.ops.aten, name, None)
+    if op not in FORMULAS:
+        pytest.skip("this torch has no such operator, or counts it by itself")
+    assert FORMULAS[op](*map(torch.Size, shapes)) == WHOLE
+
+
+def test_attention_in_one_operator_is_counted_with_its_projections():
+    layer, x = nn.MultiheadAttention(E, 2, batch_first=True).eval(), torch.randn(B, N, E)
+    with torch.no_grad(), Flops() as fused:
+        layer(x, x, x, need_weights=False)
+    # with a graph it is done by separate products
+    with Flops() as plain:
+        layer(x.requires_grad_(), x, x, need_weights=False)
+    assert fused.total == plain.total == 2 * B * (4 * N * E * E + 2 * N * N * E)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_flex_attention_costs_the_blocks_that_its_mask_leaves(compiled):
+    run = torch.compile(flex_attention) if compiled else flex_attention
+    q = k = v = torch.randn(1, 2, 256, E)
+    dense = 2 * 2 * 2 * 256 * 256 * E
+    diagonal = create_block_mask(lambda b, h, i, j: i // 64 == j // 64, None, None, 256, 256, "cpu", BLOCK_SIZE=64)
+    # 16 blocks of 64: each row of blocks sees itself and its neighbours, so 4 + 2 * 3
+    band = create_block_mask(lambda b, h, i, j: (i - j).abs() < 40, 1, 2, 256, 256, "cpu", BLOCK_SIZE=64)
+    for mask, share in ((None, 1), (diagonal, 4 / 16), (band, 10 / 16)):
+        with torch.no_grad(), Flops() as flops:
+            out = run(q, k, v, block_mask=mask)
+        assert flops.total == dense * share
+        with torch.no_grad():
+            torch.testing.assert_close(out, flex_attention(q, k, v, block_mask=mask), rtol=1e-5, atol=1e-6)
+
+
+def test_flex_attention_inside_a_unit_is_counted_in_a_run_and_refused_without_weights(make_dit):
+    plain, flex = make_dit(), make_dit()
+    for unit in flex.units:
+        unit.attention = lambda q, k, v, layout, step: flex_attention(q, k, v)
+    count = count_forward(flex, flex.example(), 1)
+    assert count.macs == count_forward(plain, plain.example(), 1).macs and count.uncounted == ()
+    with pytest.raises(ValueError, match="cannot be counted without weights, count a real run: .*meta device"):
+        count_forward(flex.to("meta"), flex.example(), 1)
+
+
+def with_a_product_nobody_counts(denoiser: Denoiser) -> Denoiser:
+    unit = denoiser.units[0]
+
+    def slow(stream):
+        torch.mv(stream.image[0], stream.image[0, 0])  # a matrix by a vector
+        return unit(stream)
+
+    denoiser.units[0] = slow
+    return denoiser
+
+
+def test_an_operator_without_a_formula_is_a_named_warning_that_makes_the_count_a_lower_bound(make_dit):
+    known = cost(make_dit(), Sampler(Euler(2)), real=True)
+    with pytest.warns(Uncounted, match=r"no FLOP formula for aten\.mv\.default: MACs are a lower bound"):
+        found = cost(with_a_product_nobody_counts(make_dit()), Sampler(Euler(2)), real=True)
+    assert found.uncounted == ("aten.mv.default",) and known.uncounted == ()
+    assert found.macs == known.macs and found.as_dict()["uncounted"] == ("aten.mv.default",)
+
+
+def test_counting_leaves_the_registry_of_torch_alone():
+    before = dict(flop_registry)
+    with Flops():
+        F.scaled_dot_product_attention(*tensors())
+    assert flop_registry == before
+
+
+def test_nothing_is_warned_of_where_all_is_counted(dit):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(cost(dit, Sampler(Euler(2)), real=True), Cost)
