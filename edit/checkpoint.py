@@ -20,7 +20,7 @@ import re
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from torch import Tensor
 from edit import edits as editing
 from edit.denoiser import Denoiser, check_layout
 from edit.objectives import DDPM, FlowMatching, Objective
-from edit.sampling import Sampler
+from edit.sampling import Sampler, StockEuler, default_sampler
 
 FORMAT = 1
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -96,7 +96,7 @@ def save(
         "edits": {name: editing.describe(e) for name, e in denoiser.applied.items()},
         "folded": denoiser.folded,
         "objective": editing.describe(objective or default_objective(denoiser)),
-        "sampler": editing.describe(sampler or Sampler()),
+        "sampler": editing.describe(sampler or default_sampler(denoiser, objective)),
         "data": dict(data or {}),
         "run": dict(run or {}),
     }
@@ -182,10 +182,19 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu", trusted: t
         path=path,
         denoiser=denoiser,
         objective=editing.rebuild(objective, trusted) if objective else default_objective(denoiser),
-        sampler=editing.rebuild(sampler, trusted) if sampler else Sampler(),
+        sampler=editing.rebuild(sampler, trusted) if sampler else stock_sampler(denoiser, path),
         data=description["data"],
         run=description["run"],
     )
+
+
+def stock_sampler(denoiser: Denoiser, path: Path) -> Sampler:
+    """How a published model is sampled: as its family, on the steps of the scheduler beside it, where there is one."""
+    sampler, beside = default_sampler(denoiser), path.parent / "scheduler" / "scheduler_config.json"
+    if isinstance(sampler.solver, StockEuler) and beside.is_file():
+        solver = StockEuler.of(_read_json(beside), sampler.solver.steps, sampler.solver.even)
+        return replace(sampler, solver=solver or sampler.solver)
+    return sampler
 
 
 def skeleton(path: str | os.PathLike, trusted: tuple[str, ...] = ()) -> Denoiser:

@@ -37,7 +37,7 @@ from edit.checkpoint import default_objective, load
 from edit.denoiser import Condition, Denoiser, Output, Step
 from edit.flops import Flops, Uncounted, uncounted
 from edit.objectives import Objective
-from edit.sampling import DDIMSolver, Euler, Sampler
+from edit.sampling import Sampler, default_sampler
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Cost:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values, spreads as nested objects."""
-        return asdict(self) | {"training_flops": self.training_flops}
+        return asdict(self) | {"training_flops": self.training_flops, "uncounted": list(self.uncounted)}
 
 
 def cost(
@@ -96,7 +96,7 @@ def cost(
 
     Args:
         denoiser: its edits are honoured; on the meta device if nothing is to be run for real
-        sampler: how images are generated; None: 50 steps of Euler or DDIM without guidance
+        sampler: how images are generated; None: as the family's stock pipeline does, else by 50 steps of Euler or DDIM
         objective: what the denoiser predicts; None: by its convention
         condition: `batch` entries; None: the family's example, with prompts of 512 tokens where it reads text
         batch: samples at a time; counts are divided by it
@@ -111,7 +111,7 @@ def cost(
         ValueError: if it cannot be counted without weights, or has none to be timed with
     """
     objective = objective or default_objective(denoiser)
-    sampler = sampler or default_sampler(objective)
+    sampler = sampler or default_sampler(denoiser, objective)
     condition = condition or denoiser.example(batch)
     if rounds and _device(denoiser).type == "meta":
         raise ValueError("this denoiser is on the meta device, which has no clock: load or build it with weights")
@@ -145,11 +145,6 @@ def cost(
     per_image = Spread(generation.median / batch, generation.low / batch, generation.high / batch, generation.count)
     memory = peak_memory(generate, device, (*denoiser.parameters(), *denoiser.buffers()))
     return replace(counted, forward=forward, generation=per_image, peak_memory=memory)
-
-
-def default_sampler(objective: Objective) -> Sampler:
-    """50 steps without guidance."""
-    return Sampler(DDIMSolver(50) if objective.prediction == "noise" else Euler(50))
 
 
 def _device(denoiser: Denoiser) -> torch.device:
@@ -470,7 +465,8 @@ keys:
   backbone=NAME, backbone.FIELD=VALUE   a file of configs/backbone, and changes to it
   artifact=FOLDER                       instead of a backbone: what a run has left
   edits=NAME, edits.EDIT.FIELD=VALUE    a file of configs/edits, applied to the backbone
-  sampler=NAME, sampler.steps=N         a file of configs/sampler; else the artifact's, or 50 steps of Euler or DDIM
+  sampler=NAME, sampler.steps=N         a file of configs/sampler; else the artifact's, the stock pipeline's, or 50
+                                        steps of Euler or DDIM
   guidance=W                            1: the conditional prediction alone
   batch=N                               samples at a time; counts are per sample"""
 
@@ -542,7 +538,7 @@ def resolve(args: argparse.Namespace) -> dict[str, Any]:
         with torch.device(args.device if weights else "meta"):
             denoiser = editing.apply(spec.build(), edits, fresh=weights).eval()
         objective = default_objective(denoiser)
-        default = default_sampler(objective)
+        default = default_sampler(denoiser, objective)
     sampler = group("sampler", default)
     counted = cost(
         denoiser, sampler, objective, batch=int(batch), real=args.real, rounds=args.rounds if args.latency else 0

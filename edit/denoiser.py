@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from edit.edits import Edit
+    from edit.sampling import Sampler
 
 
 @dataclass(frozen=True)
@@ -400,6 +401,10 @@ class Denoiser(nn.Module, ABC):
             text: tokens of a prompt, where the family reads text
         """
         return Condition(label=torch.zeros(batch, dtype=torch.int64, device="cpu"))
+
+    def sampler(self) -> Sampler | None:
+        """How the family's stock pipeline samples with its default settings; None: there is none."""
+        return None
 
     def settle(self, shape: tuple[int, ...], spec: Any) -> None:  # noqa: B027 - most families have nothing to do
         """Take over what is no structure: the shape of a sample, and settings of the backbone's configuration."""

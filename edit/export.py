@@ -6,7 +6,7 @@
     python -m edit.export artifact=runs/lora out=lora format=lora
 
 Live edits are folded into the weights; one that cannot be is named, and nothing is written. In a pipeline the scheduler
-takes the times that a few-step student was trained for. The folder appears whole or not at all, with a model card that
+takes the times that the artifact is sampled at. The folder appears whole or not at all, with a model card that
 says where the weights come from. Nothing is sent anywhere without `push=`.
 """
 
@@ -20,9 +20,9 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ from edit.backbones.stock import StockDenoiser
 from edit.card import Card, Licence, Origin, base_of, common, few_steps, licence_files, origin, origins, takes_text
 from edit.checkpoint import Artifact, default_objective, edits_of, load, save, split_state
 from edit.denoiser import Denoiser
-from edit.sampling import Grid, Sampler
+from edit.sampling import FLOW_SCHEDULER as FLOW
+from edit.sampling import Euler, Sampler, StockEuler, default_sampler, times
 from edit.tuning.lora import ADAPTER, LoRA
 
 FORMAT = 1
@@ -45,8 +46,6 @@ LAYOUTS = ("diffusers", "single_file", "lora")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # the names that `diffusers` looks for
 LORA_METADATA = "lora_adapter_metadata"
-FLOW = "FlowMatchEulerDiscreteScheduler"  # the scheduler that can be told our times
-EVEN = ("flux", "qwen_image")  # families whose pipelines ask for the times 1, 1 - 1/n ... 1/n by themselves
 LINKED = 2**20  # bytes from which a component's file is linked rather than copied: weights, not settings
 
 
@@ -164,7 +163,7 @@ def read(path: str, trusted: tuple[str, ...] = ()) -> Artifact:
     from edit.backbones.flux_single_file import read_original
 
     denoiser = read_original(path)
-    return Artifact(Path(path), denoiser, default_objective(denoiser), Sampler())
+    return Artifact(Path(path), denoiser, default_objective(denoiser), default_sampler(denoiser))
 
 
 def fold(artifact: Artifact) -> None:
@@ -193,16 +192,16 @@ def write_model(artifact: Artifact, folder: Path, dtype: torch.dtype | None, max
         ValueError: if stock `diffusers` has no class for the model
     """
     a, denoiser = artifact, artifact.denoiser
-    config = stock_config(denoiser)
+    config, steps = stock_config(denoiser), steps_of(a)
     save(denoiser, folder, a.objective, a.sampler, a.data, a.run, dtype=dtype, max_shard_size=max_shard_size)
     name = config["_class_name"]
 
     def usage(export: str, base: str | None) -> str:
-        lines = ["import torch", f"from diffusers import {', '.join(['DiffusionPipeline', name, *_needs(a)])}", ""]
+        lines = ["import torch", f"from diffusers import {', '.join(['DiffusionPipeline', name, *_needs(steps)])}", ""]
         lines += [f'transformer = {name}.from_pretrained("{export}", torch_dtype={_dtype(denoiser, dtype)})']
         around = base or "<the pipeline it was made from>"
         lines += [f'pipe = DiffusionPipeline.from_pretrained("{around}", transformer=transformer)']
-        return "\n".join([*lines, *_schedule(a), *_call(a)])
+        return "\n".join([*lines, *_schedule(steps), *_call(a, steps)])
 
     return usage
 
@@ -212,7 +211,7 @@ def write_pipeline(
 ) -> Usage:
     """Everything of a stock pipeline but its transformer. Large files are hard links where the disk allows.
 
-    For a few-step student a flow-matching scheduler is written anew, with its shift and its kind of step.
+    Where the artifact is sampled at other times than the pipeline's, its flow-matching scheduler is written anew.
 
     Raises:
         ValueError: if the pipeline has a transformer of another class
@@ -220,13 +219,14 @@ def write_pipeline(
     mine, other = stock_config(artifact.denoiser)["_class_name"], index["transformer"][1]
     if mine != other:
         raise ValueError(f"the pipeline {source} has a {other} as its transformer, the artifact is a {mine}")
-    grid, scheduler = few_steps(artifact), index["scheduler"][1] if "scheduler" in components(index) else None
-    own = ("transformer", "scheduler") if grid and scheduler == FLOW else ("transformer",)
+    scheduler = read_scheduler(source, index)
+    steps = steps_of(artifact, scheduler)
+    own = ("transformer", "scheduler") if steps.scheduler else ("transformer",)
     for name in components(index):
         if name not in own:
             shutil.copytree(source / name, folder / name, copy_function=_take)
-    if grid and scheduler == FLOW:
-        write_scheduler(grid, source / "scheduler", folder / "scheduler")
+    if steps.scheduler:
+        write_scheduler(steps.scheduler, source / "scheduler", folder / "scheduler")
     kept = {k: v for k, v in index.items() if k != "_name_or_path"}  # a folder of this machine
     (folder / "model_index.json").write_text(json.dumps(kept, indent=2) + "\n")
     of = _dtype(artifact.denoiser, dtype)
@@ -234,13 +234,29 @@ def write_pipeline(
     def usage(export: str, base: str | None) -> str:
         lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
         lines += [f'pipe = DiffusionPipeline.from_pretrained("{export}", torch_dtype={of})']
-        return "\n".join([*lines, *_call(artifact, scheduler)])
+        return "\n".join([*lines, *_call(artifact, steps)])
 
     return usage
 
 
-def write_scheduler(grid: Grid, source: Path, folder: Path) -> None:
-    """A stock flow-matching scheduler that steps as `grid` does; of the old one it has the unit of time.
+def read_scheduler(source: Path, index: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The configuration of a pipeline's scheduler, with its class; None: it has none.
+
+    Raises:
+        ValueError: if it cannot be read
+    """
+    if "scheduler" not in components(index):
+        return None
+    file = source / "scheduler" / "scheduler_config.json"
+    try:
+        config = json.loads(file.read_text())
+        return {**config, "_class_name": index["scheduler"][1]}
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{file.parent} is not the folder of a scheduler: {error}") from error
+
+
+def write_scheduler(settings: Mapping[str, Any], source: Path, folder: Path) -> None:
+    """A stock flow-matching scheduler of these settings; of the old one it has the unit of time.
 
     Raises:
         ValueError: if the old one's configuration cannot be read
@@ -251,7 +267,7 @@ def write_scheduler(grid: Grid, source: Path, folder: Path) -> None:
         unit = FlowMatchEulerDiscreteScheduler.from_pretrained(source).config["num_train_timesteps"]
     except OSError as error:
         raise ValueError(f"{source} is not the folder of a {FLOW}: {error}") from error
-    FlowMatchEulerDiscreteScheduler(unit, shift=grid.shift, stochastic_sampling=grid.renoise).save_pretrained(folder)
+    FlowMatchEulerDiscreteScheduler(unit, **settings).save_pretrained(folder)
 
 
 def write_single_file(denoiser: Denoiser, file: Path, dtype: torch.dtype | None) -> Usage:
@@ -327,17 +343,17 @@ def write_lora(artifact: Artifact, folder: Path, dtype: torch.dtype | None, base
     packed = json.dumps({f"transformer.{k}": v for k, v in settings.items()})
     save_file(_cast(state, dtype), folder / LORA_WEIGHTS, {"format": "pt", LORA_METADATA: packed})
 
-    stock = stock_config(denoiser)["_class_name"]
+    stock, steps = stock_config(denoiser)["_class_name"], steps_of(artifact)
 
     def usage(export: str, hub: str | None) -> str:
         names, own, around = "DiffusionPipeline", [], f'"{hub or "<the pipeline it was trained on>"}"'
         if base and base.ours:
             names, around = f"{names}, {stock}", '"<the pipeline around it>", transformer=transformer'
             own = [f'transformer = {stock}.from_pretrained("<export of {base.name}>", torch_dtype=torch.bfloat16)']
-        lines = ["import torch", f"from diffusers import {', '.join([names, *_needs(artifact)])}", "", *own]
+        lines = ["import torch", f"from diffusers import {', '.join([names, *_needs(steps)])}", "", *own]
         lines += [f"pipe = DiffusionPipeline.from_pretrained({around}, torch_dtype=torch.bfloat16)"]
         lines += [f'pipe.load_lora_weights("{export}", weight_name="{LORA_WEIGHTS}")']
-        return "\n".join([*lines, *_schedule(artifact), *_call(artifact)])
+        return "\n".join([*lines, *_schedule(steps), *_call(artifact, steps)])
 
     return usage
 
@@ -367,37 +383,24 @@ def _dtype(denoiser: Denoiser, dtype: torch.dtype | None) -> str:
     return str(dtype or next(denoiser.parameters()).dtype)
 
 
-def _needs(artifact: Artifact) -> list[str]:
-    return [FLOW] if _schedule(artifact) else []
+def _needs(steps: Steps) -> list[str]:
+    return [FLOW] if steps.scheduler else []
 
 
-def _schedule(artifact: Artifact) -> list[str]:
-    """Lines that give another's pipeline the times of a few-step student, where its scheduler can be told."""
-    grid = few_steps(artifact)
-    if grid is None or artifact.objective.prediction != "velocity":
+def _schedule(steps: Steps) -> list[str]:
+    """The line that gives another's pipeline the scheduler it needs."""
+    if steps.scheduler is None:
         return []
-    return [f"pipe.scheduler = {FLOW}(shift={grid.shift:.8g}, stochastic_sampling={grid.renoise})"]
+    arguments = (f"{k}={v:.8g}" if isinstance(v, float) else f"{k}={v}" for k, v in steps.scheduler.items())
+    return [f"pipe.scheduler = {FLOW}({', '.join(arguments)})"]
 
 
-def _call(artifact: Artifact, scheduler: str | None = None) -> list[str]:
-    """Lines that generate, with the artifact's own sampler settings.
-
-    Args:
-        artifact: what is exported
-        scheduler: class of the scheduler in the pipeline; None: the one that goes with the model
-    """
-    denoiser, sampler, grid = artifact.denoiser, artifact.sampler, few_steps(artifact)
-    scheduler = scheduler or (FLOW if artifact.objective.prediction == "velocity" else "scheduler of the pipeline")
-    lines, settings = [], [f"num_inference_steps={sampler.solver.steps}"]
-    if grid and scheduler != FLOW:
-        asked = ", ".join(f"{t:.4g}" for t in grid.grid[:-1])
-        lines = [f"# trained for the times {asked} (1 is noise): the {scheduler} makes its own"]
-    elif grid:
-        even = all(math.isclose(t, 1 - k / grid.steps, abs_tol=1e-6) for k, t in enumerate(grid.times))
-        if not even or denoiser.name not in EVEN:  # before the shift, which the scheduler applies
-            settings.append(f"sigmas=[{', '.join(f'{t:.8g}' for t in grid.times)}]")
-        if grid.renoise:
-            lines = ["torch.manual_seed(0)  # decides the fresh noise of each step: a generator does not reach it"]
+def _call(artifact: Artifact, steps: Steps) -> list[str]:
+    """Lines that generate, with the artifact's own sampler settings."""
+    denoiser, sampler = artifact.denoiser, artifact.sampler
+    settings = [f"num_inference_steps={sampler.solver.steps}"]
+    if steps.sigmas:
+        settings.append(f"sigmas=[{', '.join(f'{t:.8g}' for t in steps.sigmas)}]")
     told = sampler.told if sampler.told is not None else getattr(denoiser, "guidance", None)
     if "guidance_embeds" not in denoiser.config:
         settings.append(f"guidance_scale={sampler.guidance:g}")
@@ -406,7 +409,82 @@ def _call(artifact: Artifact, scheduler: str | None = None) -> list[str]:
     if "guidance_embeds" in denoiser.config and sampler.guidance != 1:  # the pipelines' name for two evaluations
         settings += ['negative_prompt=""', f"true_cfg_scale={sampler.guidance:g}"]
     what = '"a photo of a cat"' if takes_text(artifact) else "class_labels=[0]"
-    return [*lines, f"image = pipe({', '.join([what, *settings])}).images[0]"]
+    return [*steps.remarks, f"image = pipe({', '.join([what, *settings])}).images[0]"]
+
+
+# ---- the steps of a stock pipeline -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What makes a stock pipeline step as an artifact's sampler does."""
+
+    scheduler: dict[str, Any] | None = None  # arguments of the FlowMatchEulerDiscreteScheduler to put in
+    sigmas: tuple[float, ...] = ()  # times to ask it for, before its shift; none: those the pipeline asks for itself
+    remarks: tuple[str, ...] = ()  # comments: what the pipeline cannot be told
+
+
+def steps_of(artifact: Artifact, scheduler: Mapping[str, Any] | None = None) -> Steps:
+    """How the pipeline around an artifact must be told to step; nothing where it does so by itself.
+
+    Args:
+        artifact: with its sampler
+        scheduler: the configuration of the pipeline's scheduler; None: the one that the family is published with
+    """
+    solver, grid, velocity = artifact.sampler.solver, few_steps(artifact), artifact.objective.prediction == "velocity"
+    family, remarks = artifact.denoiser.sampler(), _foreign_guidance(artifact)
+    even = family is not None and isinstance(family.solver, StockEuler) and family.solver.even
+    named = scheduler["_class_name"] if scheduler else FLOW if velocity else "scheduler of the pipeline"
+    if named != FLOW:
+        if grid:
+            asked = ", ".join(f"{t:.4g}" for t in grid.grid[:-1])
+            return Steps(remarks=(*remarks, f"# trained for the times {asked} (1 is noise): the {named} makes its own"))
+        if scheduler or family is None or type(family.solver) is not type(solver):
+            remarks = (*remarks, f"# evaluated with {solver}: the {named} may step otherwise")
+        return Steps(remarks=remarks)
+    if grid:
+        if grid.renoise:
+            seed = "torch.manual_seed(0)  # decides the fresh noise of each step: a generator does not reach it"
+            remarks = (*remarks, seed)
+        unasked = even and _are_even(grid.times)
+        settings = {"shift": grid.shift, "stochastic_sampling": grid.renoise}
+        return Steps(settings, () if unasked else grid.times, remarks)
+    if not isinstance(solver, Euler | StockEuler):
+        return Steps(remarks=(*remarks, f"# evaluated with {solver}: the {named} steps otherwise"))
+    stock = _stock_steps(artifact, scheduler, even)
+    shape = artifact.denoiser.sample_shape
+    wanted = solver.times(shape) if isinstance(solver, StockEuler) else times(solver.steps, solver.shift)
+    if stock and _close(stock.times(shape), wanted):
+        return Steps(remarks=remarks)
+    if isinstance(solver, StockEuler):
+        return Steps(solver.scheduler, () if solver.even == even else solver.asked, remarks)
+    asked = tuple(times(solver.steps, 1)[:-1])
+    return Steps({"shift": solver.shift}, () if even else asked, remarks)
+
+
+def _stock_steps(artifact: Artifact, scheduler: Mapping[str, Any] | None, even: bool) -> StockEuler | None:
+    """The pipeline's own steps, as many as the artifact's; None: not known."""
+    count, family = artifact.sampler.solver.steps, artifact.denoiser.sampler()
+    if scheduler:
+        return StockEuler.of(scheduler, count, even)
+    return replace(family.solver, steps=count) if family and isinstance(family.solver, StockEuler) else None
+
+
+def _foreign_guidance(artifact: Artifact) -> tuple[str, ...]:
+    """A remark on settings of the sampler that a stock pipeline does not have."""
+    sampler, family = artifact.sampler, artifact.denoiser.sampler() or Sampler()
+    names = ("interval", "channels", "perturbation", *(() if sampler.guidance == 1 else ("norm_patch",)))
+    found = [f"{n}={getattr(sampler, n)}" for n in names if getattr(sampler, n) != getattr(family, n)]
+    return (f"# evaluated with {', '.join(found)}, which the pipeline does otherwise",) if found else ()
+
+
+def _are_even(asked: tuple[float, ...]) -> bool:
+    return _close(asked, [1 - k / len(asked) for k in range(len(asked))], 1e-6)
+
+
+def _close(a: Iterable[float], b: Iterable[float], within: float = 1e-4) -> bool:
+    """Whether times agree: a difference of 1e-4 is that of one training step's tenth."""
+    return all(math.isclose(x, y, abs_tol=within) for x, y in zip(a, b, strict=True))
 
 
 # ---- stock pipelines -------------------------------------------------------------------------------------------------

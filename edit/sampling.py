@@ -2,17 +2,19 @@
 
 Noise is a pure function of (seed, sample number, step) (`edit.noise`), so a sample's image does not depend on the batch
 it was made in or on the number of ranks. Sources: SiT (arXiv 2401.08740) for the SDE, guidance interval (2404.07724),
-diffusers for the discrete schedulers.
+diffusers for the discrete schedulers and the steps of stock pipelines.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -62,6 +64,12 @@ class Solver(ABC):
         """From noise x to data; `check` has passed the objective."""
 
 
+def _check_shift(solver: Euler | Grid | StockEuler) -> None:
+    if not 0 < solver.shift < math.inf:
+        name = type(solver).__name__
+        raise ValueError(f"{name}: shift must be positive, got {solver.shift}; 1 leaves times unchanged")
+
+
 def _check_steps(solver: Solver, least: int = 1) -> None:
     if solver.steps < least:
         raise ValueError(f"{type(solver).__name__}: steps must be at least {least}, got {solver.steps}")
@@ -74,19 +82,121 @@ def times(steps: int, shift: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Euler(Solver):
-    """x <- x + v dt on the probability-flow ODE; first order."""
+    """x <- x + v dt on the probability-flow ODE; first order. Steps are even before the shift."""
 
     steps: int = 50
     shift: float = 1.0
 
     def __post_init__(self):
         _check_steps(self)
+        _check_shift(self)
 
     def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        ts = times(self.steps, self.shift)
-        for t, t_next in zip(ts, ts[1:], strict=False):
-            x = x + (t_next - t) * predict(x, t, t_next)
-        return x
+        return _euler(times(self.steps, self.shift), predict, x)
+
+
+def _euler(ts: list[float], predict: Predict, x: Tensor) -> Tensor:
+    for t, t_next in zip(ts, ts[1:], strict=False):
+        x = x + (t_next - t) * predict(x, t, t_next)
+    return x
+
+
+@dataclass(frozen=True)
+class StockEuler(Solver):
+    """Euler's method on the steps that a stock pipeline takes, which `FlowMatchEulerDiscreteScheduler` spaces.
+
+    Three things tell these steps from `Euler`'s. The shift may grow with the number of image tokens (FLUX.1-dev,
+    Qwen-Image). The pipeline may leave the times to the scheduler (SD3), whose last one is its smallest training time
+    instead of 1/steps: 4 steps at shift 3 then end in 0.602, 0.009, 0 where even ones end in 0.75, 0.5, 0. The last
+    step may be given (Qwen-Image). Families name theirs in `Denoiser.sampler`.
+
+    Args:
+        steps: evaluations
+        shift: moves times towards noise; without `dynamic`
+        dynamic: log of the shift at the fewest and at the most image tokens, and these two numbers of tokens; a token
+            is 2 x 2 latent pixels
+        even: the pipeline asks for 1, 1 - 1/steps ... 1/steps; false: the scheduler's own times, down to its smallest
+        terminal: times are stretched so that the last step starts here
+    """
+
+    steps: int = 28
+    shift: float = 1.0
+    dynamic: tuple[float, float, int, int] | None = None
+    even: bool = True
+    terminal: float | None = None
+
+    def __post_init__(self):
+        _check_steps(self)
+        _check_shift(self)
+        if self.dynamic is not None:
+            object.__setattr__(self, "dynamic", tuple(self.dynamic))
+            if len(self.dynamic) != 4 or not 0 < self.dynamic[2] < self.dynamic[3]:
+                raise ValueError(
+                    "StockEuler: dynamic is (log shift, log shift, fewest tokens, most tokens), such as "
+                    f"(0.5, 1.15, 256, 4096), got {self.dynamic}"
+                )
+        if self.terminal is not None and not 0 < self.terminal < 1:
+            raise ValueError(f"StockEuler: terminal lies between 0 and 1, got {self.terminal}")
+
+    @classmethod
+    def of(cls, scheduler: Mapping[str, Any], steps: int, even: bool) -> StockEuler | None:
+        """From a scheduler's configuration; None if it spaces its steps in a way that is not among these."""
+        if scheduler.get("_class_name") != FLOW_SCHEDULER:
+            return None
+        odd = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
+        dynamic = scheduler.get("use_dynamic_shifting")
+        if any(scheduler.get(key) for key in odd) or (dynamic and scheduler.get("time_shift_type") == "linear"):
+            return None
+        ends = (("base_shift", 0.5), ("max_shift", 1.15), ("base_image_seq_len", 256), ("max_image_seq_len", 4096))
+        spread = tuple(scheduler.get(key, default) for key, default in ends)
+        shift = 1.0 if dynamic else float(scheduler.get("shift") or 1.0)
+        return cls(steps, shift, spread if dynamic else None, even, scheduler.get("shift_terminal"))  # type: ignore[arg-type]
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """Arguments of the `FlowMatchEulerDiscreteScheduler` that spaces these steps."""
+        settings: dict[str, Any] = {"shift": self.shift}
+        if self.dynamic:
+            low, high, few, many = self.dynamic
+            settings = {"use_dynamic_shifting": True, "base_shift": low, "max_shift": high}
+            settings |= {"base_image_seq_len": few, "max_image_seq_len": many}
+        return settings | ({"shift_terminal": self.terminal} if self.terminal is not None else {})
+
+    @property
+    def asked(self) -> tuple[float, ...]:
+        """The times that the scheduler is asked for, before it moves them; from 1, without the end at 0."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        if self.even:
+            return tuple(times(self.steps, 1)[:-1])
+        last = FlowMatchEulerDiscreteScheduler(**self.scheduler).sigma_min  # which it has moved once by then
+        return tuple(torch.linspace(1, last, self.steps, dtype=torch.float64, device="cpu").tolist())
+
+    def times(self, shape: tuple[int, ...]) -> list[float]:
+        """steps + 1 times from 1 to 0 for samples of this shape."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        scheduler = FlowMatchEulerDiscreteScheduler(**self.scheduler)
+        mu = math.log(dynamic_shift(self.dynamic, tokens_in(shape))) if self.dynamic else None
+        scheduler.set_timesteps(sigmas=list(self.asked), device="cpu", mu=mu)
+        return scheduler.sigmas.double().tolist()
+
+    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
+        return _euler(self.times(tuple(x.shape[1:])), predict, x)
+
+
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+
+
+def tokens_in(shape: tuple[int, ...]) -> int:
+    """Image tokens of a latent c y x, of 2 x 2 pixels each."""
+    return (shape[-2] // 2) * (shape[-1] // 2)
+
+
+def dynamic_shift(dynamic: tuple[float, float, int, int], tokens: int) -> float:
+    """exp(mu), mu linear in the tokens through (fewest, low) and (most, high): (low, high, fewest, most)."""
+    low, high, few, many = dynamic
+    return math.exp(low + (high - low) * (tokens - few) / (many - few))
 
 
 @dataclass(frozen=True)
@@ -113,8 +223,7 @@ class Grid(Solver):
             raise ValueError(f"Grid: times must decrease and be above 0, got {list(self.times)}")
         if self.times[0] > 1:
             raise ValueError(f"Grid: times are at most 1, which is pure noise, got {self.times[0]}")
-        if self.shift <= 0:
-            raise ValueError(f"Grid: shift must be positive, got {self.shift}; 1 leaves times unchanged")
+        _check_shift(self)
 
     @property
     def steps(self) -> int:  # type: ignore[override] - here a consequence of `times`
@@ -235,7 +344,11 @@ def _run_scheduler(
 
 @dataclass(frozen=True)
 class DDIMSolver(Solver):
-    """Deterministic DDIM through `diffusers.DDIMScheduler`; data predictions are not clipped."""
+    """Deterministic DDIM through `diffusers.DDIMScheduler`; data predictions are not clipped.
+
+    Steps 0, 1000/N, 2 * 1000/N ...: the official DiT's spacing `ddimN`. Its spacing `N`, which ends at step 999, is
+    that of `DDPMSolver`.
+    """
 
     integrates: ClassVar = ("noise",)
     steps: int = 50
@@ -296,6 +409,9 @@ class Sampler:
     guided = uncond + guidance (cond - uncond) + perturbation (cond - perturbed). Where edits are applied each branch
     is its own evaluation, so that what an edit remembers of one branch never mixes with another; else cond and uncond
     share a batch. A branch of no weight is not run.
+
+    With `norm_patch` p, each p x p patch of the guided prediction has the length that it has in the conditional one:
+    guidance changes its direction alone, as in Qwen-Image's pipeline (p = 2, its token).
     """
 
     solver: Solver = field(default_factory=Euler)
@@ -304,8 +420,13 @@ class Sampler:
     channels: int | None = None  # guide the first channels only (3 in the official DiT); None: all
     told: float | None = None  # guidance scale that a model with a guidance input is told; None: the model's own
     perturbation: float = 0.0  # needs an edit that perturbs the branch "perturbed"
+    norm_patch: int | None = None  # rows and columns of latent pixels; None: lengths are what guidance makes them
 
     def __post_init__(self):
+        if self.norm_patch is not None and self.norm_patch < 1:
+            raise ValueError(
+                f"Sampler: norm_patch is a number of latent pixels, got {self.norm_patch}; null is plain guidance"
+            )
         low, high = self.interval
         if not 0 <= low < high <= 1:
             raise ValueError(f"Sampler: interval must be 0 <= low < high <= 1 (1 = noise), got {low}, {high}")
@@ -422,7 +543,11 @@ class Sampler:
                     cond, uncond = branch("cond", joint, torch.cat((x, x)), at.repeat(2)).chunk(2)
                 else:
                     cond, uncond = branch("cond", condition), branch("uncond", negative)
-                guided = torch.cat((torch.lerp(uncond[:, :c], cond[:, :c], self.guidance), cond[:, c:]), 1)
+                guided = torch.lerp(uncond[:, :c], cond[:, :c], self.guidance)
+                if self.norm_patch:
+                    length = lengths(guided, self.norm_patch).clamp_min(torch.finfo(guided.dtype).tiny)
+                    guided = guided * (lengths(cond[:, :c], self.norm_patch) / length)
+                guided = torch.cat((guided, cond[:, c:]), 1)
             if inside and self.perturbation:
                 shove = self.perturbation * (cond[:, :c] - branch("perturbed", condition)[:, :c])
                 guided = torch.cat((guided[:, :c] + shove, guided[:, c:]), 1)
@@ -435,3 +560,17 @@ class Sampler:
         return self.solver.integrate(
             predict, x, objective, lambda k: noise.gaussian(seed, samples, noise.SOLVER + k, shape)
         )
+
+
+def lengths(x: Tensor, patch: int) -> Tensor:
+    """Euclidean length of each patch x patch square of all channels, at each of its pixels: b c y x -> b 1 y x."""
+    squares = F.avg_pool2d(x.square().sum(1, keepdim=True), patch) * patch**2
+    return squares.sqrt().repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+
+
+def default_sampler(denoiser: Denoiser, objective: Objective | None = None) -> Sampler:
+    """As the family's stock pipeline samples, if that fits what the model predicts; else 50 steps without guidance."""
+    own, predicted = denoiser.sampler(), objective.prediction if objective else denoiser.prediction
+    if own is not None and predicted in own.solver.integrates:
+        return own
+    return Sampler(DDIMSolver(50) if predicted == "noise" else Euler(50))

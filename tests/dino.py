@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import torch
-import transformers
-from transformers import Dinov2Config, Dinov2Model
+from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -20,7 +19,7 @@ def write(folder: Path) -> Path:
             torch.nn.init.normal_(p, std=0.3)
     model.save_pretrained(folder)
     size = {"height": 28, "width": 28}
-    # the name that transformers 5 has for it, else that of 4
-    kind = getattr(transformers, "BitImageProcessorPil", None) or transformers.BitImageProcessor
-    kind(size={"shortest_edge": 32}, crop_size=size, image_mean=MEAN, image_std=STD).save_pretrained(folder)
+    BitImageProcessorPil(size={"shortest_edge": 32}, crop_size=size, image_mean=MEAN, image_std=STD).save_pretrained(
+        folder
+    )
     return folder

@@ -1,5 +1,6 @@
 import ast
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -28,9 +29,10 @@ from edit.distillation.consistency import Consistency
 from edit.distillation.flow_map import IntervalInput
 from edit.distillation.policy import MixtureHead
 from edit.edits import Edit, describe
+from edit.export import LORA_WEIGHTS
 from edit.objectives import DDPM, FlowMatching
 from edit.pruning.depth import DepthPruning
-from edit.sampling import Euler, Grid, Sampler
+from edit.sampling import DDIMSolver, DPMSolver, Euler, Grid, Heun, Sampler, StockEuler, times
 from edit.tuning.lora import LoRA
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -187,7 +189,7 @@ def test_a_whole_pipeline_folder_samples_in_stock_diffusers_with_our_transformer
     from diffusers import FluxPipeline
 
     edit.apply(flux, {"shallow": DepthPruning(pattern="listed", units=(0, 2, 5))})
-    edit.save(flux, tmp_path / "a")
+    edit.save(flux, tmp_path / "a", sampler=edit.load(pipeline).sampler)
     out = tmp_path / "out"
     assert run(f"artifact={tmp_path / 'a'}", f"out={out}", f"pipeline={pipeline}") == 0
     pipe = FluxPipeline.from_pretrained(out, **ABSENT)
@@ -333,9 +335,6 @@ def test_no_setting_of_the_teachers_scheduler_bends_the_students_times(flux, tmp
     scheduler = stock_pipe(tmp_path / "out").scheduler
     scheduler.set_timesteps(sigmas=[1.0, 0.5])
     assert scheduler.timesteps.tolist() == pytest.approx([500, 375])  # 3 x 0.5 / (1 + 2 x 0.5) = 0.75
-    edit.save(flux, tmp_path / "many", sampler=Sampler(Euler(28, shift=3.0)))  # no student of a few-step method
-    assert run(f"artifact={tmp_path / 'many'}", f"out={tmp_path / 'out'}", f"pipeline={bent}") == 0
-    assert json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())["use_dynamic_shifting"] is True
 
 
 def test_a_scheduler_of_another_class_is_left_and_the_card_says_what_was_trained_for(flux, tmp_path, pipeline):
@@ -399,6 +398,82 @@ def test_pipelines_whose_own_times_end_elsewhere_are_always_given_ours(tmp_path)
     assert scheduler.sigmas.tolist() == pytest.approx(grid.grid)
     scheduler.set_timesteps(4)
     assert scheduler.sigmas.tolist() != pytest.approx(grid.grid, abs=0.1)
+
+
+# ---- many steps ------------------------------------------------------------------------------------------------------
+
+DYNAMIC = (0.5, 1.15, 256, 4096)
+
+
+def saved(flux: Flux, sampler: Sampler, folder: Path, *words: str) -> str:
+    """Of a model that was trained by no few-step method: its card."""
+    edit.save(flux, folder / "a", sampler=sampler)
+    assert run(f"artifact={folder / 'a'}", f"out={folder / 'out'}", *words) == 0
+    return (folder / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("solver", "asked_for"),
+    [
+        (StockEuler(5, shift=2.0), None),  # the pipeline's own
+        (Euler(5, shift=2.0), None),
+        (Euler(5), {"shift": 1.0}),
+        (StockEuler(5, dynamic=DYNAMIC), {"use_dynamic_shifting": True, "max_shift": 1.15}),
+        (StockEuler(5, dynamic=DYNAMIC, terminal=0.1), {"use_dynamic_shifting": True, "shift_terminal": 0.1}),
+        (StockEuler(5, shift=3.0, even=False), {"shift": 3.0}),
+    ],
+)
+def test_a_stock_pipeline_called_as_the_card_says_takes_the_steps_that_were_evaluated(
+    solver, asked_for, flux, asked, tmp_path, pipeline
+):
+    sampler = Sampler(solver)
+    settings = stated(saved(flux, sampler, tmp_path, f"pipeline={pipeline}"))
+    config = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
+    assert config["shift"] == 2.0 if asked_for is None else asked_for.items() <= config.items()
+    assert ("sigmas" in settings) == (getattr(solver, "even", True) is False)
+    got, expected = both(flux, sampler, asked, stock_pipe(tmp_path / "out"), settings)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)  # as above
+
+
+def test_beside_another_pipeline_the_card_gives_a_scheduler_only_where_the_familys_steps_otherwise(flux, tmp_path):
+    text = saved(flux, flux.sampler(), tmp_path)
+    assert "pipe.scheduler" not in text and stated(text)["num_inference_steps"] == 28
+    # 16 tokens: the dynamic shift there
+    text = saved(flux, Sampler(Euler(28, shift=math.exp(0.5 + 0.65 * (16 - 256) / 3840))), tmp_path)
+    assert "pipe.scheduler" not in text
+    text = saved(flux, Sampler(Euler(20)), tmp_path)
+    assert "pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1)" in text and "sigmas" not in stated(text)
+    text = saved(flux, Sampler(Heun(20)), tmp_path)
+    assert "# evaluated with Heun(steps=20, shift=1.0): the FlowMatchEulerDiscreteScheduler steps otherwise" in text
+
+
+def test_sd3_is_given_its_sigmas_unless_it_is_sampled_as_its_pipeline_does(tmp_path):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    sd3 = from_file(CONFIGS, "backbone", "sd3_tiny").build()
+    text = saved(sd3, sd3.sampler(), tmp_path)
+    assert stated(text) == {"num_inference_steps": 28, "guidance_scale": 7} and "pipe.scheduler" not in text
+    text = saved(sd3, Sampler(Euler(5, shift=3.0)), tmp_path)
+    assert "pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3)" in text
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=stated(text)["sigmas"])
+    assert scheduler.sigmas.tolist() == pytest.approx(times(5, 3.0), abs=1e-6)
+
+
+def test_settings_that_a_pipeline_does_not_have_are_told(flux, tmp_path):
+    text = saved(flux, Sampler(StockEuler(5), guidance=2.0, interval=(0.2, 0.8), norm_patch=2), tmp_path)
+    assert "# evaluated with interval=(0.2, 0.8), norm_patch=2, which the pipeline does otherwise" in text
+
+
+def test_a_noise_model_is_told_of_a_solver_that_is_not_its_pipelines(tmp_path):
+    pixart = from_file(CONFIGS, "backbone", "pixart_tiny").build()
+    for solver, told in ((DPMSolver(20), False), (DDIMSolver(20), True)):
+        edit.save(pixart, tmp_path / "a", DDPM(), Sampler(solver, 4.5))
+        assert run(f"artifact={tmp_path / 'a'}", f"out={tmp_path / 'out'}") == 0
+        text = (tmp_path / "out" / "README.md").read_text()
+        assert (
+            "# evaluated with DDIMSolver(steps=20): the scheduler of the pipeline may step otherwise" in text
+        ) == told
 
 
 def test_a_student_that_predicts_noise_keeps_its_pipelines_scheduler_and_the_card_says_its_times(tmp_path):
@@ -573,10 +648,10 @@ def test_diffusers_loads_a_lora_with_outputs_equal_to_ours(targets, asked, tmp_p
     assert (expected - base).abs().max() > 0.1
 
     pipe = FluxPipeline.from_pretrained(pipeline, **ABSENT)
-    pipe.load_lora_weights(tmp_path / "lora")
+    pipe.load_lora_weights(tmp_path / "lora", weight_name=LORA_WEIGHTS)
     alone = load_stock(pipeline / "transformer")
-    alone.load_lora_adapter(tmp_path / "lora", use_safetensors=True)
-    with safe_open(tmp_path / "lora" / "pytorch_lora_weights.safetensors", "pt") as f:
+    alone.load_lora_adapter(tmp_path / "lora", weight_name=LORA_WEIGHTS, use_safetensors=True)
+    with safe_open(tmp_path / "lora" / LORA_WEIGHTS, "pt") as f:
         state = {k: f.get_tensor(k) for k in f.keys()}
     bare = load_stock(pipeline / "transformer")
     bare.load_lora_adapter(state)  # a reader that sees no metadata
@@ -676,7 +751,7 @@ def test_a_lora_on_a_run_of_ours_needs_that_run_and_not_what_the_run_started_fro
         assert 'FluxTransformer2DModel.from_pretrained("<export of tuned>"' in text and str(tmp_path) not in text
         assert f'from_pretrained("{root}"' not in text
     base = load_stock(tmp_path / "base")
-    base.load_lora_adapter(tmp_path / "lora", use_safetensors=True)
+    base.load_lora_adapter(tmp_path / "lora", weight_name=LORA_WEIGHTS, use_safetensors=True)
     # fp32: alpha / rank is applied to B here, to the product there
     torch.testing.assert_close(stock_output(base, flux, asked), flux.eval()(*asked).sample, rtol=1e-4, atol=1e-4)
     words = (f"artifact={adapter}", f"out={tmp_path / 'lora'}", "format=lora", f"teacher={tuned}")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, zero_init
 from edit.denoiser import Branch, Condition, Layout, Output, Stream
+from edit.sampling import DDIMSolver, Sampler
 
 STEPS = 1000  # of the DDPM the published weights were trained on
 
@@ -229,6 +230,9 @@ class DiTDiffusers(PatchDenoiser):
             zero_init(unit.norm1.linear)
         zero_init(m.proj_out_1, m.proj_out_2)
         return self
+
+    def sampler(self) -> Sampler:
+        return Sampler(DDIMSolver(50), guidance=4.0)
 
     def pack(self, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
         if condition.label is None:

@@ -9,7 +9,6 @@ Not supported: fused projections, IP-adapters and ControlNet residuals.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
@@ -19,6 +18,9 @@ from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, finite, latent_of, tokens_of, turn, zero_init
 from edit.denoiser import Branch, Condition, Layout, Output, Stream
+from edit.sampling import Sampler, StockEuler, dynamic_shift
+
+SHIFT = (0.5, 1.15, 256, 4096)  # of FLUX.1-dev's scheduler, see StockEuler.dynamic
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,12 @@ class Flux(StockDenoiser):
         zero_init(*(norm.linear for norm in norms), m.norm_out.linear, m.proj_out)
         return self
 
+    def sampler(self) -> Sampler:
+        """FLUX.1-dev's, which the told guidance belongs to; of a model without that input, FLUX.1-schnell's."""
+        if self.model.config.guidance_embeds:  # type: ignore[union-attr]
+            return Sampler(StockEuler(28, dynamic=SHIFT))
+        return Sampler(StockEuler(4))
+
     def pack(self, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
         """2 x 2 latent pixels to a token; positions are (0, row, column) for the image and 0 for the text."""
         self.need(condition)
@@ -274,4 +282,4 @@ class Flux(StockDenoiser):
 
 def flux_shift(tokens: int) -> float:
     """How far FLUX.1-dev moves its steps towards noise at this many image tokens: exp(mu), mu linear in tokens."""
-    return math.exp(0.5 + 0.65 * (tokens - 256) / 3840)
+    return dynamic_shift(SHIFT, tokens)

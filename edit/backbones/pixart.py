@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from edit.backbones.dit_diffusers import BasicUnit, PatchDenoiser, heads, join
 from edit.backbones.stock import Modulation, zero_init
 from edit.denoiser import Branch, Condition, Layout, Stream, record_branch, residual
+from edit.sampling import DPMSolver, Sampler
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,9 @@ class PixArt(PatchDenoiser):
     def widths(self) -> dict[str, int]:
         c: Any = self.model.config
         return {"text": c.caption_channels or c.cross_attention_dim}
+
+    def sampler(self) -> Sampler:
+        return Sampler(DPMSolver(20), guidance=4.5)
 
     def pack(self, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
         """Where the model is told the image size, it is that of `x`: rows and columns in pixels, and their ratio."""

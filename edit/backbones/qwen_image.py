@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, finite, latent_of, tokens_of, turn, zero_init
 from edit.denoiser import Branch, Condition, Layout, Output, Step, Stream
+from edit.sampling import Sampler, StockEuler
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,10 @@ class QwenImage(StockDenoiser):
     def widths(self) -> dict[str, int]:
         c: Any = self.model.config
         return {"text": c.joint_attention_dim}
+
+    def sampler(self) -> Sampler:
+        steps = StockEuler(50, dynamic=(0.5, 0.9, 256, 8192), terminal=0.02)
+        return Sampler(steps, guidance=4.0, norm_patch=2)
 
     def pack(self, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
         """2 x 2 latent pixels to a token; the stock forward's time is ours."""

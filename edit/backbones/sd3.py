@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, zero_init
 from edit.denoiser import Branch, Condition, Layout, Output, Stream, residual
+from edit.sampling import Sampler, StockEuler
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,9 @@ class SD3(StockDenoiser):
     def widths(self) -> dict[str, int]:
         c: Any = self.model.config
         return {"text": c.joint_attention_dim, "pooled": c.pooled_projection_dim}
+
+    def sampler(self) -> Sampler:
+        return Sampler(StockEuler(28, shift=3.0, even=False), guidance=7.0)
 
     def pack(self, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
         """The stock model counts time from 0 to 1000."""

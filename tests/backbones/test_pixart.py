@@ -114,8 +114,11 @@ def test_output_and_all_gradients_are_those_of_the_stock_model(options):
     assert list(theirs) == list(mine)
     largest = max(g.abs().max() for g in theirs.values())
     for name, g in theirs.items():
-        # a key's bias, which softmax cannot see, has nothing but roundings: measured on the largest gradient
-        scale = largest if name.endswith("to_k.bias") else g.abs().max()
+        # A key's bias, which softmax cannot see, and with one patch all of queries and keys have a gradient of zero
+        # and show roundings: exact zeros on a CPU with AVX-512, up to 9e-18 with AVX2, where the largest gradient is
+        # 0.3. They are measured on the largest gradient.
+        unseen = model.config.patch_size == 8 and ("attn1.to_q" in name or "attn1.to_k" in name)
+        scale = largest if unseen or name.endswith("to_k.bias") else g.abs().max()
         assert (mine[name] - g).abs().max() <= 1e-12 * scale, name
 
 
