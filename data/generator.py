@@ -38,7 +38,19 @@ from edit.backbones.stock import StockDenoiser
 from edit.checkpoint import default_objective, find, is_hub_id, skeleton
 from edit.denoiser import Condition, Denoiser
 from edit.objectives import Objective
-from edit.sampling import DDIMSolver, DDPMSolver, DPMSolver, Draw, Euler, Heun, Predict, Sampler, Solver, times
+from edit.sampling import (
+    DDIMSolver,
+    DDPMSolver,
+    DPMSolver,
+    Draw,
+    Euler,
+    Heun,
+    Predict,
+    Sampler,
+    Solver,
+    dynamic_shift,
+    times,
+)
 
 SHEET = 24  # images on samples.png
 PASSING = ("out", "batch", "processes", "device", "rank", "world")  # of an order, what its samples do not depend on
@@ -253,7 +265,8 @@ def default_shift(order: Order, denoiser: Denoiser, tokens: int) -> float:
     """What the artifact was sampled with; what its pipeline's scheduler says; FLUX.1-dev's own rule; else 1."""
     sampler = _recorded(order.teacher).get("sampler")
     if sampler:
-        return float(sampler["solver"].get("shift", 1.0))
+        dynamic = sampler["solver"].get("dynamic")
+        return dynamic_shift(dynamic, tokens) if dynamic else float(sampler["solver"].get("shift", 1.0))
     if shift := scheduler_shift(scheduler_of(order.teacher), tokens):
         return shift
     if denoiser.config.get("guidance_embeds"):
@@ -288,10 +301,10 @@ def scheduler_shift(config: dict[str, Any], tokens: int) -> float | None:
         return None
     if not config.get("use_dynamic_shifting"):
         return float(config.get("shift") or 1.0)
-    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    mu = low + (high - low) * (tokens - few) / (many - few)
-    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+    ends = (("base_shift", 0.5), ("max_shift", 1.15), ("base_image_seq_len", 256), ("max_image_seq_len", 4096))
+    low, high, few, many = (config.get(key, default) for key, default in ends)
+    shift = dynamic_shift((low, high, few, many), tokens)
+    return math.log(shift) if config.get("time_shift_type") == "linear" else shift
 
 
 def _recorded(teacher: str) -> dict[str, Any]:

@@ -66,18 +66,26 @@ def shortened(arguments):
 
 
 def test_the_commands_run_in_the_order_of_the_readme(folder):
-    ran = []
+    runnable = [c for c in COMMANDS if not any(n in c for n in NEEDS_DATA)]
+    first = next(i for i, c in enumerate(runnable) if c.endswith("out=reports/depth")) + 1
+    assert first == 4, "a newcomer trains, evaluates, prunes and compares"
+    for command in runnable[:first]:  # in an empty folder, as they are typed
+        run(folder, shortened(words(command)))
+    compared = json.loads((folder / "reports/depth/report.json").read_text())["artifacts"]
+    assert [a["name"] for a in compared] == ["digits", "dit_digits_depth"] and not any("error" in a for a in compared)
+    dense, pruned = (a["results"][0]["cost"] for a in compared)
+    assert dense["uncounted"] == pruned["uncounted"] == [] and pruned["macs"] < 0.6 * dense["macs"]
+
+    # what later ones begin from, shortened, is there before them
     run(folder, ["train.py", "experiment=flux_tiny/teacher", *WORLD, *SHORT, "evaluate=null"])
     for start in ("deep", "uneven"):
         run(folder, ["train.py", f"experiment=dit_digits/{start}", *SHORT, "evaluate=null"])
     run(folder, ["train.py", "experiment=dit_digits/tinyfusion_search", "before=[]", *SHORT])
     search = "search=runs/dit_digits_tinyfusion_search"
     run(folder, ["-m", "recipes.prune", "model=runs/dit_digits_deep", search, "out=runs/dit_digits_tinyfusion_pruned"])
-    for command in COMMANDS:
-        if not any(n in command for n in NEEDS_DATA):
-            run(folder, shortened(words(command)))
-            ran.append(command)
-    assert len(ran) >= 9
+    for command in runnable[first:]:
+        run(folder, shortened(words(command)))
+    assert len(runnable) >= 9
     assert (folder / "runs/digits/artifact/edits.json").exists()
     assert (folder / "reports/depth/report.html").exists()
     assert len(list((folder / "runs/sweep").glob("*/metrics.csv"))) == 6, "each job of the sweep has its own folder"

@@ -32,7 +32,7 @@ from edit.backbones.flux import FluxConfig
 from edit.backbones.qwen_image import QwenImageConfig
 from edit.checkpoint import skeleton
 from edit.denoiser import Condition
-from edit.sampling import Euler, Sampler
+from edit.sampling import Euler, Sampler, StockEuler
 
 PROMPTS = ["red square", "a blue disc", "disc", "red square on a disc", "blue square"]
 
@@ -165,6 +165,17 @@ def test_a_teacher_that_attends_to_padding_is_given_texts_of_one_length(order):
     with pytest.raises(ValueError, match="flux attends to the padding .* padding=states"):
         generate(order(padding="none"), quiet)
     assert Latents(str(generate(order(), quiet).parent)).text_length == 8
+
+
+@pytest.mark.parametrize(
+    ("solver", "shift"),
+    [(Euler(4, shift=2.5), 2.5), (StockEuler(4, dynamic=(0.4, 0.9, 64, 1024)), math.exp(0.4 + 0.5 * (16 - 64) / 960))],
+)
+def test_a_teacher_of_ours_is_sampled_at_the_shift_it_was_saved_with(order, tmp_path, solver, shift):
+    teacher = edit.load(flux(tmp_path / "made"))
+    edit.save(teacher.denoiser, tmp_path / "teacher", sampler=Sampler(solver))
+    work = order(teacher=str(tmp_path / "teacher"), size=8)
+    assert default_shift(work, teacher.denoiser, 16) == pytest.approx(shift)
 
 
 DYNAMIC = {"base_image_seq_len": 64, "max_image_seq_len": 1024, "base_shift": 0.4, "max_shift": 0.9}
