@@ -17,8 +17,8 @@ def versions() -> dict[str, str]:
 
 
 def main() -> None:
-    head = f"# The versions with which the default suite last passed: {date.today()}, Python {platform.python_version()},\n"
-    head += "# Linux. `pip install -e . -c constraints.txt` brings them back. Written by `.ci/run --freeze`.\n"
+    head = f"# With these versions the default suite last passed: {date.today()}, Python {platform.python_version()}.\n"
+    head += "# `pip install -e . -c constraints.txt` brings them back. Written by `.ci/run --freeze`.\n"
     temporary = FILE.with_suffix(".tmp")
     temporary.write_text(head + "".join(f"{name}=={version}\n" for name, version in versions().items()))
     os.replace(temporary, FILE)

@@ -340,6 +340,7 @@ def write_lora(artifact: Artifact, folder: Path, dtype: torch.dtype | None, base
         state[f"transformer.{layer}.lora_{factor.replace(f'.{ADAPTER}', '')}"] = scaled
     layers = sorted({k.removeprefix("transformer.").partition(".lora_")[0] for k in state})
     settings = {"r": lora.rank, "lora_alpha": lora.rank, "bias": "none", "target_modules": layers}
+    settings |= {"rank_pattern": {}, "alpha_pattern": {}}  # which diffusers 0.39 looks for
     packed = json.dumps({f"transformer.{k}": v for k, v in settings.items()})
     save_file(_cast(state, dtype), folder / LORA_WEIGHTS, {"format": "pt", LORA_METADATA: packed})
 
