@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -31,19 +32,25 @@ def _attention_backward(g: torch.Size, q: torch.Size, k: torch.Size, v: torch.Si
     return sdpa_backward_flop_count(g, q, k, v)
 
 
-def _flash_into(out: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
-    """Shapes b s h e, after the tensor that is written to; a batch of sequences end to end is s h e."""
-    return sdpa_flop_count(*(_heads_first(s) for s in (q, k, v)))
+def _flash(q: Tensor, k: Tensor, v: Tensor, starts_q: Any, starts_k: Any, max_q: int, max_k: int) -> int:
+    """As torch counts it: b s h e, or sequences end to end, s h e with where each starts."""
+    count = flop_registry[torch.ops.aten._flash_attention_forward]
+    return count(q, k, v, starts_q, starts_q if starts_k is None else starts_k, max_q, max_k)
 
 
-def _cudnn(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
-    """Shapes b h s e; sequences end to end are s h e."""
-    return sdpa_flop_count(*(s if len(s) == 4 else _heads_first(s) for s in (q, k, v)))
+def _written(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *starts_and_lengths: Any, **_: Any) -> int:
+    """Flash attention or cuDNN's that writes to its first argument."""
+    return _flash(q, k, v, *starts_and_lengths[:4])
 
 
-def _heads_first(shape: torch.Size) -> torch.Size:
-    *batch, tokens, heads, width = shape
-    return torch.Size((*(batch or [1]), heads, tokens, width))
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, bias: Any, *starts_and_lengths: Any, **_: Any) -> int:
+    """b h s e, or sequences end to end."""
+    if starts_and_lengths[0] is None:
+        return sdpa_flop_count(q.shape, k.shape, v.shape)
+    return _flash(q, k, v, *starts_and_lengths[:4])
+
+
+_written._get_raw = _cudnn._get_raw = True  # type: ignore[attr-defined] - the counter hands them tensors, not shapes
 
 
 def _joined_heads(q: torch.Size, k: torch.Size, v: torch.Size, width: int, heads: int, *_: Any, **__: Any) -> int:
@@ -62,7 +69,8 @@ _KNOWN: Mapping[str, Callable[..., int]] = {
     "_scaled_dot_product_attention_math_for_mps": _attention,
     "_scaled_dot_product_cudnn_attention": _attention,
     "_cudnn_attention_forward": _cudnn,
-    "_flash_attention_forward_no_dropout_inplace": _flash_into,
+    "_cudnn_attention_forward_no_dropout_inplace": _written,
+    "_flash_attention_forward_no_dropout_inplace": _written,
     "_native_multi_head_attention": _joined_heads,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
     "_scaled_dot_product_fused_attention_overrideable_backward": _attention_backward,
