@@ -188,19 +188,21 @@ def load(
     path = find(path)
     description = read_description(path)
     if verify:
-        checksums.verify(path, description, _files(path, description))
+        checksums.verify(path, description)
     denoiser = skeleton(path, trusted, verify)
-    load_weights(denoiser, path)
+    with _naming(path / "config.json", f"it does not fit the weights beside it and this version of {denoiser.name}"):
+        load_weights(denoiser, path)
     denoiser.requires_grad_(True).eval().to(device)
     objective, sampler = description["objective"], description["sampler"]
-    return Artifact(
-        path=path,
-        denoiser=denoiser,
-        objective=editing.rebuild(objective, trusted) if objective else default_objective(denoiser),
-        sampler=editing.rebuild(sampler, trusted) if sampler else stock_sampler(denoiser, path),
-        data=description["data"],
-        run=description["run"],
-    )
+    with _naming(path / "edits.json", "its objective or sampler cannot be made"):
+        return Artifact(
+            path=path,
+            denoiser=denoiser,
+            objective=editing.rebuild(objective, trusted) if objective else default_objective(denoiser),
+            sampler=editing.rebuild(sampler, trusted) if sampler else stock_sampler(denoiser, path),
+            data=description["data"],
+            run=description["run"],
+        )
 
 
 def stock_sampler(denoiser: Denoiser, path: Path) -> Sampler:
@@ -219,9 +221,10 @@ def skeleton(path: str | os.PathLike, trusted: tuple[str, ...] = (), verify: boo
     path = find(path, weights=False)
     description, config = read_description(path), _read_json(path / "config.json")
     if verify:
-        checksums.verify(path, description, checksums.SMALL)
+        checksums.verify(path, description, weights=False)
     family = _family(description["backbone"])
-    live = {name: editing.rebuild(node, trusted) for name, node in description["edits"].items()}
+    with _naming(path / "edits.json", "its edits cannot be made"):
+        live = {name: editing.rebuild(node, trusted) for name, node in description["edits"].items()}
     base = description["base"]
     _refuse_sizes(path / "config.json", config)
     _refuse_sizes(path / "edits.json", base or {})
@@ -244,6 +247,8 @@ def _naming(file: Path, complaint: str) -> Iterator[None]:
         yield
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         said = " ".join(str(error).split())
+        if isinstance(error, ValueError) and f"{file.parent.name}/" in said:  # it is named
+            raise
         if not isinstance(error, ValueError):
             said = f"{type(error).__name__}: {said}"
         raise ValueError(f"{file}: {complaint}: {said}") from error
@@ -311,15 +316,6 @@ def _refuse_kind(file: Path, key: str, value: Any, kinds: tuple[type, ...]) -> N
     if not isinstance(value, kinds):
         wanted = " or ".join({str: "text", dict: "an object", list: "a list"}.get(kind, "null") for kind in kinds)
         raise ValueError(f"{file}: {key} is {type(value).__name__}, expected {wanted}: the file is damaged")
-
-
-def _files(path: Path, description: Mapping[str, Any]) -> list[str]:
-    """Names of all files of an artifact that are read or should be; what is torn is refused without reading on."""
-    _read_json(path / "config.json")
-    files = {*checksums.SMALL, *(f.name for f in _Headers(path).files)}
-    files |= {name for name in (f"{WEIGHTS}.index.json", "edits.safetensors") if (path / name).exists()}
-    saved = description.get("checksums")
-    return sorted(files | set(saved if isinstance(saved, dict) else ()))
 
 
 def load_weights(denoiser: Denoiser, path: Path) -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 DESCRIPTION = "edits.json"
-SMALL = (DESCRIPTION, "config.json")  # what a model is built from; the rest are weights
-FILES = ("config.json", "diffusion_pytorch_model*.safetensors", "*.safetensors.index.json", "edits.safetensors")
+CONFIG = "config.json"
+WEIGHTS = ("*.safetensors.index.json", "diffusion_pytorch_model*.safetensors", "edits.safetensors")
 THREADS = 8  # files that are read at once: one is hashed at about 2 GB/s, a core each
 
 
@@ -43,20 +43,23 @@ def of_description(description: Mapping[str, Any]) -> str:
 
 def signed(description: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The description with the checksums of the files beside it and of itself."""
-    names = {f.name for pattern in FILES for f in folder.glob(pattern)}
-    described = {**description, "checksums": of_files(folder, names)}
+    described = {**description, "checksums": of_files(folder, [CONFIG, *_weights(folder)])}
     described["checksums"][DESCRIPTION] = of_description(described)
     return described
 
 
-def verify(folder: Path, description: Mapping[str, Any], files: Iterable[str]) -> None:
+def _weights(folder: Path) -> set[str]:
+    return {f.name for pattern in WEIGHTS for f in folder.glob(pattern)}
+
+
+def verify(folder: Path, description: Mapping[str, Any], weights: bool = True) -> None:
     """Compare files with what was saved. A description without checksums, of an older version or of a stock folder, is
     taken as it is.
 
     Args:
         folder: of the artifact
         description: content of its edits.json
-        files: names of those that will be read
+        weights: False looks at what the model is built from alone
 
     Raises:
         FileNotFoundError: if one is missing
@@ -70,9 +73,10 @@ def verify(folder: Path, description: Mapping[str, Any], files: Iterable[str]) -
         raise ValueError(f"{where}: its checksums are not one for each file beside it: the file is damaged")
     if kept.get(DESCRIPTION) != of_description(description):
         raise ValueError(differs(where))
-    files = [name for name in files if name != DESCRIPTION]
-    if missing := [name for name in files if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder / missing[0]} is missing: the artifact is not whole")
+    files = {CONFIG} | (set(kept) - {DESCRIPTION} | _weights(folder) if weights else set())
+    if missing := sorted(name for name in files if not (folder / name).is_file()):
+        index = next((name for name in missing if name.endswith(".json")), missing[0])
+        raise FileNotFoundError(f"{folder / index} is missing: the artifact is not whole")
     for name, found in of_files(folder, files).items():
         if found != kept.get(name):
             raise ValueError(differs(folder / name))

@@ -499,9 +499,9 @@ def read_config(path: Path) -> DictConfig:
     """
     try:
         config = OmegaConf.load(path)
-        if isinstance(config, DictConfig):
+        if isinstance(config, DictConfig) and "trainer" in config and "data" in config:
             return config
-        reason = "it holds no sections"
+        reason = "it holds no trainer and data"
     except (ValueError, OmegaConfBaseException, YAMLError, RecursionError) as error:
         reason = str(error).split("\n")[0]
     raise UserError(

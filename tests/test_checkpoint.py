@@ -174,15 +174,17 @@ def test_missing_weights_are_named(artifact):
 def test_truncated_weights_are_refused(artifact, keep):
     whole = (artifact / MODEL).read_bytes()
     (artifact / MODEL).write_bytes(whole[:keep])
-    with pytest.raises(ValueError, match=f"{MODEL} is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=f"{MODEL} is not what was saved there"):
         edit.load(artifact)
+    with pytest.raises(ValueError, match=f"{MODEL} is not a whole safetensors file"):
+        edit.load(artifact, verify=False)
 
 
 def test_a_header_that_promises_more_than_the_file_holds_allocates_nothing(artifact):
     header = json.dumps({"w": {"dtype": "F32", "shape": [10**9, 10**3], "data_offsets": [0, 4 * 10**12]}}).encode()
     (artifact / MODEL).write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
-        edit.load(artifact)
+        edit.load(artifact, verify=False)
 
 
 @pytest.mark.parametrize(
@@ -258,10 +260,10 @@ def test_a_description_with_a_part_missing_is_refused_naming_it(artifact, missin
 def test_a_description_that_is_not_json_is_refused(artifact, name):
     (artifact / name).write_text('{"half": ')
     with pytest.raises(ValueError, match=f"{name} is not JSON"):
-        edit.load(artifact)
+        edit.load(artifact, verify=False)
     (artifact / name).write_text("[1]")
     with pytest.raises(ValueError, match=f"{name} holds list, expected an object"):
-        edit.load(artifact)
+        edit.load(artifact, verify=False)
 
 
 @pytest.mark.parametrize("elsewhere", ["../other.safetensors", "/tmp/other.safetensors", "sub/other.safetensors"])
@@ -272,7 +274,7 @@ def test_an_index_that_points_outside_its_folder_is_refused(tmp_path, dit, elsew
     shutil.copy(path / next(iter(weights.values())), tmp_path / "other.safetensors")
     rewrite(index, weight_map={**weights, next(iter(weights)): elsewhere})
     with pytest.raises(ValueError, match=f"points outside its folder: {elsewhere}"):
-        edit.load(path)
+        edit.load(path, verify=False)
 
 
 def test_a_missing_shard_is_named(tmp_path, dit):

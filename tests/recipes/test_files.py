@@ -4,6 +4,7 @@ import multiprocessing as mp
 import os
 import signal
 import time
+from contextlib import ExitStack
 
 import pytest
 from ranks import run_ranks
@@ -60,9 +61,12 @@ def test_one_process_may_write_one_after_the_other_and_into_several_folders(tmp_
 
 def test_a_child_that_leaves_the_folder_closes_nothing_of_others(tmp_path):
     def child() -> bool:
-        return refused(tmp_path)
+        others = [os.open(tmp_path / f"{k}", os.O_CREAT | os.O_RDWR) for k in range(20)]  # numbers are used again
+        held.close()
+        return all(os.write(other, b"x") == 1 for other in others) and refused(tmp_path)
 
-    with locked(tmp_path):
+    with ExitStack() as held:
+        held.enter_context(locked(tmp_path))
         assert run_ranks(child, 1) == [True]
         assert refused(tmp_path)  # the child's end has not let go
 

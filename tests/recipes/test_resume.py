@@ -39,8 +39,8 @@ def start(folder, *overrides, world=1, before=None):
     return processes
 
 
-def slow_steps():
-    """Make a step last long enough to be killed inside the run."""
+def slow_steps(say=lambda *_, **__: None):
+    """Make a step last long enough to be killed inside the run, and say so."""
     import time
 
     from recipes.diffusion import Diffusion
@@ -49,6 +49,7 @@ def slow_steps():
 
     def slow(self, batch, index):
         time.sleep(0.05)
+        say("slow", flush=True)
         return step(self, batch, index)
 
     Diffusion.training_step = slow
@@ -176,7 +177,7 @@ def test_a_closed_terminal_saves_the_step_and_the_same_command_finishes_equal(tm
             os.dup2(theirs, stream)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        slow_steps()
+        slow_steps(print)
 
     (process,) = start(tmp_path, "name=told", "checkpoint.every=1000", before=at_a_terminal)
     os.close(theirs)
