@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from small_runs import config, losses, rows, train
 import edit
 from edit.pruning.depth import DepthPruning
 from edit.tuning.lora import LoRA
-from recipes.callbacks import WHOLE, checkpoints, checksum_of, files_in, newest, of_files
+from recipes.callbacks import WHOLE, Checkpoints, checkpoints, checksum_of, files_in, newest, of_files
 from recipes.config import UserError
 from recipes.loggers import CSVLogger
 from recipes.training import read_config, refuse_other_run
@@ -167,6 +168,55 @@ def test_wrong_values_in_an_artifact_without_checksums_end_in_its_weights_or_one
             assert all(torch.equal(v, wanted.state_dict()[k]) for k, v in found.state_dict().items())
 
 
+def test_weights_that_were_put_beside_an_artifact_are_not_taken_for_its_own(tmp_path, dit, make_dit):
+    """An index is read before the one file, and an edit's parameters wherever there are any."""
+    path = edit.save(dit, tmp_path / "a")
+    other = edit.save(make_dit(seed=5), tmp_path / "b", max_shard_size="60KB")
+    for file in (INDEX, "edits.safetensors"):
+        shutil.copytree(other, tmp_path / file)
+        for weights in other.glob("*-of-*.safetensors"):
+            shutil.copy(weights, tmp_path / file)
+        for kept in path.iterdir():
+            shutil.copy(kept, tmp_path / file)
+        if file != INDEX:
+            for added in (tmp_path / file).glob("*-of-*.safetensors"):
+                added.unlink()
+            (tmp_path / file / INDEX).unlink()
+            shutil.copy(next(other.glob("*-of-*.safetensors")), tmp_path / file / file)
+        with pytest.raises(ValueError, match=r"safetensors\S* is not what was saved there"):
+            edit.load(tmp_path / file)
+
+
+def test_an_artifact_whose_edits_are_lost_is_not_taken_for_a_stock_model(tmp_path, artifact):
+    path = shutil.copytree(artifact, tmp_path / "a")
+    (path / "edits.json").unlink()
+    with pytest.raises(FileNotFoundError, match="edits.json is missing, which says what edits.safetensors belongs to"):
+        edit.load(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("backbone", 3), ("base", []), ("edits", []), ("folded", {}), ("folded", [1]), ("sampler", "x"), ("data", None)],
+    ids=str,
+)
+def test_a_part_of_another_kind_is_named_whoever_wrote_it(tmp_path, artifact, part, value):
+    path = shutil.copytree(artifact, tmp_path / "a")
+    described = {k: v for k, v in json.loads((path / "edits.json").read_text()).items() if k != "checksums"}
+    (path / "edits.json").write_text(json.dumps({**described, part: value}))
+    with pytest.raises(ValueError, match=rf"edits.json: {part}\S* is \w+, expected .*: the file is damaged"):
+        edit.load(path)
+
+
+def test_sizes_that_no_model_has_are_refused_before_it_is_built(tmp_path, dit):
+    path = edit.save(dit, tmp_path / "a")
+    described = {k: v for k, v in json.loads((path / "edits.json").read_text()).items() if k != "checksums"}
+    for key, value in (("depth", 5000), ("hidden_size", 10**400)):
+        changed_ = {**described, "base": {**described["base"], key: value}}
+        (path / "edits.json").write_text(json.dumps(changed_))
+        with pytest.raises(ValueError, match=rf"edits.json: {key}=\d+ is no size that a model has"):
+            edit.load(path)
+
+
 def test_what_was_changed_on_purpose_is_accepted_by_a_command_or_for_once(tmp_path, artifact, capsys):
     from edit.checksums import main
 
@@ -314,6 +364,24 @@ def test_of_a_checkpoint_that_is_a_folder_every_file_counts(tmp_path, capsys, wa
     way(tmp_path / "step_00000008.ckpt" / "checkpoint" / "rank_1.pt", random.Random(0))
     assert newest(tmp_path).name == "step_00000004.ckpt"  # of an earlier version, its marker empty
     assert "rank_1.pt is not what was saved" in capsys.readouterr().out
+
+
+def test_a_folder_gets_its_checksums_when_all_ranks_have_written_it(tmp_path):
+    """As DeepSpeed saves, which runs on GPUs only."""
+
+    def save(path: Path) -> None:
+        (path / "checkpoint").mkdir(parents=True)
+        (path / "checkpoint" / "rank_0.pt").write_bytes(b"weights")
+
+    strategy = SimpleNamespace(checkpoint_io=None, reduce_boolean_decision=lambda decision, all: decision)
+    trainer = SimpleNamespace(save_checkpoint=save, strategy=strategy, is_global_zero=True)
+    for step in (4, 8):
+        Checkpoints(tmp_path, 4, 1, None)._save(trainer, tmp_path / f"step_{step:08d}.ckpt")
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_00000008.ckpt"]
+    assert newest(tmp_path) == tmp_path / "step_00000008.ckpt"
+    (tmp_path / "step_00000008.ckpt" / "checkpoint" / "rank_0.pt").write_bytes(b"weighty")
+    with pytest.raises(UserError, match="rank_0.pt is not what was saved"):
+        newest(tmp_path)
 
 
 # ---- what else a run's folder holds ----------------------------------------------------------------------------------
