@@ -1,12 +1,13 @@
 """Artifacts: what a run leaves, a folder that stock `diffusers` reads where it can express the model.
 
     config.json, diffusion_pytorch_model.safetensors    the model under its stock names
-    edits.json                                          backbone, live and folded edits, objective, sampler, data, run
+    edits.json                                          backbone, live and folded edits, objective, sampler, data, run,
+                                                        checksums of all files
     edits.safetensors                                   parameters that edits added, if any
 
-`load` builds the model on the meta device from the base configuration, applies the edits again, compares names and
-shapes with the file headers, and only then reads weights. Nothing pickled is ever read except official `.pt`
-checkpoints, and those with `weights_only`.
+`load` compares all files with their checksums, builds the model on the meta device from the base configuration, applies
+the edits again, compares names and shapes with the file headers, and only then reads weights. Nothing pickled is ever
+read except official `.pt` checkpoints, and those with `weights_only`.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ import re
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from edit import checksums
 from edit import edits as editing
 from edit.denoiser import Denoiser, check_layout
 from edit.objectives import DDPM, FlowMatching, Objective
@@ -113,10 +116,13 @@ def save(
         )
         if own:
             save_file({k: _plain(v, dtype) for k, v in own.items()}, temporary / "edits.safetensors")
-        for name, content in (("config.json", config), ("edits.json", description)):
-            (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
-    except BaseException:
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        description = checksums.signed(description, temporary)
+        (temporary / "edits.json").write_text(json.dumps(description, indent=2) + "\n")
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk is not left fuller
+        if isinstance(error, SafetensorError) and (code := re.search(r"os error (\d+)", str(error))):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
         raise
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -160,32 +166,43 @@ def split_state(denoiser: Denoiser, state: Mapping[str, Tensor]) -> tuple[dict[s
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-def load(path: str | os.PathLike, device: str | torch.device = "cpu", trusted: tuple[str, ...] = ()) -> Artifact:
+def load(
+    path: str | os.PathLike,
+    device: str | torch.device = "cpu",
+    trusted: tuple[str, ...] = (),
+    verify: bool = True,
+) -> Artifact:
     """Read an artifact, or a plain `diffusers` folder of a family we know.
 
     Args:
         path: the folder, or a run folder that has an `artifact` in it
         device: to put the weights on
         trusted: further packages whose edits may be imported; `edit` itself always is
+        verify: compare the files with their checksums first: 2 GB/s for each shard, which are read side by side
 
     Raises:
-        FileNotFoundError: if there is no artifact
-        ValueError: if it is of another format, or its weights do not fit the model it describes (keys are named)
+        FileNotFoundError: if there is no artifact, or a file of it is missing
+        ValueError: if it is of another format, a file is not what was saved, or its weights do not fit the model it
+            describes (keys are named)
     """
     path = find(path)
-    description = _read_description(path)
-    denoiser = skeleton(path, trusted)
-    load_weights(denoiser, path)
+    description = read_description(path)
+    if verify:
+        checksums.verify(path, description)
+    denoiser = skeleton(path, trusted, verify)
+    with _naming(path / "config.json", f"it does not fit the weights beside it and this version of {denoiser.name}"):
+        load_weights(denoiser, path)
     denoiser.requires_grad_(True).eval().to(device)
     objective, sampler = description["objective"], description["sampler"]
-    return Artifact(
-        path=path,
-        denoiser=denoiser,
-        objective=editing.rebuild(objective, trusted) if objective else default_objective(denoiser),
-        sampler=editing.rebuild(sampler, trusted) if sampler else stock_sampler(denoiser, path),
-        data=description["data"],
-        run=description["run"],
-    )
+    with _naming(path / "edits.json", "its objective or sampler cannot be made"):
+        return Artifact(
+            path=path,
+            denoiser=denoiser,
+            objective=editing.rebuild(objective, trusted) if objective else default_objective(denoiser),
+            sampler=editing.rebuild(sampler, trusted) if sampler else stock_sampler(denoiser, path),
+            data=description["data"],
+            run=description["run"],
+        )
 
 
 def stock_sampler(denoiser: Denoiser, path: Path) -> Sampler:
@@ -197,45 +214,108 @@ def stock_sampler(denoiser: Denoiser, path: Path) -> Sampler:
     return sampler
 
 
-def skeleton(path: str | os.PathLike, trusted: tuple[str, ...] = ()) -> Denoiser:
+def skeleton(path: str | os.PathLike, trusted: tuple[str, ...] = (), verify: bool = True) -> Denoiser:
     """The denoiser of an artifact with its edits but without weights, on the meta device; of a hub id only the
-    configuration is fetched."""
+    configuration is fetched. `verify` compares what it is built from with its checksums, not the weights."""
     published = is_hub_id(path)
     path = find(path, weights=False)
-    description, config = _read_description(path), _read_json(path / "config.json")
+    description, config = read_description(path), _read_json(path / "config.json")
+    if verify:
+        checksums.verify(path, description, weights=False)
     family = _family(description["backbone"])
-    live = {name: editing.rebuild(node, trusted) for name, node in description["edits"].items()}
+    with _naming(path / "edits.json", "its edits cannot be made"):
+        live = {name: editing.rebuild(node, trusted) for name, node in description["edits"].items()}
+    base = description["base"]
+    _refuse_sizes(path / "config.json", config)
+    _refuse_sizes(path / "edits.json", base or {})
     with torch.device("meta"):
-        base = description["base"]
         if base is None:
-            base = family.from_stock(config, _stock_state(config) if published else _Headers(path))[0]
-        try:
+            with _naming(path / "config.json", f"the configuration does not fit this version of {family.name}"):
+                base = family.from_stock(config, _stock_state(config) if published else _Headers(path))[0]
+        with _naming(path / "edits.json", f"the artifact's base does not fit this version of {family.name}"):
             denoiser = family.from_config(base)
-        except TypeError as error:
-            raise ValueError(f"the artifact's base does not fit this version of {family.name}: {error}") from error
-        editing.apply(denoiser, live, fresh=False)
+        with _naming(path / "edits.json", "the artifact's edits do not fit its base"):
+            editing.apply(denoiser, live, fresh=False)
     denoiser.folded = list(description["folded"])
     return denoiser
 
 
+@contextmanager
+def _naming(file: Path, complaint: str) -> Iterator[None]:
+    """Whatever a damaged or foreign description makes constructors run into is said in one sentence with its file."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        if isinstance(error, ValueError) and f"{file.parent.name}/" in said:  # it is named
+            raise
+        if not isinstance(error, ValueError):
+            said = f"{type(error).__name__}: {said}"
+        raise ValueError(f"{file}: {complaint}: {said}") from error
+
+
+LAYERS = 1000  # more are no model: building them would take minutes, even without weights
+
+
+def _refuse_sizes(file: Path, config: Mapping[str, Any]) -> None:
+    """Numbers that no model has are refused before anything of that size is built."""
+    for key, value in config.items():
+        limit = LAYERS if key == "depth" or key.endswith("layers") else 2**31 - 1
+        if isinstance(value, int) and abs(value) > limit:
+            raise ValueError(
+                f"{file}: {key}={str(value)[:20]} is no size that a model has (at most {limit}): the file is damaged"
+            )
+
+
 def edits_of(path: str | os.PathLike) -> list[dict[str, Any]]:
     """What edits made an artifact, folded and live, each with its name, import path and fields."""
-    description = _read_description(find(path, weights=False))
+    description = read_description(find(path, weights=False))
     return [*description["folded"], *({"name": name, **node} for name, node in description["edits"].items())]
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> dict[str, Any]:
+    """Content of edits.json; of a stock folder, what stands for it.
+
+    Raises:
+        FileNotFoundError: if it is missing where edits have left parameters
+        ValueError: if it cannot be read, or is of another format
+    """
     if not (path / "edits.json").exists():
+        if (path / "edits.safetensors").exists():
+            raise FileNotFoundError(
+                f"{path / 'edits.json'} is missing, which says what edits.safetensors belongs to: the artifact is not "
+                "whole"
+            )
         return _describe_stock(_read_json(path / "config.json"))
     description = _read_json(path / "edits.json")
     if description.get("format") != FORMAT:
         raise ValueError(f"{path} has artifact format {description.get('format')}, this version of edit reads {FORMAT}")
     if missing := [k for k in _PARTS if k not in description]:
         raise ValueError(f"{path / 'edits.json'} has no {missing[0]}: the artifact is not whole")
+    for part, kinds in _PARTS.items():
+        _refuse_kind(path / "edits.json", part, description[part], kinds)
+    for number, edit in enumerate(description["folded"]):
+        _refuse_kind(path / "edits.json", f"folded[{number}]", edit, (dict,))
     return description
 
 
-_PARTS = ("backbone", "base", "edits", "folded", "objective", "sampler", "data", "run")
+# the parts of a description, and what they may be
+_PARTS: dict[str, tuple[type, ...]] = {
+    "backbone": (str,),
+    "base": (dict, type(None)),
+    "edits": (dict,),
+    "folded": (list,),
+    "objective": (dict, type(None)),
+    "sampler": (dict, type(None)),
+    "data": (dict,),
+    "run": (dict,),
+}
+
+
+def _refuse_kind(file: Path, key: str, value: Any, kinds: tuple[type, ...]) -> None:
+    if not isinstance(value, kinds):
+        wanted = " or ".join({str: "text", dict: "an object", list: "a list"}.get(kind, "null") for kind in kinds)
+        raise ValueError(f"{file}: {key} is {type(value).__name__}, expected {wanted}: the file is damaged")
 
 
 def load_weights(denoiser: Denoiser, path: Path) -> None:
@@ -394,7 +474,7 @@ def fingerprint(path: str | os.PathLike) -> str:
     config = {
         k: v for k, v in _read_json(folder / "config.json").items() if k == "_class_name" or not k.startswith("_")
     }
-    described = _read_description(folder)
+    described = read_description(folder)
     total = hashlib.sha256(json.dumps([config, described["edits"], described["folded"]], sort_keys=True).encode())
     own = folder / "edits.safetensors"
     tensors = sorted(t for file in [*_Headers(folder).files, *([own] if own.exists() else [])] for t in _sampled(file))
@@ -424,8 +504,8 @@ def _replaced(path: Path) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # no text, no JSON, a number of thousands of digits, a tower of lists
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, expected an object")
@@ -487,7 +567,10 @@ class _Headers(dict):
     def __init__(self, path: Path):
         index = path / f"{WEIGHTS}.index.json"
         if index.exists():
-            names = sorted(set(_read_json(index)["weight_map"].values()))
+            shards = _read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
+                raise ValueError(f"{index} does not say which file holds which weight (weight_map): it is damaged")
+            names = sorted(set(shards.values()))
             if bad := [n for n in names if Path(n).name != n]:
                 raise ValueError(f"{index} points outside its folder: {bad[0]}")
             self.files = [path / n for n in names]

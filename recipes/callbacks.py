@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import re
 import resource
@@ -11,10 +13,11 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -25,14 +28,21 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from edit.checksums import of_file, of_files
 from edit.denoiser import Condition
 from edit.sampling import Sampler
 from recipes.config import UserError
+from recipes.files import is_first, write
 from recipes.loggers import log_image
 from recipes.recipe import Recipe
 from recipes.routing_map import Decisions, decides, draw, groups
 
-WHOLE = "whole"  # marker inside a checkpoint folder (DeepSpeed), written when all ranks have finished
+WHOLE = "whole"  # marker inside a checkpoint folder (DeepSpeed), written when all ranks have finished: its checksums
+CHECKSUM = ".sha256"  # follows the name of a checkpoint file
+NAME = r"step_(\d+)\.ckpt"
+# what a run goes on from
+NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step")
+STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # SLURM warns by SIGUSR1 before its time limit
 
 
 class StepCallback(Callback):
@@ -239,11 +249,26 @@ class Preview(StepCallback):
         log_image(trainer.loggers, name, picture, step)
 
 
+class Hashed:
+    """A file that is written to, and the SHA-256 of what was."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, content: Any) -> int:
+        self.sha256.update(content)
+        return self.file.write(content)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 class AtomicIO(TorchCheckpointIO):
     """A checkpoint is written beside its place and moved there when whole: a kill at any moment leaves the last one.
 
-    Lightning's own write is corrupted by a kill where TMPDIR is another file system. A write that fails is remembered
-    in `error` and not raised: the other ranks are waiting at a barrier, and `Checkpoints` tells them.
+    Lightning's own write is corrupted by a kill where TMPDIR is another file system. Its checksum is made from what is
+    written, 2 GB/s, and lies beside it. A write that fails is remembered in `error` and not raised: the other ranks are
+    waiting at a barrier, and `Checkpoints` tells them.
     """
 
     error: UserError | None = None
@@ -254,10 +279,14 @@ class AtomicIO(TorchCheckpointIO):
         temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         try:
             with open(temporary, "wb") as f:
-                torch.save(checkpoint, f)
+                hashed = Hashed(f)
+                torch.save(checkpoint, hashed)
                 f.flush()
                 os.fsync(f.fileno())
+            # between these a kill leaves a checkpoint without a checksum, which is taken, never one with another's
+            checksum_of(path).unlink(missing_ok=True)
             os.replace(temporary, path)
+            write(checksum_of(path), f"{hashed.sha256.hexdigest()}  {path.name}\n")
         except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
             temporary.unlink(missing_ok=True)
             cause = error if isinstance(error, OSError) else error.__context__
@@ -273,7 +302,7 @@ class AtomicIO(TorchCheckpointIO):
 
 
 class Checkpoints(StepCallback):
-    """Save every `every` optimiser steps, after the last, and on SIGTERM or SIGUSR1; keep the newest `keep`.
+    """Save every `every` optimiser steps, after the last, and on SIGTERM, SIGUSR1 or SIGHUP; keep the newest `keep`.
 
     Only whole optimiser steps are saved: a checkpoint inside an accumulation window would lose its gradients.
     """
@@ -290,13 +319,19 @@ class Checkpoints(StepCallback):
             for left in self.folder.glob("step_*.ckpt"):
                 if left.is_dir() and not (left / WHOLE).exists():
                     shutil.rmtree(left)
+            for left in self.folder.glob(f"step_*.ckpt{CHECKSUM}"):  # of a checkpoint that was removed
+                if not left.with_name(left.name.removesuffix(CHECKSUM)).exists():
+                    left.unlink()
         if threading.current_thread() is threading.main_thread():
             # here and not earlier: Lightning would add its own handler, which kills other ranks inside a step
-            signal.signal(signal.SIGTERM, self._stop)
-            signal.signal(signal.SIGUSR1, self._stop)  # SLURM's warning before the time limit
+            for told in STOP:
+                if signal.getsignal(told) != signal.SIG_IGN:  # under nohup a hang-up is none of our business
+                    signal.signal(told, self._stop)
 
-    def _stop(self, *_: Any) -> None:
+    def _stop(self, number: int, _: Any) -> None:
         self.told_to_stop = True
+        if number == signal.SIGHUP:
+            leave_terminal()
 
     def on_step(self, trainer: pl.Trainer, module: Recipe, step: int) -> None:
         stop = self.told_to_stop
@@ -318,33 +353,112 @@ class Checkpoints(StepCallback):
             raise error or UserError(f"rank 0 could not write {path}: see its message")
         if trainer.is_global_zero:
             if path.is_dir():
-                (path / WHOLE).touch()
+                write(path / WHOLE, json.dumps(of_files(path, files_in(path)), indent=2))
             for old in checkpoints(self.folder)[: -self.keep]:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
+                checksum_of(old).unlink(missing_ok=True)
+
+
+def leave_terminal() -> None:
+    """What is printed after the terminal was closed goes nowhere, where it would raise an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        try:
+            os.write(output, b"")
+        except OSError:
+            os.dup2(nowhere, output)
+    os.close(nowhere)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [p for p in folder.glob("step_*.ckpt") if p.is_file() or (p / WHOLE).exists()]
-    return sorted(found, key=step_of)
+    """Finished checkpoints, oldest first."""
+    found = [p for p in folder.glob("step_*.ckpt") if re.fullmatch(NAME, p.name)]
+    return sorted((p for p in found if p.is_file() or (p / WHOLE).exists()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    match = re.fullmatch(r"step_(\d+)\.ckpt", checkpoint.name)
+    match = re.fullmatch(NAME, checkpoint.name)
     assert match, checkpoint
     return int(match.group(1))
 
 
+def checksum_of(checkpoint: Path) -> Path:
+    """Where the checksum of a checkpoint file is, as `sha256sum -c` reads it."""
+    return checkpoint.with_name(checkpoint.name + CHECKSUM)
+
+
+def files_in(checkpoint: Path) -> list[str]:
+    """All files of a checkpoint folder but its marker."""
+    names = (str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file())
+    return sorted(name for name in names if name != WHOLE)
+
+
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that can be read; damaged ones are named and passed over."""
+    """The newest checkpoint that is whole; damaged ones are named and passed over. None: there are no checkpoints.
+
+    Every rank reads and hashes it, and so comes to the same.
+
+    Raises:
+        UserError: if there are checkpoints, and all are damaged
+    """
+    damaged: list[str] = []
     for path in reversed(checkpoints(folder)):
-        if path.is_dir():
+        if (complaint := damage(path)) is None:
             return path
-        try:
-            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            return path
-        except Exception as error:  # damaged files raise whatever they run into
-            if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
-                raise
-            print(f"warning: {path} cannot be read ({type(error).__name__}); trying an older checkpoint", flush=True)
+        damaged.append(f"{path.name}: {complaint}")
+        if is_first():
+            print(f"warning: {path} is damaged ({complaint}); trying an older checkpoint", flush=True)
+    if damaged:
+        raise UserError(
+            f"no checkpoint in {folder} is whole ({'; '.join(damaged)}): bring one back from a copy, or delete them to "
+            "train from the start"
+        )
     return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole.
+
+    One without a checksum (of an earlier version, or from a kill before it was written) must be readable.
+
+    Raises:
+        PermissionError: if it may not be read, which says nothing about it
+    """
+    try:
+        if path.is_dir():
+            kept = read_checksums(path / WHOLE)
+            wrong = [name for name, sum in kept.items() if not (path / name).is_file() or of_file(path / name) != sum]
+            return f"{wrong[0]} is not what was saved" if wrong else None
+        if (kept := read_checksums(checksum_of(path)).get(path.name)) and kept != of_file(path):
+            return "its bytes are not those that were saved"
+        if not kept and (torn := torn_record(path)):
+            return f"{torn} in it is torn"
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        missing = [key for key in NEEDED if not isinstance(content, dict) or key not in content]
+        if missing:
+            return f"it has no {missing[0]}"
+        if content["global_step"] != step_of(path):
+            return f"it holds step {content['global_step']}"
+        return None
+    except Exception as error:  # damaged files raise whatever they run into
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
+            raise
+        return f"it cannot be read, {type(error).__name__}"
+
+
+def read_checksums(path: Path) -> dict[str, str]:
+    """SHA-256 by name of file, of a checkpoint file or folder; empty where there are none, or none that can be read."""
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    if path.name == WHOLE:
+        kept = json.loads(text or "{}")  # of an earlier version: empty
+        return {str(name): str(sum) for name, sum in kept.items()}
+    match = re.fullmatch(r"([0-9a-f]{64})  (\S+)\n", text)
+    return {match[2]: match[1]} if match else {}
+
+
+def torn_record(path: Path) -> str | None:
+    """The first part of a checkpoint file that differs from the zip archive's own checksums, which are weaker."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()

@@ -8,10 +8,12 @@ as many for the rest. A resumed run continues under the same id.
 from __future__ import annotations
 
 import csv
+import io
 import os
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -49,10 +51,21 @@ class CSVLogger(Logger):
 
     @rank_zero_only
     def resume(self, step: int) -> None:
-        """Forget rows after `step`: they will be logged again. A row torn by a kill is after it, too."""
-        rows = self._rows()
-        self.columns = list(rows[0]) if rows else []
-        self._write([r for r in rows if (r["step"] or "").isdigit() and int(r["step"]) <= step])
+        """Forget rows after `step`: they will be logged again. A row torn by a kill or a full disk is, too.
+
+        Raises:
+            UserError: if the file is damaged, or cannot be written
+        """
+        try:
+            rows = self._rows()
+            whole = [r for r in rows if None not in r.values() and r["step"].isdigit() and int(r["step"]) <= step]
+            self.columns = [str(k) for k in rows[0] if k is not None] if rows else []
+        except (ValueError, LookupError, csv.Error) as error:
+            raise UserError(
+                f"{self.path} is damaged ({str(error) or type(error).__name__}): restore it, or move it away to go on "
+                "without the rows so far"
+            ) from error
+        self._write([{k: r[k] for k in self.columns} for r in whole])
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -61,7 +74,7 @@ class CSVLogger(Logger):
             rows = self._rows()
             self.columns += [k for k in row if k not in self.columns]
             self._write(rows)
-        with open(self.path, "a", newline="") as f:
+        with self._writing(), open(self.path, "a", newline="") as f:
             csv.DictWriter(f, self.columns).writerow(row)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -74,13 +87,22 @@ class CSVLogger(Logger):
             return list(csv.DictReader(f))
 
     def _write(self, rows: list[dict[str, str]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
-        with open(temporary, "w", newline="") as f:
-            writer = csv.DictWriter(f, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self.path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        with self._writing():
+            write(self.path, text.getvalue())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"could not write {self.path} ({(error.strerror or str(error)).lower()}): the checkpoints so far are "
+                "whole; free some space or check the disk, and give the same command, which resumes from them"
+            ) from error
 
 
 def make_loggers(settings: LoggerConfig, out: Path, name: str, config: Mapping[str, Any]) -> list[Logger]:

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 # what all runs of train.py from one command share unless a run's own words say otherwise
 SHARED = ("runs", "logger.kinds", "logger.wandb.mode", "logger.wandb.project", "debug")
 SHARED += ("trainer.accelerator", "trainer.threads")  # not devices: how many share a batch is part of what a run is
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 CONNECTED = timedelta(minutes=10)  # for all ranks to come to the store
 OURS = Path(__file__).parents[1]  # where `data` and `edit` are
 # what torchrun tells its ranks, and Lightning those that it starts itself
@@ -151,7 +151,8 @@ def _run(command: Sequence[str], when: str = "before") -> int:
     print(f"{when:<10}" + " ".join(command[1:]), flush=True)
     die = _die_with_parent if sys.platform == "linux" else None
     child = subprocess.Popen(command, preexec_fn=die, env=_environment())
-    kept = {s: signal.signal(s, lambda number, _: child.send_signal(number)) for s in FORWARDED}
+    heard = [s for s in FORWARDED if signal.getsignal(s) != signal.SIG_IGN]  # under nohup, no SIGHUP
+    kept = {s: signal.signal(s, lambda number, _: child.send_signal(number)) for s in heard}
     try:
         code = child.wait()
     except BaseException:

@@ -11,7 +11,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -23,8 +23,10 @@ from hydra.utils import instantiate
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from yaml import YAMLError
 
 import edit
 from edit.checkpoint import find, fingerprint, load, load_official, save, skeleton
@@ -40,7 +42,7 @@ from recipes.diffusion import Diffusion
 from recipes.evaluate import captions, check_told, conditions, environment, null_condition, settings
 from recipes.evaluate import run as evaluate
 from recipes.few_step import FewStep
-from recipes.files import write
+from recipes.files import is_first, locked, write
 from recipes.loggers import CSVLogger, close, log_artifact, log_summary, make_loggers
 from recipes.recipe import Settings
 from recipes.roles import Teacher
@@ -66,6 +68,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         SystemExit: with 143, if the run was told to stop before its last step
         UserError: for what the user can mend, in one sentence
     """
+    with ExitStack() as held:
+        return _run(cfg, held)
+
+
+def _run(cfg: DictConfig, held: ExitStack) -> dict[str, Any]:
+    """`run`, whose folder is locked from the moment that it is looked into until `held` is left."""
     quiet()
     OmegaConf.resolve(cfg)
     out = Path(cfg.runs) / cfg.name
@@ -120,6 +128,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         critic = make_critic(cfg, matching, teacher, build, structure)
         follow = cfg.critic.follow
         module = FewStep(build, structure, objective, how, matching, teacher, null, critic, follow, sight)
+    if is_first():
+        held.enter_context(locked(out))
+        refuse_other_run(cfg, out)  # again: another process may have written there until now
     resume = newest(out / "checkpoints")
     done = step_of(resume) if resume else 0
     first_rank = rank_zero_only.rank in (0, None)
@@ -465,9 +476,11 @@ def refuse_other_run(cfg: DictConfig, out: Path) -> None:
     """
     if not (out / "config.yaml").exists() or not (checkpoints(out / "checkpoints") or (out / "artifact").exists()):
         return
-    before, now = (flat(OmegaConf.to_container(c)) for c in (OmegaConf.load(out / "config.yaml"), cfg))
+    before, now = (flat(OmegaConf.to_container(c)) for c in (read_config(out / "config.yaml"), cfg))
     for settings_ in (before, now):
-        settings_["data.batch_size x trainer.devices x trainer.num_nodes"] = prod(settings_.get(k) or 1 for k in BATCH)
+        factors = [settings_.get(k) or 1 for k in BATCH]
+        whole = all(isinstance(v, int) for v in factors)  # not in a damaged file
+        settings_["data.batch_size x trainer.devices x trainer.num_nodes"] = prod(factors) if whole else factors
     defaults = flat(OmegaConf.to_container(OmegaConf.structured(Root)))  # an older run may not know every setting
     for key in {**before, **now}:
         free = key in FREE or key.split(".")[0] in FREE
@@ -476,6 +489,25 @@ def refuse_other_run(cfg: DictConfig, out: Path) -> None:
                 f"{out} holds a run with {key}={was}, this command says {now.get(key)}: give the new run "
                 f"another name=, or restore the setting to resume"
             )
+
+
+def read_config(path: Path) -> DictConfig:
+    """The configuration that a run was started with.
+
+    Raises:
+        UserError: if the file is damaged
+    """
+    try:
+        config = OmegaConf.load(path)
+        if isinstance(config, DictConfig) and "trainer" in config and "data" in config:
+            return config
+        reason = "it holds no trainer and data"
+    except (ValueError, OmegaConfBaseException, YAMLError, RecursionError) as error:
+        reason = str(error).split("\n")[0]
+    raise UserError(
+        f"{path} is damaged ({reason}), and with it what this run was started with: restore it, or delete it to go on "
+        "with the settings of this command"
+    )
 
 
 def refuse_other_teacher(cfg: DictConfig, out: Path, resumes: bool) -> None:
@@ -487,7 +519,11 @@ def refuse_other_teacher(cfg: DictConfig, out: Path, resumes: bool) -> None:
     if cfg.teacher.path is None:
         return
     kept, now = out / "teacher.json", fingerprint(cfg.teacher.path)
-    if resumes and kept.exists() and json.loads(kept.read_text())["fingerprint"] != now:
+    try:
+        before = json.loads(kept.read_text())["fingerprint"] if resumes and kept.exists() else now
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{kept} is damaged: delete it if {cfg.teacher.path} is the run's teacher") from error
+    if before != now:
         raise UserError(
             f"{out} began with another teacher: the weights at {cfg.teacher.path} have changed since; give the new run "
             "another name=, or restore them to resume"

@@ -1,9 +1,15 @@
 """Killed at any moment, the same command goes on bit-equal: data order, noise, average, optimiser, schedule."""
 
+import fcntl
 import multiprocessing as mp
 import os
+import select
 import signal
 import socket
+import sys
+import termios
+import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -33,8 +39,8 @@ def start(folder, *overrides, world=1, before=None):
     return processes
 
 
-def slow_steps():
-    """Make a step last long enough to be killed inside the run."""
+def slow_steps(say=lambda *_, **__: None):
+    """Make a step last long enough to be killed inside the run, and say so."""
     import time
 
     from recipes.diffusion import Diffusion
@@ -43,6 +49,7 @@ def slow_steps():
 
     def slow(self, batch, index):
         time.sleep(0.05)
+        say("slow", flush=True)
         return step(self, batch, index)
 
     Diffusion.training_step = slow
@@ -155,6 +162,66 @@ def test_sigterm_saves_the_step_and_the_same_command_finishes_equal(tmp_path):
     assert 4 < len(rows(tmp_path, "told")) < 12
     train(tmp_path, "name=told", "checkpoint.every=1000")
     assert losses(tmp_path, "told") == losses(tmp_path, "whole")
+
+
+def test_a_closed_terminal_saves_the_step_and_the_same_command_finishes_equal(tmp_path):
+    """A real one: the kernel hangs up, and whatever is printed afterwards fails."""
+    train(tmp_path, "name=whole")
+    ours, theirs = os.openpty()
+
+    def at_a_terminal():
+        os.close(ours)
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+        for stream in (0, 1, 2):
+            os.dup2(theirs, stream)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        slow_steps(print)
+
+    (process,) = start(tmp_path, "name=told", "checkpoint.every=1000", before=at_a_terminal)
+    os.close(theirs)
+    reader = threading.Thread(target=lambda: _read_until_closed(ours), daemon=True)
+    reader.start()
+    path = tmp_path / "told" / "metrics.csv"
+    kill_when(lambda: path.exists() and path.read_text().count("\n") > 5)
+    os.close(ours)
+    process.join()
+    done = len(rows(tmp_path, "told"))
+    assert 4 < done < 12 and newest(tmp_path / "told" / "checkpoints").name == f"step_{done:08d}.ckpt"
+    train(tmp_path, "name=told", "checkpoint.every=1000")
+    assert losses(tmp_path, "told") == losses(tmp_path, "whole")
+
+
+def _read_until_closed(terminal: int) -> None:
+    with suppress(OSError):
+        while True:
+            if select.select([terminal], [], [], 0.01)[0]:
+                os.read(terminal, 1000)
+
+
+def test_under_nohup_a_hang_up_stops_nothing(tmp_path):
+    def nohup():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        slow_steps()
+
+    (process,) = start(tmp_path, "name=a", before=nohup)
+    path = tmp_path / "a" / "metrics.csv"
+    kill_when(lambda: path.exists() and path.read_text().count("\n") > 2)
+    os.kill(process.pid, signal.SIGHUP)
+    process.join()
+    assert len(rows(tmp_path, "a")) == 12 and (tmp_path / "a" / "artifact").is_dir()
+
+
+def test_a_second_process_under_one_name_is_refused_and_the_first_is_not_disturbed(tmp_path):
+    train(tmp_path, "name=whole")
+    (process,) = start(tmp_path, "name=a", "data.workers=1", before=slow_steps)
+    path = tmp_path / "a" / "metrics.csv"
+    kill_when(lambda: path.exists() and path.read_text().count("\n") > 2)
+    with pytest.raises(UserError, match=rf"a is being written by process {process.pid} on .*another name="):
+        train(tmp_path, "name=a", "data.workers=1")
+    process.join()
+    assert losses(tmp_path, "a") == losses(tmp_path, "whole")
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
