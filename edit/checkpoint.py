@@ -20,8 +20,8 @@ import re
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edit import edits as editing
+from edit import trust
 from edit.denoiser import Denoiser, check_layout
 from edit.objectives import DDPM, FlowMatching, Objective
 from edit.sampling import Sampler, StockEuler, default_sampler
@@ -181,8 +182,8 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu", trusted: t
     return Artifact(
         path=path,
         denoiser=denoiser,
-        objective=editing.rebuild(objective, trusted) if objective else default_objective(denoiser),
-        sampler=editing.rebuild(sampler, trusted) if sampler else stock_sampler(denoiser, path),
+        objective=editing.rebuild(objective, trusted, Objective) if objective else default_objective(denoiser),
+        sampler=editing.rebuild(sampler, trusted, Sampler) if sampler else stock_sampler(denoiser, path),
         data=description["data"],
         run=description["run"],
     )
@@ -204,18 +205,37 @@ def skeleton(path: str | os.PathLike, trusted: tuple[str, ...] = ()) -> Denoiser
     path = find(path, weights=False)
     description, config = _read_description(path), _read_json(path / "config.json")
     family = _family(description["backbone"])
-    live = {name: editing.rebuild(node, trusted) for name, node in description["edits"].items()}
+    _refuse_enormous(description, config, path)
+    live = {name: editing.rebuild(node, trusted, editing.Edit) for name, node in description["edits"].items()}
     with torch.device("meta"):
         base = description["base"]
         if base is None:
-            base = family.from_stock(config, _stock_state(config) if published else _Headers(path))[0]
-        try:
+            headers = None if published else _Headers(path)
+            with _fault_of(f"{path / 'config.json'} does not fit this version of {family.name}"):
+                base = family.from_stock(config, _stock_state(config) if headers is None else headers)[0]
+        with _fault_of(f"the artifact's base does not fit this version of {family.name}"):
             denoiser = family.from_config(base)
-        except TypeError as error:
-            raise ValueError(f"the artifact's base does not fit this version of {family.name}: {error}") from error
-        editing.apply(denoiser, live, fresh=False)
+        with _fault_of("the artifact's edits do not fit its model"):
+            editing.apply(denoiser, live, fresh=False)
     denoiser.folded = list(description["folded"])
     return denoiser
+
+
+@contextmanager
+def _fault_of(what: str) -> Iterator[None]:
+    """A description comes from outside: what its values make of our code is a ValueError that says so."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{what}: {type(error).__name__}: {trust.cut(str(error), quoted=False)}") from error
+
+
+def _refuse_enormous(description: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:
+    """Nothing is built from a description whose numbers no model has."""
+    trust.refuse_enormous({k: v for k, v in description.items() if k != "run"}, str(path / "edits.json"))
+    trust.refuse_enormous(config, str(path / "config.json"))
 
 
 def edits_of(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -232,10 +252,31 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has artifact format {description.get('format')}, this version of edit reads {FORMAT}")
     if missing := [k for k in _PARTS if k not in description]:
         raise ValueError(f"{path / 'edits.json'} has no {missing[0]}: the artifact is not whole")
+    _check_parts(description, path / "edits.json")
     return description
 
 
-_PARTS = ("backbone", "base", "edits", "folded", "objective", "sampler", "data", "run")
+def _check_parts(description: Mapping[str, Any], file: Path) -> None:
+    """Raises ValueError where a part is not of the type that `save` writes."""
+    for part, kinds in _PARTS.items():
+        value = description[part]
+        items = value.values() if part == "edits" and isinstance(value, dict) else value if part == "folded" else ()
+        if not isinstance(value, kinds) or not all(isinstance(item, dict) for item in items):
+            raise ValueError(f"{file} holds {trust.cut(value)} for {part}: it was not written by edit.save")
+    if odd := [e for e in description["folded"] if not {"name", "_target_"} <= set(e)]:
+        raise ValueError(f"{file} holds {trust.cut(odd[0])} for folded: an edit has a name and an import path")
+
+
+_PARTS: dict[str, Any] = {
+    "backbone": str,
+    "base": dict | None,
+    "edits": dict,
+    "folded": list,
+    "objective": dict | None,
+    "sampler": dict | None,
+    "data": dict,
+    "run": dict,
+}
 
 
 def load_weights(denoiser: Denoiser, path: Path) -> None:
@@ -423,26 +464,16 @@ def _replaced(path: Path) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, expected an object")
-    return content
+    return trust.read_json(path)
 
 
 def _family(target: str) -> type[Denoiser]:
-    module, _, name = target.rpartition(".")
-    if not module.startswith("edit.backbones."):
-        raise ValueError(f"the artifact's backbone {target} is not one of edit.backbones")
+    if not target.startswith("edit.backbones."):
+        raise ValueError(f"the artifact's backbone {trust.cut(target, False)} is not one of edit.backbones")
     try:
-        family = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"the artifact's backbone {target} is not in this version of edit") from error
-    if not (isinstance(family, type) and issubclass(family, Denoiser)):
-        raise ValueError(f"the artifact's backbone {target} is not a Denoiser")
-    return family
+        return trust.named(target, ("edit",), (Denoiser,), "the artifact's backbone")
+    except ValueError as error:
+        raise ValueError(str(error).replace("the artifact's backbone asks for", "the artifact's backbone")) from error
 
 
 _STOCK_CLASSES = {
@@ -461,8 +492,9 @@ def _stock_name(config: Mapping[str, Any]) -> str:
         name = {"ada_norm_single": "PixArtTransformer2DModel", "ada_norm_zero": "DiTTransformer2DModel"}.get(
             str(config.get("norm_type")), name
         )
-    if name not in _STOCK_CLASSES:
-        raise ValueError(f"no backbone here reads a {name}; known are {', '.join(_STOCK_CLASSES)}")
+    if not isinstance(name, str) or name not in _STOCK_CLASSES:
+        shown = trust.cut(name, quoted=False)
+        raise ValueError(f"no backbone here reads a {shown}; known are {', '.join(_STOCK_CLASSES)}")
     return name
 
 
@@ -487,7 +519,10 @@ class _Headers(dict):
     def __init__(self, path: Path):
         index = path / f"{WEIGHTS}.index.json"
         if index.exists():
-            names = sorted(set(_read_json(index)["weight_map"].values()))
+            weights = _read_json(index).get("weight_map")
+            if not isinstance(weights, dict) or not all(isinstance(n, str) for n in weights.values()):
+                raise ValueError(f"{index} has no weight_map of tensors to files: it is not whole")
+            names = sorted(set(weights.values()))
             if bad := [n for n in names if Path(n).name != n]:
                 raise ValueError(f"{index} points outside its folder: {bad[0]}")
             self.files = [path / n for n in names]
