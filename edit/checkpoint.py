@@ -460,7 +460,7 @@ def _sampled(file: Path) -> Iterator[tuple[str, bytes]]:
 
 def _replaced(path: Path) -> Path:
     """Where `save` puts the artifact that it is about to replace."""
-    return path.with_name(f"{path.name}.old")
+    return path.parent / f"{path.name}.old"  # "/" and "." have no name
 
 
 def _read_json(path: Path) -> dict[str, Any]:

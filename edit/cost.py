@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 from edit import edits as editing
 from edit import trust
 from edit.checkpoint import default_objective, load
+from edit.command import Parser, guarded
 from edit.denoiser import Condition, Denoiser, Output, Spec, Step
 from edit.flops import Flops, Uncounted, uncounted
 from edit.objectives import Objective
@@ -472,9 +473,10 @@ keys:
   batch=N                               samples at a time; counts are per sample"""
 
 
-def main(argv: list[str] | None = None) -> int:
+@guarded
+def main(argv: list[str]) -> int:
     """The command line: 0 if all went well, 2 after one sentence on stderr about what the user can mend."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m edit.cost",
         description="Parameters, executed MACs and, if asked, latency and memory of a backbone or an artifact.",
         epilog=EXAMPLES,
@@ -573,7 +575,8 @@ def from_file(configs: Path, group: str, name: str) -> Any:
 
 
 def built(group: str, node: Any) -> Any:
-    """What a configuration group describes. Raises ValueError if it describes something else."""
+    """What a configuration group describes. Raises ValueError if it describes something else, or more than can be."""
+    trust.refuse_enormous(node, group)
     if group != "edits":
         return editing.rebuild(node, kind={"backbone": Spec, "sampler": Sampler}[group])
     if not isinstance(node, Mapping) or "_target_" in node:

@@ -217,8 +217,8 @@ def read(path: Path, limit: int) -> str:
         OSError: if it cannot be read
         ValueError: if it is larger than `limit` bytes, or no text in UTF-8
     """
-    if not path.is_file():  # a device or pipe has no end
-        raise FileNotFoundError(f"{path} is missing, or no file")
+    if path.exists() and not path.is_file():  # a device or pipe has no end
+        raise ValueError(f"{path} is no file")
     with open(path, "rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -246,25 +246,30 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def load_yaml(path: Path) -> DictConfig | ListConfig:
     """A YAML file of settings; raises as `read` does, and ValueError for what is none, or would not end."""
-    text = read(path, YAML_BYTES)
     try:
-        _refuse_bomb(text, path)
-        found = OmegaConf.load(io.StringIO(text))
+        return OmegaConf.load(io.StringIO(read_yaml(path)))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark else ""
         raise ValueError(f"{path}{where}: this is not valid YAML: {error.problem or error.context}") from error
     except (yaml.YAMLError, OSError) as error:  # OmegaConf has an OSError for a file that holds a single value
-        raise ValueError(f"{path} holds no settings: {' '.join(str(error).split())}") from error
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise ValueError(f"{path} holds no settings: {cut(str(error), quoted=False)}") from error
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deep: no settings need that") from error
-    return found
+
+
+def read_yaml(path: Path) -> str:
+    """The text of such a file, which is small once its anchors are written out, too."""
+    text = read(path, YAML_BYTES)
+    if re.search(r"\*\S", text):  # something refers to an anchor
+        _refuse_bomb(text, path)
+    return text
 
 
 def _refuse_bomb(text: str, path: Path) -> None:
     """Raises ValueError if anchors, written out, make a small file large, or endless."""
-    if not re.search(r"\*\S", text):
-        return  # nothing refers to an anchor
     sizes: dict[int, int] = {}
     above: set[int] = set()
 

@@ -51,6 +51,7 @@ def flat(error: BaseException) -> str:
     text = re.split(r"\n\s*(?:Config search path|full_key:|See https?:)", str(error))[0]
     if "Original Traceback" in text:  # a DataLoader worker's: the error itself is the last entry
         text = re.split(r"\n(?=[\w.]+: )", text)[-1].partition(": ")[2]
+    text = re.sub(r"^\w+ raised while resolving interpolation: ", "", text)
     return " ".join(text.split()) or type(error).__name__
 
 
@@ -72,9 +73,7 @@ def rule(
     return field(default=default, metadata=limits)
 
 
-def mistakes(
-    node: DictConfig | ListConfig, path: str, trusted: Sequence[str], hint: Any = None
-) -> Iterator[str]:
+def mistakes(node: DictConfig | ListConfig, path: str, trusted: Sequence[str], hint: Any = None) -> Iterator[str]:
     """One sentence for each mistake in a node and below it.
 
     Args:
@@ -151,7 +150,11 @@ def _check_fields(node: DictConfig, path: str) -> Iterator[str]:
             yield f"unknown key '{place}'{suggest(key, known)}"
         elif known[key].metadata and not OmegaConf.is_missing(node, key):
             or_null = " or null" if "None" in str(known[key].type) else ""
-            yield from _check_rule(node[key], place, or_null, **known[key].metadata)
+            try:
+                value = node[key]
+            except InterpolationResolutionError:
+                continue  # reported by `mistakes`
+            yield from _check_rule(value, place, or_null, **known[key].metadata)
 
 
 def _check_rule(
@@ -174,14 +177,16 @@ def _check_rule(
 # ---- targets --------------------------------------------------------------------------------------------------------
 
 
-def locate(path: str, trusted: Sequence[str]) -> Any:
+def locate(path: Any, trusted: Sequence[str]) -> Any:
     """The object that a `_target_` names.
 
     Raises:
         ValueError: if it lies outside the trusted packages (also if it was only imported into one of them, as in
             `torch.os.system`), or if there is no such module or name
     """
-    top, *rest = str(path).split(".")
+    if not isinstance(path, str):
+        raise ValueError(f"expected an import path, got {cut(path)}")
+    top, *rest = path.split(".")
     if top not in trusted:
         raise ValueError(
             f"{cut(path, quoted=False)} is in none of the trusted packages ({', '.join(trusted)}); if it is a class "
@@ -223,7 +228,7 @@ def _check_target(
             yield f"{prefix}{key}: arguments are given by their names and built at once; leave {key} out"
     try:
         target = locate(node._target_, trusted)
-        _check_kind(target, str(node._target_), hint)
+        _check_kind(target, node._target_, hint)
         parameters = inspect.signature(target).parameters
     except ValueError as error:
         yield f"{prefix}_target_: {flat(error)}"

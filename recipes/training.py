@@ -34,6 +34,7 @@ from edit.distillation.matching import Matching
 from edit.edits import describe
 from edit.objectives import Objective
 from edit.sampling import Sampler
+from edit.trust import load_yaml
 from recipes.callbacks import Checkpoints, Metrics, Preview, ProgressBar, checkpoints, newest, step_of
 from recipes.config import Root, UserError
 from recipes.diffusion import Diffusion
@@ -84,6 +85,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             raise UserError(f"teacher.path: {error}") from error
     data = instantiate(cfg.data.set, _convert_="all")
     build, structure, plan = builders(cfg, data, objective)
+    refuse_unrecorded(sampler, plan)
     terms = instantiate(cfg.terms, _convert_="all") or {}
     matching = instantiate(cfg.matching, _convert_="all")
     if matching is not None:
@@ -218,7 +220,7 @@ def builders(cfg: DictConfig, data: Any, objective: Objective):
     official = cfg.init is not None and str(cfg.init).endswith((".pt", ".pth"))
 
     def structure() -> Denoiser:
-        denoiser = spec.build() if cfg.init is None or official else skeleton(cfg.init)
+        denoiser = spec.build() if cfg.init is None or official else skeleton(cfg.init, tuple(cfg.trusted))
         denoiser.settle(data.shape, spec)
         return edit.apply(denoiser, edits, fresh=False)
 
@@ -230,7 +232,7 @@ def builders(cfg: DictConfig, data: Any, objective: Objective):
             denoiser = spec.build()
             load_official(denoiser, cfg.init)
         else:
-            denoiser = load(cfg.init).denoiser
+            denoiser = load(cfg.init, trusted=tuple(cfg.trusted)).denoiser
         denoiser.settle(data.shape, spec)
         return edit.apply(denoiser, edits)
 
@@ -266,6 +268,20 @@ def builders(cfg: DictConfig, data: Any, objective: Objective):
     if data.num_classes is not None and classes is not None and data.num_classes > classes:
         raise UserError(f"the data has {data.num_classes} classes, the backbone {classes}: set backbone.num_classes")
     return build, structure, plan
+
+
+def refuse_unrecorded(sampler: Sampler, student: Denoiser) -> None:
+    """A sampler is refused before the training whose previews it would end.
+
+    Raises:
+        UserError: if its solver is given maps that no edit of the student records
+    """
+    recorded = {name for e in student.applied.values() for name in e.records}
+    if lacking := next((name for name in sampler.solver.extras if name not in recorded), None):
+        raise UserError(
+            f"sampler.solver: {type(sampler.solver).__name__} needs a model that records {lacking!r}, and no edit of "
+            "this run does: add the one that does (edits=policy for a policy), or choose another sampler"
+        )
 
 
 def taught_at(teacher: Teacher | None, stored: Mapping[str, Any] | None) -> TeacherGuidance | None:
@@ -465,7 +481,7 @@ def refuse_other_run(cfg: DictConfig, out: Path) -> None:
     """
     if not (out / "config.yaml").exists() or not (checkpoints(out / "checkpoints") or (out / "artifact").exists()):
         return
-    before, now = (flat(OmegaConf.to_container(c)) for c in (OmegaConf.load(out / "config.yaml"), cfg))
+    before, now = (flat(OmegaConf.to_container(c)) for c in (load_yaml(out / "config.yaml"), cfg))
     for settings_ in (before, now):
         settings_["data.batch_size x trainer.devices x trainer.num_nodes"] = prod(settings_.get(k) or 1 for k in BATCH)
     defaults = flat(OmegaConf.to_container(OmegaConf.structured(Root)))  # an older run may not know every setting
