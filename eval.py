@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from edit.command import undecodable, unexpected
 from recipes.check import suggest
 from recipes.config import UserError
 from recipes.evaluate import DEFAULTS, Settings, run, run_folder, settings, short_names
@@ -53,12 +54,17 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"'{word}' is not a setting; settings are written key=value, such as artifact=runs/digits")
         if key not in keys:
             raise UserError(f"unknown key '{key}'{suggest(key, keys)}")
+        if "${" in text:
+            raise UserError(f"'{word}' refers to something, as only a configuration of train.py can: write the value")
         try:
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore
         except (yaml.YAMLError, ValueError) as error:
             raise UserError(f"the value of '{word}' cannot be read; put it in quotes") from error
         if key == "artifact":
-            given[key] += value if isinstance(value, list) else [value]
+            values = value if isinstance(value, list) else [value]
+            if not values or not all(isinstance(v, str | int | float) for v in values):
+                raise UserError(f"'{word}' names no folder; write artifact=runs/<name>")
+            given[key] += values
         elif key in given:
             raise UserError(f"{key} is given twice; only artifact may be")
         else:
@@ -98,6 +104,8 @@ def main(words: Sequence[str]) -> int:
     debug = any(word.lower() == "debug=true" for word in words)
     code = 2
     try:
+        if sentence := undecodable(words):
+            raise UserError(sentence)
         given = parse(words)
         chosen = settings({k: v for k, v in given.items() if k not in OWN})
         paths = folders(given["artifact"])
@@ -111,11 +119,16 @@ def main(words: Sequence[str]) -> int:
     except (UserError, OSError) as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return code
     except KeyboardInterrupt:
         print("interrupted: no report was written", file=sys.stderr)
         return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {unexpected(error)}", file=sys.stderr)
+        return 1
     failed = [a["name"] for a in report["artifacts"] if "error" in a]
     if failed:
         print(

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from edit.command import guarded
+
 
 def write(out: Path, count: int) -> Path:
     """Store text_encoder (CLIP), text_encoder_2 (T5), tokenizer, tokenizer_2 and prompts.txt, one caption per line.
@@ -41,18 +43,27 @@ def write(out: Path, count: int) -> Path:
     return prompts
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parse(words: Sequence[str]) -> tuple[Path, int]:
+    """Folder and number of prompts; raises ValueError for other words than these two settings."""
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    if given.keys() != {"out", "count"} or len(given) != len(words) or not given["count"].isdecimal():
+        raise ValueError(f"expected out=<folder> count=<how many prompts>, got {' '.join(words) or 'nothing'}")
+    return Path(given["out"]), int(given["count"])
+
+
+@guarded
+def main(words: Sequence[str]) -> int:
     """Returns the exit code: 0, 1 for what could not be done, 2 for a mistyped command."""
-    words = list(sys.argv[1:] if argv is None else argv)
     if not words or {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
-    given = dict(word.split("=", 1) for word in words if "=" in word)
-    if given.keys() != {"out", "count"} or len(given) != len(words) or not given["count"].isdecimal():
-        print(f"error: expected out=<folder> count=<how many prompts>, got {' '.join(words)}", file=sys.stderr)
+    try:
+        given = parse(words)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        print(f"prompts and encoders: {write(Path(given['out']), int(given['count'])).parent}")
+        print(f"prompts and encoders: {write(*given).parent}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

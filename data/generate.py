@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
+from edit.command import guarded
+
 SOLVERS = ("euler", "heun", "dpm", "ddim", "ddpm")
 CHOICES = {
     "solver": SOLVERS,
@@ -160,9 +162,9 @@ def number_of(variable: str, default: int) -> int:
         raise ValueError(f"the environment says {variable}={text!r}, expected a whole number: unset it") from error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@guarded
+def main(words: Sequence[str]) -> int:
     """Returns the exit code: 0, 1 for what could not be done, 2 for a mistyped command, 130 if interrupted."""
-    words = list(sys.argv[1:] if argv is None else argv)
     if not words or {"-h", "--help"} & set(words):
         print(f"{__doc__}\nKeys and their defaults\n{explained()}\n\n{SEVERAL}")
         return 0

@@ -6,7 +6,6 @@ import io
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from data.damage import Damaged, Tolerance
 from data.decoder import Decoder
 from data.encoders import VAE
 from data.pixels import to_uint8
-from data.split import CheckedSet, Split, flipped
+from data.split import CheckedSet, Split, flipped, opened
 from data.tars import ABSENT, Tars
 from edit import noise
 
@@ -191,17 +190,12 @@ def data_set(node: dict[str, Any] | None, purpose: str) -> Any:
     Raises:
         ValueError: if there is none, or it is none of this package
     """
-    target = str((node or {}).get("_target_"))
-    module, _, name = target.rpartition(".")
-    if not module.startswith("data."):
+    if not node or not str(node.get("_target_")).startswith("data."):
         raise ValueError(f"{purpose}, a VAE is needed (vae=<folder>): no data set of `data` is known that decodes them")
     try:
-        cls = getattr(import_module(module), name)
-        if not (isinstance(cls, type) and cls.__module__ == module and hasattr(cls, "to_images")):
-            raise ValueError(f"{purpose}, {target} was named, which is no data set")  # and is not called
-        return cls(**{k: v for k, v in (node or {}).items() if k != "_target_"})
-    except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"{purpose}, {target} is needed, which cannot be built: {error}") from error
+        return opened(node, who="the manifest")
+    except ValueError as error:
+        raise ValueError(f"{purpose}, {node['_target_']} is needed, which cannot be built: {error}") from error
 
 
 def text_length(described: dict | None) -> int | None:

@@ -13,10 +13,11 @@ import sys
 from collections.abc import Sequence
 
 from data.generate import number_of
+from edit.command import Parser, guarded
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m data.precompute",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -73,7 +74,8 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@guarded
+def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0, 1 for what could not be done, 130 if interrupted; argparse exits with 2."""
     options = vars(parser().parse_args(argv))
     import torch  # after --help and mistyped options were answered

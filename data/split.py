@@ -8,13 +8,17 @@ one on another number of ranks, sees the same pixels.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from edit import noise
+from data.tars import unkept
+from edit import noise, trust
+
+PLACES = ("cache",)  # arguments of data sets that say where to write
+LARGEST = {"count": 100_000, "held": 100_000, "copies": 1_000, "size": 16_384}  # that an artifact may ask for
 
 
 class Split(Protocol):
@@ -37,12 +41,9 @@ class Split(Protocol):
         ...
 
 
-class DataSet(Protocol):
-    shape: tuple[int, int, int]  # c y x of one training sample
-    num_classes: int | None
-    classes: list[str] | None  # their names, where known
-    # a set with texts has `text_length`: the tokens they all have, with their padding; None if they differ
-    # a set of latents has `decoder()`: a frozen module, latents b c y x -> pixels b 3 y x in [-1, 1], with gradients
+@runtime_checkable
+class Splits(Protocol):
+    """What tells that a class is one of a data set before it is built: no other may be named as one."""
 
     def train(self) -> Split: ...
 
@@ -51,6 +52,14 @@ class DataSet(Protocol):
     def to_images(self, x: Tensor) -> Tensor:
         """Samples as trained on, b c y x, for looking at: uint8 b y x 3."""
         ...
+
+
+class DataSet(Splits, Protocol):
+    shape: tuple[int, int, int]  # c y x of one training sample
+    num_classes: int | None
+    classes: list[str] | None  # their names, where known
+    # a set with texts has `text_length`: the tokens they all have, with their padding; None if they differ
+    # a set of latents has `decoder()`: a frozen module, latents b c y x -> pixels b 3 y x in [-1, 1], with gradients
 
 
 class CaptionedSplit(Split, Protocol):
@@ -72,6 +81,36 @@ class CheckedSet(DataSet, Protocol):
     def scores(self, images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
         """Parts of the caption that hold, b float32 each: 1, 0, or NaN where the caption does not speak of it."""
         ...
+
+
+def opened(node: Mapping[str, Any], trusted: Sequence[str] = (), who: str = "the artifact") -> DataSet:
+    """The data set that an artifact or a manifest describes. It comes from outside: nothing is written for it.
+
+    Args:
+        node: configuration, import path as `_target_`
+        trusted: packages besides `data` that it may be of
+        who: describes it
+
+    Raises:
+        ValueError: if it names something else than a data set, or arguments that are none of its
+        OSError: if what it reads is not there
+    """
+    given = {k: v for k, v in node.items() if k not in ("_target_", *PLACES)}
+    trust.refuse_enormous(given, who)
+    for key, limit in LARGEST.items():
+        if isinstance(given.get(key), int) and given[key] > limit:
+            raise ValueError(f"{who}: {key} is {trust.cut(given[key])}, expected at most {limit}")
+    cls = trust.named(node.get("_target_"), ("data", *trusted), (Splits,), who)
+    trust.check_arguments(cls, given, f"{who}'s")
+    if built := next((place for place, key, _ in trust.walk(given, who) if key == "_target_"), None):
+        raise ValueError(f"{who} asks for something to be built at {built}: a data set is described by plain values")
+    try:
+        with unkept():
+            return cls(**given)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # whatever it makes of a value of another type
+        raise ValueError(f"{type(error).__name__}: {trust.cut(str(error), quoted=False)}") from error
 
 
 def flipped(seed: int, draw: int) -> bool:

@@ -14,7 +14,8 @@ import resource
 import tarfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from glob import escape, glob
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,19 @@ def expand(shards: str | Sequence[str]) -> list[Path]:
     return found
 
 
+_keeps = ContextVar("keeps", default=True)  # whether an index that was made is written down
+
+
+@contextmanager
+def unkept() -> Iterator[None]:
+    """Shards that are opened inside are only read: an index that is there is used, one that is made is not kept."""
+    before = _keeps.set(False)
+    try:
+        yield
+    finally:
+        _keeps.reset(before)
+
+
 def load_index(path: Path, cache: str | None = None) -> dict[str, np.ndarray]:
     """The index of a shard, from disk if the shard has not changed since (size and time of change).
 
@@ -171,6 +185,8 @@ def load_index(path: Path, cache: str | None = None) -> dict[str, np.ndarray]:
     except Exception:  # absent, of another format, or damaged in any of zipfile's ways: it is only a copy
         pass
     index = scan(path)
+    if not _keeps.get():
+        return index
     temporary = kept.with_name(f"{kept.name}.tmp-{os.getpid()}")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)

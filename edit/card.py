@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import edit
+from edit import trust
 from edit.checkpoint import Artifact, is_hub_id
 from edit.edits import describe
 from edit.sampling import Euler, Grid, times
@@ -139,19 +140,17 @@ def recipe(folder: Path) -> dict[str, Any]:
     for place in (folder, folder.parent):
         if (place / "config.yaml").is_file() and (place == folder or folder.name == "artifact"):
             try:
-                config = OmegaConf.load(place / "config.yaml")
-                steps = OmegaConf.select(config, "trainer.max_steps")
-                chosen = {k: _resolved(OmegaConf.select(config, k)) for k in RECIPE if k in config}
+                # as it is written: a reference in it, such as to the environment of whoever reads it, stays a word
+                config: Any = OmegaConf.to_container(trust.load_yaml(place / "config.yaml"), resolve=False)
+                trainer = config.get("trainer")
+                steps = trainer.get("max_steps") if isinstance(trainer, Mapping) else None
+                chosen = {k: config[k] for k in RECIPE if k in config}
                 if not chosen.get("matching"):
                     chosen.pop("critic", None)  # which only these methods have
-            except (OmegaConfBaseException, YAMLError, ValueError, OSError):
+            except (OmegaConfBaseException, AttributeError, ValueError, OSError):
                 return {}  # another program's config.yaml
             return {k: v for k, v in {**chosen, "steps": steps}.items() if v not in (None, {}, [])}
     return {}
-
-
-def _resolved(value: Any) -> Any:
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def hub_id(path: str) -> str | None:

@@ -23,7 +23,6 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from edit import checksums
+from edit import checksums, trust
 from edit import edits as editing
 from edit.denoiser import Denoiser, check_layout
 from edit.objectives import DDPM, FlowMatching, Objective
@@ -198,8 +197,8 @@ def load(
         return Artifact(
             path=path,
             denoiser=denoiser,
-            objective=editing.rebuild(objective, trusted) if objective else default_objective(denoiser),
-            sampler=editing.rebuild(sampler, trusted) if sampler else stock_sampler(denoiser, path),
+            objective=editing.rebuild(objective, trusted, Objective) if objective else default_objective(denoiser),
+            sampler=editing.rebuild(sampler, trusted, Sampler) if sampler else stock_sampler(denoiser, path),
             data=description["data"],
             run=description["run"],
         )
@@ -223,11 +222,10 @@ def skeleton(path: str | os.PathLike, trusted: tuple[str, ...] = (), verify: boo
     if verify:
         checksums.verify(path, description, weights=False)
     family = _family(description["backbone"])
-    with _naming(path / "edits.json", "its edits cannot be made"):
-        live = {name: editing.rebuild(node, trusted) for name, node in description["edits"].items()}
+    _refuse_enormous(description, config, path)
     base = description["base"]
-    _refuse_sizes(path / "config.json", config)
-    _refuse_sizes(path / "edits.json", base or {})
+    with _naming(path / "edits.json", "its edits cannot be made"):
+        live = {name: editing.rebuild(node, trusted, editing.Edit) for name, node in description["edits"].items()}
     with torch.device("meta"):
         if base is None:
             with _naming(path / "config.json", f"the configuration does not fit this version of {family.name}"):
@@ -254,17 +252,10 @@ def _naming(file: Path, complaint: str) -> Iterator[None]:
         raise ValueError(f"{file}: {complaint}: {said}") from error
 
 
-LAYERS = 1000  # more are no model: building them would take minutes, even without weights
-
-
-def _refuse_sizes(file: Path, config: Mapping[str, Any]) -> None:
-    """Numbers that no model has are refused before anything of that size is built."""
-    for key, value in config.items():
-        limit = LAYERS if key == "depth" or key.endswith("layers") else 2**31 - 1
-        if isinstance(value, int) and abs(value) > limit:
-            raise ValueError(
-                f"{file}: {key}={str(value)[:20]} is no size that a model has (at most {limit}): the file is damaged"
-            )
+def _refuse_enormous(description: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:
+    """Nothing is built from a description whose numbers no model has."""
+    trust.refuse_enormous({k: v for k, v in description.items() if k != "run"}, str(path / "edits.json"))
+    trust.refuse_enormous(config, str(path / "config.json"))
 
 
 def edits_of(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -292,30 +283,31 @@ def read_description(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has artifact format {description.get('format')}, this version of edit reads {FORMAT}")
     if missing := [k for k in _PARTS if k not in description]:
         raise ValueError(f"{path / 'edits.json'} has no {missing[0]}: the artifact is not whole")
-    for part, kinds in _PARTS.items():
-        _refuse_kind(path / "edits.json", part, description[part], kinds)
-    for number, edit in enumerate(description["folded"]):
-        _refuse_kind(path / "edits.json", f"folded[{number}]", edit, (dict,))
+    _check_parts(description, path / "edits.json")
     return description
 
 
-# the parts of a description, and what they may be
-_PARTS: dict[str, tuple[type, ...]] = {
-    "backbone": (str,),
-    "base": (dict, type(None)),
-    "edits": (dict,),
-    "folded": (list,),
-    "objective": (dict, type(None)),
-    "sampler": (dict, type(None)),
-    "data": (dict,),
-    "run": (dict,),
+def _check_parts(description: Mapping[str, Any], file: Path) -> None:
+    """Raises ValueError where a part is not of the type that `save` writes."""
+    for part, kinds in _PARTS.items():
+        value = description[part]
+        items = value.values() if part == "edits" and isinstance(value, dict) else value if part == "folded" else ()
+        if not isinstance(value, kinds) or not all(isinstance(item, dict) for item in items):
+            raise ValueError(f"{file} holds {trust.cut(value)} for {part}: it was not written by edit.save")
+    if odd := [e for e in description["folded"] if not {"name", "_target_"} <= set(e)]:
+        raise ValueError(f"{file} holds {trust.cut(odd[0])} for folded: an edit has a name and an import path")
+
+
+_PARTS: dict[str, Any] = {
+    "backbone": str,
+    "base": dict | None,
+    "edits": dict,
+    "folded": list,
+    "objective": dict | None,
+    "sampler": dict | None,
+    "data": dict,
+    "run": dict,
 }
-
-
-def _refuse_kind(file: Path, key: str, value: Any, kinds: tuple[type, ...]) -> None:
-    if not isinstance(value, kinds):
-        wanted = " or ".join({str: "text", dict: "an object", list: "a list"}.get(kind, "null") for kind in kinds)
-        raise ValueError(f"{file}: {key} is {type(value).__name__}, expected {wanted}: the file is damaged")
 
 
 def load_weights(denoiser: Denoiser, path: Path) -> None:
@@ -499,30 +491,20 @@ def _sampled(file: Path) -> Iterator[tuple[str, bytes]]:
 
 def _replaced(path: Path) -> Path:
     """Where `save` puts the artifact that it is about to replace."""
-    return path.with_name(f"{path.name}.old")
+    return path.parent / f"{path.name}.old"  # "/" and "." have no name
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # no text, no JSON, a number of thousands of digits, a tower of lists
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, expected an object")
-    return content
+    return trust.read_json(path)
 
 
 def _family(target: str) -> type[Denoiser]:
-    module, _, name = target.rpartition(".")
-    if not module.startswith("edit.backbones."):
-        raise ValueError(f"the artifact's backbone {target} is not one of edit.backbones")
+    if not target.startswith("edit.backbones."):
+        raise ValueError(f"the artifact's backbone {trust.cut(target, False)} is not one of edit.backbones")
     try:
-        family = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"the artifact's backbone {target} is not in this version of edit") from error
-    if not (isinstance(family, type) and issubclass(family, Denoiser)):
-        raise ValueError(f"the artifact's backbone {target} is not a Denoiser")
-    return family
+        return trust.named(target, ("edit",), (Denoiser,), "the artifact's backbone")
+    except ValueError as error:
+        raise ValueError(str(error).replace("the artifact's backbone asks for", "the artifact's backbone")) from error
 
 
 _STOCK_CLASSES = {
@@ -541,8 +523,9 @@ def _stock_name(config: Mapping[str, Any]) -> str:
         name = {"ada_norm_single": "PixArtTransformer2DModel", "ada_norm_zero": "DiTTransformer2DModel"}.get(
             str(config.get("norm_type")), name
         )
-    if name not in _STOCK_CLASSES:
-        raise ValueError(f"no backbone here reads a {name}; known are {', '.join(_STOCK_CLASSES)}")
+    if not isinstance(name, str) or name not in _STOCK_CLASSES:
+        shown = trust.cut(name, quoted=False)
+        raise ValueError(f"no backbone here reads a {shown}; known are {', '.join(_STOCK_CLASSES)}")
     return name
 
 

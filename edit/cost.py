@@ -33,8 +33,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from edit import edits as editing
+from edit import trust
 from edit.checkpoint import default_objective, load
-from edit.denoiser import Condition, Denoiser, Output, Step
+from edit.command import Parser, guarded
+from edit.denoiser import Condition, Denoiser, Output, Spec, Step
 from edit.flops import Flops, Uncounted, uncounted
 from edit.objectives import Objective
 from edit.sampling import Sampler, default_sampler
@@ -177,7 +179,7 @@ def twin(denoiser: Denoiser, decided: bool = True) -> Denoiser:
     if _device(denoiser).type == "meta" and decided:
         return denoiser.eval()
     live = {
-        name: editing.rebuild(editing.describe(e), trusted=_homes(denoiser))
+        name: editing.rebuild(editing.describe(e), _homes(denoiser), editing.Edit)
         for name, e in denoiser.applied.items()
         if decided or not e.decides
     }
@@ -471,9 +473,10 @@ keys:
   batch=N                               samples at a time; counts are per sample"""
 
 
-def main(argv: list[str] | None = None) -> int:
+@guarded
+def main(argv: list[str]) -> int:
     """The command line: 0 if all went well, 2 after one sentence on stderr about what the user can mend."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m edit.cost",
         description="Parameters, executed MACs and, if asked, latency and memory of a backbone or an artifact.",
         epilog=EXAMPLES,
@@ -568,7 +571,17 @@ def from_file(configs: Path, group: str, name: str) -> Any:
             raise FileNotFoundError(f"no {group} files in {path.parent}: give the folder with --configs")
         close = difflib.get_close_matches(name, names, 3) or names
         raise FileNotFoundError(f"no {group} named {name}: the nearest are {', '.join(close)}")
-    return editing.rebuild(OmegaConf.to_container(OmegaConf.load(path), resolve=True))
+    return built(group, OmegaConf.to_container(trust.load_yaml(path), resolve=True))
+
+
+def built(group: str, node: Any) -> Any:
+    """What a configuration group describes. Raises ValueError if it describes something else, or more than can be."""
+    trust.refuse_enormous(node, group)
+    if group != "edits":
+        return editing.rebuild(node, kind={"backbone": Spec, "sampler": Sampler}[group])
+    if not isinstance(node, Mapping) or "_target_" in node:
+        raise ValueError(f"edits: expected edits by their names, got {trust.cut(node)}")
+    return {name: editing.rebuild(edit, kind=editing.Edit) for name, edit in node.items()}
 
 
 def changed(value: Any, name: str, changes: Mapping[str, Any]) -> Any:
@@ -598,7 +611,7 @@ def changed(value: Any, name: str, changes: Mapping[str, Any]) -> Any:
         if old is not None and not number and type(new) is not type(old):
             raise ValueError(f"{path} takes {type(old).__name__}, such as {old}, got {new!r}")
         node[last] = new
-    return editing.rebuild(tree[name])
+    return built(name, tree[name])
 
 
 def show(report: Mapping[str, Any]) -> None:

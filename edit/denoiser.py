@@ -6,6 +6,7 @@ f frames, y x grid rows and columns.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -328,6 +329,21 @@ def add(stream: Stream, branch: Branch, gate: Branch) -> Stream:
         text = torch.addcmul(text, gate.text, branch.text)
     # spelt out: on this path `replace` is felt
     return Stream(image, s.cond, s.layout, text, s.time, s.step, s.trace, s.tap)
+
+
+class Spec(ABC):
+    """The configuration of a backbone: any class whose `build()` takes nothing and makes a denoiser.
+
+    Nothing derives from it: it is what a configuration's `backbone` is compared with before it is called.
+    """
+
+    @abstractmethod
+    def build(self) -> Denoiser: ...
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        build = getattr(other, "build", None)
+        return callable(build) and list(inspect.signature(build).parameters) == ["self"]
 
 
 class Denoiser(nn.Module, ABC):

@@ -9,12 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass, replace
-from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from edit import trust
 from edit.denoiser import Condition, Denoiser, Output, Stream
 
 
@@ -28,6 +28,7 @@ class Edit(ABC):
     leads: ClassVar[bool] = False  # the model becomes a flow map, which is told where a step ends (Condition.end)
     keeps: ClassVar[bool] = False  # without a LoRA, and told the same, the model predicts what it did without this edit
     excludes: ClassVar[tuple[str, ...]] = ()  # class names of edits this one cannot live with
+    records: ClassVar[tuple[str, ...]] = ()  # maps that `readout` adds to the trace, for solvers that are given them
 
     @abstractmethod
     def apply(self, denoiser: Denoiser) -> nn.Module | None:
@@ -220,31 +221,41 @@ def describe(value: Any) -> dict[str, Any]:
     return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", **fields}
 
 
-def rebuild(node: Any, trusted: tuple[str, ...] = ()) -> Any:
-    """Build what `describe` wrote down. Import paths come from outside: only `edit` and trusted packages are imported.
+def rebuild(node: Any, trusted: tuple[str, ...] = (), kind: type = object) -> Any:
+    """Build what `describe` wrote down. It comes from outside: see `edit.trust` for what it may ask for.
+
+    Args:
+        node: JSON values
+        trusted: packages besides `edit` whose classes may be built
+        kind: what is built is one of these
 
     Raises:
-        ValueError: if a path leads outside those packages, to something that is no dataclass, or takes other fields
+        ValueError: if a path leads outside those packages, to something that is no dataclass or of another kind than
+            its place expects, or takes other fields
     """
+    trust.refuse_deep(node)
+    if kind is not object and not (isinstance(node, Mapping) and "_target_" in node):
+        raise ValueError(f"the artifact holds {trust.cut(node)} where {trust.said((kind,))} was expected")
+    return _rebuild(node, ("edit", *trusted), (kind,))
+
+
+def _rebuild(node: Any, packages: tuple[str, ...], kinds: trust.Kinds) -> Any:
     if isinstance(node, list):
-        return tuple(rebuild(v, trusted) for v in node)
+        return tuple(_rebuild(v, packages, kinds) for v in node)
     if not isinstance(node, Mapping):
         return node
     if "_target_" not in node:
-        return {k: rebuild(v, trusted) for k, v in node.items()}
-    path = node["_target_"]
-    if not isinstance(path, str):
-        raise ValueError(f"the artifact holds {path!r} where an import path was expected")
-    module, _, name = path.rpartition(".")
-    if module.split(".")[0] not in ("edit", *trusted):
-        raise ValueError(f"the artifact asks for {path}, outside of `edit`: trust its package to allow that")
-    try:
-        cls = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"the artifact asks for {path}, which this version of edit does not have") from error
-    if not (isinstance(cls, type) and is_dataclass(cls)):
+        return {k: _rebuild(v, packages, kinds) for k, v in node.items()}
+    cls = trust.named(path := node["_target_"], packages, kinds)
+    if not is_dataclass(cls):
         raise ValueError(f"the artifact asks for {path}, which is not a dataclass")
+    fields = {k: v for k, v in node.items() if k != "_target_"}
+    takes = trust.check_arguments(cls, fields)
+    given = {k: _rebuild(v, packages, trust.accepted(takes[k])) for k, v in fields.items()}
     try:
-        return cls(**{k: rebuild(v, trusted) for k, v in node.items() if k != "_target_"})
-    except TypeError as error:
-        raise ValueError(f"the artifact's {path} does not fit this version of edit: {error}") from error
+        return cls(**given)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a class makes of a value of another type
+        reason = f"{type(error).__name__}: {trust.cut(str(error), quoted=False)}"
+        raise ValueError(f"the artifact's {path} does not fit this version of edit: {reason}") from error

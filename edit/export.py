@@ -35,6 +35,7 @@ from edit import edits as editing
 from edit.backbones.stock import StockDenoiser
 from edit.card import Card, Licence, Origin, base_of, common, few_steps, licence_files, origin, origins, takes_text
 from edit.checkpoint import Artifact, default_objective, edits_of, load, save, split_state
+from edit.command import Parser, guarded
 from edit.denoiser import Denoiser
 from edit.sampling import FLOW_SCHEDULER as FLOW
 from edit.sampling import Euler, Sampler, StockEuler, default_sampler, times
@@ -598,10 +599,11 @@ examples:
 """
 
 
-def main(argv: list[str] | None = None) -> int:
+@guarded
+def main(argv: list[str]) -> int:
     """The command line: 0 if all went well, 2 after one sentence on stderr about what the user can mend."""
     description, examples, _ = (__doc__ or "").split("\n\n", 2)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m edit.export",
         description=description,
         epilog=KEYS + examples.replace("    ", "  "),

@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from edit.command import Parser, guarded
 from edit.cost import peak_flops, short
 from edit.denoiser import Condition, Denoiser, Unit
 from edit.edits import trains
@@ -495,9 +496,10 @@ class Request:
         return cls(**values, overrides=tuple(overrides))
 
 
-def main(argv: list[str] | None = None) -> int:
+@guarded
+def main(argv: list[str]) -> int:
     """The command line: 0 if the run fits, 1 if it does not, 2 after one sentence about what the user can mend."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m edit.plan",
         description="Memory per device and time of a training run, without weights, data or a GPU.",
         epilog=EXAMPLES,
@@ -526,21 +528,18 @@ def compose(configs: Path, overrides: Sequence[str]) -> Any:
         ValueError: for the first mistake in it; values that are missing are none, except in the backbone
     """
     import hydra
-    import yaml
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     from recipes.check import mistakes
-    from recipes.config import TRUSTED, explain, register
+    from recipes.config import TRUSTED, explain, register, unbuilt
 
     register()
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(configs.resolve())):
             cfg = hydra.compose("train", list(overrides))
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except Exception as error:  # what Hydra makes of words that are no settings is of many kinds
         raise ValueError(explain(error, configs, overrides)) from error
     found = mistakes(cfg, "", (*TRUSTED, *cfg.trusted))
-    wrong = [m for m in found if " has no value; " not in m or m.startswith("backbone")]
+    wrong = [m for m in found if " has no value; " not in m or m.startswith("backbone")] or list(unbuilt(cfg))
     if wrong:
         raise ValueError(wrong[0])
     return cfg

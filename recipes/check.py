@@ -12,13 +12,16 @@ import pkgutil
 import re
 import types
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass
 from math import inf
 from typing import Any, Literal, Union
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+
+from edit.trust import accepted, cut, is_kind, refuse_enormous, said
+from edit.trust import hints as annotations
 
 FEW, MANY = 12, 30  # names listed beside a near one, and where none is near
 
@@ -48,6 +51,7 @@ def flat(error: BaseException) -> str:
     text = re.split(r"\n\s*(?:Config search path|full_key:|See https?:)", str(error))[0]
     if "Original Traceback" in text:  # a DataLoader worker's: the error itself is the last entry
         text = re.split(r"\n(?=[\w.]+: )", text)[-1].partition(": ")[2]
+    text = re.sub(r"^\w+ raised while resolving interpolation: ", "", text)
     return " ".join(text.split()) or type(error).__name__
 
 
@@ -69,13 +73,21 @@ def rule(
     return field(default=default, metadata=limits)
 
 
-def mistakes(node: DictConfig | ListConfig, path: str, trusted: Sequence[str]) -> Iterator[str]:
-    """One sentence for each mistake in a node and below it; `path` is its place, '' for the root."""
+def mistakes(node: DictConfig | ListConfig, path: str, trusted: Sequence[str], hint: Any = None) -> Iterator[str]:
+    """One sentence for each mistake in a node and below it.
+
+    Args:
+        node: to look through
+        path: its place, '' for the root
+        trusted: packages that a `_target_` may name
+        hint: what is built here has this annotation; None: nothing is
+    """
+    hints: Mapping[str, Any] = {}
     if isinstance(node, DictConfig):
         if is_dataclass(OmegaConf.get_type(node)):
             yield from _check_fields(node, path)
         if "_target_" in node:
-            yield from _check_target(node, path, trusted)
+            hints = yield from _check_target(node, path, trusted, hint)
     keys = list(node) if isinstance(node, DictConfig) else range(len(node))
     for key in keys:
         place = f"{path}[{key}]" if isinstance(node, ListConfig) else f"{path}.{key}".lstrip(".")
@@ -89,7 +101,45 @@ def mistakes(node: DictConfig | ListConfig, path: str, trusted: Sequence[str]) -
                 yield f"{place}: {flat(error)}"
             continue
         if isinstance(child, DictConfig | ListConfig):
-            yield from mistakes(child, place, trusted)
+            below = hints.get(str(key)) if "_target_" in node else _built_at(place, path) or hint
+            if hint is None and below is not None:
+                yield from _check_sizes(child, place)
+            yield from mistakes(child, place, trusted, below)
+
+
+def _check_sizes(node: DictConfig | ListConfig, path: str) -> Iterator[str]:
+    try:
+        refuse_enormous(OmegaConf.to_container(node, resolve=True), path)
+    except OmegaConfBaseException:
+        pass  # what a reference in it lacks is reported by `mistakes`
+    except ValueError as error:
+        yield flat(error)
+
+
+# what is built from train.py's configuration, by its place; * is any name
+BUILT = {
+    "backbone": "edit.denoiser.Spec",
+    "data.set": "data.split.Splits",
+    "edits.*": "edit.edits.Edit",
+    "objective": "edit.objectives.Objective",
+    "data_weight": "edit.objectives.Ramp",
+    "terms.*": "edit.objectives.Term",
+    "matching": "edit.distillation.matching.Matching",
+    "sampler": "edit.sampling.Sampler",
+}
+# functions that stand where a value is expected, and compute it from nothing but their arguments
+FUNCTIONS = ("edit.pruning.patterns.aligned",)
+# Hydra's own words in a node, and the one thing that they may say: how nodes are built anyway
+HYDRA = {"_partial_": False, "_recursive_": True, "_convert_": "all"}
+
+
+def _built_at(place: str, parent: str) -> Any:
+    """The kind of class that a place of train.py's configuration takes; None where nothing is built."""
+    path = BUILT.get(place) or BUILT.get(f"{parent}.*")
+    if path is None:
+        return None
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def _check_fields(node: DictConfig, path: str) -> Iterator[str]:
@@ -100,7 +150,11 @@ def _check_fields(node: DictConfig, path: str) -> Iterator[str]:
             yield f"unknown key '{place}'{suggest(key, known)}"
         elif known[key].metadata and not OmegaConf.is_missing(node, key):
             or_null = " or null" if "None" in str(known[key].type) else ""
-            yield from _check_rule(node[key], place, or_null, **known[key].metadata)
+            try:
+                value = node[key]
+            except InterpolationResolutionError:
+                continue  # reported by `mistakes`
+            yield from _check_rule(value, place, or_null, **known[key].metadata)
 
 
 def _check_rule(
@@ -123,19 +177,20 @@ def _check_rule(
 # ---- targets --------------------------------------------------------------------------------------------------------
 
 
-def locate(path: str, trusted: Sequence[str]) -> Any:
+def locate(path: Any, trusted: Sequence[str]) -> Any:
     """The object that a `_target_` names.
-
-    The trusted packages keep out mistakes and the obvious attacks. They are no sandbox: read a stranger's config.
 
     Raises:
         ValueError: if it lies outside the trusted packages (also if it was only imported into one of them, as in
             `torch.os.system`), or if there is no such module or name
     """
-    top, *rest = str(path).split(".")
+    if not isinstance(path, str):
+        raise ValueError(f"expected an import path, got {cut(path)}")
+    top, *rest = path.split(".")
     if top not in trusted:
         raise ValueError(
-            f"{path} is in none of the trusted packages ({', '.join(trusted)}); if you trust it, set trusted=[{top}]"
+            f"{cut(path, quoted=False)} is in none of the trusted packages ({', '.join(trusted)}); if it is a class "
+            f"for edit and you trust its package, set trusted=[{cut(top, quoted=False)}]"
         )
     found = _import(top)
     for depth, name in enumerate(rest, 1):
@@ -163,16 +218,23 @@ def _import(module: str) -> types.ModuleType:
         raise ValueError(f"importing {module} needs the package {error.name}, which is not installed") from error
 
 
-def _check_target(node: DictConfig, path: str, trusted: Sequence[str]) -> Iterator[str]:
+def _check_target(
+    node: DictConfig, path: str, trusted: Sequence[str], hint: Any
+) -> Generator[str, None, Mapping[str, Any]]:
+    """Mistakes of a node that is to be built; returns the annotations of its arguments."""
     prefix = f"{path}." if path else ""
+    for key, value in OmegaConf.to_container(node).items():  # type: ignore[union-attr]
+        if str(key).startswith("_") and key != "_target_" and (key not in HYDRA or value != HYDRA[key]):
+            yield f"{prefix}{key}: arguments are given by their names and built at once; leave {key} out"
     try:
         target = locate(node._target_, trusted)
+        _check_kind(target, node._target_, hint)
         parameters = inspect.signature(target).parameters
     except ValueError as error:
         yield f"{prefix}_target_: {flat(error)}"
-        return
+        return {}
     name = getattr(target, "__qualname__", node._target_)
-    hints = _hints(target, parameters)
+    hints = annotations(target, parameters)
     named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     given = [str(key) for key in node if not str(key).startswith("_")]
@@ -191,26 +253,25 @@ def _check_target(node: DictConfig, path: str, trusted: Sequence[str]) -> Iterat
             near = suggest(value, _literals(hints[key])).split(" (")[0] if isinstance(value, str) else ""
             shown = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
             yield f"{prefix}{key}: expected {describe(hints[key])}, got {shown!r}{near if 'did you' in near else ''}"
-    if "_args_" not in node and not node.get("_partial_", False):
-        missing = [n for n, p in named.items() if p.default is p.empty and n not in given]
-        yield from (f"{prefix}{n}: {name} needs it and it is not given; add {prefix}{n}=..." for n in missing)
+    missing = [n for n, p in named.items() if p.default is p.empty and n not in given]
+    yield from (f"{prefix}{n}: {name} needs it and it is not given; add {prefix}{n}=..." for n in missing)
+    return hints
+
+
+def _check_kind(target: Any, path: str, hint: Any) -> None:
+    """Raises ValueError unless a `_target_` is a class that an annotation takes: see `edit.trust`."""
+    if hint is None:
+        raise ValueError(f"nothing is built here, so {path} is not called: leave it out")
+    kinds = accepted(hint)
+    if isinstance(target, type) and is_kind(target, kinds):
+        return
+    if path in FUNCTIONS and typing.get_type_hints(target)["return"] == hint:
+        return
+    what = f"{target.__module__}.{target.__qualname__}" if isinstance(target, type) else f"{path}, which is no class,"
+    raise ValueError(f"{said(kinds)} was expected, got {what}{' and is not called' * (what[-1] == ',')}")
 
 
 # ---- types ----------------------------------------------------------------------------------------------------------
-
-
-def _hints(target: Any, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """Annotations of the parameters; `Any` where one names something that exists for type checkers only."""
-    function = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
-    scope = getattr(function, "__globals__", {})
-
-    def resolve(annotation: Any) -> Any:
-        try:
-            return typing.get_type_hints(types.SimpleNamespace(__annotations__={"x": annotation}), scope)["x"]
-        except (NameError, TypeError, AttributeError, SyntaxError):
-            return Any
-
-    return {n: Any if p.annotation is p.empty else resolve(p.annotation) for n, p in parameters.items()}
 
 
 _SCALARS = {int: int, float: (int, float), str: str, bool: bool, type(None): type(None)}

@@ -17,20 +17,26 @@ import sys
 import traceback
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import hydra
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import (
@@ -41,9 +47,11 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from edit.command import DEBUG, undecodable, unexpected
+from edit.trust import cut, read_yaml
 from recipes.check import describe, flat, mistakes, rule, suggest
 
-TRUSTED = ("edit", "data", "recipes", "torch", "diffusers", "transformers")  # packages that a config may call into
+TRUSTED = ("edit", "data")  # packages whose classes a config may name, besides those that it trusts
 
 
 class UserError(Exception):
@@ -165,13 +173,72 @@ class Root:
     label_drop: float = rule(0.1, low=0, high=1)  # share of conditions replaced by the null condition
     init: str | None = None  # artifact folder or official checkpoint to start from; "": one must be given
     runs: str = "runs"
-    trusted: list[str] = field(default_factory=list)  # further packages that _target_ may name
+    # further packages whose classes _target_ may name, each of the kind that its place expects; what importing them
+    # does is done: name only packages of your own. It is the only way to anything outside of edit and data
+    trusted: list[str] = field(default_factory=list)
     debug: bool = False  # show tracebacks
 
 
 def register() -> None:
-    """Make `root_schema` available to the defaults lists of the YAML files."""
+    """What Hydra needs to compose our files: `root_schema` for their defaults lists, and a reader that refuses what is
+    no settings. A file cannot read the environment, which would be written into config.yaml and reports."""
     ConfigStore.instance().store(name="root_schema", node=Root)
+    Plugins.instance()  # registers Hydra's own sources, of which one is replaced
+    SourcesRegistry.instance().types[Files.scheme()] = Files
+    OmegaConf.register_new_resolver("oc.env", _refuse_environment, replace=True)
+
+
+class Files(FileConfigSource):
+    """The YAML files of a folder, each looked at before Hydra reads it."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        file = Path(self.path, self._normalize_file_name(config_path))
+        try:
+            if file.exists():
+                read_yaml(file)
+            return super().load_config(config_path)
+        except RecursionError as error:
+            raise ValueError(f"{file} is nested too deep: no settings need that") from error
+
+
+def _refuse_environment(*names: Any) -> NoReturn:
+    raise ValueError(
+        f"oc.env:{','.join(map(str, names))} reads the environment, which would be written into config.yaml and "
+        f'reports: write the value, or let the shell put it in, as in key="${names[0]}"'
+    )
+
+
+# what Hydra builds or sets for a run before we see it
+LAUNCHER = {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}
+SWEEPER = {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"}
+
+
+def check_hydra(node: DictConfig | None) -> Iterator[str]:
+    """One sentence for each part of Hydra's own section that would run something, and is not as Hydra has it."""
+    if not isinstance(node, DictConfig):
+        yield f"hydra: its own section stays as it is, got {cut(node)}; leave hydra out"
+        return
+    told: Any = OmegaConf.to_container(node)
+    job = told.get("job") or {}
+    sweeper = {k: v for k, v in (told.get("sweeper") or {}).items() if k != "max_batch_size" and v is not None}
+    own = {
+        "launcher": told.get("launcher") == LAUNCHER,
+        "sweeper": sweeper == SWEEPER,
+        "callbacks": not told.get("callbacks"),
+        "job.env_set": not job.get("env_set"),
+        "job.env_copy": not job.get("env_copy"),
+        **{kind: told.get(kind) in _logging(kind) for kind in ("job_logging", "hydra_logging")},
+    }
+    for key in (key for key, right in own.items() if not right):
+        value = OmegaConf.to_container(node).get(key) if "." not in key else job.get(key.removeprefix("job."))  # type: ignore
+        yield f"hydra.{key}: a configuration may not change what Hydra itself runs, got {cut(value)}; leave it out"
+
+
+@functools.cache
+def _logging(kind: str) -> list[Any]:
+    """Hydra's own choices of a logging configuration."""
+    folder = Path(hydra.__file__).parent / "conf/hydra" / kind
+    return [OmegaConf.to_container(OmegaConf.load(file)) for file in folder.glob("*.yaml")]
 
 
 # ---- check ----------------------------------------------------------------------------------------------------------
@@ -180,8 +247,8 @@ def register() -> None:
 def check(cfg: DictConfig) -> list[str]:
     """Every mistake that can be found without building anything, one sentence each; empty if there is none.
 
-    Values are compared with the rules of the schema, `_target_` nodes with the signatures they name. An argument that
-    the code adds when it builds the node is declared by `_partial_: true`, which waives the search for missing ones.
+    Values are compared with the rules of the schema, `_target_` nodes with the kind of class that their place expects
+    and with the signatures they name.
     """
     trusted = (*TRUSTED, *(OmegaConf.select(cfg, "trusted") or ()))
     errors = list(mistakes(cfg, "", trusted))
@@ -189,6 +256,9 @@ def check(cfg: DictConfig) -> list[str]:
 
 
 def _conflicts(cfg: DictConfig) -> Iterator[str]:
+    if absent := list(unbuilt(cfg)):
+        yield from absent
+        return
     yield from _check_name(cfg)
     yield from _check_optimizer(cfg)
     yield from _check_groups(cfg.optimizer.groups)
@@ -225,6 +295,18 @@ def _conflicts(cfg: DictConfig) -> Iterator[str]:
         if wanted and find_spec(package) is None:
             asker = f"trainer.strategy={trainer.strategy}" if package == "deepspeed" else f"logger {package}"
             yield f"{asker} needs the package {package}, which is not installed: pip install 'edit-dit[{package}]'"
+
+
+def unbuilt(cfg: DictConfig) -> Iterator[str]:
+    """What is built must be there, and say how."""
+    for place in ("backbone", "data", "objective", "sampler"):
+        node = cfg[place]
+        if node is None:
+            yield f"{place}=null: a run needs one; choose one with {place}=..."
+        elif place == "data" and not (isinstance(node, DictConfig) and isinstance(node.get("set"), DictConfig)):
+            yield f"data: expected a section with set, batch_size and workers, got {cut(node)}"
+        elif "_target_" not in (node := node.set if place == "data" else node):
+            yield f"{place}: expected a section with _target_, got {cut(node)}; choose one with {place}=..."
 
 
 def _check_name(cfg: DictConfig) -> Iterator[str]:
@@ -275,7 +357,8 @@ def _check_teacher(cfg: DictConfig) -> Iterator[str]:
     def number(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
-    if not isinstance(cfg.data_weight, DictConfig) and not number(cfg.data_weight):
+    ramp = isinstance(cfg.data_weight, DictConfig) and "_target_" in cfg.data_weight
+    if not ramp and not number(cfg.data_weight):
         yield f"data_weight: expected a number of at least 0 or a section with _target_, got {cfg.data_weight!r}"
     path, placement, scale = cfg.teacher.path, cfg.teacher.placement, cfg.teacher.guidance
     if placement == "tied" and path is not None:
@@ -296,8 +379,8 @@ def _check_matching(cfg: DictConfig) -> Iterator[str]:
         if cfg.critic.follow or cfg.critic.start != "teacher":
             yield "critic: only a few-step method (matching) has one: leave the section out"
         return
-    if not isinstance(cfg.matching, DictConfig):
-        yield f"matching: expected a section with _target_, got {cfg.matching!r}"
+    if not isinstance(cfg.matching, DictConfig) or "_target_" not in cfg.matching:
+        yield f"matching: expected a section with _target_, got {cut(cfg.matching)}"
     if cfg.terms:
         yield f"matching and terms are two ways to train: leave out terms.{next(iter(cfg.terms))} or matching"
     if cfg.data_weight != 1.0:
@@ -309,24 +392,65 @@ def _check_matching(cfg: DictConfig) -> Iterator[str]:
 
 
 def _check_stage(place: str, words: Any) -> Iterator[str]:
+    try:
+        words = OmegaConf.create([*words]) if OmegaConf.is_list(words) else words
+    except InterpolationResolutionError:
+        return  # ${hydra:...}: the job itself checks them again
     if not OmegaConf.is_list(words) or not words or not all(isinstance(w, str) for w in words):
-        yield f"{place}: expected a list of settings such as [experiment=flux_tiny/teacher], got {words}"
+        yield f"{place}: expected a list of settings such as [experiment=flux_tiny/teacher], got {cut(words)}"
         return
-    module, *settings = words if "=" not in words[0] else [None, *words]
-    if module is not None and not re.fullmatch(r"(data|edit|recipes)(\.\w+)+", module):
-        yield (
-            f"{place}: {module!r} is neither a setting, key=value, nor a module of data, edit or recipes such as "
-            "data.generate"
-        )
-    elif module is not None and not (Path(__file__).parents[1] / module.replace(".", "/")).with_suffix(".py").is_file():
-        yield f"{place}: there is no module {module}; one that makes what a run needs is data.generate"
-    if module is None and place.startswith("after"):
-        yield f"{place}: expected a module of ours and its settings, such as [edit.export, artifact=...], got {words}"
-    if odd := next((w for w in settings if "=" not in w), None):
-        yield f"{place}: expected settings, key=value, after the first word, got {odd}"
     for word, written in zip(words, OmegaConf.to_container(words), strict=True):
         if word.endswith("=None") and (source := re.search(r"\$\{([\w.]+)\}$", written)):
             yield f"{source[1]} has no value, and {place} needs it for {written}; give one with {source[1]}=..."
+            return
+    module, *settings = words if "=" not in words[0] else [None, *words]
+    if module is not None and module not in STAGES:
+        known = suggest(module, STAGES)
+        yield f"{place}: {cut(module)} is neither a setting, key=value, nor a module that is run{known}"
+        return
+    if module is None and place.startswith("after"):
+        yield f"{place}: expected a module of ours and its settings, such as [edit.export, artifact=...], got {words}"
+        return
+    dashes = "--" if module == "data.precompute" else ""
+    begins = re.compile(rf"{dashes}(\+{{1,2}}|~)?\w")  # not an option of the program
+    if odd := next((w for w in settings if "=" not in w or not begins.match(w)), None):
+        yield f"{place}: expected settings, {dashes}key=value, after the first word, got {cut(odd)}"
+    elif module is not None and (wrong := _refused_by(module, settings)):
+        yield f"{place}: {module}: {wrong}"
+
+
+# modules that may be run before or after a run
+STAGES = ("data.embedded", "data.generate", "data.precompute", "edit.export", "recipes.prune")
+
+
+def _refused_by(module: str, words: Sequence[str]) -> str | None:
+    """What the module's own reading of its words says against them, so that it is said before anything runs."""
+    words = [word for word in words if word.lower() not in DEBUG]
+    try:
+        if module in ("data.embedded", "data.generate"):
+            import_module(module).parse(words)
+        elif module == "data.precompute":
+            from data.precompute import parser
+
+            told = parser()
+            told.error = _refuse  # type: ignore[method-assign]
+            told.parse_args(words)
+        elif module == "edit.export":
+            from edit.export import parsed
+
+            parsed(list(words))
+        else:
+            from recipes.prune import parse as read
+
+            read(words)
+    except (UserError, ValueError) as error:
+        return flat(error)
+    return None
+
+
+def _refuse(message: str) -> NoReturn:
+    """In place of `ArgumentParser.error`, which prints how a command is used and ends the process."""
+    raise UserError(message)
 
 
 def _check_evaluate(chosen: Any) -> Iterator[str]:
@@ -346,18 +470,19 @@ def _check_evaluate(chosen: Any) -> Iterator[str]:
 # ---- explain --------------------------------------------------------------------------------------------------------
 
 
-def explain(error: Exception, config_dir: Path, overrides: Sequence[str]) -> str:
+def explain(error: Exception, config_dir: Path, overrides: Sequence[str], primary: str = "train") -> str:
     """One sentence for what Hydra, OmegaConf or YAML said against a configuration.
 
     Args:
         error: as raised by `hydra.compose`
         config_dir: the folder of the YAML groups
         overrides: the `key=value` words of the command line
+        primary: the file that all begins with
     """
     if isinstance(error, OverrideParseException):
         return _explain_override(error.override)
     if isinstance(error, MissingConfigException):
-        return _explain_missing(error, config_dir, overrides)
+        return _explain_missing(error, config_dir, overrides, primary)
     if odd := next((o for o in overrides if not _KEY.match(o)), None):
         return _explain_override(odd)
     if isinstance(error, yaml.MarkedYAMLError):
@@ -370,9 +495,7 @@ def explain(error: Exception, config_dir: Path, overrides: Sequence[str]) -> str
     if taken := re.search(r"An item is already at '(.+?)'", str(error)):
         return f"{taken[1]} is in the config already; write {taken[1]}=... without the +"
     if "Config group override must be a string" in str(error):  # backbone=3, which Hydra does not name
-        groups = [o.partition("=") for o in overrides if o.partition("=")[0] in _groups(config_dir)]
-        group, _, value = next(o for o in groups if not re.match(r"[A-Za-z_\[]", o[2]))
-        return f"there is no {group} named '{value}'{suggest(value, _options(config_dir, group))}"
+        return _explain_choice(config_dir, overrides)
     file = re.match(r"In '(.+?)'", str(error))
     prefix = f"{config_dir.name}/{file[1]}.yaml: " if file else ""
     cause = error.__cause__ or error.__context__
@@ -382,6 +505,17 @@ def explain(error: Exception, config_dir: Path, overrides: Sequence[str]) -> str
         return prefix + _explain_value(cause)
     if group := re.search(r"Could not override '(.+?)'", str(error)):
         return f"{prefix}there is no config group '{group[1]}'{suggest(group[1], _groups(config_dir))}"
+    known = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError)
+    if not isinstance(error, known):
+        return unexpected(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}; correct the path or its permissions"
+    if isinstance(error, InterpolationResolutionError):
+        word = next((o for o in overrides if "${" in o), "")
+        prefix = f"{error.full_key or word}: ".removeprefix(": ")
+    section = next((o for o in overrides if "=[" in o or "={" in o), None)
+    if section and "Cannot merge" in f"{error} {error.__cause__}":
+        return f"'{section}' puts a list where a section with keys of its own is, or the other way round"
     return prefix + flat(cause if isinstance(cause, OmegaConfBaseException) else error).removeprefix(prefix)
 
 
@@ -398,13 +532,26 @@ def _explain_override(override: str) -> str:
     return f"the value of '{override}' cannot be read; put it in quotes that reach the program: \"{key}='{quoted}'\""
 
 
-def _explain_missing(error: MissingConfigException, config_dir: Path, overrides: Sequence[str]) -> str:
+def _explain_choice(config_dir: Path, overrides: Sequence[str]) -> str:
+    """Of words such as backbone=3, sampler=null or hydra=null, the first that chooses no file."""
+    for word in overrides:
+        group, _, value = word.partition("=")
+        group = group.lstrip("+")
+        if "." in group or re.match(r"(?!(null|true|false)$)[A-Za-z_\['\"]", value, re.IGNORECASE):
+            continue
+        if group in _groups(config_dir):
+            return f"there is no {group} named '{value}'{suggest(value, _options(config_dir, group))}"
+        return f"'{word}' chooses no file: {group} is no group of ours{suggest(group, _groups(config_dir))}"
+    return "a group is given something else than the name of one of its files"
+
+
+def _explain_missing(error: MissingConfigException, config_dir: Path, overrides: Sequence[str], primary: str) -> str:
     wanted = error.missing_cfg_file or ""
     if not config_dir.is_dir():
         return f"there is no configuration folder {config_dir}"
-    if "/" not in wanted:
+    if "/" not in wanted or wanted.strip("/").removesuffix(".yaml") == primary.strip("/").removesuffix(".yaml"):
         names = [file.stem for file in config_dir.glob("*.yaml")]
-        return f"there is no {wanted}.yaml in {config_dir}{suggest(wanted, names)}"
+        return f"there is no {wanted.removesuffix('.yaml')}.yaml in {config_dir}{suggest(wanted, names)}"
     # backbone=tny asks for backbone/tny; a group may have folders, so the override decides where the value begins
     group = next((k for k, _, v in (o.partition("=") for o in overrides) if f"{k}/{v}" == wanted), wanted.split("/")[0])
     value = wanted.removeprefix(f"{group}/")
@@ -442,6 +589,8 @@ def _explain_value(cause: OmegaConfBaseException) -> str:
         value = repr(given[1])
     if is_dataclass(owner) and key in {f.name for f in fields(owner)}:
         hint = typing.get_type_hints(owner)[key]
+        if is_dataclass(hint):
+            return f"{full}: expected a section with keys of its own, got {value}"
     else:  # an item of a list or mapping
         hint = (*typing.get_args(cause.ref_type), Any)[-2 if typing.get_args(cause.ref_type) else -1]
     return f"{full}: expected {describe(hint)}, got {value}"
@@ -474,24 +623,30 @@ def launch(
         config_dir: its folder
         argv: replaces `sys.argv[1:]`, for good: launchers of further ranks repeat the command line from there
     """
-    register()
     words = list(sys.argv[1:] if argv is None else argv)
-    args, unknown = get_args_parser().parse_known_intermixed_args(words)
-    if unknown:
-        _say(f"there is no option {unknown[0]}; settings are written key=value, for example trainer.max_steps=200")
+    full = _full_errors()
+    try:
+        _launch(task, config_name, config_dir, words)
+    except UserError as error:
+        _say(*str(error).split("\n"))
         sys.exit(2)
-    flags = [word for word in words if word not in args.overrides]
+    except KeyboardInterrupt:
+        _say("interrupted before the run began", label="")
+        sys.exit(130)
+    except Exception as error:  # of Hydra, about its options, folders and sweeps
+        if full or "debug=true" in words:
+            traceback.print_exc()
+        _say(explain(error, config_dir, [word for word in words if not word.startswith("-")], config_name))
+        sys.exit(2 if isinstance(error, ValueError | HydraException) else 1)
+
+
+def _launch(task: Callable[[DictConfig], Any], config_name: str, config_dir: Path, words: list[str]) -> None:
+    register()
+    args, flags = _parse(words)
     sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
     config_dir = Path(args.config_path or config_dir).resolve()
     if not (args.help or args.hydra_help or args.shell_completion or args.info):
-        try:
-            fixed = _refuse_mistakes(args, config_name, config_dir, sweep, _full_errors())
-        except UserError as error:
-            _say(*str(error).split("\n"))
-            sys.exit(2)
-        except KeyboardInterrupt:
-            _say("interrupted before the run began", label="")
-            sys.exit(130)
+        fixed = _refuse_mistakes(args, config_name, config_dir, sweep)
         if sweep:  # a job's folder is named after what distinguishes it from the others
             fixed = ",".join(f"'{key}'" for key in (*fixed, "name", "runs"))
             args.overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]")
@@ -503,14 +658,64 @@ def launch(
         if HydraConfig.get().mode == RunMode.MULTIRUN and "name" in cfg and "runs" in cfg:
             with open_dict(cfg):
                 cfg.name = os.path.relpath(HydraConfig.get().runtime.output_dir, cfg.runs)
-        codes.append(_guard(task, cfg))
+        with _hydra_errors(shown):
+            codes.append(_guard(_checked(task), cfg))
 
-    hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(job)()
+    shown = os.environ.get("HYDRA_FULL_ERROR")
+    with _hydra_errors("1"):  # or Hydra prints what it meets, and ends the process
+        hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(job)()
     if any(codes):
         sys.exit(max(codes))
 
 
-def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool, full: bool) -> list[str]:
+@contextmanager
+def _hydra_errors(full: str | None) -> Iterator[None]:
+    """HYDRA_FULL_ERROR is this while the block runs."""
+    before = os.environ.pop("HYDRA_FULL_ERROR", None)
+    try:
+        if full is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full
+        yield
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _parse(words: list[str]) -> tuple[Any, list[str]]:
+    """Hydra's reading of the words, and those of them that are its options.
+
+    Raises:
+        UserError: for words that are neither settings nor options that this program has
+    """
+    if sentence := undecodable(words):
+        raise UserError(sentence)
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    args, unknown = parser.parse_known_intermixed_args(words)
+    if unknown:
+        raise UserError(
+            f"there is no option {unknown[0]}; settings are written key=value, for example trainer.max_steps=200"
+        )
+    if args.experimental_rerun is not None:
+        raise UserError("--experimental-rerun reads a pickle, which may run anything: give the command again instead")
+    if args.config_dir is not None and not Path(args.config_dir).is_dir():
+        raise UserError(f"--config-dir={args.config_dir}: there is no such folder")
+    return args, [word for word in words if word not in args.overrides]
+
+
+def _checked(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """The task, after another look at its configuration: references to the running job can be followed only now."""
+
+    def checked(cfg: DictConfig) -> None:
+        if errors := check(cfg):
+            raise UserError(errors[0])
+        task(cfg)
+
+    return checked
+
+
+def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool) -> list[str]:
     """Compose and check each value of a sweep once, or the one run. Returns the keys that the sweep leaves fixed."""
     overrides, name = list(args.overrides), args.config_name or config_name
     extra = [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
@@ -521,13 +726,22 @@ def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool,
             if sweep:
                 jobs, fixed = _jobs(overrides)
             for job in jobs:
-                cfg = compose(name, [*job, *extra])
-                if not args.cfg and (errors := check(cfg)):  # --cfg shows what was composed, right or wrong
+                cfg = compose(name, [*job, *extra], return_hydra_config=True)
+                own = OmegaConf.select(cfg, "hydra")
+                with open_dict(cfg):
+                    cfg.pop("hydra", None)
+                if args.cfg:  # shows what was composed, right or wrong
+                    continue
+                if OmegaConf.get_type(cfg) is not Root:
+                    raise UserError(f"{name} is no configuration of a run: its defaults do not begin with root_schema")
+                if errors := [*check_hydra(own), *check(cfg)]:
                     raise UserError("\n".join(errors))
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
-        if full:
+    except UserError:
+        raise
+    except Exception as error:  # what Hydra makes of words that are no settings is of many kinds
+        if _full_errors():
             raise
-        raise UserError(explain(error, config_dir, overrides)) from error
+        raise UserError(explain(error, config_dir, overrides, name)) from error
     return fixed
 
 
@@ -542,6 +756,8 @@ def _jobs(overrides: Sequence[str]) -> tuple[list[list[str]], list[str]]:
         elif override.is_discrete_sweep():
             key = override.get_key_element()
             columns.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            raise UserError(f"'{override.input_line}' is no list of values: give them, as in seed=0,1,2")
     length = max((len(column) for column in columns), default=1)
     return [[column[min(i, len(column) - 1)] for column in columns] for i in range(length)], fixed
 

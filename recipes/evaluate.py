@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from recipes.check import describe, locate, rule, suggest
+from recipes.check import describe, rule, suggest
 from recipes.config import UserError, check
 from recipes.yardstick import GRID, Yardstick, progress
 
@@ -389,13 +389,13 @@ def build_data(artifact: Artifact, trusted: Sequence[str] = ()) -> DataSet:
     Raises:
         UserError: if it does not say, or names something outside of `data` and the trusted packages
     """
-    node = dict(artifact.data)
-    target = node.pop("_target_", None)
-    if target is None:
+    from data.split import opened
+
+    if "_target_" not in artifact.data:
         raise UserError(f"{artifact.path} does not say which data it was trained on: it was not made by train.py")
     try:
-        return locate(target, ("data", *trusted))(**node)
-    except (ValueError, TypeError, OSError) as error:
+        return opened(artifact.data, trusted)
+    except (ValueError, OSError) as error:
         raise UserError(f"the data set of {artifact.path} cannot be opened: {error}") from error
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from edit.command import guarded
 from recipes.check import rule, suggest
 from recipes.config import UserError, check
 from recipes.files import write
@@ -50,6 +51,7 @@ class Settings:
     device: str = "auto"
 
 
+@guarded
 def main(words: Sequence[str]) -> int:
     """Exit code: 0, 1 for what could not be done, 2 for a mistake in the command, 130 after Ctrl-C."""
     if not words or {"--help", "-h"} & set(words):

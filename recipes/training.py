@@ -26,7 +26,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from yaml import YAMLError
 
 import edit
 from edit.checkpoint import find, fingerprint, load, load_official, save, skeleton
@@ -36,6 +35,7 @@ from edit.distillation.matching import Matching
 from edit.edits import describe
 from edit.objectives import Objective
 from edit.sampling import Sampler
+from edit.trust import load_yaml
 from recipes.callbacks import Checkpoints, Metrics, Preview, ProgressBar, checkpoints, newest, step_of
 from recipes.config import Root, UserError
 from recipes.diffusion import Diffusion
@@ -92,6 +92,7 @@ def _run(cfg: DictConfig, held: ExitStack) -> dict[str, Any]:
             raise UserError(f"teacher.path: {error}") from error
     data = instantiate(cfg.data.set, _convert_="all")
     build, structure, plan = builders(cfg, data, objective)
+    refuse_unrecorded(sampler, plan)
     terms = instantiate(cfg.terms, _convert_="all") or {}
     matching = instantiate(cfg.matching, _convert_="all")
     if matching is not None:
@@ -229,7 +230,7 @@ def builders(cfg: DictConfig, data: Any, objective: Objective):
     official = cfg.init is not None and str(cfg.init).endswith((".pt", ".pth"))
 
     def structure() -> Denoiser:
-        denoiser = spec.build() if cfg.init is None or official else skeleton(cfg.init)
+        denoiser = spec.build() if cfg.init is None or official else skeleton(cfg.init, tuple(cfg.trusted))
         denoiser.settle(data.shape, spec)
         return edit.apply(denoiser, edits, fresh=False)
 
@@ -241,7 +242,7 @@ def builders(cfg: DictConfig, data: Any, objective: Objective):
             denoiser = spec.build()
             load_official(denoiser, cfg.init)
         else:
-            denoiser = load(cfg.init).denoiser
+            denoiser = load(cfg.init, trusted=tuple(cfg.trusted)).denoiser
         denoiser.settle(data.shape, spec)
         return edit.apply(denoiser, edits)
 
@@ -277,6 +278,20 @@ def builders(cfg: DictConfig, data: Any, objective: Objective):
     if data.num_classes is not None and classes is not None and data.num_classes > classes:
         raise UserError(f"the data has {data.num_classes} classes, the backbone {classes}: set backbone.num_classes")
     return build, structure, plan
+
+
+def refuse_unrecorded(sampler: Sampler, student: Denoiser) -> None:
+    """A sampler is refused before the training whose previews it would end.
+
+    Raises:
+        UserError: if its solver is given maps that no edit of the student records
+    """
+    recorded = {name for e in student.applied.values() for name in e.records}
+    if lacking := next((name for name in sampler.solver.extras if name not in recorded), None):
+        raise UserError(
+            f"sampler.solver: {type(sampler.solver).__name__} needs a model that records {lacking!r}, and no edit of "
+            "this run does: add the one that does (edits=policy for a policy), or choose another sampler"
+        )
 
 
 def taught_at(teacher: Teacher | None, stored: Mapping[str, Any] | None) -> TeacherGuidance | None:
@@ -498,11 +513,11 @@ def read_config(path: Path) -> DictConfig:
         UserError: if the file is damaged
     """
     try:
-        config = OmegaConf.load(path)
+        config = load_yaml(path)
         if isinstance(config, DictConfig) and "trainer" in config and "data" in config:
             return config
         reason = "it holds no trainer and data"
-    except (ValueError, OmegaConfBaseException, YAMLError, RecursionError) as error:
+    except (ValueError, OmegaConfBaseException) as error:
         reason = str(error).split("\n")[0]
     raise UserError(
         f"{path} is damaged ({reason}), and with it what this run was started with: restore it, or delete it to go on "

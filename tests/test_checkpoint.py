@@ -231,8 +231,14 @@ def test_parameters_of_edits_are_checked_too(tmp_path, dit):
         ({"format": None}, "has artifact format None"),
         ({"backbone": "os.system"}, "backbone os.system is not one of edit.backbones"),
         ({"backbone": "edit.backbones_evil.X"}, "is not one of edit.backbones"),
-        ({"backbone": "edit.backbones.dit.DiTConfig"}, "edit.backbones.dit.DiTConfig is not a Denoiser"),
-        ({"backbone": "edit.backbones.flux9.Flux"}, "edit.backbones.flux9.Flux is not in this version of edit"),
+        (
+            {"backbone": "edit.backbones.dit.DiTConfig"},
+            "edit.backbones.dit.DiTConfig, where an edit.denoiser.Denoiser was expected",
+        ),
+        (
+            {"backbone": "edit.backbones.flux9.Flux"},
+            "edit.backbones.flux9.Flux, which this version of edit does not have",
+        ),
         ({"edits": {"x": {"_target_": "os.system", "command": "true"}}}, "asks for os.system, outside of `edit`"),
         ({"objective": {"_target_": "torch.load", "f": "x"}}, "asks for torch.load, outside of `edit`"),
         ({"sampler": {"_target_": "builtins.exec"}}, "asks for builtins.exec, outside of `edit`"),

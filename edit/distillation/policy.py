@@ -100,6 +100,7 @@ class MixtureHead(Edit):
     """
 
     keeps: ClassVar[bool] = True
+    records: ClassVar = (TRACE,)
     components: int = 8
     spread: float = 0.05
     std: float = 0.05

@@ -11,7 +11,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
+from scripts import python
 
+from edit.trust import load_yaml
 from recipes.config import UserError, check, launch, register
 from recipes.evaluate import settings
 
@@ -30,7 +32,7 @@ defaults:
   - override hydra/hydra_logging: none
 name: digits
 objective: {_target_: toy.Flow}
-sampler: {_target_: toy.Flow}
+sampler: {_target_: toy.Paint}
 optimizer: {lr: 1e-3}
 trusted: [toy]
 hydra:
@@ -47,7 +49,7 @@ hydra:
     "eval.yaml": (ROOT / "configs/eval.yaml").read_text(),
     "backbone/tiny.yaml": "_target_: toy.Net\ndepth: 2\nwidth: 8\n",
     "backbone/small.yaml": "_target_: toy.Net\ndepth: 4\nwidth: 16\n",
-    "data/toy.yaml": "_target_: toy.Data.preset\nname: a\n",
+    "data/toy.yaml": "set: {_target_: toy.Data, name: a}\n",
     "trainer/cpu.yaml": "max_steps: 5\naccelerator: cpu\n",
     "trainer/ddp.yaml": "max_steps: 5\nstrategy: ddp\ndevices: 2\n",
     "experiment/dit_digits/diffusion.yaml": "# @package _global_\ntrainer: {max_steps: 7}\n",
@@ -70,6 +72,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Optional
 
+from edit.edits import Edit
+from edit.objectives import Objective
+from edit.sampling import Sampler
+
 if TYPE_CHECKING:
     from nowhere import Thing
 
@@ -87,16 +93,22 @@ class Net:
     def __post_init__(self):
         if self.width % 2:
             raise ValueError(f"Net: width must be even, got {self.width}")
+    def build(self): ...
 
-class Flow:
+class Flow(Objective):
     def __init__(self, scale: float = 1.0): ...
 
-class Open:
+class Paint(Sampler):
+    def __init__(self, scale: float = 1.0): ...
+
+class Open(Edit):
     def __init__(self, known: int = 0, **rest): ...
 
 class Data:
-    @classmethod
-    def preset(cls, name: str, size: int = 8): return cls()
+    def __init__(self, name: str, size: int = 8): ...
+    def train(self): ...
+    def heldout(self): ...
+    def to_images(self, x): ...
 
 LEVEL = 3
 """
@@ -149,6 +161,13 @@ def train(project, *words, **extra):
     return subprocess.run(
         command, cwd=project, env=environment(project, **extra), capture_output=True, text=True, timeout=60
     )
+
+
+def forked(project, monkeypatch, *words, **extra):
+    """The same in a fork, which has imported torch."""
+    for name, value in extra.items():
+        monkeypatch.setenv(name, value)
+    return python("train.py", *words, cwd=project)
 
 
 def run(project, *words, task=lambda cfg: None):
@@ -312,10 +331,6 @@ def test_what_lies_beside_a_mistake_is_accepted(project, words):
     assert checked(project, *words) == []
 
 
-def test_a_partial_node_may_leave_arguments_to_the_code(project):
-    assert checked(project, "~backbone.depth", "+backbone._partial_=true") == []
-
-
 def test_references_that_only_the_running_job_can_resolve_are_left_alone(project):
     assert checked(project, "init='${hydra:runtime.output_dir}/a'", "+backbone.label='${init}'") == []
 
@@ -475,14 +490,14 @@ def processor_time():
     return sum(os.times()[2:4])
 
 
-def test_an_error_inside_a_constructor_names_the_key_and_the_reason(project):
-    result = train(project, "backbone.width=7", FAIL="build")
+def test_an_error_inside_a_constructor_names_the_key_and_the_reason(project, monkeypatch):
+    result = forked(project, monkeypatch, "backbone.width=7", FAIL="build")
     assert result.returncode == 1
     assert result.stderr == "error: backbone: Net: width must be even, got 7\n"
 
 
-def test_a_failing_job_does_not_stop_the_sweep_but_shows_in_the_exit_code(project):
-    result = train(project, "-m", "seed=0,1", FAIL="first")
+def test_a_failing_job_does_not_stop_the_sweep_but_shows_in_the_exit_code(project, monkeypatch):
+    result = forked(project, monkeypatch, "-m", "seed=0,1", FAIL="first")
     assert result.returncode == 1
     assert result.stdout.splitlines() == ["RAN digits/seed-0 0 True", "RAN digits/seed-1 1 True"]
     assert result.stderr == "error: the first one fails\n"
@@ -552,3 +567,158 @@ def test_unset_keys_of_evaluate_are_those_of_eval_py():
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
         chosen = compose("train", ["evaluate.steps=5"]).evaluate
     assert settings(chosen) == replace(settings({}), steps=5)
+
+
+# ---- what a configuration may ask for -------------------------------------------------------------------------------
+
+
+def refused(project, capsys, *words, code=2):
+    """The sentences that a launch ends with; nothing is run."""
+    assert run(project, *words, task=lambda cfg: pytest.fail("the task ran")) == code
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and "Traceback" not in err
+    return err
+
+
+def experiment(project, text):
+    (project / "configs/experiment/theirs.yaml").write_text(f"# @package _global_\n{text}\n")
+    return "experiment=theirs"
+
+
+RUNS_SOMETHING = {
+    "a function": "backbone: {_target_: edit.checkpoint.load, path: x}",
+    "a function that torch has": "trusted: [toy, torch]\nbackbone: {_target_: torch.load, f: x, weights_only: false}",
+    "a package that only the file trusts": "trusted: [subprocess]\nbackbone: {_target_: subprocess.Popen, args: ls}",
+    "a command of ours": "data: {set: {_target_: data.generate.main, words: [out=x]}}",
+    "a class of another kind": "backbone: {_target_: edit.export.Settings, artifact: a, out: b}",
+    "an edit for a backbone": "backbone: {_target_: edit.tuning.lora.LoRA}",
+    "a method of a class": "data: {set: {_target_: toy.Data.train}}",
+    "a class that was imported": "backbone: {_target_: edit.cost.Path}",
+    "a function below a node": "edits: {a: {_target_: edit.tuning.lora.LoRA, rank: {_target_: edit.checkpoint.load}}}",
+    "a node where no object goes": "optimizer: {groups: {a: {_target_: toy.Net, depth: 1}}}",
+    "the section of all edits": "edits: {_target_: toy.Net, depth: 1}",
+    "in place of a value": "name: {_target_: toy.Net, depth: 1}",
+    "arguments without names": "backbone: {_args_: [1]}",
+    "arguments that are given later": "backbone: {_partial_: true}",
+    "nodes that stay unbuilt": "backbone: {_recursive_: false}",
+    "callbacks": "hydra: {callbacks: {a: {_target_: toy.Net, depth: 1}}}",
+    "a launcher": "hydra: {launcher: {_target_: toy.Net}}",
+    "a sweeper": "hydra: {sweeper: {_target_: toy.Net}}",
+    "words of a sweeper": "hydra: {mode: MULTIRUN, sweeper: {params: {+hydra.callbacks.x._target_: toy.Net}}}",
+    "the environment of a job": "hydra: {job: {env_set: {LD_PRELOAD: x.so}}}",
+    "a logging factory": "hydra: {job_logging: {handlers: {a: {(): os.getcwd}}}}",
+    "no hydra": "hydra: null",
+    "a module that is no stage": "before: [[edit.checkpoint, a=b]]",
+    "an option in a stage": "before: [['--config-dir=/tmp', seed=1]]",
+    "a stage without its words": "before: [[data.generate]]",
+    "a stage without its words, of flags": "before: [[data.precompute, --out=x]]",
+    "the environment": "name: ${oc.env:HOME}",
+    "the environment by a detour": "backbone: {label: '${oc.${seed}:HOME}'}\nseed: env",
+    "millions of blocks": "backbone: {depth: 99999999}",
+    "millions of blocks by reference": "seed: 99999999\nbackbone: {depth: '${seed}'}",
+}
+
+
+@pytest.mark.parametrize("what", RUNS_SOMETHING)
+def test_an_experiment_file_cannot_run_anything_but_what_a_run_is_made_of(what, project, capsys, monkeypatch):
+    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: pytest.fail("something was started"))
+    refused(project, capsys, experiment(project, RUNS_SOMETHING[what]))
+    assert not (project / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "culprit"),
+    [
+        ("backbone: null", "backbone=null: a run needs one"),
+        ("data: null", "data"),
+        ("sampler: null", "sampler=null: a run needs one"),
+        ("data: {set: null}", "data: expected a section with set"),
+        ("objective: {a: {_target_: toy.Flow}}\n", "objective._target_"),
+    ],
+)
+def test_a_part_without_which_there_is_no_run_is_missed_before_it_begins(text, culprit, project, capsys):
+    if text.startswith("objective"):  # replaced as a whole
+        text = "objective: null"
+        culprit = "objective=null: a run needs one"
+    assert culprit in refused(project, capsys, experiment(project, text))
+
+
+def test_a_class_of_a_trusted_package_is_built_where_its_kind_is_expected(project):
+    good = "edits: {a: {_target_: toy.Open}}\nobjective: {_target_: toy.Flow, scale: 2.0}\ntrusted: [toy]"
+    assert checked(project, experiment(project, good)) == []
+
+
+def test_the_one_function_of_shipped_experiments_stands_only_where_its_value_does(project, capsys):
+    node = "{_target_: edit.pruning.patterns.aligned, pattern: '2:4', lengths: [8]}"
+    term = f"+terms.f={{_target_: edit.distillation.features.FeatureKD, pairs: {node}}}"
+    assert checked(project, term) == []
+    assert "which is no class" in refused(project, capsys, f"+terms.f={node}")
+
+
+def test_a_reference_that_only_the_running_job_can_follow_is_looked_at_then(project, capsys):
+    theirs = "hydra: {runtime: {choices: {_target_: subprocess.Popen}}}\nbackbone: {thing: '${hydra:runtime.choices}'}"
+    words = experiment(project, theirs)
+    assert checked(project, words) == []
+    assert "error: backbone.thing._target_: subprocess.Popen" in refused(project, capsys, words, code=1)
+
+
+# ---- whatever else stands on the line -------------------------------------------------------------------------------
+
+WORDS = ["+=", "=", "foo", "++", "~", "a.b.c=", "backbone..depth=3", "backbone.depth.x=1", "@=3", "hydra=null"]
+WORDS += ["backbone=null", "data=null", "trainer=null", "experiment=../../x", "~hydra", "evaluate=[]", "optimizer=null"]
+WORDS += ["--cfg=foo", "--info=foo", "--resolve", "--config-dir=/nowhere", "--config-name=/etc/passwd", "--foo"]
+WORDS += ["--config-name=eval", "--experimental-rerun=x", "name=\udcff", "seed=${x}", "hydra.run.dir=/proc/x"]
+WORDS += ["-m seed=interval(0,1)", "-m seed=1,x", "-m --cfg=job", "-sc foo=bash", "hydra/launcher=foo"]
+
+
+@pytest.mark.parametrize("word", WORDS, ids=ascii)
+def test_any_word_that_is_none_of_ours_ends_in_one_sentence(word, project, capsys):
+    err = refused(project, capsys, *word.split(" "), code=1 if "/proc" in word else 2)
+    assert err.count("\n") == 1, err
+
+
+def test_an_error_that_nobody_foresaw_is_one_sentence_with_its_type(project, capsys, monkeypatch):
+    monkeypatch.setattr("recipes.config.get_args_parser", lambda: 1 / 0)
+    err = refused(project, capsys, "seed=1", code=1)
+    assert err == "error: ZeroDivisionError: division by zero; debug=true shows the traceback\n"
+
+
+@pytest.mark.parametrize("words", [["--cfg", "job"], ["--info", "config"], ["--cfg", "job", "--resolve"], ["--help"]])
+def test_what_hydra_shows_is_still_shown(words, project):
+    done = python("train.py", *words, cwd=project)  # --info turns on logging, for good
+    assert done.returncode == 0 and "RAN" not in done.stdout
+    assert ("seed" if words != ["--help"] else "Train something.") in done.stdout
+
+
+# ---- files that are no settings -------------------------------------------------------------------------------------
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
+)
+FILES_OF_OTHERS = {
+    "tags": (b"name: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
+    "laughs": (BOMB.encode(), "its anchors make more than"),
+    "an anchor in itself": (b"a: &a [*a]\n", "has no end"),
+    "a large one": (b"#" + b"x" * 2**20, "more than 1 MB"),
+    "NUL bytes": (b"name: a\0b\n", "NUL bytes"),
+    "UTF-16": ("name: ä\n".encode("utf-16"), "UTF-8"),
+    "Latin-1": ("name: ä\n".encode("latin-1"), "no text file in UTF-8"),
+    "depth": (b"a: " + b"[" * 5000 + b"]" * 5000, "nested too deep"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES_OF_OTHERS)
+def test_an_experiment_file_that_is_no_settings_is_refused_before_it_grows(kind, project, capsys):
+    content, sentence = FILES_OF_OTHERS[kind]
+    (project / "configs/experiment/theirs.yaml").write_bytes(b"# @package _global_\n" + content)
+    err = refused(project, capsys, "experiment=theirs")
+    assert sentence in err and "theirs.yaml" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", FILES_OF_OTHERS)
+def test_a_runs_own_file_is_read_as_carefully(kind, tmp_path):
+    content, sentence = FILES_OF_OTHERS[kind]
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=sentence) as error:
+        load_yaml(tmp_path / "config.yaml")
+    assert "config.yaml" in str(error.value) and "\n" not in str(error.value)
