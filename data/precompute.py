@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from data.generate import number_of
+from data.names import print_any_name, setting, typed
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 for what could not be done, 130 if interrupted; argparse exits with 2."""
     options = vars(parser().parse_args(argv))
+    print_any_name()
     import torch  # after --help and mistyped options were answered
 
     from data.latent_folder import precompute
@@ -90,8 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    train = f"next: python train.py data=latents data.set.path={options['out']}"
-    print(train if done else f"{options['out']}: other ranks are still at work")
+    if done:
+        print("next: " + typed("python", "train.py", "data=latents", setting("data.set.path", options["out"])))
+    else:
+        print(f"{options['out']}: other ranks are still at work")
     return 0
 
 
