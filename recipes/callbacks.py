@@ -341,7 +341,8 @@ def newest(folder: Path) -> Path | None:
         if path.is_dir():
             return path
         try:
-            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            mapped = str(path).isprintable()  # torch maps no file whose name is no UTF-8
+            torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
             return path
         except Exception as error:  # damaged files raise whatever they run into
             if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):

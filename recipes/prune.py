@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.names import print_any_name
 from recipes.check import rule, suggest
 from recipes.config import UserError, check
 from recipes.files import write
@@ -56,6 +57,7 @@ def main(words: Sequence[str]) -> int:
         defaults = OmegaConf.to_yaml(OmegaConf.structured(Settings))
         print(f"{__doc__}\nKeys and their defaults (by: {', '.join(WAYS)})\n\n{defaults}")
         return 0 if words else 2
+    print_any_name()
     code = 2
     try:
         chosen = parse(words)
