@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import glob
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from edit.command import undecodable, unexpected
+from data.names import legible, matching
+from edit.command import print_any_name, unexpected
 from recipes.check import suggest
 from recipes.config import UserError
 from recipes.evaluate import DEFAULTS, Settings, run, run_folder, settings, short_names
@@ -37,6 +38,7 @@ and, with their defaults,
 
 """
 OWN = ("artifact", "out", "reference", "debug")
+PLACES = ("artifact", "out", "reference", "cache")
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
@@ -54,12 +56,9 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"'{word}' is not a setting; settings are written key=value, such as artifact=runs/digits")
         if key not in keys:
             raise UserError(f"unknown key '{key}'{suggest(key, keys)}")
-        if "${" in text:
+        if "${" in text and not os.path.lexists(text):
             raise UserError(f"'{word}' refers to something, as only a configuration of train.py can: write the value")
-        try:
-            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore
-        except (yaml.YAMLError, ValueError) as error:
-            raise UserError(f"the value of '{word}' cannot be read; put it in quotes") from error
+        value = _path(word, key, text) if key in PLACES else _value(word, text)
         if key == "artifact":
             values = value if isinstance(value, list) else [value]
             if not values or not all(isinstance(v, str | int | float) for v in values):
@@ -70,6 +69,25 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
         else:
             given[key] = value
     return given
+
+
+def _value(word: str, text: str) -> Any:
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"the value of '{legible(word)}' cannot be read; put it in quotes") from error
+
+
+def _path(word: str, key: str, text: str) -> Any:
+    """A path as it was typed: YAML, which knows numbers and comments, is only asked about lists, quotes and null."""
+    if not text:
+        raise UserError(f"{word} is empty: give a folder")
+    if text in ("null", "~") and key != "artifact":
+        return None
+    if os.path.lexists(text):
+        return text
+    value = _value(word, text) if text[0] in "\"'[" else text
+    return value if isinstance(value, list) and key == "artifact" else str(value)
 
 
 def folders(given: Sequence[Any]) -> list[Path]:
@@ -83,17 +101,20 @@ def folders(given: Sequence[Any]) -> list[Path]:
 
     found: list[Path] = []
     for text in map(str, given):
-        if not any(c in text for c in "*?["):
+        if os.path.lexists(text) or not any(c in text for c in "*?["):
             found.append(find(text))
             continue
-        matches = [Path(p) for p in sorted(glob.glob(text)) if Path(p).is_dir()]
+        matches = [Path(p) for p in matching(text) if Path(p).is_dir()]
         artifacts = [p for p in matches if (p / "config.json").is_file() or (p / "artifact" / "config.json").is_file()]
         if not artifacts:
             raise UserError(f"artifact={text} matches no folder with an artifact")
         found += [find(p) for p in artifacts]
     if not found:
         raise UserError("nothing to evaluate: say artifact=runs/<name>, or --help")
-    return list(dict.fromkeys(found))
+    once: dict[str, Path] = {}
+    for path in found:
+        once.setdefault(os.path.realpath(path), path)
+    return list(once.values())
 
 
 def main(words: Sequence[str]) -> int:
@@ -101,11 +122,10 @@ def main(words: Sequence[str]) -> int:
     if not words or {"--help", "-h"} & set(words):
         print(HELP + "".join(f"  {line}\n" for line in DEFAULTS.read_text().splitlines() if not line.startswith("#")))
         return 0 if words else 2
+    print_any_name()
     debug = any(word.lower() == "debug=true" for word in words)
     code = 2
     try:
-        if sentence := undecodable(words):
-            raise UserError(sentence)
         given = parse(words)
         chosen = settings({k: v for k, v in given.items() if k not in OWN})
         paths = folders(given["artifact"])
@@ -114,6 +134,8 @@ def main(words: Sequence[str]) -> int:
 
         reference = find(str(given["reference"])) if given.get("reference") else None
         out = default_out(paths) if given.get("out") is None else Path(str(given["out"]))
+        if (there := next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))) and not there.is_dir():
+            raise UserError(f"out={out} cannot be written: {there} is no folder; give another out=")
         code = 1
         report = run(paths, chosen, out, reference, debug)
     except (UserError, OSError) as error:

@@ -19,6 +19,7 @@ from data.split import Split
 from edit import noise
 
 Size = tuple[int, int]  # height, width
+LONGEST = 100  # longer to shorter side
 
 
 def sizes(side: int, step: int = 64, ratio: float = 2.0) -> list[Size]:
@@ -33,18 +34,23 @@ def sizes(side: int, step: int = 64, ratio: float = 2.0) -> list[Size]:
         ratio: of the longer to the shorter side, at most
 
     Raises:
-        ValueError: if side is no multiple of step, or ratio is less than 1
+        ValueError: if side is no multiple of step, or ratio is less than 1 or more than LONGEST
     """
     if step < 1 or side < 1 or side % step:
         raise ValueError(f"buckets: the size must be a multiple of the step, got {side} and {step}: choose a multiple")
-    if ratio < 1:
-        raise ValueError(f"buckets: the ratio of the longer to the shorter side is at least 1, got {ratio}")
+    check_ratio(ratio)
     found: set[Size] = set()
     for height in range(step, int(side * ratio) + step, step):
         width = max(1, round(side * side / height / step)) * step
         if max(height, width) <= ratio * min(height, width):
             found |= {(height, width), (width, height)}
     return sorted(found)
+
+
+def check_ratio(ratio: float) -> None:
+    if not 1 <= ratio <= LONGEST:
+        bound = f"at most {LONGEST}" if ratio > 1 else "at least 1"
+        raise ValueError(f"buckets: the ratio of the longer to the shorter side is {bound}, got {ratio}")
 
 
 def nearest(buckets: Sequence[Size], width: int, height: int) -> Size:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import warnings
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import TypeVar
+
+from data.names import legible
 
 T = TypeVar("T")
 TRIES = 100  # neighbours tried before a data set counts as broken altogether
@@ -12,6 +18,38 @@ TRIES = 100  # neighbours tried before a data set counts as broken altogether
 
 class Damaged(ValueError):
     """A file, shard or member that cannot be used. The message names it and says what is wrong."""
+
+    def __init__(self, message: str):
+        super().__init__(legible(message))
+
+
+def plain(path: Path) -> os.stat_result:
+    """The status of a file that can be opened and read to its end.
+
+    A pipe, a socket or a device would wait for somebody who writes, or never end; so would some files of the kernel.
+
+    Raises:
+        Damaged: if it is not there, a folder, or one of those
+    """
+    try:
+        about = path.stat()
+    except OSError as error:
+        link = f" is a link to {os.readlink(path)}, which" if os.path.islink(path) else ""
+        raise Damaged(f"{path}{link} cannot be read ({error.strerror})") from error
+    if stat.S_ISDIR(about.st_mode):
+        raise Damaged(f"{path} is a folder, expected a file")
+    if not stat.S_ISREG(about.st_mode):
+        kinds = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
+        raise Damaged(f"{path} is a {kinds.get(stat.S_IFMT(about.st_mode), 'special file')}, expected a file")
+    if about.st_dev in kernel_devices():
+        raise Damaged(f"{path} is no stored file: the kernel makes it up")
+    return about
+
+
+@cache
+def kernel_devices() -> frozenset[int]:
+    """Of what st_dev a file or folder in /proc or /sys has."""
+    return frozenset(os.stat(place).st_dev for place in ("/proc", "/sys") if os.path.ismount(place))
 
 
 class Tolerance:

@@ -10,6 +10,7 @@ Stop it whenever you like: the same command goes on after the last finished shar
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
+from data.names import setting, typed
 from edit.command import guarded
 
 SOLVERS = ("euler", "heun", "dpm", "ddim", "ddpm")
@@ -96,7 +98,12 @@ class Order:
             raise ValueError(f"processes is at least 1, or 0 for one on each GPU, got {self.processes}")
         if self.size is not None and self.size < 1:
             raise ValueError(f"size is at least 1, got {self.size}")
-        if self.shift is not None and self.shift <= 0:
+        for name in ("teacher", "prompts", "out"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty: give {KEYS[name].metadata['help']}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance is a number, got {self.guidance}")
+        if self.shift is not None and not 0 < self.shift < math.inf:
             raise ValueError(f"shift is greater than 0, got {self.shift}; 1 leaves the times evenly spaced")
         if self.points < 0 or self.steps % (self.points + 1):
             raise ValueError(
@@ -184,8 +191,11 @@ def main(words: Sequence[str]) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    path = f"data.set.path={order.out} data.set.generated_by={order.teacher}"
-    print(f"next: python train.py data=latents {path}" if done else f"{order.out}: other ranks are still at work")
+    words = (setting("data.set.path", order.out), setting("data.set.generated_by", order.teacher))
+    if done:
+        print("next: " + typed("python", "train.py", "data=latents", *words))
+    else:
+        print(f"{order.out}: other ranks are still at work")
     return 0
 
 

@@ -27,7 +27,18 @@ import edit
 from data import manifest
 from data.encoders import VAE
 from data.generate import Order
-from data.latent_folder import Writer, begin, finish, finished, in_processes, progress, readable, room, write_null
+from data.latent_folder import (
+    Writer,
+    begin,
+    check_place,
+    finish,
+    finished,
+    in_processes,
+    progress,
+    readable,
+    room,
+    write_null,
+)
 from data.latent_writer import DTYPES, Words, device_of, npy, store
 from data.latents import data_set, padded, text_length
 from data.loader import collate
@@ -67,7 +78,10 @@ def generate(order: Order, say: Callable[[str], None] = print) -> Path | None:
         RuntimeError: if a process died
     """
     order = complete(on_devices(order))
-    out, prompts = Path(order.out), read_prompts(order.prompts)
+    specs = (order.text_encoder, order.tokenizer, order.pooled_encoder, order.pooled_tokenizer, order.vae)
+    out = Path(order.out)
+    check_place(out, [find(order.teacher, weights=False), *(spec for spec in specs if spec)], "out=")
+    prompts = read_prompts(order.prompts)
     if is_made(out, stamp(order, prompts)):
         say(f"{out}: all {len(prompts) * order.images:,} images are there")
         return out / manifest.MANIFEST
@@ -103,13 +117,13 @@ def on_devices(order: Order) -> Order:
 
 def is_made(out: Path, stamped: str) -> bool:
     """Whether the folder is whole, and was made by an order of this stamp."""
-    if not (out / manifest.MANIFEST).exists():
+    try:
+        made = manifest.verify(out)
+    except (FileNotFoundError, ValueError):
+        return False  # it is written anew, from records and settings
+    if made["sources"].get("stamp") != stamped:
         return False
-    made = manifest.read(out / manifest.MANIFEST)
-    if made.get("sources", {}).get("stamp") != stamped:
-        return False
-    null = made["null"] is None or (out / manifest.NULL).exists()
-    return null and all(manifest.check_shard(out, shard, full=False) is None for shard in made["shards"])
+    return all(manifest.check_shard(out, shard, full=False) is None for shard in made["shards"])
 
 
 def stamp(order: Order, prompts: Sequence[Prompt]) -> str:

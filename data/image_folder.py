@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data.damage import Damaged, Tolerance
+from data.damage import Damaged, Tolerance, kernel_devices, plain
+from data.names import legible
 from data.pixels import EXTENSIONS, Picture, PictureSet, decode
 from data.split import held_out
 
@@ -17,21 +19,24 @@ class Folder:
     Args:
         path: with one subfolder per class (whose images may lie deeper), or with the images themselves
         classes: names that fix the numbering; None: the subfolders with images in them, sorted
-        without: a folder to leave out, where the held-out images lie inside
+        without: a folder to leave out, inside or linked: that of the held-out images, or of the training images
 
     Raises:
         FileNotFoundError: if there is no such folder
-        ValueError: if it holds no images, mixes both layouts, or has a class that `classes` does not name
+        ValueError: if it holds no images, mixes both layouts, has a class that `classes` does not name, or cannot be
+            listed
     """
 
     def __init__(self, path: str | os.PathLike, classes: Sequence[str] | None = None, without: Path | None = None):
         self.path = Path(path)
         if not self.path.is_dir():
             raise FileNotFoundError(f"{path} is no folder of images: correct the path")
+        if self.path.stat().st_dev in kernel_devices():
+            raise ValueError(f"{path} is a folder that the kernel makes up: correct the path")
         found = sorted(_images(self.path, without))
         if not found:
             raise ValueError(f"no images in {path}: expected files ending in .{', .'.join(EXTENSIONS)}")
-        folders = [name.split("/")[0] if "/" in name else None for name in found]
+        folders = [legible(name.split("/")[0]) if "/" in name else None for name in found]
         names = sorted({f for f in folders if f is not None})
         if names and None in folders:
             loose = found[folders.index(None)]
@@ -53,23 +58,83 @@ class Folder:
     def load(self, index: int) -> Picture:
         """Raises Damaged if the file cannot be read as an image."""
         path = self.path / self.names[index]
-        beside = path.with_suffix(".txt")
+        beside, name = path.with_suffix(".txt"), legible(str(path))
+        plain(path)
+        if described := os.path.lexists(beside):
+            plain(beside)
         try:
             content = path.read_bytes()
-            caption = beside.read_text(encoding="utf-8").strip() if beside.exists() else None
+            caption = beside.read_text(encoding="utf-8").strip() if described else None
         except (OSError, UnicodeDecodeError) as error:
             raise Damaged(f"{path} or its caption cannot be read ({error})") from error
-        return Picture(decode(content, str(path)), str(path), self._labels[index], caption)
+        return Picture(decode(content, name), name, self._labels[index], caption)
 
 
-def _images(path: Path, without: Path | None):
-    """Names of the images below, relative, with forward slashes."""
-    for folder, inner, files in os.walk(path, followlinks=True):
-        here = Path(folder)
-        inner[:] = [i for i in inner if not i.startswith(".") and here / i != without]
-        for file in files:
-            if file.lower().endswith(tuple(f".{e}" for e in EXTENSIONS)) and not file.startswith("."):
-                yield (here / file).relative_to(path).as_posix()
+def _images(path: Path, without: Path | None = None) -> Iterator[str]:
+    """Names of the images below, relative, with forward slashes.
+
+    Linked folders are walked after the real ones, each real folder once: a link to a folder that is counted already,
+    that holds the link or all images, or that lies in `without`, is left out, and said so.
+
+    Raises:
+        ValueError: if a folder cannot be listed
+    """
+    root, seen, left = os.path.realpath(path), set[str](), list[str]()
+    apart = None if without is None else os.path.realpath(without)
+    waiting = [("", root)]  # names and real places of folders to walk
+    while waiting:
+        links = list[tuple[str, str]]()
+        while waiting:
+            name, real = waiting.pop()
+            if real == apart:
+                continue
+            if real in seen:
+                left.append(name)
+                continue
+            seen.add(real)
+            for entry in _listed(real):
+                below, inner = f"{name}/{entry.name}".lstrip("/"), os.path.join(real, entry.name)
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append((below, inner))
+                elif entry.is_symlink() and os.path.isdir(inner):
+                    links.append((below, os.path.realpath(inner)))
+                    if any(_inside(held, links[-1][1]) for held in (real, root)):
+                        left.append(links.pop()[0])
+                elif entry.name.lower().endswith(tuple(f".{e}" for e in EXTENSIONS)):
+                    yield below
+                elif entry.is_symlink() and not entry.name.endswith(".txt") and not os.path.exists(inner):
+                    left.append(below)  # perhaps a class
+        for name, real in sorted(links, reverse=True):  # the first is walked first
+            if real != apart and _inside(real, apart) or os.stat(real).st_dev in kernel_devices():
+                left.append(name)
+            else:
+                waiting.append((name, real))
+    if left:
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        warnings.warn(
+            legible(
+                f"{path}: left out {', '.join(sorted(left)[:3])}{more}: links to folders that are counted already, "
+                "hold the link itself, are of the other one of training and held-out part, or are not there"
+            ),
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _listed(folder: str) -> list[os.DirEntry[str]]:
+    """What a folder holds and does not hide."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise ValueError(
+            legible(f"{folder} cannot be listed ({error.strerror}): correct its permissions, or move it away")
+        ) from error
+
+
+def _inside(place: str, folder: str | None) -> bool:
+    """Whether a real path is a folder, or below it."""
+    return folder is not None and f"{place.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
 
 
 class ImageFolder(PictureSet):
@@ -104,8 +169,12 @@ class ImageFolder(PictureSet):
         if isinstance(heldout, str):
             inside = Path(path, heldout)
             apart = inside if inside.is_dir() else Path(heldout)
+            if _inside(os.path.realpath(path), os.path.realpath(apart)):
+                raise ValueError(
+                    f"heldout={heldout!r} is the folder of the training images, or holds it: give one that does not"
+                )
             self._source = Folder(path, without=apart)
-            self._held_source = Folder(apart, self._source.classes or [])
+            self._held_source = Folder(apart, self._source.classes or [], without=self._source.path)
             self._indices, self._held = range(len(self._source)), range(len(self._held_source))
         else:
             self._source = self._held_source = Folder(path)

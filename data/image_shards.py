@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
 
 from data.damage import Damaged, Tolerance
 from data.image_folder import check_size, divide
+from data.names import legible
 from data.pixels import EXTENSIONS, Picture, PictureSet, decode
 from data.tars import ABSENT, Tars
 
@@ -29,7 +31,7 @@ class TarImages:
         whole = np.logical_or.reduce([self.tars.has(e) for e in EXTENSIONS])
         if not whole.any():
             wanted, found = ", ".join(EXTENSIONS), ", ".join(self.tars.extensions)
-            raise ValueError(f"no images in {shards}: expected members ending in {wanted}; found only {found}")
+            raise ValueError(legible(f"no images in {shards}: expected members ending in {wanted}; found only {found}"))
         for i in np.flatnonzero(~whole):
             tolerance.excuse(Damaged(f"{self.tars.name(int(i))} has no image"))
         self.indices = np.flatnonzero(whole)
@@ -96,6 +98,9 @@ class ImageShards(PictureSet):
         self._source = TarImages(shards, self.tolerance, cache)
         if isinstance(heldout, str | list):
             self._held_source = TarImages(heldout, self.tolerance, cache)
+            trained = {os.path.realpath(path) for path in self._source.tars.paths}
+            if both := [p for p in self._held_source.tars.paths if os.path.realpath(p) in trained]:
+                raise ValueError(legible(f"{both[0]} is trained on and held out: name it in shards or in heldout"))
             self._indices, self._held = range(len(self._source)), range(len(self._held_source))
         else:
             self._held_source = self._source

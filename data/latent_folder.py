@@ -24,6 +24,7 @@ from data.damage import Damaged
 from data.image_folder import Folder
 from data.image_shards import TarImages
 from data.latent_writer import Encoders, Job, Words, device_of, open_images, record_path, span, write_shard
+from data.names import legible
 
 
 def precompute(job: Job, say: Callable[[str], None] = print) -> Path | None:
@@ -37,7 +38,10 @@ def precompute(job: Job, say: Callable[[str], None] = print) -> Path | None:
         RuntimeError: if a process died
     """
     out = Path(job.out)
+    check_place(out, [job.images], "--out")
     source = open_images(job)
+    if isinstance(source, TarImages):
+        check_place(out, source.tars.paths, "--out")
     encoders = Encoders(job, device_of(job, 0) if job.processes == 1 else "cpu")
     settings = describe(job, source, encoders)
     begin(out, settings)
@@ -86,7 +90,7 @@ def describe(job: Job, source: Folder | TarImages, encoders: Encoders) -> dict[s
             f"the VAE makes one latent of {factor} px: --bucket-step must be a multiple, got {job.bucket_step}"
         )
     buckets = [{"size": list(s), "latent_shape": [c2 // 2, s[0] // factor, s[1] // factor]} for s in sizes]
-    names = "\n".join(source.names)
+    names = "\n".join(source.names).encode(errors="surrogateescape")
     return {
         "format": manifest.FORMAT,
         "vae": {"name": encoders.vae.name, "sha256": encoders.vae.sha256, "shift": shift, "scale": scale},
@@ -98,12 +102,34 @@ def describe(job: Job, source: Folder | TarImages, encoders: Encoders) -> dict[s
         "dtype": job.dtype,
         "precision": job.precision,
         "shard_size": job.shard_size,
-        "images": {"count": len(source), "names": hashlib.sha256(names.encode()).hexdigest()},
+        "images": {"count": len(source), "names": hashlib.sha256(names).hexdigest()},
         "sources": {
             name: os.path.abspath(spec) if spec and os.path.isdir(spec) else spec
             for name, spec in (("vae", job.vae), ("text", job.text_encoder), ("pooled", job.pooled_encoder))
         },
     }
+
+
+def check_place(out: Path, sources: Sequence[str | os.PathLike], option: str) -> None:
+    """Whether a folder can be written, and what is written is not read again as one of the sources.
+
+    Args:
+        out: the folder
+        sources: files and folders that are read; what is not there is none
+        option: that names the folder on the command line
+
+    Raises:
+        ValueError: if it is a file, lies below one, or is a source or inside of one
+    """
+    place = Path(os.path.realpath(out))
+    here = next(p for p in (place, *place.parents) if os.path.lexists(p))
+    if not here.is_dir():
+        raise ValueError(legible(f"{out} cannot be written: {here} is no folder; correct {option}"))
+    for source in sources:
+        real = Path(os.path.realpath(source))
+        folder = real if real.is_dir() else real.parent
+        if os.path.exists(source) and (place == folder or real.is_dir() and real in place.parents):
+            raise ValueError(legible(f"{out} is where {source} is read from: choose another {option}, outside of it"))
 
 
 def begin(out: Path, settings: dict[str, Any], option: str = "--out") -> None:
@@ -123,7 +149,7 @@ def begin(out: Path, settings: dict[str, Any], option: str = "--out") -> None:
         for key in {**before, **now}:
             if before.get(key) != now.get(key) and not key.startswith("sources."):
                 raise ValueError(
-                    f"{out} was begun with {key}={before.get(key)}, this command has {now.get(key)}: "
+                    f"{legible(str(out))} was begun with {key}={before.get(key)}, this command has {now.get(key)}: "
                     f"choose another {option}, or restore the setting"
                 )
         return
@@ -155,7 +181,7 @@ def finished(out: Path, shard: int) -> bool:
     path = record_path(out, shard)
     if not path.exists():
         return False
-    record = manifest.read(path)
+    record = manifest.read_record(path)
     return record["count"] == 0 or manifest.check_shard(out, record, full=False) is None
 
 
@@ -237,15 +263,14 @@ def finish(out: Path, settings: dict[str, Any], facts: dict[str, Any], total: in
     """
     if not all(finished(out, k) for k in range(total)):
         return None
-    records = [manifest.read(record_path(out, k)) for k in range(total)]
+    records = [manifest.read_record(record_path(out, k)) for k in range(total)]
     null = out / manifest.NULL
     path = out / manifest.MANIFEST
     if buckets := settings.get("buckets"):
         names = ["x".join(map(str, b["size"])) for b in buckets]
         counts = [sum(r["buckets"].get(name, 0) for r in records) for name in names]
         facts = facts | {"buckets": [b | {"count": n} for b, n in zip(buckets, counts, strict=True)]}
-    manifest.write(
-        path,
+    told = (
         settings
         | {"identity": manifest.identity(settings)}
         | facts
@@ -254,8 +279,9 @@ def finish(out: Path, settings: dict[str, Any], facts: dict[str, Any], total: in
             "skipped": [name for r in records for name in r["skipped"]],
             "null": {"sha256": manifest.digest(null)} if null.exists() else None,
             "shards": [{k: r[k] for k in ("name", "count", "size", "sha256")} for r in records if r["count"]],
-        },
+        }
     )
+    manifest.write(path, told | {"checksum": manifest.checksum(told)})
     return path
 
 

@@ -27,7 +27,8 @@ from data.encoders import VAE, Encoded, TextEncoder
 from data.generate import number_of
 from data.image_folder import Folder
 from data.image_shards import TarImages
-from data.pixels import Picture, centre_crop, to_tensor
+from data.names import legible
+from data.pixels import EXTENSIONS, Picture, centre_crop, to_tensor
 
 if TYPE_CHECKING:
     from data.generate import Order
@@ -73,6 +74,10 @@ class Job:
             raise ValueError(f"dtype is float16 or float32, got {self.dtype!r}")
         if self.precision not in DTYPES:
             raise ValueError(f"precision is one of {', '.join(DTYPES)}, got {self.precision!r}")
+        for name in ("images", "out", "vae"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty: give a folder")
+        buckets.check_ratio(self.bucket_ratio)
         if self.bucket_step is not None:
             buckets.sizes(self.size, self.bucket_step, self.bucket_ratio)
 
@@ -93,11 +98,22 @@ def device_of(job: Job | Order, process: int) -> str:
 
 
 def open_images(job: Job) -> Folder | TarImages:
-    """Shards if it names or holds .tar files, else a folder of images."""
-    holds_tars = os.path.isdir(job.images) and any(n.endswith(".tar") for n in os.listdir(job.images))
-    if holds_tars or not os.path.isdir(job.images) and (job.images.endswith(".tar") or "*" in job.images):
-        return TarImages(job.images, Tolerance(job.on_error))
-    return Folder(job.images)
+    """Shards if it names or holds .tar files, else a folder of images.
+
+    Raises:
+        FileNotFoundError, ValueError: in one sentence, for what cannot be used, and for a folder of both
+    """
+    given = Path(job.images)
+    if given.is_dir():
+        if not any(p.suffix == ".tar" and not p.is_dir() for p in given.iterdir()):
+            return Folder(job.images)
+        if picture := next((p for p in given.glob("*") if p.suffix.lower()[1:] in EXTENSIONS), None):
+            raise ValueError(
+                f"{given} holds .tar files and images, such as {legible(picture.name)}: give a folder of one of them"
+            )
+    elif not job.images.endswith(".tar") and (os.path.lexists(given) or not any(c in job.images for c in "*?[{")):
+        raise FileNotFoundError(f"{given} is no folder of images, no .tar file and no pattern: correct the path")
+    return TarImages(job.images, Tolerance(job.on_error))
 
 
 class Words:

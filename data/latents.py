@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ class Latents:
         path: folder made by `python -m data.precompute` or `python -m data.generate`
         flip: take the stored latents of the mirrored image in half of the training draws
         heldout: another such folder, made with the same encoders
-        verify: `size` compares the size of each shard with the manifest; `full` its checksum, which reads everything
+        verify: `size` compares the size of each shard, and what its headers say, with the manifest; `full` reads it all
+            for its checksum
         vae: folder or hub id of the VAE, to look at samples; None: where it was when the latents were made
         on_error: damaged shards and samples: refuse or skip
         cache: folder for the index files; None: beside the shards
@@ -172,9 +173,15 @@ class Latents:
         """The empty prompt: text l c, text_mask l, pooled c, as far as the data has them; None without text."""
         if self.manifest["null"] is None:
             return None
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
-        null = {name: value.float() for name, value in load_file(self.path / manifest.NULL).items()}
+        content = (self.path / manifest.NULL).read_bytes()  # whose path safetensors would not read if it is no UTF-8
+        null = {name: value.float() for name, value in load(content).items()}
+        told = {name: self.manifest[name]["width"] for name in ("text", "pooled") if self.manifest[name]}
+        if {name: value.shape[-1] for name, value in null.items()} != told:
+            raise ValueError(
+                f"{self.path / manifest.NULL} is not of the encoders that the manifest names: make it anew"
+            )
         if "text" in null:
             null |= padded(null["text"], self.manifest["text"])
         return null
@@ -227,12 +234,54 @@ def shards(path: Path, described: dict, full: bool, tolerance: Tolerance, cache:
             good.append(os.fspath(path / record["name"]))
     if not good:
         raise ValueError(f"no samples in {path}: none of its shards is as the manifest says")
-    tars = Tars(good, tolerance, cache)
-    counts = {record["name"]: record["count"] for record in described["shards"]}
-    for shard, count in zip(tars.paths, tars.counts, strict=True):
-        if count != counts[shard.name]:
-            raise ValueError(f"{shard} holds {count} samples, the manifest says {counts[shard.name]}: make it anew")
+    tars = Tars(good, tolerance, cache, {record["name"]: record["count"] for record in described["shards"]})
+    for fault in misfits(tars, described):
+        tolerance.excuse(fault)
     return tars
+
+
+def misfits(tars: Tars, described: dict) -> Iterator[Damaged]:
+    """What the indices of shards say against their manifest, the first case of each kind; nothing is read for it.
+
+    A sample belongs into the shard that its number says, and has each of its members, of the size that its shape needs.
+    """
+    if "shard_size" not in described or "dtype" not in described:
+        return
+    for i in range(len(tars)):
+        number, shard = tars.key(i).rpartition("-")[2], int(tars.path(i).stem.partition("-")[2])
+        if not number.isdecimal() or int(number) // described["shard_size"] != shard:
+            yield Damaged(f"{tars.path(i)} holds the sample {tars.key(i)}, which does not belong there")
+            break
+    shapes = np.array([described["latent_shape"]])
+    groups = np.zeros(len(tars), dtype=np.int64)
+    if "buckets" in described:
+        shapes, groups = (
+            np.array([b["latent_shape"] for b in described["buckets"]]),
+            _groups(tars, described["buckets"]),
+        )
+    numbers, made = shapes.prod(1)[groups], described.get("generated")
+    wanted = {"latent": numbers} if made else {"moments": 2 * numbers}
+    if described["flips"]:
+        wanted["moments_flip"] = 2 * numbers
+    if made and made.get("times"):
+        wanted["trajectory"] = len(made["times"]) * numbers
+    if described["pooled"]:
+        wanted["pooled"] = np.full(len(tars), described["pooled"]["width"])
+    width = np.dtype(described["dtype"]).itemsize
+    for name, count in wanted.items():
+        size = tars.size(f"{name}.npy")
+        head = size - count * width  # of an npy file; at most as long as any that numpy has written for three numbers
+        yield from _first(tars, name, size, (head <= 0) | (head > 256) | (head % 16 != 0))
+    if described["text"]:
+        size = tars.size("text.npy")
+        yield from _first(tars, "text", size, (size <= 0) | (size % 2 != 0))
+
+
+def _first(tars: Tars, name: str, size: np.ndarray, wrong: np.ndarray) -> Iterator[Damaged]:
+    if wrong.any():
+        i = int(wrong.argmax())
+        said = "is missing" if size[i] == ABSENT else f"has {size[i]} bytes, which is not what its shape needs"
+        yield Damaged(f"{tars.name(i)}.{name}.npy {said}")
 
 
 def scaling(described: dict) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ shard-000000.tar      <key>.moments.npy, .moments_flip.npy, .text.npy, .pooled.n
                       (1 = noise); with buckets, <key> is <height>x<width>-<index>
 records/000000.json   a finished shard: count, size, sha256
 null.safetensors      text and pooled of the empty prompt, for guidance
-manifest.json         settings, classes, all records; written last
+manifest.json         settings, classes, all records, and a checksum of these; written last
 samples.png           of generated data: the first images, where they could be decoded
 """
 
@@ -18,9 +18,11 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from data.damage import Damaged, plain
 
 FORMAT = 1
 MANIFEST, SETTINGS, NULL = "manifest.json", "settings.json", "null.safetensors"
@@ -42,19 +44,32 @@ def digest(path: Path) -> str:
 def read(path: Path) -> dict[str, Any]:
     """Raises ValueError if the file is no JSON object."""
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
+        plain(path)
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except (ValueError, RecursionError, OSError) as error:
+        if isinstance(error, Damaged):
+            raise
         raise ValueError(f"{path} is no JSON ({error}): remove it and run data.precompute again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value
 
 
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
+
+
 def write(path: Path, value: Mapping[str, Any]) -> None:
     """Atomically: the file is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def checksum(manifest: Mapping[str, Any]) -> str:
+    """Of all that a manifest says, but this."""
+    said = {k: v for k, v in manifest.items() if k != "checksum"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -62,10 +77,12 @@ def verify(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is none, or the null text is missing
-        ValueError: if it is of another format, was edited, or does not fit the null text
+        ValueError: if it is damaged, of another format, was edited, or does not fit the null text
     """
     path = folder / MANIFEST
-    if not path.exists():
+    if not os.path.lexists(path):
+        if folder.exists() and not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is a file: expected a folder made by python -m data.precompute")
         if (folder / SETTINGS).exists():
             maker = "data.generate" if read(folder / SETTINGS).get("generated") else "data.precompute"
             raise FileNotFoundError(f"{folder} is unfinished: give the same python -m {maker} command again")
@@ -75,30 +92,176 @@ def verify(folder: Path) -> dict[str, Any]:
     manifest = read(path)
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}: make it anew")
-    needed = (*ENCODING, "identity", "shards", "count", "flips", "null", "num_classes", "classes")
+    needed = (*ENCODING, "identity", "shards", "count", "flips", "null", "num_classes", "classes", "sources")
     if missing := [k for k in needed if k not in manifest]:
         raise ValueError(f"{path} lacks {missing[0]}: run data.precompute again to write it anew")
+    if wrong := _misfit(manifest):
+        raise ValueError(f"{path} is damaged: {wrong}; run data.precompute again to write it anew")
     if manifest["identity"] != identity(manifest):
         raise ValueError(f"{path} was edited: its encoders, scaling or shape differ from its identity")
     total = sum(s["count"] for s in manifest["shards"])
     if manifest["count"] != total:
         raise ValueError(f"{path} counts {manifest['count']} samples, its shards {total}: run data.precompute again")
+    if manifest.get("checksum", sums := checksum(manifest)) != sums:  # older ones have none
+        raise ValueError(f"{path} is damaged or was edited: its checksum differs; run data.precompute again")
     if manifest["null"] is not None:
         null = folder / NULL
-        if not null.exists():
+        if not os.path.lexists(null):
             raise FileNotFoundError(f"{null} is missing: run data.precompute again")
+        plain(null)
         if digest(null) != manifest["null"]["sha256"]:
             raise ValueError(f"{null} differs from the manifest: remove it and run data.precompute again")
     return manifest
 
 
+# ---- what a manifest may say -----------------------------------------------------------------------------------------
+
+MOST = 2**40  # samples, numbers of a latent, ...: more than that is damage, and is not to be allocated
+SHARD = re.compile(r"shard-\d{6,}\.tar")
+SHA = re.compile("[0-9a-f]{64}")
+
+
+def _whole(value: Any, least: int = 0, most: int = MOST) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _list(value: Any, of: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(of, value))
+
+
+def _integer(value: Any) -> bool:
+    return type(value) is int
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _hash(value: Any) -> bool:
+    return isinstance(value, str) and SHA.fullmatch(value) is not None
+
+
+def _shape(value: Any) -> bool:
+    return _list(value, lambda n: _whole(n, 1)) and len(value) == 3 and math.prod(value) <= 2**31
+
+
+def _object(**keys: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Tells objects that have these keys, and values as they ask for."""
+    return lambda value: isinstance(value, dict) and all(k in value and fits(value[k]) for k, fits in keys.items())
+
+
+def _maybe(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or fits(value)
+
+
+def _shard_name(value: Any) -> bool:
+    return isinstance(value, str) and SHARD.fullmatch(value) is not None
+
+
+# a finished shard, in a manifest and in its record
+_shard = _object(name=_shard_name, count=lambda n: _whole(n, 1), size=_whole, sha256=_hash)
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "vae": (
+        "null, or name, sha256, and shift and scale as lists of numbers",
+        _maybe(_object(name=_text, sha256=_hash, shift=lambda v: _list(v, _number), scale=lambda v: _list(v, _number))),
+    ),
+    "latent_shape": ("three whole numbers above 0", _shape),
+    "text": (
+        "null, or the width and max_tokens of an encoder",
+        _maybe(_object(width=lambda n: _whole(n, 1, 2**24), max_tokens=lambda n: _whole(n, 1, 2**24))),
+    ),
+    "pooled": ("null, or the width of an encoder", _maybe(_object(width=lambda n: _whole(n, 1, 2**24)))),
+    "flips": ("true or false", _flag),
+    "count": ("a whole number", _whole),
+    "num_classes": ("null, or a whole number above 0", _maybe(lambda n: _whole(n, 1, 2**31))),
+    "classes": ("null, or a list of names", _maybe(lambda v: _list(v, _text))),
+    "null": ("null, or a sha256", _maybe(_object(sha256=_hash))),
+    "shards": ("a list of shards with name, count, size and sha256", lambda v: _list(v, _shard)),
+    "sources": ("an object", _object(vae=_maybe(_text))),
+    "dtype": ("float16 or float32", lambda v: v in ("float16", "float32")),
+    "shard_size": ("a whole number above 0", lambda n: _whole(n, 1)),
+    "buckets": (
+        "a list of buckets with size, latent_shape and count",
+        lambda v: _list(
+            v,
+            _object(size=lambda s: _list(s, lambda n: _whole(n, 1)) and len(s) == 2, latent_shape=_shape, count=_whole),
+        ),
+    ),
+    "generated": (
+        "how a teacher made it, in numbers",
+        _object(
+            teacher=_hash, guidance=_number, steps=lambda n: _whole(n, 1), solver=_text, shift=_number, seed=_integer
+        ),
+    ),
+}
+
+
+# what is not interpreted, or compared elsewhere
+_FREE = ("format", "identity", "checksum", "size", "precision", "images", "skipped")
+
+
+def _misfit(manifest: Mapping[str, Any]) -> str | None:
+    """What a manifest says that none can say; None if all fits together."""
+    if other := sorted({*manifest} - {*_KINDS, *_FREE}):
+        return f"it has a key {other[0]!r}, which none has"
+    for key, (expected, fits) in _KINDS.items():
+        if key in manifest and not fits(manifest[key]):
+            return f"{key} is {json.dumps(manifest[key]):.60}, expected {expected}"
+    channels, shards, classes = manifest["latent_shape"][0], manifest["shards"], manifest["classes"]
+    names = [shard["name"] for shard in shards]
+    if len(set(names)) < len(names):
+        return "it lists a shard twice"
+    if classes is not None and len(classes) != manifest["num_classes"]:
+        return f"it names {len(classes)} classes and counts {manifest['num_classes']}"
+    vae = manifest["vae"]
+    if vae is None and not manifest.get("generated"):
+        return "vae is null, though no teacher generated it"
+    if vae is not None and not all(len(vae[k]) in (1, channels) for k in ("shift", "scale")):
+        return f"the VAE's shift and scale are not of one or {channels} channels"
+    if (made := manifest.get("generated")) and not _list(made.get("times", []), _number):
+        return "the times of the stored states are no numbers"
+    buckets = manifest.get("buckets")
+    if buckets is not None and sum(bucket["count"] for bucket in buckets) != sum(s["count"] for s in shards):
+        return "its buckets and its shards count differently"
+    return None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What was written of a finished shard.
+
+    Raises:
+        ValueError: if it is damaged, or of another shard than its name says
+    """
+    record = read(path)
+    empty = _object(name=_shard_name, count=lambda n: n == 0)(record)
+    buckets = record.get("buckets", {})
+    counted = isinstance(buckets, dict) and all(map(_whole, buckets.values()))
+    if not ((empty or _shard(record)) and _list(record.get("skipped"), _text) and counted):
+        raise ValueError(f"{path} is damaged: remove it, and the same command makes its shard anew")
+    if record["name"] != f"shard-{path.stem}.tar":
+        raise ValueError(f"{path} is of {record['name']}: remove it, and the same command makes its shard anew")
+    return record
+
+
 def check_shard(folder: Path, record: Mapping[str, Any], full: bool) -> str | None:
     """What is wrong with a shard; None if it is as recorded. `full` reads it through, else only its size counts."""
     path = folder / record["name"]
-    if not path.exists():
+    if not os.path.lexists(path):
         return f"{path} is missing"
-    if path.stat().st_size != record["size"]:
-        return f"{path} has {path.stat().st_size} bytes, the manifest says {record['size']}"
+    try:
+        size = plain(path).st_size
+    except Damaged as error:
+        return str(error)
+    if size != record["size"]:
+        return f"{path} has {size} bytes, the manifest says {record['size']}"
     if full and digest(path) != record["sha256"]:
         return f"{path} has changed: its checksum differs from the manifest"
     return None

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from data.generate import number_of
+from data.names import setting, typed
 from edit.command import Parser, guarded
 
 
@@ -92,8 +93,10 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    train = f"next: python train.py data=latents data.set.path={options['out']}"
-    print(train if done else f"{options['out']}: other ranks are still at work")
+    if done:
+        print("next: " + typed("python", "train.py", "data=latents", setting("data.set.path", options["out"])))
+    else:
+        print(f"{options['out']}: other ranks are still at work")
     return 0
 
 

@@ -123,4 +123,7 @@ def held_out(name: str, fraction: float) -> bool:
 
     By a hash of the name, so that files added later move nobody from one part to the other.
     """
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") < fraction * 2**64
+    return (
+        int.from_bytes(hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest(), "big")
+        < fraction * 2**64
+    )

@@ -23,6 +23,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def save(
         "run": dict(run or {}),
     }
     temporary, old = path.with_name(f"{path.name}.tmp-{os.getpid()}"), _replaced(path)
-    for left in path.parent.glob(f"{path.name}.tmp-*"):  # of a save that was killed
+    for left in path.parent.glob(f"{escape(path.name)}.tmp-*"):  # of a save that was killed
         shutil.rmtree(left)
     temporary.mkdir(parents=True)
     try:
@@ -271,7 +272,7 @@ def read_description(path: Path) -> dict[str, Any]:
         FileNotFoundError: if it is missing where edits have left parameters
         ValueError: if it cannot be read, or is of another format
     """
-    if not (path / "edits.json").exists():
+    if not os.path.lexists(path / "edits.json"):
         if (path / "edits.safetensors").exists():
             raise FileNotFoundError(
                 f"{path / 'edits.json'} is missing, which says what edits.safetensors belongs to: the artifact is not "
@@ -323,9 +324,13 @@ def load_weights(denoiser: Denoiser, path: Path) -> None:
 
     stock: dict[str, Tensor] = {}
     for file in headers.files:
-        stock.update(load_file(file))
+        with told_in_text(file) as name:
+            stock.update(load_file(name))
     stock = denoiser.from_stock(_read_json(path / "config.json"), stock)[1]
-    own = load_file(own_file) if own_headers else {}
+    own = {}
+    if own_headers:
+        with told_in_text(own_file) as name:
+            own = load_file(name)
     state = {}
     for key in wanted:
         name = stock_key(denoiser, key.removeprefix(MODEL_PREFIX)) if key.startswith(MODEL_PREFIX) else None
@@ -352,7 +357,8 @@ def load_official(denoiser: Denoiser, path: str | os.PathLike) -> None:
         raise ValueError(f"{path.name}: official .pt checkpoints are read into the dit backbone, not {denoiser.name}")
     try:
         with torch.serialization.safe_globals([Namespace]):  # training checkpoints carry their parsed arguments
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            mapped = str(path).isprintable()  # torch maps no file whose name is no UTF-8
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         raise ValueError(
             f"{path} cannot be read as a checkpoint of tensors alone: {error.__class__.__name__}"
@@ -377,11 +383,15 @@ def find(path: str | os.PathLike, weights: bool = True) -> Path:
         FileNotFoundError: if there is none, with the nearest name that is there; if the hub cannot be reached
         PermissionError: if it is gated, and its licence was not accepted
     """
+    if not os.fspath(path):
+        raise FileNotFoundError("no artifact at '': the path is empty")
     given, path = path, Path(path)
     inside = path / "artifact"
     for candidate in (path, inside, path / "transformer", _replaced(path), _replaced(inside)):
         if (candidate / "config.json").is_file():
             return candidate
+    if path.exists() and not path.is_dir():
+        raise FileNotFoundError(f"no artifact at {path}: it is a file, expected a folder")
     if path.exists():
         raise FileNotFoundError(f"no artifact at {path}: neither it nor {inside} holds a config.json")
     if is_hub_id(given):
@@ -476,6 +486,19 @@ def fingerprint(path: str | os.PathLike) -> str:
     return total.hexdigest()
 
 
+@contextmanager
+def told_in_text(file: Path) -> Iterator[Path]:
+    """Another name of a file where its own is no UTF-8, which safetensors does not read; for as long as this lasts."""
+    if os.fsencode(file).decode(errors="replace") == str(file):
+        yield file
+        return
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        yield Path(f"/dev/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
+
+
 def _sampled(file: Path) -> Iterator[tuple[str, bytes]]:
     """Of each tensor in a safetensors file, what it is and its first bytes."""
     _headers_of(file)  # raises where the header promises what is not there
@@ -568,7 +591,7 @@ class _Headers(dict):
 
 def _headers_of(file: Path) -> dict[str, Tensor]:
     try:
-        with safe_open(file, framework="pt") as f:
+        with told_in_text(file) as name, safe_open(name, framework="pt") as f:
             return {k: torch.empty(f.get_slice(k).get_shape(), device="meta") for k in f.keys()}
     except Exception as error:  # safetensors raises its own untyped errors for damaged headers
         raise ValueError(f"{file} is not a whole safetensors file: {error}") from error

@@ -20,12 +20,11 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def undecodable(words: Sequence[str]) -> str | None:
-    """A sentence about the first word that is no text, such as a file name of another encoding."""
-    odd = next((w for w in words if any("\ud800" <= c <= "\udfff" for c in w)), None)
-    if odd is None:
-        return None
-    return f"{odd.encode('utf-8', 'backslashreplace').decode()} is no text in UTF-8: rename the file that it names"
+def print_any_name() -> None:
+    """Let this process print names of files that are no UTF-8, escaped, instead of ending with a UnicodeEncodeError."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def unexpected(error: BaseException) -> str:
@@ -43,9 +42,7 @@ def guarded(main: Callable[[list[str]], int]) -> Callable[[Sequence[str] | None]
     @functools.wraps(main)
     def command(argv: Sequence[str] | None = None) -> int:
         words = list(sys.argv[1:] if argv is None else argv)
-        if sentence := undecodable(words):
-            print(f"error: {sentence}", file=sys.stderr)
-            return 2
+        print_any_name()
         try:
             return main([word for word in words if word.lower() not in DEBUG])
         except KeyboardInterrupt:

@@ -433,7 +433,8 @@ def damage(path: Path) -> str | None:
             return "its bytes are not those that were saved"
         if not kept and (torn := torn_record(path)):
             return f"{torn} in it is torn"
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        mapped = str(path).isprintable()  # torch maps no file whose name is no UTF-8
+        content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
         missing = [key for key in NEEDED if not isinstance(content, dict) or key not in content]
         if missing:
             return f"it has no {missing[0]}"

@@ -47,7 +47,8 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from edit.command import DEBUG, undecodable, unexpected
+from data.names import legible
+from edit.command import DEBUG, unexpected
 from edit.trust import cut, read_yaml
 from recipes.check import describe, flat, mistakes, rule, suggest
 
@@ -688,8 +689,8 @@ def _parse(words: list[str]) -> tuple[Any, list[str]]:
     Raises:
         UserError: for words that are neither settings nor options that this program has
     """
-    if sentence := undecodable(words):
-        raise UserError(sentence)
+    if odd := next((word for word in words if any("\ud800" <= c <= "\udfff" for c in word)), None):
+        raise UserError(f"{legible(odd)} is no text in UTF-8, which Hydra cannot read: rename the file that it names")
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     args, unknown = parser.parse_known_intermixed_args(words)

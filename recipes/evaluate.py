@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.names import legible
 from recipes.check import describe, rule, suggest
 from recipes.config import UserError, check
 from recipes.yardstick import GRID, Yardstick, progress
@@ -153,7 +154,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     depth = 1
     while len({f.parts[-depth:] for f in folders}) < len(set(folders)):
         depth += 1
-    return ["/".join(f.parts[-depth:]) for f in folders]
+    return [legible("/".join(f.parts[-depth:])) for f in folders]
 
 
 def pick_device(name: str) -> torch.device:

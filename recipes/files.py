@@ -19,11 +19,11 @@ _held: set[int] = set()  # descriptors of locks
 
 
 def write(path: Path, content: str | bytes) -> Path:
-    """Put content in place at once; makes the folder."""
+    """Put content in place at once; makes the folder. Text is UTF-8, with \\u.... for what is none (names of files)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)  # a full disk is not left fuller

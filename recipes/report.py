@@ -279,7 +279,7 @@ def plot(report: Mapping[str, Any]) -> bytes | None:
             if not points:
                 continue
             x, y, error = [p[0] for p in points], [p[1]["value"] for p in points], [p[1]["spread"] or 0 for p in points]
-            axes.errorbar(x, y, error, fmt="o-", capsize=3, linewidth=1, color=f"C{i % 10}", label=name)
+            axes.errorbar(x, y, error, fmt="o-", capsize=3, linewidth=1, color=f"C{i % 10}", label=_label(name))
             for a, b, row in zip(x, y, (p[2] for p in points), strict=True):
                 axes.annotate(f"w={row['guidance']:g}", (a, b), textcoords="offset points", xytext=(7, 5), fontsize=8)
         floors = {row["reference"]["floor"] for row in table}
@@ -295,6 +295,12 @@ def plot(report: Mapping[str, Any]) -> bytes | None:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=130)
     return out.getvalue()
+
+
+def _label(name: str) -> str:
+    """As matplotlib shows it whole: it takes $ for mathematics, and hides what begins with an underscore."""
+    shown = name.replace("$", r"\$")
+    return f"\N{ZERO WIDTH SPACE}{shown}" if shown.startswith("_") else shown
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from data.names import setting, typed
+
 # what all runs of train.py from one command share unless a run's own words say otherwise
 SHARED = ("runs", "logger.kinds", "logger.wandb.mode", "logger.wandb.project", "debug")
 SHARED += ("trainer.accelerator", "trainer.threads")  # not devices: how many share a batch is part of what a run is
@@ -90,7 +92,7 @@ def _run_all(cfg: DictConfig, script: Path) -> int:
     """The exit code of the first run that did not finish, or 0."""
     for number, words in enumerate(cfg.before):
         if "=" in words[0]:
-            code = _run([sys.executable, str(script), *shared(cfg), *words])
+            code = _run([sys.executable, str(script), *shared(cfg), *map(_readable, words)])
         else:
             work, tasks = partial(_run, [sys.executable, "-m", *words]), _slurm_tasks(number)
             code = _while_others_wait(work, f"before/{cfg.runs}/{cfg.name}/{number}", tasks) if tasks else work()
@@ -142,13 +144,30 @@ def shared(cfg: DictConfig) -> list[str]:
         value = OmegaConf.select(cfg, key)
         if OmegaConf.is_list(value):
             value = "[" + ",".join(map(str, value)) + "]"
+        elif isinstance(value, str):
+            words.append(setting(key, value))
+            continue
         words.append(f"{key}={'null' if value is None else value}")
     return words
 
 
+def _readable(word: str) -> str:
+    """A word for train.py, quoted where Hydra cannot read it: with a path in it, perhaps of this run's folder."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(word)
+        return word
+    except HydraException:
+        key, equals, value = word.partition("=")
+        return setting(key, value) if equals else word
+
+
 def _run(command: Sequence[str], when: str = "before") -> int:
     """A child's exit code. What this process is told by a signal the child is told; it dies with this process."""
-    print(f"{when:<10}" + " ".join(command[1:]), flush=True)
+    print_any_name()
+    print(f"{when:<10}" + typed(*command[1:]), flush=True)
     die = _die_with_parent if sys.platform == "linux" else None
     child = subprocess.Popen(command, preexec_fn=die, env=_environment())
     heard = [s for s in FORWARDED if signal.getsignal(s) != signal.SIG_IGN]  # under nohup, no SIGHUP

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import edit
+from data.names import typed
 from edit.checkpoint import find, fingerprint, load, load_official, save, skeleton
+from edit.command import print_any_name
 from edit.denoiser import Denoiser
 from edit.distillation.guidance import TeacherGuidance
 from edit.distillation.matching import Matching
@@ -75,8 +78,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 def _run(cfg: DictConfig, held: ExitStack) -> dict[str, Any]:
     """`run`, whose folder is locked from the moment that it is looked into until `held` is left."""
     quiet()
+    print_any_name()
     OmegaConf.resolve(cfg)
     out = Path(cfg.runs) / cfg.name
+    if file := next((p for p in (out, *out.parents) if os.path.lexists(p) and not p.is_dir()), None):
+        raise UserError(f"the run cannot be written into {out}: {file} is no folder; choose another name= or runs=")
     cfg.trainer.devices, cfg.trainer.precision = count_devices(cfg.trainer), precision_of(cfg.trainer)
     refuse_other_run(cfg, out)
     if cfg.trainer.threads:
@@ -141,7 +147,7 @@ def _run(cfg: DictConfig, held: ExitStack) -> dict[str, Any]:
         print(f"{out} is complete ({done} steps): a new run needs another name=")
         if cfg.evaluate and not (out / "report.json").exists():  # it was stopped between training and evaluation
             return finish(cfg, out / "artifact")
-        print(f"next      python eval.py artifact={out}")
+        print(f"next      {typed('python', 'eval.py', f'artifact={out}')}")
         return {}
     if first_rank:
         refuse_other_teacher(cfg, out, resume is not None)
@@ -616,7 +622,7 @@ def finish(cfg: DictConfig, artifact: Path) -> dict[str, Any]:
     out = artifact.parent
     print(f"artifact  {artifact}", flush=True)
     report = evaluate([artifact], settings(cfg.evaluate), out) if cfg.evaluate else {}
-    print(f"next      python eval.py artifact={out}", flush=True)
+    print(f"next      {typed('python', 'eval.py', f'artifact={out}')}", flush=True)
     return report
 
 

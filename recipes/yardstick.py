@@ -265,7 +265,8 @@ def progress(title: str, total: int, of: str = "images") -> Iterator[Callable[[f
     console = Console()
     if not console.is_terminal:
         print(f"{title}: {total} {of}", flush=True)
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(f"{of}, left"), TimeRemainingColumn())
+    words = TextColumn("{task.description}", markup=False)  # a name may look like markup, or like a format
+    columns = (words, BarColumn(), MofNCompleteColumn(), TextColumn(f"{of}, left"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
+        task = bar.add_task(title, total=total)
         yield lambda done: bar.advance(task, done)

@@ -606,3 +606,42 @@ def test_the_embedded_world_needs_no_downloads(tmp_path):
     assert isinstance(Latents(str(half)).world, Shapes)
     other = generate(replace(work, out=str(tmp_path / "states"), padding="states"), quiet).parent
     assert Latents(str(other)).world is None  # its prompts were told otherwise
+
+
+def test_what_is_generated_is_not_written_where_it_is_read_from(order, teacher, t5, tmp_path):
+    before = sorted(teacher.rglob("*"))
+    for out in (teacher, teacher / "cache", t5):
+        with pytest.raises(ValueError, match="is where .* is read from: choose another out="):
+            generate(replace(order(), out=str(out)), quiet)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file cannot be written: .* is no folder; correct out="):
+        generate(order("file"), quiet)
+    assert sorted(teacher.rglob("*")) == before
+
+
+def test_a_damaged_manifest_is_written_anew_by_the_same_command(order):
+    path = generate(order(), quiet)
+    whole = path.read_bytes()
+    for damage in (b"{", b"[]", whole.replace(b'"seed": 0', b'"seed": 1'), whole[:-40]):
+        path.write_bytes(damage)
+        generate(order(), quiet)
+        assert path.read_bytes() == whole
+
+
+def test_the_next_command_finds_a_folder_of_any_name(teacher, t5, clip, order, tmp_path, capsys):
+    import shlex
+
+    from hydra import compose, initialize_config_dir
+
+    from recipes.config import register
+
+    register()
+    given = order("l [v2], it's")
+    words = [f"{k}={getattr(given, k)}" for k in ("teacher", "prompts", "out", "text_encoder", "pooled_encoder")]
+    assert main([*words, "max_tokens=8", "steps=1", "device=cpu"]) == 0
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
+    configs = Path(__file__).parents[2] / "configs"
+    with initialize_config_dir(version_base="1.3", config_dir=str(configs)):
+        told = compose("train", shlex.split(said)[3:]).data.set
+    assert (told.path, told.generated_by) == (given.out, given.teacher)
+    assert len(Latents(told.path, generated_by=told.generated_by).train()) == len(PROMPTS)

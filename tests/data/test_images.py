@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import socket
 import tarfile
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,6 +99,147 @@ def test_a_held_out_folder_inside_is_no_class_and_shares_the_numbering(folder):
     shutil.copytree(folder / "c", folder / "heldout" / "d")
     with pytest.raises(ValueError, match="has the class d, which is not among the training classes"):
         ImageFolder(str(folder), SIZE, heldout="heldout")
+
+
+def test_a_linked_folder_is_followed_once_and_a_loop_never(folder, tmp_path):
+    shutil.copytree(folder / "a", tmp_path / "elsewhere" / "deep")
+    (folder / "d").symlink_to(tmp_path / "elsewhere")  # data sets are put together so
+    (folder / "e").symlink_to(tmp_path / "elsewhere" / "deep")  # already counted under d
+    (folder / "f").symlink_to(folder / "a")
+    (folder / "b" / "up").symlink_to("..")
+    (folder / "b" / "self").symlink_to(".")
+    (folder / "g").symlink_to(tmp_path)  # holds all images
+    (folder / "gone").symlink_to("nowhere")
+    (folder / "round").symlink_to("round")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    (tmp_path / "elsewhere" / "above").symlink_to(tmp_path / "elsewhere")
+    with pytest.warns(RuntimeWarning, match=r"photos: left out b/self, b/up, d/above and 6 more: links to") as told:
+        images = Folder(folder)
+    assert len(told) == 1
+    real = [f"{c}/{n:02d}.png" for i, c in enumerate("abc") for n in range(i, 12, 3)]
+    assert images.names == [*real, *(f"d/deep/{n:02d}.png" for n in range(0, 12, 3))]
+    assert images.classes == ["a", "b", "c", "d"]
+
+
+def test_two_links_to_one_folder_count_it_under_the_first_name(folder, tmp_path):
+    (folder / "c").rename(tmp_path / "c")
+    for name in ("y", "x"):
+        (folder / name).symlink_to(tmp_path / "c")
+    with pytest.warns(RuntimeWarning, match="left out y: links"):
+        assert Folder(folder).classes == ["a", "b", "x"]
+
+
+def test_a_linked_class_is_told_from_no_other_folder_and_nothing_is_said(folder, tmp_path):
+    (folder / "c").rename(tmp_path / "c")
+    (folder / "c").symlink_to(tmp_path / "c")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(Folder(folder)) == 12
+
+
+@pytest.mark.parametrize("way", ["relative", "link", "linked from inside", "training linked"])
+def test_what_is_held_out_is_not_trained_on_however_it_is_named(folder, tmp_path, monkeypatch, way):
+    for name in "abc":
+        (folder / "heldout" / name).mkdir(parents=True)
+        (folder / "heldout" / name / "new.png").write_bytes(png(50))
+    heldout = str(folder / "heldout")
+    if way == "relative":
+        monkeypatch.chdir(tmp_path)
+        heldout = "photos/heldout"
+    elif way == "link":
+        (tmp_path / "other").symlink_to(folder / "heldout")
+        heldout = str(tmp_path / "other")
+    elif way == "linked from inside":
+        (folder / "b" / "more").symlink_to(folder / "heldout" / "b")
+    else:
+        (folder / "heldout" / "a" / "more").symlink_to(folder / "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = ImageFolder(str(folder), SIZE, heldout=heldout)
+    assert data.classes == ["a", "b", "c"] and (len(data.train()), len(data.heldout())) == (12, 3)
+
+
+def test_a_held_out_folder_with_the_training_images_in_it_is_refused(folder):
+    for heldout in (".", "..", str(folder)):
+        with pytest.raises(ValueError, match="heldout='.*' is the folder of the training images, or holds it"):
+            ImageFolder(str(folder), SIZE, heldout=heldout)
+
+
+def special(kind: str, path: Path) -> None:
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as end:
+            end.bind(os.path.relpath(path))  # at most 107 bytes
+    else:
+        targets = {"device": "/dev/zero", "kernel's": "/proc/kmsg", "gone": "nowhere", "own": path.name, "folder": "."}
+        path.symlink_to(targets[kind])
+
+
+SPECIAL = {
+    "pipe": "is a pipe, expected a file",
+    "socket": "is a socket, expected a file",
+    "device": "is a device, expected a file",
+    "kernel's": "is no stored file",
+    "gone": r"is a link to nowhere, which cannot be read \(No such file",
+    "own": r"is a link to .*, which cannot be read \(Too many levels",
+}
+
+
+@pytest.mark.parametrize("kind,message", SPECIAL.items(), ids=SPECIAL)
+@pytest.mark.parametrize("ending", ["png", "txt"])
+def test_what_is_no_stored_file_is_named_and_never_waited_for(folder, monkeypatch, kind, message, ending):
+    monkeypatch.chdir(folder)
+    (folder / "a" / f"00.{ending}").unlink()
+    special(kind, folder / "a" / f"00.{ending}")
+    with pytest.raises(Damaged, match=rf"a/00\.{ending} {message}"):
+        ImageFolder(str(folder), SIZE).train().sample(0, 0)
+    with pytest.warns(RuntimeWarning, match=message):
+        assert ImageFolder(str(folder), SIZE, on_error="skip").train().sample(0, 0)["label"] == 0
+
+
+@pytest.mark.parametrize("kind,message", [*SPECIAL.items(), ("folder", "is a folder, expected a file")])
+def test_a_shard_that_is_no_stored_file_is_named_and_never_waited_for(shards, monkeypatch, kind, message):
+    monkeypatch.chdir(shards)
+    special(kind, shards / "2.tar")
+    with pytest.raises(Damaged, match=rf"2\.tar {message}"):
+        ImageShards(str(shards), SIZE)
+
+
+@pytest.mark.skipif(not os.path.ismount("/proc"), reason="no /proc here")
+def test_folders_that_the_kernel_makes_up_are_not_walked(folder):
+    with pytest.raises(ValueError, match="/proc/self is a folder that the kernel makes up"):
+        Folder("/proc/self")
+    (folder / "b" / "tasks").symlink_to("/proc/self/task")
+    with pytest.warns(RuntimeWarning, match="left out b/tasks"):
+        assert len(Folder(folder)) == 12
+
+
+def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
+    def refuse(path):  # as for anybody but root
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(ValueError, match=r"photos cannot be listed \(Permission denied\): correct its permissions"):
+        Folder(folder)
+
+
+def test_names_that_are_no_text_are_read_and_told_in_text(folder):
+    strange = os.fsdecode(b"caf\xe9\n[1]")
+    (folder / "c").rename(folder / strange)
+    (folder / strange / "02.png").rename(folder / strange / os.fsdecode(b"\xff.png"))
+    data = ImageFolder(str(folder), SIZE, heldout=0.3)  # by a hash of the names
+    assert data.classes == ["a", "b", r"caf\xe9\x0a[1]"]
+    assert len(data.train()) + len(data.heldout()) == 12
+    assert data._source.load(11).name.endswith(r"/caf\xe9\x0a[1]/\xff.png")
+    (folder / strange / "05.png").write_bytes(b"nothing")
+    with pytest.raises(Damaged, match=r"caf\\xe9\\x0a\[1\]/05\.png cannot be decoded") as told:
+        data._source.load(8)
+    assert str(told.value).isprintable()
+    (folder / strange / "08.png").unlink()
+    with pytest.raises(Damaged, match=r"08\.png cannot be read") as told:
+        data._source.load(9)
+    assert str(told.value).isprintable()
 
 
 def test_a_corrupt_image_is_named_and_refused(folder):
@@ -215,32 +358,43 @@ def header_cut(path) -> None:
     os.truncate(path, offset)
 
 
+def middle_cut(path) -> None:
+    """Cut in the content of the fourth sample's image."""
+    with tarfile.open(path) as tar:
+        offset = tar.getmembers()[9].offset_data
+    os.truncate(path, offset + 100)
+
+
+# with how many of the six samples are whole
 DAMAGE = {
-    "cut in a member": lambda path: truncate(path, 0.4),
-    "cut between members": header_cut,
-    "corrupt header": corrupt,
-    "empty file": lambda path: path.write_bytes(b""),
-    "no tar": lambda path: path.write_bytes(b"this is text" * 1000),
-    "no samples": lambda path: write_tar(path, []),
-    "same member twice": lambda path: write_tar(path, [{"__key__": "a", "png": b"1"}] * 2),
-    "label no number": lambda path: write_tar(path, [{"__key__": "a", "png": b"1", "cls": b"cat"}]),
+    "cut in a member": (middle_cut, 3),
+    "cut between members": (header_cut, 3),
+    "corrupt header": (corrupt, 3),
+    "empty file": (lambda path: path.write_bytes(b""), 0),
+    "no tar": (lambda path: path.write_bytes(b"this is text" * 1000), 0),
+    "no samples": (lambda path: write_tar(path, []), 0),
+    "same member twice": (lambda path: write_tar(path, [{"__key__": "a", "png": b"1"}] * 2), 0),
+    "label no number": (lambda path: write_tar(path, [{"__key__": "a", "png": b"1", "cls": b"cat"}]), 0),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_shard_is_named_and_refused(shards, damage):
+@pytest.mark.parametrize("damage,_", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_shard_is_named_and_refused(shards, damage, _):
     ImageShards(str(shards), SIZE)  # an index of the whole shard exists, and must not hide the damage
     damage(shards / "1.tar")
     with pytest.raises(Damaged, match=r"1\.tar.*on_error=skip"):
         ImageShards(str(shards), SIZE)
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_shard_is_named_and_left_out(shards, damage):
+@pytest.mark.parametrize("damage,whole", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_shard_is_named_and_only_its_whole_samples_are_used(shards, damage, whole):
     damage(shards / "1.tar")
     with pytest.warns(RuntimeWarning, match=r"1\.tar.*skipped, 1 so far"):
-        data = ImageShards(str(shards), SIZE, on_error="skip")
-    assert len(data.train()) == 6
+        data = ImageShards(str(shards), SIZE, on_error="skip", captions=True)
+    assert len(data.train()) == 6 + whole
+    for i in range(6 + whole):
+        sample = data.train().sample(i, 0)
+        assert sample["label"] == i % 3 and sample["caption"] == caption(i)
 
 
 def test_shards_without_any_sample_are_an_error_even_when_skipping(shards):

@@ -351,13 +351,13 @@ def test_a_shard_of_nothing_but_damage_is_left_out(job, tmp_path):
     assert len(Latents(str(out)).train()) == 3 and not (out / "shard-000000.tar").exists()
 
 
-def test_a_source_shard_that_was_left_out_is_listed_once(job, shards):
+def test_a_source_shard_that_is_cut_is_listed_once_and_its_whole_samples_are_used(job, shards):
     content = (shards / "0.tar").read_bytes()
     (shards / "0.tar").write_bytes(content[: len(content) // 2])
     with pytest.warns(RuntimeWarning, match=r"0\.tar is truncated"):
         out = precompute(job(shards, on_error="skip", shard_size=2), quiet).parent
     told = json.loads((out / "manifest.json").read_text())
-    assert (told["count"], len(told["shards"])) == (6, 3)
+    assert (told["count"], len(told["shards"])) == (9, 5)  # 3 of 6 are whole
     assert len(told["skipped"]) == 1 and "shards/0.tar is truncated" in told["skipped"][0]
 
 

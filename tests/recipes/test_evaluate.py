@@ -1,4 +1,7 @@
 import json
+import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,8 +15,10 @@ from omegaconf import OmegaConf
 
 import edit
 from data.digits import Digits
+from data.names import legible
 from data.shapes import Shapes
 from edit.backbones.flux import FluxConfig
+from edit.command import print_any_name
 from edit.pruning.depth import DepthPruning
 from edit.sampling import Euler, Grid, Sampler
 from recipes.config import UserError
@@ -28,6 +33,8 @@ from recipes.evaluate import (
     settings,
     short_names,
 )
+from recipes.training import finish
+from recipes.yardstick import progress
 
 ROOT = Path(__file__).parents[2]
 DIGITS = {"_target_": "data.digits.Digits"}
@@ -143,6 +150,76 @@ def test_the_same_command_gives_the_same_qualities_at_any_batch_size(cli, runs, 
     for name in ("frechet", "nearest_train"):
         # sums of matrix products in another order, seldom enough to move a rounded pixel
         assert seen[0][name]["value"] == pytest.approx(seen[1][name]["value"], rel=1e-2), name
+
+
+@pytest.mark.parametrize("name", ["run[1]", "it's {a}, [b] = #1 $x_2$", "0x10", os.fsdecode(b"caf\xe9")])
+def test_a_run_of_any_name_is_evaluated_by_the_command_that_training_prints(
+    cli, runs, cache, capsys, monkeypatch, name
+):
+    monkeypatch.chdir(runs)
+    Path("whole").rename(name)
+    Path("shallow").rename("run1")  # which run[1] matches as a pattern
+    print_any_name()
+    finish(OmegaConf.create({"evaluate": None}), Path(name) / "artifact")
+    said = capsys.readouterr().out.splitlines()[-1].removeprefix("next      ")
+    command = ["bash", "-c", f"printf '%s\\0' {said}"]
+    python, script, *words = map(os.fsdecode, subprocess.run(command, capture_output=True).stdout.split(b"\0")[:-1])
+    assert (python, script, len(words)) == ("python", "eval.py", 1)
+    assert not name.isprintable() or shlex.split(said)[2:] == words
+    assert cli.main([*words, "features=none", "guidance=1", "n=8", "rounds=0"]) == 0
+    (told,) = results(Path(name))
+    assert told["name"] == legible(name) and not Path("run1/report.json").exists()
+
+
+def test_paths_are_taken_as_they_are_typed_and_patterns_only_where_there_is_no_such_folder(cli, runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    for name in ("run[1]", "run1", "run2", "a,b", "x #1", "1_0", "[1]", "null"):
+        shutil.copytree("whole", name)
+
+    def found(*words):
+        return [str(p.parent) for p in cli.folders(cli.parse([f"artifact={word}" for word in words])["artifact"])]
+
+    for name in ("run[1]", "a,b", "x #1", "1_0", "[1]", "null"):
+        assert found(name) == [name] == found(f'"{name}"')
+    Path("empty[1]").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no artifact at empty\[1\]: neither it nor"):
+        found("empty[1]")
+    assert found("[run1,run2]") == ["run1", "run2"] == found("run[12]")
+    assert found("run*", "run1") == ["run1", "run2", "run[1]"]
+    assert found("[run1,'run[1]']") == ["run1", "run[1]"]
+    Path("same").symlink_to("run1")
+    assert found("run1", "same") == ["run1"]
+    assert cli.parse(["artifact=run1", "out=1_0 #2"])["out"] == "1_0 #2"
+    assert cli.parse(["artifact=run1", "out=null", "cache=~"]) == {"artifact": ["run1"], "out": None, "cache": None}
+
+
+@pytest.mark.parametrize(
+    "words,sentence",
+    {
+        "artifact=": "artifact= is empty: give a folder",
+        "artifact=file": "no artifact at file: it is a file, expected a folder",
+        "artifact=whole out=file": "out=file cannot be written: .*file is no folder",
+        "artifact=whole out=file/below": "out=file/below cannot be written: .*file is no folder",
+    }.items(),
+)
+def test_a_file_where_a_folder_is_wanted_is_told_before_any_work(cli, runs, monkeypatch, capsys, words, sentence):
+    monkeypatch.chdir(runs)
+    Path("file").write_text("mine")
+    monkeypatch.setattr(cli, "run", lambda *_: pytest.fail("it was measured"))
+    assert cli.main(words.split()) == 2
+    assert re.fullmatch(f"error: {sentence}.*\n", capsys.readouterr().err)
+
+
+def test_a_name_that_looks_like_markup_or_a_format_is_shown_on_a_terminal(monkeypatch):
+    import io
+
+    from rich.console import Console
+
+    screen = io.StringIO()
+    monkeypatch.setattr("rich.console.Console", lambda: Console(file=screen, force_terminal=True, width=100))
+    with progress("run {0} [/b] [bold]", 8) as done:
+        done(8)
+    assert "run {0} [/b] [bold]" in screen.getvalue()
 
 
 def test_several_artifacts_are_compared_side_by_side_with_the_reference(cli, runs, quick, tmp_path):

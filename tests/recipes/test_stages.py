@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,11 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from omegaconf import OmegaConf
 from ranks import run_ranks
 from small_runs import config, rows
 
+from data.names import setting
 from recipes.config import UserError
 from recipes.stages import LAUNCHER, launched, run_after, run_before, shared
 
@@ -251,3 +254,17 @@ def test_a_needed_run_is_trained_once(tmp_path, capfd):
         run_before(cfg, Path(__file__).parents[2] / "train.py")
         assert ("first is complete" in capfd.readouterr().out) == again
     assert (tmp_path / "first" / "artifact" / "config.json").exists()
+
+
+def test_runs_in_a_folder_of_any_name_are_what_the_stages_are_told(tmp_path, capsys):
+    runs = tmp_path / "my runs [v2], it's"
+    runs.mkdir()
+    script, log = recorder(tmp_path)
+    cfg = config(tmp_path, "name=a", "before=[['name=one',\"init=${runs}/x\"]]")
+    cfg.runs = str(runs)
+    run_before(cfg, script)
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])[2:]  # printed as they can be typed
+    assert words[-1] == setting("init", f"{runs}/x")
+    told = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(words)}
+    assert (told["runs"], told["init"]) == (str(runs), f"{runs}/x")
+    assert len(log.read_text().splitlines()) == 1

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shlex
 from dataclasses import dataclass
 
 import pytest
@@ -98,6 +100,28 @@ def test_bf16_without_a_cache_of_weights_has_the_losses_of_bf16_with_one(tmp_pat
     monkeypatch.undo()
     train(tmp_path, "name=exact", *words)
     assert losses(tmp_path, "uncached") == losses(tmp_path, "cached") != losses(tmp_path, "exact")
+
+
+def test_a_run_of_any_name_goes_on_and_prints_a_command_that_means_it(tmp_path, capsys):
+    for name, hydra in (("run[1]", "name='run[1]'"), (odd := os.fsdecode(b"a=b, {c} caf\xe9"), f"name='{odd}'")):
+        plain = ("preview.every=2", "checkpoint.every=2", f"trainer.max_steps={2}")
+        train(tmp_path, hydra, *plain)
+        train(tmp_path, hydra, *plain, "trainer.max_steps=4")
+        said = capsys.readouterr().out
+        assert "at step 2 of 4" in said and said.encode()
+        assert [int(r["step"]) for r in rows(tmp_path, name)] == [1, 2, 3, 4]
+        assert edit.load(tmp_path / name).run["step"] == 4
+        if name.isprintable():
+            assert shlex.split(said.splitlines()[-1])[1:] == ["python", "eval.py", f"artifact={tmp_path / name}"]
+        train(tmp_path, hydra, *plain, "trainer.max_steps=4")
+        assert "is complete (4 steps)" in capsys.readouterr().out
+
+
+def test_a_file_in_the_place_of_the_run_is_told_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for name in ("file", "file/below"):
+        with pytest.raises(UserError, match="file is no folder; choose another name= or runs="):
+            train(tmp_path, f"name={name}")
 
 
 def test_the_artifact_is_the_average_and_stock_diffusers_loads_it(tmp_path):

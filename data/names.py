@@ -1,0 +1,65 @@
+"""Names of files: for people, for a shell and for Hydra; and patterns, which a file of that very name overrules."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from glob import escape, glob
+from pathlib import Path
+
+# what a terminal would obey, and what stands for bytes that are no UTF-8 (PEP 383)
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def legible(text: str) -> str:
+    """For messages and JSON: valid UTF-8 on one line, with \\xNN for every byte that is no text."""
+    return UNPRINTABLE.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    number = ord(found[0])
+    number -= 0xDC00 if 0xDC80 <= number <= 0xDCFF else 0
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
+
+
+def typed(*words: str | os.PathLike) -> str:
+    """Words as they are typed into a shell, bash's $'...' where they hold bytes that are no text."""
+    return " ".join(_quoted(os.fspath(word)) for word in words)
+
+
+def _quoted(word: str) -> str:
+    if not UNPRINTABLE.search(word):
+        return shlex.quote(word)
+    return "$'" + legible(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
+
+
+def setting(key: str, value: str | os.PathLike) -> str:
+    """`key=value` for train.py's command line, quoted for Hydra where it would read something else than this text."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    text = os.fspath(value)
+    try:
+        plain = "${" not in text and OverridesParser.create().parse_override(f"{key}={text}").value() == text
+    except HydraException:
+        plain = False
+    if plain:
+        return f"{key}={text}"
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # not an interpolation
+    text = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    return f"{key}='{text}'"
+
+
+def matching(pattern: str | os.PathLike) -> list[str]:
+    """What there is under a name, which is taken as it stands; else what it matches as a glob pattern, sorted.
+
+    Of a pattern the leading folders that exist are names, too: `a [1]/*.tar` looks into the folder `a [1]`.
+    """
+    text = os.fspath(pattern)
+    if os.path.lexists(text):
+        return [text]
+    there = next((parent for parent in Path(text).parents if parent.is_dir()), Path())
+    if there == Path():
+        return sorted(glob(text))
+    return sorted(glob(os.path.join(escape(str(there)), os.path.relpath(text, there))))
