@@ -351,8 +351,10 @@ def test_a_card_shows_a_reference_to_the_environment_as_it_is_written(artifact, 
     from edit.card import recipe
 
     monkeypatch.setenv("SECRET", "hunter2")
-    (artifact.parent / "config.yaml").write_text("init: ${oc.env:SECRET}\nseed: 3\ntrainer: {max_steps: 5}\n")
-    assert recipe(artifact) == {"init": "${oc.env:SECRET}", "seed": 3, "steps": 5}
+    for written in ("${oc.env:SECRET}", "${${how}:SECRET}", "${oc.${seed}:SECRET}"):
+        settings = f"init: '{written}'\nhow: oc.env\nseed: env\ntrainer: {{max_steps: 5}}\n"
+        (artifact.parent / "config.yaml").write_text(settings)
+        assert recipe(artifact) == {"init": written, "seed": "env", "steps": 5}
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def test_what_follows_a_run_is_the_first_ranks(tmp_path, monkeypatch, name, capf
         ("[database.drop,'a=b']", "'database.drop' is neither a setting"),
         (
             "[data.generat,'a=b']",
-            "'data.generat' is neither a setting, key=value, nor a module that is run; did you mean",
+            "'data.generat' is neither a setting, key=value, nor a module that is run; did",
         ),
         ("['','a=b']", "'' is neither a setting"),
         ("[data.generate,'teacher']", "expected settings, key=value, after the first word, got 'teacher'"),
