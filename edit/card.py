@@ -140,8 +140,7 @@ def recipe(folder: Path) -> dict[str, Any]:
     for place in (folder, folder.parent):
         if (place / "config.yaml").is_file() and (place == folder or folder.name == "artifact"):
             try:
-                # as it is written: a reference in it, such as to the environment of whoever reads it, stays a word
-                config: Any = OmegaConf.to_container(trust.load_yaml(place / "config.yaml"), resolve=False)
+                config = _settings(place / "config.yaml")
                 trainer = config.get("trainer")
                 steps = trainer.get("max_steps") if isinstance(trainer, Mapping) else None
                 chosen = {k: config[k] for k in RECIPE if k in config}
@@ -151,6 +150,16 @@ def recipe(folder: Path) -> dict[str, Any]:
                 return {}  # another program's config.yaml
             return {k: v for k, v in {**chosen, "steps": steps}.items() if v not in (None, {}, [])}
     return {}
+
+
+def _settings(file: Path) -> Any:
+    """References of the file to itself are followed; to anything else, such as the environment of whoever reads it and
+    may publish the card, none is: all are shown as they are written."""
+    config = trust.load_yaml(file)
+    written = OmegaConf.to_container(config, resolve=False)
+    leaves = [v for _, _, v in trust.walk(written, str(file)) if isinstance(v, str)]
+    calls = any("${" in v and ":" in v for v in leaves)  # ${name: ...} asks a function
+    return written if calls else OmegaConf.to_container(config, resolve=True)
 
 
 def hub_id(path: str) -> str | None:

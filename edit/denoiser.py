@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -332,7 +332,7 @@ def add(stream: Stream, branch: Branch, gate: Branch) -> Stream:
 
 
 class Spec(ABC):
-    """The configuration of a backbone: any class whose `build()` takes nothing and makes a denoiser.
+    """The configuration of a backbone: a dataclass whose `build()` takes nothing and makes a denoiser.
 
     Nothing derives from it: it is what a configuration's `backbone` is compared with before it is called.
     """
@@ -343,7 +343,7 @@ class Spec(ABC):
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
         build = getattr(other, "build", None)
-        return callable(build) and list(inspect.signature(build).parameters) == ["self"]
+        return is_dataclass(other) and callable(build) and list(inspect.signature(build).parameters) == ["self"]
 
 
 class Denoiser(nn.Module, ABC):

@@ -256,7 +256,7 @@ def test_an_artifact_that_fails_becomes_a_row_and_the_others_are_measured(cli, r
     out = tmp_path / "out"
     assert cli.main([f"artifact={runs}/*", "features=none", "guidance=1", f"out={out}", *quick]) == 1
     entries = {a["name"]: a for a in results(out)}
-    assert set(entries) == {"whole", "shallow", "broken"} and "'Letters'" in entries["broken"]["error"]
+    assert set(entries) == {"whole", "shallow", "broken"} and "data.digits.Letters" in entries["broken"]["error"]
     # without features, costs and distances to the training set remain
     assert set(entries["whole"]["results"][0]["quality"]) == {"nearest_train"}
     assert "1 of 3 artifacts could not be measured: broken" in capsys.readouterr().err
@@ -378,3 +378,20 @@ def test_samples_are_named_by_the_captions_of_their_conditions_or_numbered():
     count = len(split) + 1
     assert captions(shapes, count)[-1] == told[0]
     assert captions(Digits(), 2) == ["sample 0", "sample 1"]
+
+
+WORDS = ["n=${x}", "n=${oc.env:HOME}", "artifact=/", "artifact=.", "artifact=", "artifact=null", "artifact={a: b}"]
+WORDS += ["artifact=[[a]]", "artifact=\udcff", "=", "+=", "++", "~", "foo", "a.b.c=", "artifact=[", "n.x=1", "n=[1,2]"]
+
+
+@pytest.mark.parametrize("word", WORDS, ids=ascii)
+def test_a_word_that_means_nothing_is_one_sentence(word, cli, capsys):
+    assert cli.main([word]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_an_error_that_nobody_foresaw_is_one_sentence_with_its_type(cli, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "folders", lambda given: {}["x"])
+    assert cli.main(["artifact=a"]) == 1
+    assert capsys.readouterr().err == "error: KeyError: 'x'; debug=true shows the traceback\n"

@@ -36,6 +36,11 @@ def recorder(folder: Path) -> tuple[Path, Path]:
     return script, log
 
 
+def unchecked(folder: Path, **stages: list[list[str]]):
+    """A configuration with stages that a check would refuse: they end at once, which is what is looked at."""
+    return OmegaConf.merge(config(folder, "name=a"), stages)
+
+
 def test_runs_come_in_order_with_what_all_share_before_their_own_words(tmp_path):
     script, log = recorder(tmp_path)
     cfg = config(tmp_path, "name=a", "before=[['name=one','trainer.devices=1'],['name=two']]", "trainer.threads=3")
@@ -70,7 +75,7 @@ def test_ranks_that_lightning_started_leave_them_to_rank_0(tmp_path, monkeypatch
 def test_a_module_of_ours_is_run_with_its_own_words_alone(tmp_path, monkeypatch, capfd):
     """From any folder, also where nothing is installed; its exit code ends the command as that of a run does."""
     script, log = recorder(tmp_path)
-    cfg = config(tmp_path, "name=a", "before=[['name=one'],[data.generate,'teacher=a'],['name=never']]")
+    cfg = unchecked(tmp_path, before=[["name=one"], ["data.generate", "teacher=a"], ["name=never"]])
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     with pytest.raises(SystemExit) as ended:
@@ -81,7 +86,7 @@ def test_a_module_of_ours_is_run_with_its_own_words_alone(tmp_path, monkeypatch,
 
 
 def test_what_follows_a_run_comes_in_order_and_ends_the_command_with_its_code(tmp_path, capfd):
-    cfg = config(tmp_path, "name=a", "after=[[data.generate],[data.generate,'teacher=a'],[data.generate]]")
+    cfg = unchecked(tmp_path, after=[["data.generate"], ["data.generate", "teacher=a"], ["data.generate"]])
     with pytest.raises(SystemExit) as ended:
         run_after(cfg)
     said, error = capfd.readouterr()
@@ -105,7 +110,7 @@ def test_what_lightning_tells_its_ranks_is_gone_after_the_run(monkeypatch):
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
 def test_what_follows_a_run_is_the_first_ranks(tmp_path, monkeypatch, name, capfd):
-    cfg = config(tmp_path, "name=a", "after=[[data.generate]]")
+    cfg = unchecked(tmp_path, after=[["data.generate"]])
     for rank, times in (("1", 0), ("0", 1)):
         monkeypatch.setenv(name, rank)
         run_after(cfg)
@@ -116,11 +121,21 @@ def test_what_follows_a_run_is_the_first_ranks(tmp_path, monkeypatch, name, capf
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("[os.system,'a=b']", "'os.system' is neither a setting, key=value, nor a module of data, edit or recipes"),
+        ("[os.system,'a=b']", "'os.system' is neither a setting, key=value, nor a module that is run; accepted: data."),
         ("[database.drop,'a=b']", "'database.drop' is neither a setting"),
-        ("[data.generat,'a=b']", "there is no module data.generat;"),
+        (
+            "[data.generat,'a=b']",
+            "'data.generat' is neither a setting, key=value, nor a module that is run; did",
+        ),
         ("['','a=b']", "'' is neither a setting"),
-        ("[data.generate,'teacher']", "expected settings, key=value, after the first word, got teacher"),
+        ("[data.generate,'teacher']", "expected settings, key=value, after the first word, got 'teacher'"),
+        ("[data.generate]", "data.generate: teacher is missing"),
+        ("[data.generate,'teacher=a']", "data.generate: prompts is missing"),
+        ("[data.generate,'--teacher=a']", "expected settings, key=value, after the first word, got '--teacher=a'"),
+        ("[data.embedded,'out=a']", "data.embedded: expected out=<folder> count=<how many prompts>, got out=a"),
+        ("[data.precompute,'--out=a']", "data.precompute: the following arguments are required: --images, --vae"),
+        ("[edit.export]", "edit.export: artifact= is missing"),
+        ("[recipes.prune,'model=a']", "recipes.prune: out has no value"),
         ("[]", "expected a list of settings such as"),
     ],
 )
@@ -139,9 +154,9 @@ sys.exit(int("stop" in sys.argv[-1]) * 7)
 """
 
 
-def _before(folder: Path, before: str) -> tuple[int, list[str]]:
+def _before(folder: Path, *before: list[str]) -> tuple[int, list[str]]:
     """The exit code that a rank of a torchrun launch ends with, and what it then finds written."""
-    cfg = config(folder, "name=a", f"before={before}")
+    cfg = unchecked(folder, before=list(before))
     try:
         run_before(cfg, folder / "script.py")
         code = 0
@@ -152,14 +167,14 @@ def _before(folder: Path, before: str) -> tuple[int, list[str]]:
 
 def test_under_torchrun_rank_0_runs_each_once_by_itself_and_all_ranks_wait(tmp_path):
     (tmp_path / "script.py").write_text(SLOW.format(log=str(tmp_path / "log")))
-    answers = run_ranks(_before, world=3, args=(tmp_path, "[['name=one'],['name=two']]"))
+    answers = run_ranks(_before, world=3, args=(tmp_path, ["name=one"], ["name=two"]))
     once = [json.dumps([name, []]) for name in ("name=one", "name=two")]  # and without this launch's ranks and port
     assert answers == [(0, once)] * 3
 
 
 def test_under_torchrun_a_run_that_fails_ends_every_rank_with_its_code(tmp_path):
     (tmp_path / "script.py").write_text(SLOW.format(log=str(tmp_path / "log")))
-    answers = run_ranks(_before, args=(tmp_path, "[['name=stop'],['name=never']]"))
+    answers = run_ranks(_before, args=(tmp_path, ["name=stop"], ["name=never"]))
     assert [code for code, _ in answers] == [7, 7] and all(len(lines) == 1 for _, lines in answers)
 
 
@@ -172,7 +187,7 @@ def _under_slurm(folder: Path) -> int:
         "PROCID": rank, "LOCALID": rank, "NODEID": "0", "NTASKS": "2", "NTASKS_PER_NODE": "2", "JOB_NAME": "job",
         "NODELIST": "localhost"}.items()} | {"MASTER_PORT": port}  # fmt: skip
     assert SLURMEnvironment.detect()
-    return _before(folder, "[[data.generate],[data.generate],[data.generate,'teacher=a'],['name=never']]")[0]
+    return _before(folder, *[["data.generate"]] * 2, ["data.generate", "teacher=a"], ["name=never"])[0]
 
 
 def test_under_slurm_the_first_task_runs_modules_one_by_one_and_all_tasks_wait(tmp_path, capfd):

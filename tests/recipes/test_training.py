@@ -385,3 +385,9 @@ def test_a_run_that_does_not_fit_is_refused_before_it_begins_with_what_to_change
         train(tmp_path, "name=a", "trainer.memory=0.001")
     assert "\n" not in str(error.value) and not (tmp_path / "a").exists()
     train(tmp_path, "name=a", "trainer.memory=1", "trainer.max_steps=1")
+
+
+def test_a_solver_without_the_edit_that_it_asks_is_refused_before_the_training(tmp_path):
+    with pytest.raises(UserError, match="PolicySolver needs a model that records 'policy'.*edits=policy"):
+        train(tmp_path, "name=a", "sampler=policy")
+    assert not (tmp_path / "a").exists()
