@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from recipes.check import suggest
 from recipes.config import UserError
@@ -55,7 +56,7 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"unknown key '{key}'{suggest(key, keys)}")
         try:
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
             raise UserError(f"the value of '{word}' cannot be read; put it in quotes") from error
         if key == "artifact":
             given[key] += value if isinstance(value, list) else [value]

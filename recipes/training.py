@@ -27,7 +27,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import edit
-from edit.checkpoint import find, fingerprint, load, load_official, save, skeleton
+from edit.checkpoint import check_weights, find, fingerprint, load, load_official, save, skeleton
 from edit.denoiser import Denoiser
 from edit.distillation.guidance import TeacherGuidance
 from edit.distillation.matching import Matching
@@ -68,6 +68,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     quiet()
     OmegaConf.resolve(cfg)
+    cfg.name = str(cfg.name)  # name=${seed} is a number by now
     out = Path(cfg.runs) / cfg.name
     cfg.trainer.devices, cfg.trainer.precision = count_devices(cfg.trainer), precision_of(cfg.trainer)
     refuse_other_run(cfg, out)
@@ -123,6 +124,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     resume = newest(out / "checkpoints")
     done = step_of(resume) if resume else 0
     first_rank = rank_zero_only.rank in (0, None)
+    if done > cfg.trainer.max_steps:
+        raise UserError(
+            f"{out} is at step {done}, and trainer.max_steps={cfg.trainer.max_steps} ends before that: give at least "
+            f"{done} to go on, or the new run another name="
+        )
     if done >= cfg.trainer.max_steps and (out / "artifact").is_dir():
         if not first_rank:
             return {}
@@ -134,6 +140,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if first_rank:
         refuse_other_teacher(cfg, out, resume is not None)
         write_once(cfg, out)
+        if cfg.optimizer.warmup > cfg.trainer.max_steps:
+            print(
+                f"warning: optimizer.warmup={cfg.optimizer.warmup} is longer than the run of {cfg.trainer.max_steps} "
+                "steps: optimizer.lr is never reached",
+                flush=True,
+            )
     if cfg.trainer.strategy.startswith("zero"):
         module.configure_model()  # whole, before DeepSpeed partitions it
     loggers = make_loggers(cfg.logger, out, cfg.name, OmegaConf.to_container(cfg))
@@ -184,6 +196,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     state = full_state(module.ema, trainer)
     if not trainer.is_global_zero:
         return {}
+    try:
+        check_weights(state)
+    except ValueError as error:
+        raise UserError(
+            f"no artifact was written: {error}; the checkpoints are kept: remove the newest to go back, and lower "
+            "optimizer.lr, or lengthen optimizer.warmup"
+        ) from error
     artifact = save(
         module.ema,
         out / "artifact",
