@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from data.names import legible, matching
 from edit.command import print_any_name, unexpected
@@ -74,7 +75,7 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
 def _value(word: str, text: str) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise UserError(f"the value of '{legible(word)}' cannot be read; put it in quotes") from error
 
 

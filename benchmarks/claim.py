@@ -23,6 +23,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from edit.limits import LAST_SEED
+
 ROOT = Path(__file__).parents[1]
 CLAIMS = Path(__file__).with_name("claims")
 
@@ -50,6 +52,10 @@ def within(arm: Sequence[float], other: Sequence[float], higher: bool) -> dict[s
     return {"worse": worse, "spread": spread, "holds": worse <= spread}
 
 
+def is_seed(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LAST_SEED
+
+
 def run(script: str, *words: str) -> None:
     print(f"$ python {script} {' '.join(words)}", flush=True)
     code = subprocess.run([sys.executable, script, *words], cwd=ROOT).returncode
@@ -66,6 +72,9 @@ def main(words: Sequence[str]) -> int:
     claim: Any = OmegaConf.load(CLAIMS / f"{name}.yaml")
     own = [w for w in words if w.split("=")[0] in ("runs", "seeds")]
     claim = OmegaConf.merge(claim, OmegaConf.from_dotlist(own))
+    if not (OmegaConf.is_list(claim.seeds) and claim.seeds and all(map(is_seed, claim.seeds))):
+        print(f"error: seeds is a list of whole numbers from 0 to {LAST_SEED}, got {claim.seeds}", file=sys.stderr)
+        return 2
     passed = [w for w in words if w not in own]
     runs = Path(claim.get("runs", "runs"))
     folder = runs / "claims" / name

@@ -10,17 +10,17 @@ Stop it whenever you like: the same command goes on after the last finished shar
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import signal
 import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 from data.names import setting, typed
 from edit.command import guarded
+from edit.limits import Count, Limits, NotNegative, Positive, Seed, Side, Steps, check_numbers
 
 SOLVERS = ("euler", "heun", "dpm", "ddim", "ddpm")
 CHOICES = {
@@ -57,7 +57,7 @@ class Order:
     tokenizer: str | None = key("its tokenizer, if it lies elsewhere", None)
     pooled_encoder: str | None = key("CLIP for the pooled embedding, if the text encoder has none", None)
     pooled_tokenizer: str | None = key("its tokenizer, if it lies elsewhere", None)
-    max_tokens: int = key("of the text encoder; the pooled encoder always cuts at its own length", 512)
+    max_tokens: Count = key("of the text encoder; the pooled encoder always cuts at its own length", 512)
     padding: str = key(
         "states: prompts are padded to max_tokens and the states of the padding kept, as FLUX and SD3 are trained; "
         "zeros: filled up with zeros; none: real tokens only, for teachers that mask",
@@ -65,47 +65,37 @@ class Order:
     )
     long: str = key("prompts of more tokens: refuse, or cut", "refuse")
     vae: str | None = key("the teacher's VAE, folder or hub id: for pictures, and as the identity of the latents", None)
-    guidance: float = key("scale; told to a guidance-distilled teacher, else applied with the empty prompt", 3.5)
-    steps: int = key("of the solver", 28)
+    guidance: NotNegative = key("scale; told to a guidance-distilled teacher, else applied with the empty prompt", 3.5)
+    steps: Steps = key("of the solver", 28)
     solver: str = key("euler, heun or dpm; for teachers that predict noise dpm, ddim or ddpm", "euler")
-    shift: float | None = key(
+    shift: Positive | None = key(
         "of the times towards noise; null: what the artifact says, else its pipeline's scheduler, for FLUX.1-dev "
         "without one its own rule, else 1",
         None,
     )
-    seed: int = key("of the noise; image k of the file has noise number k of this seed", 0)
-    images: int = key("per prompt", 1)
-    points: int = key(
+    seed: Seed = key("of the noise; image k of the file has noise number k of this seed", 0)
+    images: Count = key("per prompt", 1)
+    points: Annotated[int, Limits(0, 10_000)] = key(
         "states of each solve to store beside its latent, evenly between noise and sample: for students that learn "
         "from the teacher's paths; with euler or heun, whose steps must be a multiple of points + 1",
         0,
     )
-    size: int | None = key("rows and columns of a latent; null: the teacher's default", None)
+    size: Side | None = key("rows and columns of a latent; null: the teacher's default", None)
     dtype: str = key("stored as: float16 or float32", "float16")
     precision: str = key("the models compute in: float32, bfloat16 or float16", "float32")
-    batch: int = key("images at once", 8)
-    shard_size: int = key("images per shard; an interruption loses at most one shard's work per process", 256)
-    processes: int = key("spread over the GPUs; 0: one for each GPU of this machine", 1)
+    batch: Count = key("images at once", 8)
+    shard_size: Count = key("images per shard; an interruption loses at most one shard's work per process", 256)
+    processes: Annotated[int, Limits(0, 1024)] = key("spread over the GPUs; 0: one for each GPU of this machine", 1)
     device: str = key("cpu, cuda or gpu, cuda:1, ...; auto: cuda if there is one", "auto")
     rank: int = 0  # of this command among `world` such commands
-    world: int = 1
+    world: Count = 1
 
     def __post_init__(self):
-        for name in ("max_tokens", "steps", "images", "batch", "shard_size", "world"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
-        if self.processes < 0:
-            raise ValueError(f"processes is at least 1, or 0 for one on each GPU, got {self.processes}")
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"size is at least 1, got {self.size}")
+        check_numbers(self)
         for name in ("teacher", "prompts", "out"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: give {KEYS[name].metadata['help']}")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance is a number, got {self.guidance}")
-        if self.shift is not None and not 0 < self.shift < math.inf:
-            raise ValueError(f"shift is greater than 0, got {self.shift}; 1 leaves the times evenly spaced")
-        if self.points < 0 or self.steps % (self.points + 1):
+        if self.steps % (self.points + 1):
             raise ValueError(
                 f"points={self.points} does not divide steps={self.steps} evenly: steps must be a multiple of "
                 "points + 1, and 0 stores none"

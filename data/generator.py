@@ -47,6 +47,7 @@ from data.pixels import to_uint8
 from data.prompts import Prompt, read_prompts
 from edit.backbones.stock import StockDenoiser
 from edit.checkpoint import default_objective, find, is_hub_id, skeleton
+from edit.cost import find_device
 from edit.denoiser import Condition, Denoiser
 from edit.objectives import Objective
 from edit.sampling import (
@@ -109,8 +110,13 @@ def generate(order: Order, say: Callable[[str], None] = print) -> Path | None:
 
 
 def on_devices(order: Order) -> Order:
-    """The order with its device and processes as this machine has them."""
+    """The order with its device and processes as this machine has them.
+
+    Raises:
+        ValueError: if it has no such device
+    """
     device = {"auto": "cuda" if torch.cuda.is_available() else "cpu", "gpu": "cuda"}.get(order.device, order.device)
+    find_device(device)
     each = torch.cuda.device_count() if device == "cuda" else 1
     return replace(order, device=device, processes=order.processes or max(each, 1))
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from data.image_folder import Folder
 from data.image_shards import TarImages
 from data.names import legible
 from data.pixels import EXTENSIONS, Picture, centre_crop, to_tensor
+from edit.limits import Count, Limits, Side, check_numbers
 
 if TYPE_CHECKING:
     from data.generate import Order
@@ -47,27 +48,25 @@ class Job:
     tokenizer: str | None = None  # None: with the text encoder
     pooled_encoder: str | None = None  # its pooled output becomes `pooled`; None: the text encoder's, if it pools
     pooled_tokenizer: str | None = None
-    max_tokens: int = 256
+    max_tokens: Count = 256
     padding: str = "none"  # of the text encoder's input: none, states or zeros, see TextEncoder
-    size: int = 256  # pixels; with buckets the side of the square whose area they all have, about
-    bucket_step: int | None = None  # None: all images are cropped to squares; else sizes are multiples of it
-    bucket_ratio: float = 2.0  # of the longer to the shorter side of a bucket, at most
+    size: Side = 256  # pixels; with buckets the side of the square whose area they all have, about
+    bucket_step: Side | None = None  # None: all images are cropped to squares; else sizes are multiples of it
+    bucket_ratio: Annotated[float, Limits(1, 100)] = 2.0  # of the longer to the shorter side of a bucket, at most
     flips: bool = True  # store the mirrored image's latents, too
     dtype: str = "float16"  # of what is stored: float16 or float32 (npy knows no bfloat16)
     precision: str = "float32"  # the encoders compute in
-    batch: int = 32
-    shard_size: int = 4096  # images per shard; an interruption loses at most one shard's work per process
-    processes: int = 1
-    workers: int = 4  # threads that decode images, per process
+    batch: Count = 32
+    shard_size: Count = 4096  # images per shard; an interruption loses at most one shard's work per process
+    processes: Annotated[int, Limits(1, 1024)] = 1
+    workers: Annotated[int, Limits(1, 1024)] = 4  # threads that decode images, per process
     device: str = "cpu"  # "cuda" spreads the processes over the GPUs
     on_error: str = "refuse"
     rank: int = 0  # of this command among `world` such commands
-    world: int = 1
+    world: Count = 1
 
     def __post_init__(self):
-        for name in ("max_tokens", "size", "batch", "shard_size", "processes", "workers", "world"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
+        check_numbers(self)
         if not 0 <= self.rank < self.world:
             raise ValueError(f"rank is one of 0 to {self.world - 1} (world={self.world}), got {self.rank}")
         if self.dtype not in ("float16", "float32"):

@@ -83,9 +83,11 @@ def main(argv: Sequence[str]) -> int:
 
     from data.latent_folder import precompute
     from data.latent_writer import Job
+    from edit.cost import find_device
 
     options["device"] = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        find_device(options["device"])
         done = precompute(Job(**options, rank=number_of("RANK", 0), world=number_of("WORLD_SIZE", 1)))
     except KeyboardInterrupt:
         print("interrupted: the same command goes on after the last finished shard", file=sys.stderr)

@@ -86,12 +86,16 @@ def save(
 
     Returns:
         The folder.
+
+    Raises:
+        ValueError: if weights are not finite, or `dtype` cannot hold them
     """
     from huggingface_hub import save_torch_state_dict
 
     path = Path(path)
     stock, own = split_state(denoiser, denoiser.state_dict() if state is None else state)
     config, stock = denoiser.to_stock(denoiser.config, stock)
+    check_weights({**stock, **own}, dtype)
     description = {
         "format": FORMAT,
         "backbone": f"{denoiser.family.__module__}.{denoiser.family.__qualname__}",
@@ -130,6 +134,31 @@ def save(
     os.replace(temporary, path)
     shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def check_weights(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Refuse weights that are not finite, or that a narrower type cannot hold.
+
+    Args:
+        state: by name
+        dtype: that they are to be cast to; None keeps theirs
+
+    Raises:
+        ValueError: naming the first such tensor
+    """
+    for name, v in state.items():
+        if not v.is_floating_point() or not v.numel():
+            continue
+        largest = v.detach().abs().max() if v.dtype.itemsize > 1 else v.detach().float().abs().max()
+        if not largest.isfinite():
+            count = int((~v.isfinite()).sum()) if v.dtype.itemsize > 1 else "some"
+            raise ValueError(f"{name} has weights that are not finite, {count} of {v.numel()}")
+        if dtype is not None and not largest.to(dtype).isfinite():
+            kind, end = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+            raise ValueError(
+                f"{name} has a weight of {largest.item():.4g} in size, and {kind} ends at {end:.4g}, so that inf "
+                "would be written: use bf16 or fp32"
+            )
 
 
 def default_objective(denoiser: Denoiser) -> Objective:

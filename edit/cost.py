@@ -449,6 +449,28 @@ def mfu(flops: float, seconds: float, name: str) -> float | None:
     return None if peak is None else flops / seconds / peak
 
 
+def find_device(name: str) -> torch.device:
+    """Raises ValueError unless it is a device of this machine on which something can be computed."""
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":  # counted, not touched: what forks later must not find it in use
+            here = (device.index or 0) < torch.cuda.device_count()
+        else:
+            here = device.type != "meta" and torch.empty(1, device=device) is not None
+        if here:
+            return device
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ):  # torch's, for what it does not know or was built without
+        pass
+    found = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+    raise ValueError(
+        f"device={name} is not on this machine, which has {', '.join(['cpu', *found])}: choose one of them"
+    )
+
+
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -457,6 +479,7 @@ def device_name(device: torch.device) -> str:
 
 GROUPS = {"backbone": None, "sampler": None, "edits": "none"}  # of configs/, with the name that is read by default
 SHORT = {"guidance": "sampler.guidance", "sampler.steps": "sampler.solver.steps"}
+MOST_SAMPLES, MOST_ROUNDS = 100_000, 10_000
 EXAMPLES = """examples:
   python -m edit.cost backbone=dit_xl_2
   python -m edit.cost backbone=dit_xl_2 edits=depth edits.depth.ratio=0.5 sampler=ddpm sampler.steps=50 guidance=1.5
@@ -497,6 +520,11 @@ def main(argv: list[str]) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        print(f"error: out of memory ({str(error).splitlines()[0]}): lower batch", file=sys.stderr)
+        return 2
     print(json.dumps(report, indent=2)) if args.json else show(report)
     return 0
 
@@ -520,10 +548,11 @@ def resolve(args: argparse.Namespace) -> dict[str, Any]:
             chosen[root] = text
     if ("backbone" in chosen) == ("artifact" in chosen):
         raise ValueError("say what to count: backbone=<name> or artifact=<folder>, one of the two")
-    if not (batch := chosen.get("batch", "1")).isdigit() or int(batch) < 1:
-        raise ValueError(f"batch is a number of samples, at least 1, got {batch}")
-    if (args.rounds < 1) and args.latency:
-        raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
+    if not re.fullmatch(r"[0-9]{1,9}", batch := chosen.get("batch", "1")) or not 1 <= int(batch) <= MOST_SAMPLES:
+        raise ValueError(f"batch is a number of samples from 1 to {MOST_SAMPLES}, got {batch}")
+    if not 1 <= args.rounds <= MOST_ROUNDS:
+        raise ValueError(f"--rounds is a number from 1 to {MOST_ROUNDS}, got {args.rounds}")
+    device = find_device(args.device)
 
     def group(name: str, default: Any = None) -> Any:
         mine = {k: v for k, v in changes.items() if k.startswith(f"{name}.")}
@@ -533,12 +562,12 @@ def resolve(args: argparse.Namespace) -> dict[str, Any]:
     if "artifact" in chosen:
         if fixed := [k for k in (*chosen, *changes) if k.startswith(("backbone", "edits"))]:
             raise ValueError(f"an artifact has its own backbone and edits: leave {fixed[0]} out, or count a backbone")
-        artifact = load(chosen["artifact"], args.device)
+        artifact = load(chosen["artifact"], device)
         denoiser, objective, default = artifact.denoiser, artifact.objective, artifact.sampler
     else:
         spec, edits = group("backbone"), group("edits", {})
         weights = args.latency or args.real
-        with torch.device(args.device if weights else "meta"):
+        with torch.device(device if weights else "meta"):
             denoiser = editing.apply(spec.build(), edits, fresh=weights).eval()
         objective = default_objective(denoiser)
         default = default_sampler(denoiser, objective)

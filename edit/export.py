@@ -34,7 +34,7 @@ import edit
 from edit import edits as editing
 from edit.backbones.stock import StockDenoiser
 from edit.card import Card, Licence, Origin, base_of, common, few_steps, licence_files, origin, origins, takes_text
-from edit.checkpoint import Artifact, default_objective, edits_of, load, save, split_state
+from edit.checkpoint import Artifact, check_weights, default_objective, edits_of, load, save, split_state
 from edit.command import Parser, guarded
 from edit.denoiser import Denoiser
 from edit.sampling import FLOW_SCHEDULER as FLOW
@@ -378,6 +378,8 @@ def stock_config(denoiser: Denoiser) -> dict[str, Any]:
 
 
 def _cast(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Raises ValueError for weights that are not finite, or that the type cannot hold."""
+    check_weights(state, dtype)
     return {k: v.detach().to(dtype if v.is_floating_point() else None).contiguous() for k, v in state.items()}
 
 

@@ -15,13 +15,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser, Output
+from edit.limits import Count, Inside, Limits, NotNegative, Positive, check_numbers
 
 # ---- times: maps of a uniform number in (0, 1), so that a sample's time depends on its number alone -----------------
 
@@ -39,7 +40,10 @@ class LogitNormal:
     """logit(t) ~ N(mean, std): SD3 and LightningDiT with (0, 1)."""
 
     mean: float = 0.0
-    std: float = 1.0
+    std: Positive = 1.0
+
+    def __post_init__(self):
+        check_numbers(self)
 
     def __call__(self, u: Tensor) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u.double())).to(u.dtype)
@@ -50,11 +54,10 @@ class Shifted:
     """Another law moved towards noise: t <- s t / (1 + (s - 1) t), for long token sequences (SD3, eq. 23)."""
 
     law: Uniform | LogitNormal = field(default_factory=Uniform)
-    shift: float = 3.0
+    shift: Positive = 3.0
 
     def __post_init__(self):
-        if self.shift <= 0:
-            raise ValueError(f"Shifted: shift must be positive, got {self.shift}; 1 leaves times unchanged")
+        check_numbers(self)
 
     def __call__(self, u: Tensor) -> Tensor:
         return shift_times(self.law(u), self.shift)
@@ -134,10 +137,11 @@ class FlowMatching(Objective):
     prediction = "velocity"
     time: TimeLaw = field(default_factory=Uniform)
     weighting: Literal["none", "snr_cap"] = "none"
-    cap: float = 5.0  # of "snr_cap": min-SNR-gamma, written for velocities: min(snr, cap) / (snr + 1)
-    cosine: float = 0.0  # weight of LightningDiT's 1 - cos(prediction, v) over channels; 1 there
+    cap: Positive = 5.0  # of "snr_cap": min-SNR-gamma, written for velocities: min(snr, cap) / (snr + 1)
+    cosine: NotNegative = 0.0  # weight of LightningDiT's 1 - cos(prediction, v) over channels; 1 there
 
     def __post_init__(self):
+        check_numbers(self)
         if self.weighting not in ("none", "snr_cap"):
             raise ValueError(f"FlowMatching: weighting must be none or snr_cap, got {self.weighting!r}")
 
@@ -174,10 +178,13 @@ class DDPM(Objective):
 
     prediction = "noise"
     time: TimeLaw = field(default_factory=Uniform)
-    steps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    bound: float = 1.0  # weight of the variational term, where the model has a variance output
+    steps: Annotated[int, Limits(2, 10_000)] = 1000
+    beta_start: Inside = 1e-4
+    beta_end: Inside = 0.02
+    bound: NotNegative = 1.0  # weight of the variational term, where the model has a variance output
+
+    def __post_init__(self):
+        check_numbers(self)
 
     def betas(self) -> Tensor:
         return linear_betas(self.steps, self.beta_start, self.beta_end)
@@ -283,15 +290,14 @@ class Ramp:
     With `levels` it takes that many values, each for as long, the last of them `end`: once per epoch in TinyFusion.
     """
 
-    start: float
-    end: float = 0.0
+    start: NotNegative
+    end: NotNegative = 0.0
     begin: float = 0.0
     until: float = 1.0
-    levels: int | None = None
+    levels: Count | None = None
 
     def __post_init__(self):
-        if self.levels is not None and self.levels < 1:
-            raise ValueError(f"Ramp: levels is at least 1, got {self.levels}; leave it out for a straight line")
+        check_numbers(self)
         if not 0 <= self.begin < self.until <= 1:
             raise ValueError(f"Ramp: 0 <= begin < until <= 1 are parts of the run, got {self.begin}, {self.until}")
 
@@ -302,7 +308,7 @@ class Ramp:
         return self.start + (self.end - self.start) * way
 
 
-Weight = float | Ramp
+Weight = NotNegative | Ramp
 
 
 def weight_at(weight: Weight, progress: float) -> float:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -34,6 +35,7 @@ from edit.turns import Call, Turn, turns
 
 Placement = Literal["replicated", "sharded", "offloaded", "tied"]
 GB = 1e9
+MOST_DEVICES = 1_000_000
 PCIE = 25 * GB  # bytes/s from main memory to a device
 BUCKETS = 2 * 200_000_000  # elements: DeepSpeed's reduce and gather buckets as Lightning sets them
 LIVE = 1_000_000_000  # elements: what ZeRO-3 may keep gathered, stage3_max_live_parameters
@@ -454,6 +456,7 @@ settings are those of train.py, in the same words, and:
                   is no estimate of time without it
   mfu=SHARE       of the peak that a step reaches (0.45)
 Settings that are still missing, such as a path, do not matter here unless they decide the structure."""
+MOST_TOKENS = 100_000
 OWN = ("gpu", "image", "text", "peak", "mfu")
 
 
@@ -481,7 +484,7 @@ class Request:
                 overrides.append(word)
             elif key == "image":
                 parts = text.split("x") * (1 if "x" in text else 2)
-                if len(parts) != 2 or not all(p.isdigit() and int(p) for p in parts):
+                if len(parts) != 2 or not all(re.fullmatch("[0-9]{1,5}", p) and int(p) for p in parts):
                     raise ValueError(f"image is a number of pixels, or rows x columns as in 1024x768, got {text!r}")
                 values[key] = int(parts[0]), int(parts[1])
             else:
@@ -493,6 +496,8 @@ class Request:
                     raise ValueError(f"{key} is a number, as in {key}={usual}, got {text!r}") from None
                 if not 0 < values[key] < math.inf:
                     raise ValueError(f"{key} must be more than 0, got {text}")
+                if key == "text" and values[key] > MOST_TOKENS:
+                    raise ValueError(f"text must be at most {MOST_TOKENS} tokens, got {text}")
         return cls(**values, overrides=tuple(overrides))
 
 
@@ -713,8 +718,9 @@ def draft_of(request: Request, cfg: Any, notes: list[str]) -> Draft:
 
 def _devices(trainer: Any) -> int:
     if trainer.devices != "auto":
-        if isinstance(trainer.devices, bool) or not isinstance(trainer.devices, int) or trainer.devices < 1:
-            raise ValueError(f"devices is a number of at least 1, got {trainer.devices!r}")
+        given = trainer.devices
+        if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= MOST_DEVICES:
+            raise ValueError(f"devices is a number from 1 to {MOST_DEVICES}, or auto, got {given!r}")
         return trainer.devices * trainer.num_nodes
     if trainer.accelerator != "cpu" and torch.cuda.device_count():
         return torch.cuda.device_count() * trainer.num_nodes

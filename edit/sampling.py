@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from edit import noise
 from edit.denoiser import Condition, Denoiser, Output, Step
+from edit.limits import Count, Limits, NotNegative, Positive, Steps, check_numbers
 from edit.objectives import DDPM, Objective, shift_times, velocity_to_score
 
 
@@ -30,6 +31,7 @@ class Predict(Protocol):
 
 
 Watch = Callable[[Step, Output], None]  # sees every evaluation of a branch
+LogShift = Annotated[float, Limits(-20, 20)]
 Draw = Callable[[int], Tensor]  # step -> fresh standard normal noise, shaped as x
 
 
@@ -64,17 +66,6 @@ class Solver(ABC):
         """From noise x to data; `check` has passed the objective."""
 
 
-def _check_shift(solver: Euler | Grid | StockEuler) -> None:
-    if not 0 < solver.shift < math.inf:
-        name = type(solver).__name__
-        raise ValueError(f"{name}: shift must be positive, got {solver.shift}; 1 leaves times unchanged")
-
-
-def _check_steps(solver: Solver, least: int = 1) -> None:
-    if solver.steps < least:
-        raise ValueError(f"{type(solver).__name__}: steps must be at least {least}, got {solver.steps}")
-
-
 def times(steps: int, shift: float) -> list[float]:
     """steps + 1 times from 1 (noise) to 0 (data), moved towards noise by `shift`; 1 leaves them evenly spaced."""
     return shift_times(torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu"), shift).tolist()
@@ -84,12 +75,11 @@ def times(steps: int, shift: float) -> list[float]:
 class Euler(Solver):
     """x <- x + v dt on the probability-flow ODE; first order. Steps are even before the shift."""
 
-    steps: int = 50
-    shift: float = 1.0
+    steps: Steps = 50
+    shift: Positive = 1.0
 
     def __post_init__(self):
-        _check_steps(self)
-        _check_shift(self)
+        check_numbers(self)
 
     def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
         return _euler(times(self.steps, self.shift), predict, x)
@@ -119,15 +109,14 @@ class StockEuler(Solver):
         terminal: times are stretched so that the last step starts here
     """
 
-    steps: int = 28
-    shift: float = 1.0
-    dynamic: tuple[float, float, int, int] | None = None
+    steps: Steps = 28
+    shift: Positive = 1.0
+    dynamic: tuple[LogShift, LogShift, Count, Count] | None = None
     even: bool = True
     terminal: float | None = None
 
     def __post_init__(self):
-        _check_steps(self)
-        _check_shift(self)
+        check_numbers(self)
         if self.dynamic is not None:
             object.__setattr__(self, "dynamic", tuple(self.dynamic))
             if len(self.dynamic) != 4 or not 0 < self.dynamic[2] < self.dynamic[3]:
@@ -215,15 +204,15 @@ class Grid(Solver):
     integrates: ClassVar = ("velocity", "noise")
     times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     renoise: bool = False
-    shift: float = 1.0
+    shift: Positive = 1.0
 
     def __post_init__(self):
+        check_numbers(self)
         object.__setattr__(self, "times", tuple(self.times))
         if not self.times or list(self.times) != sorted(set(self.times), reverse=True) or not 0 < self.times[-1]:
             raise ValueError(f"Grid: times must decrease and be above 0, got {list(self.times)}")
         if self.times[0] > 1:
             raise ValueError(f"Grid: times are at most 1, which is pure noise, got {self.times[0]}")
-        _check_shift(self)
 
     @property
     def steps(self) -> int:  # type: ignore[override] - here a consequence of `times`
@@ -252,11 +241,11 @@ class Grid(Solver):
 class Heun(Solver):
     """Trapezoid rule, second order; the last step is Euler's, so 2 steps - 1 evaluations."""
 
-    steps: int = 25
-    shift: float = 1.0
+    steps: Steps = 25
+    shift: Positive = 1.0
 
     def __post_init__(self):
-        _check_steps(self)
+        check_numbers(self)
 
     @property
     def evaluations(self) -> int:
@@ -275,11 +264,11 @@ class Heun(Solver):
 class EulerMaruyama(Solver):
     """SiT's SDE with diffusion w_t = t: steps - 1 stochastic steps from 1 to `last`, then one noiseless step to 0."""
 
-    steps: int = 250
+    steps: Annotated[int, Limits(2, 10_000)] = 250
     last: float = 0.04  # the paper's last-step size
 
     def __post_init__(self):
-        _check_steps(self, 2)
+        check_numbers(self)
         if not 0 < self.last < 1:
             raise ValueError(f"EulerMaruyama: last must lie between 0 and 1, got {self.last}")
 
@@ -304,10 +293,10 @@ class DDPMSolver(Solver):
     """
 
     integrates: ClassVar = ("noise",)
-    steps: int = 250
+    steps: Steps = 250
 
     def __post_init__(self):
-        _check_steps(self)
+        check_numbers(self)
 
     def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
         assert isinstance(objective, DDPM)
@@ -351,10 +340,10 @@ class DDIMSolver(Solver):
     """
 
     integrates: ClassVar = ("noise",)
-    steps: int = 50
+    steps: Steps = 50
 
     def __post_init__(self):
-        _check_steps(self)
+        check_numbers(self)
 
     def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
         from diffusers import DDIMScheduler
@@ -375,12 +364,12 @@ class DPMSolver(Solver):
     """DPM-Solver++ (multistep) through `diffusers`, for both kinds of prediction."""
 
     integrates: ClassVar = ("velocity", "noise")
-    steps: int = 20
+    steps: Steps = 20
     order: int = 2
-    shift: float = 1.0  # of the flow path; ignored for noise predictions
+    shift: Positive = 1.0  # of the flow path; ignored for noise predictions
 
     def __post_init__(self):
-        _check_steps(self)
+        check_numbers(self)
         if self.order not in (1, 2, 3):
             raise ValueError(f"DPMSolver: order must be 1, 2 or 3, got {self.order}")
 
@@ -415,18 +404,15 @@ class Sampler:
     """
 
     solver: Solver = field(default_factory=Euler)
-    guidance: float = 1.0  # 1: the conditional prediction alone
+    guidance: NotNegative = 1.0  # 1: the conditional prediction alone
     interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance is applied; outside, cond alone
-    channels: int | None = None  # guide the first channels only (3 in the official DiT); None: all
-    told: float | None = None  # guidance scale that a model with a guidance input is told; None: the model's own
-    perturbation: float = 0.0  # needs an edit that perturbs the branch "perturbed"
-    norm_patch: int | None = None  # rows and columns of latent pixels; None: lengths are what guidance makes them
+    channels: Count | None = None  # guide the first channels only (3 in the official DiT); None: all
+    told: NotNegative | None = None  # guidance scale that a model with a guidance input is told; None: the model's own
+    perturbation: NotNegative = 0.0  # needs an edit that perturbs the branch "perturbed"
+    norm_patch: Count | None = None  # rows and columns of latent pixels; None: lengths are what guidance makes them
 
     def __post_init__(self):
-        if self.norm_patch is not None and self.norm_patch < 1:
-            raise ValueError(
-                f"Sampler: norm_patch is a number of latent pixels, got {self.norm_patch}; null is plain guidance"
-            )
+        check_numbers(self)
         low, high = self.interval
         if not 0 <= low < high <= 1:
             raise ValueError(f"Sampler: interval must be 0 <= low < high <= 1 (1 = noise), got {low}, {high}")

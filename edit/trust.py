@@ -112,7 +112,8 @@ def hints(target: Any, parameters: Mapping[str, inspect.Parameter]) -> dict[str,
         declares = (c for c in target.__mro__ if name in c.__dict__.get("__annotations__", {})) if is_class else ()
         scope = next((vars(sys.modules[c.__module__]) for c in declares if c.__module__ in sys.modules), own)
         try:
-            return typing.get_type_hints(types.SimpleNamespace(__annotations__={"x": annotation}), scope)["x"]
+            described = types.SimpleNamespace(__annotations__={"x": annotation})
+            return typing.get_type_hints(described, scope, include_extras=True)["x"]
         except (NameError, TypeError, AttributeError, SyntaxError):
             return Any
 

@@ -100,7 +100,7 @@ class Metrics(StepCallback):
         speed = (step - self.mark[1]) * self.batch / (now - self.mark[0])
         self.mark = (now, step)
         values = {f"train/{k}": v for k, v in losses.items()}
-        values["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        values["lr"] = module.rate
         if (norm := module.grad_norm) is not None:
             values["grad_norm"] = norm.item()
         values |= {"skipped_steps": module.skipped[0].item(), "images_per_second": speed, "memory_gb": memory(module)}

@@ -14,15 +14,17 @@ import types
 import typing
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass
-from math import inf
-from typing import Any, Literal, Union
+from math import inf, isfinite
+from typing import Annotated, Any, Literal, Union
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from edit.limits import Limits
 from edit.trust import accepted, cut, is_kind, refuse_enormous, said
 from edit.trust import hints as annotations
 
+MOST = 1e9  # of any number that has no limit of its own: a run that goes further never ends
 FEW, MANY = 12, 30  # names listed beside a near one, and where none is near
 
 
@@ -61,13 +63,15 @@ def flat(error: BaseException) -> str:
 def rule(
     default: Any,
     of: Sequence[str] = (),
-    low: float = -inf,
-    high: float = inf,
+    low: float = -MOST,
+    high: float = MOST,
     above: float = -inf,
+    below: float = inf,
     count: int | None = None,
 ) -> Any:
-    """A field whose value, or each of its `count` items, must be one of `of` or lie in [low, high] and over `above`."""
-    limits = {"of": tuple(of), "low": low, "high": high, "above": above, "count": count}
+    """A field whose value, or each of its `count` items, must be one of `of`, or lie in [low, high] and between
+    `above` and `below`."""
+    limits = {"of": tuple(of), "low": low, "high": high, "above": above, "below": below, "count": count}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=limits)
     return field(default=default, metadata=limits)
@@ -158,7 +162,15 @@ def _check_fields(node: DictConfig, path: str) -> Iterator[str]:
 
 
 def _check_rule(
-    value: Any, place: str, or_null: str, of: Sequence[str], low: float, high: float, above: float, count: int | None
+    value: Any,
+    place: str,
+    or_null: str,
+    of: Sequence[str],
+    low: float,
+    high: float,
+    above: float,
+    below: float,
+    count: int | None,
 ) -> Iterator[str]:
     if isinstance(value, ListConfig) and count not in (None, len(value)):
         yield f"{place}: expected {count} values, got {len(value)}: {value}"
@@ -168,9 +180,10 @@ def _check_rule(
             continue
         if of and item not in of:
             yield f"{place}: expected one of {', '.join(of)}, got {item!r}{suggest(item, of).split(' (')[0]}"
-        elif not of and not (low <= item <= high and item > above):
-            limit = f"at least {low:g}" if high == inf else f"a number from {low:g} to {high:g}"
-            limit = limit if above == -inf else f"more than {above:g}"
+        elif not of and not (low <= item <= high and above < item < below):
+            least = f"more than {above:g}" if above > -inf else f"at least {low:g}"
+            most = f" and below {below:g}" if below < inf else f" and at most {high:.15g}" if high < item else ""
+            limit = f"a number from {low:g} to {high:.15g}" if high not in (MOST, inf) else least + most
             yield f"{place}: expected {limit}{or_null}, got {item}"
 
 
@@ -282,6 +295,9 @@ _DICTS = (dict, Mapping)
 def fits(value: Any, hint: Any) -> bool:
     """Whether a configured value can be what the annotation says; True for annotations we do not judge."""
     origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin is Annotated:
+        limits = [limit for limit in args[1:] if isinstance(limit, Limits) and isinstance(value, int | float)]
+        return fits(value, args[0]) and not any(limit.broken(value) for limit in limits)
     if origin in (Union, types.UnionType):
         return any(fits(value, arg) for arg in args)
     if origin is Literal:
@@ -289,7 +305,8 @@ def fits(value: Any, hint: Any) -> bool:
     if isinstance(value, DictConfig) and "_target_" in value:
         return origin not in _SCALARS  # an object that will be built: its class is its own business
     if origin in _SCALARS:
-        return isinstance(value, _SCALARS[origin]) and (origin is bool or not isinstance(value, bool))
+        number = not isinstance(value, float) or isfinite(value)
+        return isinstance(value, _SCALARS[origin]) and number and (origin is bool or not isinstance(value, bool))
     if origin in _LISTS:
         if not isinstance(value, ListConfig):
             return False
@@ -304,6 +321,8 @@ def fits(value: Any, hint: Any) -> bool:
 def describe(hint: Any) -> str:
     """An annotation in words: 'int', 'float or None', "one of 'flow', 'sit'", 'list of int'."""
     origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin is Annotated:
+        return " ".join((describe(args[0]), *(str(limits) for limits in args[1:] if isinstance(limits, Limits))))
     if origin in (Union, types.UnionType):
         return " or ".join(describe(arg) for arg in args)
     if origin is Literal:

@@ -49,9 +49,11 @@ from omegaconf.errors import (
 
 from data.names import legible
 from edit.command import DEBUG, unexpected
+from edit.limits import LAST_SEED
 from edit.trust import cut, read_yaml
 from recipes.check import describe, flat, mistakes, rule, suggest
 
+LONGEST = 200  # bytes of a run's name: file systems take 255 for a folder
 TRUSTED = ("edit", "data")  # packages whose classes a config may name, besides those that it trusts
 
 
@@ -67,24 +69,31 @@ class TrainerConfig:
     max_steps: int = rule(MISSING, low=1)  # optimiser steps
     accelerator: str = rule("auto", of=("auto", "cpu", "gpu"))
     devices: Any = 1  # per node: a number or "auto"
-    num_nodes: int = rule(1, low=1)
+    num_nodes: int = rule(1, low=1, high=100_000)
     strategy: str = rule("single", of=("single", "ddp", "fsdp2", "zero2", "zero3"))
     precision: str = rule("auto", of=("auto", "32-true", "bf16-mixed"))  # auto: bf16 autocast on a GPU, fp32 on a CPU
     accumulate: int = rule(1, low=1)  # micro-batches per optimiser step
     clip: float | None = rule(1.0, above=0)  # gradient norm; null leaves gradients as they are
     compile: bool = False
     gradient_checkpointing: bool = False
-    threads: int | None = rule(None, low=1)  # of torch on the CPU; null leaves the choice to torch
+    threads: int | None = rule(None, low=1, high=1024)  # of torch on the CPU; null leaves the choice to torch
     memory: float | None = rule(None, low=0)  # GB of a device that a run must fit in; null: the GPU's own; 0: unchecked
+
+
+@dataclass
+class DataConfig:
+    set: Any = MISSING  # node with _target_: the data set
+    batch_size: int = rule(MISSING, low=1, high=1_000_000)  # per device and micro-batch
+    workers: int = rule(0, low=0, high=1024)  # processes that read ahead; 0: the run itself reads
 
 
 @dataclass
 class OptimizerConfig:
     kind: str = rule("adamw", of=("adamw", "adamw8bit"))  # 8bit: moments of a byte each (torchao)
-    lr: float = rule(MISSING, low=0)
-    betas: list[float] = rule([0.9, 0.999], low=0, high=1, count=2)
-    weight_decay: float = rule(0.0, low=0)
-    eps: float = rule(1e-8, low=0)
+    lr: float = rule(MISSING, low=0, high=100)
+    betas: list[float] = rule([0.9, 0.999], low=0, below=1, count=2)
+    weight_decay: float = rule(0.0, low=0, high=100)
+    eps: float = rule(1e-8, above=0, below=1)
     warmup: int = rule(0, low=0)  # optimiser steps
     schedule: str = rule("constant", of=("constant", "cosine"))
     end: float = rule(0.0, low=0, high=1)  # part of lr that a cosine ends at
@@ -94,7 +103,7 @@ class OptimizerConfig:
 
 @dataclass
 class EmaConfig:
-    decay: float = rule(0.9999, low=0, high=1)
+    decay: float = rule(0.9999, low=0, below=1)  # 0 keeps no history
     ramp: bool = False  # min(decay, (1 + step) / (10 + step))
 
 
@@ -121,7 +130,7 @@ class LoggerConfig:
 @dataclass
 class PreviewConfig:
     every: int = rule(0, low=0)  # optimiser steps between sample grids; 0 = only at the end
-    count: int = rule(40, low=1)  # images in a grid
+    count: int = rule(40, low=1, high=10_000)  # images in a grid
 
 
 @dataclass
@@ -146,13 +155,14 @@ class CriticConfig:
 class Root:
     """Everything that train.py understands at the top level."""
 
-    name: str = MISSING  # the run lives in <runs>/<name>; a sweep puts each job in a folder below
+    name: Any = MISSING  # text: the run lives in <runs>/<name>; a sweep puts each job in a folder below
     backbone: Any = MISSING
-    data: Any = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
     edits: dict[str, Any] = field(default_factory=dict)  # name -> node with _target_, applied in order
     objective: Any = MISSING
     data_weight: Any = 1.0  # of the objective's losses beside the terms: a number, or an edit.objectives.Ramp
-    strata: int = rule(1, low=1)  # parts of the times that the samples of a batch are drawn from in turn; 1: none
+    # parts of the times that the samples of a batch are drawn from in turn; 1: none
+    strata: int = rule(1, low=1, high=1_000_000)
     terms: dict[str, Any] = field(default_factory=dict)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     matching: Any = None  # node with _target_: a few-step method, in place of the objective's losses and terms
@@ -169,7 +179,7 @@ class Root:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     evaluate: Any = None  # the keys of configs/eval.yaml; null: training ends without a report
     preview: PreviewConfig = field(default_factory=PreviewConfig)
-    seed: int = rule(0, low=0)
+    seed: int = rule(0, low=0, high=LAST_SEED)
     log_every: int = rule(10, low=1)  # optimiser steps per row of metrics.csv
     label_drop: float = rule(0.1, low=0, high=1)  # share of conditions replaced by the null condition
     init: str | None = None  # artifact folder or official checkpoint to start from; "": one must be given
@@ -261,6 +271,8 @@ def _conflicts(cfg: DictConfig) -> Iterator[str]:
         yield from absent
         return
     yield from _check_name(cfg)
+    if not (OmegaConf.is_dict(cfg.data.set) and "_target_" in cfg.data.set):
+        yield f"data.set: expected a section with _target_, such as one of configs/data, got {cfg.data.set}"
     yield from _check_optimizer(cfg)
     yield from _check_groups(cfg.optimizer.groups)
     yield from _check_evaluate(cfg.evaluate)
@@ -277,8 +289,8 @@ def _conflicts(cfg: DictConfig) -> Iterator[str]:
         yield "init is missing: this run starts from a trained model; give its run or artifact folder with init=..."
     trainer, kinds = cfg.trainer, cfg.logger.kinds
     devices = trainer.devices
-    if devices != "auto" and (isinstance(devices, bool) or not isinstance(devices, int) or devices < 1):
-        yield f"trainer.devices: expected a number of at least 1 or auto, got {devices!r}"
+    if devices != "auto" and (type(devices) is not int or not 1 <= devices <= 1024):
+        yield f"trainer.devices: expected a number from 1 to 1024 or auto, got {devices!r}"
     elif trainer.strategy == "single" and (trainer.num_nodes > 1 or devices not in (1, "auto")):
         yield (
             f"trainer.strategy=single uses one device, got trainer.devices={devices} and "
@@ -313,9 +325,20 @@ def unbuilt(cfg: DictConfig) -> Iterator[str]:
 def _check_name(cfg: DictConfig) -> Iterator[str]:
     if OmegaConf.is_interpolation(cfg, "name"):  # may be known only once the job runs
         return
-    path = Path(cfg.name)
+    name = cfg.name
+    if not isinstance(name, str):  # an experiment file's: the command line's words are taken as typed
+        yield f"name: expected text, got {name!r}: put it in quotes, as in name: '1e3'"
+        return
+    path = Path(name)
     if path.is_absolute() or ".." in path.parts or not path.parts:
-        yield f"name={cfg.name}: expected a folder below runs, such as digits or sweep/a; runs=... moves them elsewhere"
+        yield f"name={name}: expected a folder below runs, such as digits or sweep/a; runs=... moves them elsewhere"
+    elif not name.isprintable() or any(part != part.strip() or part.startswith("-") for part in path.parts):
+        yield (
+            f"name={name!r}: expected a folder's name of printable characters that begins neither with a dash nor with "
+            "a blank, and does not end with one"
+        )
+    elif len(os.fsencode(name)) > LONGEST:
+        yield f"name={name[:40]}...: expected at most {LONGEST} bytes, got {len(os.fsencode(name))}"
 
 
 def _check_optimizer(cfg: DictConfig) -> Iterator[str]:
@@ -624,7 +647,7 @@ def launch(
         config_dir: its folder
         argv: replaces `sys.argv[1:]`, for good: launchers of further ranks repeat the command line from there
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = [as_typed(word) for word in (sys.argv[1:] if argv is None else argv)]
     full = _full_errors()
     try:
         _launch(task, config_name, config_dir, words)
@@ -714,6 +737,30 @@ def _checked(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
         task(cfg)
 
     return checked
+
+
+def as_typed(word: str) -> str:
+    """A setting whose value is text, in quotes where Hydra would read a number or a truth: name=1e3 is no 1000.0."""
+    key, equals, value = word.partition("=")
+    if not equals or key.lstrip("+") not in TEXTS or not _KEY.match(word):
+        return word
+    try:
+        read = OverridesParser.create().parse_override(word).value()
+    except HydraException:  # explained once all is composed
+        return word
+    return f"{key}='{value}'" if isinstance(read, int | float) else word
+
+
+def _texts(section: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of a schema that are text."""
+    for key, hint in typing.get_type_hints(section).items():
+        if is_dataclass(hint):
+            yield from _texts(hint, f"{prefix}{key}.")
+        elif hint in (str, str | None):
+            yield f"{prefix}{key}"
+
+
+TEXTS = frozenset(("name", *_texts(Root)))
 
 
 def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool) -> list[str]:

@@ -22,6 +22,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.names import legible
+from edit.limits import LAST_SEED
 from recipes.check import describe, rule, suggest
 from recipes.config import UserError, check
 from recipes.yardstick import GRID, Yardstick, progress
@@ -44,16 +45,16 @@ FORMAT = 1  # of report.json
 class Settings:
     """What is measured and how; the defaults and their meaning are in configs/eval.yaml."""
 
-    n: int = rule(MISSING, low=8)
-    guidance: list[float] = rule(MISSING)
-    steps: int | None = rule(MISSING, low=1)
+    n: int = rule(MISSING, low=8, high=1_000_000)
+    guidance: list[float] = rule(MISSING, low=0)
+    steps: int | None = rule(MISSING, low=1, high=10_000)
     reference_guidance: float | None = rule(MISSING, low=0)
-    seed: list[int] = rule(MISSING, low=0)
-    batch: int = rule(MISSING, low=1)
+    seed: list[int] = rule(MISSING, low=0, high=LAST_SEED)
+    batch: int = rule(MISSING, low=1, high=100_000)
     device: str = MISSING
     features: str = MISSING
-    references: int = rule(MISSING, low=8)
-    rounds: int = rule(MISSING, low=0)
+    references: int = rule(MISSING, low=8, high=10_000_000)
+    rounds: int = rule(MISSING, low=0, high=10_000)
     cache: str | None = MISSING
     trusted: list[str] = MISSING
 
@@ -165,14 +166,14 @@ def pick_device(name: str) -> torch.device:
     """
     import torch
 
+    from edit.cost import find_device
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name} is not on this machine; use auto, cpu or one that torch finds") from error
-    return device
+        return find_device(name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def environment(device: torch.device) -> dict[str, Any]:

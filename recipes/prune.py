@@ -21,6 +21,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from edit.command import guarded
+from edit.limits import LAST_SEED
 from recipes.check import rule, suggest
 from recipes.config import UserError, check
 from recipes.files import write
@@ -42,11 +43,13 @@ class Settings:
     by: str = rule("learned", of=WAYS)
     search: str | None = None  # by=learned: run of the search
     pattern: str = "1:2"  # of the other ways: N:M, or several with commas between
-    seed: int = rule(0, low=0)  # of by=random, candidates and calibration samples
-    candidates: int = rule(64, low=1)  # by=calibration: patterns that are tried
+    seed: int = rule(0, low=0, high=LAST_SEED)  # of by=random, candidates and calibration samples
+    candidates: int = rule(64, low=1, high=1_000_000)  # by=calibration: patterns that are tried
     pick: str = rule("min", of=("min", "median", "max"))  # by=calibration: which of them is taken, by its loss
-    samples: int = rule(256, low=1)  # training samples that influence and losses are measured on, in whole batches
-    batch: int = rule(64, low=1)  # at a time
+    samples: int = rule(
+        256, low=1, high=100_000_000
+    )  # training samples that influence and losses are measured on, in whole batches
+    batch: int = rule(64, low=1, high=100_000)  # at a time
     data: str | None = None  # run folder whose data set is used; null: that of the model
     device: str = "auto"
 

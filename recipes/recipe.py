@@ -184,6 +184,7 @@ class Recipe(pl.LightningModule, ABC):
         # skipped steps in all, and the present run of them, on the device: reading them costs a synchronisation
         self.register_buffer("skipped", torch.zeros(2))
         self.grad_norm: Tensor | None = None
+        self.rate = 0.0  # learning rate of the last optimiser step
 
     @abstractmethod
     def configure_parts(self) -> None:
@@ -307,6 +308,7 @@ class Recipe(pl.LightningModule, ABC):
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         k = self.trainer.global_step
+        self.rate = self.trainer.optimizers[0].param_groups[0]["lr"]  # before the schedule goes on
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if (n := self.updates(k)) is not None:
             decay = self.settings.ema_decay

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import edit
 from data.names import typed
-from edit.checkpoint import find, fingerprint, load, load_official, save, skeleton
+from edit.checkpoint import check_weights, find, fingerprint, load, load_official, save, skeleton
 from edit.command import print_any_name
 from edit.denoiser import Denoiser
 from edit.distillation.guidance import TeacherGuidance
@@ -80,6 +80,7 @@ def _run(cfg: DictConfig, held: ExitStack) -> dict[str, Any]:
     quiet()
     print_any_name()
     OmegaConf.resolve(cfg)
+    cfg.name = str(cfg.name)  # name=${seed} is a number by now
     out = Path(cfg.runs) / cfg.name
     if file := next((p for p in (out, *out.parents) if os.path.lexists(p) and not p.is_dir()), None):
         raise UserError(f"the run cannot be written into {out}: {file} is no folder; choose another name= or runs=")
@@ -141,6 +142,11 @@ def _run(cfg: DictConfig, held: ExitStack) -> dict[str, Any]:
     resume = newest(out / "checkpoints")
     done = step_of(resume) if resume else 0
     first_rank = rank_zero_only.rank in (0, None)
+    if done > cfg.trainer.max_steps:
+        raise UserError(
+            f"{out} is at step {done}, and trainer.max_steps={cfg.trainer.max_steps} ends before that: give at least "
+            f"{done} to go on, or the new run another name="
+        )
     if done >= cfg.trainer.max_steps and (out / "artifact").is_dir():
         if not first_rank:
             return {}
@@ -152,6 +158,12 @@ def _run(cfg: DictConfig, held: ExitStack) -> dict[str, Any]:
     if first_rank:
         refuse_other_teacher(cfg, out, resume is not None)
         write_once(cfg, out)
+        if cfg.optimizer.warmup > cfg.trainer.max_steps:
+            print(
+                f"warning: optimizer.warmup={cfg.optimizer.warmup} is longer than the run of {cfg.trainer.max_steps} "
+                "steps: optimizer.lr is never reached",
+                flush=True,
+            )
     if cfg.trainer.strategy.startswith("zero"):
         module.configure_model()  # whole, before DeepSpeed partitions it
     loggers = make_loggers(cfg.logger, out, cfg.name, OmegaConf.to_container(cfg))
@@ -202,6 +214,13 @@ def _run(cfg: DictConfig, held: ExitStack) -> dict[str, Any]:
     state = full_state(module.ema, trainer)
     if not trainer.is_global_zero:
         return {}
+    try:
+        check_weights(state)
+    except ValueError as error:
+        raise UserError(
+            f"no artifact was written: {error}; the checkpoints are kept: remove the newest to go back, and lower "
+            "optimizer.lr, or lengthen optimizer.warmup"
+        ) from error
     artifact = save(
         module.ema,
         out / "artifact",

@@ -29,6 +29,13 @@ def test_a_measure_is_found_in_each_part_of_a_report():
     assert value_of({"quality": {}, "compared": None}, "psnr") is None
 
 
+@pytest.mark.parametrize("seeds", ["[-1]", "[4294967296]", "[0.5]", "[]", "0", "[true]", "[nan]"])
+def test_seeds_that_no_run_takes_are_refused_before_one_begins(seeds, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.claim.run", lambda *words: pytest.fail("a run was begun"))
+    assert main(["flux_tiny_distill", f"seeds={seeds}"]) == 2
+    assert "seeds is a list of whole numbers from 0 to 4294967295, got " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("path", sorted(CLAIMS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_arm_composes_and_those_that_are_judged_are_among_them(path):
     claim = OmegaConf.load(path)

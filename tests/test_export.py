@@ -630,6 +630,54 @@ def test_tensors_of_another_model_are_refused_in_one_sentence(key, value, flux, 
     assert "\n" not in str(error.value) and "unpack" not in str(error.value)
 
 
+# ---- weights that no file should hold --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "words", "sentence"),
+    [
+        (float("nan"), [], "{} has weights that are not finite, 1 of"),
+        (float("-inf"), ["dtype=bf16"], "{} has weights that are not finite, 1 of"),
+        (-70000.0, ["dtype=fp16"], "{} has a weight of 7e+04 in size, and float16 ends at 6.55e+04"),
+        (3.4e38, ["dtype=bf16"], "{} has a weight of 3.4e+38 in size, and bfloat16 ends at 3.39e+38"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["diffusers", "single_file", "lora"])
+def test_weights_that_are_not_finite_or_that_a_type_cannot_hold_are_refused_by_name(
+    layout, value, words, sentence, flux, tmp_path, capsys
+):
+    if layout == "lora":
+        edit.apply(flux, {"lora": LoRA(rank=2, alpha=2, targets=("attn.to_q",))})
+    edit.save(flux, tmp_path / "a")
+    for file in (tmp_path / "a").glob("*.safetensors"):  # as another program may have written it
+        if (layout == "lora") == (file.name == "edits.safetensors"):
+            state = load_file(file)
+            state[sorted(state)[-1]].view(-1)[0] = value
+            save_file(state, file, {"format": "pt"})
+    out = ["artifact=" + str(tmp_path / "a"), f"out={tmp_path / 'out'}", f"format={layout}"]
+    assert run(*out, *words) == 2
+    said = error_of(capsys)
+    assert re.search(sentence.split("{} ")[1].replace("+", r"\+"), said) and re.match(r"[\w.]+ has ", said)
+    assert not words or "not finite" in said or "use bf16 or fp32" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_a_type_holds_is_exported_in_it(flux, tmp_path):
+    with torch.no_grad():
+        next(flux.parameters()).view(-1)[0] = -65504.0
+    edit.save(flux, tmp_path / "a")
+    assert run(f"artifact={tmp_path / 'a'}", f"out={tmp_path / 'out'}", "dtype=fp16") == 0
+    assert all(v.isfinite().all() for v in load_file(tmp_path / "out" / WEIGHTS).values())
+
+
+def test_an_artifact_of_weights_that_are_not_finite_is_not_saved(flux, tmp_path):
+    with torch.no_grad():
+        next(flux.parameters()).view(-1)[0] = float("inf")
+    with pytest.raises(ValueError, match=r"^[\w.]+ has weights that are not finite, 1 of \d+$"):
+        edit.save(flux, tmp_path / "a")
+    assert not any(tmp_path.iterdir())
+
+
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
 
 

@@ -413,7 +413,7 @@ def test_a_ramp_of_levels_goes_down_once_an_epoch():
         for inside in (0.0, 0.5, 0.999):
             assert ramp((epoch + inside) / 5) == pytest.approx(1e-2 * (1 - epoch / 4))
     assert Ramp(start=1.0, levels=1)(0.7) == 1.0  # a run of one epoch
-    with pytest.raises(ValueError, match="levels is at least 1"):
+    with pytest.raises(ValueError, match="levels must be at least 1"):
         Ramp(1.0, levels=0)
 
 

@@ -22,6 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from edit.denoiser import Branch, Condition, Denoiser, Layout, Output, Stream, Unit, check_layout
+from edit.limits import check_numbers
 
 NORM_EPS = 1e-6
 FREQUENCIES = 256  # channels of the time sinusoid
@@ -51,6 +52,7 @@ class DiTConfig:
     registers: int = 0  # learned tokens in front of the image tokens, dropped at the end
 
     def __post_init__(self):
+        check_numbers(self)
         if self.time not in CHOICES["time"]:
             raise ValueError(f"DiT: time must be one of {', '.join(CHOICES['time'])}, got {self.time!r}")
         if self.input_size % self.patch_size:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, zero_init
 from edit.denoiser import Branch, Condition, Layout, Output, Stream
+from edit.limits import check_numbers
 from edit.sampling import DDIMSolver, Sampler
 
 STEPS = 1000  # of the DDPM the published weights were trained on
@@ -43,6 +44,9 @@ class DiTDiffusersConfig:
     norm_elementwise_affine: bool = False
     norm_eps: float = 1e-5
     path: str | None = None  # folder or hub id of the weights, for `init` and `teacher.path` to refer to
+
+    def __post_init__(self):
+        check_numbers(self)
 
     def build(self) -> DiTDiffusers:
         config = asdict(self)

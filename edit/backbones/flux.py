@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, finite, latent_of, tokens_of, turn, zero_init
 from edit.denoiser import Branch, Condition, Layout, Output, Stream
+from edit.limits import check_numbers
 from edit.sampling import Sampler, StockEuler, dynamic_shift
 
 SHIFT = (0.5, 1.15, 256, 4096)  # of FLUX.1-dev's scheduler, see StockEuler.dynamic
@@ -41,6 +42,7 @@ class FluxConfig:
     path: str | None = None  # folder or hub id of the weights, for `init` and `teacher.path` to refer to
 
     def __post_init__(self):
+        check_numbers(self)
         if self.guidance != 3.5 and not self.guidance_embeds:
             raise ValueError(
                 f"FluxConfig: guidance={self.guidance:g} is for models with guidance_embeds=true, this one has none: "

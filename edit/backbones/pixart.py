@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from edit.backbones.dit_diffusers import BasicUnit, PatchDenoiser, heads, join
 from edit.backbones.stock import Modulation, zero_init
 from edit.denoiser import Branch, Condition, Layout, Stream, record_branch, residual
+from edit.limits import check_numbers
 from edit.sampling import DPMSolver, Sampler
 
 
@@ -46,6 +47,9 @@ class PixArtConfig:
     norm_eps: float = 1e-6
     pixels: int = 8  # rows of the image to a row of the latent: the unit of the image size that is told
     path: str | None = None  # folder or hub id of the weights, for `init` and `teacher.path` to refer to
+
+    def __post_init__(self):
+        check_numbers(self)
 
     def build(self) -> PixArt:
         config = asdict(self)

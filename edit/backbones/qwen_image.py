@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, finite, latent_of, tokens_of, turn, zero_init
 from edit.denoiser import Branch, Condition, Layout, Output, Step, Stream
+from edit.limits import check_numbers
 from edit.sampling import Sampler, StockEuler
 
 
@@ -38,6 +39,9 @@ class QwenImageConfig:
     axes_dims_rope: tuple[int, int, int] = (16, 56, 56)  # frames, rows, columns; they add up to a head's width
     sample_size: tuple[int, int] = (128, 128)  # default rows and columns of a latent
     path: str | None = None  # folder or hub id of the weights, for `init` and `teacher.path` to refer to
+
+    def __post_init__(self):
+        check_numbers(self)
 
     def build(self) -> QwenImage:
         config = asdict(self)

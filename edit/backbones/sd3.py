@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, zero_init
 from edit.denoiser import Branch, Condition, Layout, Output, Stream, residual
+from edit.limits import check_numbers
 from edit.sampling import Sampler, StockEuler
 
 
@@ -43,6 +44,9 @@ class SD3Config:
     qk_norm: str | None = None  # SD3.5: "rms_norm"
     latent_size: tuple[int, int] | None = None  # default rows and columns of a latent; None: sample_size
     path: str | None = None  # folder or hub id of the weights, for `init` and `teacher.path` to refer to
+
+    def __post_init__(self):
+        check_numbers(self)
 
     def build(self) -> SD3:
         config = asdict(self)

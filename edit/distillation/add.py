@@ -21,6 +21,7 @@ from edit.denoiser import Denoiser
 from edit.distillation.discriminator import Heads, approximate_r1, hinge_generator, hinge_real_fake
 from edit.distillation.matching import Given, Matching, Roles, check_times, corrupt, decreasing, mean, move, need_turns
 from edit.distillation.vision import Vision
+from edit.limits import Count, check_numbers
 from edit.sampling import Solver
 
 START, NOISE, AGAIN, AGAIN_NOISE, NEAR = 0, 1, 2, 3, 10  # streams of `Draws`; NEAR + k: R1's step in the k-th layer
@@ -45,10 +46,11 @@ class ADD(Matching):
     distill: float = 2.5
     r1: float = 1e-5
     r1_noise: float = 0.1
-    every: int = 2
+    every: Count = 2
     together: bool = False
 
     def __post_init__(self):
+        check_numbers(self)
         object.__setattr__(self, "times", tuple(self.times))
         if self.vision is None:
             raise ValueError("ADD judges images by a vision model and there is none: give its folder as vision.path")

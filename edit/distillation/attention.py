@@ -11,6 +11,7 @@ A whole FLUX map at 1024^2 pixels takes 1 GB per unit and sample, 64 rows of it 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from edit.denoiser import Denoiser
 from edit.distillation.pairs import Pairs, as_pairs, both, check_pairs
+from edit.limits import Count, Limits, check_numbers
 from edit.objectives import Pass, Term, Weight, weight_at
 
 
@@ -36,6 +38,7 @@ class AttentionKD(Term):
     needs_teacher = True
 
     def __post_init__(self):
+        check_numbers(self)
         self.pairs = as_pairs("AttentionKD", self.pairs)
         self.branches, self.teacher_branches = (tuple(p[i] for p in self.pairs) for i in (0, 1))
 
@@ -67,15 +70,14 @@ class MapKD(Term):
 
     pairs: Pairs
     weight: Weight = 0.5
-    rows: int = 64
-    heads: int | None = None
+    rows: Count = 64
+    heads: Count | None = None
 
     needs_teacher = True
 
     def __post_init__(self):
+        check_numbers(self)
         self.pairs = as_pairs("MapKD", self.pairs)
-        if self.rows < 1 or (self.heads is not None and self.heads < 1):
-            raise ValueError(f"MapKD: rows and heads are at least 1, got {self.rows} and {self.heads}")
         self.maps, self.teacher_maps = ({p[i]: self.rows for p in self.pairs} for i in (0, 1))
 
     def build(self, denoiser: Denoiser, teacher: Denoiser | None = None) -> None:
@@ -113,14 +115,13 @@ class RelationKD(Term):
 
     pairs: Pairs
     weight: Weight = 0.5
-    size: int = 16
+    size: Annotated[int, Limits(1, 1024)] = 16
 
     needs_teacher = True
 
     def __post_init__(self):
+        check_numbers(self)
         self.pairs = as_pairs("RelationKD", self.pairs)
-        if self.size < 1:
-            raise ValueError(f"RelationKD: size is rows and columns of a grid, at least 1, got {self.size}")
         self.taps, self.teacher_taps = (tuple(p[i] for p in self.pairs) for i in (0, 1))
 
     def build(self, denoiser: Denoiser, teacher: Denoiser | None = None) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
 from edit.distillation.matching import Given, Matching, Roles
+from edit.limits import check_numbers
 from edit.objectives import Weight, weight_at
 from edit.sampling import Solver
 
@@ -36,6 +37,7 @@ class Combined(Matching):
     critic_weights: Mapping[str, Weight] = field(default_factory=dict)
 
     def __post_init__(self):
+        check_numbers(self)
         if not self.parts or any("." in name for name in self.parts):
             raise ValueError(f"Combined: parts are methods by names without dots, got {list(self.parts)}")
         if unknown := [name for name in (*self.weights, *self.critic_weights) if name not in self.parts]:

@@ -21,6 +21,7 @@ from edit.denoiser import Denoiser
 from edit.distillation.discriminator import Heads, hinge_generator, hinge_real_fake, judge
 from edit.distillation.matching import Field, Given, Matching, Roles, column, corrupt, move, pseudo_huber
 from edit.distillation.progressive import check_steps, time_grid
+from edit.limits import Count, Positive, Steps, check_numbers
 from edit.sampling import Grid, Solver, times
 
 
@@ -40,14 +41,14 @@ class Consistency(Matching):
         c: of the pseudo-Huber distance
     """
 
-    steps: int = 50
-    shift: float = 1.0
+    steps: Steps = 50
+    shift: Positive = 1.0
     average: bool = True
     scaling: float | None = 10.0
-    c: float = 1e-3
+    c: Positive = 1e-3
 
     def __post_init__(self):
-        _check_fields("Consistency", self.steps, self.shift, self.c)
+        check_numbers(self)
         if self.scaling is not None and self.scaling < 1:
             raise ValueError(
                 f"Consistency: scaling must be at least 1, got {self.scaling:g}: below, generation, which leaves it "
@@ -92,18 +93,18 @@ class PhasedConsistency(Matching):
         every: the student's turn is every n-th step; without `taps` every step is its turn, and this is 1
     """
 
-    phases: tuple[int, ...] = (4,)
-    steps: int = 100
-    shift: float = 1.0
-    c: float = 1e-3
+    phases: tuple[Count, ...] = (4,)
+    steps: Steps = 100
+    shift: Positive = 1.0
+    c: Positive = 1e-3
     taps: tuple[int, ...] = ()
     adversarial_weight: float = 0.1
-    every: int = 2
+    every: Count = 2
 
     def __post_init__(self):
+        check_numbers(self)
         object.__setattr__(self, "phases", tuple(self.phases))
         object.__setattr__(self, "taps", tuple(self.taps))
-        _check_fields("PhasedConsistency", self.steps, self.shift, self.c)
         if not self.phases or any(m < 1 or self.steps % m for m in self.phases):
             raise ValueError(
                 f"PhasedConsistency: phases are numbers that divide the {self.steps} steps, got {list(self.phases)}"
@@ -187,12 +188,12 @@ class TruncatedConsistency(Matching):
 
     until: float = 0.5
     share: float = 0.25
-    steps: int = 50
-    shift: float = 1.0
-    c: float = 1e-3
+    steps: Steps = 50
+    shift: Positive = 1.0
+    c: Positive = 1e-3
 
     def __post_init__(self):
-        _check_fields("TruncatedConsistency", self.steps, self.shift, self.c)
+        check_numbers(self)
         for name, value in (("until", self.until), ("share", self.share)):
             if not 0 < value < 1:
                 raise ValueError(f"TruncatedConsistency: {name} must lie between 0 and 1, got {value}")
@@ -230,15 +231,6 @@ def _teacher_step(roles: Roles, given: Given, grid: Tensor) -> tuple[Tensor, Ten
     t = grid[k]
     x_t = corrupt(given.x, given.draws.gaussian(1), t)
     return k, x_t, move(x_t, roles.teacher(x_t, t, given.condition), t, grid[k + 1])
-
-
-def _check_fields(who: str, steps: int, shift: float, c: float) -> None:
-    if steps < 1:
-        raise ValueError(f"{who}: steps must be at least 1, got {steps}")
-    if shift <= 0:
-        raise ValueError(f"{who}: shift must be positive, got {shift}; 1 leaves times unchanged")
-    if c <= 0:
-        raise ValueError(f"{who}: c must be positive, got {c}")
 
 
 def _check_renoised(who: str, solver: Solver) -> tuple[float, ...]:

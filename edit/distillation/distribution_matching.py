@@ -43,6 +43,7 @@ from edit.distillation.matching import (
     pseudo_huber,
 )
 from edit.distillation.vision import Vision, late
+from edit.limits import Count, NotNegative, Positive, check_numbers
 from edit.objectives import TimeLaw, Uniform
 from edit.sampling import Grid, Solver
 
@@ -88,15 +89,15 @@ class DistributionMatching(Matching):
     low: float = 0.02
     high: float = 0.98
     simulate: float = 0.5
-    segment: float = 0.0
-    charbonnier: float | None = 1e-3
-    every: int = 5
+    segment: NotNegative = 0.0
+    charbonnier: Positive | None = 1e-3
+    every: Count = 5
     together: bool = False
     critic_weight: Literal["velocity", "data"] = "velocity"
     cap: float = 5.0
     taps: tuple[int, ...] = ()
-    realism: float = 0.03
-    judgement: float = 1e-2
+    realism: NotNegative = 0.03
+    judgement: NotNegative = 1e-2
     vision: Vision | None = None
     divergence: Divergence = "reverse_kl"
     ratio: float = 10.0
@@ -105,6 +106,7 @@ class DistributionMatching(Matching):
     margin: ClassVar[float] = 0.02  # of the teacher's part of a segment to its ends
 
     def __post_init__(self):
+        check_numbers(self)
         object.__setattr__(self, "grid", tuple(self.grid))
         object.__setattr__(self, "taps", tuple(self.taps))
         ts = self.solver.grid

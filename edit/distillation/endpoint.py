@@ -20,6 +20,7 @@ from torch import Tensor
 from edit.distillation.matching import Given, Matching, Roles, mean, move
 from edit.distillation.progressive import time_grid
 from edit.distillation.reflow import solve, stored_noise
+from edit.limits import Positive, Steps, check_numbers
 from edit.sampling import Euler, Grid, Solver, times
 
 
@@ -35,17 +36,14 @@ class Endpoint(Matching):
     """
 
     needs_data = False
-    steps: int = 10
-    starts: int = 1
-    shift: float = 1.0
+    steps: Steps = 10
+    starts: Steps = 1
+    shift: Positive = 1.0
 
     def __post_init__(self):
-        if self.starts < 1 or self.steps < 1 or self.steps % self.starts:
-            raise ValueError(
-                f"Endpoint: steps must be a multiple of starts, both at least 1, got {self.steps} and {self.starts}"
-            )
-        if self.shift <= 0:
-            raise ValueError(f"Endpoint: shift must be positive, got {self.shift}; 1 leaves times unchanged")
+        check_numbers(self)
+        if self.steps % self.starts:
+            raise ValueError(f"Endpoint: steps must be a multiple of starts, got {self.steps} and {self.starts}")
 
     def check(self, solver: Solver) -> None:
         check_starts("Endpoint", self.starts, self.shift, solver)
@@ -70,14 +68,11 @@ class CachedEndpoint(Matching):
     """
 
     needs_teacher = False
-    starts: int = 1
-    shift: float = 1.0
+    starts: Steps = 1
+    shift: Positive = 1.0
 
     def __post_init__(self):
-        if self.starts < 1:
-            raise ValueError(f"CachedEndpoint: starts must be at least 1, got {self.starts}")
-        if self.shift <= 0:
-            raise ValueError(f"CachedEndpoint: shift must be positive, got {self.shift}; 1 leaves times unchanged")
+        check_numbers(self)
 
     def check(self, solver: Solver) -> None:
         check_starts("CachedEndpoint", self.starts, self.shift, solver)
@@ -108,7 +103,7 @@ class CachedEndpoint(Matching):
         return regress(roles, given, states[:, ::every], at[:, ::every], given.x)
 
 
-def check_starts(who: str, starts: int, shift: float, solver: Solver) -> None:
+def check_starts(who: str, starts: Steps, shift: Positive, solver: Solver) -> None:
     """Refuse a solver that does not step to data from these times.
 
     Raises:

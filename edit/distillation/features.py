@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
 from edit.distillation.pairs import Pairs, as_pairs, both, check_pairs, width
+from edit.limits import NotNegative, check_numbers
 from edit.objectives import Pass, Term, Weight, weight_at
 
 NORMS = ("raw", "unit", "layer", "relative")
@@ -47,8 +48,8 @@ class FeatureKD(Term):
 
     pairs: Pairs
     weight: Weight = 0.5
-    weights: tuple[float, ...] = ()
-    text: float = 1.0
+    weights: tuple[NotNegative, ...] = ()
+    text: NotNegative = 1.0
     norm: Literal["raw", "unit", "layer", "relative"] = "relative"
     sigma: float | None = None
     mask: Literal["separate", "intersection", "teacher"] = "separate"
@@ -58,6 +59,7 @@ class FeatureKD(Term):
     needs_teacher = True
 
     def __post_init__(self):
+        check_numbers(self)
         self.pairs, self.weights = as_pairs("FeatureKD", self.pairs), tuple(self.weights) or (1.0,) * len(self.pairs)
         if len(self.weights) != len(self.pairs):
             raise ValueError(f"FeatureKD: {len(self.weights)} weights for {len(self.pairs)} pairs: one each, or none")

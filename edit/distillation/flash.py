@@ -26,6 +26,7 @@ from edit.distillation.distribution_matching import direction
 from edit.distillation.matching import Given, Matching, Roles, check_times, corrupt, decreasing, mean, move, need_turns
 from edit.distillation.progressive import time_grid
 from edit.distillation.vision import Vision, distance
+from edit.limits import Count, Steps, check_numbers
 from edit.objectives import Ramp, TimeLaw, Uniform, Weight, weight_at
 from edit.sampling import Solver
 
@@ -53,7 +54,7 @@ class Flash(Matching):
         together: heads are trained on the student's turns as well
     """
 
-    steps: int = 32
+    steps: Steps = 32
     shift: float = 1.0
     modes: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     stages: tuple[tuple[float, ...], ...] = (
@@ -68,11 +69,12 @@ class Flash(Matching):
     vision: Vision | None = None
     teacher_taps: tuple[int, ...] = (4, 9, 14, 18, 28, 38, 48)
     law: TimeLaw = field(default_factory=Uniform)
-    hidden: int = 256
-    every: int = 2
+    hidden: Count = 256
+    every: Count = 2
     together: bool = False
 
     def __post_init__(self):
+        check_numbers(self)
         object.__setattr__(self, "modes", tuple(self.modes))
         object.__setattr__(self, "teacher_taps", tuple(self.teacher_taps))
         object.__setattr__(self, "stages", tuple(tuple(odds) for odds in self.stages))

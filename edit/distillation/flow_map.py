@@ -20,6 +20,7 @@ from edit.backbones.dit import TimeEmbed
 from edit.denoiser import Condition, Denoiser, Stream
 from edit.distillation.matching import Field, column
 from edit.edits import Edit
+from edit.limits import check_numbers
 from edit.sampling import Euler, Grid, Solver
 
 How = Literal["difference", "jvp"]
@@ -42,6 +43,7 @@ class IntervalInput(Edit):
     scale: float = 10.0
 
     def __post_init__(self):
+        check_numbers(self)
         if self.scale <= 0:
             raise ValueError(f"IntervalInput: scale must be positive, got {self.scale}; 10 is the default")
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from edit.denoiser import Condition, Denoiser, Output
+from edit.limits import check_numbers
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class TeacherGuidance:
     high: float = 1.0
 
     def __post_init__(self):
+        check_numbers(self)
         if not 0 <= self.low <= self.high:
             raise ValueError(f"TeacherGuidance: 0 <= low <= high, got {self.low}, {self.high}; 1, 1 is no guidance")
 

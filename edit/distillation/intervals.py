@@ -16,6 +16,7 @@ from torch import Tensor
 from edit.denoiser import Denoiser
 from edit.distillation.features import unit_distance
 from edit.distillation.pairs import Pairs, as_intervals, both, check_pairs, collapsed
+from edit.limits import NotNegative, check_numbers
 from edit.objectives import Pass, Ramp, Term, Weight, weight_at
 
 
@@ -34,11 +35,12 @@ class IntervalKD(Term):
     intervals: Pairs
     weight: Weight = 1.0
     forcing: Weight = Ramp(1.0, 0.0, until=0.3)
-    magnitude: float = 0.1
+    magnitude: NotNegative = 0.1
 
     needs_teacher = True
 
     def __post_init__(self):
+        check_numbers(self)
         self.intervals = as_intervals("IntervalKD", self.intervals)
         units = {end: unit for unit, end in collapsed(self.intervals, self.intervals[-1][1] + 1)}
         self.pairs = tuple((units[last], last) for _, last in self.intervals)

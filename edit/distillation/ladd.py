@@ -31,6 +31,7 @@ from edit.distillation.discriminator import (
     softplus_real_fake,
 )
 from edit.distillation.matching import Given, Matching, Roles, corrupt, decreasing, mean, move, need_turns
+from edit.limits import Count, check_numbers
 from edit.objectives import LogitNormal, TimeLaw
 from edit.sampling import Euler, Grid, Solver, times
 
@@ -68,12 +69,13 @@ class LADD(Matching):
     distill: float = 0.0
     r1: float = 0.0
     r1_noise: float = 0.1
-    hidden: int = 256
-    kernel: int = 3
-    every: int = 2
+    hidden: Count = 256
+    kernel: Count = 3
+    every: Count = 2
     together: bool = False
 
     def __post_init__(self):
+        check_numbers(self)
         for name in ("teacher_taps", "times", "p", "first"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not decreasing(self.times):

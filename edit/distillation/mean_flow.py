@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from edit.denoiser import Denoiser
 from edit.distillation.flow_map import How, check_difference, check_solver, mean_velocity, need_interval
 from edit.distillation.matching import Given, Matching, Roles, column, corrupt
+from edit.limits import Inside, Share, check_numbers
 from edit.objectives import LogitNormal, TimeLaw
 from edit.sampling import Solver
 
@@ -53,11 +54,12 @@ class MeanFlow(Matching):
     c: float = 1e-3
     omega: float = 1.0
     kappa: float = 0.0
-    interval: tuple[float, float] = (0.0, 1.0)
+    interval: tuple[Share, Share] = (0.0, 1.0)
     how: How = "difference"
-    step: float = 1e-2
+    step: Inside = 1e-2
 
     def __post_init__(self):
+        check_numbers(self)
         object.__setattr__(self, "interval", tuple(self.interval))
         check_difference("MeanFlow", self.how, self.step)
         if self.target not in ("teacher", "data"):

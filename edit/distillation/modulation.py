@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from edit.backbones.flux import Flux
 from edit.denoiser import Condition, Denoiser, Stream
 from edit.edits import Edit
+from edit.limits import Count, Limits, Positive, Seed, check_numbers
 
 SCALAR, SLOT = 16, 32  # channels of the sinusoids of time and guidance, and of a vector's number
 
@@ -56,21 +57,18 @@ class ModulationApproximator(Edit):
     """
 
     excludes: ClassVar[tuple[str, ...]] = ("IntervalInput", "DyDiT", "TDLoRA", "Elastic")  # of one `cond`, or the time
-    depth: int = 5
-    hidden: int = 5120
-    steps: int = 2000
-    batch: int = 32
-    lr: float = 1e-4
+    depth: Count = 5
+    hidden: Count = 5120
+    steps: Annotated[int, Limits(0, 1_000_000)] = 2000
+    batch: Count = 32
+    lr: Positive = 1e-4
     guidance: tuple[float, float] = (1.0, 8.0)
     pooled: str | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self):
+        check_numbers(self)
         low, high = self.guidance = (self.guidance[0], self.guidance[-1])
-        if min(self.depth, self.hidden, self.batch) < 1 or self.steps < 0 or self.lr <= 0:
-            raise ValueError(
-                "ModulationApproximator: depth, hidden and batch are at least 1, steps at least 0, lr above 0"
-            )
         if not 0 <= low <= high:
             raise ValueError(
                 f"ModulationApproximator: guidance is (low, high) with 0 <= low <= high, got {low}, {high}"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from edit.denoiser import Denoiser, Output
+from edit.limits import check_numbers
 from edit.objectives import DDPM, Pass, Term, Weight, schedule_tables, weight_at
 
 
@@ -42,6 +43,7 @@ class OutputKD(Term):
     needs_teacher = True
 
     def __post_init__(self):
+        check_numbers(self)
         if self.space not in ("output", "data"):
             raise ValueError(f"OutputKD: space must be output or data, got {self.space!r}")
         if self.loss not in ("mse", "huber"):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from edit.denoiser import Denoiser, Output, Stream
 from edit.distillation.matching import Draws, Given, Matching, Roles, column, corrupt, mean, move
 from edit.edits import Edit
+from edit.limits import Count, NotNegative, Steps, check_numbers
 from edit.objectives import Objective, Ramp, Weight, shift_times, weight_at
 from edit.sampling import Draw, Predict, Solver
 
@@ -70,7 +71,7 @@ class Policy:
         return (t / s * told + r2 * seen) / spread
 
     @torch.no_grad()
-    def follow(self, x: Tensor, start: Tensor, end: Tensor, substeps: int, shift: float) -> Tensor:
+    def follow(self, x: Tensor, start: Tensor, end: Tensor, substeps: Steps, shift: float) -> Tensor:
         """Euler steps along it, evenly spaced before the shift; start and end [b] are times before the shift."""
         for k in range(substeps):
             t, ahead = (shift_times(torch.lerp(start, end, i / substeps), shift) for i in (k, k + 1))
@@ -101,13 +102,14 @@ class MixtureHead(Edit):
 
     keeps: ClassVar[bool] = True
     records: ClassVar = (TRACE,)
-    components: int = 8
+    components: Count = 8
     spread: float = 0.05
     std: float = 0.05
 
     excludes: ClassVar = ("MixtureHead",)
 
     def __post_init__(self):
+        check_numbers(self)
         if self.components < 1:
             raise ValueError(f"MixtureHead: components must be at least 1, got {self.components}")
         if self.spread < 0 or self.std <= 0:
@@ -166,18 +168,17 @@ class PolicyImitation(Matching):
         needs_data: segments start at noised data; else at the end of the segments before, from noise
     """
 
-    steps: int = 4
+    steps: Steps = 4
     last: float = 0.5
     shift: float = 3.2
-    substeps: int = 128
-    points: int = 4
-    weight: float = 30.0
+    substeps: Steps = 128
+    points: Steps = 4
+    weight: NotNegative = 30.0
     mixing: Weight = Ramp(1.0, 0.0, until=2 / 3)
     needs_data: bool = False
 
     def __post_init__(self):
-        if self.points < 1:
-            raise ValueError(f"PolicyImitation: points must be at least 1, got {self.points}")
+        check_numbers(self)
         self.solver()  # refuses what is wrong in the rest
 
     def solver(self) -> PolicySolver:
@@ -257,12 +258,13 @@ class PolicySolver(Solver):
 
     integrates: ClassVar = ("velocity", "noise")
     extras: ClassVar = (TRACE,)
-    steps: int = 4
+    steps: Steps = 4
     last: float = 0.5
     shift: float = 3.2
-    substeps: int = 128
+    substeps: Steps = 128
 
     def __post_init__(self):
+        check_numbers(self)
         if not 1 <= self.steps <= self.substeps:
             raise ValueError(
                 f"PolicySolver: 1 <= steps <= substeps, got {self.steps} steps and {self.substeps} substeps"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from edit.distillation.matching import Given, Matching, Roles, column, corrupt, mean, move
+from edit.limits import Positive, Steps, check_numbers
 from edit.objectives import shift_times
 from edit.sampling import Euler, Grid, Solver, times
 
@@ -31,13 +32,12 @@ class Progressive(Matching):
             error in the data, which, an error in data being t times one in velocity, is max((1 - t)^2, t^2)
     """
 
-    steps: int = 16
-    shift: float = 1.0
+    steps: Steps = 16
+    shift: Positive = 1.0
     weighting: Literal["none", "snr"] = "none"
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"Progressive: steps must be at least 1, got {self.steps}")
+        check_numbers(self)
         if self.weighting not in ("none", "snr"):
             raise ValueError(f"Progressive: weighting must be none or snr, got {self.weighting!r}")
 
@@ -57,12 +57,12 @@ class Progressive(Matching):
         return {"progressive": loss if self.weighting == "none" else torch.maximum(t, 1 - t).square() * loss}
 
 
-def time_grid(steps: int, shift: float, device: torch.device) -> Tensor:
+def time_grid(steps: int, shift: Positive, device: torch.device) -> Tensor:
     """The times of `edit.sampling.times`, fp32, [steps + 1]: made where they are used, as a copy would block a step."""
     return shift_times(torch.linspace(1, 0, steps + 1, device=device), shift)
 
 
-def check_steps(who: str, steps: int, shift: float, solver: Solver) -> None:
+def check_steps(who: str, steps: int, shift: Positive, solver: Solver) -> None:
     """Refuse a solver that does not make exactly these straight steps.
 
     Raises:

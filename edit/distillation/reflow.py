@@ -17,6 +17,7 @@ from torch import Tensor
 
 from edit.distillation.matching import Given, Matching, Roles, corrupt, mean, move
 from edit.distillation.progressive import time_grid
+from edit.limits import Positive, Steps, check_numbers
 from edit.objectives import TimeLaw, Uniform
 from edit.sampling import Grid, Solver
 
@@ -33,17 +34,13 @@ class Reflow(Matching):
     """
 
     needs_data = False
-    steps: int = 10
-    shift: float = 1.0
-    echoes: int = 2
+    steps: Steps = 10
+    shift: Positive = 1.0
+    echoes: Steps = 2
     time: TimeLaw = field(default_factory=Uniform)
 
     def __post_init__(self):
-        for name, value in (("steps", self.steps), ("echoes", self.echoes)):
-            if value < 1:
-                raise ValueError(f"Reflow: {name} must be at least 1, got {value}")
-        if self.shift <= 0:
-            raise ValueError(f"Reflow: shift must be positive, got {self.shift}; 1 leaves times unchanged")
+        check_numbers(self)
 
     def check(self, solver: Solver) -> None:
         check_followed("Reflow", solver)
@@ -69,12 +66,11 @@ class CachedReflow(Matching):
     """
 
     needs_teacher = False
-    echoes: int = 2
+    echoes: Steps = 2
     time: TimeLaw = field(default_factory=Uniform)
 
     def __post_init__(self):
-        if self.echoes < 1:
-            raise ValueError(f"CachedReflow: echoes must be at least 1, got {self.echoes}")
+        check_numbers(self)
 
     def check(self, solver: Solver) -> None:
         check_followed("CachedReflow", solver)
@@ -93,7 +89,7 @@ def check_followed(who: str, solver: Solver) -> None:
 
 
 def straighten(
-    roles: Roles, given: Given, z: Tensor, x: Tensor, echoes: int, law: Callable[[Tensor], Tensor]
+    roles: Roles, given: Given, z: Tensor, x: Tensor, echoes: Steps, law: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """Flow matching between noise and sample, b c y x each: the mean over `echoes` times, of streams 1 on."""
     losses = []
@@ -113,7 +109,7 @@ def stored_noise(who: str, given: Given) -> Tensor:
     return given.noise
 
 
-def solve(roles: Roles, given: Given, z: Tensor, steps: int, shift: float) -> list[Tensor]:
+def solve(roles: Roles, given: Given, z: Tensor, steps: int, shift: Positive) -> list[Tensor]:
     """The teacher's path from noise by Euler's method: steps + 1 points b c y x, from z to data."""
     path, grid = [z], time_grid(steps, shift, z.device)[:, None].expand(-1, len(z))
     for t, end in zip(grid, grid[1:], strict=False):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from edit.denoiser import Denoiser
 from edit.distillation.flow_map import check_difference, check_solver, mean_velocity, need_interval
 from edit.distillation.matching import Given, Matching, Roles, corrupt, mean
+from edit.limits import Inside, check_numbers
 from edit.objectives import TimeLaw, Uniform
 from edit.sampling import Solver
 
@@ -41,9 +42,10 @@ class Shortcut(Matching):
     diffusion: float = 0.5
     consistency: float = 0.25
     time: TimeLaw = field(default_factory=Uniform)
-    step: float = 1e-2
+    step: Inside = 1e-2
 
     def __post_init__(self):
+        check_numbers(self)
         check_difference("Shortcut", "difference", self.step)
         if self.target not in ("teacher", "data"):
             raise ValueError(f"Shortcut: target must be teacher or data, got {self.target!r}")

@@ -16,6 +16,7 @@ from torch import nn
 from edit.denoiser import Denoiser
 from edit.distillation.pairs import Pairs, as_intervals
 from edit.edits import Edit
+from edit.limits import NotNegative, check_numbers
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Collapse(Edit):
     start: Literal["middle", "first", "last", "mean"] = "middle"
 
     def __post_init__(self):
+        check_numbers(self)
         self.intervals = as_intervals("Collapse", self.intervals)
         if self.start not in ("middle", "first", "last", "mean"):
             raise ValueError(f"Collapse: start must be middle, first, last or mean, got {self.start!r}")
@@ -90,7 +92,10 @@ class FixedGuidance(Edit):
         guidance: the scale, 3.5 by default in FLUX.1-dev
     """
 
-    guidance: float = 3.5
+    guidance: NotNegative = 3.5
+
+    def __post_init__(self):
+        check_numbers(self)
 
     @torch.no_grad()
     def apply(self, denoiser: Denoiser) -> None:

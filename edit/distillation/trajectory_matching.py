@@ -21,6 +21,7 @@ from torch import Tensor
 
 from edit.distillation.distribution_matching import capped, check_grid, distance, rollout
 from edit.distillation.matching import Given, Matching, Roles, column, corrupt, mean, need_turns, pseudo_huber
+from edit.limits import Count, check_numbers
 from edit.sampling import Grid, Solver
 
 STEP, TIME, NOISE, CRITIC_TIME, CRITIC_NOISE = 1, 2, 3, 4, 5  # streams of `Draws`, beside those of the rollout
@@ -45,13 +46,14 @@ class TrajectoryMatching(Matching):
     shift: float = 1.0
     c: float = 1e-3
     cap: float = 5.0
-    every: int = 2
+    every: Count = 2
     together: bool = False
 
     needs_data: ClassVar[bool] = False
     has_critic: ClassVar[bool] = True
 
     def __post_init__(self):
+        check_numbers(self)
         object.__setattr__(self, "grid", tuple(self.grid))
         Grid(self.grid, shift=self.shift)  # refuses what is none
         if self.c <= 0 or self.cap <= 0:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from edit.denoiser import Denoiser
 from edit.distillation.flow_map import How, check_difference, derivative
 from edit.distillation.matching import Given, Matching, Roles, column, corrupt, mean
+from edit.limits import Inside, check_numbers
 from edit.objectives import LogitNormal, TimeLaw
 from edit.sampling import Euler, Grid, Solver
 
@@ -80,9 +81,10 @@ class SCM(Matching):
     warmup: float = 0.1
     c: float = 0.1
     how: How = "difference"
-    step: float = 1e-2
+    step: Inside = 1e-2
 
     def __post_init__(self):
+        check_numbers(self)
         check_difference("SCM", self.how, self.step)
         if self.target not in ("teacher", "data"):
             raise ValueError(f"SCM: target must be teacher or data, got {self.target!r}")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from edit.denoiser import Denoiser
 from edit.distillation.discriminator import Heads
 from edit.distillation.matching import Given, Roles, mean
+from edit.limits import Count, check_numbers
 
 KINDS = ("dinov2", "dinov2_with_registers")
 ROW, COLUMN = 90, 91  # streams of `Draws`: where the crop lies
@@ -44,17 +45,16 @@ class Vision:
 
     path: str
     layers: tuple[int, ...] = (2, 5, 8, 12, 16, 20, 23)
-    crop: int | None = None
+    crop: Count | None = None
     told: bool = True
-    hidden: int = 256
-    kernel: int = 3
+    hidden: Count = 256
+    kernel: Count = 3
 
     def __post_init__(self):
+        check_numbers(self)
         object.__setattr__(self, "layers", tuple(self.layers))
         if not self.layers:
             raise ValueError("Vision: there must be at least one layer to look at, got none")
-        if self.crop is not None and self.crop < 1:
-            raise ValueError(f"Vision: crop is a number of rows of at least 1, or null for all, got {self.crop}")
 
     def load(self) -> Eye:
         """The model with its weights, frozen, in fp32.

@@ -13,6 +13,7 @@ import torch
 
 from edit.denoiser import Denoiser
 from edit.edits import Edit
+from edit.limits import Seed, check_numbers
 from edit.pruning.tinyfusion import Gated
 
 
@@ -29,10 +30,11 @@ class DepthPruning(Edit):
 
     ratio: float = 0.5
     pattern: Literal["uniform", "random", "listed"] = "uniform"
-    seed: int = 0
+    seed: Seed = 0
     units: tuple[int, ...] = ()
 
     def __post_init__(self):
+        check_numbers(self)
         self.units = tuple(self.units)
         if self.pattern not in ("uniform", "random", "listed"):
             raise ValueError(f"DepthPruning: pattern must be uniform, random or listed, got {self.pattern!r}")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from edit.denoiser import Condition, Denoiser, Stream
 from edit.edits import Edit
+from edit.limits import NotNegative, check_numbers
 from edit.pruning.patterns import Groups, Pattern, groups_of, options, segments
 
 MASK, CONFIDENCE, CHOICE = "tinyfusion.mask", "tinyfusion.confidence", "tinyfusion.choice"
@@ -44,7 +45,7 @@ class TinyFusion(Edit):
     """
 
     pattern: Pattern = "1:2"
-    start: float = 0.02
+    start: NotNegative = 0.02
     kappa: tuple[float, float] = (100.0, 100.0)
     tau: tuple[float, float] = (4.0, 0.1)
     frozen: bool = False
@@ -52,6 +53,7 @@ class TinyFusion(Edit):
     excludes = ("TinyFusion",)
 
     def __post_init__(self):
+        check_numbers(self)
         self.pattern = self.pattern if isinstance(self.pattern, str) else tuple((n, m) for n, m in self.pattern)
         self.kappa, self.tau = (self.kappa[0], self.kappa[1]), (self.tau[0], self.tau[1])
         if min(*self.kappa, *self.tau) <= 0:

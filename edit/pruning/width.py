@@ -18,6 +18,7 @@ from edit.backbones.dit import DiTBlock, Mlp
 from edit.backbones.flux import SingleUnit
 from edit.denoiser import Denoiser
 from edit.edits import Edit, chosen
+from edit.limits import check_numbers
 
 FEED_FORWARDS = ("ff", "ff_context", "img_mlp", "txt_mlp")  # of image and text, in the stock classes' blocks
 TEXT = ("ff_context", "txt_mlp")
@@ -40,6 +41,7 @@ class FeedForwardWidth(Edit):
     units: tuple[int, ...] = ()
 
     def __post_init__(self):
+        check_numbers(self)
         self.units = tuple(self.units)
         if not 0 < self.ratio < 1:
             raise ValueError(f"FeedForwardWidth: ratio is the share to drop, in (0, 1), got {self.ratio}")
@@ -111,6 +113,7 @@ class TextFeedForwardLinear(Edit):
     units: tuple[int, ...]
 
     def __post_init__(self):
+        check_numbers(self)
         self.units = tuple(self.units)
         if not self.units:
             raise ValueError("TextFeedForwardLinear: name at least one unit, counted from 0")

@@ -39,6 +39,7 @@ from edit.backbones.dit import DiTBlock
 from edit.backbones.flux import DoubleUnit, SingleUnit
 from edit.denoiser import Condition, Denoiser, Layout, Output, Routing, Stream, Unit
 from edit.edits import Edit
+from edit.limits import check_numbers
 from edit.objectives import Ramp, Weight, weight_at
 from edit.routing.batches import grouped, mean_over_ranks, run_grouped, sharded, uploaded
 from edit.routing.ranking import check_order, order_channels, order_heads
@@ -92,6 +93,7 @@ class DyDiT(Edit):
     excludes = ("DyDiT", "TinyFusion", "Elastic")
 
     def __post_init__(self):
+        check_numbers(self)
         if not all(0 < weight_at(self.ratio, progress) <= 1 for progress in (0.0, 1.0)):
             raise ValueError(f"DyDiT: ratio is the share of the work to run, in (0, 1], got {self.ratio}")
         if self.temperature <= 0 or self.weight < 0:

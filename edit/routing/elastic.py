@@ -39,6 +39,7 @@ from edit.backbones.pixart import PixArtUnit
 from edit.backbones.sd3 import JointUnit
 from edit.denoiser import Condition, Denoiser, Routing, Stream, Unit
 from edit.edits import Edit
+from edit.limits import Count, check_numbers
 from edit.objectives import Ramp, Weight, weight_at
 from edit.pruning.tinyfusion import mix
 from edit.routing.batches import mean_over_ranks, rows_on, run_grouped, sharded
@@ -89,7 +90,7 @@ class Elastic(Edit):
     threshold: float = 0.5
     reduction: Literal["sample", "batch"] = "sample"
     hard: bool = False
-    router: int = 128
+    router: Count = 128
     order: bool = False
     band: float = 0.015
     reuse: int = 10
@@ -100,6 +101,7 @@ class Elastic(Edit):
     excludes = ("Elastic", "TinyFusion", "DyDiT")
 
     def __post_init__(self):
+        check_numbers(self)
         for name in ("gate", "gate_at_noise", "width"):
             if (value := getattr(self, name)) is not None:
                 ends = (value.start, value.end) if isinstance(value, Ramp) else (value,)

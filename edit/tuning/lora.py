@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import nn
 
 from edit.denoiser import Denoiser
 from edit.edits import Edit
+from edit.limits import Count, Limits, Positive, check_numbers
 from edit.routing.slices import Adapted
 
 ADAPTER = "default"  # peft's own name for a model's only adapter, which other tools expect
@@ -30,17 +32,16 @@ class LoRA(Edit):
         targets: name endings inside a model, e.g. "attn.qkv", or "all-linear"
     """
 
-    rank: int = 16
-    alpha: float = 16.0
-    dropout: float = 0.0
+    rank: Count = 16
+    alpha: Positive = 16.0
+    dropout: Annotated[float, Limits(0, below=1)] = 0.0
     targets: tuple[str, ...] = ("attn.qkv", "attn.proj")
 
     keeps = True
 
     def __post_init__(self):
+        check_numbers(self)
         self.targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
-        if self.rank < 1:
-            raise ValueError(f"LoRA: rank must be at least 1, got {self.rank}")
 
     def apply(self, denoiser: Denoiser) -> None:
         from peft import LoraConfig, inject_adapter_in_model

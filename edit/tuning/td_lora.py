@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from edit.backbones.dit_diffusers import ClassUnit
 from edit.denoiser import SLOTS, Denoiser, Unit
 from edit.edits import Edit
+from edit.limits import Count, Positive, check_numbers
 from edit.routing.slices import Adapted, Calls, Pieces, heads, hidden, merged, taken
 
 MODULATIONS = ("adaLN_modulation.", "norm1.linear.", "norm1_context.linear.", "norm.linear.", "norm_out.linear.")
@@ -45,16 +46,15 @@ class TDLoRA(Edit):
         modulation: train the weights that make shifts, scales and gates, too
     """
 
-    rank: int = 4
-    experts: int = 4
+    rank: Count = 4
+    experts: Count = 4
     targets: tuple[str, ...] = ()
-    alpha: float = 4.0
+    alpha: Positive = 4.0
     modulation: bool = False
 
     def __post_init__(self):
+        check_numbers(self)
         self.targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
-        if min(self.rank, self.experts) < 1:
-            raise ValueError(f"TDLoRA: rank and experts are at least 1, got {self.rank} and {self.experts}")
 
     def apply(self, denoiser: Denoiser) -> None:
         units = [self._checked(denoiser, i) for i in range(len(denoiser.units))]

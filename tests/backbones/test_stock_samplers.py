@@ -280,9 +280,9 @@ def test_the_settings_of_a_scheduler_come_back_as_a_scheduler_of_the_same_steps(
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"shift": 0.0}, "shift must be positive, got 0.0"),
-        ({"shift": float("nan")}, "shift must be positive, got nan"),
-        ({"dynamic": (0.5, 1.15, 256)}, "dynamic is"),
-        ({"dynamic": (0.5, 1.15, 4096, 256)}, "dynamic is"),
+        ({"shift": float("nan")}, "shift must be a finite number, got nan"),
+        ({"dynamic": (0.5, 1.15, 256)}, "dynamic (is|must be)"),
+        ({"dynamic": (0.5, 1.15, 4096, 256)}, "dynamic (is|must be)"),
         ({"terminal": 1.0}, "terminal lies between 0 and 1, got 1.0"),
     ],
 )

@@ -65,7 +65,7 @@ def test_a_crop_covers_the_bucket_and_keeps_the_middle():
 def test_impossible_buckets_are_refused(job, folder):
     with pytest.raises(ValueError, match="the size must be a multiple of the step, got 16 and 6"):
         job(folder, bucket_step=6)
-    with pytest.raises(ValueError, match="shorter side is at least 1, got 0.5"):
+    with pytest.raises(ValueError, match="bucket_ratio must be at least 1, got 0.5"):
         job(folder, bucket_step=4, bucket_ratio=0.5)
     with pytest.raises(ValueError, match="one latent of 2 px: --bucket-step must be a multiple, got 1"):
         precompute(job(folder, bucket_step=1), quiet)

@@ -549,13 +549,35 @@ def test_settings_that_make_no_sense_are_refused():
     assert parse("teacher=a prompts=b out=c shift=null guidance=2".split())["shift"] is None
     base = {"teacher": "a", "prompts": "b", "out": "c", "text_encoder": "d"}
     for change, message in (
-        ({"steps": 0}, "steps is at least 1, got 0"),
-        ({"processes": -1}, "processes is at least 1, or 0 for one on each GPU, got -1"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"processes": -1}, "processes must be at least 0, got -1"),
         ({"solver": "rk4"}, "solver is one of euler, .*, got 'rk4'"),
-        ({"shift": 0.0}, "shift is greater than 0"),
+        ({"shift": 0.0}, "shift must be positive"),
+        ({"shift": float("nan")}, "shift must be a finite number or None, got nan"),
+        ({"guidance": float("nan")}, "guidance must be a finite number, got nan"),
+        ({"guidance": -1.0}, "guidance must be at least 0, got -1"),
+        ({"steps": 99_999_999}, "steps must be at most 10000, got 99999999"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": 2**32}, "seed must be at most 4294967295, got 4294967296"),
+        ({"size": 10**9}, "size must be at most 65536 or None, got 1000000000"),
+        ({"batch": True}, "batch must be a whole number, got True"),
+        ({"points": -1}, "points must be at least 0, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
             Order(**{**base, **change})
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "nonsense"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(device, tmp_path, capsys):
+    from data import precompute
+
+    words = ["teacher=/nowhere", "prompts=/nowhere", f"out={tmp_path / 'out'}", f"device={device}"]
+    assert main(words) == 1
+    assert f"error: device={device} is not on this machine, which has cpu" in capsys.readouterr().err
+    words = ["--images", "/nowhere", "--out", str(tmp_path / "out"), "--vae", "/nowhere", "--device", device]
+    assert precompute.main(words) == 1
+    assert f"error: device={device} is not on this machine, which has cpu" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_answers_at_once():

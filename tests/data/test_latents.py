@@ -18,6 +18,7 @@ from samples import SIZE, caption, image, png, write_tar
 from data.damage import Damaged
 from data.encoders import VAE, TextEncoder
 from data.latent_folder import precompute
+from data.latent_writer import Job
 from data.latents import Latents
 from data.loader import EndlessLoader
 from data.pixels import centre_crop, to_tensor, to_uint8
@@ -411,7 +412,10 @@ def test_what_cannot_be_encoded_is_refused_in_one_sentence(job, folder, vae, t5,
         precompute(job(folder, vae=str(t5)), quiet)
     with pytest.raises(ValueError, match="pooled encoder is a T5EncoderModel, which does not pool"):
         precompute(job(folder, pooled_encoder=str(t5)), quiet)
-    with pytest.raises(ValueError, match="batch is at least 1, got 0"):
+    for wrong in ({"bucket_ratio": float("nan")}, {"workers": -1}, {"size": 10**9}, {"processes": True}):
+        with pytest.raises(ValueError, match=f"Job: {next(iter(wrong))} must be "):
+            Job("a", "b", "c", **wrong)
+    with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
         job(folder, batch=0)
 
 

@@ -193,7 +193,7 @@ def test_a_folder_begun_with_other_points_is_refused(made):
     "change, message",
     [
         ({"points": 2}, "points=2 does not divide steps=28 evenly: steps must be a multiple of points"),
-        ({"points": -1}, "points=-1 does not divide"),
+        ({"points": -1}, "points must be at least 0, got -1"),
         ({"points": 3, "solver": "dpm"}, "points=3 needs solver euler or heun, got dpm"),
     ],
 )

@@ -110,8 +110,8 @@ def test_samplers_whose_steps_lead_to_data_from_its_times_are_accepted_and_other
 @pytest.mark.parametrize(
     "settings, complaint",
     [
-        ({"steps": 0}, "both at least 1, got 0 and 1"),
-        ({"starts": 0}, "both at least 1, got 10 and 0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"starts": 0}, "starts must be at least 1, got 0"),
         ({"starts": 4}, "steps must be a multiple of starts.* got 10 and 4"),
         ({"shift": 0.0}, "shift must be positive, got 0"),
     ],

@@ -191,8 +191,8 @@ def test_what_it_costs_is_counted(flux, told):
 @pytest.mark.parametrize(
     "options, complaint",
     [
-        ({"hidden": 0}, "depth, hidden and batch are at least 1"),
-        ({"steps": -1}, "steps at least 0"),
+        ({"hidden": 0}, "hidden must be at least 1, got 0"),
+        ({"steps": -1}, "steps must be at least 0, got -1"),
         ({"guidance": (3.0, 1.0)}, "guidance is \\(low, high\\) with 0 <= low <= high, got 3.0, 1.0"),
     ],
 )

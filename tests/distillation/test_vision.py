@@ -214,5 +214,5 @@ def test_what_is_no_whole_dinov2_is_refused_in_one_sentence(folder, tmp_path):
 def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="at least one layer"):
         Vision("somewhere", layers=())
-    with pytest.raises(ValueError, match="crop is a number of rows of at least 1, or null for all, got 0"):
+    with pytest.raises(ValueError, match="crop must be at least 1 or None, got 0"):
         Vision("somewhere", crop=0)

@@ -93,8 +93,8 @@ def test_one_value_stands_for_a_list():
         ({"guidence": 1.5}, "unknown key 'guidence'; did you mean 'guidance'?"),
         ({"n": "many"}, "n: expected int, got 'many'"),
         ({"guidance": ["strong"]}, "guidance: expected list of float, got .'strong'."),
-        ({"n": 2}, "n: expected at least 8, got 2"),
-        ({"steps": 0}, "steps: expected at least 1 or null, got 0"),
+        ({"n": 2}, "n: expected a number from 8 to 1000000, got 2"),
+        ({"steps": 0}, "steps: expected a number from 1 to 10000 or null, got 0"),
         ({"seed": []}, "seed: expected at least one value"),
     ],
 )

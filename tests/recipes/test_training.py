@@ -56,18 +56,33 @@ def test_bf16_trains_near_fp32(tmp_path):
 
 def test_the_schedule_warms_up_and_follows_the_cosine_to_zero(tmp_path):
     train(tmp_path, "name=a", "optimizer.warmup=4", "optimizer.lr=0.01")
-    rates = [float(r["lr"]) for r in rows(tmp_path, "a")]  # after each of 12 steps: the rate of the next one
-    assert rates[:3] == pytest.approx([0.005, 0.0075, 0.01])
-    expected = [0.005 * (1 + math.cos(math.pi * (k - 4) / 8)) for k in range(4, 13)]
-    assert rates[3:] == pytest.approx(expected, abs=1e-9)
+    rates = [float(r["lr"]) for r in rows(tmp_path, "a")]  # those that the 12 steps were taken with
+    assert rates[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
+    expected = [0.005 * (1 + math.cos(math.pi * (k - 4) / 8)) for k in range(4, 12)]
+    assert rates[4:] == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_logged_rate_is_that_of_the_steps_own_update(tmp_path, monkeypatch):
+    taken, step = [], torch.optim.AdamW.step
+
+    def watched(self, *args, **kwargs):
+        taken.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    words = ("name=a", "optimizer.warmup=3", "optimizer.lr=0.01", "trainer.accumulate=2", "checkpoint.every=2")
+    train(tmp_path, *words, "trainer.max_steps=4")
+    train(tmp_path, *words, "trainer.max_steps=6")  # goes on
+    logged = [float(r["lr"]) for r in rows(tmp_path, "a")]
+    assert len(logged) == 6 and logged == pytest.approx(taken)
+    assert logged[:3] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01])
 
 
 def test_a_cosine_ends_at_the_part_of_the_rate_that_is_asked_for(tmp_path):
     words = ("optimizer.warmup=0", "optimizer.lr=0.01", "optimizer.end=0.4", "trainer.max_steps=4")
     train(tmp_path, "name=a", *words)
-    rates = [float(r["lr"]) for r in rows(tmp_path, "a")]  # after each of 4 steps: the rate of the next one
-    assert rates == pytest.approx([0.007 + 0.003 * math.cos(math.pi * k / 4) for k in range(1, 5)])
-    assert rates[-1] == pytest.approx(0.004)
+    rates = [float(r["lr"]) for r in rows(tmp_path, "a")]
+    assert rates == pytest.approx([0.007 + 0.003 * math.cos(math.pi * k / 4) for k in range(4)])
 
 
 def test_optimizer_groups_scale_the_rate_of_matching_parameters(tmp_path):

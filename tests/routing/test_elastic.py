@@ -1000,7 +1000,7 @@ def test_it_is_alone_and_on_units_it_knows():
     [
         ({"gate": 0.0}, "gate is a part of the model, above 0 and at most 1, got 0"),
         ({"gate_at_noise": 1.5}, "gate_at_noise is a part"),
-        ({"width": Ramp(0.8, -1.0)}, "width is a part .* got -1"),
+        ({"width": Ramp(0.8, 1.5)}, "width is a part .* got 1.5"),
         ({"threshold": 0.75}, "threshold is above 0 and below 0.7, which is the p of a fresh router, got 0.75"),
         ({"width_from": 1.0}, "width_from is a part of the run, 0 to below 1, got 1"),
         ({"weight": -1.0}, "at least 0, got -1, 10 and 0.5"),
