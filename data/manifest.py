@@ -42,8 +42,8 @@ def digest(path: Path) -> str:
 def read(path: Path) -> dict[str, Any]:
     """Raises ValueError if the file is no JSON object."""
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error}): remove it and run data.precompute again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object")
@@ -53,7 +53,7 @@ def read(path: Path) -> dict[str, Any]:
 def write(path: Path, value: Mapping[str, Any]) -> None:
     """Atomically: the file is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -8,7 +8,6 @@ would have to replay the stream, and shuffles only within its buffer.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import resource
 import tarfile
@@ -22,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from data.damage import Damaged, Tolerance
+from data.plain_text import class_digits, class_number, read_json
 
-FORMAT = 1  # of the index files
+FORMAT = 2  # of the index files; 1 held labels that were rounded
 ABSENT = -1
 
 
@@ -31,7 +31,7 @@ class Tars:
     """The samples of many shards under one running index.
 
     A sample is all members whose names agree up to the first dot (`0001.jpg`, `0001.cls`), as webdataset has it. Its
-    label is the number in `cls`, or "label" in `json`.
+    label is the number in `cls`, or "label" in `json`, where null is none.
 
     Args:
         shards: a folder, one file, a pattern (`train-{0000..0127}.tar`, `train-*.tar`), or a list of such
@@ -238,26 +238,14 @@ def scan(path: Path) -> dict[str, np.ndarray]:
 
 
 def _label(content: bytes, extension: str, name: str) -> int | None:
-    if extension == "json":
-        value = _object(content, name).get("label")
-        if value is None:
-            return None
-    else:
-        value = content.decode(errors="replace").strip()
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = ABSENT
-    if number < 0:
-        raise Damaged(f"{name} holds {value!r}, expected a class number")
-    return number
+    if extension == "cls":
+        return class_digits(content, name)
+    value = _object(content, name).get("label")
+    return None if value is None else class_number(value, name)
 
 
 def _object(content: bytes, name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(content)
-    except ValueError as error:
-        raise Damaged(f"{name} holds no JSON ({error})") from error
+    value = read_json(content, name)
     if not isinstance(value, dict):
         raise Damaged(f"{name} holds a JSON {type(value).__name__}, expected an object")
     return value
