@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Sampler
 
+from data.pixels import cover
 from data.split import Split
 from edit import noise
 
@@ -63,11 +64,7 @@ def cover_crop(image: Image.Image, size: Size) -> Image.Image:
     height, width = size
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(width / image.width, height / image.height)
-    wide, high = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-    image = image.resize((wide, high), Image.Resampling.BICUBIC)
-    left, top = (wide - width) // 2, (high - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    return cover(image, width, height)
 
 
 class OneSize:

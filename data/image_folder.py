@@ -1,4 +1,8 @@
-"""Images in folders: one subfolder per class, or all in one folder with captions in .txt files beside them."""
+"""Images in folders: one subfolder per class, or all in one folder with captions in .txt files beside them.
+
+Hidden files (`.DS_Store`, `._a.jpg`) and those that Windows leaves in folders count for nothing. Files of other kinds
+are told once, as are animations, of which the first frame is taken.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,23 @@ from pathlib import Path
 
 from data.damage import Damaged, Tolerance, kernel_devices, plain
 from data.names import legible
-from data.pixels import EXTENSIONS, Picture, PictureSet, decode
+from data.pixels import (
+    EXTENSIONS,
+    MOVING,
+    Picture,
+    PictureSet,
+    decode,
+    moving,
+    some,
+    suffix,
+    tell,
+    tell_moving,
+    tell_unread,
+)
+from data.plain_text import read_text
 from data.split import held_out
+
+LEFT_BY_WINDOWS = ("thumbs.db", "desktop.ini")
 
 
 class Folder:
@@ -33,7 +52,8 @@ class Folder:
             raise FileNotFoundError(f"{path} is no folder of images: correct the path")
         if self.path.stat().st_dev in kernel_devices():
             raise ValueError(f"{path} is a folder that the kernel makes up: correct the path")
-        found = sorted(_images(self.path, without))
+        files = sorted(_files(self.path, without))
+        found = [name for name in files if suffix(name) in EXTENSIONS]
         if not found:
             raise ValueError(f"no images in {path}: expected files ending in .{', .'.join(EXTENSIONS)}")
         folders = [legible(name.split("/")[0]) if "/" in name else None for name in found]
@@ -51,27 +71,75 @@ class Folder:
         self.num_classes = len(self.classes) if self.classes else None
         numbers = {name: i for i, name in enumerate(self.classes or [])}
         self._labels = [None if f is None else numbers[f] for f in folders]
+        self._captions = self._look(files)
+
+    def _look(self, files: list[str]) -> dict[str, list[str]]:
+        """Say what is not read as one might expect.
+
+        Returns:
+            The captions that are not just <stem>.txt, by the stem: .TXT, or several that differ in this
+        """
+        images: dict[str, list[str]] = {}
+        for name in self.names:
+            images.setdefault(_stem(name), []).append(name)
+        captions: dict[str, list[str]] = {}
+        for name in files:
+            if suffix(name) == "txt" and _stem(name) in images:
+                captions.setdefault(_stem(name), []).append(name)
+        where = str(self.path)
+        read = {name for names in captions.values() for name in names}
+        if unread := [n for n in files if suffix(n) not in EXTENSIONS and n not in read]:
+            tell_unread(where, len(unread), {suffix(n) for n in unread}, unread[0])
+        if same := [names for names in images.values() if len(names) > 1]:
+            tell(
+                f"{where}: {sum(map(len, same))} images share their name but for the suffix, such as "
+                f"{' and '.join(same[0])}: each is a sample, and their caption is that of all"
+            )
+        candidates = [n for n in self.names if suffix(n) in MOVING]
+        looked = some(candidates)
+        tell_moving(
+            where,
+            [n for n in looked if (self.path / n).is_file() and moving(self.path / n)],
+            len(looked) == len(candidates),
+        )
+        return {stem: names for stem, names in captions.items() if names != [f"{stem}.txt"]}
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def load(self, index: int) -> Picture:
-        """Raises Damaged if the file cannot be read as an image."""
+    def load(self, index: int, captions: bool = True) -> Picture:
+        """Raises Damaged if the file cannot be read as an image, or its caption, unless that is not asked for."""
         path = self.path / self.names[index]
-        beside, name = path.with_suffix(".txt"), legible(str(path))
+        name = legible(str(path))
         plain(path)
-        if described := os.path.lexists(beside):
-            plain(beside)
         try:
             content = path.read_bytes()
-            caption = beside.read_text(encoding="utf-8").strip() if described else None
-        except (OSError, UnicodeDecodeError) as error:
-            raise Damaged(f"{path} or its caption cannot be read ({error})") from error
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read ({error})") from error
+        caption = self._caption(self.names[index]) if captions else None
         return Picture(decode(content, name), name, self._labels[index], caption)
 
+    def _caption(self, name: str) -> str | None:
+        beside = self._captions.get(_stem(name), [f"{_stem(name)}.txt"])
+        if len(beside) > 1:
+            raise Damaged(f"{self.path / name} has several captions: keep one of {' and '.join(beside)}")
+        path = self.path / beside[0]
+        if not os.path.lexists(path):
+            return None
+        plain(path)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise Damaged(legible(f"{path} cannot be read ({error})")) from error
+        return read_text(content, legible(str(path))).strip()
 
-def _images(path: Path, without: Path | None = None) -> Iterator[str]:
-    """Names of the images below, relative, with forward slashes.
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
+
+
+def _files(path: Path, without: Path | None = None) -> Iterator[str]:
+    """Names of the files below that are not hidden, relative, with forward slashes.
 
     Linked folders are walked after the real ones, each real folder once: a link to a folder that is counted already,
     that holds the link or all images, or that lies in `without`, is left out, and said so.
@@ -100,9 +168,10 @@ def _images(path: Path, without: Path | None = None) -> Iterator[str]:
                     links.append((below, os.path.realpath(inner)))
                     if any(_inside(held, links[-1][1]) for held in (real, root)):
                         left.append(links.pop()[0])
-                elif entry.name.lower().endswith(tuple(f".{e}" for e in EXTENSIONS)):
-                    yield below
-                elif entry.is_symlink() and not entry.name.endswith(".txt") and not os.path.exists(inner):
+                elif suffix(entry.name) in (*EXTENSIONS, "txt") or os.path.exists(inner):
+                    if entry.name.lower() not in LEFT_BY_WINDOWS:
+                        yield below
+                elif entry.is_symlink():
                     left.append(below)  # perhaps a class
         for name, real in sorted(links, reverse=True):  # the first is walked first
             if real != apart and _inside(real, apart) or os.stat(real).st_dev in kernel_devices():
@@ -145,7 +214,7 @@ class ImageFolder(PictureSet):
         size: of the square crop, in pixels
         flip: mirror half of the training draws
         heldout: a folder, by itself or inside `path`; or a fraction in (0, 1), chosen by a hash of the file names
-        captions: hand captions on as strings; an image without one then counts as damaged
+        captions: hand captions on as strings; an image without one, or with an empty one, then counts as damaged
         on_error: damaged images: refuse or skip
         seed: of the flips
 

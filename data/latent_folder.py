@@ -10,6 +10,7 @@ import math
 import os
 import queue
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +66,10 @@ def writer(job: Job, process: int) -> Writer:
     """What writes shards in one of several processes."""
     if job.device == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.processes))
-    source, encoders = open_images(job), Encoders(job, device_of(job, process))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the first process has told what there is to tell
+        source = open_images(job)
+    encoders = Encoders(job, device_of(job, process))
     return lambda shard, advance: write_shard(job, source, encoders, shard, advance)
 
 

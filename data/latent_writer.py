@@ -280,8 +280,8 @@ def decoded(
     def load(index: int) -> Loaded | Damaged:
         try:
             picture = source.load(index)
-            if captions and picture.caption is None:
-                return Damaged(f"{picture.name} has no caption")
+            if captions:
+                picture.words()
             return index, picture, to_tensor(crop(picture.image))
         except Damaged as error:
             return error

@@ -19,6 +19,7 @@ from data.damage import Damaged, Tolerance
 from data.decoder import Decoder
 from data.encoders import VAE
 from data.pixels import to_uint8
+from data.plain_text import LARGEST
 from data.split import CheckedSet, Split, flipped, opened
 from data.tars import ABSENT, Tars
 from edit import noise
@@ -306,7 +307,7 @@ class LatentSplit:
         self.tars, self.flip, self.seed = tars, flip, seed
         self.shape: Sequence[int] = described["latent_shape"]
         self.text, self.pooled = described["text"], described["pooled"] is not None
-        self.labelled = described["num_classes"] is not None
+        self.num_classes: int | None = described["num_classes"]
         self.generated = bool(described.get("generated"))
         self.path = described["generated"] if trajectories and self.generated else None
         if trajectories and not self.generated:
@@ -328,8 +329,11 @@ class LatentSplit:
             self._order = np.argsort(self.groups, kind="stable")  # samples of a bucket stand together
             self._place = np.argsort(self._order)
             self._first = np.searchsorted(self.groups[self._order], np.arange(len(self.shapes) + 1))
-        if self.labelled and tars.labels.max() >= described["num_classes"]:
-            raise ValueError(f"a label is {tars.labels.max()}, the manifest has {described['num_classes']} classes")
+        if self.num_classes is not None and (beyond := tars.labels >= self.num_classes).any():
+            try:
+                self._label(int(beyond.argmax()), self.num_classes)
+            except Damaged as error:
+                tars.tolerance.excuse(error)
 
     def __len__(self) -> int:
         return len(self.tars)
@@ -347,10 +351,8 @@ class LatentSplit:
 
     def _sample(self, index: int, draw: int, shape: Sequence[int]) -> dict[str, Tensor]:
         sample = {"x": self._latent(index, draw, shape)}
-        if self.labelled:
-            sample["label"] = torch.tensor(int(self.tars.labels[index]))
-            if sample["label"] == ABSENT:
-                raise Damaged(f"{self.tars.name(index)} has no label")
+        if self.num_classes is not None:
+            sample["label"] = torch.tensor(self._label(index, self.num_classes))
         if self.text:
             sample |= padded(self._array(index, "text.npy", (None, None)), self.text)
         if self.pooled:
@@ -359,11 +361,20 @@ class LatentSplit:
             sample |= self._path(index, self.path, shape)
         return sample
 
+    def _label(self, index: int, num_classes: int) -> int:
+        """Raises Damaged if there is none, or one beyond the classes."""
+        label, name = int(self.tars.labels[index]), self.tars.name(index)
+        if label == ABSENT:
+            raise Damaged(f"{name} has no label")
+        if label >= num_classes:
+            raise Damaged(f"{name} has the label {label}, and the manifest has {num_classes} classes")
+        return label
+
     def _path(self, index: int, made: dict, shape: Sequence[int]) -> dict[str, Tensor]:
-        told, times = self.tars.json(index), torch.tensor(made.get("times", []))
-        if not isinstance(told.get("number"), int):
+        number, times = self.tars.json(index).get("number"), torch.tensor(made.get("times", []))
+        if type(number) is not int or not 0 <= number <= LARGEST:  # true is an int to Python
             raise Damaged(f"{self.tars.name(index)}.json does not say which noise it was generated from")
-        z = noise.gaussian(made["seed"], torch.tensor([told["number"]]), noise.NOISE, tuple(shape))[0]
+        z = noise.gaussian(made["seed"], torch.tensor([number]), noise.NOISE, tuple(shape))[0]
         states = self._array(index, "trajectory.npy", (len(times), *shape)) if len(times) else z.new_empty(0, *shape)
         return {"z": z, "trajectory": states, "times": times, "scale": torch.tensor(float(made["guidance"]))}
 

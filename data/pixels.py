@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from data.damage import Damaged, Tolerance
 from data.split import Split, flipped
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
+T = TypeVar("T")
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")  # in any case of letters
+# those that may hold several frames or pages; what else a JPEG may hold, a second view or a depth map, is another thing
+MOVING = ("gif", "png", "webp", "tif", "tiff")
+LOOKED_AT = 1000  # of a data set's files, to see whether they have several frames: each must be opened for that
+THIN = 16  # longer to shorter side, from which on a picture is cropped before it is resized; see `cover`
+# EXIF's orientation: what makes the picture upright. 1 is upright already
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLES = 258, 262, 339  # tags: bits per sample, what 0 means, kind of number
 
 
 @dataclass(frozen=True)
@@ -27,19 +46,146 @@ class Picture:
     label: int | None = None
     caption: str | None = None
 
+    def words(self) -> str:
+        """Its caption. Raises Damaged if there is none, or an empty one, which would train the empty prompt."""
+        if not self.caption:
+            raise Damaged(f"{self.name} has {'no' if self.caption is None else 'an empty'} caption")
+        return self.caption
+
 
 def decode(content: bytes, name: str) -> Image.Image:
-    """An encoded image as RGB; `name` is for the message.
+    """An encoded image as people see it, in RGB.
+
+    Turned upright as its EXIF says. What is transparent lies on white. 16-bit grey becomes 8-bit by its whole range; of
+    16-bit colours the decoders keep the upper byte. Of an animation the first frame is taken. Colour profiles (ICC)
+    are left alone: numbers are taken for sRGB.
+
+    Args:
+        content: of the file
+        name: for messages
 
     Raises:
-        Damaged: if it is no whole image
+        Damaged: if it is no whole image, has far too many pixels, or greys whose range is not known
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return image.convert("RGB")
+            depth = content[24] if image.format == "PNG" else 8  # bits of a sample; a PNG begins with its header
+            tags = dict(getattr(image, "tag_v2", {}))  # of a TIFF; loading closes them
+            image.load()
+            turn = TURNS.get(_orientation(image))  # after loading: PNG may say it at its end, and TIFF is turned then
+            image = _rgb(image, depth, tags)
+            return image if turn is None else image.transpose(turn)
     except Exception as error:  # decoders of foreign bytes raise almost anything
-        reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else error
+        reason = f"{error}".rstrip(".") or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "no image"
+        elif isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+            reason = f"more pixels than PIL takes for harmless, which is {Image.MAX_IMAGE_PIXELS:,}: scale it down"
         raise Damaged(f"{name} cannot be decoded ({reason})") from error
+
+
+def _orientation(image: Image.Image) -> object:
+    """What EXIF says, 1 to 8; anything else, also where EXIF is broken, which all viewers ignore, says nothing."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # as any decoder
+        return None
+    return found if isinstance(found, int) else None
+
+
+def _rgb(image: Image.Image, depth: int, tags: dict[int, Any]) -> Image.Image:
+    """Any mode as RGB on white.
+
+    Args:
+        image: loaded
+        depth: bits of a sample in the file, of PNG
+        tags: of TIFF
+    """
+    clear = image.info.pop("transparency", None) if image.mode in ("1", "L", "RGB") else None
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        return _grey(image, tags)
+    if image.mode in ("P", "PA", "LA", "La", "RGBa", "RGBA"):
+        image = image.convert("LA") if image.mode == "La" else image
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    if clear is None:
+        return image.convert("RGB")
+    # one colour is transparent, told in the file's depth; PIL stretches samples of 2 and 4 bits, and cuts those of 16
+    clear = np.array(clear) >> 8 if depth == 16 else np.array(clear) * 255 // (2**depth - 1)
+    pixels = np.array(image.convert("RGB"))
+    pixels[(pixels == clear).all(-1)] = 255
+    return Image.fromarray(pixels)
+
+
+def _grey(image: Image.Image, tags: dict[int, Any]) -> Image.Image:
+    """Greys of more than 8 bits: black is 0, white the largest number of the file's depth.
+
+    Raises:
+        ValueError: for fractions, signed numbers, or numbers beyond 16 bits
+    """
+    pixels, bits = np.array(image), tags.get(TIFF_BITS, (16,))[0]
+    if image.mode == "F" or tags.get(TIFF_SAMPLES, (1,))[0] == 2 and bits == 16:
+        kind = "fractions" if image.mode == "F" else "signed 16-bit numbers"
+        raise ValueError(f"greys of mode {image.mode}, {kind} whose black and white are not known: save it with 8 bits")
+    low, high = int(pixels.min()), int(pixels.max())
+    white = 2 ** min(bits, 16) - 1
+    if low < 0 or high > white:
+        raise ValueError(
+            f"greys of mode {image.mode} from {low} to {high}, whose black and white are not known: save it with 8 bits"
+        )
+    eight = ((pixels.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
+    if tags.get(TIFF_PHOTOMETRIC) == 0:
+        eight = 255 - eight  # this TIFF says that 0 is white
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        eight[pixels == clear] = 255
+    return Image.fromarray(eight).convert("RGB")
+
+
+def tell_unread(where: str, count: int, kinds: Iterable[str], example: str) -> None:
+    """Say once that there are files of kinds that are not read; `kinds` are suffixes without their dot."""
+    named = ", ".join(f".{kind}" if kind else "no suffix" for kind in sorted(kinds))
+    files = "1 file" if count == 1 else f"{count} files"
+    tell(f"{where}: {files} of kinds that are not read ({named}), such as {example}")
+
+
+def tell_moving(where: str, found: Sequence[str], whole: bool) -> None:
+    """Say once that some files hold several frames or pages.
+
+    Args:
+        where: the data set
+        found: their names
+        whole: whether all files were looked at
+    """
+    if found:
+        number = f"{len(found)} animated" if whole else f"at least {len(found)} animated"
+        their = "file: its" if len(found) == 1 else "files: their"
+        tell(f"{where}: {number} {their} first frame is taken, such as that of {found[0]} (pages count as frames)")
+
+
+def some(items: Sequence[T]) -> Sequence[T]:
+    """LOOKED_AT of them at most, evenly."""
+    return items[:: math.ceil(len(items) / LOOKED_AT) or 1]
+
+
+def moving(file: str | os.PathLike | BinaryIO) -> bool:
+    """Whether an image holds several frames or pages. What cannot be opened is told when its turn comes."""
+    try:
+        with Image.open(file) as image:
+            return bool(getattr(image, "is_animated", False))
+    except Exception:  # as in `decode`
+        return False
+
+
+def tell(what: str) -> None:
+    warnings.warn(what, RuntimeWarning, stacklevel=3)
+
+
+def suffix(name: str) -> str:
+    """The end of a file's name after its last dot, in small letters; empty if it has none."""
+    return os.path.splitext(name)[1][1:].lower()
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
@@ -49,10 +195,26 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return cover(image, size, size)
+
+
+def cover(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Resized by bicubic to cover width x height, and centre-cropped to it.
+
+    A picture longer than THIN times its shorter side is cropped first: 1 x 2000 pixels would grow to 256 x 512000. The
+    result is the same but for what PIL's two passes round and clip between them, which it does in another order for
+    some shapes. That is why all others are resized whole: their pixels stay those that published numbers were measured
+    with.
+    """
+    scale = max(width / image.width, height / image.height)
+    wide, high = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    left, top = (wide - width) // 2, (high - height) // 2
+    if max(image.size) > THIN * min(image.size):
+        x, y = image.width / wide, image.height / high
+        part = (left * x, top * y, (left + width) * x, (top + height) * y)
+        return image.resize((width, height), Image.Resampling.BICUBIC, box=part)
+    image = image.resize((wide, high), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + width, top + height))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -69,14 +231,14 @@ def to_uint8(x: Tensor) -> Tensor:
 class PictureSource(Protocol):
     """Where images come from: a folder, or tar shards."""
 
-    def load(self, index: int) -> Picture: ...
+    def load(self, index: int, captions: bool = True) -> Picture: ...
 
 
 class Pictures:
     """Some of a source's images as a split, cropped and perhaps flipped.
 
     Args:
-        load: the source's image at an index
+        load: the source's image at an index, with its caption or without
         indices: of the source's images that belong to this split
         size: of the square crop, in pixels
         flip: mirror half of the draws
@@ -87,7 +249,7 @@ class Pictures:
 
     def __init__(
         self,
-        load: Callable[[int], Picture],
+        load: Callable[[int, bool], Picture],
         indices: Sequence[int],
         size: int,
         flip: bool,
@@ -112,9 +274,9 @@ class Pictures:
         return sample
 
     def _picture(self, index: int) -> Picture:
-        picture = self._load(int(self.indices[index]))
-        if self.captions and picture.caption is None:
-            raise Damaged(f"{picture.name} has no caption")
+        picture = self._load(int(self.indices[index]), self.captions)
+        if self.captions:
+            picture.words()
         return picture
 
 

@@ -12,6 +12,8 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+from data.plain_text import read_text, words
+
 COMPOSED = "composed:"
 
 MEDIUMS = """a photograph of|a close-up photograph of|a wide-angle photograph of|a black-and-white photograph of|
@@ -102,26 +104,30 @@ def _mixed(x: int, turn: int) -> int:
 
 
 def _read(path: Path) -> list[Prompt]:
-    """The prompts of a text file, one per line, or of a .jsonl file; empty lines count for nothing."""
+    """The prompts of a text file, one per line, or of a .jsonl file; empty lines count for nothing.
+
+    Lines end as `plain_text.read_text` says; a tab or U+2028 inside a prompt belongs to it, space around it does not.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"prompts={path} is no file: give a text file with one prompt per line, a .jsonl, or {COMPOSED}<count>"
         )
-    try:
-        lines = [(i, line.strip()) for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1)]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts={path} is no UTF-8 text ({error.reason}): convert it") from error
+    kind = path.suffix.lower()
+    if kind == ".json":
+        raise ValueError(f"prompts={path} is a .json: give a .jsonl, with one object in each line, or a text file")
     prompts = []
-    for number, line in lines:
-        if line and path.suffix == ".jsonl":
+    for number, line in enumerate(read_text(path.read_bytes(), f"prompts={path}").split("\n"), 1):
+        line = line.strip()
+        if line and kind == ".jsonl":
             try:
                 entry = json.loads(line)
-                text, name = entry["prompt"], entry.get("id", number)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                text, name = entry["prompt"], entry.get("id")
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(f'{path}, line {number}: expected {{"prompt": "..."}}, got {line:.60}') from error
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"{path}, line {number}: the prompt is {text!r}, expected words")
-            prompts.append(Prompt(text.strip(), str(name)))
+            text = words(text, f"{path}, line {number}: the prompt")
+            if not text:
+                raise ValueError(f"{path}, line {number}: the prompt is empty, expected words")
+            prompts.append(Prompt(text, str(number if name is None else name)))
         elif line:
             prompts.append(Prompt(line, str(number)))
     if not prompts:

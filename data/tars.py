@@ -8,7 +8,6 @@ would have to replay the stream, and shuffles only within its buffer.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import posixpath
 import resource
@@ -26,8 +25,9 @@ import numpy as np
 
 from data.damage import Damaged, Tolerance, plain
 from data.names import legible, matching
+from data.plain_text import class_digits, class_number, read_json
 
-FORMAT = 2  # of the index files
+FORMAT = 3  # of the index files; 1 held labels that were rounded
 ABSENT = -1
 TICK = 0.02  # seconds: files that change twice within one may keep their times
 LABELS = (b"V",)  # members that GNU tar puts in for itself: the archive's label
@@ -40,7 +40,7 @@ class Tars:
     """The samples of many shards under one running index.
 
     A sample is all members whose names agree up to the first dot (`0001.jpg`, `0001.cls`), as webdataset has it. Its
-    label is the number in `cls`, or "label" in `json`.
+    label is the number in `cls`, or "label" in `json`, where null is none.
 
     Args:
         shards: a folder, one file, a pattern (`train-{0000..0127}.tar`, `train-*.tar`), or a list of such
@@ -400,26 +400,14 @@ def _next_archive(file: Any, place: int) -> int | None:
 
 
 def _label(content: bytes, extension: str, name: str) -> int | None:
-    if extension == "json":
-        value = _object(content, name).get("label")
-        if value is None:
-            return None
-    else:
-        value = content.decode(errors="replace").strip()
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = ABSENT
-    if number < 0:
-        raise Damaged(f"{name} holds {value!r}, expected a class number")
-    return number
+    if extension == "cls":
+        return class_digits(content, name)
+    value = _object(content, name).get("label")
+    return None if value is None else class_number(value, name)
 
 
 def _object(content: bytes, name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(content)
-    except ValueError as error:
-        raise Damaged(f"{name} holds no JSON ({error})") from error
+    value = read_json(content, name)
     if not isinstance(value, dict):
         raise Damaged(f"{name} holds a JSON {type(value).__name__}, expected an object")
     return value

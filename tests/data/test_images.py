@@ -1,5 +1,7 @@
 """Folders and tar shards of images."""
 
+import codecs
+import io
 import json
 import os
 import shutil
@@ -293,6 +295,124 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence(folder, tmp_pat
         Folder(folder)
 
 
+def told(make) -> list[str]:
+    """What is said while something is made."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        make()
+    return [str(w.message) for w in said]
+
+
+def moving(kind: str, **options) -> bytes:
+    """Two frames: numbers 0 and 1."""
+    file = io.BytesIO()
+    image(0).save(file, kind, save_all=True, append_images=[image(1)], **options)
+    return file.getvalue()
+
+
+MOVING = {"gif": moving("GIF"), "png": moving("PNG"), "webp": moving("WEBP", lossless=True), "tif": moving("TIFF")}
+
+
+def test_files_that_are_not_read_are_told_once(folder):
+    assert told(lambda: ImageFolder(str(folder), SIZE)) == []
+    for name in ("a/x.psd", "b/x.PSD", "notes", "a/99.txt", ".DS_Store", "a/._00.png", "a/Thumbs.db", "b/desktop.ini"):
+        (folder / name).write_bytes(b"...")
+
+    def read_all():
+        split = ImageFolder(str(folder), SIZE).train()
+        assert len([split.sample(i, 0) for i in range(len(split))]) == 12
+
+    (said,) = told(read_all)
+    assert said == f"{folder}: 4 files of kinds that are not read (no suffix, .psd, .txt), such as a/99.txt"
+    (folder / "a" / "99.txt").unlink()
+    (folder / "notes").unlink()
+    (folder / "b" / "x.PSD").unlink()
+    (said,) = told(lambda: ImageFolder(str(folder), SIZE))
+    assert said == f"{folder}: 1 file of kinds that are not read (.psd), such as a/x.psd"
+
+
+def test_of_animations_the_first_frame_is_taken_and_told_once(folder):
+    place = folder / "a"
+    for kind, content in MOVING.items():
+        (place / f"00-{kind}.{kind}").write_bytes(content)
+    made = []
+    (said,) = told(lambda: made.append(ImageFolder(str(folder), SIZE, flip=False)))
+    assert said.startswith(f"{folder}: 4 animated files: their first frame is taken, such as that of a/00-gif.gif")
+    first = to_tensor(centre_crop(image(0), SIZE))
+    for name in ("a/00-png.png", "a/00-webp.webp", "a/00-tif.tif"):
+        assert torch.equal(made[0].train().sample(made[0]._source.names.index(name), 0)["x"], first)
+    for kind in ("gif", "webp", "tif"):
+        (place / f"00-{kind}.{kind}").unlink()
+    (said,) = told(lambda: ImageFolder(str(folder), SIZE))
+    assert said.startswith(f"{folder}: 1 animated file: its first frame is taken")
+
+
+def test_a_jpeg_with_a_second_view_is_one_picture(folder):
+    (folder / "a" / "view.jpg").write_bytes(moving("MPO"))
+    assert Image.open(folder / "a" / "view.jpg").n_frames == 2
+    assert told(lambda: ImageFolder(str(folder), SIZE)) == []
+
+
+def test_of_very_many_files_some_are_opened_to_see_whether_they_move(folder, monkeypatch):
+    monkeypatch.setattr("data.pixels.LOOKED_AT", 4)  # every third of 12
+    (folder / "a" / "00.png").write_bytes(MOVING["png"])
+    (said,) = told(lambda: ImageFolder(str(folder), SIZE))
+    assert "at least 1 animated file: its first frame is taken, such as that of a/00.png" in said
+
+
+def test_suffixes_may_be_written_in_any_case(folder):
+    (folder / "a" / "00.png").rename(folder / "a" / "00.PNG")
+    (folder / "a" / "00.txt").rename(folder / "a" / "00.TXT")
+    (folder / "b" / "04.png").rename(folder / "b" / "04.Png")
+    assert told(lambda: ImageFolder(str(folder), SIZE)) == []
+    split = ImageFolder(str(folder), SIZE, captions=True).train()
+    assert (
+        len(split) == 12 and split.sample(0, 0)["caption"] == caption(0) and split.sample(5, 0)["caption"] == caption(4)
+    )
+    (folder / "a" / "00.txt").write_text("another")
+    with pytest.raises(Damaged, match="a/00.PNG has several captions: keep one of a/00.TXT and a/00.txt"):
+        ImageFolder(str(folder), SIZE, captions=True).train().sample(0, 0)
+
+
+def test_images_that_share_a_name_share_the_caption_and_are_told(folder):
+    image(50).save(folder / "a" / "00.bmp")
+    made = []
+    (said,) = told(lambda: made.append(ImageFolder(str(folder), SIZE, captions=True)))
+    assert said.startswith(f"{folder}: 2 images share their name but for the suffix, such as a/00.bmp and a/00.png: ")
+    assert [made[0].train().sample(i, 0)["caption"] for i in (0, 1)] == [caption(0)] * 2
+
+
+BAD_CAPTIONS = {
+    "latin-1": (lambda f: f.write_bytes("Köter".encode("latin-1")), r"04\.txt is no UTF-8 text: byte 1 is 0xf6"),
+    "NUL": (lambda f: f.write_bytes(b"a\0b"), r"04\.txt has a NUL at byte 1"),
+    "a folder": (lambda f: (f.unlink(), f.mkdir()), r"04\.txt cannot be read \("),
+    "empty": (lambda f: f.write_bytes(codecs.BOM_UTF8 + b" \n"), r"04\.png has an empty caption"),
+    "none": (lambda f: f.unlink(), r"04\.png has no caption"),
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), BAD_CAPTIONS.values(), ids=BAD_CAPTIONS)
+def test_a_caption_that_cannot_be_read_is_named_and_refused_or_skipped(folder, damage, said):
+    damage(folder / "b" / "04.txt")
+    with pytest.raises(Damaged, match=f"{said}.*on_error=skip"):
+        ImageFolder(str(folder), SIZE, captions=True).train().sample(5, 0)
+    split = ImageFolder(str(folder), SIZE, captions=True, on_error="skip").train()
+    with pytest.warns(RuntimeWarning, match=f"{said}.*skipped, 1 so far"):
+        assert split.sample(5, 0)["caption"] == split.sample(6, 0)["caption"] == caption(7)
+    ImageFolder(str(folder), SIZE).train().sample(5, 0)  # nobody asks for it
+
+
+def test_captions_have_no_mark_and_the_same_line_ends_in_folders_and_tars(folder, tmp_path):
+    content = codecs.BOM_UTF8 + b"  a red\r\nsquare\ron \n"
+    (folder / "a" / "00.txt").write_bytes(content)
+    write_tar(tmp_path / "a.tar", [{"__key__": "0", "PNG": png(0), "TXT": content}])
+    for data in (
+        ImageFolder(str(folder), SIZE, captions=True),
+        ImageShards(str(tmp_path / "a.tar"), SIZE, captions=True),
+    ):
+        assert data.train().sample(0, 0)["caption"] == "a red\nsquare\non"
+
+
 # ---- tar shards -----------------------------------------------------------------------------------------------------
 
 
@@ -375,6 +495,16 @@ DAMAGE = {
     "no samples": (lambda path: write_tar(path, []), 0),
     "same member twice": (lambda path: write_tar(path, [{"__key__": "a", "png": b"1"}] * 2), 0),
     "label no number": (lambda path: write_tar(path, [{"__key__": "a", "png": b"1", "cls": b"cat"}]), 0),
+    "label beyond int64": (lambda path: write_tar(path, [{"__key__": "a", "png": b"1", "cls": b"9" * 30}]), 0),
+    **{
+        f"json of {label[:9]}": (
+            lambda path, label=label: write_tar(
+                path, [{"__key__": "a", "png": b"1", "json": f'{{"label": {label}}}'.encode()}]
+            ),
+            0,
+        )
+        for label in ("2.7", "true", "-1", "NaN", "1e400", "9" * 30, "9" * 5000, '"3"', "[" * 100_000)
+    },
 }
 
 
@@ -460,3 +590,118 @@ def test_held_out_shards_are_read_apart(shards):
     data = ImageShards(str(shards / "0.tar"), SIZE, heldout=str(shards / "1.tar"))
     assert (len(data.train()), len(data.heldout())) == (6, 6)
     assert torch.equal(data.heldout().sample(0, 7)["x"], to_tensor(centre_crop(image(6), SIZE)))
+
+
+def test_labels_are_whole_numbers_in_cls_and_in_json(tmp_path):
+    held = [{"cls": b"2\r\n"}, {"json": b'{"label": 2.0}'}, {"json": codecs.BOM_UTF8 + b'{"label": 2}'}]
+    write_tar(tmp_path / "a.tar", [{"__key__": str(i), "png": png(i), **label} for i, label in enumerate(held)])
+    split = ImageShards(str(tmp_path / "a.tar"), SIZE).train()
+    assert [int(split.sample(i, 0)["label"]) for i in range(3)] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(("member", "label"), [("cls", "-1"), ("cls", "2.7"), ("json", "2.7"), ("json", "true")])
+def test_what_is_no_label_is_refused_with_its_sample_and_value(tmp_path, member, label):
+    content = label if member == "cls" else f'{{"label": {label}}}'
+    write_tar(tmp_path / "a.tar", [{"__key__": "ok/0", "png": png(0), member: content.encode()}])
+    value = repr(label) if member == "cls" else label.title() if label == "true" else label
+    with pytest.raises(Damaged, match=rf"a\.tar: ok/0\.{member} holds the label {value}, expected .*on_error=skip"):
+        ImageShards(str(tmp_path / "a.tar"), SIZE)
+
+
+def test_labels_of_an_index_from_before_are_read_anew(tmp_path):
+    write_tar(tmp_path / "a.tar", [{"__key__": "0", "png": png(0), "cls": b"1"}])
+    load_index(tmp_path / "a.tar")
+    (kept,) = tmp_path.glob(".a.tar.index.npz")
+    with np.load(kept) as stored:
+        arrays = dict(stored)
+    arrays["stamp"][0], arrays["label"][0] = 1, 7
+    np.savez(kept, **arrays)
+    assert load_index(tmp_path / "a.tar")["label"].tolist() == [1]
+
+
+def test_labels_beyond_the_classes_are_refused_or_left_out_by_name(tmp_path):
+    samples = [{"__key__": f"k{i}", "png": png(i), "cls": str(i).encode()} for i in range(5)]
+    write_tar(tmp_path / "a.tar", samples)
+    said = r"num_classes=3, but the labels in .*a\.tar go up to 4: 2 are too large, such as 3 of .*a\.tar: k3; correct"
+    with pytest.raises(Damaged, match=said):
+        ImageShards(str(tmp_path / "a.tar"), SIZE, num_classes=3)
+    with pytest.warns(RuntimeWarning, match=f"{said}.*skipped, 1 so far"):
+        data = ImageShards(str(tmp_path / "a.tar"), SIZE, num_classes=3, on_error="skip")
+    assert len(data.train()) == 3 and data.num_classes == 3
+    with pytest.raises(ValueError, match="no sample in .* has an image and a label below num_classes=0"):
+        told(lambda: ImageShards(str(tmp_path / "a.tar"), SIZE, num_classes=0, on_error="skip"))
+
+
+def test_samples_without_the_label_that_others_have_are_refused_or_left_out(tmp_path):
+    samples = [{"__key__": f"k{i}", "png": png(i), **({} if i == 1 else {"cls": b"0"})} for i in range(3)]
+    write_tar(tmp_path / "a.tar", samples)
+    said = r"some samples have a label and others none, 1 of them, such as .*a\.tar: k1: label all or none"
+    with pytest.raises(Damaged, match=said):
+        ImageShards(str(tmp_path / "a.tar"), SIZE)
+    with pytest.warns(RuntimeWarning, match=said):
+        assert len(ImageShards(str(tmp_path / "a.tar"), SIZE, on_error="skip").train()) == 2
+
+
+def test_members_that_are_not_read_and_animations_are_told_once(tmp_path):
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            {"__key__": "0", "gif": MOVING["gif"], "psd": b"1", "caption.txt": b"1"},
+            {"__key__": "1", "jpg": png(1), "png": png(2), "psd": b"1"},
+            {"__key__": "2", "png": MOVING["png"]},
+        ],
+    )
+    place, data = str(tmp_path / "a.tar"), []
+    kinds, several, animated = told(lambda: data.append(ImageShards(place, SIZE, flip=False)))
+    assert kinds == f"{place}: 3 files of kinds that are not read (.caption.txt, .psd), such as {place}: 0.caption.txt"
+    assert several.startswith(f"{place}: 1 samples hold several images, such as {place}: 1: read is the first of jpg, ")
+    assert animated.startswith(f"{place}: 2 animated files: their first frame is taken, such as that of {place}: 0")
+    for index, number in ((1, 1), (2, 0)):
+        assert torch.equal(data[0].train().sample(index, 0)["x"], to_tensor(centre_crop(image(number), SIZE)))
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ({"txt": "Köter".encode("latin-1")}, r"a\.tar: 1\.txt is no UTF-8 text: byte 1 is 0xf6"),
+        ({"txt": b""}, r"a\.tar: 1 has an empty caption"),
+        ({"json": b"{}"}, r"a\.tar: 1 has no caption"),
+        ({"json": b'{"caption": 3}'}, r'a\.tar: 1\.json: "caption" is 3, expected words'),
+        ({"json": b'{"caption": "\\ud83d"}'}, r'a\.tar: 1\.json: "caption" has U\+D83D at character 0'),
+    ],
+)
+def test_a_caption_in_a_shard_that_cannot_be_read_is_named_and_refused_or_skipped(tmp_path, members, said):
+    good = {"png": png(0), "txt": b"good"}
+    write_tar(tmp_path / "a.tar", [{"__key__": "0", **good}, {"__key__": "1", "png": png(1), **members}])
+    with pytest.raises(Damaged, match=f"{said}.*on_error=skip"):
+        ImageShards(str(tmp_path), SIZE, captions=True).train().sample(1, 0)
+    with pytest.warns(RuntimeWarning, match=f"{said}.*skipped, 1 so far"):
+        assert (
+            ImageShards(str(tmp_path), SIZE, captions=True, on_error="skip").train().sample(1, 0)["caption"] == "good"
+        )
+
+
+def test_pictures_in_shards_are_upright_on_white_and_span_16_bits_as_in_folders(tmp_path):
+    exif, files = Image.Exif(), []
+    exif[0x0112] = 6
+    deep = np.random.default_rng(0).integers(0, 65536, (18, 20), dtype=np.uint16)
+    for picture, options in (
+        (image(0), {"exif": exif}),
+        (Image.merge("RGBA", (*image(1).split(), image(2).getchannel(0))), {}),
+        (Image.fromarray(deep), {}),
+    ):
+        files.append(io.BytesIO())
+        picture.save(files[-1], "png", **options)
+    (tmp_path / "photos").mkdir()
+    for i, file in enumerate(files):
+        (tmp_path / "photos" / f"{i}.png").write_bytes(file.getvalue())
+    write_tar(tmp_path / "a.tar", [{"__key__": str(i), "png": f.getvalue()} for i, f in enumerate(files)])
+    shards = ImageShards(str(tmp_path / "a.tar"), SIZE, flip=False).train()
+    photos = ImageFolder(str(tmp_path / "photos"), SIZE, flip=False).train()
+    upright = Image.fromarray(np.array(image(0)).swapaxes(0, 1)[:, ::-1])
+    grey = Image.fromarray(np.round(deep / 257).astype(np.uint8)).convert("RGB")
+    rgb, alpha = np.array(image(1)).astype(float), np.array(image(2))[..., :1] / 255
+    white = Image.fromarray(np.round(rgb * alpha + 255 * (1 - alpha)).astype(np.uint8))
+    for i, expected in enumerate((upright, white, grey)):
+        for split in (shards, photos):
+            assert torch.equal(split.sample(i, 0)["x"], to_tensor(centre_crop(expected, SIZE)))

@@ -1,5 +1,6 @@
 """Precomputed latents: what training reads is what the encoders would have said, and nothing else is read."""
 
+import io
 import json
 import multiprocessing as mp
 import os
@@ -13,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from samples import SIZE, caption, image, png, write_tar
 
-from data.damage import Damaged
+from data.damage import Damaged, Tolerance
 from data.encoders import VAE, TextEncoder
 from data.latent_folder import precompute
 from data.latent_writer import Job
@@ -213,6 +215,7 @@ MISMATCH = {
     "other count": (lambda f: edit_manifest(f, count=13), "counts 13 samples, its shards 12"),
     "missing shard": (lambda f: (f / "shard-000001.tar").unlink(), "shard-000001.tar is missing"),
     "short shard": (lambda f: os.truncate(f / "shard-000001.tar", 2000), r"shard-000001.tar has 2000 bytes, .* says"),
+    "deep json": (lambda f: (f / "manifest.json").write_text("[" * 100_000), "manifest.json is no JSON"),
     "null text": (lambda f: flip_byte(f / "null.safetensors"), "null.safetensors differs from the manifest"),
 }
 
@@ -230,6 +233,17 @@ def test_a_changed_byte_is_found_by_the_full_check(latents):
         Latents(str(latents), verify="full")
     with pytest.warns(RuntimeWarning, match=r"shard-000000\.tar has changed.*; skipped, 1 so far"):
         assert len(Latents(str(latents), verify="full", on_error="skip").train()) == 7
+
+
+def test_a_label_beyond_the_classes_is_refused_or_skipped_by_name(latents):
+    edit_manifest(latents, num_classes=2)
+    said = r"shard-000001\.tar: 000000008 has the label 2, and the manifest has 2 classes"
+    with pytest.raises(Damaged, match=f"{said}.*on_error=skip"):
+        Latents(str(latents))
+    with pytest.warns(RuntimeWarning, match=f"{said}; skipped, 1 so far"):
+        split = Latents(str(latents), on_error="skip").train()
+    with pytest.warns(RuntimeWarning, match="000000009 has the label 2"):
+        assert [int(split.sample(i, 0)["label"]) for i in range(12)] == [0] * 4 + [1] * 4 + [0] * 4
 
 
 def test_a_short_shard_is_named_and_left_out(latents):
@@ -338,10 +352,28 @@ def test_a_damaged_image_stops_the_work_or_is_left_out_and_listed(job, folder):
     assert len(manifest["skipped"]) == 1 and "b/04.png" in manifest["skipped"][0]
 
 
-def test_a_missing_caption_is_no_empty_prompt(job, folder, t5):
+def test_a_missing_or_empty_caption_is_no_empty_prompt(job, folder, t5):
+    (folder / "b" / "04.txt").write_text("\n")
+    with pytest.raises(Damaged, match=r"b/04\.png has an empty caption"):
+        precompute(job(folder, text_encoder=str(t5)), quiet)
     (folder / "b" / "04.txt").unlink()
     with pytest.raises(Damaged, match=r"b/04\.png has no caption"):
         precompute(job(folder, text_encoder=str(t5)), quiet)
+
+
+def test_pictures_are_encoded_as_people_see_them(job, vae, tmp_path):
+    """Upright, and on white."""
+    (tmp_path / "photos").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    rgba = np.concatenate([np.array(image(0)), np.array(image(1))[..., :1]], -1)
+    Image.fromarray(rgba).save(tmp_path / "photos" / "0.PNG", exif=exif)
+    (path,) = precompute(job(tmp_path / "photos", dtype="float32"), quiet).parent.glob("*.tar")
+    alpha = rgba[..., 3:] / 255
+    seen = np.round(rgba[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8).swapaxes(0, 1)[::-1]
+    moments = VAE(str(vae)).moments(to_tensor(centre_crop(Image.fromarray(seen), SIZE))[None])
+    stored = Tars(str(path), Tolerance("refuse")).read(0, "moments.npy")
+    torch.testing.assert_close(torch.from_numpy(np.load(io.BytesIO(stored))), moments[0])
 
 
 def test_a_shard_of_nothing_but_damage_is_left_out(job, tmp_path):

@@ -15,6 +15,37 @@ def test_a_line_ends_where_the_file_says_so(tmp_path):
     assert [p.text for p in read_prompts(str(path))] == ["a\u2028b", "c\x85d"]
 
 
+def test_prompt_files_have_marks_encodings_and_suffixes_of_any_system(tmp_path):
+    text = "\ufeffein Köter \r\n\r\tzwei\u2028Köter\r\ufeffdrei"
+    for name, encoding in (("a.txt", "utf-8"), ("b.TXT", "utf-16-le"), ("c", "utf-32-be")):
+        (tmp_path / name).write_bytes(text.encode(encoding))
+        found = [(p.text, p.id) for p in read_prompts(str(tmp_path / name))]
+        assert found == [("ein Köter", "1"), ("zwei\u2028Köter", "3"), ("drei", "4")]
+    for name in ("d.jsonl", "d.JSONL"):
+        (tmp_path / name).write_bytes(
+            b'\xef\xbb\xbf{"prompt": " a\\ufeff cat", "id": null}\r\n{"prompt": "b", "id": 7}'
+        )
+        assert [(p.text, p.id) for p in read_prompts(str(tmp_path / name))] == [("a cat", "1"), ("b", "7")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", "eins\nKöter".encode("latin-1"), "prompts=.*a.txt is no UTF-8 text: byte 6 is 0xf6"),
+        ("a.txt", b"one\nt\0wo", "prompts=.*a.txt has a NUL at byte 5"),
+        ("a.jsonl", b'{"prompt": "a\\u0000"}', r"a.jsonl, line 1: the prompt has U\+0000 at character 1"),
+        ("a.jsonl", b'{"prompt": "a\\udc00"}', r"a.jsonl, line 1: the prompt has U\+DC00 at character 1"),
+        ("a.jsonl", b'{"prompt": "\\ufeff"}', "a.jsonl, line 1: the prompt is empty"),
+        ("a.jsonl", b'{"prompt": ' + b"[" * 100_000, 'a.jsonl, line 1: expected {"prompt": "..."}, got'),
+        ("a.json", b'["one", "two"]', "a.json is a .json: give a .jsonl"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_with_its_place(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read_prompts(str(tmp_path / name))
+
+
 def test_they_are_different_and_numbered():
     prompts = read_prompts("composed:20000")
     assert len({p.text for p in prompts}) == 20_000 and TOTAL > 1e6

@@ -102,6 +102,14 @@ def test_the_noise_is_the_one_the_teacher_began_with_bit_for_bit(paths, teacher)
     assert len({z.sum().item() for z in batch["z"]}) == len(PROMPTS)
 
 
+@pytest.mark.parametrize("number", [True, -1, 2**63, 2.5, None])
+def test_a_noise_number_that_is_none_is_damage(paths, number, monkeypatch):
+    split = paths.train()
+    monkeypatch.setattr(split.tars, "json", lambda index: {"number": number})
+    with pytest.raises(ValueError, match="json does not say which noise it was generated from"):
+        split.sample(0, 0)
+
+
 def test_a_stored_state_moved_by_the_solver_reaches_the_next_one_and_the_last_the_sample(paths, teacher):
     batch = everything(paths)
     grid, velocity = times(4, SHIFT), guided(teacher, paths, batch)
