@@ -76,7 +76,6 @@ class Job:
         for name in ("images", "out", "vae"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: give a folder")
-        buckets.check_ratio(self.bucket_ratio)
         if self.bucket_step is not None:
             buckets.sizes(self.size, self.bucket_step, self.bucket_ratio)
 

@@ -16,6 +16,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from data.damage import Damaged, Tolerance
+from data.names import legible
 from data.split import Split, flipped
 
 T = TypeVar("T")
@@ -180,7 +181,7 @@ def moving(file: str | os.PathLike | BinaryIO) -> bool:
 
 
 def tell(what: str) -> None:
-    warnings.warn(what, RuntimeWarning, stacklevel=3)
+    warnings.warn(legible(what), RuntimeWarning, stacklevel=3)
 
 
 def suffix(name: str) -> str:

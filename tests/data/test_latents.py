@@ -236,7 +236,7 @@ def test_a_changed_byte_is_found_by_the_full_check(latents):
 
 
 def test_a_label_beyond_the_classes_is_refused_or_skipped_by_name(latents):
-    edit_manifest(latents, num_classes=2)
+    edit_manifest(latents, num_classes=2, classes=["a", "b"])
     said = r"shard-000001\.tar: 000000008 has the label 2, and the manifest has 2 classes"
     with pytest.raises(Damaged, match=f"{said}.*on_error=skip"):
         Latents(str(latents))
