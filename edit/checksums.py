@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from edit.command import guarded
+
 DESCRIPTION = "edits.json"
 CONFIG = "config.json"
 WEIGHTS = ("*.safetensors.index.json", "diffusion_pytorch_model*.safetensors", "edits.safetensors")
@@ -111,6 +113,7 @@ def accept(path: str | os.PathLike) -> Path:
     return folder
 
 
+@guarded
 def main(words: list[str]) -> int:
     if len(words) != 1 or words[0].startswith("-"):
         print(f"{__doc__}")
@@ -124,4 +127,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -185,7 +185,8 @@ def _refuse_large_table(config: Mapping[str, Any], who: str) -> None:
     side = max(whole(key) for key in SIDES)
     width = whole("hidden_size") or whole("num_attention_heads") * whole("attention_head_dim")
     if width * (side // whole("patch_size", 1)) ** 2 > TABLE:
-        raise ValueError(f"{who}: samples of {side} x {side} in {width} channels are more than a model here can hold")
+        what = f"samples of {cut(side)} x {cut(side)} in {cut(width)} channels"
+        raise ValueError(f"{who}: {what} are more than a model here can hold")
 
 
 def refuse_deep(node: Any, who: str = "the artifact") -> None:

@@ -13,6 +13,7 @@ import re
 import types
 import typing
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import field, fields, is_dataclass
 from math import inf, isfinite
 from typing import Annotated, Any, Literal, Union
@@ -154,11 +155,8 @@ def _check_fields(node: DictConfig, path: str) -> Iterator[str]:
             yield f"unknown key '{place}'{suggest(key, known)}"
         elif known[key].metadata and not OmegaConf.is_missing(node, key):
             or_null = " or null" if "None" in str(known[key].type) else ""
-            try:
-                value = node[key]
-            except InterpolationResolutionError:
-                continue  # reported by `mistakes`
-            yield from _check_rule(value, place, or_null, **known[key].metadata)
+            with suppress(InterpolationResolutionError):  # reported by `mistakes`
+                yield from list(_check_rule(node[key], place, or_null, **known[key].metadata))
 
 
 def _check_rule(

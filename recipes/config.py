@@ -271,8 +271,6 @@ def _conflicts(cfg: DictConfig) -> Iterator[str]:
         yield from absent
         return
     yield from _check_name(cfg)
-    if not (OmegaConf.is_dict(cfg.data.set) and "_target_" in cfg.data.set):
-        yield f"data.set: expected a section with _target_, such as one of configs/data, got {cfg.data.set}"
     yield from _check_optimizer(cfg)
     yield from _check_groups(cfg.optimizer.groups)
     yield from _check_evaluate(cfg.evaluate)
@@ -316,8 +314,11 @@ def unbuilt(cfg: DictConfig) -> Iterator[str]:
         node = cfg[place]
         if node is None:
             yield f"{place}=null: a run needs one; choose one with {place}=..."
-        elif place == "data" and not (isinstance(node, DictConfig) and isinstance(node.get("set"), DictConfig)):
+        elif place == "data" and not isinstance(node, DictConfig):
             yield f"data: expected a section with set, batch_size and workers, got {cut(node)}"
+        elif place == "data" and not isinstance(node.get("set"), DictConfig):
+            given = cut(node.get("set"))
+            yield f"data.set: expected a section with _target_, such as one of configs/data, got {given}"
         elif "_target_" not in (node := node.set if place == "data" else node):
             yield f"{place}: expected a section with _target_, got {cut(node)}; choose one with {place}=..."
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import time
 from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
@@ -67,7 +68,12 @@ def artifact(tmp_path, dit) -> Path:
 
 
 def rewrite(path: Path, **changes) -> None:
+    """As somebody who means harm would: checksums tell damage, and say nothing of who wrote a file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    if (described := path.parent / "edits.json").exists():
+        described.write_text(
+            json.dumps({k: v for k, v in json.loads(described.read_text()).items() if k != "checksums"})
+        )
 
 
 def refused(artifact: Path) -> str:
@@ -126,7 +132,7 @@ NESTED = {
 @pytest.mark.parametrize("what", NESTED)
 def test_what_stands_at_an_argument_is_what_its_annotation_says(what, artifact):
     rewrite(artifact / "edits.json", sampler=NESTED[what])
-    assert "the artifact" in refused(artifact)
+    assert re.search("the artifact|edits.json: its objective or sampler cannot be made", refused(artifact))
 
 
 def test_classes_of_trusted_packages_are_held_to_the_same(artifact):
@@ -310,7 +316,7 @@ def test_a_part_is_of_its_type_and_size(part, value, sentence, artifact):
 @pytest.mark.parametrize("deep", [40, 900, 200_000])
 def test_sections_in_sections_without_end_are_refused(deep, artifact):
     text = (artifact / "edits.json").read_text()
-    whole = json.loads(text)
+    whole = {k: v for k, v in json.loads(text).items() if k != "checksums"}
     data = '{"a": ' * deep + "1" + "}" * deep
     text = json.dumps({**whole, "data": "HERE"}).replace('"HERE"', data)
     (artifact / "edits.json").write_text(text)

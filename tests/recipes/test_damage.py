@@ -203,7 +203,7 @@ def test_a_part_of_another_kind_is_named_whoever_wrote_it(tmp_path, artifact, pa
     path = shutil.copytree(artifact, tmp_path / "a")
     described = {k: v for k, v in json.loads((path / "edits.json").read_text()).items() if k != "checksums"}
     (path / "edits.json").write_text(json.dumps({**described, part: value}))
-    with pytest.raises(ValueError, match=rf"edits.json: {part}\S* is \w+, expected .*: the file is damaged"):
+    with pytest.raises(ValueError, match=rf"edits.json holds .* for {part}: it was not written by edit.save"):
         edit.load(path)
 
 
@@ -213,7 +213,9 @@ def test_sizes_that_no_model_has_are_refused_before_it_is_built(tmp_path, dit):
     for key, value in (("depth", 5000), ("hidden_size", 10**400)):
         changed_ = {**described, "base": {**described["base"], key: value}}
         (path / "edits.json").write_text(json.dumps(changed_))
-        with pytest.raises(ValueError, match=rf"edits.json: {key}=\d+ is no size that a model has"):
+        with pytest.raises(
+            ValueError, match=rf"edits.json: (base.{key} is .*, expected at most|samples of .* are more than)"
+        ):
             edit.load(path)
 
 

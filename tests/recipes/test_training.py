@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shlex
 from dataclasses import dataclass
 
@@ -118,7 +117,7 @@ def test_bf16_without_a_cache_of_weights_has_the_losses_of_bf16_with_one(tmp_pat
 
 
 def test_a_run_of_any_name_goes_on_and_prints_a_command_that_means_it(tmp_path, capsys):
-    for name, hydra in (("run[1]", "name='run[1]'"), (odd := os.fsdecode(b"a=b, {c} caf\xe9"), f"name='{odd}'")):
+    for name, hydra in (("run[1]", "name='run[1]'"), (odd := "a=b, {c} café", f"name='{odd}'")):
         plain = ("preview.every=2", "checkpoint.every=2", f"trainer.max_steps={2}")
         train(tmp_path, hydra, *plain)
         train(tmp_path, hydra, *plain, "trainer.max_steps=4")
@@ -126,8 +125,7 @@ def test_a_run_of_any_name_goes_on_and_prints_a_command_that_means_it(tmp_path, 
         assert "at step 2 of 4" in said and said.encode()
         assert [int(r["step"]) for r in rows(tmp_path, name)] == [1, 2, 3, 4]
         assert edit.load(tmp_path / name).run["step"] == 4
-        if name.isprintable():
-            assert shlex.split(said.splitlines()[-1])[1:] == ["python", "eval.py", f"artifact={tmp_path / name}"]
+        assert shlex.split(said.splitlines()[-1])[1:] == ["python", "eval.py", f"artifact={tmp_path / name}"]
         train(tmp_path, hydra, *plain, "trainer.max_steps=4")
         assert "is complete (4 steps)" in capsys.readouterr().out
 
