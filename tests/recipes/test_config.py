@@ -632,7 +632,7 @@ def test_an_experiment_file_cannot_run_anything_but_what_a_run_is_made_of(what, 
         ("backbone: null", "backbone=null: a run needs one"),
         ("data: null", "data"),
         ("sampler: null", "sampler=null: a run needs one"),
-        ("data: {set: null}", "data: expected a section with set"),
+        ("data: {set: null}", "data.set: expected a section with _target_"),
         ("objective: {a: {_target_: toy.Flow}}\n", "objective._target_"),
     ],
 )
