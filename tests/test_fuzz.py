@@ -3,20 +3,34 @@
 Slow. Another seed or number: EDIT_FUZZ_SEED=7 EDIT_FUZZ_COUNT=1000 pytest -m slow tests/test_fuzz.py
 """
 
+import hashlib
+import json
 import os
 import random
 import shutil
+import signal
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from damage import BYTES, changed, huge
+from diffusers import AutoencoderKL
 from scripts import python
 
+import edit
 from edit.backbones.dit import DiTConfig
 from edit.sampling import Euler, Sampler
+from edit.tuning.lora import LoRA
+from recipes.config import UserError
+
+sys.path += [str(Path(__file__).parent / part) for part in ("data", "recipes")]
+from samples import caption, png, write_tar  # noqa: E402
+from small_runs import train as train_here  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -279,4 +293,165 @@ def test_every_command_line_with_a_mistake_is_refused_in_a_sentence_that_names_i
             faults[fault] += 1
             examples.append(f"{fault}: {' '.join(line.words)}\n    {said.strip()[-400:]}")
         shutil.rmtree(root / "runs", ignore_errors=True)
+    assert not faults, f"{dict(faults)} of {COUNT}\n" + "\n".join(examples[:40])
+
+
+# ---- damaged files ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Files that are read together.
+
+    Args:
+        folder: with all of them, whole
+        files: which of them are damaged, as patterns
+        read: reads a copy of the folder to the end; what it returns tells whether the content is the same
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    read: Callable[[Path], object]
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(name.encode() + tensors[name].numpy().tobytes())
+    return total.hexdigest()
+
+
+def read_artifact(folder: Path) -> object:
+    artifact = edit.load(folder)
+    return digest(artifact.denoiser.state_dict()), artifact.sampler, artifact.objective, artifact.data
+
+
+def read_checkpoint(folder: Path) -> object:
+    from recipes.callbacks import newest
+
+    path = newest(folder)
+    assert path is not None
+    return path.read_bytes()  # the older one is right, too, if the newer is named
+
+
+def read_latents(folder: Path) -> object:
+    from data.latents import Latents
+
+    split = Latents(str(folder), verify="full").train()
+    return digest({str(i): split.sample(i, 0)["x"] for i in range(len(split))})
+
+
+def read_pictures(folder: Path) -> object:
+    """Pictures and text have no checksums: damage that makes another picture or word cannot be told from one."""
+    from data.image_folder import ImageFolder
+
+    split = ImageFolder(str(folder), 16, captions=True).train()
+    for i in range(len(split)):
+        split.sample(i, 0)
+    return None
+
+
+def read_shards(folder: Path) -> object:
+    from data.image_shards import ImageShards
+
+    split = ImageShards(str(folder), 16, captions=True).train()
+    for i in range(len(split)):
+        split.sample(i, 0)
+    return None
+
+
+def read_the_prompts(folder: Path) -> object:
+    from data.prompts import read_prompts
+
+    read_prompts(str(folder / "prompts.jsonl"))
+    return None
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory) -> dict[str, Subject]:
+    from data.latent_folder import precompute
+    from data.latent_writer import Job
+
+    place = tmp_path_factory.mktemp("whole")
+    torch.manual_seed(0)
+    dit = DiTConfig(input_size=8, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=10).build()
+    edit.apply(dit, {"lora": LoRA(rank=2)})
+    edit.save(dit.eval(), place / "artifact", sampler=Sampler(Euler(2)), data={"_target_": "data.digits.Digits"})
+    train_here(place / "runs", "name=a", "trainer.max_steps=2", "checkpoint.every=1")
+    for number in range(6):
+        kind = place / "pictures" / "ab"[number % 2]
+        kind.mkdir(parents=True, exist_ok=True)
+        (kind / f"{number}.png").write_bytes(png(number))
+        (kind / f"{number}.txt").write_text(caption(number))
+    (place / "shards").mkdir()
+    samples = [
+        {"__key__": str(n), "png": png(n), "cls": str(n % 2).encode(), "json": json.dumps({"caption": caption(n)})}
+        for n in range(6)
+    ]
+    write_tar(place / "shards" / "a.tar", [{**s, "json": s["json"].encode()} for s in samples])
+    torch.manual_seed(0)
+    AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4, sample_size=16).save_pretrained(
+        place / "vae"
+    )
+    job = {"images": str(place / "pictures"), "vae": str(place / "vae"), "size": 16, "batch": 2, "workers": 1}
+    precompute(Job(out=str(place / "latents"), shard_size=3, **job), lambda _: None)
+    (place / "prompts").mkdir()
+    (place / "prompts" / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": caption(n)}) + "\n" for n in range(6))
+    )
+    checkpoint = place / "runs" / "a" / "checkpoints"
+    return {
+        "artifact": Subject(place / "artifact", ("*.json", "*.safetensors"), read_artifact),
+        "checkpoint": Subject(checkpoint, ("*.ckpt",), read_checkpoint),
+        "latents": Subject(place / "latents", ("manifest.json", "*.tar"), read_latents),
+        "pictures": Subject(place / "pictures", ("*/*.png", "*/*.txt"), read_pictures),
+        "shards": Subject(place / "shards", ("*.tar",), read_shards),
+        "prompts": Subject(place / "prompts", ("*.jsonl",), read_the_prompts),
+    }
+
+
+@contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    def ring(*_: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_damaged_file_ends_in_what_was_saved_or_in_a_sentence_that_names_it(subjects, tmp_path, capfd):
+    r, faults, examples = random.Random(SEED), Counter[str](), []
+    whole = {name: subject.read(subject.folder) for name, subject in subjects.items()}
+    known = {name: {value} for name, value in whole.items()}
+    for path in subjects["checkpoint"].folder.glob("*.ckpt"):
+        known["checkpoint"].add(path.read_bytes())
+    for number in range(COUNT):
+        name = r.choice(sorted(subjects))
+        subject, copy = subjects[name], tmp_path / str(number)
+        shutil.copytree(subject.folder, copy)
+        path = r.choice(sorted(p for pattern in subject.files for p in copy.glob(pattern)))
+        way = r.choice((*BYTES, changed, huge) if path.suffix == ".json" else BYTES)
+        way(path, r)
+        fault = None
+        try:
+            with limited(LIMIT):
+                if subject.read(copy) not in known[name]:
+                    fault = "silent"
+        except TimeoutError:
+            fault = "hangs"
+        except (ValueError, OSError, UserError) as error:
+            text = str(error)
+            if "\n" in text or not any(part in text for part in (path.name, path.stem, str(copy))):
+                fault = f"unnamed {text[:200]}"
+        except Exception as error:
+            fault = f"generic {type(error).__name__}: {str(error)[:200]}"
+        if fault:
+            faults[fault.split()[0]] += 1
+            examples.append(f"{fault}: {way.__name__} {name}/{path.relative_to(copy)} ({number})")
+        shutil.rmtree(copy)
     assert not faults, f"{dict(faults)} of {COUNT}\n" + "\n".join(examples[:40])
