@@ -148,6 +148,12 @@ def test_classes_of_trusted_packages_are_held_to_the_same(artifact):
         opened(node)
 
 
+def test_what_a_module_has_only_imported_is_not_its_own(monkeypatch):
+    monkeypatch.setattr("edit.edits.Mine", Mine, raising=False)
+    with pytest.raises(ValueError, match=f"edit.edits.Mine, which is a class of {__name__}, outside of `edit`"):
+        rebuild({"_target_": "edit.edits.Mine"}, kind=Edit)
+
+
 def test_a_class_that_has_moved_is_found_under_its_old_path():
     """A module that imports it from its new home names a class of ours."""
     old = {"_target_": "edit.checkpoint.FlowMatching", "time": {"_target_": "edit.objectives.Uniform"}}

@@ -391,6 +391,11 @@ def test_a_word_that_means_nothing_is_one_sentence(word, cli, capsys):
     assert err.startswith("error: ") and err.count("\n") == 1
 
 
+def test_a_report_cannot_be_told_the_environment(cli, capsys):
+    assert cli.main(["features=${oc.env:HOME}"]) == 2
+    assert "'features=${oc.env:HOME}' refers to something" in capsys.readouterr().err
+
+
 def test_an_error_that_nobody_foresaw_is_one_sentence_with_its_type(cli, capsys, monkeypatch):
     monkeypatch.setattr(cli, "folders", lambda given: {}["x"])
     assert cli.main(["artifact=a"]) == 1
