@@ -323,7 +323,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 def read_artifact(folder: Path) -> object:
     artifact = edit.load(folder)
-    return digest(artifact.denoiser.state_dict()), artifact.sampler, artifact.objective, artifact.data
+    return digest(artifact.denoiser.state_dict()), artifact.sampler, artifact.objective, str(artifact.data)
 
 
 def read_checkpoint(folder: Path) -> object:
