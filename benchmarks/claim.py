@@ -65,9 +65,12 @@ def run(script: str, *words: str) -> None:
 
 def main(words: Sequence[str]) -> int:
     names = sorted(p.stem for p in CLAIMS.glob("*.yaml"))
-    if not words or words[0] in ("-h", "--help") or words[0] not in names:
+    if not words or words[0] in ("-h", "--help"):
         print(f"{__doc__}\nClaims: {', '.join(names)}\n")
-        return 0 if words and words[0] in ("-h", "--help") else 2
+        return 0 if words else 2
+    if words[0] not in names:
+        print(f"error: there is no claim {words[0]!r}; the claims are {', '.join(names)}", file=sys.stderr)
+        return 2
     name, *words = words
     claim: Any = OmegaConf.load(CLAIMS / f"{name}.yaml")
     own = [w for w in words if w.split("=")[0] in ("runs", "seeds")]

@@ -648,10 +648,10 @@ def launch(
         config_dir: its folder
         argv: replaces `sys.argv[1:]`, for good: launchers of further ranks repeat the command line from there
     """
-    words = [as_typed(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = list(sys.argv[1:] if argv is None else argv)
     full = _full_errors()
     try:
-        _launch(task, config_name, config_dir, words)
+        _launch(task, config_name, config_dir, [as_typed(word) for word in words])
     except UserError as error:
         _say(*str(error).split("\n"))
         sys.exit(2)
@@ -741,27 +741,40 @@ def _checked(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
 
 
 def as_typed(word: str) -> str:
-    """A setting whose value is text, in quotes where Hydra would read a number or a truth: name=1e3 is no 1000.0."""
+    """A setting whose value is text, in quotes where Hydra would read a number or a truth: name=1e3 is no 1000.0.
+
+    Raises:
+        UserError: for a number in place of true or false, or text in place of a number, which OmegaConf would convert
+    """
     key, equals, value = word.partition("=")
-    if not equals or key.lstrip("+") not in TEXTS or not _KEY.match(word):
+    kind = KINDS.get(key.lstrip("+"))
+    if not equals or kind is None or not _KEY.match(word):
         return word
     try:
         read = OverridesParser.create().parse_override(word).value()
     except HydraException:  # explained once all is composed
         return word
-    return f"{key}='{value}'" if isinstance(read, int | float) else word
+    number = isinstance(read, int | float)
+    if kind is str:
+        return f"{key}='{value}'" if number else word
+    if kind is bool and number and not isinstance(read, bool):
+        raise UserError(f"{key.lstrip('+')}: expected true or false, got {value}")
+    if kind in (int, float) and value[:1] in ("'", '"'):
+        raise UserError(f"{key.lstrip('+')}: expected {describe(kind)}, got the text {value}")
+    return word
 
 
-def _texts(section: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted keys of a schema that are text."""
+def _kinds(section: Any, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Dotted keys of a schema that hold one value, and of which type."""
     for key, hint in typing.get_type_hints(section).items():
         if is_dataclass(hint):
-            yield from _texts(hint, f"{prefix}{key}.")
-        elif hint in (str, str | None):
-            yield f"{prefix}{key}"
+            yield from _kinds(hint, f"{prefix}{key}.")
+        for kind in (str, bool, int, float):
+            if hint in (kind, kind | None):
+                yield f"{prefix}{key}", kind
 
 
-TEXTS = frozenset(("name", *_texts(Root)))
+KINDS = {"name": str, **dict(_kinds(Root))}
 
 
 def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool) -> list[str]:

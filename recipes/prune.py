@@ -15,14 +15,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from edit.command import guarded
 from edit.limits import LAST_SEED
-from recipes.check import rule, suggest
+from recipes.check import describe, rule, suggest
 from recipes.config import UserError, check
 from recipes.files import write
 
@@ -87,10 +87,13 @@ def parse(words: Sequence[str]) -> Settings:
         if name not in known or not equals:
             raise UserError(f"'{word}' is not one of the settings key=value{suggest(name, known)}")
         given[name] = None if text == "null" else text  # not as YAML, to which 2:4 is 124 seconds
-    try:
-        cfg: Any = OmegaConf.merge(OmegaConf.structured(Settings), given)
-    except OmegaConfBaseException as error:
-        raise UserError(str(error).splitlines()[0]) from error
+    cfg: Any = OmegaConf.structured(Settings)
+    hints = get_type_hints(Settings)
+    for name, text in given.items():
+        try:
+            cfg[name] = text
+        except OmegaConfBaseException as error:
+            raise UserError(f"{name}: expected {describe(hints[name])}, got {text!r}") from error
     if errors := check(cfg):
         raise UserError(errors[0])
     chosen = OmegaConf.to_object(cfg)

@@ -131,7 +131,7 @@ KEYED: dict[str, tuple[str, dict[str, str]]] = {
         {"batch": "count", "backbone.depth": "count", "backbone.num_heads": "count", "sampler.steps": "count"},
     ),
     "plan": (
-        "-m edit.plan backbone=dit_tiny",
+        "-m edit.plan",
         {"devices": "count", "gpu": "number", "text": "count", "peak": "number", "mfu": "number"},
     ),
     "generate": (

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from edit.denoiser import Branch, Condition, Denoiser, Layout, Output, Stream, Unit, check_layout
-from edit.limits import check_numbers
+from edit.limits import Count, Limits, check_numbers
 
 NORM_EPS = 1e-6
 FREQUENCIES = 256  # channels of the time sinusoid
@@ -33,14 +33,14 @@ CHOICES = {"time": ("flow", "sit", "ddpm")}
 class DiTConfig:
     """Everything that defines a DiT. `build()` makes the denoiser; on `torch.device("meta")` it allocates nothing."""
 
-    input_size: int = 32  # rows = columns of x: latents at 1/8 of the image, or pixels
-    in_channels: int = 4
-    patch_size: int = 2
-    hidden_size: int = 1152
-    depth: int = 28
-    num_heads: int = 16
+    input_size: Count = 32  # rows = columns of x: latents at 1/8 of the image, or pixels
+    in_channels: Count = 4
+    patch_size: Count = 2
+    hidden_size: Count = 1152
+    depth: Count = 28
+    num_heads: Count = 16
     mlp_ratio: float = 4.0
-    num_classes: int = 1000  # the embedding table has one more row: the null class
+    num_classes: Count = 1000  # the embedding table has one more row: the null class
     learn_sigma: bool = False  # twice the output channels; "ddpm" reads the second half as variance, others drop it
     time: Literal["flow", "sit", "ddpm"] = "flow"  # what the network is fed and predicts, see `pack`
     frequency_shift: float = 0.0  # 0: official sinusoid; 1: that of diffusers
@@ -49,7 +49,7 @@ class DiTConfig:
     rope: bool = False  # 2-D rotary positions on q and k, in addition to the sin-cos table
     swiglu: bool = False
     rms_norm: bool = False
-    registers: int = 0  # learned tokens in front of the image tokens, dropped at the end
+    registers: Annotated[int, Limits(0, 1024)] = 0  # learned tokens in front of the image tokens, dropped at the end
 
     def __post_init__(self):
         check_numbers(self)
@@ -65,8 +65,6 @@ class DiTConfig:
             raise ValueError(
                 f"DiT: 2-D RoPE needs a head width divisible by 4, got {self.hidden_size // self.num_heads}"
             )
-        if min(self.depth, self.num_classes, self.in_channels) < 1 or self.registers < 0:
-            raise ValueError("DiT: depth, num_classes and in_channels must be at least 1, registers at least 0")
 
     @property
     def grid(self) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, zero_init
 from edit.denoiser import Branch, Condition, Layout, Output, Stream
-from edit.limits import check_numbers
+from edit.limits import Count, check_numbers
 from edit.sampling import DDIMSolver, Sampler
 
 STEPS = 1000  # of the DDPM the published weights were trained on
@@ -30,14 +30,14 @@ STEPS = 1000  # of the DDPM the published weights were trained on
 class DiTDiffusersConfig:
     """Everything that defines the class's DiT; the defaults are DiT-XL/2's at 256 px."""
 
-    in_channels: int = 4
+    in_channels: Count = 4
     out_channels: int | None = 8  # twice in_channels: the second half is the variance
     num_layers: int = 28
-    num_attention_heads: int = 16
-    attention_head_dim: int = 72
+    num_attention_heads: Count = 16
+    attention_head_dim: Count = 72
     sample_size: int = 32  # rows = columns of a latent; others are reached by interpolated positions
-    patch_size: int = 2
-    num_embeds_ada_norm: int = 1000  # classes; the embedding tables have one more row: the null class
+    patch_size: Count = 2
+    num_embeds_ada_norm: Count = 1000  # classes; the embedding tables have one more row: the null class
     dropout: float = 0.0
     attention_bias: bool = True
     activation_fn: str = "gelu-approximate"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, finite, latent_of, tokens_of, turn, zero_init
 from edit.denoiser import Branch, Condition, Layout, Output, Stream
-from edit.limits import check_numbers
+from edit.limits import Count, check_numbers
 from edit.sampling import Sampler, StockEuler, dynamic_shift
 
 SHIFT = (0.5, 1.15, 256, 4096)  # of FLUX.1-dev's scheduler, see StockEuler.dynamic
@@ -28,13 +28,13 @@ SHIFT = (0.5, 1.15, 256, 4096)  # of FLUX.1-dev's scheduler, see StockEuler.dyna
 class FluxConfig:
     """Everything that defines a FLUX.1 transformer; the defaults are FLUX.1-dev's."""
 
-    in_channels: int = 64  # of a token: 4 x the latent's channels
+    in_channels: Count = 64  # of a token: 4 x the latent's channels
     num_layers: int = 19
     num_single_layers: int = 38
-    attention_head_dim: int = 128
-    num_attention_heads: int = 24
-    joint_attention_dim: int = 4096  # width of the text embedding
-    pooled_projection_dim: int = 768
+    attention_head_dim: Count = 128
+    num_attention_heads: Count = 24
+    joint_attention_dim: Count = 4096  # width of the text embedding
+    pooled_projection_dim: Count = 768
     guidance_embeds: bool = True  # schnell: False
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
     sample_size: tuple[int, int] = (128, 128)  # default rows and columns of a latent

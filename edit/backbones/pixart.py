@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from edit.backbones.dit_diffusers import BasicUnit, PatchDenoiser, heads, join
 from edit.backbones.stock import Modulation, zero_init
 from edit.denoiser import Branch, Condition, Layout, Stream, record_branch, residual
-from edit.limits import check_numbers
+from edit.limits import Count, check_numbers
 from edit.sampling import DPMSolver, Sampler
 
 
@@ -29,15 +29,15 @@ from edit.sampling import DPMSolver, Sampler
 class PixArtConfig:
     """Everything that defines a PixArt transformer; the defaults are PixArt-alpha's at 1024 px."""
 
-    in_channels: int = 4
+    in_channels: Count = 4
     out_channels: int | None = 8  # twice in_channels: the second half is the variance
     num_layers: int = 28
-    num_attention_heads: int = 16
-    attention_head_dim: int = 72
-    cross_attention_dim: int = 1152  # heads x head width, unless caption_channels is None
+    num_attention_heads: Count = 16
+    attention_head_dim: Count = 72
+    cross_attention_dim: Count = 1152  # heads x head width, unless caption_channels is None
     caption_channels: int | None = 4096  # width of the text embedding; None: cross-attention reads it as it is
     sample_size: int = 128  # rows = columns of a latent; other sizes are reached by interpolated positions
-    patch_size: int = 2
+    patch_size: Count = 2
     interpolation_scale: float | None = None  # positions are divided by it; None: sample_size // 64, at least 1
     use_additional_conditions: bool | None = None  # image size and aspect ratio; None: where sample_size is 128
     dropout: float = 0.0
@@ -45,7 +45,7 @@ class PixArtConfig:
     activation_fn: str = "gelu-approximate"
     norm_elementwise_affine: bool = False
     norm_eps: float = 1e-6
-    pixels: int = 8  # rows of the image to a row of the latent: the unit of the image size that is told
+    pixels: Count = 8  # rows of the image to a row of the latent: the unit of the image size that is told
     path: str | None = None  # folder or hub id of the weights, for `init` and `teacher.path` to refer to
 
     def __post_init__(self):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, finite, latent_of, tokens_of, turn, zero_init
 from edit.denoiser import Branch, Condition, Layout, Output, Step, Stream
-from edit.limits import check_numbers
+from edit.limits import Count, check_numbers
 from edit.sampling import Sampler, StockEuler
 
 
@@ -31,11 +31,11 @@ from edit.sampling import Sampler, StockEuler
 class QwenImageConfig:
     """Everything that defines a Qwen-Image transformer; the defaults are the published model's."""
 
-    in_channels: int = 64  # of a token: 4 x the latent's channels
+    in_channels: Count = 64  # of a token: 4 x the latent's channels
     num_layers: int = 60
-    attention_head_dim: int = 128
-    num_attention_heads: int = 24
-    joint_attention_dim: int = 3584  # width of the text embedding
+    attention_head_dim: Count = 128
+    num_attention_heads: Count = 24
+    joint_attention_dim: Count = 3584  # width of the text embedding
     axes_dims_rope: tuple[int, int, int] = (16, 56, 56)  # frames, rows, columns; they add up to a head's width
     sample_size: tuple[int, int] = (128, 128)  # default rows and columns of a latent
     path: str | None = None  # folder or hub id of the weights, for `init` and `teacher.path` to refer to

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, zero_init
 from edit.denoiser import Branch, Condition, Layout, Output, Stream, residual
-from edit.limits import check_numbers
+from edit.limits import Count, check_numbers
 from edit.sampling import Sampler, StockEuler
 
 
@@ -31,15 +31,15 @@ from edit.sampling import Sampler, StockEuler
 class SD3Config:
     """Everything that defines a Stable Diffusion 3 transformer; the defaults are SD3-medium's."""
 
-    in_channels: int = 16
+    in_channels: Count = 16
     num_layers: int = 24
-    num_attention_heads: int = 24
-    attention_head_dim: int = 64
-    joint_attention_dim: int = 4096  # width of the text embedding
-    pooled_projection_dim: int = 2048
+    num_attention_heads: Count = 24
+    attention_head_dim: Count = 64
+    joint_attention_dim: Count = 4096  # width of the text embedding
+    pooled_projection_dim: Count = 2048
     sample_size: int = 128  # rows = columns of a latent; the position table spans as many, finer or coarser
-    patch_size: int = 2
-    pos_embed_max_size: int = 192  # rows = columns of the position table, in patches
+    patch_size: Count = 2
+    pos_embed_max_size: Count = 192  # rows = columns of the position table, in patches
     dual_attention_layers: tuple[int, ...] = ()  # units with a second attention; SD3.5-medium: 0 to 12
     qk_norm: str | None = None  # SD3.5: "rms_norm"
     latent_size: tuple[int, int] | None = None  # default rows and columns of a latent; None: sample_size

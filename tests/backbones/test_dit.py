@@ -675,7 +675,7 @@ def test_a_condition_without_labels_is_refused(dit, batch):
         ({"num_heads": 5}, "num_heads 5 does not divide hidden_size 1152"),
         ({"hidden_size": 30, "num_heads": 3}, "hidden_size must be a multiple of 4"),
         ({"hidden_size": 36, "num_heads": 6, "rope": True}, "head width divisible by 4, got 6"),
-        ({"depth": 0}, "depth, num_classes and in_channels must be at least 1"),
+        ({"depth": 0}, "depth must be at least 1"),
         ({"registers": -1}, "registers at least 0"),
     ],
 )
