@@ -33,7 +33,9 @@ def _attention_backward(g: torch.Size, q: torch.Size, k: torch.Size, v: torch.Si
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, starts_q: Any, starts_k: Any, max_q: int, max_k: int) -> int:
-    """As torch counts it: b s h e, or sequences end to end, s h e with where each starts."""
+    """b s h e, or sequences end to end, s h e with where each starts: these as torch counts them."""
+    if starts_q is None:  # torch 2.13 takes these shapes for b h s e
+        return sdpa_flop_count(*(x.transpose(1, 2).shape for x in (q, k, v)))
     count = flop_registry[torch.ops.aten._flash_attention_forward]
     return count(q, k, v, starts_q, starts_q if starts_k is None else starts_k, max_q, max_k)
 

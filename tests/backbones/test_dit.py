@@ -676,7 +676,7 @@ def test_a_condition_without_labels_is_refused(dit, batch):
         ({"hidden_size": 30, "num_heads": 3}, "hidden_size must be a multiple of 4"),
         ({"hidden_size": 36, "num_heads": 6, "rope": True}, "head width divisible by 4, got 6"),
         ({"depth": 0}, "depth must be at least 1"),
-        ({"registers": -1}, "registers at least 0"),
+        ({"registers": -1}, "registers must be at least 0"),
     ],
 )
 def test_an_impossible_configuration_is_refused(options, complaint):
