@@ -52,12 +52,13 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, bias: Any, *starts_and_lengths: Any,
     return _flash(q, k, v, *starts_and_lengths[:4])
 
 
-_written._get_raw = _cudnn._get_raw = True  # type: ignore[attr-defined] - the counter hands them tensors, not shapes
+# the counter hands them tensors, not shapes
+_written._get_raw = _cudnn._get_raw = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _joined_heads(q: torch.Size, k: torch.Size, v: torch.Size, width: int, heads: int, *_: Any, **__: Any) -> int:
     """`nn.MultiheadAttention` in one operator: projections in and out, attention between. Shapes b s d."""
-    batch, rows, _ = q
+    batch, rows = q[0], q[1]
     shapes = [torch.Size((batch, heads, s[1], width // heads)) for s in (q, k, v)]
     tokens = 2 * rows + k[1] + v[1]  # of queries, outputs, keys and values
     return 2 * batch * tokens * width * width + sdpa_flop_count(*shapes)
