@@ -97,11 +97,8 @@ class Folder:
             )
         candidates = [n for n in self.names if suffix(n) in MOVING]
         looked = some(candidates)
-        tell_moving(
-            where,
-            [n for n in looked if (self.path / n).is_file() and moving(self.path / n)],
-            len(looked) == len(candidates),
-        )
+        found = [n for n in looked if _stored(self.path / n) and moving(self.path / n)]
+        tell_moving(where, found, len(looked) == len(candidates))
         return {stem: names for stem, names in captions.items() if names != [f"{stem}.txt"]}
 
     def __len__(self) -> int:
@@ -132,6 +129,15 @@ class Folder:
         except OSError as error:
             raise Damaged(legible(f"{path} cannot be read ({error})")) from error
         return read_text(content, legible(str(path))).strip()
+
+
+def _stored(path: Path) -> bool:
+    """Whether this is a file with an end: a pipe, or a file that the kernel makes up, would be waited for."""
+    try:
+        plain(path)
+    except Damaged:
+        return False
+    return True
 
 
 def _stem(name: str) -> str:
