@@ -61,6 +61,7 @@ from edit.sampling import (
     Sampler,
     Solver,
     dynamic_shift,
+    log_shift,
     times,
 )
 
@@ -323,8 +324,8 @@ def scheduler_shift(config: dict[str, Any], tokens: int) -> float | None:
         return float(config.get("shift") or 1.0)
     ends = (("base_shift", 0.5), ("max_shift", 1.15), ("base_image_seq_len", 256), ("max_image_seq_len", 4096))
     low, high, few, many = (config.get(key, default) for key, default in ends)
-    shift = dynamic_shift((low, high, few, many), tokens)
-    return math.log(shift) if config.get("time_shift_type") == "linear" else shift
+    mu = log_shift((low, high, few, many), tokens)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
 
 def _recorded(teacher: str) -> dict[str, Any]:

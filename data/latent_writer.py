@@ -52,7 +52,8 @@ class Job:
     padding: str = "none"  # of the text encoder's input: none, states or zeros, see TextEncoder
     size: Side = 256  # pixels; with buckets the side of the square whose area they all have, about
     bucket_step: Side | None = None  # None: all images are cropped to squares; else sizes are multiples of it
-    bucket_ratio: Annotated[float, Limits(1, 100)] = 2.0  # of the longer to the shorter side of a bucket, at most
+    # of the longer to the shorter side of a bucket, at most
+    bucket_ratio: Annotated[float, Limits(1, buckets.LONGEST)] = 2.0
     flips: bool = True  # store the mirrored image's latents, too
     dtype: str = "float16"  # of what is stored: float16 or float32 (npy knows no bfloat16)
     precision: str = "float32"  # the encoders compute in

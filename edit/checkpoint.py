@@ -88,14 +88,15 @@ def save(
         The folder.
 
     Raises:
-        ValueError: if weights are not finite, or `dtype` cannot hold them
+        Unwritable: if weights are not finite, or `dtype` cannot hold them
     """
     from huggingface_hub import save_torch_state_dict
 
     path = Path(path)
-    stock, own = split_state(denoiser, denoiser.state_dict() if state is None else state)
+    state = denoiser.state_dict() if state is None else state
+    check_weights(state, dtype)
+    stock, own = split_state(denoiser, state)
     config, stock = denoiser.to_stock(denoiser.config, stock)
-    check_weights({**stock, **own}, dtype)
     description = {
         "format": FORMAT,
         "backbone": f"{denoiser.family.__module__}.{denoiser.family.__qualname__}",
@@ -136,6 +137,10 @@ def save(
     return path
 
 
+class Unwritable(ValueError):
+    """Weights that are not finite, or that the type they are to be written in cannot hold."""
+
+
 def check_weights(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
     """Refuse weights that are not finite, or that a narrower type cannot hold.
 
@@ -144,7 +149,7 @@ def check_weights(state: Mapping[str, Tensor], dtype: torch.dtype | None = None)
         dtype: that they are to be cast to; None keeps theirs
 
     Raises:
-        ValueError: naming the first such tensor
+        Unwritable: naming the first such tensor
     """
     for name, v in state.items():
         if not v.is_floating_point() or not v.numel():
@@ -152,10 +157,10 @@ def check_weights(state: Mapping[str, Tensor], dtype: torch.dtype | None = None)
         largest = v.detach().abs().max() if v.dtype.itemsize > 1 else v.detach().float().abs().max()
         if not largest.isfinite():
             count = int((~v.isfinite()).sum()) if v.dtype.itemsize > 1 else "some"
-            raise ValueError(f"{name} has weights that are not finite, {count} of {v.numel()}")
+            raise Unwritable(f"{name} has weights that are not finite, {count} of {v.numel()}")
         if dtype is not None and not largest.to(dtype).isfinite():
             kind, end = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
-            raise ValueError(
+            raise Unwritable(
                 f"{name} has a weight of {largest.item():.4g} in size, and {kind} ends at {end:.4g}, so that inf "
                 "would be written: use bf16 or fp32"
             )

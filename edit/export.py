@@ -32,6 +32,7 @@ from torch import Tensor
 
 import edit
 from edit import edits as editing
+from edit import trust
 from edit.backbones.stock import StockDenoiser
 from edit.card import Card, Licence, Origin, base_of, common, few_steps, licence_files, origin, origins, takes_text
 from edit.checkpoint import Artifact, check_weights, default_objective, edits_of, load, save, split_state
@@ -250,9 +251,8 @@ def read_scheduler(source: Path, index: Mapping[str, Any]) -> dict[str, Any] | N
         return None
     file = source / "scheduler" / "scheduler_config.json"
     try:
-        config = json.loads(file.read_text())
-        return {**config, "_class_name": index["scheduler"][1]}
-    except (OSError, ValueError, TypeError) as error:
+        return {**trust.read_json(file), "_class_name": index["scheduler"][1]}
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file.parent} is not the folder of a scheduler: {error}") from error
 
 
@@ -505,9 +505,9 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not the folder of a diffusers pipeline: it has no model_index.json")
     try:
-        index = json.loads(file.read_text())
+        index = trust.read_json(file)
         names = components(index)
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if "transformer" not in names:
         raise ValueError(f"the pipeline {folder} has no transformer, but {', '.join(names) or 'nothing'}")
@@ -520,7 +520,7 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
 
 def components(index: Mapping[str, Any]) -> list[str]:
     """Names of the parts that a pipeline has."""
-    return [k for k, v in index.items() if not k.startswith("_") and isinstance(v, list) and v[0] is not None]
+    return [k for k, v in index.items() if not k.startswith("_") and isinstance(v, list) and v and v[0] is not None]
 
 
 def _take(source: str, target: str) -> str:

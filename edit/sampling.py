@@ -166,7 +166,7 @@ class StockEuler(Solver):
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         scheduler = FlowMatchEulerDiscreteScheduler(**self.scheduler)
-        mu = math.log(dynamic_shift(self.dynamic, tokens_in(shape))) if self.dynamic else None
+        mu = log_shift(self.dynamic, tokens_in(shape)) if self.dynamic else None
         scheduler.set_timesteps(sigmas=list(self.asked), device="cpu", mu=mu)
         return scheduler.sigmas.double().tolist()
 
@@ -182,10 +182,15 @@ def tokens_in(shape: tuple[int, ...]) -> int:
     return (shape[-2] // 2) * (shape[-1] // 2)
 
 
-def dynamic_shift(dynamic: tuple[float, float, int, int], tokens: int) -> float:
-    """exp(mu), mu linear in the tokens through (fewest, low) and (most, high): (low, high, fewest, most)."""
+def log_shift(dynamic: tuple[float, float, int, int], tokens: int) -> float:
+    """mu, linear in the tokens through (fewest, low) and (most, high): (low, high, fewest, most)."""
     low, high, few, many = dynamic
-    return math.exp(low + (high - low) * (tokens - few) / (many - few))
+    return low + (high - low) * (tokens - few) / (many - few)
+
+
+def dynamic_shift(dynamic: tuple[float, float, int, int], tokens: int) -> float:
+    """exp(mu)."""
+    return math.exp(log_shift(dynamic, tokens))
 
 
 @dataclass(frozen=True)

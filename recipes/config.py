@@ -559,10 +559,11 @@ def _explain_override(override: str) -> str:
 
 def _explain_choice(config_dir: Path, overrides: Sequence[str]) -> str:
     """Of words such as backbone=3, sampler=null or hydra=null, the first that chooses no file."""
+    plain = {f.name for f in fields(Root)} - set(_groups(config_dir))  # seed=3, evaluate=null: no choices, and right
     for word in overrides:
         group, _, value = word.partition("=")
         group = group.lstrip("+")
-        if "." in group or re.match(r"(?!(null|true|false)$)[A-Za-z_\['\"]", value, re.IGNORECASE):
+        if "." in group or group in plain or re.match(r"(?!(null|true|false)$)[A-Za-z_\['\"]", value, re.IGNORECASE):
             continue
         if group in _groups(config_dir):
             return f"there is no {group} named '{value}'{suggest(value, _options(config_dir, group))}"

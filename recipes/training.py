@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import edit
 from data.names import typed
-from edit.checkpoint import check_weights, find, fingerprint, load, load_official, save, skeleton
+from edit.checkpoint import Unwritable, find, fingerprint, load, load_official, save, skeleton
 from edit.command import print_any_name
 from edit.denoiser import Denoiser
 from edit.distillation.guidance import TeacherGuidance
@@ -214,24 +214,19 @@ def _run(cfg: DictConfig, held: ExitStack) -> dict[str, Any]:
     state = full_state(module.ema, trainer)
     if not trainer.is_global_zero:
         return {}
+    made = {"name": cfg.name, "step": trainer.global_step, "seed": cfg.seed, "images": batch * cfg.trainer.max_steps}
+    if matching is not None:
+        made |= {"matching": describe(matching), "teacher": OmegaConf.to_container(cfg.teacher)}
+    described = OmegaConf.to_container(cfg.data.set)
     try:
-        check_weights(state)
-    except ValueError as error:
+        artifact = save(
+            module.ema, out / "artifact", module.objective, sampler, described, run=made | here(), state=state
+        )
+    except Unwritable as error:
         raise UserError(
             f"no artifact was written: {error}; the checkpoints are kept: remove the newest to go back, and lower "
             "optimizer.lr, or lengthen optimizer.warmup"
         ) from error
-    artifact = save(
-        module.ema,
-        out / "artifact",
-        objective=module.objective,
-        sampler=sampler,
-        data=OmegaConf.to_container(cfg.data.set),
-        run={"name": cfg.name, "step": trainer.global_step, "seed": cfg.seed, "images": batch * cfg.trainer.max_steps}
-        | ({} if matching is None else {"matching": describe(matching), "teacher": OmegaConf.to_container(cfg.teacher)})
-        | here(),
-        state=state,
-    )
     log_artifact(loggers, artifact)  # before the evaluation, which may fail
     try:
         report = finish(cfg, artifact)

@@ -527,7 +527,7 @@ def test_the_table_says_whether_it_fits_and_what_would_help(capsys):
     [
         (["bakbone=dit_tiny"], "unknown key 'bakbone'; did you mean 'backbone'"),
         (["backbone=dit_digitz"], "there is no backbone named 'dit_digitz'"),
-        (["backbone.depth=deep"], "backbone.depth: expected int at least 1 and at most 1000000, got 'deep'"),
+        (["backbone.depth=deep"], "backbone.depth: expected int at least 1 and at most 1024, got 'deep'"),
         (["gpu=big"], "gpu is a number, as in gpu=80, got 'big'"),
         (["gpu=-1"], "gpu must be more than 0, got -1"),
         (["image=big"], "image is a number of pixels, or rows x columns as in 1024x768, got 'big'"),

@@ -1,6 +1,5 @@
 """What an artifact may ask for: classes of the kind that a place expects, of bounded size; it makes nothing written."""
 
-import ast
 import json
 import os
 import re
@@ -367,37 +366,6 @@ def test_a_card_shows_a_reference_to_the_environment_as_it_is_written(artifact, 
         settings = f"init: '{written}'\nhow: oc.env\nseed: env\ntrainer: {{max_steps: 5}}\n"
         (artifact.parent / "config.yaml").write_text(settings)
         assert recipe(artifact) == {"init": written, "seed": "env", "steps": 5}
-
-
-# ---- commands -------------------------------------------------------------------------------------------------------
-
-
-def test_every_command_has_the_net_below_it():
-    """A module with a command line is guarded; eval.py and train.py have nets of their own."""
-    root = Path(edit.__file__).parents[1]
-    for file in [f for package in ("edit", "data", "recipes") for f in (root / package).rglob("*.py")]:
-        tree = ast.parse(file.read_text())
-        mains = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main"]
-        for main in mains:
-            assert [ast.unparse(d) for d in main.decorator_list] == ["guarded"], file
-
-
-@pytest.mark.parametrize("debug", [False, True])
-def test_an_error_that_nobody_foresaw_is_one_sentence_with_its_type(debug, capsys, monkeypatch):
-    monkeypatch.setattr("edit.cost.resolve", lambda args: {}["x"])
-    assert cost(["backbone=dit_tiny", *["debug=true"] * debug]) == 1
-    err = capsys.readouterr().err
-    assert err.endswith("error: KeyError: 'x'; debug=true shows the traceback\n") and ("Traceback" in err) == debug
-
-
-@pytest.mark.parametrize("words", [["artifact=\udcff"], ["--foo"], ["artifact=/"], ["artifact=."], ["+="]], ids=ascii)
-def test_a_word_that_means_nothing_is_one_sentence(words, capsys):
-    try:
-        code = cost(words)
-    except SystemExit as stop:
-        code = stop.code
-    err = capsys.readouterr().err
-    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_the_default_of_an_old_artifact_is_as_it_was(artifact):

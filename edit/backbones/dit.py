@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from edit.denoiser import Branch, Condition, Denoiser, Layout, Output, Stream, Unit, check_layout
-from edit.limits import Count, Limits, check_numbers
+from edit.limits import Count, Limits, Units, check_numbers
 
 NORM_EPS = 1e-6
 FREQUENCIES = 256  # channels of the time sinusoid
@@ -37,7 +37,7 @@ class DiTConfig:
     in_channels: Count = 4
     patch_size: Count = 2
     hidden_size: Count = 1152
-    depth: Count = 28
+    depth: Units = 28
     num_heads: Count = 16
     mlp_ratio: float = 4.0
     num_classes: Count = 1000  # the embedding table has one more row: the null class

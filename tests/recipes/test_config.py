@@ -626,6 +626,14 @@ def test_an_experiment_file_cannot_run_anything_but_what_a_run_is_made_of(what, 
     assert not (project / "runs").exists()
 
 
+@pytest.mark.parametrize("group", ["backbone", "data", "sampler", "objective", "trainer"])
+def test_a_choice_of_nothing_is_blamed_whatever_is_said_beside_it(group, tmp_path, capsys):
+    words = [f"runs={tmp_path}", "seed=3", "evaluate=null", f"{group}=null"]
+    with pytest.raises(SystemExit) as stop:
+        launch(lambda cfg: None, "train", ROOT / "configs", words)
+    assert stop.value.code == 2 and f"error: there is no {group} named 'null'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "culprit"),
     [
