@@ -126,7 +126,7 @@ def _whole(value: Any, least: int = 0, most: int = MOST) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= MOST  # compared exactly: 10**400 is no float
 
 
 def _list(value: Any, of: Callable[[Any], bool]) -> bool:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -59,6 +59,11 @@ class Settings:
     trusted: list[str] = MISSING
 
 
+def accepts_text(hint: Any) -> bool:
+    """Whether an annotation names text, alone or among others."""
+    return hint is str or any(map(accepts_text, get_args(hint)))
+
+
 def settings(overrides: Mapping[str, Any]) -> Settings:
     """configs/eval.yaml with some keys changed; one value may stand for a list.
 
@@ -74,6 +79,10 @@ def settings(overrides: Mapping[str, Any]) -> Settings:
             value = OmegaConf.to_container(value)
         if str(hints[key]).startswith("list") and not isinstance(value, list | tuple):
             value = [value]
+        values = value if isinstance(value, list | tuple) else [value]
+        text = any(isinstance(v, str) and "${" not in v for v in values)
+        if text and not accepts_text(hints[key]):  # OmegaConf would convert "4"
+            raise UserError(f"{key}: expected {describe(hints[key])}, got {value!r}")
         try:
             cfg[key] = value
         except OmegaConfBaseException as error:

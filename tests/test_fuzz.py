@@ -220,7 +220,8 @@ def lines(r: random.Random, places: dict[str, str]) -> Iterator[Line]:
         elif kind == "group":
             group, name = r.choice(GROUPS), r.choice(("nope", "null", "3", "../../x", "dit_digit", "[a]"))
             none = group in ("experiment", "edits", "logger") and name == "null"  # which is none, and right
-            yield Line((*train(), f"{group}={name}"), None if none else group)
+            culprit = f"no {group} named" if name in ("null", "nope") else group
+            yield Line((*train(), f"{group}={name}"), None if none else culprit)
         elif kind == "target":
             place = r.choice(("objective", "sampler", "sampler.solver", "data.set", "backbone"))
             yield Line((*train(), f"{place}._target_={r.choice(EVIL)}"), place.split(".")[-1])

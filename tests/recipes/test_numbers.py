@@ -108,6 +108,7 @@ def test_a_name_that_is_no_folder_is_refused_in_one_sentence(right, name):
         *(({"batch": b}, "batch: expected") for b in (0, 10**9)),
         *(({"steps": s}, "steps: expected") for s in (0, 99_999_999)),
         ({"rounds": -1}, "rounds: expected"),
+        *(({key: "4"}, f"{key}: expected .*, got") for key in ("n", "rounds", "batch", "seed", "steps")),
         ({"reference_guidance": nan}, "reference_guidance: expected"),
         ({"n": "${x}"}, "n: Interpolation key 'x' not found"),
         ({"guidance": "${x}"}, "Interpolation key 'x' not found"),
