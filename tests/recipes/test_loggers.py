@@ -73,8 +73,9 @@ def test_wandb_offline_keeps_one_id_over_restarts(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     train(tmp_path, "name=a", "logger=wandb", "logger.wandb.mode=offline", "trainer.max_steps=4")
     train(tmp_path, "name=a", "logger=wandb", "logger.wandb.mode=offline", "trainer.max_steps=8")
-    runs = [p.name for p in (tmp_path / "a" / "wandb").glob("offline-run-*")]
-    assert len(runs) == 2 and all(r.endswith(run_id(tmp_path / "a")) for r in runs)
+    # wandb numbers a second run that opens within one second, after the id: only the file is named by the id alone.
+    runs = [p.name for p in (tmp_path / "a" / "wandb").glob("offline-run-*/*.wandb")]
+    assert runs == [f"run-{run_id(tmp_path / 'a')}.wandb"] * 2
     assert len(rows(tmp_path, "a")) == 8
 
 
