@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.names import legible, matching
-from edit.command import print_any_name, unexpected
-from recipes.check import suggest
-from recipes.config import UserError
-from recipes.evaluate import DEFAULTS, Settings, run, run_folder, settings, short_names
+from edit.inputs.command import print_any_name, unexpected
+from recipes.config.check import suggest
+from recipes.config.schema import UserError
+from recipes.report.evaluate import DEFAULTS, Settings, run, run_folder, settings, short_names
 
 HELP = """Measure quality and cost of artifacts; write report.json and report.html.
 
@@ -98,7 +98,7 @@ def folders(given: Sequence[Any]) -> list[Path]:
         UserError: if a pattern matches none, or none is named
         FileNotFoundError: if one is missing
     """
-    from edit.checkpoint import find
+    from edit.artifacts.checkpoint import find
 
     found: list[Path] = []
     for text in map(str, given):
@@ -131,7 +131,7 @@ def main(words: Sequence[str]) -> int:
         chosen = settings({k: v for k, v in given.items() if k not in OWN})
         paths = folders(given["artifact"])
 
-        from edit.checkpoint import find  # brings torch: the mistakes above are answered without
+        from edit.artifacts.checkpoint import find  # brings torch: the mistakes above are answered without
 
         reference = find(str(given["reference"])) if given.get("reference") else None
         out = default_out(paths) if given.get("out") is None else Path(str(given["out"]))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from recipes.config import launch
+from recipes.config.schema import launch
 
 
 def main(cfg) -> None:

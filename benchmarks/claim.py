@@ -23,7 +23,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from edit.limits import LAST_SEED
+from edit.inputs.limits import LAST_SEED
 
 ROOT = Path(__file__).parents[1]
 CLAIMS = Path(__file__).with_name("claims")

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.backbones.dit import DiTConfig, to_diffusers
-from edit.cost import Spread, device_name, from_file, stopwatch
 from edit.denoiser import Condition
+from edit.measuring.cost import Spread, device_name, stopwatch
+from recipes.cost import from_file
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x b c y x, t b, label b) -> prediction b c y x

@@ -1,12 +1,12 @@
-"""The memory that `edit.plan` predicts for a training step, against the memory that training takes.
+"""The memory that `recipes.plan` predicts for a training step, against the memory that training takes.
 
     python -m benchmarks.plan                              # CPU: by tensors, and by the process's resident memory
     python -m benchmarks.plan --device cuda --cases flux   # by what the caching allocator has handed out
     python -m benchmarks.plan --cases digits --recipe      # our own recipe under Lightning instead of a bare loop
     python -m benchmarks.plan --cases digits --recipe --method distribution_matching   # with teacher and critic
 
-By tensors: the storages alive at once, counted after every operator (`edit.cost.peak_memory`). Resident: what the
-operating system counts, in a fresh process each, above what it held before the model was built.
+By tensors: the storages alive at once, counted after every operator (`edit.measuring.cost.peak_memory`). Resident: what
+the operating system counts, in a fresh process each, above what it held before the model was built.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from rich.table import Table
 
 from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig
-from edit.cost import peak_memory
 from edit.denoiser import Denoiser
-from edit.distillation.distribution_matching import DistributionMatching
-from edit.distillation.ladd import LADD
-from edit.distillation.matching import Matching
-from edit.distillation.progressive import Progressive
-from edit.plan import Draft
-from edit.probe import Probe
-from edit.turns import turns
+from edit.few_step.distribution_matching import DistributionMatching
+from edit.few_step.ladd import LADD
+from edit.few_step.method import Matching
+from edit.few_step.progressive import Progressive
+from edit.measuring.cost import peak_memory
+from edit.measuring.probe import Probe
+from edit.measuring.turns import turns
+from recipes.plan import Draft
 
 STEPS = 3  # the first makes the optimiser's state, the second meets the gradients of the first
 
@@ -54,7 +54,7 @@ class Case:
         return Probe(self.build, plain.sample_shape, plain.example(text=self.text), taps)
 
     def draft(self, checkpointing: bool, half: bool) -> Draft:
-        """As `edit.plan` would draft this run on one device."""
+        """As `recipes.plan` would draft this run on one device."""
         run = Draft(self.probe(), batch=self.batch, half=half, checkpointing=checkpointing, peak=None)
         if self.matching is None:
             return run
@@ -116,18 +116,18 @@ def train(case: Case, device: torch.device, checkpointing: bool, half: bool) -> 
 
 def recipe(case: Case, device: torch.device, checkpointing: bool, half: bool) -> None:
     """The same under Lightning, on the digits: the case must be a DiT of 1x8x8 samples."""
-    from data.digits import Digits
     from data.loader import EndlessLoader
+    from data.sets.digits import Digits
     from edit.distillation.guidance import TeacherGuidance
     from edit.objectives import FlowMatching
-    from recipes.callbacks import Metrics
-    from recipes.config import OptimizerConfig, TrainerConfig
+    from recipes.config.schema import OptimizerConfig, TrainerConfig
     from recipes.diffusion import Diffusion
     from recipes.few_step import FewStep
-    from recipes.loggers import CSVLogger
     from recipes.recipe import Settings
     from recipes.roles import Teacher
-    from recipes.trainer import make_trainer
+    from recipes.runtime.callbacks import Metrics
+    from recipes.runtime.loggers import CSVLogger
+    from recipes.runtime.trainer import make_trainer
     from recipes.training import quiet
 
     quiet()

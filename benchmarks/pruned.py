@@ -17,8 +17,8 @@ from benchmarks.common import arguments, cast, config_of, prepare, race, show, w
 from edit.backbones.flux import FluxConfig
 from edit.backbones.pixart import PixArtConfig
 from edit.backbones.sd3 import SD3Config
-from edit.cost import macs
 from edit.denoiser import Denoiser
+from edit.measuring.cost import macs
 from edit.pruning.depth import DepthPruning
 from edit.pruning.importance import even
 from edit.pruning.patterns import groups_of, segments

@@ -29,7 +29,7 @@ from benchmarks.pruned import families
 from edit.backbones.flux import FluxConfig
 from edit.denoiser import Denoiser, Step
 from edit.edits import Edit
-from edit.flops import Flops
+from edit.measuring.flops import Flops
 from edit.routing.dydit import DyDiT
 from edit.routing.elastic import Elastic, forced
 from edit.tuning.td_lora import TDLoRA

@@ -34,8 +34,9 @@ from benchmarks.common import (
     trio,
     write,
 )
-from edit.cost import Spread, from_file
 from edit.denoiser import Condition, Denoiser
+from edit.measuring.cost import Spread
+from recipes.cost import from_file
 
 
 def recipe_step(device: torch.device, batch: int, rounds: int, warmup: int, precision: str) -> dict[str, Any]:
@@ -47,15 +48,15 @@ def recipe_step(device: torch.device, batch: int, rounds: int, warmup: int, prec
     """
     import lightning.pytorch as pl
 
-    from data.digits import Digits
     from data.loader import EndlessLoader
+    from data.sets.digits import Digits
     from edit.objectives import FlowMatching, LogitNormal
-    from recipes.callbacks import Metrics
-    from recipes.config import OptimizerConfig, TrainerConfig
+    from recipes.config.schema import OptimizerConfig, TrainerConfig
     from recipes.diffusion import Diffusion
-    from recipes.loggers import CSVLogger
     from recipes.recipe import Settings
-    from recipes.trainer import make_trainer
+    from recipes.runtime.callbacks import Metrics
+    from recipes.runtime.loggers import CSVLogger
+    from recipes.runtime.trainer import make_trainer
     from recipes.training import quiet
 
     quiet()

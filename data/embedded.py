@@ -1,4 +1,4 @@
-"""The world of `data.shapes` as files, from which `data.generate` works: its text encoders, and captions as prompts.
+"""The world of `data.sets.shapes` as files, from which `data.generate` works: text encoders, and captions as prompts.
 
     python -m data.embedded out=runs/flux_tiny_world count=6144
     python -m data.generate teacher=runs/flux_tiny_teacher prompts=runs/flux_tiny_world/prompts.txt out=made
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from edit.command import guarded
+from edit.inputs.command import guarded
 
 
 def write(out: Path, count: int) -> Path:
@@ -27,8 +27,8 @@ def write(out: Path, count: int) -> Path:
     Raises:
         ValueError: if count is below 1, or the folder has other prompts
     """
-    from data.shapes import Shapes
-    from data.toy_text import ToyText
+    from data.sets.shapes import Shapes
+    from data.sets.toy_text import ToyText
 
     prompts = out / "prompts.txt"
     captions = "".join(f"{caption}\n" for caption in Shapes(count=count).train().captions)

@@ -19,8 +19,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated, Any, get_args, get_type_hints
 
 from data.names import setting, typed
-from edit.command import guarded
-from edit.limits import Count, Limits, NotNegative, Positive, Seed, Side, Steps, check_numbers
+from edit.inputs.command import guarded
+from edit.inputs.limits import Count, Limits, NotNegative, Positive, Seed, Side, Steps, check_numbers
 
 SOLVERS = ("euler", "heun", "dpm", "ddim", "ddpm")
 CHOICES = {
@@ -171,7 +171,7 @@ def main(words: Sequence[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from data.generator import generate  # after --help and mistyped keys were answered
+    from data.making.generator import generate  # after --help and mistyped keys were answered
 
     try:
         done = generate(order)

@@ -4,7 +4,7 @@ The run is one global sequence of samples g = 0, 1, 2, ... Epoch g // n is a per
 (seed, epoch). Sample g goes to rank g % world. What a checkpoint stores is how far the sequence has been used, so a run
 may go on with other numbers of ranks and other batch sizes and still sees every sample in the same order.
 
-Data in aspect-ratio buckets come in batches of one bucket each (`data.buckets.BucketBatches`); there the batch of all
+Data in aspect-ratio buckets come in batches of one bucket each (`data.order.BucketBatches`); there the batch of all
 ranks together must stay the same over a restart.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data.buckets import BucketBatches
+from data.order import BucketBatches
 from data.split import Split
 from edit import noise
 

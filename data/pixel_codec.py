@@ -2,7 +2,7 @@
 
 RGB is turned into luma and two chromas (YCoCg, orthonormal here), each cut into blocks of 4 x 4 pixels; a block's
 lowest cosine frequencies (DCT-II, orthonormal) are the channels, shifted and scaled to about zero mean and unit
-variance over the shapes of `data.shapes`. 3 x 32 x 32 pixels become 12 x 8 x 8 numbers: a quarter. What is lost is fine
+variance over `data.sets.shapes`. 3 x 32 x 32 pixels become 12 x 8 x 8 numbers: a quarter. What is lost is fine
 texture, and the sharpness of edges between colours of equal luma.
 """
 

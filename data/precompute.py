@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from data.generate import number_of
 from data.names import setting, typed
-from edit.command import Parser, guarded
+from edit.inputs.command import Parser, guarded
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,9 +81,9 @@ def main(argv: Sequence[str]) -> int:
     options = vars(parser().parse_args(argv))
     import torch  # after --help and mistyped options were answered
 
-    from data.latent_folder import precompute
-    from data.latent_writer import Job
-    from edit.cost import find_device
+    from data.making.latent_folder import precompute
+    from data.making.latent_writer import Job
+    from edit.measuring.cost import find_device
 
     options["device"] = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

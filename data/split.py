@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from data.tars import unkept
-from edit import noise, trust
+from edit import noise
+from edit.inputs import trust
 
 PLACES = ("cache",)  # arguments of data sets that say where to write
 LARGEST = {"count": 100_000, "held": 100_000, "copies": 1_000, "size": 16_384}  # that an artifact may ask for

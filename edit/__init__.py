@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from edit.checkpoint import Artifact as Artifact
-    from edit.checkpoint import load as load
-    from edit.checkpoint import save as save
+    from edit.artifacts.checkpoint import Artifact as Artifact
+    from edit.artifacts.checkpoint import load as load
+    from edit.artifacts.checkpoint import save as save
     from edit.denoiser import Condition as Condition
     from edit.denoiser import Denoiser as Denoiser
     from edit.denoiser import Step as Step
@@ -33,9 +33,9 @@ _HOMES = {
     "apply": "edit.edits",
     "fold": "edit.edits",
     "Edit": "edit.edits",
-    "save": "edit.checkpoint",
-    "load": "edit.checkpoint",
-    "Artifact": "edit.checkpoint",
+    "save": "edit.artifacts.checkpoint",
+    "load": "edit.artifacts.checkpoint",
+    "Artifact": "edit.artifacts.checkpoint",
     "Denoiser": "edit.denoiser",
     "Condition": "edit.denoiser",
     "Stream": "edit.denoiser",

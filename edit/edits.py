@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from edit import trust
 from edit.denoiser import Condition, Denoiser, Output, Stream
+from edit.inputs import trust
 
 
 class Edit(ABC):
@@ -222,7 +222,7 @@ def describe(value: Any) -> dict[str, Any]:
 
 
 def rebuild(node: Any, trusted: tuple[str, ...] = (), kind: type = object) -> Any:
-    """Build what `describe` wrote down. It comes from outside: see `edit.trust` for what it may ask for.
+    """Build what `describe` wrote down. It comes from outside: see `edit.inputs.trust` for what it may ask for.
 
     Args:
         node: JSON values

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser, Output
-from edit.limits import Count, Inside, Limits, NotNegative, Positive, check_numbers
+from edit.inputs.limits import Count, Inside, Limits, NotNegative, Positive, check_numbers
 
 # ---- times: maps of a uniform number in (0, 1), so that a sample's time depends on its number alone -----------------
 

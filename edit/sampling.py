@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from edit import noise
 from edit.denoiser import Condition, Denoiser, Output, Step
-from edit.limits import Count, Limits, NotNegative, Positive, Steps, check_numbers
+from edit.inputs.limits import Count, Limits, NotNegative, Positive, Steps, check_numbers
 from edit.objectives import DDPM, Objective, shift_times, velocity_to_score
 
 

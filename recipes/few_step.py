@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from edit import noise
 from edit.denoiser import Condition, Denoiser, Output, check_layout
-from edit.distillation.matching import Draws, Given, Matching, Roles
+from edit.few_step.method import Draws, Given, Matching, Roles
 from edit.objectives import Objective
 from recipes.recipe import Recipe, Settings, local, share_frozen
 from recipes.roles import Teacher

@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from edit.command import guarded
-from edit.limits import LAST_SEED
-from recipes.check import describe, rule, suggest
-from recipes.config import UserError, check
-from recipes.files import write
+from edit.inputs.command import guarded
+from edit.inputs.limits import LAST_SEED
+from recipes.config.check import describe, rule, suggest
+from recipes.config.schema import UserError, check
+from recipes.runtime.files import write
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edit.checkpoint import Artifact
+    from edit.artifacts.checkpoint import Artifact
     from edit.denoiser import Condition, Denoiser
     from edit.pruning.patterns import Groups
 
@@ -114,7 +114,7 @@ def run(chosen: Settings) -> Path:
         ValueError, FileNotFoundError: if model, search or pattern do not fit
     """
     import edit
-    from edit.checkpoint import fingerprint, save
+    from edit.artifacts.checkpoint import fingerprint, save
     from edit.pruning.depth import DepthPruning
     from edit.pruning.patterns import groups_of, segments
     from edit.pruning.tinyfusion import Gates
@@ -176,7 +176,7 @@ def searched(path: str, denoiser: Denoiser) -> tuple[Groups, Choice]:
     """
     import torch
 
-    from edit.checkpoint import load, split_state
+    from edit.artifacts.checkpoint import load, split_state
     from edit.denoiser import check_layout
     from edit.pruning.tinyfusion import Gates, TinyFusion
     from edit.tuning.lora import LoRA
@@ -241,7 +241,7 @@ class Batches:
     def __init__(self, chosen: Settings, artifact: Artifact):
         import edit
         from data.loader import EndlessLoader
-        from recipes.evaluate import build_data, pick_device
+        from recipes.report.evaluate import build_data, pick_device
 
         source = artifact if chosen.data is None else edit.load(chosen.data)
         self.objective, self.seed = artifact.objective, chosen.seed
@@ -274,7 +274,7 @@ class Batches:
         import torch
 
         from edit.pruning.importance import only
-        from recipes.yardstick import progress
+        from recipes.report.yardstick import progress
 
         with progress("losses", len(patterns) * len(self.loader), "batches") as done:
 

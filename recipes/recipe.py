@@ -1,6 +1,6 @@
 """What every training procedure shares: building and sharding models, the optimiser, the average, what is skipped.
 
-Loop, devices, precision, accumulation and strategies are Lightning's (`recipes/trainer.py`). What is random in a step
+Loop, devices, precision, accumulation, strategies are Lightning's (`runtime/trainer.py`). What is random in a step
 is a pure function of (seed, number of the sample in the run), so that resuming is exact, and the loss does not depend
 on how many ranks share a batch.
 """
@@ -38,7 +38,7 @@ class Settings:
 
     Args:
         optimizer: kind, lr, betas, weight_decay, eps, warmup, schedule, end, groups: a
-            `recipes.config.OptimizerConfig`
+            `recipes.config.schema.OptimizerConfig`
         max_steps: optimiser steps of the whole run, for the schedule
         accumulate: batches per optimiser step
         clip: largest gradient norm; None: no clipping
@@ -179,7 +179,7 @@ class Recipe(pl.LightningModule, ABC):
         if self.teacher is not None and not self.told and self.teacher.guidance.low != self.teacher.guidance.high:
             raise ValueError(
                 "teacher.guidance is a range, but the student has no guidance input that could be told the scale: give "
-                "one scale, or apply edit.distillation.student.GuidanceInput"
+                "one scale, or apply edit.pruning.collapse.GuidanceInput"
             )
         # skipped steps in all, and the present run of them, on the device: reading them costs a synchronisation
         self.register_buffer("skipped", torch.zeros(2))
@@ -344,7 +344,7 @@ class Recipe(pl.LightningModule, ABC):
 def optimizer_of(kind: str) -> Callable[..., torch.optim.Optimizer]:
     """What makes the optimiser; a step is skipped where its `found_inf` is set."""
     if kind == "adamw8bit":
-        from recipes.adamw8bit import AdamW8bit  # an optional package
+        from recipes.runtime.adamw8bit import AdamW8bit  # an optional package
 
         return AdamW8bit
     return partial(torch.optim.AdamW, fused=True)

@@ -24,7 +24,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from data.names import setting, typed
-from edit.command import print_any_name
+from edit.inputs.command import print_any_name
 
 # what all runs of train.py from one command share unless a run's own words say otherwise
 SHARED = ("runs", "logger.kinds", "logger.wandb.mode", "logger.wandb.project", "debug")

@@ -30,26 +30,26 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import edit
 from data.names import typed
-from edit.checkpoint import Unwritable, find, fingerprint, load, load_official, save, skeleton
-from edit.command import print_any_name
+from edit.artifacts.checkpoint import Unwritable, find, fingerprint, load, load_official, save, skeleton
 from edit.denoiser import Denoiser
 from edit.distillation.guidance import TeacherGuidance
-from edit.distillation.matching import Matching
 from edit.edits import describe
+from edit.few_step.method import Matching
+from edit.inputs.command import print_any_name
+from edit.inputs.trust import load_yaml
 from edit.objectives import Objective
 from edit.sampling import Sampler
-from edit.trust import load_yaml
-from recipes.callbacks import Checkpoints, Metrics, Preview, ProgressBar, checkpoints, newest, step_of
-from recipes.config import Root, UserError
+from recipes.config.schema import Root, UserError
 from recipes.diffusion import Diffusion
-from recipes.evaluate import captions, check_told, conditions, environment, null_condition, settings
-from recipes.evaluate import run as evaluate
 from recipes.few_step import FewStep
-from recipes.files import is_first, locked, write
-from recipes.loggers import CSVLogger, close, log_artifact, log_summary, make_loggers
 from recipes.recipe import Settings
+from recipes.report.evaluate import captions, check_told, conditions, environment, null_condition, settings
+from recipes.report.evaluate import run as evaluate
 from recipes.roles import Teacher
-from recipes.trainer import accelerator_of, count_devices, make_trainer, precision_of, recipe_casts
+from recipes.runtime.callbacks import Checkpoints, Metrics, Preview, ProgressBar, checkpoints, newest, step_of
+from recipes.runtime.files import is_first, locked, write
+from recipes.runtime.loggers import CSVLogger, close, log_artifact, log_summary, make_loggers
+from recipes.runtime.trainer import accelerator_of, count_devices, make_trainer, precision_of, recipe_casts
 
 # what may change between two attempts at one run; everything else decides the numbers
 FREE = {"name", "runs", "logger", "checkpoint", "preview", "evaluate", "log_every", "debug", "trusted", "before"}
@@ -480,7 +480,7 @@ def refuse_too_large(cfg: DictConfig) -> None:
     Raises:
         UserError: with what to change
     """
-    from edit.plan import Request, draft_of, refuse
+    from recipes.plan import Request, draft_of, refuse
 
     gpu = accelerator_of(cfg.trainer) == "gpu"
     capacity = cfg.trainer.memory
@@ -585,7 +585,7 @@ def here() -> dict[str, Any]:
 
 def speed_limits(structure: Any, cfg: DictConfig) -> tuple[float | None, float | None]:
     """Training FLOPs per image and the device's peak, where it is known."""
-    from edit.cost import macs, peak_flops
+    from edit.measuring.cost import macs, peak_flops
 
     if accelerator_of(cfg.trainer) != "gpu":
         return None, None
@@ -615,7 +615,7 @@ def picture(data: Any, x: torch.Tensor):
     """Samples as one grid, uint8 y x 3."""
     import numpy as np
 
-    from recipes.report import image_grid
+    from recipes.report.page import image_grid
 
     columns = data.num_classes if data.num_classes and data.num_classes <= 12 else 8
     return np.asarray(image_grid(data.to_images(x), columns))

@@ -5,7 +5,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from benchmarks.claim import CLAIMS, ROOT, main, value_of, verdict, within
-from recipes.config import check, register
+from recipes.config.schema import check, register
 
 
 def test_a_winner_must_be_better_on_every_seed():

@@ -8,7 +8,7 @@ from torch import nn
 import edit
 from edit.denoiser import Denoiser, Stream
 from edit.edits import Edit, describe, rebuild
-from edit.flops import Flops
+from edit.measuring.flops import Flops
 from edit.objectives import FlowMatching, LogitNormal, Shifted
 from edit.pruning.depth import DepthPruning
 from edit.sampling import DPMSolver, Heun, Sampler
@@ -245,8 +245,14 @@ def test_paths_outside_edit_are_refused_before_anything_is_called(path):
     "node, complaint",
     [
         ({"_target_": "edit.pruning.depth.torch"}, "edit.pruning.depth.torch, which is not a dataclass"),
-        ({"_target_": "edit.checkpoint.shutil.rmtree", "path": "/"}, "which this version of edit does not have"),
-        ({"_target_": "edit.checkpoint.load", "path": "/"}, "edit.checkpoint.load, which is not a dataclass"),
+        (
+            {"_target_": "edit.artifacts.checkpoint.shutil.rmtree", "path": "/"},
+            "which this version of edit does not have",
+        ),
+        (
+            {"_target_": "edit.artifacts.checkpoint.load", "path": "/"},
+            "edit.artifacts.checkpoint.load, which is not a dataclass",
+        ),
         ({"_target_": "edit.denoiser.Denoiser"}, "edit.denoiser.Denoiser, which is not a dataclass"),
         (
             {"_target_": "edit.pruning.width.Width"},

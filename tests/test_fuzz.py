@@ -26,9 +26,9 @@ import edit
 from edit.backbones.dit import DiTConfig
 from edit.sampling import Euler, Sampler
 from edit.tuning.lora import LoRA
-from recipes.config import UserError
+from recipes.config.schema import UserError
 
-sys.path += [str(Path(__file__).parent / part) for part in ("data", "recipes")]
+sys.path += [str(Path(__file__).parent / "data")]
 from samples import caption, png, write_tar  # noqa: E402
 from small_runs import train as train_here  # noqa: E402
 
@@ -114,7 +114,7 @@ EVIL = (
     "torch.distributed.run.main",
     "data.generate.main",
     "builtins.eval",
-    "edit.cost.Path",
+    "edit.measuring.cost.Path",
     "recipes.training.run",
     "torch.hub.load",
     "subprocess.Popen",
@@ -127,11 +127,11 @@ KEYED: dict[str, tuple[str, dict[str, str]]] = {
         {"n": "count", "batch": "count", "rounds": "count", "steps": "count", "seed": "seed"},
     ),
     "cost": (
-        "-m edit.cost backbone=dit_tiny",
+        "-m recipes.cost backbone=dit_tiny",
         {"batch": "count", "backbone.depth": "count", "backbone.num_heads": "count", "sampler.steps": "count"},
     ),
     "plan": (
-        "-m edit.plan",
+        "-m recipes.plan",
         {"devices": "count", "gpu": "number", "text": "count", "peak": "number", "mfu": "number"},
     ),
     "generate": (
@@ -173,7 +173,12 @@ CLAIM = (
     ("flux_tiny_distill seeds=abc", "seeds"),
     ("flux_tiny_distill sedes=[0]", "sedes"),
 )
-NOISY = ("eval.py artifact={artifact} n=2", "-m edit.cost backbone=dit_tiny", "-m edit.plan", "-m edit.export out=made")
+NOISY = (
+    "eval.py artifact={artifact} n=2",
+    "-m recipes.cost backbone=dit_tiny",
+    "-m recipes.plan",
+    "-m recipes.export out=made",
+)
 NOISE = (
     *("=", "+=", "foo", "++", "~", "a.b.c=", "=3", "trainer.=1", "x=${y}", "name=${x}", "-x", "--nope", "seed=["),
     *("a b", "'", '"', "n=${x}", "artifact=", "name=", "\udcff=1", "x=\x01"),
@@ -232,7 +237,7 @@ def lines(r: random.Random, places: dict[str, str]) -> Iterator[Line]:
             word, culprit = r.choice(EXPORT)
             key = word.partition("=")[0]
             words = [w for w in put("artifact={artifact} out=exported") if w.partition("=")[0] != key]
-            yield Line(("-m", "edit.export", *words, word.format(**places)), culprit)
+            yield Line(("-m", "recipes.export", *words, word.format(**places)), culprit)
         elif kind == "precompute":
             option, value, culprit = r.choice(PRECOMPUTE)
             given = {"--images": places["images"], "--out": "latents", "--vae": "nowhere"}
@@ -252,9 +257,9 @@ def places(tmp_path_factory) -> dict[str, str]:
     from PIL import Image
 
     import data.generate  # noqa: F401  what each command would import again
-    import edit.export  # noqa: F401
-    import recipes.evaluate
+    import edit.artifacts.export  # noqa: F401
     import recipes.prune  # noqa: F401
+    import recipes.report.evaluate
     import recipes.training  # noqa: F401
 
     folder = tmp_path_factory.mktemp("fuzz")
@@ -262,7 +267,7 @@ def places(tmp_path_factory) -> dict[str, str]:
         (folder / name).symlink_to(ROOT / name)
     torch.manual_seed(0)
     dit = DiTConfig(input_size=8, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=10).build()
-    data = {"_target_": "data.digits.Digits"}
+    data = {"_target_": "data.sets.digits.Digits"}
     edit.save(dit.eval(), folder / "artifact", sampler=Sampler(Euler(2)), data=data)
     (folder / "images/a").mkdir(parents=True)
     Image.new("RGB", (16, 16)).save(folder / "images/a/b.png")
@@ -328,7 +333,7 @@ def read_artifact(folder: Path) -> object:
 
 
 def read_checkpoint(folder: Path) -> object:
-    from recipes.callbacks import newest
+    from recipes.runtime.callbacks import newest
 
     path = newest(folder)
     assert path is not None
@@ -336,7 +341,7 @@ def read_checkpoint(folder: Path) -> object:
 
 
 def read_latents(folder: Path) -> object:
-    from data.latents import Latents
+    from data.sets.latents import Latents
 
     split = Latents(str(folder), verify="full").train()
     return digest({str(i): split.sample(i, 0)["x"] for i in range(len(split))})
@@ -344,7 +349,7 @@ def read_latents(folder: Path) -> object:
 
 def read_pictures(folder: Path) -> object:
     """Pictures and text have no checksums: damage that makes another picture or word cannot be told from one."""
-    from data.image_folder import ImageFolder
+    from data.sets.image_folder import ImageFolder
 
     split = ImageFolder(str(folder), 16, captions=True).train()
     for i in range(len(split)):
@@ -353,7 +358,7 @@ def read_pictures(folder: Path) -> object:
 
 
 def read_shards(folder: Path) -> object:
-    from data.image_shards import ImageShards
+    from data.sets.image_shards import ImageShards
 
     split = ImageShards(str(folder), 16, captions=True).train()
     for i in range(len(split)):
@@ -362,7 +367,7 @@ def read_shards(folder: Path) -> object:
 
 
 def read_the_prompts(folder: Path) -> object:
-    from data.prompts import read_prompts
+    from data.making.prompts import read_prompts
 
     read_prompts(str(folder / "prompts.jsonl"))
     return None
@@ -370,14 +375,14 @@ def read_the_prompts(folder: Path) -> object:
 
 @pytest.fixture(scope="module")
 def subjects(tmp_path_factory) -> dict[str, Subject]:
-    from data.latent_folder import precompute
-    from data.latent_writer import Job
+    from data.making.latent_folder import precompute
+    from data.making.latent_writer import Job
 
     place = tmp_path_factory.mktemp("whole")
     torch.manual_seed(0)
     dit = DiTConfig(input_size=8, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=10).build()
     edit.apply(dit, {"lora": LoRA(rank=2)})
-    edit.save(dit.eval(), place / "artifact", sampler=Sampler(Euler(2)), data={"_target_": "data.digits.Digits"})
+    edit.save(dit.eval(), place / "artifact", sampler=Sampler(Euler(2)), data={"_target_": "data.sets.digits.Digits"})
     train_here(place / "runs", "name=a", "trainer.max_steps=2", "checkpoint.every=1")
     for number in range(6):
         kind = place / "pictures" / "ab"[number % 2]

@@ -15,7 +15,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from scripts import python
 
-from recipes.config import check, register
+from recipes.config.schema import check, register
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -37,7 +37,7 @@ def words(command):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Looks like a clone in which nothing has been run."""
-    import recipes.evaluate
+    import recipes.report.evaluate
     import recipes.training  # noqa: F401  else each command would import torch and Lightning again
 
     folder = tmp_path_factory.mktemp("clone")
@@ -127,7 +127,7 @@ def test_the_flux_commands_run_on_a_stand_in_of_its_depth(folder):
     import torch
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-    from data.toy_text import ToyText
+    from data.sets.toy_text import ToyText
 
     small = {"num_attention_heads": 1, "attention_head_dim": 8, "joint_attention_dim": 64, "pooled_projection_dim": 64}
     torch.manual_seed(0)
@@ -155,9 +155,9 @@ def test_the_flux_commands_run_on_a_stand_in_of_its_depth(folder):
         "before.0.9='long=cut'",
     ]
     extra = {
-        "edit.plan": [*alone, "devices=1", "peak=1", "before.0.4='size=8'"],
+        "recipes.plan": [*alone, "devices=1", "peak=1", "before.0.4='size=8'"],
         "experiment=flux_dev/distill": [*alone, *short, "sampler.solver.steps=2", *few],
-        "edit.export": [],
+        "recipes.export": [],
         "data.generate": ["steps=2", "size=8", "processes=1", "device=cpu"],
         "experiment=flux_dev/four_step": [
             *alone,
@@ -175,7 +175,9 @@ def test_the_flux_commands_run_on_a_stand_in_of_its_depth(folder):
         known = {w.split("=")[0] for w in extra[name]}
         commands[name] = [*(w for w in arguments if w.split("=")[0] not in known), *extra[name]]
         said[name] = run(folder, commands[name])
-    assert "as data.generate is told in before, 16x8x8" in " ".join(said["edit.plan"].split())  # there were no data yet
+    assert "as data.generate is told in before, 16x8x8" in " ".join(
+        said["recipes.plan"].split()
+    )  # there were no data yet
     images = json.loads((folder / "runs/flux_dev_512px/manifest.json").read_text())
     assert images["count"] == 5 and images["pooled"]["name"] == "CLIPTextModel" and images["vae"]["scale"]
     assert (folder / "runs/flux_dev_512px/samples.png").exists()  # the pipeline's VAE was found

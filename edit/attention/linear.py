@@ -25,7 +25,7 @@ from edit.denoiser import Denoiser, Layout, Step, Unit
 from edit.distillation.attention import head_count
 from edit.distillation.pairs import width
 from edit.edits import Edit, chosen
-from edit.limits import check_numbers
+from edit.inputs.limits import check_numbers
 
 PROJECTIONS = re.compile(r"\.attn1?\.(qkv|proj|to_q|to_k|to_v|to_out)\.")
 

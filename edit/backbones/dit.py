@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from edit.denoiser import Branch, Condition, Denoiser, Layout, Output, Stream, Unit, check_layout
-from edit.limits import Count, Limits, Units, check_numbers
+from edit.inputs.limits import Count, Limits, Units, check_numbers
 
 NORM_EPS = 1e-6
 FREQUENCIES = 256  # channels of the time sinusoid

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, zero_init
 from edit.denoiser import Branch, Condition, Layout, Output, Stream
-from edit.limits import Count, check_numbers
+from edit.inputs.limits import Count, check_numbers
 from edit.sampling import DDIMSolver, Sampler
 
 STEPS = 1000  # of the DDPM the published weights were trained on

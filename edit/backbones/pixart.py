@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from edit.backbones.dit_diffusers import BasicUnit, PatchDenoiser, heads, join
 from edit.backbones.stock import Modulation, zero_init
 from edit.denoiser import Branch, Condition, Layout, Stream, record_branch, residual
-from edit.limits import Count, check_numbers
+from edit.inputs.limits import Count, check_numbers
 from edit.sampling import DPMSolver, Sampler
 
 

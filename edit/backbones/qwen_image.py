@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, finite, latent_of, tokens_of, turn, zero_init
 from edit.denoiser import Branch, Condition, Layout, Output, Step, Stream
-from edit.limits import Count, check_numbers
+from edit.inputs.limits import Count, check_numbers
 from edit.sampling import Sampler, StockEuler
 
 

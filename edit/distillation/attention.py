@@ -19,7 +19,7 @@ from torch import Tensor
 
 from edit.denoiser import Denoiser
 from edit.distillation.pairs import Pairs, as_pairs, both, check_pairs
-from edit.limits import Count, Limits, check_numbers
+from edit.inputs.limits import Count, Limits, check_numbers
 from edit.objectives import Pass, Term, Weight, weight_at
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
 from edit.distillation.pairs import Pairs, as_pairs, both, check_pairs, width
-from edit.limits import NotNegative, check_numbers
+from edit.inputs.limits import NotNegative, check_numbers
 from edit.objectives import Pass, Term, Weight, weight_at
 
 NORMS = ("raw", "unit", "layer", "relative")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from edit.denoiser import Condition, Denoiser, Output
-from edit.limits import check_numbers
+from edit.inputs.limits import check_numbers
 
 
 @dataclass(frozen=True)

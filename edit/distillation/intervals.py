@@ -16,7 +16,7 @@ from torch import Tensor
 from edit.denoiser import Denoiser
 from edit.distillation.features import unit_distance
 from edit.distillation.pairs import Pairs, as_intervals, both, check_pairs, collapsed
-from edit.limits import NotNegative, check_numbers
+from edit.inputs.limits import NotNegative, check_numbers
 from edit.objectives import Pass, Ramp, Term, Weight, weight_at
 
 

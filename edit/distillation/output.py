@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from edit.denoiser import Denoiser, Output
-from edit.limits import check_numbers
+from edit.inputs.limits import check_numbers
 from edit.objectives import DDPM, Pass, Term, Weight, schedule_tables, weight_at
 
 

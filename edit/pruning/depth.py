@@ -13,7 +13,7 @@ import torch
 
 from edit.denoiser import Denoiser
 from edit.edits import Edit
-from edit.limits import Seed, check_numbers
+from edit.inputs.limits import Seed, check_numbers
 from edit.pruning.tinyfusion import Gated
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from edit.denoiser import Condition, Denoiser, Stream
 from edit.edits import Edit
-from edit.limits import NotNegative, check_numbers
+from edit.inputs.limits import NotNegative, check_numbers
 from edit.pruning.patterns import Groups, Pattern, groups_of, options, segments
 
 MASK, CONFIDENCE, CHOICE = "tinyfusion.mask", "tinyfusion.confidence", "tinyfusion.choice"

@@ -18,7 +18,7 @@ from edit.backbones.dit import DiTBlock, Mlp
 from edit.backbones.flux import SingleUnit
 from edit.denoiser import Denoiser
 from edit.edits import Edit, chosen
-from edit.limits import check_numbers
+from edit.inputs.limits import check_numbers
 
 FEED_FORWARDS = ("ff", "ff_context", "img_mlp", "txt_mlp")  # of image and text, in the stock classes' blocks
 TEXT = ("ff_context", "txt_mlp")

@@ -39,7 +39,7 @@ from edit.backbones.dit import DiTBlock
 from edit.backbones.flux import DoubleUnit, SingleUnit
 from edit.denoiser import Condition, Denoiser, Layout, Output, Routing, Stream, Unit
 from edit.edits import Edit
-from edit.limits import check_numbers
+from edit.inputs.limits import check_numbers
 from edit.objectives import Ramp, Weight, weight_at
 from edit.routing.batches import grouped, mean_over_ranks, run_grouped, sharded, uploaded
 from edit.routing.ranking import check_order, order_channels, order_heads

@@ -39,7 +39,7 @@ from edit.backbones.pixart import PixArtUnit
 from edit.backbones.sd3 import JointUnit
 from edit.denoiser import Condition, Denoiser, Routing, Stream, Unit
 from edit.edits import Edit
-from edit.limits import Count, check_numbers
+from edit.inputs.limits import Count, check_numbers
 from edit.objectives import Ramp, Weight, weight_at
 from edit.pruning.tinyfusion import mix
 from edit.routing.batches import mean_over_ranks, rows_on, run_grouped, sharded

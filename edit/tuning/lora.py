@@ -15,7 +15,7 @@ from torch import nn
 
 from edit.denoiser import Denoiser
 from edit.edits import Edit
-from edit.limits import Count, Limits, Positive, check_numbers
+from edit.inputs.limits import Count, Limits, Positive, check_numbers
 from edit.routing.slices import Adapted
 
 ADAPTER = "default"  # peft's own name for a model's only adapter, which other tools expect

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from edit.backbones.dit_diffusers import ClassUnit
 from edit.denoiser import SLOTS, Denoiser, Unit
 from edit.edits import Edit
-from edit.limits import Count, Positive, check_numbers
+from edit.inputs.limits import Count, Positive, check_numbers
 from edit.routing.slices import Adapted, Calls, Pieces, heads, hidden, merged, taken
 
 MODULATIONS = ("adaLN_modulation.", "norm1.linear.", "norm1_context.linear.", "norm.linear.", "norm_out.linear.")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import edit
+from edit.artifacts.checkpoint import load_official
 from edit.backbones.dit import (
     DiTConfig,
     DiTWeights,
@@ -21,9 +22,8 @@ from edit.backbones.dit import (
     rotate,
     to_diffusers,
 )
-from edit.checkpoint import load_official
 from edit.denoiser import Condition
-from edit.flops import Flops
+from edit.measuring.flops import Flops
 from edit.objectives import DDPM, FlowMatching
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}

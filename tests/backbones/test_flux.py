@@ -13,8 +13,8 @@ import edit
 from edit.backbones.flux import Flux, FluxConfig, flux_shift
 from edit.backbones.stock import attached, latent_of, tokens_of
 from edit.denoiser import Branch, Condition, Forced, Step
-from edit.distillation.flow_map import IntervalInput
 from edit.edits import Edit
+from edit.few_step.flow_map import IntervalInput
 from edit.pruning.depth import DepthPruning
 from edit.routing.elastic import Elastic
 from edit.tuning.lora import LoRA

@@ -23,16 +23,16 @@ from weights import randomise
 
 import edit
 from edit import noise
+from edit.artifacts.checkpoint import default_objective
 from edit.backbones.dit_diffusers import DiTDiffusersConfig
 from edit.backbones.flux import FluxConfig
 from edit.backbones.pixart import PixArtConfig
 from edit.backbones.qwen_image import QwenImageConfig
 from edit.backbones.sd3 import SD3Config
 from edit.backbones.stock import tokens_of
-from edit.checkpoint import default_objective
-from edit.cost import from_file
 from edit.denoiser import Condition
 from edit.sampling import Euler, Sampler, StockEuler, default_sampler, tokens_in
+from recipes.cost import from_file
 
 GROUPS = Path(__file__).parents[2] / "configs"
 HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from data.encoders import VAE
-from data.latent_folder import precompute
-from data.latents import Latents
+from data.making.encoders import VAE
+from data.making.latent_folder import precompute
 from data.pixels import to_uint8
-from data.shapes import Shapes
+from data.sets.latents import Latents
+from data.sets.shapes import Shapes
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from samples import write_tar
 
 from data import manifest
 from data.damage import Damaged
-from data.latent_folder import precompute
-from data.latents import Latents
+from data.making.latent_folder import precompute
+from data.sets.latents import Latents
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def made(tmp_path_factory, vae):
     """Four images of two classes in two shards."""
     from samples import png
 
-    from data.latent_writer import Job
+    from data.making.latent_writer import Job
 
     place = tmp_path_factory.mktemp("made")
     for number in range(4):
@@ -265,7 +265,7 @@ RECORDS = {
 
 @pytest.mark.parametrize("damage", RECORDS.values(), ids=RECORDS)
 def test_a_damaged_record_is_named_by_the_command_that_goes_on(latents, damage):
-    from data.latent_folder import finished
+    from data.making.latent_folder import finished
 
     path = latents / "records" / "000000.json"
     record = json.loads(path.read_text())

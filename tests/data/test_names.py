@@ -73,9 +73,9 @@ def printed(said: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["l [v2]", "it's {1},=*?", os.fsdecode(b"caf\xe9")])
 def test_latents_of_any_name_are_made_read_and_named_in_a_command_that_finds_them(folder, vae, tmp_path, capsys, name):
-    from data.latents import Latents
     from data.precompute import main
-    from recipes.config import register
+    from data.sets.latents import Latents
+    from recipes.config.schema import register
 
     out = str(tmp_path / name)
     images = folder.rename(tmp_path / f"photos {name}")
@@ -98,7 +98,7 @@ def test_latents_of_any_name_are_made_read_and_named_in_a_command_that_finds_the
 
 
 def test_names_that_are_no_text_are_printed_in_any_terminal(folder, vae, tmp_path):
-    code = "from edit.command import print_any_name; print_any_name(); print('caf\\udce9')"
+    code = "from edit.inputs.command import print_any_name; print_any_name(); print('caf\\udce9')"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8"}
     )
@@ -110,7 +110,7 @@ def test_names_that_are_no_text_are_printed_in_any_terminal(folder, vae, tmp_pat
 
 @pytest.mark.parametrize("out", ["photos", "photos/a", "photos/made/deep", "linked/made", "photos/../photos"])
 def test_latents_are_not_written_into_their_images(job, folder, out):
-    from data.latent_folder import precompute
+    from data.making.latent_folder import precompute
 
     (folder.parent / "linked").symlink_to(folder)
     before = sorted(folder.rglob("*"))
@@ -120,7 +120,7 @@ def test_latents_are_not_written_into_their_images(job, folder, out):
 
 
 def test_latents_are_not_written_among_the_shards_that_a_pattern_names(job, shards):
-    from data.latent_folder import precompute
+    from data.making.latent_folder import precompute
 
     for images in (shards, f"{shards}/*.tar", shards / "0.tar"):
         with pytest.raises(ValueError, match="is where .* is read from: choose another --out"):
@@ -129,7 +129,7 @@ def test_latents_are_not_written_among_the_shards_that_a_pattern_names(job, shar
 
 @pytest.mark.parametrize("out", ["file", "file/below", "pipe", "gone"])
 def test_latents_are_written_into_a_folder_only(job, folder, tmp_path, out):
-    from data.latent_folder import precompute
+    from data.making.latent_folder import precompute
 
     (tmp_path / "file").write_text("mine")
     os.mkfifo(tmp_path / "pipe")
@@ -147,7 +147,7 @@ def test_a_ratio_that_no_picture_has_is_refused(job, folder, ratio, step):
 
 
 def test_images_are_a_folder_or_shards_and_not_both(job, folder, shards, tmp_path):
-    from data.latent_writer import open_images
+    from data.making.latent_writer import open_images
 
     with pytest.raises(FileNotFoundError, match=r"00\.png is no folder of images, no \.tar file and no pattern"):
         open_images(job(folder / "a" / "00.png"))

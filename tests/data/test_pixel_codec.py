@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from data import pixel_codec
-from data.captioned import shuffled
 from data.pixel_codec import basis, decode, encode
-from data.shapes import draw, grammar
-from edit.evaluation import psnr
+from data.sets.captioned import shuffled
+from data.sets.shapes import draw, grammar
+from edit.measuring.quality import psnr
 
 
 @pytest.fixture(scope="module")

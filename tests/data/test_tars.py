@@ -12,7 +12,7 @@ import pytest
 from samples import caption, png, write_tar
 
 from data.damage import Damaged, Tolerance
-from data.image_shards import TarImages
+from data.sets.image_shards import TarImages
 from data.tars import Tars, expand, load_index
 
 
@@ -285,7 +285,7 @@ def test_a_shard_that_is_named_twice_is_read_once(shards):
 
 
 def test_a_shard_is_not_both_trained_on_and_held_out(shards):
-    from data.image_shards import ImageShards
+    from data.sets.image_shards import ImageShards
 
     with pytest.raises(ValueError, match=r"1\.tar is trained on and held out"):
         ImageShards(str(shards), 16, heldout=str(shards / "1.tar"))

@@ -7,8 +7,8 @@ import torch
 import edit
 from edit.denoiser import Output
 from edit.distillation.intervals import IntervalKD, magnitude
-from edit.distillation.student import Collapse
 from edit.objectives import Pass, Ramp
+from edit.pruning.collapse import Collapse
 
 
 def tokens(student: torch.Tensor, teacher: torch.Tensor) -> Pass:

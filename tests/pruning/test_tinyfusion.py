@@ -12,8 +12,8 @@ from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig
 from edit.backbones.pixart import PixArtConfig
 from edit.backbones.sd3 import SD3Config
-from edit.cost import macs
 from edit.denoiser import Condition, Denoiser
+from edit.measuring.cost import macs
 from edit.pruning.depth import DepthPruning
 from edit.pruning.importance import starts
 from edit.pruning.patterns import options

@@ -12,9 +12,9 @@ from edit.backbones.flux import FluxConfig
 from edit.backbones.pixart import PixArtConfig
 from edit.backbones.qwen_image import QwenImageConfig
 from edit.backbones.sd3 import SD3Config
-from edit.cost import macs
 from edit.denoiser import Condition
 from edit.edits import trains
+from edit.measuring.cost import macs
 from edit.pruning.width import FeedForwardWidth, TextFeedForwardLinear, feed_forwards, linearised
 from edit.tuning.lora import LoRA
 

@@ -11,10 +11,10 @@ from small_runs import SMALL, TWO_RANKS, config, losses, rows, train
 
 import edit
 from edit.edits import Edit
-from recipes.callbacks import newest
-from recipes.config import UserError
+from recipes.config.schema import UserError
+from recipes.runtime.callbacks import newest
 
-MATCHING = "matching={_target_: edit.distillation.distribution_matching.DistributionMatching, every: 2}"
+MATCHING = "matching={_target_: edit.few_step.distribution_matching.DistributionMatching, every: 2}"
 GRID = ("sampler=grid", "sampler.solver.renoise=true", "label_drop=0.1", "optimizer.warmup=0", "optimizer.lr=1e-3")
 
 
@@ -246,7 +246,7 @@ def test_a_student_with_a_guidance_input_is_told_what_the_teacher_is_asked_at(tm
     monkeypatch.setattr(small_runs, "SMALL", tuple(plain))
     train(tmp_path, *flux, "name=t", "trainer.max_steps=1")
     monkeypatch.setattr(Flux, "forward", watching)
-    told = ("+edits.told={_target_: edit.distillation.student.GuidanceInput}", "teacher.guidance=[2.0,4.0]")
+    told = ("+edits.told={_target_: edit.pruning.collapse.GuidanceInput}", "teacher.guidance=[2.0,4.0]")
     words = [w for w in student(tmp_path, "s", *told) if w != "teacher.guidance=2.0"]
     train(tmp_path, *flux, *words, "label_drop=0.0")
     assert scales and all(((s >= 2) & (s <= 4)).all() and s.std() > 0 for s in scales)

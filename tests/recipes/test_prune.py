@@ -8,13 +8,13 @@ from safetensors.torch import load_file
 from weights import randomise
 
 import edit
+from edit.artifacts.checkpoint import WEIGHTS
 from edit.backbones.dit import DiTConfig
-from edit.checkpoint import WEIGHTS
 from edit.pruning.tinyfusion import TinyFusion
 from edit.tuning.lora import LoRA
 from recipes.prune import main
 
-DATA = {"_target_": "data.digits.Digits"}
+DATA = {"_target_": "data.sets.digits.Digits"}
 
 
 def model(path, depth=4, seed=0):

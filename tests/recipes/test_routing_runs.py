@@ -22,12 +22,13 @@ from edit.objectives import FlowMatching, Ramp
 from edit.routing.dydit import DyDiT
 from edit.routing.elastic import Elastic
 from edit.tuning.td_lora import TDLoRA
-from recipes import callbacks, stages
-from recipes.callbacks import newest
-from recipes.config import UserError
+from recipes import stages
+from recipes.config.schema import UserError
 from recipes.diffusion import Diffusion
 from recipes.recipe import local
-from recipes.routing_map import Decisions
+from recipes.report.routing_map import Decisions
+from recipes.runtime import callbacks
+from recipes.runtime.callbacks import newest
 
 RATIO = Ramp(0.7, 0.4, begin=0.25, until=0.75)
 COMMON = (
@@ -267,7 +268,7 @@ def test_strata_spread_the_times_of_every_batch_over_their_parts(tmp_path, monke
 
 
 def test_strata_are_refused_beside_a_method_that_draws_times_itself(tmp_path):
-    node = "{_target_: edit.distillation.distribution_matching.DistributionMatching}"
+    node = "{_target_: edit.few_step.distribution_matching.DistributionMatching}"
     with pytest.raises(UserError, match="strata=4 stratifies the times of diffusion training.*leave it out"):
         config(tmp_path, f"matching={node}", "strata=4")
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from small_runs import config, losses, train
 
-from edit.plan import Request, calls_of, draft_of
-from recipes.callbacks import newest
-from recipes.config import UserError
+from recipes.config.schema import UserError
+from recipes.plan import Request, calls_of, draft_of
+from recipes.runtime.callbacks import newest
 
 GRID = ("sampler=grid", "sampler.solver.renoise=true", "label_drop=0.0", "optimizer.schedule=constant")
 
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 
 def student(folder, name, matching, *more, path="dino"):
-    eye = f"{{_target_: edit.distillation.vision.Vision, path: {folder}/{path}, layers: [1, 3], hidden: 8}}"
+    eye = f"{{_target_: edit.few_step.vision.Vision, path: {folder}/{path}, layers: [1, 3], hidden: 8}}"
     method = f"matching={{_target_: edit.distillation.{matching}, vision: {eye}}}"
     return (
         f"name={name}",

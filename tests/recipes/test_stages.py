@@ -18,7 +18,7 @@ from ranks import run_ranks
 from small_runs import config, rows
 
 from data.names import setting
-from recipes.config import UserError
+from recipes.config.schema import UserError
 from recipes.stages import LAUNCHER, launched, run_after, run_before, shared
 
 RECORD = """
@@ -134,7 +134,7 @@ def test_what_follows_a_run_is_the_first_ranks(tmp_path, monkeypatch, name, capf
         ("[data.generate,'--teacher=a']", "expected settings, key=value, after the first word, got '--teacher=a'"),
         ("[data.embedded,'out=a']", "data.embedded: expected out=<folder> count=<how many prompts>, got out=a"),
         ("[data.precompute,'--out=a']", "data.precompute: the following arguments are required: --images, --vae"),
-        ("[edit.export]", "edit.export: artifact= is missing"),
+        ("[recipes.export]", "recipes.export: artifact= is missing"),
         ("[recipes.prune,'model=a']", "recipes.prune: out has no value"),
         ("[]", "expected a list of settings such as"),
     ],

@@ -11,7 +11,7 @@ from weights import randomise
 
 import edit
 from edit.backbones.flux import Flux
-from recipes.config import UserError
+from recipes.config.schema import UserError
 
 EXPERIMENT = "experiment=flux_tiny/endpoint_cached"
 TINY = ("backbone.num_layers=1", "backbone.num_single_layers=1")
@@ -33,7 +33,7 @@ def make(cfg, folder):
     teacher = spec.build()
     teacher.settle((12, 8, 8), spec)
     randomise(teacher)
-    world = {"_target_": "data.shapes.Shapes", "count": 8, "held": 4}
+    world = {"_target_": "data.sets.shapes.Shapes", "count": 8, "held": 4}
     edit.save(teacher, folder / "flux_tiny_teacher", data=world)
     first, *stages = cfg.before
     assert first == ["experiment=flux_tiny/teacher"]
@@ -60,7 +60,7 @@ def test_the_stages_make_what_the_run_reads_and_no_teacher_is_loaded(runs, monke
 
 
 def test_reflow_takes_the_same_folder(runs):
-    words = ("matching._target_=edit.distillation.reflow.CachedReflow", "~matching.starts", "~matching.shift")
+    words = ("matching._target_=edit.few_step.reflow.CachedReflow", "~matching.starts", "~matching.shift")
     train(runs, EXPERIMENT, "name=reflow", *words, "sampler.solver.renoise=false")
     assert len(losses(runs, "reflow")) == 3
 

@@ -19,9 +19,9 @@ from edit.backbones.dit import DiTConfig
 from edit.denoiser import Condition
 from edit.pruning.tinyfusion import Gates, TinyFusion
 from recipes import prune, stages
-from recipes.callbacks import newest
 from recipes.recipe import local
 from recipes.roles import shard
+from recipes.runtime.callbacks import newest
 
 ROOT = Path(__file__).parents[2]
 DEEP = ("backbone.depth=4", "optimizer.warmup=0")  # a model whose units do something, so that gates have gradients

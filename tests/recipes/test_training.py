@@ -14,8 +14,8 @@ import edit
 from edit.denoiser import Condition
 from edit.edits import Edit
 from edit.objectives import Term
-from recipes.callbacks import newest
-from recipes.config import UserError
+from recipes.config.schema import UserError
+from recipes.runtime.callbacks import newest
 
 
 def close(a, b, tolerance):
@@ -88,7 +88,9 @@ def test_optimizer_groups_scale_the_rate_of_matching_parameters(tmp_path):
     train(tmp_path, "name=a", "+optimizer.groups.x_embedder={lr_scale: 0.0, weight_decay: 0.0}", "ema.ramp=true")
     trained = edit.load(tmp_path / "a").denoiser.model
     torch.manual_seed(0)
-    fresh = edit.checkpoint.skeleton(tmp_path / "a").from_config(edit.load(tmp_path / "a").denoiser.config).model
+    fresh = (
+        edit.artifacts.checkpoint.skeleton(tmp_path / "a").from_config(edit.load(tmp_path / "a").denoiser.config).model
+    )
     assert torch.equal(trained.x_embedder.proj.weight, fresh.x_embedder.proj.weight)
     assert not torch.equal(trained.blocks[0].attn.qkv.weight, fresh.blocks[0].attn.qkv.weight)
     with pytest.raises(ValueError, match="no trainable parameter's name matches 'nothing'"):
@@ -151,7 +153,7 @@ def test_the_artifact_is_the_average_and_stock_diffusers_loads_it(tmp_path):
         ours = artifact.denoiser(x, t, Condition(label=label)).sample
         torch.testing.assert_close(ours, stock(x, t, label).sample, rtol=0, atol=1e-5)
     assert "_class_name" not in json.loads((tmp_path / "a" / "artifact" / "edits.json").read_text())
-    assert artifact.run["step"] == 12 and artifact.data["_target_"] == "data.digits.Digits"
+    assert artifact.run["step"] == 12 and artifact.data["_target_"] == "data.sets.digits.Digits"
 
 
 def test_the_average_follows_its_definition(tmp_path):
@@ -159,7 +161,7 @@ def test_the_average_follows_its_definition(tmp_path):
     train(tmp_path, "name=a", "trainer.max_steps=1", "ema.decay=0.5", "ema.ramp=true")
     kept = torch.load(newest(tmp_path / "a" / "checkpoints"), weights_only=True)["state_dict"]
     torch.manual_seed(0)
-    fresh = edit.checkpoint.skeleton(tmp_path / "a").from_config(edit.load(tmp_path / "a").denoiser.config)
+    fresh = edit.artifacts.checkpoint.skeleton(tmp_path / "a").from_config(edit.load(tmp_path / "a").denoiser.config)
     for key, start in fresh.named_parameters():
         expected = 0.1 * start + 0.9 * kept[f"denoiser.{key}"]
         torch.testing.assert_close(kept[f"ema.{key}"], expected.detach(), rtol=0, atol=1e-6)
@@ -382,8 +384,8 @@ def test_fsdp2_trains_lora_with_accumulation_as_one_process_does(tmp_path):
 
 
 def test_more_gpus_than_the_machine_has_are_refused(monkeypatch):
-    from recipes.config import TrainerConfig
-    from recipes.trainer import count_devices
+    from recipes.config.schema import TrainerConfig
+    from recipes.runtime.trainer import count_devices
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="trainer.devices=8, but this machine has 2 GPUs: ask for at most 2"):

@@ -16,9 +16,9 @@ from edit.backbones.flux import FluxConfig, SingleUnit
 from edit.backbones.pixart import PixArtConfig
 from edit.backbones.stock import attached
 from edit.denoiser import Condition, Denoiser, Step, residual
-from edit.distillation.flow_map import IntervalInput
 from edit.edits import Edit
-from edit.flops import Flops
+from edit.few_step.flow_map import IntervalInput
+from edit.measuring.flops import Flops
 from edit.objectives import DDPM, FlowMatching, Ramp
 from edit.routing.dydit import PLAN, RATIO, TOKENS, WIDTHS, DyDiT, Logits, Routed, Routers, TokenRouter, work
 from edit.routing.slices import Narrow

@@ -24,10 +24,10 @@ from edit.backbones.flux import FluxConfig
 from edit.backbones.pixart import PixArtConfig
 from edit.backbones.qwen_image import QwenImageConfig
 from edit.backbones.sd3 import SD3Config
-from edit.cost import count_forward, macs
 from edit.denoiser import Condition, Denoiser, Routing, Step, Stream, Unit
-from edit.distillation.modulation import ModulationApproximator
+from edit.measuring.cost import count_forward, macs
 from edit.objectives import FlowMatching, Ramp
+from edit.pruning.modulation import ModulationApproximator
 from edit.routing.dydit import DyDiT
 from edit.routing.elastic import GATE, WIDTH, Elastic, ElasticUnit, Residuals, Router, Routers, forced, stacked
 from edit.sampling import Euler, Sampler

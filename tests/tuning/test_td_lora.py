@@ -14,7 +14,7 @@ import edit
 from edit.backbones.dit import DiTConfig
 from edit.denoiser import Denoiser, Step
 from edit.edits import trains
-from edit.flops import Flops
+from edit.measuring.flops import Flops
 from edit.routing.dydit import DyDiT
 from edit.routing.elastic import Elastic, forced
 from edit.routing.ranking import order_channels, order_heads

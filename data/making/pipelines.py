@@ -1,0 +1,66 @@
+"""What lies beside a published teacher: the text encoders, tokenizers and VAE of its `diffusers` pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from data import manifest
+from data.generate import Order
+from data.making.encoders import TEXT_ENCODERS
+from edit.artifacts.checkpoint import find, is_hub_id
+
+
+def complete(order: Order) -> Order:
+    """The order with the encoders and the VAE that it does not name, where the teacher is, or lies in, a pipeline.
+
+    FLUX has a CLIP that pools and a T5, PixArt a T5 alone. SD3 joins two CLIPs and a T5, Qwen-Image has a language
+    model: neither is encoded here.
+
+    Raises:
+        FileNotFoundError: if there is no teacher
+        ValueError: if no encoder is named, and the pipeline has none or others than these
+    """
+    base, parts = pipeline_of(order.teacher)
+    encoders = {name: kind for name, kind in parts.items() if name.startswith("text_encoder")}
+    roles = ["pooled" if kind.startswith("CLIP") else "text" for kind in encoders.values()]
+    clear = len(set(roles)) == len(roles) and set(encoders.values()) <= set(TEXT_ENCODERS.values())
+    if order.text_encoder is None and order.pooled_encoder is None and not (encoders and clear):
+        if encoders:
+            raise ValueError(
+                f"{order.teacher} is told its prompts by {', '.join(encoders.values())}, and data.generate encodes "
+                "with one T5 and one CLIP at most: take a teacher that needs no more, such as FLUX or PixArt"
+            )
+        raise ValueError(
+            f"no text encoder: {order.teacher} is in no pipeline that has one, so give those that it was trained with, "
+            "as text_encoder=<folder> pooled_encoder=<folder>"
+        )
+    found = {"vae": f"{base}vae"} if parts.get("vae") == "AutoencoderKL" else {}
+    for name, role in zip(encoders, roles, strict=True) if clear else ():
+        named = "text_encoder" if role == "text" else "pooled_encoder"
+        if getattr(order, named) is None:
+            tokenizer = "tokenizer" if role == "text" else "pooled_tokenizer"
+            found |= {named: f"{base}{name}", tokenizer: base + name.replace("text_encoder", "tokenizer")}
+    return replace(order, **{name: spec for name, spec in found.items() if getattr(order, name) is None})
+
+
+def pipeline_of(teacher: str) -> tuple[str, dict[str, str]]:
+    """How the place of a part begins, and the class of each part by its name; empty without a pipeline.
+
+    Raises:
+        FileNotFoundError: if there is no teacher
+    """
+    folder = find(teacher, weights=False).parent
+    if is_hub_id(teacher):
+        from diffusers import DiffusionPipeline
+
+        try:
+            index: Any = DiffusionPipeline.load_config(teacher)
+        except OSError:  # a transformer by itself
+            index = {}
+        base = f"{teacher}:"
+    else:
+        file = folder / "model_index.json"
+        index, base = manifest.read(file) if file.is_file() else {}, f"{folder}/"
+    pairs = {name: part[1] for name, part in index.items() if isinstance(part, list | tuple) and len(part) == 2}
+    return base, {name: kind for name, kind in pairs.items() if isinstance(kind, str)}

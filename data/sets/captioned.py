@@ -1,0 +1,140 @@
+"""What the two embedded text-to-image worlds share: colours, places, and splits that are held in memory.
+
+A world is a list of captions with a rule that draws each, and a reader that says whether a picture shows what its
+caption says. Lengths are shares of the image's side, from the top left corner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from data import pixel_codec
+from data.decoder import Codec
+from data.sets.toy_text import LENGTH, Embedded, ToyText
+from data.split import held_out
+from edit import noise
+
+BACKGROUND = (20, 20, 20)
+PALETTE = {
+    "red": (240, 50, 50),
+    "green": (40, 190, 80),
+    "blue": (60, 110, 250),
+    "yellow": (250, 215, 40),
+    "purple": (190, 70, 230),
+    "white": (245, 245, 245),
+}
+PLACES = {  # column and row of a 3 x 3 grid
+    "at the top left": (0, 0),
+    "at the top": (1, 0),
+    "at the top right": (2, 0),
+    "at the left": (0, 1),
+    "in the centre": (1, 1),
+    "at the right": (2, 1),
+    "at the bottom left": (0, 2),
+    "at the bottom": (1, 2),
+    "at the bottom right": (2, 2),
+}
+LINES = (0.27, 0.5, 0.73)  # where columns and rows are
+JITTER = 0.055  # how far from them things are drawn, either way
+EDGES = (0.385, 0.615)  # what the reader takes for the borders between them: half way between what is drawn
+HELD = 0.1  # share of the captions that no training image has
+APART = 10_000_000  # numbers of held-out images start here, those of training images at 0
+SCENE = 200  # random streams of a world's pictures start here
+
+
+def colours(device: torch.device | None = None) -> Tensor:
+    """The palette in its order, 6 3 float32."""
+    return torch.tensor(list(PALETTE.values()), dtype=torch.float32, device=device)
+
+
+def background() -> Tensor:
+    return torch.tensor(BACKGROUND, dtype=torch.float32)
+
+
+def uniforms(seed: int, numbers: Tensor, stream: int, count: int) -> Tensor:
+    """Numbers in [0, 1) of each sample: n int64 -> n count float32, exactly the same on every machine."""
+    return ((noise.hashes(seed, numbers, SCENE + stream, count) >> 40) & 0xFFFFFF).float() * 2.0**-24
+
+
+def cells(centre: Tensor) -> Tensor:
+    """Column and row, 0 to 2, of points: n 2 -> n 2 int64."""
+    return torch.bucketize(centre, torch.tensor(EDGES, device=centre.device))
+
+
+def divided(captions: Sequence[str], gist: Callable[[str], str] = str) -> tuple[list[str], list[str]]:
+    """Those to train on, and the held-out ones; captions that `gist` makes the same are on the same side."""
+    parts: tuple[list[str], list[str]] = ([], [])
+    for caption in captions:
+        parts[held_out(gist(caption), HELD)].append(caption)
+    return parts
+
+
+def shuffled(captions: Sequence[str]) -> list[str]:
+    """In an order that is fixed for ever and mixes what the grammar lists together."""
+    keys = noise.hashes(0, torch.arange(len(captions)), SCENE, 1)[:, 0].argsort().tolist()
+    return [captions[int(i)] for i in keys]
+
+
+class Captioned:
+    """A split held in memory.
+
+    Args:
+        images: uint8 n y x 3
+        captions: n sentences, one per image
+        kind: n int64, what is mainly in the picture: for a feature space, never a condition
+        encoders: of the sentences
+        told: hand the captions on as strings
+    """
+
+    def __init__(self, images: Tensor, captions: Sequence[str], kind: Tensor, encoders: ToyText, told: bool):
+        self.captions, self.kind, self.told = list(captions), kind, told
+        self._x = torch.cat([pixel_codec.encode(part) for part in images.split(512)])
+        distinct = list(dict.fromkeys(captions))
+        self._embedded: Embedded = encoders(distinct)
+        place = {caption: i for i, caption in enumerate(distinct)}
+        self._caption = [place[caption] for caption in captions]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def sample(self, index: int, draw: int) -> dict:
+        text, mask, pooled = (part[self._caption[index]] for part in self._embedded)
+        sample = {"x": self._x[index], "kind": self.kind[index], "text": text, "text_mask": mask, "pooled": pooled}
+        return {**sample, "caption": self.captions[index]} if self.told else sample
+
+
+class World:
+    """A data set of two such splits, on latents of the fixed codec; what is drawn and read is up to each world.
+
+    Raises:
+        ValueError: for a number of training or of held-out images below 1
+    """
+
+    num_classes = None
+    classes = None
+    text_length = LENGTH
+    _train: Captioned
+    _heldout: Captioned
+
+    def __init__(self, count: int, held: int):
+        if count < 1 or held < 1:
+            raise ValueError(f"count and held are at least 1, got {count} and {held}")
+        self.encoders = ToyText()
+        self.null = self.encoders.null()
+
+    def train(self) -> Captioned:
+        return self._train
+
+    def heldout(self) -> Captioned:
+        return self._heldout
+
+    def to_images(self, x: Tensor) -> Tensor:
+        """Latents b c y x -> uint8 b 4y 4x 3."""
+        return pixel_codec.decode(x)
+
+    def decoder(self) -> Codec:
+        """The same with a graph."""
+        return Codec()

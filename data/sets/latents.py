@@ -1,0 +1,417 @@
+"""Cached latents and text embeddings, as `python -m data.precompute` and `python -m data.generate` write them."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import manifest
+from data.damage import Damaged, Tolerance
+from data.decoder import Decoder
+from data.making.encoders import VAE
+from data.pixels import to_uint8
+from data.plain_text import LARGEST
+from data.split import CheckedSet, Split, flipped, opened
+from data.tars import ABSENT, Tars
+from edit import noise
+
+
+class Latents:
+    """Latents drawn anew from their stored distribution each time, with text embeddings where there are any.
+
+    A folder is used only if it is what its manifest says: encoder and scaling, counts, size of each shard. What a
+    teacher generated is the same at each draw, and never flipped. With aspect-ratio buckets `shape` is that of the
+    square, `buckets` are all shapes, and each sample has its own.
+
+    Args:
+        path: folder made by `python -m data.precompute` or `python -m data.generate`
+        flip: take the stored latents of the mirrored image in half of the training draws
+        heldout: another such folder, made with the same encoders
+        verify: `size` compares the size of each shard, and what its headers say, with the manifest; `full` reads it all
+            for its checksum
+        vae: folder or hub id of the VAE, to look at samples; None: where it was when the latents were made
+        on_error: damaged shards and samples: refuse or skip
+        cache: folder for the index files; None: beside the shards
+        seed: of flips and resampling
+        generated_by: refuse anything but samples of this teacher: its folder, or what `manifest.teacher_hash` gave
+        guidance: refuse samples generated at another guidance scale; None expects nothing, as for the next two
+        steps: refuse samples generated in another number of steps
+        shift: refuse samples generated with another shift of the times
+        trajectories: hand out how each training sample was generated, see `LatentSplit`
+
+    Raises:
+        FileNotFoundError, ValueError: in one sentence, for a folder that cannot be used
+    """
+
+    def __init__(
+        self,
+        path: str,
+        flip: bool = True,
+        heldout: str | None = None,
+        verify: str = "size",
+        vae: str | None = None,
+        on_error: str = "refuse",
+        cache: str | None = None,
+        seed: int = 0,
+        generated_by: str | None = None,
+        guidance: float | None = None,
+        steps: int | None = None,
+        shift: float | None = None,
+        trajectories: bool = False,
+    ):
+        if verify not in ("size", "full"):
+            raise ValueError(f"verify is size or full, got {verify!r}")
+        self.path, tolerance = Path(path), Tolerance(on_error)
+        self.manifest = manifest.verify(self.path)
+        manifest.check_teacher(self.path, self.manifest, generated_by, guidance, steps, shift)
+        flip = flip and not self.manifest.get("generated")
+        if flip and not self.manifest["flips"]:
+            raise ValueError(f"{path} has no flipped latents: set flip=false, or precompute with --flips")
+        c, y, x = self.manifest["latent_shape"]
+        self.shape: tuple[int, int, int] = (c, y, x)
+        self.buckets: list[tuple[int, ...]] | None = None
+        if "buckets" in self.manifest:
+            self.buckets = [tuple(b["latent_shape"]) for b in self.manifest["buckets"]]
+        self.num_classes: int | None = self.manifest["num_classes"]
+        self.classes: list[str] | None = self.manifest["classes"]
+        self.vae = vae or self.manifest["sources"]["vae"]
+        self.text_length = text_length(self.manifest["text"])
+        self.null = self._null()
+        self._vae: VAE | None = None  # loaded when something is first looked at
+        tars = shards(self.path, self.manifest, verify == "full", tolerance, cache)
+        self._train = LatentSplit(tars, self.manifest, flip, seed, trajectories)
+        self.stored: dict[str, Any] | None = self._train.path  # with trajectories: at which guidance and times
+        self._heldout = None
+        if heldout is not None:
+            other = manifest.verify(Path(heldout))
+            if other["identity"] != self.manifest["identity"]:
+                raise ValueError(f"{heldout} was made with other encoders or size than {path}: precompute it alike")
+            tars = shards(Path(heldout), other, verify == "full", tolerance, cache)
+            self._heldout = LatentSplit(tars, other, False, seed, False)
+
+    def train(self) -> Split:
+        return self._train
+
+    def heldout(self) -> Split | None:
+        """Never flipped."""
+        return self._heldout
+
+    def to_images(self, x: Tensor) -> Tensor:
+        """b c y x as trained on -> uint8 b y x 3, through the VAE that made the latents.
+
+        Samples of a teacher without a VAE are decoded by the data set that the teacher was trained on.
+
+        Raises:
+            FileNotFoundError: if that VAE is not here
+            ValueError: if the VAE is another one, or there is nothing to decode with
+        """
+        if self.manifest["vae"] is None:
+            return self._origin.to_images(x)
+        shift, scale = scaling(self.manifest)
+        vae = self._own()
+        vae.to(x.device)
+        return to_uint8(vae.decode(x.float() / scale.to(x.device) + shift.to(x.device)))
+
+    def decoder(self) -> nn.Module:
+        """The same with a graph: b c y x -> pixels b 3 y x in about [-1, 1]; raises likewise."""
+        if self.manifest["vae"] is None:
+            return getattr(self._origin, "decoder", nn.Identity)()
+        return Decoder(self._own().model, *scaling(self.manifest))
+
+    def _own(self) -> VAE:
+        """The VAE that made these latents."""
+        if self._vae is None:
+            try:
+                vae = VAE(self.vae)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"to look at latents of {self.path}, give their VAE as data.set.vae=<folder>: {error}"
+                ) from error
+            if vae.sha256 != self.manifest["vae"]["sha256"]:
+                raise ValueError(f"{self.vae} is not the VAE that made {self.path}: give that one as data.set.vae")
+            self._vae = vae
+        return self._vae
+
+    @cached_property
+    def _origin(self) -> Any:
+        """The data set that the teacher of these samples was trained on."""
+        return data_set(self.manifest["sources"]["data"], f"to look at latents of {self.path}")
+
+    @cached_property
+    def world(self) -> CheckedSet | None:
+        """The embedded world that these samples are of, which tells whether a picture shows what its caption says.
+
+        None if their teacher was not trained on one, or was told its prompts by other encoders, or padded otherwise.
+
+        Raises:
+            ValueError: if it cannot be built
+        """
+        if self.manifest["vae"] is not None or not self.manifest.get("generated") or self.null is None:
+            return None
+        world = self._origin
+        if not isinstance(world, CheckedSet) or tuple(world.shape) != self.shape:
+            return None
+        known: dict[str, Tensor] = getattr(world, "null", {})
+        same = all(
+            # stored in float16 perhaps
+            name in known
+            and known[name].shape == v.shape
+            and torch.allclose(known[name].float(), v.float(), 2e-3, 2e-3)
+            for name, v in self.null.items()
+        )
+        return world if same else None
+
+    def _null(self) -> dict[str, Tensor] | None:
+        """The empty prompt: text l c, text_mask l, pooled c, as far as the data has them; None without text."""
+        if self.manifest["null"] is None:
+            return None
+        from safetensors.torch import load
+
+        content = (self.path / manifest.NULL).read_bytes()  # whose path safetensors would not read if it is no UTF-8
+        null = {name: value.float() for name, value in load(content).items()}
+        told = {name: self.manifest[name]["width"] for name in ("text", "pooled") if self.manifest[name]}
+        if {name: value.shape[-1] for name, value in null.items()} != told:
+            raise ValueError(
+                f"{self.path / manifest.NULL} is not of the encoders that the manifest names: make it anew"
+            )
+        if "text" in null:
+            null |= padded(null["text"], self.manifest["text"])
+        return null
+
+
+def data_set(node: dict[str, Any] | None, purpose: str) -> Any:
+    """The data set of this package that an artifact was trained on.
+
+    Args:
+        node: its configuration, import path as `_target_`
+        purpose: for the message
+
+    Raises:
+        ValueError: if there is none, or it is none of this package
+    """
+    if not node or not str(node.get("_target_")).startswith("data."):
+        raise ValueError(f"{purpose}, a VAE is needed (vae=<folder>): no data set of `data` is known that decodes them")
+    try:
+        return opened(node, who="the manifest")
+    except ValueError as error:
+        raise ValueError(f"{purpose}, {node['_target_']} is needed, which cannot be built: {error}") from error
+
+
+def text_length(described: dict | None) -> int | None:
+    """Tokens of every text of an encoder so described; None where there are as many as a prompt has, or no texts."""
+    return described["max_tokens"] if described and described.get("padding", "none") != "none" else None
+
+
+def padded(text: Tensor, described: dict) -> dict[str, Tensor]:
+    """Text l c and its mask as the encoder's padding wants them: filled up with zeros, or as they are."""
+    mask = torch.ones(len(text), dtype=torch.bool)
+    if described.get("padding") == "zeros":
+        missing = (0, described["max_tokens"] - len(text))
+        text, mask = F.pad(text, (0, 0, *missing)), F.pad(mask, missing)
+    return {"text": text, "text_mask": mask}
+
+
+def shards(path: Path, described: dict, full: bool, tolerance: Tolerance, cache: str | None) -> Tars:
+    """The shards that are as the manifest describes them.
+
+    Raises:
+        Damaged: if one is not, and damage is to be refused
+        ValueError: if none is left
+    """
+    good: list[str] = []
+    for record in described["shards"]:
+        if wrong := manifest.check_shard(path, record, full):
+            tolerance.excuse(Damaged(wrong))
+        else:
+            good.append(os.fspath(path / record["name"]))
+    if not good:
+        raise ValueError(f"no samples in {path}: none of its shards is as the manifest says")
+    tars = Tars(good, tolerance, cache, {record["name"]: record["count"] for record in described["shards"]})
+    for fault in misfits(tars, described):
+        tolerance.excuse(fault)
+    return tars
+
+
+def misfits(tars: Tars, described: dict) -> Iterator[Damaged]:
+    """What the indices of shards say against their manifest, the first case of each kind; nothing is read for it.
+
+    A sample belongs into the shard that its number says, and has each of its members, of the size that its shape needs.
+    """
+    if "shard_size" not in described or "dtype" not in described:
+        return
+    for i in range(len(tars)):
+        number, shard = tars.key(i).rpartition("-")[2], int(tars.path(i).stem.partition("-")[2])
+        if not number.isdecimal() or int(number) // described["shard_size"] != shard:
+            yield Damaged(f"{tars.path(i)} holds the sample {tars.key(i)}, which does not belong there")
+            break
+    shapes = np.array([described["latent_shape"]])
+    groups = np.zeros(len(tars), dtype=np.int64)
+    if "buckets" in described:
+        shapes, groups = (
+            np.array([b["latent_shape"] for b in described["buckets"]]),
+            _groups(tars, described["buckets"]),
+        )
+    numbers, made = shapes.prod(1)[groups], described.get("generated")
+    wanted = {"latent": numbers} if made else {"moments": 2 * numbers}
+    if described["flips"]:
+        wanted["moments_flip"] = 2 * numbers
+    if made and made.get("times"):
+        wanted["trajectory"] = len(made["times"]) * numbers
+    if described["pooled"]:
+        wanted["pooled"] = np.full(len(tars), described["pooled"]["width"])
+    width = np.dtype(described["dtype"]).itemsize
+    for name, count in wanted.items():
+        size = tars.size(f"{name}.npy")
+        head = size - count * width  # of an npy file; at most as long as any that numpy has written for three numbers
+        yield from _first(tars, name, size, (head <= 0) | (head > 256) | (head % 16 != 0))
+    if described["text"]:
+        size = tars.size("text.npy")
+        yield from _first(tars, "text", size, (size <= 0) | (size % 2 != 0))
+
+
+def _first(tars: Tars, name: str, size: np.ndarray, wrong: np.ndarray) -> Iterator[Damaged]:
+    if wrong.any():
+        i = int(wrong.argmax())
+        said = "is missing" if size[i] == ABSENT else f"has {size[i]} bytes, which is not what its shape needs"
+        yield Damaged(f"{tars.name(i)}.{name}.npy {said}")
+
+
+def scaling(described: dict) -> tuple[Tensor, Tensor]:
+    """Shift and scale, c 1 1 or 1 1 1: the model sees (z - shift) * scale."""
+    return tuple(torch.tensor(described["vae"][k]).view(-1, 1, 1) for k in ("shift", "scale"))  # type: ignore
+
+
+class LatentSplit:
+    """Samples x = (mean + std * eps - shift) * scale, with eps a pure function of (seed, draw); or as generated.
+
+    With aspect-ratio buckets `groups` is the bucket of each sample, n int64, by the manifest's order; else None.
+
+    With `trajectories` a sample has its teacher's path, too: `z` c y x, the noise; `trajectory` k c y x, the stored
+    states, and their `times` k, from noise to data without either; `scale`, the guidance. The noise is what the teacher
+    began with bit for bit, on another kind of device to a unit in the last place.
+
+    Raises:
+        ValueError: for trajectories of samples that were not generated, or by a solver that adds noise of its own
+    """
+
+    def __init__(self, tars: Tars, described: dict, flip: bool, seed: int, trajectories: bool):
+        self.tars, self.flip, self.seed = tars, flip, seed
+        self.shape: Sequence[int] = described["latent_shape"]
+        self.text, self.pooled = described["text"], described["pooled"] is not None
+        self.num_classes: int | None = described["num_classes"]
+        self.generated = bool(described.get("generated"))
+        self.path = described["generated"] if trajectories and self.generated else None
+        if trajectories and not self.generated:
+            raise ValueError(
+                f"{tars.paths[0].parent} holds no generated data, which alone has trajectories: set "
+                "trajectories=false, or run data.generate"
+            )
+        if self.path and self.path["solver"] == "ddpm":
+            raise ValueError(
+                f"{tars.paths[0].parent} was generated by ddpm, which adds noise on the way, so its samples do not "
+                "follow from theirs: set trajectories=false, or generate with another solver"
+            )
+        if not self.generated:
+            self.shift, self.scale = scaling(described)
+        self.groups = None
+        if "buckets" in described:
+            self.shapes = [b["latent_shape"] for b in described["buckets"]]
+            self.groups = _groups(tars, described["buckets"])
+            self._order = np.argsort(self.groups, kind="stable")  # samples of a bucket stand together
+            self._place = np.argsort(self._order)
+            self._first = np.searchsorted(self.groups[self._order], np.arange(len(self.shapes) + 1))
+        if self.num_classes is not None and (beyond := tars.labels >= self.num_classes).any():
+            try:
+                self._label(int(beyond.argmax()), self.num_classes)
+            except Damaged as error:
+                tars.tolerance.excuse(error)
+
+    def __len__(self) -> int:
+        return len(self.tars)
+
+    def sample(self, index: int, draw: int) -> dict[str, Tensor]:
+        first_good = self.tars.tolerance.first_good
+        if self.groups is None:
+            return first_good(lambda i: self._sample(i, draw, self.shape), index, len(self))
+        group = self.groups[index]  # what stands in for a damaged sample has its shape
+        first, end = self._first[group], self._first[group + 1]
+        shape = self.shapes[group]
+        return first_good(
+            lambda i: self._sample(int(self._order[first + i]), draw, shape), self._place[index] - first, end - first
+        )
+
+    def _sample(self, index: int, draw: int, shape: Sequence[int]) -> dict[str, Tensor]:
+        sample = {"x": self._latent(index, draw, shape)}
+        if self.num_classes is not None:
+            sample["label"] = torch.tensor(self._label(index, self.num_classes))
+        if self.text:
+            sample |= padded(self._array(index, "text.npy", (None, None)), self.text)
+        if self.pooled:
+            sample["pooled"] = self._array(index, "pooled.npy", (None,))
+        if self.path:
+            sample |= self._path(index, self.path, shape)
+        return sample
+
+    def _label(self, index: int, num_classes: int) -> int:
+        """Raises Damaged if there is none, or one beyond the classes."""
+        label, name = int(self.tars.labels[index]), self.tars.name(index)
+        if label == ABSENT:
+            raise Damaged(f"{name} has no label")
+        if label >= num_classes:
+            raise Damaged(f"{name} has the label {label}, and the manifest has {num_classes} classes")
+        return label
+
+    def _path(self, index: int, made: dict, shape: Sequence[int]) -> dict[str, Tensor]:
+        number, times = self.tars.json(index).get("number"), torch.tensor(made.get("times", []))
+        if type(number) is not int or not 0 <= number <= LARGEST:  # true is an int to Python
+            raise Damaged(f"{self.tars.name(index)}.json does not say which noise it was generated from")
+        z = noise.gaussian(made["seed"], torch.tensor([number]), noise.NOISE, tuple(shape))[0]
+        states = self._array(index, "trajectory.npy", (len(times), *shape)) if len(times) else z.new_empty(0, *shape)
+        return {"z": z, "trajectory": states, "times": times, "scale": torch.tensor(float(made["guidance"]))}
+
+    def _latent(self, index: int, draw: int, shape: Sequence[int]) -> Tensor:
+        c, y, x = shape
+        if self.generated:
+            return self._array(index, "latent.npy", (c, y, x))
+        member = "moments_flip.npy" if self.flip and flipped(self.seed, draw) else "moments.npy"
+        mean, std = self._array(index, member, (2 * c, y, x)).chunk(2)
+        eps = noise.gaussian(self.seed, torch.tensor([draw]), noise.RESAMPLE, (c, y, x))[0]
+        return (mean + std * eps - self.shift) * self.scale
+
+    def _array(self, index: int, member: str, shape: tuple[int | None, ...]) -> Tensor:
+        """A member as float32. Raises Damaged if it is missing, no array, not finite, or of another shape."""
+        content = self.tars.read(index, member)
+        name = f"{self.tars.name(index)}.{member}"
+        if content is None:
+            raise Damaged(f"{name} is missing")
+        try:
+            array = np.load(io.BytesIO(content), allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise Damaged(f"{name} is no array ({error})") from error
+        if array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise Damaged(f"{name} holds something else than finite floating-point numbers")
+        if array.ndim != len(shape) or any(s not in (None, a) for s, a in zip(shape, array.shape, strict=True)):
+            raise Damaged(f"{name} has shape {array.shape}, expected {shape}")
+        return torch.from_numpy(array).float()
+
+
+def _groups(tars: Tars, buckets: list[dict]) -> np.ndarray:
+    """The bucket of each sample, n int64, from the size at the start of its key.
+
+    Raises:
+        ValueError: if a sample is of none of the buckets
+    """
+    numbers = {"x".join(map(str, b["size"])): i for i, b in enumerate(buckets)}
+    sizes = [tars.key(i).partition("-")[0] for i in range(len(tars))]
+    if unknown := next((s for s in sizes if s not in numbers), None):
+        raise ValueError(f"{tars.paths[0].parent} has a sample of {unknown}, which is none of its manifest's buckets")
+    return np.array([numbers[s] for s in sizes])

@@ -1,0 +1,188 @@
+"""What a viewer would see: samples are decoded, and a frozen DINOv2 looks at the images.
+
+On its hidden states stand the heads of a discriminator, which ADD (arXiv 2311.17042) trains a student by alone and
+SenseFlow (2506.00523) beside distribution matching. Decoding 1024 px with a graph takes 8 to 10 GB: a random crop of
+the latents can stand for them, at the same place in a real sample and in the fake of the same number. Specification:
+methods/distillation.md, D3.7, D3.8.
+
+Inferred: which seven of DINOv2-L's 24 layers SenseFlow looks at; images become squares of the side that the
+preprocessor crops to, whatever their aspect, so that no part is left out; heads are those of LADD, told the student's
+pooled text, and time 0, as nothing is noised here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edit.denoiser import Denoiser
+from edit.few_step.discriminator import Heads
+from edit.few_step.method import Given, Roles, mean
+from edit.inputs.limits import Count, check_numbers
+
+KINDS = ("dinov2", "dinov2_with_registers")
+ROW, COLUMN = 90, 91  # streams of `Draws`: where the crop lies
+
+
+@dataclass(frozen=True)
+class Vision:
+    """A frozen vision model, and the heads on it where a method has some.
+
+    Args:
+        path: folder or hub id of a DINOv2 of `transformers`, in safetensors, with its preprocessor
+        layers: whose hidden states are looked at, counted from 0, negative ones from the end
+        crop: rows and columns of the samples that are decoded; None: all
+        told: heads are told the pooled text, where the student is told one
+        hidden: channels inside a head
+        kernel: of the heads, in patches
+    """
+
+    path: str
+    layers: tuple[int, ...] = (2, 5, 8, 12, 16, 20, 23)
+    crop: Count | None = None
+    told: bool = True
+    hidden: Count = 256
+    kernel: Count = 3
+
+    def __post_init__(self):
+        check_numbers(self)
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if not self.layers:
+            raise ValueError("Vision: there must be at least one layer to look at, got none")
+
+    def load(self) -> Eye:
+        """The model with its weights, frozen, in fp32.
+
+        Raises:
+            FileNotFoundError: if it cannot be found
+            ValueError: if it is no DINOv2, lacks weights, or has no such layer
+        """
+        from transformers import AutoModel
+
+        config, preparation = self._described()
+        try:
+            model, report = AutoModel.from_pretrained(
+                self.path, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+        except OSError as error:
+            raise FileNotFoundError(f"{self.path} gave no weights in safetensors: {_flat(error)}") from error
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise ValueError(f"{self.path} lacks {len(missing)} weights of its DINOv2, such as {missing[0]}")
+        return Eye(model, self.layers, preparation)
+
+    def structure(self) -> Eye:
+        """The same without weights, on the meta device; raises likewise."""
+        from transformers import AutoModel
+
+        config, preparation = self._described()
+        with torch.device("meta"):
+            return Eye(AutoModel.from_config(config), self.layers, preparation)
+
+    def heads(self, student: Denoiser) -> Heads:
+        """New heads on the chosen layers."""
+        eye, pooled = self.structure(), student.example(text=1).pooled if self.told else None
+        return Heads(eye.layers, eye.width, 0 if pooled is None else pooled.shape[1], self.hidden, self.kernel)
+
+    def see(self, roles: Roles, given: Given, x: Tensor) -> Mapping[str, Tensor]:
+        """Hidden states for samples b c y x, "unit.<layer>": b n d; gradients reach the samples."""
+        assert roles.decode is not None and roles.look is not None, "a method that looks at images declares its vision"
+        if self.crop is not None:
+            x = cropped(x, given.draws.uniform(ROW), given.draws.uniform(COLUMN), self.crop)
+        return roles.look(roles.decode(x))
+
+    def score(self, roles: Roles, given: Given, seen: Mapping[str, Tensor]) -> Tensor:
+        """Logits b k of what was seen, by the heads in `Roles.own`; positive for real."""
+        assert roles.own is not None
+        side = math.isqrt(next(iter(seen.values())).shape[1])
+        return roles.own(seen, torch.zeros_like(given.scale), given.condition.pooled, (side, side))
+
+    def judge(self, roles: Roles, given: Given, x: Tensor) -> Tensor:
+        """Logits of samples b c y x -> b k."""
+        return self.score(roles, given, self.see(roles, given, x))
+
+    def _described(self) -> tuple[Any, dict[str, Any]]:
+        """The configurations of the model and of its preprocessor."""
+        from transformers import AutoConfig, ImageProcessingMixin
+
+        try:
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+            preparation, _ = ImageProcessingMixin.get_image_processor_dict(self.path)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"no vision model with its preprocessor in {self.path}: give the folder or hub id of a DINOv2: "
+                f"{_flat(error)}"
+            ) from error
+        if config.model_type not in KINDS:
+            raise ValueError(f"{self.path} holds a {config.model_type}, expected one of {', '.join(KINDS)}")
+        return config, preparation
+
+
+class Eye(nn.Module):
+    """Pixels b 3 y x, or b 1 y x, in [-1, 1] to the hidden states of a frozen model, patches alone in row-major order.
+
+    Raises:
+        ValueError: if the model has no such layer
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: Any, layers: Sequence[int], preparation: Mapping[str, Any]):
+        super().__init__()
+        depth = model.config.num_hidden_layers
+        if bad := [i for i in layers if not -depth <= i < depth]:
+            raise ValueError(f"vision.layers: {bad[0]} is none of the model's {depth} layers: choose 0 to {depth - 1}")
+        size = preparation.get("crop_size") or preparation["size"]
+        self.model = model.requires_grad_(False).eval()
+        self.layers, self.width = sorted({i % depth for i in layers}), model.config.hidden_size
+        self.side = int(size.get("height") or size["shortest_edge"])
+        self.tokens = (self.side // model.config.patch_size) ** 2
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(preparation[f"image_{name}"]).view(3, 1, 1))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = F.interpolate(x.float(), (self.side, self.side), mode="bicubic", antialias=True).expand(-1, 3, -1, -1)
+        states = self.model(pixel_values=((x + 1) / 2 - self.mean) / self.std, output_hidden_states=True).hidden_states
+        return {f"unit.{i}": states[i + 1][:, -self.tokens :] for i in self.layers}  # patches come last
+
+
+def cropped(x: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
+    """A square of each sample, at a place given by numbers in (0, 1): b c y x -> b c size size.
+
+    Raises:
+        ValueError: if the samples are smaller
+    """
+    height, width = x.shape[2:]
+    if size > min(height, width):
+        raise ValueError(
+            f"vision.crop={size} is more than the {height} x {width} of a sample: lower it, or leave it out"
+        )
+    steps = torch.arange(size, device=x.device)
+    rows = (row * (height - size + 1)).long()[:, None] + steps
+    columns = (column * (width - size + 1)).long()[:, None] + steps
+    return x.take_along_dim(rows[:, None, :, None], 2).take_along_dim(columns[:, None, None, :], 3)
+
+
+def late(t: Tensor) -> Tensor:
+    """SenseFlow's weight of the generator's loss, 2 (1 - t)^2: what is made of pure noise in one step is not judged."""
+    return 2 * (1 - t).square()
+
+
+def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    """|a / |a| - b / |b||^2 of hidden states, in the mean over patches and layers: [b], 0 to 4.
+
+    The form of LPIPS (arXiv 1801.03924) without its learned weights.
+    """
+    layers = [(F.normalize(a[k].float(), dim=-1) - F.normalize(b[k].float(), dim=-1)).square().sum(-1) for k in a]
+    return torch.stack([mean(layer) for layer in layers]).mean(0)
+
+
+def _flat(error: BaseException) -> str:
+    return " ".join(str(error).split())

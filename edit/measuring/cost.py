@@ -1,0 +1,461 @@
+"""What a denoiser costs: parameters, executed multiply-accumulates, time, memory.
+
+MACs are counted on the operators that really run (`torch.utils.flop_counter`), never from a formula: a unit an edit
+skips, a narrowed layer or a dropped token is absent from the count because it is absent from the run. Counting on the
+meta device computes nothing; a model whose control flow depends on its activations must be run for real.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from edit import edits as editing
+from edit.artifacts.checkpoint import default_objective
+from edit.denoiser import Condition, Denoiser, Output, Step
+from edit.measuring.flops import Flops, Uncounted, uncounted
+from edit.objectives import Objective
+from edit.sampling import Sampler, default_sampler
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of `count` measurements."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        v = torch.tensor(list(values), dtype=torch.float64)
+        low, median, high = v.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+        return cls(median, low, high, len(v))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one denoiser; see `cost`."""
+
+    parameters: int
+    activated: int  # of them, read by one forward of `batch` samples
+    buffers: int  # elements of fixed tables, such as position embeddings
+    macs: int  # multiply-accumulates of one forward, per sample
+    evaluations: int  # forwards per image: solver steps times guidance branches
+    macs_per_image: int  # over the whole generation
+    batch: int
+    device: str
+    forward: Spread | None = None  # seconds per forward of `batch` samples
+    generation: Spread | None = None  # seconds per image, generated `batch` at a time
+    peak_memory: int | None = None  # bytes during a generation of `batch` images, weights included
+    uncounted: tuple[str, ...] = ()  # operators without a FLOP formula that ran: with any, MACs are a lower bound
+
+    @property
+    def training_flops(self) -> int:
+        """Per image, by the convention that the backward pass costs twice the forward: 3 x 2 x MACs."""
+        return 6 * self.macs
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values, spreads as nested objects."""
+        return asdict(self) | {"training_flops": self.training_flops, "uncounted": list(self.uncounted)}
+
+
+def cost(
+    denoiser: Denoiser,
+    sampler: Sampler | None = None,
+    objective: Objective | None = None,
+    condition: Condition | None = None,
+    batch: int = 1,
+    real: bool = False,
+    rounds: int = 0,
+) -> Cost:
+    """Count, and if `rounds` is given time, one forward and one generation.
+
+    Args:
+        denoiser: its edits are honoured; on the meta device if nothing is to be run for real
+        sampler: how images are generated; None: as the family's stock pipeline does, else by 50 steps of Euler or DDIM
+        objective: what the denoiser predicts; None: by its convention
+        condition: `batch` entries; None: the family's example, with prompts of 512 tokens where it reads text
+        batch: samples at a time; counts are divided by it
+        real: count on the denoiser itself, in eval mode, with its weights, instead of on a twin without any: for edits
+            whose decisions depend on activations
+        rounds: timed forwards, and timed generations; 0: none, and no memory is measured
+
+    Warns:
+        Uncounted: if an operator without a FLOP formula has run; `Cost.uncounted` names it
+
+    Raises:
+        ValueError: if it cannot be counted without weights, or has none to be timed with
+    """
+    objective = objective or default_objective(denoiser)
+    sampler = sampler or default_sampler(denoiser, objective)
+    condition = condition or denoiser.example(batch)
+    if rounds and _device(denoiser).type == "meta":
+        raise ValueError("this denoiser is on the meta device, which has no clock: load or build it with weights")
+    subject = denoiser if real else twin(denoiser)
+    one = count_forward(subject, condition, batch)
+    whole = count_generation(subject, sampler, objective, condition, batch)
+    counted = Cost(
+        parameters=sum(p.numel() for p in denoiser.parameters()),
+        activated=one.activated,
+        buffers=sum(b.numel() for b in denoiser.buffers()),
+        macs=round(one.macs / batch),
+        evaluations=whole.forwards,
+        macs_per_image=round(whole.macs / batch),
+        batch=batch,
+        device=device_name(_device(denoiser)),
+        uncounted=tuple(sorted({*one.uncounted, *whole.uncounted})),
+    )
+    if not rounds:
+        return counted
+    device = _device(denoiser)
+    x, t = torch.randn(batch, *denoiser.sample_shape, device=device), torch.full((batch,), 0.5, device=device)
+    told = condition.map(lambda v: v.to(device))
+    samples = torch.arange(batch)
+
+    def generate() -> Tensor:
+        return sampler(denoiser, objective, told, samples)
+
+    with torch.no_grad():
+        forward = latency(lambda: denoiser(x, t, told), device, rounds)
+    generation = latency(generate, device, rounds, warmup=1)
+    per_image = Spread(generation.median / batch, generation.low / batch, generation.high / batch, generation.count)
+    memory = peak_memory(generate, device, (*denoiser.parameters(), *denoiser.buffers()))
+    return replace(counted, forward=forward, generation=per_image, peak_memory=memory)
+
+
+def _device(denoiser: Denoiser) -> torch.device:
+    return next(denoiser.parameters()).device
+
+
+# ---- counting -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Count:
+    macs: int  # multiply-accumulates of matrix products, convolutions and attention
+    activated: int  # parameter elements that were computed with
+    forwards: int  # per image: two branches in one batch are two
+    uncounted: tuple[str, ...] = ()  # operators without a formula: with any, `macs` is a lower bound
+
+
+def macs(denoiser: Denoiser, condition: Condition | None = None) -> int:
+    """Multiply-accumulates of one forward of one sample, counted on the meta device."""
+    return count_forward(twin(denoiser), condition or denoiser.example(), 1).macs
+
+
+def twin(denoiser: Denoiser, decided: bool = True) -> Denoiser:
+    """The same denoiser without weights: on the meta device and in eval mode.
+
+    Args:
+        denoiser: on any device
+        decided: with the edits that decide what is run, too; they come last, and without them all of it is
+    """
+    if _device(denoiser).type == "meta" and decided:
+        return denoiser.eval()
+    live = {
+        name: editing.rebuild(editing.describe(e), _homes(denoiser), editing.Edit)
+        for name, e in denoiser.applied.items()
+        if decided or not e.decides
+    }
+    with torch.device("meta"):
+        return editing.apply(denoiser.family.from_config(denoiser.base), live, fresh=False).eval()
+
+
+def _homes(denoiser: Denoiser) -> tuple[str, ...]:
+    """Packages of edits that are applied already, so that trusting them is no new decision."""
+    return tuple({type(e).__module__.split(".")[0] for e in denoiser.applied.values()})
+
+
+def count_forward(denoiser: Denoiser, condition: Condition, batch: int) -> Count:
+    """One forward at t = 0.5, outside a generation, where the denoiser is; on the meta device nothing is computed."""
+    meter = _Meter(denoiser)
+    meter(torch.zeros(batch, *denoiser.sample_shape), torch.full((batch,), 0.5), condition)
+    return meter.total(batch)
+
+
+def count_generation(
+    denoiser: Denoiser, sampler: Sampler, objective: Objective, condition: Condition, batch: int
+) -> Count:
+    """All evaluations of one generation of `batch` images: the sampler itself runs, and each call is counted."""
+    meter = _Meter(denoiser)
+    sampler(cast(Denoiser, meter), objective, condition, torch.arange(batch))
+    return meter.total(batch)
+
+
+class _Meter:
+    """Stands before a denoiser, counts its calls, and lets the sampler run on the CPU where the model cannot run.
+
+    A denoiser without edits does the same work whenever its input has the same shape, so such a call is counted once.
+    """
+
+    def __init__(self, denoiser: Denoiser):
+        self.denoiser, self.device = denoiser, _device(denoiser)
+        self.macs = self.samples = 0
+        self.reads = _Reads()
+        self.known: dict[torch.Size, tuple[int, Output]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.denoiser, name)
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield torch.empty(0, device="cpu" if self.device.type == "meta" else self.device)
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition, step: Step | None = None) -> Output:
+        self.samples += len(x)
+        if x.shape not in self.known:
+            executed, out = self._run(x, t, condition, step)
+            if self.device.type != "meta":
+                self.macs += executed
+                return out
+            trace = {name: torch.zeros(v.shape) for name, v in out.trace.items()}
+            answer = Output(*(None if v is None else torch.zeros(v.shape) for v in out[:2]), trace)
+            if self.denoiser.applied:
+                self.macs += executed
+                return answer
+            self.known[x.shape] = executed, answer
+        executed, answer = self.known[x.shape]
+        self.macs += executed
+        return answer
+
+    def _run(self, x: Tensor, t: Tensor, condition: Condition, step: Step | None) -> tuple[int, Output]:
+        flops = Flops()
+        try:
+            with torch.no_grad(), self.reads, flops:
+                told = condition.map(lambda v: v.to(self.device))
+                out = self.denoiser(x.to(self.device), t.to(self.device), told, step=step)
+        except (RuntimeError, ValueError) as error:  # torch's, for what the meta device cannot decide or run
+            if self.device.type != "meta" or (isinstance(error, ValueError) and "meta" not in str(error)):
+                raise
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{self.denoiser.name} cannot be counted without weights, count a real run: {reason}"
+            ) from error
+        return flops.total // 2, out
+
+    def total(self, batch: int) -> Count:
+        missed = tuple(sorted(self.reads.uncounted))
+        if missed:
+            warnings.warn(
+                f"{self.denoiser.name}: no FLOP formula for {', '.join(missed)}: MACs are a lower bound; "
+                "torch.utils.flop_counter.register_flop_formula takes one",
+                Uncounted,
+                stacklevel=3,
+            )
+        return Count(self.macs, self.reads.elements(self.denoiser), self.samples // batch, missed)
+
+
+class _Reads(TorchDispatchMode):
+    """Notes which parts of which storages are computed with, and products that nobody counts.
+
+    Taking a view reads nothing: of a stack of experts, or of a layer narrowed by slicing, only the slices that enter
+    an operator count.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self):
+        super().__init__()
+        self.views: dict[int, set[tuple]] = {}  # by storage: (size, stride, offset)
+        self.uncounted: set[str] = set()  # names of operators without a FLOP formula
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if uncounted(func):
+            self.uncounted.add(str(func))
+        if not getattr(func, "is_view", False):
+            for v in tree_leaves((args, kwargs or {})):
+                if isinstance(v, Tensor):
+                    seen = self.views.setdefault(v.untyped_storage()._cdata, set())
+                    seen.add((tuple(v.shape), v.stride(), v.storage_offset()))
+        return func(*args, **(kwargs or {}))
+
+    def elements(self, module: nn.Module) -> int:
+        """Distinct parameter elements of `module` that were read."""
+        return sum(self._elements(p) for p in module.parameters())
+
+    def _elements(self, p: Tensor) -> int:
+        views = self.views.get(p.untyped_storage()._cdata, set())
+        if any(torch.Size(size).numel() == p.numel() and 0 not in stride for size, stride, _ in views):
+            return p.numel()
+        mask = torch.zeros(p.untyped_storage().nbytes() // p.element_size(), dtype=torch.bool, device="cpu")
+        for size, stride, offset in views:
+            size = [1 if step == 0 else n for n, step in zip(size, stride, strict=True)]  # expanded, not more memory
+            mask.as_strided(size, stride, offset).fill_(True)
+        return int(mask.sum())
+
+
+# ---- time -----------------------------------------------------------------------------------------------------------
+
+
+def stopwatch(fn: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call: between two events on a GPU, by the monotonic clock elsewhere."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        fn()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    fn()
+    return time.perf_counter() - begin
+
+
+def latency(fn: Callable[[], Any], device: str | torch.device = "cpu", rounds: int = 20, warmup: int = 3) -> Spread:
+    """Seconds per call after `warmup` calls that are thrown away."""
+    device = torch.device(device)
+    for _ in range(warmup):
+        fn()
+    return Spread.of(stopwatch(fn, device) for _ in range(rounds))
+
+
+def ratio(
+    fn: Callable[[], Any],
+    other: Callable[[], Any],
+    device: str | torch.device = "cpu",
+    rounds: int = 20,
+    warmup: int = 3,
+) -> Spread:
+    """How many times faster `fn` is than `other`: time of `other` / time of `fn`, pair by pair.
+
+    The two run in turns, and which one begins alternates: drift of clock speed or load falls on both.
+    """
+    device = torch.device(device)
+    for _ in range(warmup):
+        fn()
+        other()
+    quotients = []
+    for k in range(rounds):
+        first, second = (fn, other) if k % 2 == 0 else (other, fn)
+        a, b = stopwatch(first, device), stopwatch(second, device)
+        quotients.append(b / a if k % 2 == 0 else a / b)
+    return Spread.of(quotients)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def peak_memory(fn: Callable[[], Any], device: str | torch.device = "cpu", resident: Iterable[Tensor] = ()) -> int:
+    """Largest number of bytes alive at once while `fn` runs.
+
+    On a GPU, of everything the caching allocator has handed out (`torch.cuda.max_memory_allocated`). Elsewhere, of the
+    distinct storages of `resident` and of all tensors that operators read or return, each from its first appearance
+    until it is freed; scratch memory inside one operator is not seen.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        fn()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    ledger = _Ledger(resident)
+    with ledger:
+        fn()
+    return ledger.peak
+
+
+class _Ledger(TorchDispatchMode):
+    """Bytes of the storages that are alive."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, resident: Iterable[Tensor]):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.alive: set[int] = set()
+        self.enter(resident)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.enter(tree_leaves((args, kwargs or {})))
+        out = func(*args, **(kwargs or {}))
+        self.enter(tree_leaves(out))
+        return out
+
+    def enter(self, values: Iterable[Any]) -> None:
+        for v in values:
+            if isinstance(v, Tensor) and (key := (storage := v.untyped_storage())._cdata) not in self.alive:
+                self.alive.add(key)
+                self.bytes += storage.nbytes()
+                self.peak = max(self.peak, self.bytes)
+                weakref.finalize(storage, self.leave, key, storage.nbytes()).atexit = False
+
+    def leave(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.bytes -= size
+
+
+# ---- share of the device's peak -------------------------------------------------------------------------------------
+
+# Dense bf16 FLOP/s with fp32 accumulation, from the makers' data sheets (half of the figure "with sparsity").
+# A name is looked up as `torch.cuda.get_device_name` gives it; the first pattern found decides.
+_PEAKS = (
+    (r"H100 PCIe", 756e12),  # NVIDIA H100 data sheet
+    (r"H100 NVL", 835e12),
+    (r"\b(H100|H800|H200|GH200)\b", 989e12),  # SXM; H200 and GH200 share the die
+    (r"\bH20\b", 148e12),
+    (r"\b(A100|A800)\b", 312e12),  # NVIDIA A100 data sheet
+    (r"\bGB200\b", 2500e12),  # NVIDIA GB200 NVL72 data sheet, per GPU
+    (r"\b(B200|B300)\b", 2250e12),  # NVIDIA HGX B200 and B300 data sheets
+    (r"\bL40S\b", 362e12),  # NVIDIA L40S data sheet
+    (r"\bL40\b", 181e12),
+    (r"\bL4\b", 121e12),
+    (r"\bA40\b", 149.7e12),
+    (r"RTX A6000\b", 154.8e12),
+    (r"\bA10\b", 125e12),  # the A10G of cloud machines is another chip
+    (r"RTX 5090\b(?! D)", 209.5e12),  # NVIDIA RTX Blackwell white paper
+    (r"RTX 4090\b(?! D)", 165.2e12),  # NVIDIA Ada white paper
+    (r"RTX 3090\b(?! Ti)", 71e12),  # NVIDIA Ampere GA102 white paper
+    (r"\b(MI300X|MI325X)\b", 1307.4e12),  # AMD data sheets
+)
+
+
+def peak_flops(name: str) -> float | None:
+    """Dense bf16 peak of a device in FLOP/s by its name; None if it is unknown, a laptop part or a MIG slice."""
+    if re.search(r"\b(MIG|Laptop|Max-Q)\b", name):
+        return None
+    return next((peak for pattern, peak in _PEAKS if re.search(pattern, name)), None)
+
+
+def mfu(flops: float, seconds: float, name: str) -> float | None:
+    """Share of a device's bf16 peak, 0 to 1, that `flops` of useful work in `seconds` amount to; None: peak unknown."""
+    peak = peak_flops(name)
+    return None if peak is None else flops / seconds / peak
+
+
+def find_device(name: str) -> torch.device:
+    """Raises ValueError unless it is a device of this machine on which something can be computed."""
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":  # counted, not touched: what forks later must not find it in use
+            here = (device.index or 0) < torch.cuda.device_count()
+        else:
+            here = device.type != "meta" and torch.empty(1, device=device) is not None
+        if here:
+            return device
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ):  # torch's, for what it does not know or was built without
+        pass
+    found = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+    raise ValueError(
+        f"device={name} is not on this machine, which has {', '.join(['cpu', *found])}: choose one of them"
+    )
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

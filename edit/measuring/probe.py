@@ -1,0 +1,193 @@
+"""What a training step adds to the weights: measured on the real structure, on tensors that have no memory.
+
+Forward and backward run on fake tensors, which know their shape and nothing else; the storages that are alive are
+added up after every operator. A unit that an edit skips, a tap or a frozen layer is in the sum as it is in the run.
+Not seen: workspaces of kernels, the allocator's fragmentation, and the temporaries of loss terms.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from edit.denoiser import Condition, Denoiser, Output
+from edit.edits import trains
+from edit.measuring.cost import _Ledger
+from edit.measuring.flops import Flops
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes above the weights at the worst moment of one forward and backward."""
+
+    forward: int  # of the forward, with all that it keeps for the backward
+    stored: int  # what it has kept when it ends
+    flowing: int  # of both, where gradients leave as they come
+    kept: int  # of both, where gradients stay from the moment that they are made
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Of a forward without gradient."""
+
+    peak: int  # bytes above the weights at its worst moment
+    kept: int  # bytes of the answer, with its taps
+
+
+class Probe:
+    """Measures steps of a structure on tensors without memory; nothing is measured twice.
+
+    Tensors are the CPU's, whose autocast keeps a few small tensors in bf16 that a GPU keeps in fp32.
+
+    Args:
+        structure: makes the denoiser; called under `torch.device("meta")`
+        shape: of one sample
+        condition: of one sample
+        taps: units whose tokens are wanted
+        branches: units whose branches are wanted
+        maps: units whose attention maps are wanted, and how many rows
+    """
+
+    def __init__(
+        self,
+        structure: Callable[[], Denoiser],
+        shape: tuple[int, ...],
+        condition: Condition,
+        taps: tuple[int, ...] = (),
+        branches: tuple[int, ...] = (),
+        maps: Mapping[int, int] = MappingProxyType({}),
+    ):
+        self.structure, self.shape, self.condition = structure, shape, condition
+        self.taps, self.branches, self.maps = taps, branches, maps
+        self.denoiser = self.build()
+        if not self.denoiser.accepts(shape):
+            given, wanted = ("x".join(map(str, s)) for s in (shape, self.denoiser.sample_shape))
+            raise ValueError(f"{self.denoiser.name} takes samples of {wanted}, got {given}: change image= or backbone")
+        self.known: dict[tuple, Any] = {}
+
+    def build(self) -> Denoiser:
+        with torch.device("meta"):
+            return self.structure()
+
+    def macs(self) -> int:
+        """Multiply-accumulates of one forward of one sample."""
+        return self._on_meta()[0]
+
+    def answer(self) -> Output:
+        """What is returned for one sample, on the meta device."""
+        return self._on_meta()[1]
+
+    def _on_meta(self) -> tuple[int, Output]:
+        if ("meta",) not in self.known:
+            flops = Flops()
+            with torch.no_grad(), flops, torch.device("meta"):
+                out = self.run(self.denoiser.eval(), 1, self.condition.map(lambda v: v.to("meta")))
+            self.known["meta",] = flops.total // 2, out
+        return self.known["meta",]
+
+    def run(self, denoiser: Denoiser, batch: int, condition: Condition, graph: bool = False) -> Output:
+        x, t = torch.zeros(batch, *self.shape, requires_grad=graph), torch.full((batch,), 0.5)
+        told = condition.map(lambda v: v.new_zeros(batch, *v.shape[1:]))
+        return denoiser(x, t, told, taps=self.taps, branches=self.branches, maps=self.maps)
+
+    def step(
+        self,
+        batch: int,
+        half: bool,
+        checkpointing: bool,
+        dtype: torch.dtype = torch.float32,
+        frozen: bool = False,
+    ) -> Activations:
+        """Forward and backward of `batch` samples.
+
+        Args:
+            half: under bf16 autocast, which keeps no cache. bf16 copies of fp32 weights count as activations: they live
+                as long as the graph that holds them.
+            checkpointing: units are computed again in the backward
+            dtype: of the weights
+            frozen: the backward goes through the weights to the noisy sample and leaves them no gradient
+        """
+        key = ("step", batch, half, checkpointing, dtype, frozen)
+        if key not in self.known:
+            self.known[key] = self._simulate(lambda d: self._step(d, batch, half, frozen), dtype, checkpointing)
+        return self.known[key]
+
+    def ask(self, batch: int, half: bool, dtype: torch.dtype) -> Asked:
+        """A forward without gradient."""
+        key = ("ask", batch, half, dtype)
+        if key not in self.known:
+            self.known[key] = self._simulate(lambda d: self._ask(d, batch, half), dtype, False)
+        return self.known[key]
+
+    def _simulate(self, measure: Callable[[Denoiser], Any], dtype: torch.dtype, checkpointing: bool) -> Any:
+        denoiser = self.build().train()
+        denoiser.gradient_checkpointing = checkpointing
+        try:
+            with FakeTensorMode(), torch.device("cpu"), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Mismatch dtype")  # about kernels that do not run here
+                without_memory(denoiser, dtype)
+                return measure(denoiser)
+        except RuntimeError as error:  # torch's, for what cannot be decided without values
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{denoiser.name} cannot be measured without weights: {reason}") from error
+
+    def _step(self, denoiser: Denoiser, batch: int, half: bool, frozen: bool) -> Activations:
+        weights = [*denoiser.parameters(), *denoiser.buffers()]
+        ledger = _Ledger(weights)
+        base, done, flowing, kept = ledger.bytes, 0, 0, 0
+
+        def look() -> None:
+            nonlocal flowing, kept
+            flowing, kept = max(flowing, ledger.peak), max(kept, ledger.peak + done)
+            ledger.peak = ledger.bytes
+
+        def leave(p: Tensor) -> None:
+            nonlocal done
+            look()
+            assert p.grad is not None
+            done += p.grad.nbytes
+            p.grad = None
+
+        for name, p in denoiser.named_parameters():
+            p.requires_grad_(not frozen and p.requires_grad and trains(denoiser, name))
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(leave)
+        with ledger:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
+                out = self.run(denoiser, batch, self.condition.map(_copy), frozen)
+            loss = (out.sample.float() - torch.zeros(batch, *self.shape)).square().mean()
+            forward, stored = ledger.peak, ledger.bytes - base
+            loss.backward()
+        look()
+        return Activations(forward - base, stored, max(flowing, forward) - base, max(kept, forward) - base)
+
+    def _ask(self, denoiser: Denoiser, batch: int, half: bool) -> Asked:
+        ledger = _Ledger([*denoiser.parameters(), *denoiser.buffers()])
+        base = ledger.bytes
+        with torch.no_grad(), ledger:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
+                out = self.run(denoiser, batch, self.condition.map(_copy))
+        storages = {s._cdata: s for s in (v.untyped_storage() for v in (out.sample, *out.trace.values()))}
+        return Asked(ledger.peak - base, sum(s.nbytes() for s in storages.values()))
+
+
+def _copy(v: Tensor) -> Tensor:
+    return torch.empty(v.shape, dtype=v.dtype)
+
+
+def without_memory(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Put fake tensors on the CPU in the place of those on the meta device; called under FakeTensorMode."""
+    for m in module.modules():
+        for name, p in m._parameters.items():
+            if p is not None:
+                m._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=dtype), p.requires_grad)
+        for name, b in m._buffers.items():
+            if b is not None:
+                m._buffers[name] = _copy(b)

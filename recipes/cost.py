@@ -1,0 +1,234 @@
+"""What a backbone or an artifact costs, told before anything is trained.
+
+    python -m recipes.cost backbone=dit_xl_2                                    # no weights, no data, no GPU
+    python -m recipes.cost backbone=dit_xl_2 backbone.depth=14 sampler=ddim sampler.steps=50 guidance=1.5
+    python -m recipes.cost artifact=runs/digits --latency --json
+
+Counting is `edit.measuring.cost`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from edit import edits as editing
+from edit.artifacts.checkpoint import default_objective, load
+from edit.denoiser import Spec
+from edit.inputs import trust
+from edit.inputs.command import Parser, guarded
+from edit.measuring.cost import cost, find_device, mfu
+from edit.sampling import Sampler, default_sampler
+
+GROUPS = {"backbone": None, "sampler": None, "edits": "none"}  # of configs/, with the name that is read by default
+SHORT = {"guidance": "sampler.guidance", "sampler.steps": "sampler.solver.steps"}
+MOST_SAMPLES, MOST_ROUNDS = 100_000, 10_000
+EXAMPLES = """examples:
+  python -m recipes.cost backbone=dit_xl_2
+  python -m recipes.cost backbone=dit_xl_2 edits=depth edits.depth.ratio=0.5 sampler=ddpm sampler.steps=50 guidance=1.5
+  python -m recipes.cost backbone=dit_s_2 batch=8 --latency --device cuda
+  python -m recipes.cost artifact=runs/digits --latency --json
+
+keys:
+  backbone=NAME, backbone.FIELD=VALUE   a file of configs/backbone, and changes to it
+  artifact=FOLDER                       instead of a backbone: what a run has left
+  edits=NAME, edits.EDIT.FIELD=VALUE    a file of configs/edits, applied to the backbone
+  sampler=NAME, sampler.steps=N         a file of configs/sampler; else the artifact's, the stock pipeline's, or 50
+                                        steps of Euler or DDIM
+  guidance=W                            1: the conditional prediction alone
+  batch=N                               samples at a time; counts are per sample"""
+
+
+@guarded
+def main(argv: list[str]) -> int:
+    """The command line: 0 if all went well, 2 after one sentence on stderr about what the user can mend."""
+    parser = Parser(
+        prog="python -m recipes.cost",
+        description="Parameters, executed MACs and, if asked, latency and memory of a backbone or an artifact.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="what to count, see below")
+    parser.add_argument("--latency", action="store_true", help="time forward and generation, measure peak memory")
+    parser.add_argument("--rounds", type=int, default=10, help="timed calls of each (10)")
+    parser.add_argument("--real", action="store_true", help="count a run with weights: for data-dependent edits")
+    parser.add_argument("--device", default="cpu", help="to run on with --latency or --real (cpu)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    configs = Path(__file__).parents[1] / "configs"
+    parser.add_argument("--configs", type=Path, default=configs, help="folder of the configuration groups")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        with Console(stderr=True).status("counting"):
+            report = resolve(args)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        print(f"error: out of memory ({str(error).splitlines()[0]}): lower batch", file=sys.stderr)
+        return 2
+    print(json.dumps(report, indent=2)) if args.json else show(report)
+    return 0
+
+
+def resolve(args: argparse.Namespace) -> dict[str, Any]:
+    """Build what the settings name, and count it."""
+    chosen: dict[str, str] = {}
+    changes: dict[str, Any] = {}
+    for setting in args.settings:
+        key, equals, text = setting.partition("=")
+        key = SHORT.get(key, key)
+        root, dot, _ = key.partition(".")
+        known = (*GROUPS, "artifact", "batch")
+        if not equals or root not in known or (dot and root not in GROUPS):
+            close = difflib.get_close_matches(root, (*known, *SHORT), 1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join((*known, 'guidance'))}"
+            raise ValueError(f"{setting} is no setting of the form key=value: {hint}")
+        if dot:
+            changes[key] = parsed(text)
+        else:
+            chosen[root] = text
+    if ("backbone" in chosen) == ("artifact" in chosen):
+        raise ValueError("say what to count: backbone=<name> or artifact=<folder>, one of the two")
+    if not re.fullmatch(r"[0-9]{1,9}", batch := chosen.get("batch", "1")) or not 1 <= int(batch) <= MOST_SAMPLES:
+        raise ValueError(f"batch is a number of samples from 1 to {MOST_SAMPLES}, got {batch}")
+    if not 1 <= args.rounds <= MOST_ROUNDS:
+        raise ValueError(f"--rounds is a number from 1 to {MOST_ROUNDS}, got {args.rounds}")
+    device = find_device(args.device)
+
+    def group(name: str, default: Any = None) -> Any:
+        mine = {k: v for k, v in changes.items() if k.startswith(f"{name}.")}
+        value = from_file(args.configs, name, chosen[name]) if name in chosen else default
+        return changed(value, name, mine)
+
+    if "artifact" in chosen:
+        if fixed := [k for k in (*chosen, *changes) if k.startswith(("backbone", "edits"))]:
+            raise ValueError(f"an artifact has its own backbone and edits: leave {fixed[0]} out, or count a backbone")
+        artifact = load(chosen["artifact"], device)
+        denoiser, objective, default = artifact.denoiser, artifact.objective, artifact.sampler
+    else:
+        spec, edits = group("backbone"), group("edits", {})
+        weights = args.latency or args.real
+        with torch.device(device if weights else "meta"):
+            denoiser = editing.apply(spec.build(), edits, fresh=weights).eval()
+        objective = default_objective(denoiser)
+        default = default_sampler(denoiser, objective)
+    sampler = group("sampler", default)
+    counted = cost(
+        denoiser, sampler, objective, batch=int(batch), real=args.real, rounds=args.rounds if args.latency else 0
+    )
+    what = {k: chosen[k] for k in ("backbone", "artifact", "edits") if k in chosen}
+    return {**what, **changes, "sampler": editing.describe(sampler), **counted.as_dict()}
+
+
+def parsed(text: str) -> Any:
+    """A number, true, false, null or a list as JSON writes it; anything else is a word."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def from_file(configs: Path, group: str, name: str) -> Any:
+    """The object that a file of a configuration group describes.
+
+    Raises:
+        FileNotFoundError: if there is no such file, with the nearest names
+    """
+    path = configs / group / f"{name}.yaml"
+    if not path.is_file():
+        names = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        if not names:
+            raise FileNotFoundError(f"no {group} files in {path.parent}: give the folder with --configs")
+        close = difflib.get_close_matches(name, names, 3) or names
+        raise FileNotFoundError(f"no {group} named {name}: the nearest are {', '.join(close)}")
+    return built(group, OmegaConf.to_container(trust.load_yaml(path), resolve=True))
+
+
+def built(group: str, node: Any) -> Any:
+    """What a configuration group describes. Raises ValueError if it describes something else, or more than can be."""
+    trust.refuse_enormous(node, group)
+    if group != "edits":
+        return editing.rebuild(node, kind={"backbone": Spec, "sampler": Sampler}[group])
+    if not isinstance(node, Mapping) or "_target_" in node:
+        raise ValueError(f"edits: expected edits by their names, got {trust.cut(node)}")
+    return {name: editing.rebuild(edit, kind=editing.Edit) for name, edit in node.items()}
+
+
+def changed(value: Any, name: str, changes: Mapping[str, Any]) -> Any:
+    """A dataclass, or a mapping of them, with fields changed by their dotted names.
+
+    Raises:
+        ValueError: if there is no such field, or it is of another type
+    """
+    if not changes:
+        return value
+    tree = {
+        name: {k: editing.describe(v) for k, v in value.items()}
+        if isinstance(value, Mapping)
+        else editing.describe(value)
+    }
+    for path, new in changes.items():
+        *parents, last = path.split(".")
+        node: Any = tree
+        for key in parents:
+            node = node.get(key, {}) if isinstance(node, Mapping) else {}
+        if last not in node:
+            options = [k for k in node if k != "_target_"]
+            close = difflib.get_close_matches(last, options, 3) or options
+            raise ValueError(f"{path}: there is no such setting; the nearest are {', '.join(close) or 'none'}")
+        old = node[last]
+        number = isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool)
+        if old is not None and not number and type(new) is not type(old):
+            raise ValueError(f"{path} takes {type(old).__name__}, such as {old}, got {new!r}")
+        node[last] = new
+    return built(name, tree[name])
+
+
+def show(report: Mapping[str, Any]) -> None:
+    """Print a report as a table."""
+    r, n = report, report["batch"]
+    table = Table("cost", "", title=f"{r.get('backbone') or r.get('artifact')} on {r['device']}", title_justify="left")
+    table.add_row("parameters", short(r["parameters"]))
+    table.add_row("  read by a forward", short(r["activated"]))
+    table.add_row("elements of fixed tables", short(r["buffers"]))
+    least = "at least " if r["uncounted"] else ""
+    table.add_row("MACs per forward", least + short(r["macs"]))
+    table.add_row("forwards per image", f"{r['evaluations']}")
+    table.add_row("MACs per image", least + short(r["macs_per_image"]))
+    table.add_row("training FLOPs per image", least + short(r["training_flops"]))
+    if least:
+        table.add_row("operators nobody counts", ", ".join(r["uncounted"]))
+    for key, label in (("forward", f"seconds per forward of {n}"), ("generation", f"seconds per image, {n} at a time")):
+        if r[key]:
+            s = r[key]
+            table.add_row(label, f"{s['median']:.4g} (quartiles {s['low']:.4g} to {s['high']:.4g}, n={s['count']})")
+    if r["forward"] and (share := mfu(2 * r["macs"] * n, r["forward"]["median"], r["device"])) is not None:
+        table.add_row("share of the bf16 peak", f"{share:.1%}")
+    if r["peak_memory"]:
+        table.add_row(f"peak memory, generating {n}", f"{r['peak_memory'] / 2**20:,.1f} MiB")
+    Console().print(table)
+
+
+def short(n: float) -> str:
+    """A count with its SI prefix: 118,621,421,568 -> 118.62 G."""
+    for scale, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if n >= scale:
+            return f"{n / scale:.2f}{prefix}"
+    return f"{n:.0f}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,465 @@
+"""What happens around the optimiser steps: numbers, progress, pictures, checkpoints."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from edit.artifacts.checksums import of_file, of_files
+from edit.denoiser import Condition
+from edit.sampling import Sampler
+from recipes.config.schema import UserError
+from recipes.recipe import Recipe
+from recipes.report.routing_map import Decisions, decides, draw, groups
+from recipes.runtime.files import is_first, write
+from recipes.runtime.loggers import log_image
+
+WHOLE = "whole"  # marker inside a checkpoint folder (DeepSpeed), written when all ranks have finished: its checksums
+CHECKSUM = ".sha256"  # follows the name of a checkpoint file
+NAME = r"step_(\d+)\.ckpt"
+# what a run goes on from
+NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step")
+STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # SLURM warns by SIGUSR1 before its time limit
+
+
+class StepCallback(Callback):
+    """A callback that acts once per optimiser step, not once per accumulated batch."""
+
+    last = -1
+
+    def on_train_start(self, trainer: pl.Trainer, module: Recipe) -> None:
+        self.last = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Recipe, *_: Any) -> None:
+        if trainer.global_step != self.last:
+            self.last = trainer.global_step
+            self.on_step(trainer, module, trainer.global_step)
+
+    def on_step(self, trainer: pl.Trainer, module: Recipe, step: int) -> None: ...
+
+
+class Metrics(StepCallback):
+    """Write a row of numbers every `every` optimiser steps, and stop a run whose gradients are no numbers.
+
+    Losses are means over the optimiser step's batches and over all ranks.
+
+    Args:
+        every: optimiser steps
+        batch: images per optimiser step, over all ranks
+        flops: training FLOPs per image, for the share of the device's peak; None: not known
+        peak: FLOP/s of one device; None: not known
+    """
+
+    def __init__(self, every: int, batch: int, flops: float | None = None, peak: float | None = None):
+        self.every, self.batch, self.flops, self.peak = every, batch, flops, peak
+        self.values: dict[str, float] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, module: Recipe) -> None:
+        super().on_train_start(trainer, module)
+        self.mark = (time.perf_counter(), trainer.global_step)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside counts neither for images per second nor for MFU."""
+        start = time.perf_counter()
+        yield
+        self.mark = (self.mark[0] + time.perf_counter() - start, self.mark[1])
+
+    def on_step(self, trainer: pl.Trainer, module: Recipe, step: int) -> None:
+        if step % self.every and step != trainer.max_steps:
+            return
+        means = torch.stack([v.float() for v in module.losses.values()])
+        if trainer.world_size > 1:
+            dist.all_reduce(means)
+            means /= trainer.world_size
+        losses = dict(zip(module.losses, means.tolist(), strict=True))
+        now = time.perf_counter()
+        speed = (step - self.mark[1]) * self.batch / (now - self.mark[0])
+        self.mark = (now, step)
+        values = {f"train/{k}": v for k, v in losses.items()}
+        values["lr"] = module.rate
+        if (norm := module.grad_norm) is not None:
+            values["grad_norm"] = norm.item()
+        values |= {"skipped_steps": module.skipped[0].item(), "images_per_second": speed, "memory_gb": memory(module)}
+        if self.flops and self.peak:
+            values["mfu"] = speed * self.flops / (self.peak * trainer.world_size)
+        self.values = values
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step)
+        module.check_progress()
+
+
+def memory(module: Recipe) -> float:
+    """Peak memory so far in GB: of the GPU, else of this process."""
+    if module.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(module.device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class ProgressBar(StepCallback):
+    """A live bar with loss, images/s and time left; on no terminal, a line every `interval` seconds."""
+
+    def __init__(self, metrics: Metrics, interval: float = 15.0):
+        self.metrics, self.interval = metrics, interval
+        self.console = Console()
+        self.shown = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, module: Recipe) -> None:
+        super().on_train_start(trainer, module)
+        self.bar = None
+        if not trainer.is_global_zero:
+            return
+        self.start = (time.perf_counter(), trainer.global_step)
+        self.shown = self.start[0]
+        if self.console.is_terminal:
+            columns = ["training", BarColumn(), MofNCompleteColumn(), "loss {task.fields[loss]}"]
+            columns += ["{task.fields[speed]} images/s", TimeElapsedColumn(), "left", TimeRemainingColumn()]
+            self.bar = Progress(*(TextColumn(c) if isinstance(c, str) else c for c in columns), console=self.console)
+            self.task = self.bar.add_task(
+                "", total=trainer.max_steps, completed=trainer.global_step, loss="-", speed="-"
+            )
+            self.bar.start()
+
+    def on_step(self, trainer: pl.Trainer, module: Recipe, step: int) -> None:
+        now = time.perf_counter()
+        if not trainer.is_global_zero or (now - self.shown < (0.2 if self.bar else self.interval)):
+            return
+        self.shown = now
+        loss, speed = self.metrics.values.get("train/loss"), self.metrics.values.get("images_per_second")
+        shown_loss = "-" if loss is None else f"{loss:.4f}"
+        shown_speed = "-" if speed is None else f"{speed:,.0f}"
+        if self.bar:
+            self.bar.update(self.task, completed=step, loss=shown_loss, speed=shown_speed)
+        elif step > self.start[1]:
+            left = (now - self.start[0]) / (step - self.start[1]) * (trainer.max_steps - step)
+            print(
+                f"step {step}/{trainer.max_steps}  loss {shown_loss}  {shown_speed} images/s  {left:.0f} s left",
+                flush=True,
+            )
+
+    def on_train_end(self, trainer: pl.Trainer, module: Recipe) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=trainer.global_step)
+            self.bar.stop()
+
+    def on_exception(self, trainer: pl.Trainer, module: Recipe, exception: BaseException) -> None:
+        if getattr(self, "bar", None):
+            self.bar.stop()
+
+
+class Preview(StepCallback):
+    """Every `every` optimiser steps, a grid of samples from the average: always the same noise and labels.
+
+    Where edits decide, what they decided for these samples is drawn, too.
+
+    Args:
+        every: optimiser steps; 0: never
+        count: images
+        sampler: how to generate
+        folder: for `step_000500.png`, and `routing_<edit>_000500.png` where an edit decides
+        grid: (denoised samples b c y x) -> picture, uint8 y x 3
+        condition: makes the condition of `count` samples
+        captions: says in words what it is, for samples without classes
+        negative: one unconditional counterpart for all; None: the denoiser's own
+        seed: of the noise
+        metrics: whose clock stands still meanwhile
+    """
+
+    def __init__(
+        self,
+        every: int,
+        count: int,
+        sampler: Sampler,
+        folder: Path,
+        grid: Callable[[torch.Tensor], np.ndarray] | None,
+        condition: Callable[[int], Any],
+        captions: Callable[[int], list[str]],
+        negative: Condition | None,
+        seed: int,
+        metrics: Metrics,
+    ):
+        self.every, self.count, self.sampler, self.folder = every, count, sampler, folder
+        self.grid, self.condition, self.captions, self.negative = grid, condition, captions, negative
+        self.seed, self.metrics = seed, metrics
+
+    def on_step(self, trainer: pl.Trainer, module: Recipe, step: int) -> None:
+        if not self.every or (step % self.every and step != trainer.max_steps):
+            return
+        with self.metrics.paused(), trainer.precision_plugin.forward_context():
+            self._draw(trainer, module, step)
+
+    def _draw(self, trainer: pl.Trainer, module: Recipe, step: int) -> None:
+        numbers, told = torch.arange(self.count), self.condition(self.count)
+        seen = Decisions(module.ema) if trainer.is_global_zero and decides(module.ema) else None
+        x = self.sampler(module.ema, module.objective, told, numbers, self.seed, self.negative, watch=seen)
+        module.reshard()
+        if not trainer.is_global_zero:
+            return
+        x = x.cpu()
+        if (picture := self._picture(x)) is not None:
+            self._put(trainer, "samples", f"step_{step:06d}.png", picture, step)
+        if seen is not None:
+            whom = groups(told.label, self.captions(self.count))
+            for name, maps in seen.maps().items():
+                picture = np.asarray(draw(maps, whom, lambda k: self._picture(x[k : k + 1])))
+                file = f"routing_{name.replace('/', '_')}_{step:06d}.png"
+                self._put(trainer, f"routing/{name}", file, picture, step)
+
+    def _picture(self, x: torch.Tensor) -> np.ndarray | None:
+        """Samples as a grid; None where there is no way to look at them."""
+        if self.grid is None:
+            return None
+        try:
+            return self.grid(x)
+        except (FileNotFoundError, ValueError) as error:  # no VAE to decode with: not worth a training run
+            print(f"no more previews: {error}", flush=True)
+            self.grid = None
+            return None
+
+    def _put(self, trainer: pl.Trainer, name: str, file: str, picture: np.ndarray, step: int) -> None:
+        """Into the folder and to the loggers."""
+        from PIL import Image
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(self.folder / file)
+        log_image(trainer.loggers, name, picture, step)
+
+
+class Hashed:
+    """A file that is written to, and the SHA-256 of what was."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, content: Any) -> int:
+        self.sha256.update(content)
+        return self.file.write(content)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+class AtomicIO(TorchCheckpointIO):
+    """A checkpoint is written beside its place and moved there when whole: a kill at any moment leaves the last one.
+
+    Lightning's own write is corrupted by a kill where TMPDIR is another file system. Its checksum is made from what is
+    written, 2 GB/s, and lies beside it. A write that fails is remembered in `error` and not raised: the other ranks are
+    waiting at a barrier, and `Checkpoints` tells them.
+    """
+
+    error: UserError | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        try:
+            with open(temporary, "wb") as f:
+                hashed = Hashed(f)
+                torch.save(checkpoint, hashed)
+                f.flush()
+                os.fsync(f.fileno())
+            # between these a kill leaves a checkpoint without a checksum, which is taken, never one with another's
+            checksum_of(path).unlink(missing_ok=True)
+            os.replace(temporary, path)
+            write(checksum_of(path), f"{hashed.sha256.hexdigest()}  {path.name}\n")
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+            temporary.unlink(missing_ok=True)
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError) and "write" not in str(error):
+                raise
+            reason = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(error)
+            full = shutil.disk_usage(path.parent).free < 2**20 or "space" in reason
+            cure = "free some space" if full else "check the disk and its limits"
+            self.error = UserError(
+                f"could not write {path} ({reason.lower()}): earlier checkpoints are whole; {cure} and give the same "
+                "command, which resumes from them"
+            )
+
+
+class Checkpoints(StepCallback):
+    """Save every `every` optimiser steps, after the last, and on SIGTERM, SIGUSR1 or SIGHUP; keep the newest `keep`.
+
+    Only whole optimiser steps are saved: a checkpoint inside an accumulation window would lose its gradients.
+    """
+
+    def __init__(self, folder: Path, every: int, keep: int, metrics: Metrics):
+        self.folder, self.every, self.keep, self.metrics = folder, every, keep, metrics
+        self.told_to_stop = False
+
+    def on_train_start(self, trainer: pl.Trainer, module: Recipe) -> None:
+        super().on_train_start(trainer, module)
+        if trainer.is_global_zero:
+            for left in self.folder.glob("*.tmp-*"):  # of a write that was killed
+                left.unlink()
+            for left in self.folder.glob("step_*.ckpt"):
+                if left.is_dir() and not (left / WHOLE).exists():
+                    shutil.rmtree(left)
+            for left in self.folder.glob(f"step_*.ckpt{CHECKSUM}"):  # of a checkpoint that was removed
+                if not left.with_name(left.name.removesuffix(CHECKSUM)).exists():
+                    left.unlink()
+        if threading.current_thread() is threading.main_thread():
+            # here and not earlier: Lightning would add its own handler, which kills other ranks inside a step
+            for told in STOP:
+                if signal.getsignal(told) != signal.SIG_IGN:  # under nohup a hang-up is none of our business
+                    signal.signal(told, self._stop)
+
+    def _stop(self, number: int, _: Any) -> None:
+        self.told_to_stop = True
+        if number == signal.SIGHUP:
+            leave_terminal()
+
+    def on_step(self, trainer: pl.Trainer, module: Recipe, step: int) -> None:
+        stop = self.told_to_stop
+        if trainer.world_size > 1:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if not (stop or step % self.every == 0 or step == trainer.max_steps):
+            return
+        with self.metrics.paused():
+            self._save(trainer, self.folder / f"step_{step:08d}.ckpt")
+        if stop and step != trainer.max_steps:
+            trainer.should_stop = True
+            if trainer.is_global_zero:
+                print(f"told to stop: saved step {step}; the same command resumes", flush=True)
+
+    def _save(self, trainer: pl.Trainer, path: Path) -> None:
+        trainer.save_checkpoint(path)
+        error = getattr(trainer.strategy.checkpoint_io, "error", None)
+        if not trainer.strategy.reduce_boolean_decision(error is None, all=True):
+            raise error or UserError(f"rank 0 could not write {path}: see its message")
+        if trainer.is_global_zero:
+            if path.is_dir():
+                write(path / WHOLE, json.dumps(of_files(path, files_in(path)), indent=2))
+            for old in checkpoints(self.folder)[: -self.keep]:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+                checksum_of(old).unlink(missing_ok=True)
+
+
+def leave_terminal() -> None:
+    """What is printed after the terminal was closed goes nowhere, where it would raise an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        try:
+            os.write(output, b"")
+        except OSError:
+            os.dup2(nowhere, output)
+    os.close(nowhere)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    found = [p for p in folder.glob("step_*.ckpt") if re.fullmatch(NAME, p.name)]
+    return sorted((p for p in found if p.is_file() or (p / WHOLE).exists()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    match = re.fullmatch(NAME, checkpoint.name)
+    assert match, checkpoint
+    return int(match.group(1))
+
+
+def checksum_of(checkpoint: Path) -> Path:
+    """Where the checksum of a checkpoint file is, as `sha256sum -c` reads it."""
+    return checkpoint.with_name(checkpoint.name + CHECKSUM)
+
+
+def files_in(checkpoint: Path) -> list[str]:
+    """All files of a checkpoint folder but its marker."""
+    names = (str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file())
+    return sorted(name for name in names if name != WHOLE)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; damaged ones are named and passed over. None: there are no checkpoints.
+
+    Every rank reads and hashes it, and so comes to the same.
+
+    Raises:
+        UserError: if there are checkpoints, and all are damaged
+    """
+    damaged: list[str] = []
+    for path in reversed(checkpoints(folder)):
+        if (complaint := damage(path)) is None:
+            return path
+        damaged.append(f"{path.name}: {complaint}")
+        if is_first():
+            print(f"warning: {path} is damaged ({complaint}); trying an older checkpoint", flush=True)
+    if damaged:
+        raise UserError(
+            f"no checkpoint in {folder} is whole ({'; '.join(damaged)}): bring one back from a copy, or delete them to "
+            "train from the start"
+        )
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole.
+
+    One without a checksum (of an earlier version, or from a kill before it was written) must be readable.
+
+    Raises:
+        PermissionError: if it may not be read, which says nothing about it
+    """
+    try:
+        if path.is_dir():
+            kept = read_checksums(path / WHOLE)
+            wrong = [name for name, sum in kept.items() if not (path / name).is_file() or of_file(path / name) != sum]
+            return f"{wrong[0]} is not what was saved" if wrong else None
+        if (kept := read_checksums(checksum_of(path)).get(path.name)) and kept != of_file(path):
+            return "its bytes are not those that were saved"
+        if not kept and (torn := torn_record(path)):
+            return f"{torn} in it is torn"
+        mapped = str(path).isprintable()  # torch maps no file whose name is no UTF-8
+        content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        missing = [key for key in NEEDED if not isinstance(content, dict) or key not in content]
+        if missing:
+            return f"it has no {missing[0]}"
+        if content["global_step"] != step_of(path):
+            return f"it holds step {content['global_step']}"
+        return None
+    except Exception as error:  # damaged files raise whatever they run into
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
+            raise
+        return f"it cannot be read, {type(error).__name__}"
+
+
+def read_checksums(path: Path) -> dict[str, str]:
+    """SHA-256 by name of file, of a checkpoint file or folder; empty where there are none, or none that can be read."""
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    if path.name == WHOLE:
+        kept = json.loads(text or "{}")  # of an earlier version: empty
+        return {str(name): str(sum) for name, sum in kept.items()}
+    match = re.fullmatch(r"([0-9a-f]{64})  (\S+)\n", text)
+    return {match[2]: match[1]} if match else {}
+
+
+def torn_record(path: Path) -> str | None:
+    """The first part of a checkpoint file that differs from the zip archive's own checksums, which are weaker."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()

@@ -1,0 +1,93 @@
+"""Files that are whole or not there, whenever the process ends; and folders that one process at a time writes into."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from recipes.config.schema import UserError
+
+LOCK = ".lock"  # in a run's folder: who is writing there
+# what tells a process of a launch that another one is the first: torchrun, Lightning, SLURM, LSF, MPI
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK")
+
+_held: set[int] = set()  # descriptors of locks
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    """Put content in place at once; makes the folder. Text is UTF-8, with \\u.... for what is none (names of files)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)  # a full disk is not left fuller
+        error.filename = error.filename or str(path)
+        raise
+    return path
+
+
+def is_first() -> bool:
+    """Whether this process is the first of its launch, or was not launched with others."""
+    return all(os.environ.get(rank, "0") in ("", "0") for rank in RANKS)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes of `locked` out of a folder, which is made; the kernel lets go when this process dies.
+
+    Where the file system has no locks, that is said, and nobody is kept out.
+
+    Raises:
+        UserError: if another process is in it, with its number and machine
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        _cannot_tell(folder, error)
+        yield
+        return
+    _held.add(descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except BlockingIOError:
+            who = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
+            raise UserError(
+                f"{folder} is being written by {who}: wait until it ends, stop it, or give this run another name="
+            ) from None
+        except OSError as error:  # ENOLCK, ENOTSUP: a shared file system without locks; ENOSPC: nameless, but held
+            _cannot_tell(folder, error)
+        yield
+    finally:
+        if descriptor in _held:  # not in a forked child
+            _held.remove(descriptor)
+            os.close(descriptor)
+
+
+def _cannot_tell(folder: Path, error: OSError) -> None:
+    print(
+        f"warning: {folder} cannot be locked ({(error.strerror or str(error)).lower()}): see to it yourself that no "
+        "second process runs under this name",
+        flush=True,
+    )
+
+
+def _let_go() -> None:
+    """A forked child (a loader's worker) would keep the lock of a killed run."""
+    for descriptor in _held:
+        with suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)

@@ -1,0 +1,135 @@
+"""From the `trainer` group to a Lightning trainer: devices, strategies, launch environments."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+
+from recipes.config.schema import TrainerConfig, UserError
+from recipes.runtime.callbacks import AtomicIO
+
+
+def accelerator_of(t: TrainerConfig) -> str:
+    if t.accelerator == "auto":
+        return "gpu" if torch.cuda.is_available() else "cpu"
+    return t.accelerator
+
+
+def precision_of(t: TrainerConfig) -> str:
+    """Of the run: fp32, or bf16 autocast over fp32 weights."""
+    if t.precision == "auto":
+        return "bf16-mixed" if accelerator_of(t) == "gpu" else "32-true"
+    return t.precision
+
+
+def recipe_casts(t: TrainerConfig) -> bool:
+    """Under DeepSpeed the recipe casts: the engine's bf16 would turn weights and average into bf16."""
+    return t.strategy.startswith("zero") and precision_of(t) == "bf16-mixed"
+
+
+def count_devices(t: TrainerConfig) -> int:
+    """Devices per node.
+
+    Raises:
+        UserError: if there are fewer than asked for
+    """
+    kind = accelerator_of(t)
+    here = torch.cuda.device_count() if kind == "gpu" else None
+    if kind == "gpu" and not here:
+        raise UserError("trainer.accelerator=gpu, but torch sees no GPU here: use trainer=cpu, or check the driver")
+    if t.devices == "auto":
+        return here or 1
+    if here is not None and t.devices > here:
+        raise UserError(f"trainer.devices={t.devices}, but this machine has {here} GPUs: ask for at most {here}")
+    return t.devices
+
+
+def make_strategy(t: TrainerConfig, devices: int, turns: bool) -> Strategy | str:
+    backend = "gloo" if accelerator_of(t) == "cpu" else "nccl"
+    if t.strategy == "single":
+        return "auto"
+    if t.strategy == "ddp":
+        return DDPStrategy(
+            process_group_backend=backend,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=turns,
+        )
+    if t.strategy == "fsdp2":
+        # sizes are given: with "auto" all ranks of one node would train on the same batches
+        return ModelParallelStrategy(
+            data_parallel_size=devices * t.num_nodes,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=backend,
+        )
+    if backend == "gloo":
+        raise UserError(f"trainer={t.strategy} runs on GPUs (Lightning's DeepSpeed has no CPU): use trainer=fsdp2 here")
+    from lightning.pytorch.strategies import DeepSpeedStrategy
+
+    return DeepSpeedStrategy(
+        stage=int(t.strategy[-1]), zero_allow_untested_optimizer=True, process_group_backend=backend
+    )
+
+
+def make_trainer(
+    t: TrainerConfig, out: Path, loggers: list[Logger], callbacks: list[Callback], turns: bool = False
+) -> pl.Trainer:
+    """The Lightning trainer of a run; data order, checkpoints and logging are our own.
+
+    Args:
+        t: the `trainer` group
+        out: the run's folder
+        loggers: the first writes metrics.csv
+        callbacks: in this order
+        turns: roles take turns, so that in a step not every parameter gets a gradient
+
+    Raises:
+        UserError: if devices, strategy or launch environment do not fit together
+    """
+    devices = count_devices(t)
+    kind = accelerator_of(t)
+    deepspeed = t.strategy.startswith("zero")
+    plugins: list[Any] = [] if deepspeed else [AtomicIO()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # Lightning's own requeue saves inside accumulation windows, and its file is picked up by other runs
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    try:
+        trainer = pl.Trainer(
+            accelerator=kind,
+            devices=devices,
+            num_nodes=t.num_nodes,
+            strategy=make_strategy(t, devices, turns),
+            precision="32-true" if recipe_casts(t) else precision_of(t),
+            default_root_dir=str(out),
+            max_steps=t.max_steps,
+            max_epochs=-1,
+            accumulate_grad_batches=t.accumulate,
+            gradient_clip_val=t.clip if deepspeed else None,  # elsewhere the recipe clips
+            logger=loggers,
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            plugins=plugins,
+        )
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"the trainer group does not fit this machine or launcher: {error}") from error
+    if trainer.world_size != devices * t.num_nodes:  # sbatch without srun runs one silent process
+        tasks = os.environ.get("SLURM_NTASKS", "unset")
+        raise UserError(
+            f"{devices} devices x {t.num_nodes} nodes were asked for, but the launcher started {trainer.world_size} "
+            f"processes: use srun or torchrun with as many tasks (SLURM_NTASKS={tasks})"
+        )
+    return trainer

@@ -1,0 +1,37 @@
+"""Whatever goes wrong in a command is one sentence and an exit code."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import edit
+from recipes.cost import main as cost
+
+
+def test_every_command_has_the_net_below_it():
+    """A module with a command line is guarded; eval.py and train.py have nets of their own."""
+    root = Path(edit.__file__).parents[2]
+    for file in [f for package in ("edit", "data", "recipes") for f in (root / package).rglob("*.py")]:
+        tree = ast.parse(file.read_text())
+        mains = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main"]
+        for main in mains:
+            assert [ast.unparse(d) for d in main.decorator_list] == ["guarded"], file
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_an_error_that_nobody_foresaw_is_one_sentence_with_its_type(debug, capsys, monkeypatch):
+    monkeypatch.setattr("recipes.cost.resolve", lambda args: {}["x"])
+    assert cost(["backbone=dit_tiny", *["debug=true"] * debug]) == 1
+    err = capsys.readouterr().err
+    assert err.endswith("error: KeyError: 'x'; debug=true shows the traceback\n") and ("Traceback" in err) == debug
+
+
+@pytest.mark.parametrize("words", [["artifact=\udcff"], ["--foo"], ["artifact=/"], ["artifact=."], ["+="]], ids=ascii)
+def test_a_word_that_means_nothing_is_one_sentence(words, capsys):
+    try:
+        code = cost(words)
+    except SystemExit as stop:
+        code = stop.code
+    err = capsys.readouterr().err
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1

@@ -1,0 +1,402 @@
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import edit
+from data.names import legible
+from data.sets.digits import Digits
+from data.sets.shapes import Shapes
+from edit.backbones.flux import FluxConfig
+from edit.inputs.command import print_any_name
+from edit.pruning.depth import DepthPruning
+from edit.sampling import Euler, Grid, Sampler
+from recipes.config.schema import UserError
+from recipes.report.evaluate import (
+    DEFAULTS,
+    adjusted,
+    build_data,
+    captions,
+    conditions,
+    run,
+    run_folder,
+    settings,
+    short_names,
+)
+from recipes.report.yardstick import progress
+from recipes.training import finish
+
+ROOT = Path(__file__).parents[3]
+DIGITS = {"_target_": "data.sets.digits.Digits"}
+
+
+@pytest.fixture(scope="module")
+def cli():
+    spec = spec_from_file_location("eval_cli", ROOT / "eval.py")
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """Shared, so that the judge is trained once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def runs(make_dit, tmp_path) -> Path:
+    """Two runs, `whole` and `shallow` (one of three units dropped), of untrained digit models."""
+    for name in ("whole", "shallow"):
+        denoiser = make_dit(in_channels=1, patch_size=4)
+        if name == "shallow":
+            edit.apply(denoiser, {"depth": DepthPruning(ratio=0.34)})
+        edit.save(denoiser, tmp_path / name / "artifact", sampler=Sampler(Euler(4)), data=DIGITS, run={"name": name})
+    return tmp_path
+
+
+@pytest.fixture
+def quick(cache) -> list[str]:
+    return ["n=24", "rounds=2", f"cache={cache}"]
+
+
+def results(folder: Path) -> list[dict]:
+    return json.loads((folder / "report.json").read_text())["artifacts"]
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_complete_and_pass_their_own_rules():
+    assert settings({}).n == OmegaConf.load(DEFAULTS).n
+
+
+def test_one_value_stands_for_a_list():
+    chosen = settings({"guidance": 2, "seed": 3})
+    assert chosen.guidance == [2.0] and chosen.seed == [3]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"guidence": 1.5}, "unknown key 'guidence'; did you mean 'guidance'?"),
+        ({"n": "many"}, "n: expected int, got 'many'"),
+        ({"guidance": ["strong"]}, "guidance: expected list of float, got .'strong'."),
+        ({"n": 2}, "n: expected a number from 8 to 1000000, got 2"),
+        ({"steps": 0}, "steps: expected a number from 1 to 10000 or null, got 0"),
+        ({"seed": []}, "seed: expected at least one value"),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_one_sentence(overrides, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        settings(overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_names_are_as_short_as_they_can_be():
+    assert short_names([Path("runs/a/artifact"), Path("runs/b")]) == ["a", "b"]
+    assert short_names([Path("x/a/artifact"), Path("y/a/artifact")]) == ["x/a", "y/a"]
+    assert run_folder(Path("runs/a/artifact")) == Path("runs/a")
+
+
+def test_an_artifact_cannot_name_a_data_set_outside_of_the_data_package(runs):
+    artifact = edit.load(runs / "whole")
+    assert build_data(artifact).num_classes == 10
+    for node in ({"_target_": "os.system", "command": "true"}, {"_target_": "data.sets.digits.torch.load"}, {}):
+        artifact.data = node
+        with pytest.raises(UserError, match="cannot be opened|does not say which data"):
+            build_data(artifact)
+
+
+# ---- reports --------------------------------------------------------------------------------------------------------
+
+
+def test_one_artifact_gives_a_report_in_its_run_folder_with_everything_named(cli, runs, quick, capsys):
+    assert cli.main([f"artifact={runs / 'whole'}", "guidance=[1,1.5]", *quick]) == 0
+    out = capsys.readouterr().out
+    assert str(runs / "whole" / "report.html") in out and "whole w=1.5" in out
+    (entry,) = results(runs / "whole")
+    plain, guided = entry["results"]
+    assert entry["name"] == "whole" and entry["data"] == DIGITS and entry["run"]["name"] == "whole"
+    assert len(entry["extractor"]["hash"]) == 12 and "no resizing" in entry["extractor"]["rule"]
+    assert entry["reference"]["n"] == 360 and entry["reference"]["judge"]["accuracy"] > 0.98
+    assert plain["n"] == 24 and plain["seed"] == [0]
+    # an untrained model is far from digits, the training images are near
+    assert plain["quality"]["frechet"]["value"] > 10 * entry["reference"]["floor"]
+    assert plain["quality"]["frechet"]["spread"] > 0
+    assert plain["quality"]["accuracy"]["value"] < 0.5
+    assert plain["cost"]["evaluations"] == 4 and guided["cost"]["evaluations"] == 8  # guidance runs two branches
+    assert guided["cost"]["macs_per_image"] == 2 * plain["cost"]["macs_per_image"]
+    assert plain["cost"]["generation"]["count"] == 2 and plain["cost"]["peak_memory"] > 0
+    assert (runs / "whole" / plain["grid"]).is_file()
+
+
+def test_the_same_command_gives_the_same_qualities_at_any_batch_size(cli, runs, quick):
+    seen = []
+    for batch in (16, 24):
+        assert cli.main([f"artifact={runs / 'whole'}", f"batch={batch}", "guidance=1", *quick]) == 0
+        seen.append(results(runs / "whole")[0]["results"][0]["quality"])
+    for name in ("frechet", "nearest_train"):
+        # sums of matrix products in another order, seldom enough to move a rounded pixel
+        assert seen[0][name]["value"] == pytest.approx(seen[1][name]["value"], rel=1e-2), name
+
+
+@pytest.mark.parametrize("name", ["run[1]", "it's {a}, [b] = #1 $x_2$", "0x10", os.fsdecode(b"caf\xe9")])
+def test_a_run_of_any_name_is_evaluated_by_the_command_that_training_prints(
+    cli, runs, cache, capsys, monkeypatch, name
+):
+    monkeypatch.chdir(runs)
+    Path("whole").rename(name)
+    Path("shallow").rename("run1")  # which run[1] matches as a pattern
+    print_any_name()
+    finish(OmegaConf.create({"evaluate": None}), Path(name) / "artifact")
+    said = capsys.readouterr().out.splitlines()[-1].removeprefix("next      ")
+    command = ["bash", "-c", f"printf '%s\\0' {said}"]
+    python, script, *words = map(os.fsdecode, subprocess.run(command, capture_output=True).stdout.split(b"\0")[:-1])
+    assert (python, script, len(words)) == ("python", "eval.py", 1)
+    assert not name.isprintable() or shlex.split(said)[2:] == words
+    assert cli.main([*words, "features=none", "guidance=1", "n=8", "rounds=0"]) == 0
+    (told,) = results(Path(name))
+    assert told["name"] == legible(name) and not Path("run1/report.json").exists()
+
+
+def test_paths_are_taken_as_they_are_typed_and_patterns_only_where_there_is_no_such_folder(cli, runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    for name in ("run[1]", "run1", "run2", "a,b", "x #1", "1_0", "[1]", "null"):
+        shutil.copytree("whole", name)
+
+    def found(*words):
+        return [str(p.parent) for p in cli.folders(cli.parse([f"artifact={word}" for word in words])["artifact"])]
+
+    for name in ("run[1]", "a,b", "x #1", "1_0", "[1]", "null"):
+        assert found(name) == [name] == found(f'"{name}"')
+    Path("empty[1]").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no artifact at empty\[1\]: neither it nor"):
+        found("empty[1]")
+    assert found("[run1,run2]") == ["run1", "run2"] == found("run[12]")
+    assert found("run*", "run1") == ["run1", "run2", "run[1]"]
+    assert found("[run1,'run[1]']") == ["run1", "run[1]"]
+    Path("same").symlink_to("run1")
+    assert found("run1", "same") == ["run1"]
+    assert cli.parse(["artifact=run1", "out=1_0 #2"])["out"] == "1_0 #2"
+    assert cli.parse(["artifact=run1", "out=null", "cache=~"]) == {"artifact": ["run1"], "out": None, "cache": None}
+
+
+@pytest.mark.parametrize(
+    "words,sentence",
+    {
+        "artifact=": "artifact= is empty: give a folder",
+        "artifact=file": "no artifact at file: it is a file, expected a folder",
+        "artifact=whole out=file": "out=file cannot be written: .*file is no folder",
+        "artifact=whole out=file/below": "out=file/below cannot be written: .*file is no folder",
+    }.items(),
+)
+def test_a_file_where_a_folder_is_wanted_is_told_before_any_work(cli, runs, monkeypatch, capsys, words, sentence):
+    monkeypatch.chdir(runs)
+    Path("file").write_text("mine")
+    monkeypatch.setattr(cli, "run", lambda *_: pytest.fail("it was measured"))
+    assert cli.main(words.split()) == 2
+    assert re.fullmatch(f"error: {sentence}.*\n", capsys.readouterr().err)
+
+
+def test_a_name_that_looks_like_markup_or_a_format_is_shown_on_a_terminal(monkeypatch):
+    import io
+
+    from rich.console import Console
+
+    screen = io.StringIO()
+    monkeypatch.setattr("rich.console.Console", lambda: Console(file=screen, force_terminal=True, width=100))
+    with progress("run {0} [/b] [bold]", 8) as done:
+        done(8)
+    assert "run {0} [/b] [bold]" in screen.getvalue()
+
+
+def test_several_artifacts_are_compared_side_by_side_with_the_reference(cli, runs, quick, tmp_path):
+    out = tmp_path / "out"
+    words = [
+        f"artifact={runs / 'whole'}",
+        f"artifact=[{runs / 'shallow'}]",
+        f"reference={runs / 'whole'}",
+        f"out={out}",
+    ]
+    assert cli.main([*words, "guidance=1", "seed=[0,1]", *quick]) == 0
+    whole, shallow = (a["results"][0] for a in results(out))
+    assert whole["compared"]["psnr"]["value"] == 100 and whole["compared"]["ssim"]["value"] == pytest.approx(1)
+    assert whole["compared"]["perceptual"]["value"] == 0
+    assert shallow["compared"]["psnr"]["value"] < 60 and shallow["compared"]["perceptual"]["value"] > 0
+    assert shallow["cost"]["macs"] < 0.75 * whole["cost"]["macs"]  # two of three units remain, and the embedders
+    assert len(whole["quality"]["frechet"]["values"]) == 2 and "2 seeds" in whole["quality"]["frechet"]["over"]
+    page = (out / "report.html").read_text()
+    assert page.count("<figure>") == 3  # real images and two artifacts
+
+
+def test_fewer_steps_are_compared_with_the_artifacts_own(cli, runs, quick):
+    words = [f"artifact={runs / 'whole'}", f"reference={runs / 'whole'}", "steps=2", "guidance=1"]
+    assert cli.main([*words, *quick]) == 0
+    (result,) = results(runs / "whole")[0]["results"]
+    assert result["cost"]["evaluations"] == 2 and result["compared"]["psnr"]["value"] < 100
+
+
+def test_an_artifact_that_fails_becomes_a_row_and_the_others_are_measured(cli, runs, quick, tmp_path, capsys):
+    shutil.copytree(runs / "whole", runs / "broken")
+    file = runs / "broken" / "artifact" / "edits.json"
+    described = json.loads(file.read_text().replace("data.sets.digits.Digits", "data.sets.digits.Letters"))
+    file.write_text(json.dumps({k: v for k, v in described.items() if k != "checksums"}))
+    out = tmp_path / "out"
+    assert cli.main([f"artifact={runs}/*", "features=none", "guidance=1", f"out={out}", *quick]) == 1
+    entries = {a["name"]: a for a in results(out)}
+    assert set(entries) == {"whole", "shallow", "broken"} and "data.sets.digits.Letters" in entries["broken"]["error"]
+    # without features, costs and distances to the training set remain
+    assert set(entries["whole"]["results"][0]["quality"]) == {"nearest_train"}
+    assert "1 of 3 artifacts could not be measured: broken" in capsys.readouterr().err
+    assert cli.main([f"artifact={runs / 'broken'}", f"out={out}", *quick]) == 1
+    assert "broken/artifact cannot be evaluated: the data set of" in capsys.readouterr().err
+
+
+def test_training_can_evaluate_its_artifact_at_the_end(runs, cache):
+    chosen = settings({"n": 8, "guidance": [1.0], "rounds": 0, "cache": str(cache)})
+    report = run([runs / "whole" / "artifact"], chosen, runs / "whole")
+    assert report["artifacts"][0]["results"][0]["cost"]["forward"] is None
+    assert results(runs / "whole") == report["artifacts"]
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["artefact=runs/a"], "unknown key 'artefact'; did you mean 'artifact'?"),
+        (["runs/a"], "'runs/a' is not a setting; settings are written key=value"),
+        (["n=100"], "nothing to evaluate: say artifact=runs/<name>"),
+        (["artifact={runs}/whle"], "there is no such folder; did you mean {runs}/whole?"),
+        (["artifact={runs}/x*"], "matches no folder with an artifact"),
+        (["artifact={runs}/whole", "out=a", "out=b"], "out is given twice"),
+        (["artifact={runs}/whole", "n=ten"], "n: expected int, got 'ten'"),
+        (["artifact={runs}/whole", "reference={runs}"], "no artifact at"),
+        (["artifact={runs}/whole", "device=tpu9"], "device=tpu9 is not on this machine"),
+        (["artifact={runs}/whole", "features=nowhere"], "no feature extractor at nowhere"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_a_nonzero_exit(cli, runs, cache, capsys, words, sentence):
+    cached = [f"cache={cache}"] if any("features" in w for w in words) else []
+    assert cli.main([w.format(runs=runs) for w in words] + cached) in (1, 2)
+    err = capsys.readouterr().err
+    assert sentence.format(runs=runs) in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_help_and_mistakes_are_answered_without_loading_torch():
+    code = "import sys, eval; code = eval.main(sys.argv[1:]); sys.exit(code if 'torch' not in sys.modules else 99)"
+    for words, expected in ((["--help"], 0), (["artifact=x", "stepz=3"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == expected, done.stderr
+    assert "did you mean 'steps'" in done.stderr
+
+
+def test_images_that_no_judge_can_see_are_measured_without_one(cli, make_dit, tmp_path, capsys):
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = torch.randint(0, 256, (72, 72, 3), dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(tmp_path / "images" / name / f"{i}.png")
+    denoiser = make_dit(in_channels=3, patch_size=8, input_size=72, num_classes=2)
+    data = {"_target_": "data.sets.image_folder.ImageFolder", "path": str(tmp_path / "images"), "size": 72}
+    edit.save(denoiser, tmp_path / "run", sampler=Sampler(Euler(2)), data=data)
+    words = [f"artifact={tmp_path / 'run'}", "n=8", "rounds=0", "guidance=1", f"cache={tmp_path}"]
+    assert cli.main(words) == 0
+    assert "set features=<folder of a transformers image model>" in capsys.readouterr().out
+    (entry,) = results(tmp_path / "run")
+    assert entry["extractor"] is None and set(entry["results"][0]["quality"]) == {"nearest_train"}
+    assert cli.main([*words, "features=judge"]) == 1
+    assert "labelled images of at most 64 pixels" in capsys.readouterr().err
+
+
+def test_what_a_teacher_made_of_an_embedded_world_is_measured_as_that_world(tmp_path):
+    from data.generate import Order
+    from data.making.generator import generate
+    from data.sets.toy_text import LENGTH, ToyText
+    from edit.backbones.flux import FluxConfig
+
+    world = {"_target_": "data.sets.shapes.Shapes", "count": 24, "held": 12}
+    tiny = FluxConfig(48, 1, 1, 12, 2, 64, 64, False, (4, 4, 4), (8, 8)).build()
+    teacher = edit.save(tiny, tmp_path / "teacher" / "artifact", sampler=Sampler(Euler(1)), data=world)
+    folders = ToyText().write(tmp_path / "text")
+    (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue crosses\n")
+    t5, clip = str(folders["text_encoder_2"]), str(folders["text_encoder"])
+    work = Order(str(teacher), str(tmp_path / "prompts.txt"), str(tmp_path / "made"), t5, pooled_encoder=clip)
+    work = replace(work, max_tokens=LENGTH, padding="zeros", steps=1, device="cpu")
+    generate(work, lambda _: None)
+    made = {"_target_": "data.sets.latents.Latents", "path": str(tmp_path / "made")}
+    edit.save(tiny, tmp_path / "student" / "artifact", sampler=Sampler(Euler(1)), data=made)
+    chosen = settings({"n": 8, "guidance": 1, "features": "none", "device": "cpu", "rounds": 0})
+    report = run([tmp_path / "teacher", tmp_path / "student"], chosen, tmp_path / "out")
+    teachers, students = (a["results"][0]["quality"] for a in report["artifacts"])
+    assert "prompt_accuracy" in students and students == teachers  # the same weights on the same captions
+    assert [a["reference"]["world"] for a in report["artifacts"]] == [None, "Shapes"]
+
+
+def test_a_model_with_a_guidance_input_is_told_each_weight_and_runs_once(tmp_path, make_dit):
+    plain = FluxConfig(48, 1, 1, 32, 2, 32, 32, axes_dims_rope=(8, 12, 12), sample_size=(8, 8), guidance_embeds=False)
+    told = replace(plain, guidance_embeds=True)
+    samplers = {}
+    for name, denoiser in (("told", told.build()), ("flux", plain.build()), ("dit", make_dit())):
+        artifact = edit.load(edit.save(denoiser, tmp_path / name, sampler=Sampler(Euler(4), guidance=2.0)))
+        samplers[name] = adjusted(artifact, 3, None)
+    assert (samplers["told"].guidance, samplers["told"].told) == (1.0, 3.0)
+    for name in ("flux", "dit"):
+        assert (samplers[name].guidance, samplers[name].told) == (3.0, None)
+
+
+def test_steps_are_not_asked_of_a_solver_with_times_of_its_own(tmp_path, make_dit):
+    artifact = edit.load(edit.save(make_dit(), tmp_path / "few", sampler=Sampler(Grid((1.0, 0.5)))))
+    assert adjusted(artifact, 1, None).solver == adjusted(artifact, 1, 2).solver == Grid((1.0, 0.5))
+    with pytest.raises(UserError, match=r"steps=8, but this model is sampled at times of its own, Grid\("):
+        adjusted(artifact, 1, 8)
+
+
+def test_samples_are_named_by_the_captions_of_their_conditions_or_numbered():
+    shapes = Shapes()
+    split, told = shapes.heldout(), captions(shapes, 3)
+    assert told == split.captions[:3]
+    shown = conditions(shapes)(torch.arange(3))
+    assert all(torch.equal(shown.text[k], split.sample(k, 0)["text"]) for k in range(3))
+    count = len(split) + 1
+    assert captions(shapes, count)[-1] == told[0]
+    assert captions(Digits(), 2) == ["sample 0", "sample 1"]
+
+
+WORDS = ["n=${x}", "n=${oc.env:HOME}", "artifact=/", "artifact=.", "artifact=", "artifact=null", "artifact={a: b}"]
+WORDS += ["artifact=[[a]]", "artifact=\udcff", "=", "+=", "++", "~", "foo", "a.b.c=", "artifact=[", "n.x=1", "n=[1,2]"]
+
+
+@pytest.mark.parametrize("word", WORDS, ids=ascii)
+def test_a_word_that_means_nothing_is_one_sentence(word, cli, capsys):
+    assert cli.main([word]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_report_cannot_be_told_the_environment(cli, capsys):
+    assert cli.main(["features=${oc.env:HOME}"]) == 2
+    assert "'features=${oc.env:HOME}' refers to something" in capsys.readouterr().err
+
+
+def test_an_error_that_nobody_foresaw_is_one_sentence_with_its_type(cli, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "folders", lambda given: {}["x"])
+    assert cli.main(["artifact=a"]) == 1
+    assert capsys.readouterr().err == "error: KeyError: 'x'; debug=true shows the traceback\n"
