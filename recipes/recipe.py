@@ -179,7 +179,7 @@ class Recipe(pl.LightningModule, ABC):
         if self.teacher is not None and not self.told and self.teacher.guidance.low != self.teacher.guidance.high:
             raise ValueError(
                 "teacher.guidance is a range, but the student has no guidance input that could be told the scale: give "
-                "one scale, or apply edit.pruning.collapse.GuidanceInput"
+                "one scale, or apply edit.tuning.guidance.GuidanceInput"
             )
         # skipped steps in all, and the present run of them, on the device: reading them costs a synchronisation
         self.register_buffer("skipped", torch.zeros(2))

@@ -39,7 +39,7 @@ from edit.inputs.command import print_any_name
 from edit.inputs.trust import load_yaml
 from edit.objectives import Objective
 from edit.sampling import Sampler
-from recipes.config.schema import Root, UserError
+from recipes.config.schema import Root, UserError, bring_up_to_date
 from recipes.diffusion import Diffusion
 from recipes.few_step import FewStep
 from recipes.recipe import Settings
@@ -535,6 +535,7 @@ def read_config(path: Path) -> DictConfig:
     try:
         config = load_yaml(path)
         if isinstance(config, DictConfig) and "trainer" in config and "data" in config:
+            bring_up_to_date(config)
             return config
         reason = "it holds no trainer and data"
     except (ValueError, OmegaConfBaseException) as error:

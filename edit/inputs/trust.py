@@ -22,6 +22,8 @@ from typing import Any, Literal
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from edit.moved import current
+
 JSON_BYTES = 2**24  # edits.json, config.json, an index of shards: kilobytes in practice
 YAML_BYTES = 2**20
 YAML_NODES = 100_000  # after anchors are written out
@@ -53,6 +55,7 @@ def named(path: Any, packages: Collection[str], kinds: Kinds = (object,), who: s
     """
     if not isinstance(path, str):
         raise ValueError(f"{who} holds {cut(path)} where an import path was expected")
+    path = current(path)
     module, _, name = path.rpartition(".")
     shown, (ours, *_) = cut(path, quoted=False), packages
     if module.split(".")[0] not in packages:

@@ -38,7 +38,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
-from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, flag_override, open_dict
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -51,6 +51,7 @@ from data.names import legible
 from edit.inputs.command import DEBUG, unexpected
 from edit.inputs.limits import LAST_SEED
 from edit.inputs.trust import cut, read_yaml
+from edit.moved import COMMANDS, current
 from recipes.config.check import describe, flat, mistakes, rule, suggest
 
 LONGEST = 200  # bytes of a run's name: file systems take 255 for a folder
@@ -261,9 +262,28 @@ def check(cfg: DictConfig) -> list[str]:
     Values are compared with the rules of the schema, `_target_` nodes with the kind of class that their place expects
     and with the signatures they name.
     """
+    bring_up_to_date(cfg)
+    for stage in [*(OmegaConf.select(cfg, "before") or ()), *(OmegaConf.select(cfg, "after") or ())]:
+        if OmegaConf.is_list(stage) and len(stage) and stage[0] in COMMANDS:
+            stage[0] = COMMANDS[stage[0]]
     trusted = (*TRUSTED, *(OmegaConf.select(cfg, "trusted") or ()))
     errors = list(mistakes(cfg, "", trusted))
     return errors or (list(_conflicts(cfg)) if OmegaConf.get_type(cfg) is Root else [])
+
+
+def bring_up_to_date(node: Any) -> None:
+    """Replace, in place, each `_target_` that an older version wrote by its path of today."""
+    if isinstance(node, DictConfig):
+        with flag_override(node, "readonly", False):
+            for key in node:
+                if key == "_target_" and isinstance(path := node._get_node(key)._value(), str):
+                    node[key] = current(path)
+                elif not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+                    bring_up_to_date(node[key])
+    elif isinstance(node, ListConfig):
+        for index in range(len(node)):
+            if not OmegaConf.is_missing(node, index) and not OmegaConf.is_interpolation(node, index):
+                bring_up_to_date(node[index])
 
 
 def _conflicts(cfg: DictConfig) -> Iterator[str]:

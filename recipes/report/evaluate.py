@@ -233,7 +233,7 @@ class Reference:
     def pictures(
         self, guidance: float, chosen: Settings, device: torch.device, space: Yardstick, who: str, common: Sequence[Any]
     ) -> Iterator[Tensor]:
-        """uint8 b y x 3 for each batch of `edit.measuring.quality.generate` with these arguments; `who`: the data set."""
+        """uint8 b y x 3 for each batch of `edit.measuring.quality.generate`; `who`: the data set."""
         import edit
         from edit.measuring.quality import generate
 

@@ -21,7 +21,7 @@ from weights import randomise
 
 import edit
 from edit import noise
-from edit.artifacts import card, export
+from edit.artifacts import card
 from edit.artifacts.checksums import accept
 from edit.artifacts.export import LORA_WEIGHTS
 from edit.artifacts.flux_single_file import from_original, original_config, read_original, to_original
@@ -36,6 +36,7 @@ from edit.pruning.depth import DepthPruning
 from edit.sampling import DDIMSolver, DPMSolver, Euler, Grid, Heun, Sampler, StockEuler, times
 from edit.tuning.lora import LoRA
 from recipes.cost import from_file
+from recipes.export import main as command
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = sorted(p.stem for p in (CONFIGS / "backbone").glob("*_tiny.yaml"))
@@ -84,7 +85,7 @@ def stock_output(model, flux: Flux, asked) -> torch.Tensor:
 
 
 def run(*words: str) -> int:
-    return export.main([str(w) for w in words])
+    return command([str(w) for w in words])
 
 
 def load_stock(folder: Path):
@@ -1008,9 +1009,7 @@ def test_the_command_line_prints_only_the_folder_and_starts_without_heavy_import
     assert run(f"artifact={tmp_path / 'a'}", f"out={tmp_path / 'out'}") == 0
     said = capsys.readouterr()
     assert said.out == f"{tmp_path / 'out'}\n" and f"writing {tmp_path / 'out'}" in said.err
-    code = (
-        "import sys, edit.artifacts.export; assert not {'lightning', 'hydra', 'diffusers', 'peft'} & set(sys.modules); "
-    )
+    code = "import sys, recipes.export; assert not {'lightning', 'hydra', 'diffusers', 'peft'} & set(sys.modules); "
     code += "recipes.export.main(['--help'])"
     helped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONFIGS.parent)
     assert helped.returncode == 0 and "pipeline=FOLDER" in helped.stdout

@@ -6,8 +6,9 @@ import torch
 import edit
 from edit.backbones.flux import FluxConfig
 from edit.denoiser import Condition
-from edit.pruning.collapse import Collapse, FixedGuidance, GuidanceInput
+from edit.pruning.collapse import Collapse
 from edit.pruning.depth import DepthPruning
+from edit.tuning.guidance import FixedGuidance, GuidanceInput
 
 
 def stock(path):

@@ -246,7 +246,7 @@ def test_a_student_with_a_guidance_input_is_told_what_the_teacher_is_asked_at(tm
     monkeypatch.setattr(small_runs, "SMALL", tuple(plain))
     train(tmp_path, *flux, "name=t", "trainer.max_steps=1")
     monkeypatch.setattr(Flux, "forward", watching)
-    told = ("+edits.told={_target_: edit.pruning.collapse.GuidanceInput}", "teacher.guidance=[2.0,4.0]")
+    told = ("+edits.told={_target_: edit.tuning.guidance.GuidanceInput}", "teacher.guidance=[2.0,4.0]")
     words = [w for w in student(tmp_path, "s", *told) if w != "teacher.guidance=2.0"]
     train(tmp_path, *flux, *words, "label_drop=0.0")
     assert scales and all(((s >= 2) & (s <= 4)).all() and s.std() > 0 for s in scales)

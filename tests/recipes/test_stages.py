@@ -95,7 +95,7 @@ def test_what_follows_a_run_comes_in_order_and_ends_the_command_with_its_code(tm
 
 
 def test_a_run_of_its_own_cannot_follow_a_run(tmp_path):
-    with pytest.raises(UserError, match="after.0: expected a module of ours and its settings"):
+    with pytest.raises(UserError, match="after.0: expected a module of ours and settings"):
         config(tmp_path, "name=a", "after=[['name=one']]")
 
 

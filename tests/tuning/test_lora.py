@@ -7,14 +7,14 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 
 import edit
-from edit.artifacts import export
 from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig
 from edit.denoiser import Condition
 from edit.edits import Edit, trains
-from edit.pruning.collapse import GuidanceInput
 from edit.routing.elastic import Elastic
+from edit.tuning.guidance import GuidanceInput
 from edit.tuning.lora import LoRA, without
+from recipes import export
 
 
 def randomise_lora(dit) -> None:

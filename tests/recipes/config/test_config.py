@@ -594,7 +594,7 @@ RUNS_SOMETHING = {
     "an edit for a backbone": "backbone: {_target_: edit.tuning.lora.LoRA}",
     "a method of a class": "data: {set: {_target_: toy.Data.train}}",
     "a class that was imported": "backbone: {_target_: edit.measuring.cost.Path}",
-    "a function below a node": "edits: {a: {_target_: edit.tuning.lora.LoRA, rank: {_target_: edit.artifacts.card.origin}}}",
+    "a function below a node": "edits: {a: {_target_: edit.tuning.lora.LoRA, rank: {_target_: edit.edits.apply}}}",
     "a node where no object goes": "optimizer: {groups: {a: {_target_: toy.Net, depth: 1}}}",
     "the section of all edits": "edits: {_target_: toy.Net, depth: 1}",
     "in place of a value": "name: {_target_: toy.Net, depth: 1}",
