@@ -111,7 +111,7 @@ def test_each_sample_is_what_direct_encoding_gives(latents, vae):
         size = nearest(found, *picture.size)
         mean, std = VAE(str(vae)).moments(to_tensor(cover_crop(picture, size))[None])[0].chunk(2)
         draws = torch.stack([split.sample(index, d)["x"] for d in range(2)])
-        assert draws.shape[1:] == (4, size[0] // 2, size[1] // 2) and tuple(draws.shape[1:]) in data.order
+        assert draws.shape[1:] == (4, size[0] // 2, size[1] // 2) and tuple(draws.shape[1:]) in data.buckets
         # the stored distribution: within 6 of its standard deviations in each place of both draws
         assert (((draws / 0.5 + 0.1) - mean).abs() < 6 * std).all()
 

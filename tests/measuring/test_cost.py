@@ -336,7 +336,7 @@ def test_a_mistake_is_answered_in_one_sentence(settings, said, capsys):
 
 def test_the_module_runs_as_a_program_without_hydra_or_lightning():
     code = (
-        "import sys, edit.measuring.cost; assert edit.measuring.cost.main(['backbone=dit_tiny', '--json']) == 0; "
+        "import sys, recipes.cost; assert recipes.cost.main(['backbone=dit_tiny', '--json']) == 0; "
         "assert not {'hydra', 'lightning', 'diffusers'} & set(sys.modules)"
     )
     root = Path(__file__).parents[2]
