@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.backbones.dit import DiTConfig, to_diffusers
-from edit.denoiser import Condition
 from edit.measuring.cost import Spread, device_name, stopwatch
+from edit.stream import Condition
 from recipes.cost import from_file
 
 CONFIGS = Path(__file__).parents[1] / "configs"

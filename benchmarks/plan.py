@@ -31,7 +31,7 @@ from edit.backbones.flux import FluxConfig
 from edit.denoiser import Denoiser
 from edit.few_step.distribution_matching import DistributionMatching
 from edit.few_step.ladd import LADD
-from edit.few_step.method import Matching
+from edit.few_step.method import FewStepMethod
 from edit.few_step.progressive import Progressive
 from edit.measuring.cost import peak_memory
 from edit.measuring.probe import Probe
@@ -46,7 +46,7 @@ class Case:
     build: Callable[[], Denoiser]
     batch: int
     text: int = 512
-    matching: Matching | None = None  # with the model itself, unguided, as teacher and critic's start
+    matching: FewStepMethod | None = None  # with the model itself, unguided, as teacher and critic's start
 
     def probe(self, taps: tuple[int, ...] = ()) -> Probe:
         with torch.device("meta"):

@@ -1,4 +1,5 @@
-"""The contracts: a `Denoiser` is `embed -> units -> readout`, a `Unit` maps a `Stream` to a `Stream`.
+"""The contracts: a `Denoiser` is `embed -> units -> readout`, a `Unit` maps a `Stream` to a `Stream`, an `Edit` changes
+a denoiser.
 
 Letters in shape comments: b batch, n image tokens, l text tokens, d width, h heads, e head width, c channels,
 f frames, y x grid rows and columns.
@@ -9,210 +10,16 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import register_pytree_node
 from torch.utils.checkpoint import checkpoint
 
-if TYPE_CHECKING:
-    from edit.edits import Edit
-    from edit.sampling import Sampler
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What a denoiser is told besides the noisy sample and the time. New conditioning is a new named field."""
-
-    label: Tensor | None = None  # b, int64; the family's null class for the unconditional pass
-    text: Tensor | None = None  # b l c, text-encoder states
-    text_mask: Tensor | None = None  # b l, bool, True = a real token
-    pooled: Tensor | None = None  # b c, pooled text embedding
-    guidance: Tensor | None = None  # b, the guidance scale a guidance-distilled model was told
-    control: Tensor | None = None  # b c y x, control latents
-    end: Tensor | None = None  # b, the time a flow map is asked to lead to, at most t; for models that take one
-
-    def map(self, f: Callable[[Tensor], Tensor]) -> Condition:
-        """Apply `f` to every field that is present (move, slice, repeat)."""
-        values = {name: getattr(self, name) for name in _CONDITION_FIELDS}
-        return Condition(**{name: value if value is None else f(value) for name, value in values.items()})
-
-    def join(self, other: Condition) -> Condition:
-        """Both as one batch, for denoisers that are asked for two branches at once.
-
-        Texts of different lengths are brought to one: see `_level`.
-
-        Raises:
-            ValueError: if a field is present in one of them only, or texts differ in length and have no mask
-            RuntimeError: if shapes differ otherwise beyond the batch
-        """
-        mine, other = _level(self, other)
-        both = {name: (getattr(mine, name), getattr(other, name)) for name in _CONDITION_FIELDS}
-        if lone := next((name for name, (a, b) in both.items() if (a is None) != (b is None)), None):
-            raise ValueError(f"only one of the two conditions to join has {lone}: give it to both, or to neither")
-        return Condition(**{name: None if pair == (None, None) else torch.cat(pair) for name, pair in both.items()})
-
-    def where(self, drop: Tensor, null: Condition) -> Condition:
-        """This condition with the samples marked in `drop` [b, bool] replaced by those of `null`.
-
-        One mask drops all fields of a sample together, as classifier-free guidance needs. Texts of different lengths
-        are brought to one: see `_level`.
-
-        Raises:
-            ValueError: if texts differ in length and have no mask
-        """
-        mine, null = _level(self, null)
-
-        def choose(mine: Tensor | None, other: Tensor | None) -> Tensor | None:
-            if mine is None or other is None:
-                return mine
-            return torch.where(drop.view(-1, *[1] * (mine.ndim - 1)), other, mine)
-
-        return Condition(**{name: choose(getattr(mine, name), getattr(null, name)) for name in _CONDITION_FIELDS})
-
-
-_CONDITION_FIELDS = tuple(f.name for f in fields(Condition))
-
-
-def _level(a: Condition, b: Condition) -> tuple[Condition, Condition]:
-    """Both with texts of one length: the shorter is filled up with zeros that its mask leaves out.
-
-    Raises:
-        ValueError: if there is anything to fill up, and no mask
-    """
-    if a.text is None or b.text is None or a.text.shape[1] == b.text.shape[1]:
-        return a, b
-    lengths = a.text.shape[1], b.text.shape[1]
-    if a.text_mask is None or b.text_mask is None:
-        raise ValueError(
-            f"texts of {lengths[0]} and {lengths[1]} tokens do not fit together without a text_mask, as the model "
-            "would attend to the padding and answer otherwise: encode both to one length"
-        )
-
-    def fill(c: Condition) -> Condition:
-        missing = (0, max(lengths) - c.text.shape[1])  # type: ignore[union-attr]
-        return replace(c, text=F.pad(c.text, (0, 0, *missing)), text_mask=F.pad(c.text_mask, missing))  # type: ignore
-
-    return fill(a), fill(b)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One denoiser evaluation of one generation. Only the sampler makes steps, so only the sampler counts.
-
-    `memory` lives exactly as long as the generation: caches and cross-step statistics go there and nowhere else.
-    """
-
-    index: int  # evaluations made so far in this generation
-    count: int  # evaluations the whole generation makes
-    sigma: float  # time in [0, 1], 1 = pure noise
-    branch: str = "cond"  # "cond", "uncond" or "perturbed": the guidance pass
-    memory: dict = field(default_factory=dict, repr=False, compare=False)
-
-    def recall(self, owner: str, unit: int) -> dict:
-        """The memory of one edit at one unit in this guidance branch; empty at the start of a generation."""
-        return self.memory.setdefault((owner, unit, self.branch), {})
-
-
-@dataclass(frozen=True)
-class Maps:
-    """How many query rows of a unit's attention map are wanted; what attention leaves here, its unit traces.
-
-    One is made per unit and call. `found` is filled and emptied within the unit, whose trace alone hands the map on:
-    that is how checkpointing, compilation and FSDP2 see it.
-    """
-
-    rows: int
-    found: list[Tensor] = field(default_factory=list, repr=False, compare=False)
-
-    def see(self, q: Tensor, k: Tensor) -> None:
-        """Logarithms of evenly spread rows of softmax(q k' / sqrt(e)), all rows if there are not so many."""
-        s = q.shape[2]
-        rows = min(self.rows, s)
-        chosen = q[:, :, torch.arange(rows, device=q.device) * s // rows]
-        self.found.append((chosen * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).float().log_softmax(-1))
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What an edit decided for the unit ahead, as factors, 0 or 1 with a gradient while training; None: all of it."""
-
-    heads: Tensor | None = None  # b h, of the attention
-    channels: Tensor | None = None  # b c, hidden ones of the image's feed-forward
-    tokens: Tensor | None = None  # b n, image tokens that the feed-forward is run on
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where tokens are: what attention-like methods need to know about their order."""
-
-    grid: tuple[int, int, int]  # frames, rows, columns of the image tokens
-    registers: int = 0  # tokens in front of the image tokens that are no pixels
-    text_length: int = 0
-    text_mask: Tensor | None = None  # b l, bool
-    permutation: Tensor | None = None  # n, token order if not row-major
-    kept: Tensor | None = None  # b k, indices of the tokens still present
-    rope: Tensor | None = None  # (registers + n) e, position table: cosines then sines
-    maps: Maps | None = None  # of the attention ahead, where they are wanted
-    routing: Routing | None = None  # for the slots of the unit ahead, where an edit decides
-
-
-@dataclass(frozen=True)
-class Stream:
-    """What flows through the units. Replaced, never mutated (`dataclasses.replace`)."""
-
-    image: Tensor  # b n d
-    cond: Tensor  # b d, what adaLN receives
-    layout: Layout
-    text: Tensor | None = None  # b l d
-    time: Tensor | None = None  # b d, the timestep alone, without class or text
-    step: Step | None = None  # None while training
-    trace: Mapping[str, Tensor] = field(default_factory=dict)
-    tap: str | None = None  # the name under which the unit ahead records its branches and maps, where wanted
-
-    def record(self, name: str, value: Tensor) -> Stream:
-        """The same stream with one more auxiliary output. It reaches the caller through `Output.trace`."""
-        return replace(self, trace={**self.trace, name: value})
-
-
-# FSDP2 finds the tensors of a unit's input and output by walking a pytree; layout and step ride along untouched.
-def _flatten_stream(s: Stream):
-    return [s.image, s.text, s.cond, s.time, dict(s.trace)], (s.layout, s.step, s.tap)
-
-
-def _unflatten_stream(children, context) -> Stream:
-    image, text, cond, time, trace = children
-    layout, step, tap = context
-    return Stream(image=image, text=text, cond=cond, time=time, trace=trace, layout=layout, step=step, tap=tap)
-
-
-register_pytree_node(Stream, _flatten_stream, _unflatten_stream)
-
-
-class Output(NamedTuple):
-    """What a denoiser returns, always."""
-
-    sample: Tensor  # the prediction, shaped as x
-    variance: Tensor | None  # the learned-variance half, shaped as x, where the model has one
-    trace: Mapping[str, Tensor]  # taps as "unit.<index>" and whatever edits recorded
-
-
-class Branch(NamedTuple):
-    """Image tokens and, in two-stream families, text tokens: a residual branch of a unit, its gates, its input."""
-
-    image: Tensor
-    text: Tensor | None = None
-
-
-class Forced(NamedTuple):
-    """What a unit is given instead of its predecessor's output, on some samples (teacher forcing)."""
-
-    tokens: Branch  # b n d image tokens without registers, b l d text tokens
-    where: Tensor  # b, bool
+from edit.stream import Branch, Condition, Forced, Layout, Maps, Output, Step, Stream, force, record_branch, residual
 
 
 def check_layout(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
@@ -283,52 +90,89 @@ class Unit(nn.Module, ABC):
         return residual(stream, "feed", self.feed(stream, modulation), modulation.feed_gate)
 
 
-def record_branch(stream: Stream, name: str, branch: Branch) -> Stream:
-    """Trace a pair of tokens as `name` (without registers) and, where there is text, `name`.text."""
-    stream = stream.record(name, branch.image[:, stream.layout.registers :])
-    return stream if branch.text is None else stream.record(f"{name}.text", branch.text)
+class Edit(ABC):
+    """A final subclass is a dataclass. Its `apply` may be called on the meta device: it must not read weights."""
 
+    perturbs: ClassVar[bool] = False  # changes what the guidance branch "perturbed" computes
+    # what is run depends on samples or times: its cost is counted on real ones, and it is applied last, for it runs
+    # copies of the units, which a later edit would not change
+    decides: ClassVar[bool] = False
+    leads: ClassVar[bool] = False  # the model becomes a flow map, which is told where a step ends (Condition.end)
+    keeps: ClassVar[bool] = False  # without a LoRA, and told the same, the model predicts what it did without this edit
+    excludes: ClassVar[tuple[str, ...]] = ()  # class names of edits this one cannot live with
+    records: ClassVar[tuple[str, ...]] = ()  # maps that `readout` adds to the trace, for solvers that are given them
 
-def force(stream: Stream, forced: Forced) -> Stream:
-    """The stream with the tokens of the marked samples replaced.
+    @abstractmethod
+    def apply(self, denoiser: Denoiser) -> nn.Module | None:
+        """Change units, slots or modules; return the edit's own parameters, to be registered under its name."""
 
-    Raises:
-        ValueError: if there are more or fewer samples in the stream
-    """
-    if len(forced.where) != len(stream.image):
-        raise ValueError(
-            f"tokens of {len(forced.where)} samples were to be forced on a stream of {len(stream.image)}: if an edit "
-            "doubles the batch (DyDiT's complete), set complete=0"
-        )
+    def initialise(self, denoiser: Denoiser) -> None:  # noqa: B027 - most edits need no weights to start from
+        """Set own parameters from the weights (an SVD, a copy). Called once when the edit is new, never on reload."""
 
-    def choose(own: Tensor, other: Tensor) -> Tensor:
-        return torch.where(forced.where.view(-1, 1, 1), other, own)
+    def advance(self, progress: float, own: nn.Module | None) -> None:  # noqa: B027 - most edits have no schedule
+        """Called before every training step: set what has a schedule, in buffers of the edit's own.
 
-    registers, image, text = stream.layout.registers, forced.tokens.image, stream.text
-    if registers:
-        image = torch.cat((stream.image[:, :registers], image), 1)
-    if text is not None and forced.tokens.text is not None:
-        text = choose(text, forced.tokens.text)
-    return replace(stream, image=choose(stream.image, image), text=text)
+        Args:
+            progress: part of the run that is done, in [0, 1)
+            own: what `apply` returned
+        """
 
+    def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
+        """What the first unit gets in place of the embedded stream: a second time, a further token.
 
-def residual(stream: Stream, name: str, branch: Branch, gate: Branch) -> Stream:
-    """Add a branch, and trace it as `name` of the unit, with the map that made it, where they are wanted."""
-    if stream.tap:
-        stream = record_branch(stream, f"{stream.tap}.{name}", branch)
-        if stream.layout.maps is not None and stream.layout.maps.found:
-            stream = stream.record(f"{stream.tap}.maps", stream.layout.maps.found.pop())
-    return add(stream, branch, gate)
+        Args:
+            stream: as the family embeds it
+            t: b, times in [0, 1]
+            condition: of the same batch
+            own: what `apply` returned
+        """
+        return stream
 
+    def readout(self, output: Output, stream: Stream, own: nn.Module | None) -> Output:
+        """What is returned in place of the family's output: a further head, recorded in its trace.
 
-def add(stream: Stream, branch: Branch, gate: Branch) -> Stream:
-    """Join a residual branch: x + gate * branch, on image and, where there is one, text."""
-    s, text = stream, stream.text
-    image = torch.addcmul(s.image, gate.image, branch.image)
-    if branch.text is not None:
-        text = torch.addcmul(text, gate.text, branch.text)
-    # spelt out: on this path `replace` is felt
-    return Stream(image, s.cond, s.layout, text, s.time, s.step, s.trace, s.tap)
+        Args:
+            output: as the family reads it out
+            stream: after the last unit
+            own: what `apply` returned
+        """
+        return output
+
+    def losses(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Named auxiliary losses, already weighted, each a scalar or one number per sample [b]."""
+        return {}
+
+    def metrics(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What to log beside the losses: open rates, expert loads, confidence."""
+        return {}
+
+    def decisions(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What was run of each unit, in [0, 1], for pictures and reports: u b each, u b n where tokens are chosen."""
+        return {}
+
+    def further(self, output: Output) -> dict[str, Output]:
+        """More predictions of the same samples, recorded in the trace, which the objective scores like the first."""
+        return {}
+
+    def trainable(self, name: str) -> bool:
+        """Whether a parameter of the denoiser (by its full name) is still trained under this edit."""
+        return True
+
+    def owns(self, name: str) -> bool:
+        """Whether a parameter inside the model (by its full name) is new with this edit: no other edit freezes it."""
+        return False
+
+    def stock_key(self, key: str) -> str | None:
+        """The name that a key of `model.state_dict()` had before this edit; None if the key is the edit's own."""
+        return key
+
+    def fold(self, denoiser: Denoiser) -> None:
+        """Make the change permanent in the model's own weights, leaving nothing to apply.
+
+        Raises:
+            ValueError: if the change cannot be expressed in the stock model
+        """
+        raise ValueError(f"{type(self).__name__} cannot be folded into the weights: keep it as an edit of the artifact")
 
 
 class Spec(ABC):
@@ -418,8 +262,8 @@ class Denoiser(nn.Module, ABC):
         """
         return Condition(label=torch.zeros(batch, dtype=torch.int64, device="cpu"))
 
-    def sampler(self) -> Sampler | None:
-        """How the family's stock pipeline samples with its default settings; None: there is none."""
+    def sampler(self) -> Any:
+        """The `edit.sampling.Sampler` with the defaults of the family's stock pipeline; None: there is no pipeline."""
         return None
 
     def settle(self, shape: tuple[int, ...], spec: Any) -> None:  # noqa: B027 - most families have nothing to do

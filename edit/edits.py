@@ -6,101 +6,14 @@ importing it, there is no registry; an artifact stores its import path and field
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from edit.denoiser import Condition, Denoiser, Output, Stream
+from edit.denoiser import Denoiser, Edit
 from edit.inputs import trust
-
-
-class Edit(ABC):
-    """A final subclass is a dataclass. Its `apply` may be called on the meta device: it must not read weights."""
-
-    perturbs: ClassVar[bool] = False  # changes what the guidance branch "perturbed" computes
-    # what is run depends on samples or times: its cost is counted on real ones, and it is applied last, for it runs
-    # copies of the units, which a later edit would not change
-    decides: ClassVar[bool] = False
-    leads: ClassVar[bool] = False  # the model becomes a flow map, which is told where a step ends (Condition.end)
-    keeps: ClassVar[bool] = False  # without a LoRA, and told the same, the model predicts what it did without this edit
-    excludes: ClassVar[tuple[str, ...]] = ()  # class names of edits this one cannot live with
-    records: ClassVar[tuple[str, ...]] = ()  # maps that `readout` adds to the trace, for solvers that are given them
-
-    @abstractmethod
-    def apply(self, denoiser: Denoiser) -> nn.Module | None:
-        """Change units, slots or modules; return the edit's own parameters, to be registered under its name."""
-
-    def initialise(self, denoiser: Denoiser) -> None:  # noqa: B027 - most edits need no weights to start from
-        """Set own parameters from the weights (an SVD, a copy). Called once when the edit is new, never on reload."""
-
-    def advance(self, progress: float, own: nn.Module | None) -> None:  # noqa: B027 - most edits have no schedule
-        """Called before every training step: set what has a schedule, in buffers of the edit's own.
-
-        Args:
-            progress: part of the run that is done, in [0, 1)
-            own: what `apply` returned
-        """
-
-    def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
-        """What the first unit gets in place of the embedded stream: a second time, a further token.
-
-        Args:
-            stream: as the family embeds it
-            t: b, times in [0, 1]
-            condition: of the same batch
-            own: what `apply` returned
-        """
-        return stream
-
-    def readout(self, output: Output, stream: Stream, own: nn.Module | None) -> Output:
-        """What is returned in place of the family's output: a further head, recorded in its trace.
-
-        Args:
-            output: as the family reads it out
-            stream: after the last unit
-            own: what `apply` returned
-        """
-        return output
-
-    def losses(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Named auxiliary losses, already weighted, each a scalar or one number per sample [b]."""
-        return {}
-
-    def metrics(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What to log beside the losses: open rates, expert loads, confidence."""
-        return {}
-
-    def decisions(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What was run of each unit, in [0, 1], for pictures and reports: u b each, u b n where tokens are chosen."""
-        return {}
-
-    def further(self, output: Output) -> dict[str, Output]:
-        """More predictions of the same samples, recorded in the trace, which the objective scores like the first."""
-        return {}
-
-    def trainable(self, name: str) -> bool:
-        """Whether a parameter of the denoiser (by its full name) is still trained under this edit."""
-        return True
-
-    def owns(self, name: str) -> bool:
-        """Whether a parameter inside the model (by its full name) is new with this edit: no other edit freezes it."""
-        return False
-
-    def stock_key(self, key: str) -> str | None:
-        """The name that a key of `model.state_dict()` had before this edit; None if the key is the edit's own."""
-        return key
-
-    def fold(self, denoiser: Denoiser) -> None:
-        """Make the change permanent in the model's own weights, leaving nothing to apply.
-
-        Raises:
-            ValueError: if the change cannot be expressed in the stock model
-        """
-        raise ValueError(f"{type(self).__name__} cannot be folded into the weights: keep it as an edit of the artifact")
 
 
 def apply(denoiser: Denoiser, edits: Mapping[str, Edit], fresh: bool = True) -> Denoiser:

@@ -21,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.denoiser import Denoiser, Output
+from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, Inside, Limits, NotNegative, Positive, check_numbers
+from edit.paths import column, corrupt, mean, noise_to_velocity
+from edit.stream import Output
 
 # ---- times: maps of a uniform number in (0, 1), so that a sample's time depends on its number alone -----------------
 
@@ -71,31 +73,6 @@ def shift_times(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-# ---- conversions on the linear path x_t = (1 - t) x + t noise -------------------------------------------------------
-
-
-def _like(t: Tensor, x: Tensor) -> Tensor:
-    return t.view(-1, *[1] * (x.ndim - 1))
-
-
-def velocity_to_data(v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    return x_t - _like(t, x_t) * v
-
-
-def velocity_to_noise(v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    return x_t + (1 - _like(t, x_t)) * v
-
-
-def velocity_to_score(v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """Gradient of log p_t; undefined at t = 0."""
-    return -velocity_to_noise(v, x_t, t) / _like(t, x_t)
-
-
-def noise_to_velocity(eps: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """Undefined at t = 1, where x_t is the noise itself."""
-    return (eps - x_t) / (1 - _like(t, x_t))
-
-
 # ---- objectives -----------------------------------------------------------------------------------------------------
 
 
@@ -126,10 +103,6 @@ class Objective(ABC):
         """Named loss terms, each one number per sample [b]; their sum is minimised."""
 
 
-def _mean(x: Tensor) -> Tensor:
-    return x.flatten(1).mean(1)
-
-
 @dataclass(frozen=True)
 class FlowMatching(Objective):
     """Linear interpolant, velocity prediction: x_t = (1 - t) x + t noise, v = noise - x."""
@@ -146,7 +119,7 @@ class FlowMatching(Objective):
             raise ValueError(f"FlowMatching: weighting must be none or snr_cap, got {self.weighting!r}")
 
     def corrupt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return torch.lerp(x, noise, _like(t, x))
+        return corrupt(x, noise, t)
 
     def native(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return x_t, t
@@ -156,9 +129,9 @@ class FlowMatching(Objective):
 
     def losses(self, output: Output, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
         v, prediction = noise - x, output.sample.float()
-        losses = {"flow": self.weight(t) * _mean((prediction - v) ** 2)}
+        losses = {"flow": self.weight(t) * mean((prediction - v) ** 2)}
         if self.cosine:
-            losses["cosine"] = self.cosine * _mean(1 - F.cosine_similarity(prediction, v, dim=1))
+            losses["cosine"] = self.cosine * mean(1 - F.cosine_similarity(prediction, v, dim=1))
         return losses
 
     def weight(self, t: Tensor) -> Tensor:
@@ -195,7 +168,7 @@ class DDPM(Objective):
         return (t * self.steps - 1e-3).ceil().long().sub_(1).clamp_(0, self.steps - 1)
 
     def corrupt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        signal, spread, *_ = (_like(v[self.index(t)], x).to(x.dtype) for v in self._tables(x.device))
+        signal, spread, *_ = (column(v[self.index(t)], x).to(x.dtype) for v in self._tables(x.device))
         return signal * x + spread * noise
 
     def times(self, u: Tensor) -> Tensor:
@@ -204,7 +177,7 @@ class DDPM(Objective):
     def native(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Index i stands at s / (a + s) of the linear path, where x_i = a x + s noise: the nearest one is taken."""
         i, scale, _ = self._on_line(t)
-        return _like(scale, x_t) * x_t, (i + 1) / self.steps
+        return column(scale, x_t) * x_t, (i + 1) / self.steps
 
     def velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         return noise_to_velocity(prediction.float(), x_t, self._on_line(t)[2])
@@ -219,7 +192,7 @@ class DDPM(Objective):
 
     def losses(self, output: Output, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
         eps = output.sample.float()
-        losses = {"noise": _mean((eps - noise) ** 2)}
+        losses = {"noise": mean((eps - noise) ** 2)}
         if output.variance is not None:
             losses["bound"] = self.bound * self.variational(eps.detach(), output.variance.float(), x, x_t, t)
         return losses
@@ -231,15 +204,15 @@ class DDPM(Objective):
         the 8-bit data under the discretised Gaussian.
         """
         i = self.index(t)
-        tables = (_like(v_[i], x) for v_ in self._tables(x.device))
+        tables = (column(v_[i], x) for v_ in self._tables(x.device))
         signal, spread, log_beta, log_posterior, from_data, from_noisy = tables
         x_hat = (x_t - spread * eps) / signal
-        mean, mean_hat = from_data * x + from_noisy * x_t, from_data * x_hat + from_noisy * x_t
+        expected, expected_hat = from_data * x + from_noisy * x_t, from_data * x_hat + from_noisy * x_t
         log_var = torch.lerp(log_posterior, log_beta, (v + 1) / 2)
         kl = 0.5 * (log_var - log_posterior - 1 + (log_posterior - log_var).exp())
-        kl = kl + 0.5 * (mean - mean_hat) ** 2 * (-log_var).exp()
-        bits = torch.where(_like(i == 0, x), discretised_nll(x, mean_hat, log_var), kl)
-        return _mean(bits) / math.log(2.0)
+        kl = kl + 0.5 * (expected - expected_hat) ** 2 * (-log_var).exp()
+        bits = torch.where(column(i == 0, x), discretised_nll(x, expected_hat, log_var), kl)
+        return mean(bits) / math.log(2.0)
 
     def _tables(self, device: torch.device) -> tuple[Tensor, ...]:
         return schedule_tables(self.steps, self.beta_start, self.beta_end, device)

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edit.artifacts.checkpoint import Artifact
-    from edit.denoiser import Condition, Denoiser
+    from edit.denoiser import Denoiser
     from edit.pruning.patterns import Groups
+    from edit.stream import Condition
 
 WAYS = ("learned", "random", "uniform", "influence", "sensitivity", "calibration")
 
@@ -256,7 +257,7 @@ class Batches:
         import torch
 
         from edit import noise
-        from edit.denoiser import Condition
+        from edit.stream import Condition
 
         found = []
         with torch.no_grad():

@@ -34,7 +34,7 @@ from edit.artifacts.checkpoint import Unwritable, find, fingerprint, load, load_
 from edit.denoiser import Denoiser
 from edit.distillation.guidance import TeacherGuidance
 from edit.edits import describe
-from edit.few_step.method import Matching
+from edit.few_step.method import FewStepMethod
 from edit.inputs.command import print_any_name
 from edit.inputs.trust import load_yaml
 from edit.objectives import Objective
@@ -331,7 +331,7 @@ def taught_at(teacher: Teacher | None, stored: Mapping[str, Any] | None) -> Teac
 
 
 def told_as_taught(
-    sampler: Sampler, taught: TeacherGuidance | None, student: Denoiser, matching: Matching | None
+    sampler: Sampler, taught: TeacherGuidance | None, student: Denoiser, matching: FewStepMethod | None
 ) -> Sampler:
     """The sampler, with the guidance that the student is told while it learns from a teacher.
 
@@ -425,7 +425,7 @@ def make_teacher(
 
 def make_critic(
     cfg: DictConfig,
-    matching: Matching,
+    matching: FewStepMethod,
     teacher: Teacher | None,
     build: Callable[[], Denoiser],
     structure: Callable[[], Denoiser],
@@ -455,7 +455,7 @@ def make_critic(
     return teacher.build, teacher.structure
 
 
-def make_sight(data: Any, matching: Matching | None) -> tuple[nn.Module, nn.Module] | None:
+def make_sight(data: Any, matching: FewStepMethod | None) -> tuple[nn.Module, nn.Module] | None:
     """What the method looks at images with: the data set's decoder, and its vision model; None if it does not look.
 
     Raises:

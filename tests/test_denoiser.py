@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from weights import randomise
 
 from edit.backbones.flux import FluxConfig
-from edit.denoiser import Branch, Condition, Forced, Layout, Step, Stream, add, check_layout
+from edit.denoiser import check_layout
+from edit.stream import Branch, Condition, Forced, Layout, Step, Stream, add
 
 
 def stream(**fields) -> Stream:

@@ -4,7 +4,6 @@ import pytest
 import torch
 from scipy import stats
 
-from edit.denoiser import Output
 from edit.objectives import (
     DDPM,
     FlowMatching,
@@ -13,14 +12,12 @@ from edit.objectives import (
     Shifted,
     Uniform,
     discretised_nll,
-    noise_to_velocity,
     schedule_tables,
     shift_times,
-    velocity_to_data,
-    velocity_to_noise,
-    velocity_to_score,
     weight_at,
 )
+from edit.paths import noise_to_velocity, velocity_to_data, velocity_to_noise, velocity_to_score
+from edit.stream import Output
 
 GRID = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000  # quantiles: laws are tested without chance
 

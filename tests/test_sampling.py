@@ -13,10 +13,11 @@ from weights import randomise
 import edit
 from edit import noise
 from edit.backbones.flux import FluxConfig
-from edit.denoiser import Condition, Denoiser, Layout, Output, Step, Stream
-from edit.edits import Edit
+from edit.denoiser import Denoiser, Edit
 from edit.objectives import DDPM, FlowMatching
-from edit.sampling import DDIMSolver, DDPMSolver, DPMSolver, Euler, EulerMaruyama, Grid, Heun, Sampler, times
+from edit.sampling import Sampler
+from edit.solvers import DDIMSolver, DDPMSolver, DPMSolver, Euler, EulerMaruyama, Grid, Heun, times
+from edit.stream import Condition, Layout, Output, Step, Stream
 
 ALPHA = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
 

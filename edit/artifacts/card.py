@@ -22,7 +22,7 @@ import edit
 from edit.artifacts.checkpoint import Artifact, is_hub_id
 from edit.edits import describe
 from edit.inputs import trust
-from edit.sampling import Euler, Grid, times
+from edit.solvers import Euler, Grid, times
 
 RECIPE = (
     *("init", "teacher", "edits", "terms", "matching", "critic", "data_weight", "objective", "optimizer", "ema"),

@@ -37,7 +37,8 @@ from edit.artifacts import checksums
 from edit.denoiser import Denoiser, check_layout
 from edit.inputs import trust
 from edit.objectives import DDPM, FlowMatching, Objective
-from edit.sampling import Sampler, StockEuler, default_sampler
+from edit.sampling import Sampler, default_sampler
+from edit.solvers import StockEuler
 
 FORMAT = 1
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -40,8 +40,9 @@ from edit.artifacts.checkpoint import Artifact, check_weights, default_objective
 from edit.backbones.stock import StockDenoiser
 from edit.denoiser import Denoiser
 from edit.inputs import trust
-from edit.sampling import FLOW_SCHEDULER as FLOW
-from edit.sampling import Euler, Sampler, StockEuler, default_sampler, times
+from edit.sampling import Sampler, default_sampler
+from edit.solvers import FLOW_SCHEDULER as FLOW
+from edit.solvers import Euler, StockEuler, times
 from edit.tuning.lora import ADAPTER, LoRA
 
 FORMAT = 1

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from edit.denoiser import Branch, Condition, Denoiser, Layout, Output, Stream, Unit, check_layout
+from edit.denoiser import Denoiser, Unit, check_layout
 from edit.inputs.limits import Count, Limits, Units, check_numbers
+from edit.stream import Branch, Condition, Layout, Output, Stream
 
 NORM_EPS = 1e-6
 FREQUENCIES = 256  # channels of the time sinusoid

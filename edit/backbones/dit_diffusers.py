@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, zero_init
-from edit.denoiser import Branch, Condition, Layout, Output, Stream
 from edit.inputs.limits import Count, check_numbers
-from edit.sampling import DDIMSolver, Sampler
+from edit.sampling import Sampler
+from edit.solvers import DDIMSolver
+from edit.stream import Branch, Condition, Layout, Output, Stream
 
 STEPS = 1000  # of the DDPM the published weights were trained on
 

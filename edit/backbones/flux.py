@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, finite, latent_of, tokens_of, turn, zero_init
-from edit.denoiser import Branch, Condition, Layout, Output, Stream
 from edit.inputs.limits import Count, check_numbers
-from edit.sampling import Sampler, StockEuler, dynamic_shift
+from edit.sampling import Sampler
+from edit.solvers import StockEuler, dynamic_shift
+from edit.stream import Branch, Condition, Layout, Output, Stream
 
 SHIFT = (0.5, 1.15, 256, 4096)  # of FLUX.1-dev's scheduler, see StockEuler.dynamic
 

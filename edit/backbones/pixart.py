@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from edit.backbones.dit_diffusers import BasicUnit, PatchDenoiser, heads, join
 from edit.backbones.stock import Modulation, zero_init
-from edit.denoiser import Branch, Condition, Layout, Stream, record_branch, residual
 from edit.inputs.limits import Count, check_numbers
-from edit.sampling import DPMSolver, Sampler
+from edit.sampling import Sampler
+from edit.solvers import DPMSolver
+from edit.stream import Branch, Condition, Layout, Stream, record_branch, residual
 
 
 @dataclass(frozen=True)

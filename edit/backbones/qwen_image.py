@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, finite, latent_of, tokens_of, turn, zero_init
-from edit.denoiser import Branch, Condition, Layout, Output, Step, Stream
 from edit.inputs.limits import Count, check_numbers
-from edit.sampling import Sampler, StockEuler
+from edit.sampling import Sampler
+from edit.solvers import StockEuler
+from edit.stream import Branch, Condition, Layout, Output, Step, Stream
 
 
 @dataclass(frozen=True)

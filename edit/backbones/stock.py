@@ -16,7 +16,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from edit.denoiser import Branch, Condition, Denoiser, Layout, Step, Stream, Unit
+from edit.denoiser import Denoiser, Unit
+from edit.stream import Branch, Condition, Layout, Step, Stream
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from edit.denoiser import Condition, Denoiser, Output
+from edit.denoiser import Denoiser
 from edit.inputs.limits import check_numbers
+from edit.stream import Condition, Output
 
 
 @dataclass(frozen=True)

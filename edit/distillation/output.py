@@ -15,9 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from edit.denoiser import Denoiser, Output
+from edit.denoiser import Denoiser
 from edit.inputs.limits import check_numbers
 from edit.objectives import DDPM, Pass, Term, Weight, schedule_tables, weight_at
+from edit.stream import Output
 
 
 @dataclass

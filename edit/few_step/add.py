@@ -19,16 +19,18 @@ from torch import Tensor
 
 from edit.denoiser import Denoiser
 from edit.few_step.discriminator import Heads, approximate_r1, hinge_generator, hinge_real_fake
-from edit.few_step.method import Given, Matching, Roles, check_times, corrupt, decreasing, mean, move, need_turns
+from edit.few_step.method import FewStepMethod, check_times, decreasing, need_turns
+from edit.few_step.roles import Given, Roles
 from edit.few_step.vision import Vision
 from edit.inputs.limits import Count, check_numbers
-from edit.sampling import Solver
+from edit.paths import corrupt, mean, move
+from edit.solvers import Solver
 
 START, NOISE, AGAIN, AGAIN_NOISE, NEAR = 0, 1, 2, 3, 10  # streams of `Draws`; NEAR + k: R1's step in the k-th layer
 
 
 @dataclass(frozen=True)
-class ADD(Matching):
+class ADD(FewStepMethod):
     """Student and heads in turns.
 
     Args:

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.denoiser import Condition, Denoiser
+from edit.denoiser import Denoiser
 from edit.distillation.pairs import width
-from edit.few_step.method import Roles, mean
+from edit.few_step.roles import Roles
+from edit.paths import mean
+from edit.stream import Condition
 
 FREQUENCIES = 32  # of the time sinusoid
 

@@ -30,29 +30,20 @@ from edit.few_step.discriminator import (
     softplus_real_fake,
 )
 from edit.few_step.divergence import DIVERGENCES, Divergence, Judge
-from edit.few_step.method import (
-    Field,
-    Given,
-    Matching,
-    Roles,
-    column,
-    corrupt,
-    mean,
-    move,
-    need_turns,
-    pseudo_huber,
-)
+from edit.few_step.method import FewStepMethod, need_turns, pseudo_huber
+from edit.few_step.roles import Field, Given, Roles
 from edit.few_step.vision import Vision, late
 from edit.inputs.limits import Count, NotNegative, Positive, check_numbers
 from edit.objectives import TimeLaw, Uniform
-from edit.sampling import Grid, Solver
+from edit.paths import column, corrupt, mean, move
+from edit.solvers import Grid, Solver
 
 START, STEP, SOURCE, MIDDLE = 0, 1, 2, 3  # streams of `Draws`: first noise, which step, rollout or data, ISG's time
 TIME, NOISE, CRITIC_TIME, CRITIC_NOISE, REAL_NOISE, FRESH = 4, 5, 6, 7, 8, 10  # FRESH + k: the rollout's k-th step
 
 
 @dataclass(frozen=True)
-class DistributionMatching(Matching):
+class DistributionMatching(FewStepMethod):
     """Match the distribution of the student's samples with the guided teacher's.
 
     Args:

@@ -23,19 +23,21 @@ from torch import Tensor
 from edit.denoiser import Denoiser
 from edit.few_step.discriminator import Heads, judge, square_generator, square_real_fake
 from edit.few_step.distribution_matching import direction
-from edit.few_step.method import Given, Matching, Roles, check_times, corrupt, decreasing, mean, move, need_turns
+from edit.few_step.method import FewStepMethod, check_times, decreasing, need_turns
 from edit.few_step.progressive import time_grid
+from edit.few_step.roles import Given, Roles
 from edit.few_step.vision import Vision, distance
 from edit.inputs.limits import Count, Steps, check_numbers
 from edit.objectives import Ramp, TimeLaw, Uniform, Weight, weight_at
-from edit.sampling import Solver
+from edit.paths import corrupt, mean, move
+from edit.solvers import Solver
 
 MODE, JITTER, START, TIME, NOISE, REAL_NOISE = range(6)  # streams of `Draws`
 LEAST = 0.02  # time that is left at the start; scores are compared at 0.02 to 0.98
 
 
 @dataclass(frozen=True)
-class Flash(Matching):
+class Flash(FewStepMethod):
     """Student and heads in turns.
 
     Args:

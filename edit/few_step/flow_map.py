@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edit.backbones.dit import TimeEmbed
-from edit.denoiser import Condition, Denoiser, Stream
-from edit.edits import Edit
-from edit.few_step.method import Field, column
+from edit.denoiser import Denoiser, Edit
+from edit.few_step.roles import Field
 from edit.inputs.limits import check_numbers
-from edit.sampling import Euler, Grid, Solver
+from edit.paths import column
+from edit.solvers import Euler, Grid, Solver
+from edit.stream import Condition, Stream
 
 How = Literal["difference", "jvp"]
 
@@ -94,7 +95,7 @@ def check_solver(method: str, solver: Solver) -> None:
     if not isinstance(solver, Euler) and not (isinstance(solver, Grid) and not solver.renoise):
         raise ValueError(
             f"{method} trains straight steps that are told their end, the sampler is {solver}: set sampler.solver to "
-            "edit.sampling.Euler, or to edit.sampling.Grid with renoise=false"
+            "edit.solvers.Euler, or to edit.solvers.Grid with renoise=false"
         )
 
 

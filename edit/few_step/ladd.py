@@ -30,16 +30,18 @@ from edit.few_step.discriminator import (
     softplus_generator,
     softplus_real_fake,
 )
-from edit.few_step.method import Given, Matching, Roles, corrupt, decreasing, mean, move, need_turns
+from edit.few_step.method import FewStepMethod, decreasing, need_turns
+from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import Count, check_numbers
 from edit.objectives import LogitNormal, TimeLaw
-from edit.sampling import Euler, Grid, Solver, times
+from edit.paths import corrupt, mean, move
+from edit.solvers import Euler, Grid, Solver, times
 
 LOSSES = {"hinge": (hinge_real_fake, hinge_generator), "softplus": (softplus_real_fake, softplus_generator)}
 
 
 @dataclass(frozen=True)
-class LADD(Matching):
+class LADD(FewStepMethod):
     """Student and heads in turns.
 
     Args:
@@ -103,7 +105,7 @@ class LADD(Matching):
         if not grid or any(min(abs(t - known) for known in self.times) > 1e-3 for t in grid[:-1]):
             raise ValueError(
                 f"LADD trains steps from the times {list(self.times)}, the sampler is {solver}: set sampler.solver to "
-                "edit.sampling.Grid with times among these"
+                "edit.solvers.Grid with times among these"
             )
 
     def build(self, student: Denoiser, teacher: Denoiser | None) -> Heads:

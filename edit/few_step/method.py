@@ -1,4 +1,4 @@
-"""Few-step distillation: what a method is given, what it gives back.
+"""Few-step distillation: what a method is, and what several methods share.
 
 Every method is an instance of: states it looks at (noised data, its own rollout, a trajectory of the teacher) x targets
 (the teacher's trajectory, itself at another time, a difference of scores, a discriminator). Each is one file beside
@@ -10,87 +10,19 @@ D3.5 to D3.10.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from edit import noise
-from edit.denoiser import Condition, Denoiser, Output
-from edit.sampling import Grid, Solver
-
-if TYPE_CHECKING:
-    from edit.few_step.vision import Vision
-
-Field = Callable[[Tensor, Tensor, Condition], Tensor]  # (x_t, t, condition) -> velocity in fp32, shaped as x_t
-Features = Callable[[Tensor, Tensor, Condition], Mapping[str, Tensor]]  # the same -> taps as "unit.<index>"
+from edit.denoiser import Denoiser
+from edit.few_step.roles import Given, Roles
+from edit.few_step.vision import Vision
+from edit.paths import mean
+from edit.solvers import Grid, Solver
 
 
-@dataclass(frozen=True)
-class Draws:
-    """All that is random in one step: pure functions of (seed, sample), or, where ranks must agree, of (seed, step).
-
-    Streams are small numbers of the method's own, one for each use.
-    """
-
-    seed: int
-    samples: Tensor  # b int64, numbers of the samples in the run
-    moment: int  # number of the micro-batch, the same on all ranks
-    shape: tuple[int, ...]  # of one sample
-
-    def uniform(self, stream: int) -> Tensor:
-        """One number in (0, 1) per sample: [b]."""
-        return noise.uniform(self.seed, self.samples, noise.MATCHING + stream)
-
-    def gaussian(self, stream: int) -> Tensor:
-        """Standard normal noise: b c y x."""
-        return noise.gaussian(self.seed, self.samples, noise.MATCHING + stream, self.shape)
-
-    def shared(self, stream: int) -> float:
-        """One number in (0, 1), the same on every rank: what decides how many times a model is called."""
-        moment = torch.tensor([self.moment], device="cpu")
-        return noise.uniform(self.seed, moment, noise.MATCHING + noise.SHARED + stream).item()
-
-
-@dataclass(frozen=True)
-class Given:
-    """One batch, as a method sees it."""
-
-    condition: Condition  # what student and critic are told
-    null: Condition  # its unconditional counterpart
-    scale: Tensor  # b, guidance that the teacher is asked at
-    draws: Draws
-    progress: float  # part of the run that is done, for schedules
-    x: Tensor | None = None  # b c y x, data; None where there are conditions only
-    # how a teacher generated x, where the data tell: from which noise, and which states lay between, None elsewhere
-    noise: Tensor | None = None  # b c y x
-    trajectory: Tensor | None = None  # b k c y x, from noise to data, without either; k may be 0
-    times: Tensor | None = None  # b k, of the trajectory
-
-    @property
-    def count(self) -> int:
-        return len(self.scale)
-
-
-@dataclass(frozen=True)
-class Roles:
-    """The models of a run as velocity fields. Each is called as (x_t, t, condition)."""
-
-    student: Field  # with a graph, unless called under no_grad
-    output: Callable[[Tensor, Tensor, Condition], Output]  # the same with its trace
-    average: Field  # its moving average, without a graph
-    teacher: Field  # frozen, guided by `Given.scale`, without a graph; refuses to be called where there is none
-    features: Features  # frozen; taps of the teacher (`teacher_taps`); gradients reach x_t, not the weights
-    critic: Field  # learns the student's distribution; likewise
-    own: nn.Module | None = None  # what `Matching.build` returned
-    # of a method with `vision`; both are frozen, and gradients reach what they are given
-    decode: Callable[[Tensor], Tensor] | None = None  # samples b c y x, or crops of them -> pixels b 3 y x in [-1, 1]
-    look: Callable[[Tensor], Mapping[str, Tensor]] | None = None  # pixels -> hidden states as "unit.<layer>", b n d
-
-
-class Matching(ABC):
+class FewStepMethod(ABC):
     """One few-step method. Subclasses are dataclasses whose defaults are the paper's.
 
     A step is the student's turn, the critic's, or both (`turns`). What is returned on a turn is minimised over the
@@ -157,7 +89,7 @@ class Matching(ABC):
 # ---- what several methods share --------------------------------------------------------------------------------------
 
 
-def need_turns(method: Matching, role: str) -> None:
+def need_turns(method: FewStepMethod, role: str) -> None:
     """Raises ValueError if every step is the student's alone, so that its opponent would never learn."""
     if method.every < 2 and not method.together:
         raise ValueError(
@@ -181,27 +113,7 @@ def decreasing(times: Sequence[float]) -> bool:
     return bool(times) and list(times) == sorted(set(times), reverse=True) and 0 < times[-1] <= times[0] <= 1
 
 
-def column(t: Tensor, x: Tensor) -> Tensor:
-    """One number per sample, to be multiplied with x: [b] -> b 1 1 1."""
-    return t.view(-1, *[1] * (x.ndim - 1))
-
-
-def mean(x: Tensor) -> Tensor:
-    """Of each sample: b ... -> [b]."""
-    return x.flatten(1).mean(1)
-
-
 def pseudo_huber(delta: Tensor, c: float) -> Tensor:
     """Mean over elements of sqrt(delta^2 + c^2) - c, without its cancellation: b ... -> [b]."""
     square = delta.square()
     return mean(square / ((square + c * c).sqrt() + c))
-
-
-def move(x: Tensor, v: Tensor, t: Tensor, end: Tensor) -> Tensor:
-    """One Euler step along a velocity, which is a step of DDIM in these coordinates: x_t, v, t, end -> x_end."""
-    return x + column(end - t, x) * v
-
-
-def corrupt(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """x_t = (1 - t) x + t eps, times [b]."""
-    return torch.lerp(x, eps, column(t, x))

@@ -22,12 +22,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from edit.denoiser import Denoiser, Output, Stream
-from edit.edits import Edit
-from edit.few_step.method import Draws, Given, Matching, Roles, column, corrupt, mean, move
+from edit.denoiser import Denoiser, Edit
+from edit.few_step.method import FewStepMethod
+from edit.few_step.roles import Draws, Given, Roles
 from edit.inputs.limits import Count, NotNegative, Steps, check_numbers
 from edit.objectives import Objective, Ramp, Weight, shift_times, weight_at
-from edit.sampling import Draw, Predict, Solver
+from edit.paths import column, corrupt, mean, move
+from edit.solvers import Draw, Predict, Solver
+from edit.stream import Output, Stream
 
 TRACE = "policy"  # b (k c + k + 1) y x: offsets of the velocities, logits, log std
 SMALLEST = 1e-4  # time at which a velocity is asked for
@@ -154,7 +156,7 @@ class MixtureHead(Edit):
 
 
 @dataclass(frozen=True)
-class PolicyImitation(Matching):
+class PolicyImitation(FewStepMethod):
     """Compare the policy with the teacher on the policy's own path.
 
     For a start the path is the teacher's: between two points the policy is followed for 1 - mixing of the way, the

@@ -20,15 +20,17 @@ import torch
 from torch import Tensor
 
 from edit.few_step.distribution_matching import capped, check_grid, distance, rollout
-from edit.few_step.method import Given, Matching, Roles, column, corrupt, mean, need_turns, pseudo_huber
+from edit.few_step.method import FewStepMethod, need_turns, pseudo_huber
+from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import Count, check_numbers
-from edit.sampling import Grid, Solver
+from edit.paths import column, corrupt, mean
+from edit.solvers import Grid, Solver
 
 STEP, TIME, NOISE, CRITIC_TIME, CRITIC_NOISE = 1, 2, 3, 4, 5  # streams of `Draws`, beside those of the rollout
 
 
 @dataclass(frozen=True)
-class TrajectoryMatching(Matching):
+class TrajectoryMatching(FewStepMethod):
     """Match the marginals along the student's deterministic trajectory; guided teacher: 4.5 for PixArt.
 
     Args:

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
 from edit.few_step.discriminator import Heads
-from edit.few_step.method import Given, Roles, mean
+from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import Count, check_numbers
+from edit.paths import mean
 
 KINDS = ("dinov2", "dinov2_with_registers")
 ROW, COLUMN = 90, 91  # streams of `Draws`: where the crop lies

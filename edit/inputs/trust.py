@@ -86,7 +86,7 @@ def is_kind(found: Any, kinds: Kinds) -> bool:
 
 
 def said(kinds: Kinds) -> str:
-    """'an edit.edits.Edit'; 'a plain value' where no class is accepted."""
+    """'an edit.denoiser.Edit'; 'a plain value' where no class is accepted."""
     names = [f"{k.__module__}.{k.__qualname__}" for k in dict.fromkeys(kinds)]
     return f"{'an' if names[0][0] in 'aeiou' else 'a'} {' or '.join(names)}" if names else "a plain value"
 

@@ -22,10 +22,11 @@ from torch.utils._pytree import tree_leaves
 
 from edit import edits as editing
 from edit.artifacts.checkpoint import default_objective
-from edit.denoiser import Condition, Denoiser, Output, Step
+from edit.denoiser import Denoiser
 from edit.measuring.flops import Flops, Uncounted, uncounted
 from edit.objectives import Objective
 from edit.sampling import Sampler, default_sampler
+from edit.stream import Condition, Output, Step
 
 
 @dataclass(frozen=True)

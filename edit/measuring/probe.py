@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from edit.denoiser import Condition, Denoiser, Output
+from edit.denoiser import Denoiser
 from edit.edits import trains
 from edit.measuring.cost import _Ledger
 from edit.measuring.flops import Flops
+from edit.stream import Condition, Output
 
 
 @dataclass(frozen=True)

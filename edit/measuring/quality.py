@@ -23,9 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edit.denoiser import Condition, Denoiser
+from edit.denoiser import Denoiser
 from edit.objectives import Objective
 from edit.sampling import Sampler
+from edit.stream import Condition
 
 # ---- feature spaces -------------------------------------------------------------------------------------------------
 

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edit.denoiser import Condition, Denoiser
+from edit.denoiser import Denoiser
 from edit.pruning.patterns import Groups, options
+from edit.stream import Condition
 
 
 @contextmanager

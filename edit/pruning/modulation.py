@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.backbones.flux import Flux
-from edit.denoiser import Condition, Denoiser, Stream
-from edit.edits import Edit
+from edit.denoiser import Denoiser, Edit
 from edit.inputs.limits import Count, Limits, Positive, Seed, check_numbers
+from edit.stream import Condition, Stream
 
 SCALAR, SLOT = 16, 32  # channels of the sinusoids of time and guidance, and of a vector's number
 

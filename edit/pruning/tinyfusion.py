@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edit.denoiser import Condition, Denoiser, Stream
-from edit.edits import Edit
+from edit.denoiser import Denoiser, Edit
 from edit.inputs.limits import NotNegative, check_numbers
 from edit.pruning.patterns import Groups, Pattern, groups_of, options, segments
+from edit.stream import Condition, Stream
 
 MASK, CONFIDENCE, CHOICE = "tinyfusion.mask", "tinyfusion.confidence", "tinyfusion.choice"
 

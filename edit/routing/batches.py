@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from edit.denoiser import Stream
+from edit.stream import Stream
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -37,8 +37,7 @@ from torch import Tensor, nn
 
 from edit.backbones.dit import DiTBlock
 from edit.backbones.flux import DoubleUnit, SingleUnit
-from edit.denoiser import Condition, Denoiser, Layout, Output, Routing, Stream, Unit
-from edit.edits import Edit
+from edit.denoiser import Denoiser, Edit, Unit
 from edit.inputs.limits import check_numbers
 from edit.objectives import Ramp, Weight, weight_at
 from edit.routing.batches import grouped, mean_over_ranks, run_grouped, sharded, uploaded
@@ -54,6 +53,7 @@ from edit.routing.slices import (
     variant,
 )
 from edit.routing.tokens import Run, choosing, gathered, multiplied
+from edit.stream import Condition, Layout, Output, Routing, Stream
 
 WIDTHS, TOKENS, RATIO = "dydit.widths", "dydit.tokens", "dydit.ratio"
 TARGET, PLAN, WHOLE = "dydit.target", "dydit.plan", "dydit.whole"

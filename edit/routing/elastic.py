@@ -37,14 +37,14 @@ from torch import Tensor, nn
 from edit.backbones.dit_diffusers import BasicUnit, ClassUnit
 from edit.backbones.pixart import PixArtUnit
 from edit.backbones.sd3 import JointUnit
-from edit.denoiser import Condition, Denoiser, Routing, Stream, Unit
-from edit.edits import Edit
+from edit.denoiser import Denoiser, Edit, Unit
 from edit.inputs.limits import Count, check_numbers
 from edit.objectives import Ramp, Weight, weight_at
 from edit.pruning.tinyfusion import mix
 from edit.routing.batches import mean_over_ranks, rows_on, run_grouped, sharded
 from edit.routing.ranking import check_order, order_channels
 from edit.routing.slices import MaskedFeed, compiled_as, hidden, narrowed, variant
+from edit.stream import Condition, Routing, Stream
 
 GATE, WIDTH = "elastic.gate", "elastic.width"  # the budgets of a training pass
 WIDTHS = 4  # of an MLP: 1/4, 1/2, 3/4 and 1 of its hidden channels

@@ -24,7 +24,8 @@ from edit.backbones.dit_diffusers import BasicUnit
 from edit.backbones.flux import DoubleUnit, SingleUnit
 from edit.backbones.qwen_image import QwenImageUnit
 from edit.backbones.sd3 import JointUnit
-from edit.denoiser import Layout, Routing, Step, Stream, Unit
+from edit.denoiser import Unit
+from edit.stream import Layout, Routing, Step, Stream
 
 Part = slice | Tensor  # of features: a range, or int64 indices in order
 

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from edit.denoiser import Denoiser
-from edit.edits import Edit
+from edit.denoiser import Denoiser, Edit
 from edit.inputs.limits import NotNegative, check_numbers
 
 

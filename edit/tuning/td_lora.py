@@ -24,8 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.backbones.dit_diffusers import ClassUnit
-from edit.denoiser import SLOTS, Denoiser, Unit
-from edit.edits import Edit
+from edit.denoiser import SLOTS, Denoiser, Edit, Unit
 from edit.inputs.limits import Count, Positive, check_numbers
 from edit.routing.slices import Adapted, Calls, Pieces, heads, hidden, merged, taken
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from edit.denoiser import Denoiser, Output, Step
+    from edit.denoiser import Denoiser
+    from edit.stream import Output, Step
 
 CLASSES, PROMPTS = 10, 6  # small maps beside each other, at most
 SHOWN = 4  # samples whose tokens are shown

@@ -17,7 +17,8 @@ from edit.artifacts.checkpoint import find, fingerprint, load_official, skeleton
 from edit.backbones.dit import DiTConfig
 from edit.objectives import DDPM, FlowMatching, LogitNormal
 from edit.pruning.depth import DepthPruning
-from edit.sampling import DDIMSolver, Euler, Heun, Sampler
+from edit.sampling import Sampler
+from edit.solvers import DDIMSolver, Euler, Heun
 from edit.tuning.lora import LoRA
 
 MODEL = "diffusion_pytorch_model.safetensors"

@@ -22,9 +22,9 @@ from edit.backbones.dit import (
     rotate,
     to_diffusers,
 )
-from edit.denoiser import Condition
 from edit.measuring.flops import Flops
 from edit.objectives import DDPM, FlowMatching
+from edit.stream import Condition
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 MODERN = {"rope": True, "swiglu": True, "rms_norm": True, "qk_norm": True, "registers": 3}

@@ -14,8 +14,8 @@ from weights import randomise
 import edit
 from edit.backbones.qwen_image import QwenImage, rope_table, turn
 from edit.backbones.stock import attached
-from edit.denoiser import Condition, Layout
 from edit.pruning.depth import DepthPruning
+from edit.stream import Condition, Layout
 
 CONFIGS = Path(__file__).parents[2] / "configs/backbone"
 TINY = {

@@ -16,7 +16,7 @@ from edit.few_step.discriminator import (
     softplus_generator,
     softplus_real_fake,
 )
-from edit.few_step.method import Roles
+from edit.few_step.roles import Roles
 
 
 def roles_of(denoiser, taps) -> Roles:

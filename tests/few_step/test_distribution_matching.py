@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from edit.denoiser import Condition
 from edit.few_step.distribution_matching import DistributionMatching, capped, direction, rollout
 from edit.few_step.divergence import DIVERGENCES, Judge
-from edit.few_step.method import Draws, Given, Roles, column, move
+from edit.few_step.roles import Draws, Given, Roles
 from edit.objectives import DDPM, LogitNormal, Shifted
-from edit.sampling import Euler, Grid
+from edit.paths import column, move
+from edit.solvers import Euler, Grid
+from edit.stream import Condition
 
 STEPS = (1.0, 0.75, 0.5, 0.25)
 

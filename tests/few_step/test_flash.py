@@ -11,10 +11,11 @@ from torch import nn
 from edit.few_step.discriminator import square_generator, square_real_fake
 from edit.few_step.distribution_matching import direction
 from edit.few_step.flash import LEAST, NOISE, Flash
-from edit.few_step.method import Roles, column, corrupt, mean
+from edit.few_step.roles import Roles
 from edit.few_step.vision import Vision, distance
 from edit.objectives import Ramp
-from edit.sampling import Grid
+from edit.paths import column, corrupt, mean
+from edit.solvers import Grid
 
 
 class Linear(nn.Module):

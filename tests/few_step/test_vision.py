@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from data.decoder import Codec
-from edit.denoiser import Condition
 from edit.few_step.discriminator import hinge_generator, hinge_real_fake
 from edit.few_step.distribution_matching import DistributionMatching
-from edit.few_step.method import Draws, Given, Roles
+from edit.few_step.roles import Draws, Given, Roles
 from edit.few_step.vision import Vision, cropped, distance, late
+from edit.stream import Condition
 
 
 @pytest.fixture(scope="module")

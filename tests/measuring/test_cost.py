@@ -12,8 +12,7 @@ from torch import nn
 
 import edit
 from edit.backbones.dit import DiTConfig
-from edit.denoiser import Denoiser
-from edit.edits import Edit
+from edit.denoiser import Denoiser, Edit
 from edit.measuring.cost import (
     Spread,
     _Reads,
@@ -28,7 +27,8 @@ from edit.measuring.cost import (
     twin,
 )
 from edit.pruning.depth import DepthPruning
-from edit.sampling import DDIMSolver, Euler, Heun, Sampler
+from edit.sampling import Sampler
+from edit.solvers import DDIMSolver, Euler, Heun
 from recipes.cost import main, show
 
 # methods/sit-dit-baseline.md: width, depth, heads, GMACs of the blocks at 256 px for patches 2, 4, 8

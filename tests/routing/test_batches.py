@@ -7,8 +7,8 @@ from families import difference, family, walk
 from ranks import run_ranks
 from torch import Tensor
 
-from edit.denoiser import Layout, Stream
 from edit.routing.batches import grouped, mean_over_ranks, rows_on, run_grouped, take
+from edit.stream import Layout, Stream
 
 
 def stream_of(count: int, text: bool = True) -> Stream:

@@ -15,14 +15,15 @@ from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig, SingleUnit
 from edit.backbones.pixart import PixArtConfig
 from edit.backbones.stock import attached
-from edit.denoiser import Condition, Denoiser, Step, residual
-from edit.edits import Edit
+from edit.denoiser import Denoiser, Edit
 from edit.few_step.flow_map import IntervalInput
 from edit.measuring.flops import Flops
 from edit.objectives import DDPM, FlowMatching, Ramp
 from edit.routing.dydit import PLAN, RATIO, TOKENS, WIDTHS, DyDiT, Logits, Routed, Routers, TokenRouter, work
 from edit.routing.slices import Narrow
-from edit.sampling import Euler, Sampler
+from edit.sampling import Sampler
+from edit.solvers import Euler
+from edit.stream import Condition, Step, residual
 from edit.tuning.lora import LoRA
 from recipes.roles import units_of
 

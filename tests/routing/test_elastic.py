@@ -24,13 +24,15 @@ from edit.backbones.flux import FluxConfig
 from edit.backbones.pixart import PixArtConfig
 from edit.backbones.qwen_image import QwenImageConfig
 from edit.backbones.sd3 import SD3Config
-from edit.denoiser import Condition, Denoiser, Routing, Step, Stream, Unit
+from edit.denoiser import Denoiser, Unit
 from edit.measuring.cost import count_forward, macs
 from edit.objectives import FlowMatching, Ramp
 from edit.pruning.modulation import ModulationApproximator
 from edit.routing.dydit import DyDiT
 from edit.routing.elastic import GATE, WIDTH, Elastic, ElasticUnit, Residuals, Router, Routers, forced, stacked
-from edit.sampling import Euler, Sampler
+from edit.sampling import Sampler
+from edit.solvers import Euler
+from edit.stream import Condition, Routing, Step, Stream
 from edit.tuning.lora import LoRA
 from edit.tuning.td_lora import TDLoRA
 

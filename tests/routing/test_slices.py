@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import edit
-from edit.denoiser import Routing
 from edit.routing.slices import (
     MaskedFeed,
     MaskedHeads,
@@ -25,6 +24,7 @@ from edit.routing.slices import (
     taken,
     variant,
 )
+from edit.stream import Routing
 from edit.tuning.lora import LoRA, without
 
 families = pytest.mark.parametrize("name", CONFIGS)

@@ -12,13 +12,14 @@ from small_runs import train
 from torch import Tensor, nn
 
 import edit
-from edit.denoiser import Condition, Denoiser, Stream
-from edit.edits import Edit
+from edit.denoiser import Denoiser, Edit
 from edit.measuring.cost import count_generation, twin
 from edit.objectives import FlowMatching
 from edit.routing.batches import run_grouped
 from edit.routing.elastic import Elastic, Router, Routers, forced
-from edit.sampling import Euler, Heun, Sampler
+from edit.sampling import Sampler
+from edit.solvers import Euler, Heun
+from edit.stream import Condition, Stream
 from recipes.report.evaluate import run, settings
 from recipes.report.routing_map import Decisions, Map, draw, grid, groups, numbers, spaced
 
