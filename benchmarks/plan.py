@@ -5,8 +5,8 @@
     python -m benchmarks.plan --cases digits --recipe      # our own recipe under Lightning instead of a bare loop
     python -m benchmarks.plan --cases digits --recipe --method distribution_matching   # with teacher and critic
 
-By tensors: the storages alive at once, counted after every operator (`edit.measuring.cost.peak_memory`). Resident: what
-the operating system counts, in a fresh process each, above what it held before the model was built.
+By tensors: the storages alive at once, counted after every operator (`edit.measuring.timing.peak_memory`). Resident:
+what the operating system counts, in a fresh process each, above what it held before the model was built.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from edit.few_step.distribution_matching import DistributionMatching
 from edit.few_step.ladd import LADD
 from edit.few_step.method import FewStepMethod
 from edit.few_step.progressive import Progressive
-from edit.measuring.cost import peak_memory
 from edit.measuring.probe import Probe
+from edit.measuring.timing import peak_memory
 from edit.measuring.turns import turns
 from recipes.plan import Draft
 

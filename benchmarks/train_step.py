@@ -35,7 +35,7 @@ from benchmarks.common import (
     write,
 )
 from edit.denoiser import Denoiser
-from edit.measuring.cost import Spread
+from edit.measuring.timing import Spread
 from edit.stream import Condition
 from recipes.cost import from_file
 

@@ -28,7 +28,7 @@ from rich.table import Table
 from edit.denoiser import Denoiser, Unit
 from edit.edits import trains
 from edit.inputs.command import Parser, guarded
-from edit.measuring.cost import peak_flops
+from edit.measuring.devices import peak_flops
 from edit.measuring.probe import Probe
 from edit.measuring.turns import Call, Turn, turns
 from edit.objectives import wanted

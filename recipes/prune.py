@@ -115,7 +115,8 @@ def run(chosen: Settings) -> Path:
         ValueError, FileNotFoundError: if model, search or pattern do not fit
     """
     import edit
-    from edit.artifacts.checkpoint import fingerprint, save
+    from edit.artifacts.checkpoint import save
+    from edit.artifacts.fingerprint import fingerprint
     from edit.pruning.depth import DepthPruning
     from edit.pruning.patterns import groups_of, segments
     from edit.pruning.tinyfusion import Gates
@@ -177,7 +178,8 @@ def searched(path: str, denoiser: Denoiser) -> tuple[Groups, Choice]:
     """
     import torch
 
-    from edit.artifacts.checkpoint import load, split_state
+    from edit.artifacts.checkpoint import load
+    from edit.artifacts.weights import split_state
     from edit.denoiser import check_layout
     from edit.pruning.tinyfusion import Gates, TinyFusion
     from edit.tuning.lora import LoRA

@@ -30,7 +30,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import edit
 from data.names import typed
-from edit.artifacts.checkpoint import Unwritable, find, fingerprint, load, load_official, save, skeleton
+from edit.artifacts.checkpoint import load, save, skeleton
+from edit.artifacts.fingerprint import fingerprint
+from edit.artifacts.location import find
+from edit.artifacts.official import load_official
+from edit.artifacts.weights import Unwritable
 from edit.denoiser import Denoiser
 from edit.distillation.guidance import TeacherGuidance
 from edit.edits import describe
@@ -586,7 +590,8 @@ def here() -> dict[str, Any]:
 
 def speed_limits(structure: Any, cfg: DictConfig) -> tuple[float | None, float | None]:
     """Training FLOPs per image and the device's peak, where it is known."""
-    from edit.measuring.cost import macs, peak_flops
+    from edit.measuring.cost import macs
+    from edit.measuring.devices import peak_flops
 
     if accelerator_of(cfg.trainer) != "gpu":
         return None, None

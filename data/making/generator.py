@@ -45,10 +45,11 @@ from data.making.pipelines import complete
 from data.making.prompts import Prompt, read_prompts
 from data.pixels import to_uint8
 from data.sets.latents import data_set, padded, text_length
-from edit.artifacts.checkpoint import default_objective, find, is_hub_id, skeleton
+from edit.artifacts.checkpoint import default_objective, skeleton
+from edit.artifacts.location import find, is_hub_id
 from edit.backbones.stock import StockDenoiser
 from edit.denoiser import Denoiser
-from edit.measuring.cost import find_device
+from edit.measuring.devices import find_device
 from edit.objectives import Objective
 from edit.sampling import Sampler
 from edit.solvers import (

@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import edit
-from edit.artifacts.checkpoint import Artifact, is_hub_id
+from edit.artifacts.checkpoint import Artifact
+from edit.artifacts.location import is_hub_id
 from edit.edits import describe
 from edit.inputs import trust
 from edit.solvers import Euler, Grid, times

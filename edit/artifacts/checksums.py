@@ -16,6 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from edit.artifacts.description import read_description
+from edit.artifacts.location import find
+
 DESCRIPTION = "edits.json"
 CONFIG = "config.json"
 WEIGHTS = ("*.safetensors.index.json", "diffusion_pytorch_model*.safetensors", "edits.safetensors")
@@ -98,8 +101,6 @@ def accept(path: str | os.PathLike) -> Path:
         FileNotFoundError: if there is none
         ValueError: if it has no edits.json, or that cannot be read
     """
-    from edit.artifacts.checkpoint import find, read_description
-
     folder = find(path)
     if not (folder / DESCRIPTION).is_file():
         raise ValueError(f"{folder} has no {DESCRIPTION}: only artifacts have checksums, a stock folder is just loaded")

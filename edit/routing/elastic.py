@@ -57,7 +57,7 @@ Rule = Callable[[int, Tensor, Tensor | None], Tensor]
 
 @dataclass
 class Elastic(Edit):
-    """Routers in front of all units, applied last: other edits, such as a LoRA, come before it.
+    """ElasticRouters in front of all units, applied last: other edits, such as a LoRA, come before it.
 
     Args:
         gate: rho_g, what the mean p shall be, at clean data; a number or one over the run. From where fresh routers
@@ -122,7 +122,7 @@ class Elastic(Edit):
         if self.reduction not in ("sample", "batch"):
             raise ValueError(f"Elastic: reduction is sample or batch, got {self.reduction!r}")
 
-    def apply(self, denoiser: Denoiser) -> Routers:
+    def apply(self, denoiser: Denoiser) -> ElasticRouters:
         units: list = list(denoiser.units)
         if any(isinstance(unit, ClassUnit) for unit in units):
             raise ValueError(
@@ -133,7 +133,9 @@ class Elastic(Edit):
         for unit in units if self.order else ():
             check_order(unit, hidden(unit))
         with first[0].weight.device:
-            own = Routers([Router(layer.in_features, self.router, self.width is not None) for layer in first]).float()
+            own = ElasticRouters(
+                [Router(layer.in_features, self.router, self.width is not None) for layer in first]
+            ).float()
         self.advance(0.0, own)
         wrapped: list = [ElasticUnit(unit, own, i, self) for i, unit in enumerate(units)]
         for unit in units if self.width is not None else ():  # after all copies are made: none was refused
@@ -148,14 +150,14 @@ class Elastic(Edit):
                 order_channels(unit.widths[WIDTHS])
 
     def advance(self, progress: float, own: nn.Module | None) -> None:
-        assert isinstance(own, Routers)
+        assert isinstance(own, ElasticRouters)
         own.gate = weight_at(self.gate, progress)
         own.gate_at_noise = own.gate if self.gate_at_noise is None else weight_at(self.gate_at_noise, progress)
         whole = self.width is None or progress < self.width_from
         own.width = None if whole else weight_at(self.width, progress)  # type: ignore[arg-type]
 
     def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
-        assert isinstance(own, Routers)
+        assert isinstance(own, ElasticRouters)
         if not own.training:
             return stream
         stream = stream.record(GATE, own.gate + (own.gate_at_noise - own.gate) * t.float())
@@ -228,7 +230,7 @@ def forced(denoiser: Denoiser, rule: Rule) -> Iterator[None]:
     Raises:
         ValueError: if the denoiser has no Elastic edit
     """
-    own = next((own for own in denoiser.edits.values() if isinstance(own, Routers)), None)
+    own = next((own for own in denoiser.edits.values() if isinstance(own, ElasticRouters)), None)
     if own is None:
         raise ValueError(f"this {denoiser.name} has no routers whose decisions could be forced: apply Elastic first")
     before, own.rule = own.rule, rule
@@ -241,7 +243,7 @@ def forced(denoiser: Denoiser, rule: Rule) -> Iterator[None]:
 # ---- routers --------------------------------------------------------------------------------------------------------
 
 
-class Routers(nn.ModuleList):
+class ElasticRouters(nn.ModuleList):
     """One per unit, and what holds for all of them at this point of the run, as `Elastic.advance` sets it."""
 
     gate: float
@@ -316,7 +318,7 @@ class ElasticUnit:
     """A unit behind its router: with factors while training, afterwards run at the width that each sample needs, if at
     all."""
 
-    def __init__(self, unit: Unit, own: Routers, index: int, edit: Elastic):
+    def __init__(self, unit: Unit, own: ElasticRouters, index: int, edit: Elastic):
         self.unit, self.own, self.index, self.edit = unit, own, index, edit
         features = hidden(unit)
         self.size = features.size

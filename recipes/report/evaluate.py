@@ -176,7 +176,7 @@ def pick_device(name: str) -> torch.device:
     """
     import torch
 
-    from edit.measuring.cost import find_device
+    from edit.measuring.devices import find_device
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,8 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import edit
-from edit.artifacts import checkpoint
-from edit.artifacts.checkpoint import find, fingerprint, load_official, skeleton
+from edit.artifacts import weights
+from edit.artifacts.checkpoint import skeleton
+from edit.artifacts.fingerprint import fingerprint
+from edit.artifacts.location import find
+from edit.artifacts.official import load_official
 from edit.backbones.dit import DiTConfig
 from edit.objectives import DDPM, FlowMatching, LogitNormal
 from edit.pruning.depth import DepthPruning
@@ -204,7 +207,7 @@ def test_weights_of_another_model_are_refused_before_any_is_read(artifact, monke
     state = load_file(artifact / MODEL)
     damage(state)
     save_file(state, artifact / MODEL)
-    monkeypatch.setattr(checkpoint, "load_file", lambda f: pytest.fail("weights were read before they were checked"))
+    monkeypatch.setattr(weights, "load_file", lambda f: pytest.fail("weights were read before they were checked"))
     with pytest.raises(ValueError, match=f"{MODEL} does not fit this model: {complaint}") as error:
         edit.load(artifact, verify=False)
     assert one_sentence(error.value)
@@ -334,8 +337,6 @@ def test_an_official_file_fills_a_model_that_was_made_on_the_meta_device(tmp_pat
 
 
 def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(dit, batch, tmp_path, monkeypatch):
-    import edit.artifacts.checkpoint as checkpoint
-
     edit.save(dit, tmp_path / "a")
     rename, renames = os.replace, []
 
@@ -345,7 +346,7 @@ def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(dit, batch, tmp_
             raise KeyboardInterrupt
         rename(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         edit.save(dit, tmp_path / "a")
     monkeypatch.undo()

@@ -23,8 +23,8 @@ import edit
 from edit import noise
 from edit.artifacts import card
 from edit.artifacts.checksums import accept
-from edit.artifacts.export import LORA_WEIGHTS
 from edit.artifacts.flux_single_file import from_original, original_config, read_original, to_original
+from edit.artifacts.lora import LORA_WEIGHTS
 from edit.backbones.flux import Flux, FluxConfig
 from edit.denoiser import Edit
 from edit.edits import describe

@@ -11,17 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import edit
-from edit.artifacts.checkpoint import load_official
-from edit.backbones.dit import (
-    DiTConfig,
-    DiTWeights,
-    from_diffusers,
-    from_official,
-    position_table,
-    rope_table,
-    rotate,
-    to_diffusers,
-)
+from edit.artifacts.official import from_official, load_official
+from edit.backbones.dit import DiTConfig, DiTWeights, position_table, rope_table, rotate
+from edit.backbones.dit_conversion import config_from_diffusers, from_diffusers, to_diffusers
 from edit.measuring.flops import Flops
 from edit.objectives import DDPM, FlowMatching
 from edit.stream import Condition
@@ -459,9 +451,9 @@ def test_a_folder_of_stock_diffusers_loads_and_agrees(tmp_path, batch, shards):
 
 
 def test_norm_eps_is_that_of_diffusers_when_a_folder_leaves_it_out():
-    c, _ = from_diffusers(STOCK, stock_model().state_dict())
+    c = DiTConfig(**config_from_diffusers(STOCK))
     assert c.mlp_norm_eps == 1e-5
-    c, _ = from_diffusers({**STOCK, "norm_eps": 1e-3}, stock_model().state_dict())
+    c = DiTConfig(**config_from_diffusers({**STOCK, "norm_eps": 1e-3}))
     assert c.mlp_norm_eps == 1e-3
 
 
@@ -484,7 +476,9 @@ def test_a_dit_becomes_a_stock_diffusers_model(tmp_path, make_dit, batch, time, 
 def test_to_diffusers_and_back_is_bit_equal(make_dit):
     dit = make_dit(time="ddpm", learn_sigma=True, frequency_shift=1.0, mlp_norm_eps=1e-5)
     state = dit.model.state_dict()
-    c, back = from_diffusers(*to_diffusers(dit.spec, state))
+    config, stock = to_diffusers(dit.config, state)
+    c = DiTConfig(**config_from_diffusers(config))
+    back = from_diffusers(c.depth, stock)
     assert c == dit.spec
     assert back.keys() | {"pos_embed"} == state.keys()
     assert all(torch.equal(back[k], state[k]) for k in back)
@@ -502,7 +496,7 @@ def test_to_diffusers_and_back_is_bit_equal(make_dit):
 def test_a_model_that_diffusers_cannot_express_is_refused_with_the_reason(make_dit, options, reason):
     dit = make_dit(**{"frequency_shift": 1.0, **options})
     with pytest.raises(ValueError, match=f"DiTTransformer2DModel has no {reason}"):
-        to_diffusers(dit.spec, dit.model.state_dict())
+        to_diffusers(dit.config, dit.model.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -512,7 +506,7 @@ def test_a_stock_model_that_a_dit_cannot_express_is_refused_with_the_reason(opti
     # "gelu" has the same weights as "gelu-approximate": reading it silently would be a different model
     key, value = next(iter(option.items()))
     with pytest.raises(ValueError, match=f"{key}.*{value}"):
-        from_diffusers({**STOCK, **option}, stock_model().state_dict())
+        config_from_diffusers({**STOCK, **option})
 
 
 def test_per_block_embedders_that_differ_are_refused():
@@ -520,14 +514,14 @@ def test_per_block_embedders_that_differ_are_refused():
     with torch.no_grad():
         model.transformer_blocks[2].norm1.emb.timestep_embedder.linear_1.bias += 1
     with pytest.raises(ValueError, match="block 2 of this DiTTransformer2DModel has its own norm1.emb.timestep"):
-        from_diffusers(STOCK, model.state_dict())
+        from_diffusers(STOCK["num_layers"], model.state_dict())
 
 
 def test_a_stock_state_dict_with_a_missing_key_is_refused_naming_it():
     state = stock_model().state_dict()
     del state["transformer_blocks.1.attn1.to_v.bias"]
     with pytest.raises(ValueError, match="transformer_blocks.1.attn1.to_v.bias is missing"):
-        from_diffusers(STOCK, state)
+        from_diffusers(STOCK["num_layers"], state)
 
 
 # ---- cost ------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from data.sets.digits import Digits
 from data.sets.image_folder import ImageFolder
 from data.sets.image_shards import ImageShards
 from data.split import Splits, opened
-from edit.artifacts import checkpoint
+from edit.artifacts.description import edits_of
 from edit.denoiser import Edit, Spec
 from edit.edits import describe, rebuild
 from edit.few_step.method import FewStepMethod
@@ -402,4 +402,4 @@ def test_the_default_of_an_old_artifact_is_as_it_was(artifact):
     """Nothing that is written today is refused tomorrow: what `save` writes comes back."""
     got = edit.load(artifact)
     assert isinstance(build_data(got), Digits) and isinstance(got.sampler, Sampler)
-    assert checkpoint.edits_of(artifact) == [] and got.sampler.solver == Euler(50)
+    assert edits_of(artifact) == [] and got.sampler.solver == Euler(50)

@@ -13,19 +13,9 @@ from torch import nn
 import edit
 from edit.backbones.dit import DiTConfig
 from edit.denoiser import Denoiser, Edit
-from edit.measuring.cost import (
-    Spread,
-    _Reads,
-    cost,
-    count_forward,
-    latency,
-    macs,
-    mfu,
-    peak_flops,
-    peak_memory,
-    ratio,
-    twin,
-)
+from edit.measuring.cost import _Reads, cost, count_forward, macs, twin
+from edit.measuring.devices import mfu, peak_flops
+from edit.measuring.timing import Spread, latency, peak_memory, ratio
 from edit.pruning.depth import DepthPruning
 from edit.sampling import Sampler
 from edit.solvers import DDIMSolver, Euler, Heun

@@ -29,7 +29,7 @@ from edit.measuring.cost import count_forward, macs
 from edit.objectives import FlowMatching, Ramp
 from edit.pruning.modulation import ModulationApproximator
 from edit.routing.dydit import DyDiT
-from edit.routing.elastic import GATE, WIDTH, Elastic, ElasticUnit, Residuals, Router, Routers, forced, stacked
+from edit.routing.elastic import GATE, WIDTH, Elastic, ElasticRouters, ElasticUnit, Residuals, Router, forced, stacked
 from edit.sampling import Sampler
 from edit.solvers import Euler
 from edit.stream import Condition, Routing, Step, Stream
@@ -76,15 +76,15 @@ def elastic(denoiser: Denoiser, **options) -> Denoiser:
     return edit.apply(denoiser, {"elastic": Elastic(router=16, **options)})
 
 
-def routers_of(denoiser: Denoiser) -> Routers:
+def routers_of(denoiser: Denoiser) -> ElasticRouters:
     own = denoiser.edits["elastic"]
-    assert isinstance(own, Routers)
+    assert isinstance(own, ElasticRouters)
     return own
 
 
 @torch.no_grad()
 def stirred(denoiser: Denoiser, family: str = "dit") -> Denoiser:
-    """Routers that decide otherwise for each sample: modulated by the condition, logits of size 1 around 0."""
+    """ElasticRouters that decide otherwise for each sample: modulated by the condition, logits of size 1 around 0."""
     generator, seen = torch.Generator().manual_seed(3), {}
     for router in routers_of(denoiser):
         assert isinstance(router, Router) and router.width is not None
