@@ -30,7 +30,7 @@ from edit import edits as editing
 from edit.artifacts import checksums
 from edit.artifacts.description import FORMAT, family_of, read_description, stock_state
 from edit.artifacts.location import find, is_hub_id
-from edit.artifacts.weights import Headers, check_weights, load_weights, plain, split_state
+from edit.artifacts.weights import Headers, check_weights, load_weights, split_state, to_store
 from edit.artifacts.whole import replacing
 from edit.denoiser import Denoiser, Edit
 from edit.inputs import trust
@@ -115,13 +115,13 @@ def _write_weights(
     from huggingface_hub import save_torch_state_dict
 
     save_torch_state_dict(
-        {k: plain(v, dtype) for k, v in stock.items()},
+        {k: to_store(v, dtype) for k, v in stock.items()},
         folder,
         filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
     if own:
-        save_file({k: plain(v, dtype) for k, v in own.items()}, folder / "edits.safetensors")
+        save_file({k: to_store(v, dtype) for k, v in own.items()}, folder / "edits.safetensors")
 
 
 @contextmanager

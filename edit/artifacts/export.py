@@ -97,7 +97,7 @@ def export(settings: ExportSettings, say: Callable[[str], None] = lambda stage: 
     refuse_foreign(out)
     index = pipeline_index(Path(s.pipeline)) if s.pipeline else {}
     say(f"reading {s.artifact}")
-    artifact = read(s.artifact, tuple(filter(None, s.trusted.split(","))))
+    artifact = read_model(s.artifact, tuple(filter(None, s.trusted.split(","))))
     found = origins(artifact.path, s.teacher)
     around = origin(s.pipeline) if s.pipeline else None
     all_parts = [*found, around] if found and around else found  # weights from nowhere we know of stay unknown
@@ -148,7 +148,7 @@ def _write(s: ExportSettings, artifact: Artifact, index: Mapping[str, Any], fold
 # ---- what to export --------------------------------------------------------------------------------------------------
 
 
-def read(path: str, trusted: tuple[str, ...] = ()) -> Artifact:
+def read_model(path: str, trusted: tuple[str, ...] = ()) -> Artifact:
     """An artifact; an original FLUX.1 file, too."""
     if not path.endswith(".safetensors"):
         return load(path, trusted=trusted)

@@ -48,7 +48,7 @@ def check_weights(state: Mapping[str, Tensor], dtype: torch.dtype | None = None)
             )
 
 
-def plain(v: Tensor, dtype: torch.dtype | None) -> Tensor:
+def to_store(v: Tensor, dtype: torch.dtype | None) -> Tensor:
     v = v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
     part = v.untyped_storage().nbytes() > v.numel() * v.element_size()  # q, k, v split from one matrix
     return v.clone() if part else v

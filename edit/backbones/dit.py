@@ -184,7 +184,7 @@ def make_modulation(width: int, count: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(width, count * width))
 
 
-class Modulation(NamedTuple):
+class DiTModulation(NamedTuple):
     """adaLN of one unit, each b 1 d; scales already carry the 1 of (1 + scale)."""
 
     attention_shift: Tensor
@@ -207,15 +207,15 @@ class DiTBlock(Unit):
         self.mlp = SwiGLU(c.hidden_size, int(2 / 3 * hidden)) if c.swiglu else Mlp(c.hidden_size, hidden)
         self.adaLN_modulation = make_modulation(c.hidden_size, 6)
 
-    def modulate(self, stream: Stream) -> Modulation:
+    def modulate(self, stream: Stream) -> DiTModulation:
         s1, k1, g1, s2, k2, g2 = self.adaLN_modulation(stream.cond)[:, None].chunk(6, dim=-1)
-        return Modulation(s1, 1 + k1, Branch(g1), s2, 1 + k2, Branch(g2))
+        return DiTModulation(s1, 1 + k1, Branch(g1), s2, 1 + k2, Branch(g2))
 
-    def attend(self, stream: Stream, modulation: Modulation) -> Branch:
+    def attend(self, stream: Stream, modulation: DiTModulation) -> Branch:
         x = torch.addcmul(modulation.attention_shift, self.norm1(stream.image), modulation.attention_scale)
         return Branch(self.mixer(stream, x))
 
-    def feed(self, stream: Stream, modulation: Modulation) -> Branch:
+    def feed(self, stream: Stream, modulation: DiTModulation) -> Branch:
         x = torch.addcmul(modulation.feed_shift, self.norm2(stream.image), modulation.feed_scale)
         return Branch(self.ffn(x, stream.layout.routing))
 

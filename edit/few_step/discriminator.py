@@ -75,7 +75,7 @@ class Heads(nn.Module):
         logits = []
         for unit, head, code in zip(self.units, self.heads, codes, strict=True):
             tokens = features[f"unit.{unit}"].to(dtype)
-            logits.append(head(tokens.transpose(1, 2).unflatten(2, grid(tokens.shape[1], size)), code))
+            logits.append(head(tokens.transpose(1, 2).unflatten(2, token_grid(tokens.shape[1], size)), code))
         return torch.cat(logits, 1).float()
 
 
@@ -109,7 +109,7 @@ def waves(t: Tensor) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), 1)
 
 
-def grid(tokens: int, size: Sequence[int]) -> tuple[int, int]:
+def token_grid(tokens: int, size: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of the tokens of a latent of y x: the square patch follows from their number.
 
     Raises:

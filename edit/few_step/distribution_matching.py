@@ -29,7 +29,7 @@ from edit.few_step.discriminator import (
     softplus_generator,
     softplus_real_fake,
 )
-from edit.few_step.divergence import DIVERGENCES, Divergence, Judge
+from edit.few_step.divergence import DIVERGENCES, Divergence, WeighedHeads
 from edit.few_step.method import FewStepMethod, need_turns, pseudo_huber
 from edit.few_step.roles import Field, Given, Roles
 from edit.few_step.vision import Vision, late
@@ -146,7 +146,7 @@ class DistributionMatching(FewStepMethod):
     def check(self, solver: Solver) -> None:
         check_grid("DistributionMatching", self.solver, solver)
 
-    def build(self, student: Denoiser, teacher: Denoiser | None) -> Judge | Heads | None:
+    def build(self, student: Denoiser, teacher: Denoiser | None) -> WeighedHeads | Heads | None:
         if self.segment and any(e.leads for e in student.applied.values()):
             raise ValueError(
                 "DistributionMatching: segment guides velocities, this student is a flow map: set segment=0, or leave "
@@ -162,7 +162,7 @@ class DistributionMatching(FewStepMethod):
         if not self.taps:
             return None
         assert teacher is not None, "this method needs a teacher"
-        return Judge(Heads.on(teacher, self.taps))
+        return WeighedHeads(Heads.on(teacher, self.taps))
 
     # ---- losses ---------------------------------------------------------------------------------------------------
 
@@ -180,7 +180,7 @@ class DistributionMatching(FewStepMethod):
         if self.taps:
             logits = judge(roles, x_tau, tau, condition)
             losses["realism"] = self.realism * softplus_generator(logits)
-            gradient = column(self.weight(logits.detach(), tau, cast(Judge, roles.own)), x) * gradient
+            gradient = column(self.weight(logits.detach(), tau, cast(WeighedHeads, roles.own)), x) * gradient
         # written with x - x, so that the gradient is exact: in x - (x - gradient) its last digits would be lost
         losses["distribution"] = 0.5 * mean((x - x.detach() + gradient).square())
         if self.vision is not None:
@@ -229,7 +229,7 @@ class DistributionMatching(FewStepMethod):
         delta = move(x_t, v, t, end) - x
         return mean(delta.square()) if self.charbonnier is None else pseudo_huber(delta, self.charbonnier)
 
-    def weight(self, logits: Tensor, tau: Tensor, judge: Judge) -> Tensor:
+    def weight(self, logits: Tensor, tau: Tensor, judge: WeighedHeads) -> Tensor:
         """f-distill's, with mean 1 at each noise level: logits b k -> [b]."""
         if self.divergence == "reverse_kl":
             return torch.ones_like(tau)
@@ -263,10 +263,10 @@ def direction(x: Tensor, x_tau: Tensor, tau: Tensor, teacher: Tensor, critic: Te
         teacher: velocity at x_tau, guided
         critic: velocity at x_tau
     """
-    return column(tau, x) * (teacher - critic) / column(distance(x, x_tau, tau, teacher), x)
+    return column(tau, x) * (teacher - critic) / column(data_distance(x, x_tau, tau, teacher), x)
 
 
-def distance(x: Tensor, x_tau: Tensor, tau: Tensor, teacher: Tensor) -> Tensor:
+def data_distance(x: Tensor, x_tau: Tensor, tau: Tensor, teacher: Tensor) -> Tensor:
     """Mean |x - x_teacher| of each sample, which differences of scores are divided by: [b]."""
     return mean((x - (x_tau - column(tau, x) * teacher)).abs()) + 1e-6
 

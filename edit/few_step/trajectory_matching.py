@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from edit.few_step.distribution_matching import capped, check_grid, distance, rollout
+from edit.few_step.distribution_matching import capped, check_grid, data_distance, rollout
 from edit.few_step.method import FewStepMethod, need_turns, pseudo_huber
 from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import Count, check_numbers
@@ -75,7 +75,7 @@ class TrajectoryMatching(FewStepMethod):
             x_tau, _ = renoise(x, eps, given.draws.gaussian(NOISE), tau, rho)
             teacher, critic = roles.teacher(x_tau, tau, given.condition), roles.critic(x_tau, tau, given.condition)
             apart = column(tau, x) * (teacher - critic)  # x_critic - x_teacher
-            scale = distance(x, x_tau, tau, teacher)
+            scale = data_distance(x, x_tau, tau, teacher)
         # the target is x - apart, taken from x without rounding
         return {"trajectory": pseudo_huber(x - x.detach() + apart, self.c) / scale}
 

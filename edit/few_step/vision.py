@@ -176,7 +176,7 @@ def late(t: Tensor) -> Tensor:
     return 2 * (1 - t).square()
 
 
-def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+def feature_distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     """|a / |a| - b / |b||^2 of hidden states, in the mean over patches and layers: [b], 0 to 4.
 
     The form of LPIPS (arXiv 1801.03924) without its learned weights.

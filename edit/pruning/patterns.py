@@ -20,7 +20,7 @@ Groups = tuple[tuple[int, int], ...]  # (n, m): n of m consecutive units stay
 Pattern = str | Sequence[Sequence[int]]
 
 
-def segments(denoiser: Denoiser) -> tuple[int, ...]:
+def runs_of_one_kind(denoiser: Denoiser) -> tuple[int, ...]:
     """Lengths of the runs of units of one kind: same class, same parameters. FLUX.1: (19, 38)."""
 
     def kind(unit) -> tuple:

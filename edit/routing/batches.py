@@ -16,7 +16,7 @@ from edit.stream import Stream
 Key = TypeVar("Key", bound=Hashable)
 
 
-def grouped(keys: Sequence[Key]) -> dict[Key, list[int]]:
+def by_key(keys: Sequence[Key]) -> dict[Key, list[int]]:
     """Positions by key, in order of first appearance."""
     groups: dict[Key, list[int]] = {}
     for i, key in enumerate(keys):
@@ -45,7 +45,7 @@ def run_grouped(stream: Stream, keys: Sequence[Key | None], run: Callable[[Key, 
     Raises:
         ValueError: if branches or maps are wanted of a unit that is not run on all samples alike
     """
-    groups = grouped(keys)
+    groups = by_key(keys)
     if len(groups) == 1:
         (key,) = groups
         return stream if key is None else run(key, stream)

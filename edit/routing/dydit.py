@@ -226,7 +226,7 @@ class Routed:
         """The unit with its choice of tokens, where there is one."""
         if self.own.tokens is None:
             return unit
-        return choosing(unit, Choice(self.own, self.own.tokens[self.index]), run)
+        return choosing(unit, TokenChoice(self.own, self.own.tokens[self.index]), run)
 
     def __call__(self, stream: Stream) -> Stream:
         zero = hasattr(next(self.unit.parameters()), "ds_id")
@@ -301,7 +301,7 @@ class Routed:
         return self.choosing(narrowed(self.plain, parts, int(plan[0].sum()), keep), gathered)
 
 
-class Choice:
+class TokenChoice:
     """Of the image tokens that a unit's router keeps: in the trace, and for what runs on them."""
 
     def __init__(self, own: DyDiTRouters, router: nn.Module):

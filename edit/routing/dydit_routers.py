@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from edit.backbones.flux import DoubleUnit, SingleUnit
 from edit.denoiser import Unit
-from edit.routing.batches import grouped
+from edit.routing.batches import by_key
 from edit.routing.slices import heads, hidden
 from edit.stream import Layout, Stream
 
@@ -126,7 +126,7 @@ class DyDiTRouters(nn.Module):
         """Of each sample, the share of the units' work that is run: b. `n` image tokens."""
         spent, whole = torch.zeros((), device=trace[WIDTHS].device), 0
         shares = trace[WIDTHS].mean(3)  # b u 2
-        for w, members in grouped(self.works).items():
+        for w, members in by_key(self.works).items():
             fixed, attended, always = w.parts(n, layout.registers, layout.text_length)
             h, g = torch.stack([shares[:, i] for i in members], 1).unbind(2)  # b units
             kept: Tensor | int = n

@@ -270,7 +270,7 @@ class Router(nn.Module):
         self.modulation, self.trunk = nn.Linear(size, 2 * size), nn.Linear(size, width)
         for p in (*self.modulation.parameters(), self.trunk.bias):
             nn.init.zeros_(p)
-        self.gate, self.width = Head(width, 1), Head(width, WIDTHS) if widths else None
+        self.gate, self.width = SmallLinear(width, 1), SmallLinear(width, WIDTHS) if widths else None
         nn.init.constant_(self.gate.bias, math.log(OPEN / (1 - OPEN)))
         if self.width is not None:
             nn.init.constant_(self.width.bias[-1:], WHOLE)
@@ -300,7 +300,7 @@ class Router(nn.Module):
         return self.gate(pooled)[:, 0].sigmoid(), None if self.width is None else self.width(pooled).softmax(1)
 
 
-class Head(nn.Linear):
+class SmallLinear(nn.Linear):
     """b c -> b k in fp32, under autocast too: steps of bf16 are 1/256 near the threshold, and the band is 1/67."""
 
     def reset_parameters(self) -> None:

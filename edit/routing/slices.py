@@ -214,7 +214,7 @@ class Narrow(nn.Module):
                 "it first, or apply it later"
             )
         self.layer, self.base, self.keep = layer, base, keep
-        self.rows, self.columns = rows and joined(rows), columns and joined(columns)
+        self.rows, self.columns = rows and joined_pieces(rows), columns and joined_pieces(columns)
         self.lora = layer if isinstance(layer, LoraLayer) else None
         self.kept: list[tuple[Tensor, Tensor | None]] = []
 
@@ -271,7 +271,7 @@ def merged(weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
 Pieces = tuple[Part, ...]
 
 
-def joined(pieces: Pieces) -> Pieces:
+def joined_pieces(pieces: Pieces) -> Pieces:
     """Without empty ranges, and ranges that follow each other as one."""
     out: list[Part] = []
     for piece in pieces:
@@ -333,14 +333,14 @@ class Adapted(nn.Linear, ABC):
 
 
 @dataclass(frozen=True)
-class Call:
+class UnitCall:
     """What the layers of a unit are told besides their tokens."""
 
     time: Tensor  # b d, or 1 d where all samples share one: in a generation
     samples: Tensor | None = None  # m: whose each token is, where tokens of several samples run as one sequence
 
 
-class Calls:
+class UnitCalls:
     """The calls of a unit that are under way, the innermost last. Between calls there are none.
 
     A layer is called with tokens alone. Hooks of the unit, which its copies share, say the rest for as long as it runs;
@@ -348,7 +348,7 @@ class Calls:
     """
 
     def __init__(self, unit: Unit):
-        self.open: list[Call] = []
+        self.open: list[UnitCall] = []
         unit.register_forward_pre_hook(self._begin)
         unit.register_forward_hook(self._end, always_call=True)  # checkpointing leaves early, by an exception
         unit.calls = self
@@ -356,7 +356,7 @@ class Calls:
     def _begin(self, unit: nn.Module, args: tuple[Stream]) -> None:
         (stream,) = args
         assert stream.time is not None
-        self.open.append(Call(stream.time if stream.step is None else stream.time[:1]))
+        self.open.append(UnitCall(stream.time if stream.step is None else stream.time[:1]))
 
     def _end(self, unit: nn.Module, args: tuple[Stream], after: Stream) -> None:
         self.open.pop()
@@ -374,7 +374,7 @@ def one_sequence(unit: Unit, samples: Tensor) -> Iterator[None]:
     if calls is None:
         yield
         return
-    calls.open.append(Call(calls.open[-1].time, samples))
+    calls.open.append(UnitCall(calls.open[-1].time, samples))
     try:
         yield
     finally:

@@ -97,12 +97,12 @@ def groups(labels: Tensor | None, told: Sequence[str], classes: Sequence[str] | 
         told: b, captions
         classes: their names, where known
     """
-    from edit.routing.batches import grouped
+    from edit.routing.batches import by_key
 
     if labels is None:
-        return evenly(grouped(told), PROMPTS)
+        return evenly(by_key(told), PROMPTS)
     titles = [classes[int(label)] if classes else f"class {label}" for label in labels.tolist()]
-    return evenly(grouped(titles), CLASSES)
+    return evenly(by_key(titles), CLASSES)
 
 
 def evenly(found: Mapping[str, list[int]], most: int) -> dict[str, list[int]]:

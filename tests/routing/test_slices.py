@@ -18,7 +18,7 @@ from edit.routing.slices import (
     Part,
     heads,
     hidden,
-    joined,
+    joined_pieces,
     narrowed,
     number_of_heads,
     taken,
@@ -180,7 +180,7 @@ def test_a_range_is_a_view_and_indices_are_a_copy():
 
 
 def test_ranges_that_follow_each_other_are_one():
-    assert joined((slice(0, 0), slice(0, 2), slice(2, 5), slice(7, 9))) == (slice(0, 5), slice(7, 9))
+    assert joined_pieces((slice(0, 0), slice(0, 2), slice(2, 5), slice(7, 9))) == (slice(0, 5), slice(7, 9))
 
 
 @torch.no_grad()
