@@ -53,7 +53,7 @@ class Unit(nn.Module, ABC):
     """One transformer block written out as its equations.
 
     Slots are methods that an edit may replace on one unit by assigning to them (`unit.ffn = moe`); `del unit.ffn`
-    brings the block's own back. What is assigned is *not* registered as a sub-module: an edit's parameters live in
+    brings the block's own back. The new value is *not* registered as a sub-module: an edit's parameters live in
     `denoiser.edits`, so that the weights of the block keep their names.
 
     | slot        | signature                                                                                 |
@@ -95,50 +95,54 @@ class Unit(nn.Module, ABC):
 
 
 class Edit(ABC):
-    """A final subclass is a dataclass. Its `apply` may be called on the meta device: it must not read weights."""
+    """One method's change to a denoiser. A subclass is a dataclass; its fields are the paper's hyper-parameters.
 
-    perturbs: ClassVar[bool] = False  # changes what the guidance branch "perturbed" computes
-    # what is run depends on samples or times: its cost is counted on real ones, and it is applied last, for it runs
-    # copies of the units, which a later edit would not change
+    `apply` may be called on the meta device: it must not read weights.
+    """
+
+    perturbs: ClassVar[bool] = False  # changes the prediction in the guidance branch "perturbed"
+    # The work depends on samples or times, so the cost is counted on real samples. Apply last: this edit copies units,
+    # and later edits would miss the copies.
     decides: ClassVar[bool] = False
-    leads: ClassVar[bool] = False  # the model becomes a flow map, which is told where a step ends (Condition.end)
-    keeps: ClassVar[bool] = False  # without a LoRA, and told the same, the model predicts what it did without this edit
-    excludes: ClassVar[tuple[str, ...]] = ()  # class names of edits this one cannot live with
-    records: ClassVar[tuple[str, ...]] = ()  # maps that `readout` adds to the trace, for solvers that are given them
+    leads: ClassVar[bool] = False  # the model becomes a flow map: it takes the time at which a step ends
+    # With LoRA off and the same condition, the output equals the unedited model's (needed for placement=tied).
+    keeps: ClassVar[bool] = False
+    excludes: ClassVar[tuple[str, ...]] = ()  # class names of edits that cannot be applied together with this one
+    records: ClassVar[tuple[str, ...]] = ()  # maps that `readout` adds to the trace, for solvers that use them
 
     @abstractmethod
     def apply(self, denoiser: Denoiser) -> nn.Module | None:
-        """Change units, slots or modules; return the edit's own parameters, to be registered under its name."""
+        """Change units, slots or modules. Return the edit's own parameters, which are registered under its name."""
 
     def initialise(self, denoiser: Denoiser) -> None:  # noqa: B027 - most edits need no weights to start from
         """Set own parameters from the weights (an SVD, a copy). Called once when the edit is new, never on reload."""
 
     def advance(self, progress: float, own: nn.Module | None) -> None:  # noqa: B027 - most edits have no schedule
-        """Called before every training step: set what has a schedule, in buffers of the edit's own.
+        """Set scheduled values in the edit's own buffers. Called before every training step.
 
         Args:
-            progress: part of the run that is done, in [0, 1)
-            own: what `apply` returned
+            progress: fraction of the run that is done, in [0, 1)
+            own: the module that `apply` returned
         """
 
     def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
-        """What the first unit gets in place of the embedded stream: a second time, a further token.
+        """Replace the input of the first unit: add a second time, a further token.
 
         Args:
-            stream: as the family embeds it
+            stream: embedded by the family
             t: b, times in [0, 1]
             condition: of the same batch
-            own: what `apply` returned
+            own: the module that `apply` returned
         """
         return stream
 
     def readout(self, output: Output, stream: Stream, own: nn.Module | None) -> Output:
-        """What is returned in place of the family's output: a further head, recorded in its trace.
+        """Replace the output: record a further head in its trace.
 
         Args:
-            output: as the family reads it out
+            output: read out by the family
             stream: after the last unit
-            own: what `apply` returned
+            own: the module that `apply` returned
         """
         return output
 
@@ -147,23 +151,23 @@ class Edit(ABC):
         return {}
 
     def metrics(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What to log beside the losses: open rates, expert loads, confidence."""
+        """Numbers to log beside the losses: open rates, expert loads, confidence."""
         return {}
 
     def decisions(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What was run of each unit, in [0, 1], for pictures and reports: u b each, u b n where tokens are chosen."""
+        """Executed fraction of each unit, in [0, 1], for reports: u b, or u b n where tokens are chosen."""
         return {}
 
     def further(self, output: Output) -> dict[str, Output]:
-        """More predictions of the same samples, recorded in the trace, which the objective scores like the first."""
+        """Further predictions of the same samples, from the trace; the objective scores them like the first."""
         return {}
 
     def trainable(self, name: str) -> bool:
-        """Whether a parameter of the denoiser (by its full name) is still trained under this edit."""
+        """Whether a parameter of the denoiser (full name) is still trained under this edit."""
         return True
 
     def owns(self, name: str) -> bool:
-        """Whether a parameter inside the model (by its full name) is new with this edit: no other edit freezes it."""
+        """Whether this edit added a parameter inside the model (full name), which no other edit freezes."""
         return False
 
     def stock_key(self, key: str) -> str | None:
@@ -171,7 +175,7 @@ class Edit(ABC):
         return key
 
     def fold(self, denoiser: Denoiser) -> None:
-        """Make the change permanent in the model's own weights, leaving nothing to apply.
+        """Make the change permanent in the model's own weights.
 
         Raises:
             ValueError: if the change cannot be expressed in the stock model
@@ -182,7 +186,7 @@ class Edit(ABC):
 class Spec(ABC):
     """The configuration of a backbone: a dataclass whose `build()` takes nothing and makes a denoiser.
 
-    Nothing derives from it: it is what a configuration's `backbone` is compared with before it is called.
+    No class derives from it: `isinstance` checks a configuration's `backbone` before `build` is called.
     """
 
     @abstractmethod
@@ -197,9 +201,9 @@ class Spec(ABC):
 class Denoiser(nn.Module, ABC):
     """A DiT of any family, seen as `embed -> units -> readout`.
 
-    `model` holds the weights under their own names; `units` are ordered views on its blocks, registered once, there.
-    `edits` holds the parameters that edits add. One calling convention for every backbone: `x` is a latent or pixels
-    b c y x (b c f y x for video), `t` in [0, 1] with 1 = pure noise.
+    `model` holds the weights under their own names; `units` are ordered views on its blocks, which stay registered in
+    `model` alone. `edits` holds the parameters that edits add. Every backbone has one calling convention: `x` is a
+    latent or pixels b c y x (b c f y x for video), `t` lies in [0, 1] with 1 = pure noise.
 
     A family implements `config`, `from_config`, `sample_shape`, `pack`, `embed`, `readout`, `keep`, `null` and the two
     converters `to_stock` / `from_stock`; everything else is here.
@@ -213,8 +217,8 @@ class Denoiser(nn.Module, ABC):
         self.units: list[Callable[[Stream], Stream]] = list(units)
         self.edits = nn.ModuleDict()
         self.applied: dict[str, Edit] = {}  # live edits by name, in order of application
-        self.folded: list[dict] = []  # provenance of edits that are part of the weights by now
-        self.base = self.config  # the configuration that live edits are applied to when an artifact is read
+        self.folded: list[dict] = []  # provenance of the edits that are part of the weights
+        self.base = self.config  # configuration to which live edits are applied when an artifact is read
         self.gradient_checkpointing = False
 
     # ---- what a family provides -------------------------------------------------------------------------------
@@ -222,12 +226,12 @@ class Denoiser(nn.Module, ABC):
     @property
     @abstractmethod
     def config(self) -> dict:
-        """The constructor's arguments as plain JSON values, describing the model as it now stands."""
+        """The constructor's arguments as JSON values, of the model in its present state."""
 
     @classmethod
     @abstractmethod
     def from_config(cls, config: Mapping[str, Any]) -> Denoiser:
-        """Build with fresh weights. Under `torch.device("meta")` nothing is allocated."""
+        """Build with fresh weights; `torch.device("meta")` allocates nothing."""
 
     @property
     @abstractmethod
@@ -236,12 +240,12 @@ class Denoiser(nn.Module, ABC):
 
     @property
     def prediction(self) -> Literal["velocity", "noise"]:
-        """What the weights are made to predict; an objective must predict the same."""
+        """The quantity that the weights predict; the objective must predict the same."""
         return "velocity"
 
     @abstractmethod
     def pack(self, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
-        """From the framework's convention to the family's native arguments (time scale, ids, patching)."""
+        """Translate to the family's native arguments (time scale, ids, patching)."""
 
     @abstractmethod
     def embed(self, **native: Any) -> Stream: ...
@@ -251,18 +255,18 @@ class Denoiser(nn.Module, ABC):
 
     @abstractmethod
     def keep(self, indices: Sequence[int]) -> None:
-        """Drop all units but these, for good: from `units`, from the model and from its configuration."""
+        """Drop all other units for good: from `units`, from the model and from its configuration."""
 
     @abstractmethod
     def null(self, condition: Condition) -> Condition:
         """The unconditional counterpart of a condition, for label drop and classifier-free guidance."""
 
     def example(self, batch: int = 1, text: int = 512) -> Condition:
-        """A condition of the right shape that means nothing, on the CPU: costs do not depend on what is said.
+        """A condition of the right shape without meaning, on the CPU: costs do not depend on its values.
 
         Args:
             batch: samples
-            text: tokens of a prompt, where the family reads text
+            text: tokens of a prompt, for families that read text
         """
         return Condition(label=torch.zeros(batch, dtype=torch.int64, device="cpu"))
 
@@ -271,7 +275,7 @@ class Denoiser(nn.Module, ABC):
         return None
 
     def settle(self, shape: tuple[int, ...], spec: Any) -> None:  # noqa: B027 - most families have nothing to do
-        """Take over what is no structure: the shape of a sample, and settings of the backbone's configuration."""
+        """Take over values that are no structure: the shape of a sample, settings of the backbone's configuration."""
 
     def reset_buffers(self) -> None:  # noqa: B027 - most families have nothing to do
         """Recompute non-persistent buffers after the model left the meta device."""
@@ -279,7 +283,7 @@ class Denoiser(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def to_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-        """`config.json` and state dict that are stored: those of stock `diffusers` where it has the model."""
+        """The stored `config.json` and state dict: those of stock `diffusers` where that has the model."""
 
     @classmethod
     @abstractmethod
@@ -288,7 +292,7 @@ class Denoiser(nn.Module, ABC):
 
     @property
     def family(self) -> type[Denoiser]:
-        """The family's own class: sharding (FSDP2) puts a subclass in its place at run time."""
+        """The family's own class: FSDP2 replaces a module's class by a subclass at run time."""
         return next(c for c in type(self).__mro__ if "name" in vars(c))
 
     # ---- what every family shares -----------------------------------------------------------------------------
@@ -310,18 +314,18 @@ class Denoiser(nn.Module, ABC):
             x: b c y x, noisy
             t: b, times in [0, 1], 1 = pure noise
             condition: labels, text, ... of the same batch
-            step: where a generation stands; None while training
-            taps: units whose output tokens are wanted; they come back as trace["unit.<index>"], b n d, and in
-                two-stream families trace["unit.<index>.text"], b l d. Negative indices count from the end.
-            branches: units whose branches before the gate are wanted, as trace["unit.<index>.attention"] and
-                trace["unit.<index>.feed"], each with its ".text" where there is one
-            forced: input tokens of some units on some samples
-            maps: units whose attention maps are wanted, and how many evenly spread query rows r of them, as
+            step: the sampling step; None while training
+            taps: units whose output tokens are returned as trace["unit.<index>"], b n d, and in two-stream families
+                trace["unit.<index>.text"], b l d. Negative indices count from the end.
+            branches: units whose branches before the gate are returned as trace["unit.<index>.attention"] and
+                trace["unit.<index>.feed"], each with ".text" in two-stream families
+            forced: replacements for the input tokens of units
+            maps: number r of evenly spread query rows per unit whose attention map is returned as
                 trace["unit.<index>.maps"]: b h r s, natural logarithms, over all tokens s in the joint order
 
         Raises:
-            ValueError: if x does not have the model's shape, a tap names no unit, or a unit with another attention
-                than plain softmax is asked for a map
+            ValueError: if x does not have the model's shape, a tap names no unit, or a map is requested of a unit
+                with another attention than plain softmax
         """
         self._check(x, t, (*taps, *branches, *forced, *maps))
         stream = replace(self.embed(**self.pack(x, t, condition)), step=step)
@@ -341,7 +345,7 @@ class Denoiser(nn.Module, ABC):
         forced: Mapping[int, Forced] = _NOTHING,
         maps: Mapping[int, int] = _NOTHING,
     ) -> Stream:
-        """All units, from the embedded stream to the one that is read out."""
+        """All units in order; arguments as of `forward`."""
         depth = len(self.units)
         taps, branches = {i % depth for i in taps}, {i % depth for i in branches}
         maps = {i % depth: rows for i, rows in maps.items()}
@@ -363,7 +367,7 @@ class Denoiser(nn.Module, ABC):
         return stream
 
     def _mapped(self, stream: Stream, i: int, branches: bool) -> Stream:
-        """The stream after a unit that was asked for its map; what else it traced goes unless `branches` are wanted."""
+        """The stream after a unit with a map: its branches leave the trace unless `branches` are wanted."""
         name = f"unit.{i}.maps"
         if name not in stream.trace:
             raise ValueError(
@@ -374,7 +378,7 @@ class Denoiser(nn.Module, ABC):
         return replace(stream, trace=kept, layout=replace(stream.layout, maps=None))
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
-        """Whether samples of this shape (without the batch) can be denoised; families of any size say so here."""
+        """Whether samples of this shape (without the batch) can be denoised."""
         return shape == self.sample_shape
 
     def _check(self, x: Tensor, t: Tensor, taps: Collection[int]) -> None:

@@ -1,7 +1,7 @@
-"""One method's change to a denoiser: surgery on its units, its own parameters, auxiliary losses, how it folds away.
+"""Operations on edits: apply them in order, fold them into the weights, describe them as data and rebuild them.
 
-An edit is data: a dataclass whose fields are the paper's hyper-parameters, with the paper's defaults. It is found by
-importing it, there is no registry; an artifact stores its import path and fields.
+An edit is data: a dataclass whose fields are the paper's hyper-parameters, with the paper's defaults. There is no
+registry: an artifact stores the import path and the fields.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def apply(denoiser: Denoiser, edits: Mapping[str, Edit], fresh: bool = True) -> 
 
     Args:
         denoiser: to change
-        edits: by a name that is unique in this denoiser; own parameters are found under `denoiser.edits[name]`
-        fresh: call each edit's `initialise`; False when weights are loaded afterwards
+        edits: by name, unique in this denoiser; own parameters are registered as `denoiser.edits[name]`
+        fresh: call each edit's `initialise`; False if weights are loaded afterwards
 
     Raises:
-        ValueError: if a name is taken or impossible, or two edits cannot live together, or not in this order (both
+        ValueError: if a name is taken or impossible, or two edits exclude each other, or their order is wrong (both
             are named)
     """
     for name, new in edits.items():
@@ -57,16 +57,16 @@ def apply(denoiser: Denoiser, edits: Mapping[str, Edit], fresh: bool = True) -> 
 
 
 def trains(denoiser: Denoiser, name: str) -> bool:
-    """Whether a parameter (by its full name) is trained: what edits added is, the rest unless an edit freezes it."""
+    """Whether a parameter (full name) is trained: if an edit added it, or no edit freezes it."""
     applied = denoiser.applied.values()
     return any(e.owns(name) for e in applied) or all(e.trainable(name) for e in applied)
 
 
 def chosen(who: str, units: tuple[int, ...], denoiser: Denoiser) -> tuple[int, ...]:
-    """Positions of units, all where none are given.
+    """Positions of the chosen units; all units if none are given.
 
     Raises:
-        ValueError: if one is not there, or is given twice
+        ValueError: if a unit does not exist, or is given twice
     """
     depth = len(denoiser.units)
     if bad := [i for i in units if not 0 <= i < depth]:
@@ -77,11 +77,11 @@ def chosen(who: str, units: tuple[int, ...], denoiser: Denoiser) -> tuple[int, .
 
 
 def fold(denoiser: Denoiser, *names: str) -> Denoiser:
-    """Make applied edits permanent, the last applied first; without names, all that are applied.
+    """Make applied edits permanent, the last applied first; without names, all applied edits.
 
     Raises:
-        ValueError: if a name is not applied, if an edit applied later is left live, if an edit cannot be folded, or if
-            what stays live could not be applied again to what is left
+        ValueError: if a name is not applied, if an edit applied later stays live, if an edit cannot be folded, or if
+            the live edits could not be applied again to the folded model
     """
     names = names or tuple(denoiser.applied)
     if unknown := [n for n in names if n not in denoiser.applied]:
@@ -101,9 +101,9 @@ def fold(denoiser: Denoiser, *names: str) -> Denoiser:
 
 
 def _base(denoiser: Denoiser) -> dict:
-    """The configuration to which the live edits are applied again on reading.
+    """The configuration to which a reader applies the live edits again.
 
-    The one of before, unless what was folded had changed the structure above them; then the present one.
+    The former base, unless a folded edit has changed the structure; then the present configuration.
     """
     for base in (denoiser.base, denoiser.config):
         try:
@@ -119,7 +119,7 @@ def _base(denoiser: Denoiser) -> dict:
 
 
 def describe(value: Any) -> dict[str, Any]:
-    """Import path and fields of a dataclass, as JSON; `rebuild` is the inverse."""
+    """Import path and fields of a dataclass as JSON values; `rebuild` is the inverse."""
 
     def plain(v: Any) -> Any:
         if is_dataclass(v) and not isinstance(v, type):
@@ -135,16 +135,16 @@ def describe(value: Any) -> dict[str, Any]:
 
 
 def rebuild(node: Any, trusted: tuple[str, ...] = (), kind: type = object) -> Any:
-    """Build what `describe` wrote down. It comes from outside: see `edit.inputs.trust` for what it may ask for.
+    """Build the object that `describe` wrote. The values come from outside: `edit.inputs.trust` limits them.
 
     Args:
         node: JSON values
         trusted: packages besides `edit` whose classes may be built
-        kind: what is built is one of these
+        kind: class of the result
 
     Raises:
-        ValueError: if a path leads outside those packages, to something that is no dataclass or of another kind than
-            its place expects, or takes other fields
+        ValueError: if a path leads outside those packages, names no dataclass or one of another kind than its place
+            expects, or has other fields
     """
     trust.refuse_deep(node)
     if kind is not object and not (isinstance(node, Mapping) and "_target_" in node):
@@ -169,6 +169,6 @@ def _rebuild(node: Any, packages: tuple[str, ...], kinds: trust.Kinds) -> Any:
         return cls(**given)
     except ValueError:
         raise
-    except Exception as error:  # whatever a class makes of a value of another type
+    except Exception as error:  # a class may raise anything for a value of another type
         reason = f"{type(error).__name__}: {trust.cut(str(error), quoted=False)}"
         raise ValueError(f"the artifact's {path} does not fit this version of edit: {reason}") from error

@@ -1,8 +1,7 @@
-"""Generation: the sampler owns steps, guidance branches and everything that is remembered between steps.
+"""Generation: the sampler owns steps, guidance branches and all state between steps.
 
-Noise is a pure function of (seed, sample number, step) (`edit.noise`), so a sample's image does not depend on the batch
-it was made in or on the number of ranks. Sources: SiT (arXiv 2401.08740) for the SDE, guidance interval (2404.07724),
-diffusers for the discrete schedulers and the steps of stock pipelines.
+Noise is a pure function of (seed, sample number, step) (`edit.noise`), so an image depends neither on its batch nor on
+the number of ranks. Source of the guidance interval: arXiv 2404.07724.
 """
 
 from __future__ import annotations
@@ -27,23 +26,23 @@ Watch = Callable[[Step, Output], None]  # sees every evaluation of a branch
 
 @dataclass(frozen=True)
 class Sampler:
-    """How to generate: the solver, and how much which guidance branch counts.
+    """How to generate: the solver, and the weight of each guidance branch.
 
-    guided = uncond + guidance (cond - uncond) + perturbation (cond - perturbed). Where edits are applied each branch
-    is its own evaluation, so that what an edit remembers of one branch never mixes with another; else cond and uncond
-    share a batch. A branch of no weight is not run.
+    guided = uncond + guidance (cond - uncond) + perturbation (cond - perturbed). With edits each branch is its own
+    evaluation, so that an edit's memory of one branch never mixes with another; else cond and uncond share a batch. A
+    branch without weight is not run.
 
-    With `norm_patch` p, each p x p patch of the guided prediction has the length that it has in the conditional one:
-    guidance changes its direction alone, as in Qwen-Image's pipeline (p = 2, its token).
+    With `norm_patch` p, each p x p patch of the guided prediction keeps the length of the conditional one: guidance
+    changes only its direction, as in Qwen-Image's pipeline (p = 2, its token).
     """
 
     solver: Solver = field(default_factory=Euler)
     guidance: NotNegative = 1.0  # 1: the conditional prediction alone
-    interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance is applied; outside, cond alone
+    interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance is applied; cond alone outside
     channels: Count | None = None  # guide the first channels only (3 in the official DiT); None: all
-    told: NotNegative | None = None  # guidance scale that a model with a guidance input is told; None: the model's own
-    perturbation: NotNegative = 0.0  # needs an edit that perturbs the branch "perturbed"
-    norm_patch: Count | None = None  # rows and columns of latent pixels; None: lengths are what guidance makes them
+    told: NotNegative | None = None  # scale for a model with a guidance input; None: the model's own
+    perturbation: NotNegative = 0.0  # needs an edit with `perturbs`
+    norm_patch: Count | None = None  # rows and columns of latent pixels; None: lengths change
 
     def __post_init__(self):
         check_numbers(self)
@@ -67,21 +66,21 @@ class Sampler:
 
         Args:
             denoiser: in eval mode
-            objective: what the denoiser predicts
+            objective: of the denoiser
             condition: b entries
-            samples: b int64, sample numbers; together with the seed they decide the noise
+            samples: b int64, sample numbers; with the seed they decide the noise
             seed: of the whole set
-            negative: the unconditional counterpart, b entries or one for all; None asks the denoiser for its own
+            negative: the unconditional counterpart, b entries or one for all; None: the denoiser's own
             progress: called as (evaluations done, evaluations in all) after each prediction
             shape: of one sample; None: the denoiser's own
-            watch: called with each evaluation's step and output; both branches are one output where they share a batch
+            watch: called with each evaluation's step and output; branches that share a batch share an output
 
         Returns:
-            b c y x float32, as the model was trained to see data.
+            b c y x float32, in the range of the training data.
 
         Raises:
-            ValueError: if the solver does not fit the objective, a perturbed branch is asked for without an edit that
-                perturbs, or a scale is to be told to a model without guidance input
+            ValueError: if the solver does not fit the objective, if no edit perturbs the branch "perturbed", or if
+                `told` is set for a model without guidance input
         """
         if self.perturbation and not any(e.perturbs for e in denoiser.applied.values()):
             raise ValueError(
@@ -93,11 +92,11 @@ class Sampler:
             )
         self.solver.check(objective)
         weight = next(denoiser.parameters())
-        # faster than no_grad, but it would leave gathered shards that training cannot go on with
+        # inference_mode is faster than no_grad, but training cannot use the shards that it leaves gathered
         sharded = isinstance(weight, DTensor) or hasattr(weight, "ds_id")
         with torch.no_grad() if sharded else torch.inference_mode():
             x = self._generate(denoiser, objective, condition, samples, seed, negative, progress, shape, watch)
-        return x.clone()  # an ordinary tensor, which may be trained on
+        return x.clone()  # an ordinary tensor, so that a model can train on it
 
     def _generate(
         self,
@@ -225,7 +224,7 @@ def lengths(x: Tensor, patch: int) -> Tensor:
 
 
 def default_sampler(denoiser: Denoiser, objective: Objective | None = None) -> Sampler:
-    """As the family's stock pipeline samples, if that fits what the model predicts; else 50 steps without guidance."""
+    """The family's stock sampler if it fits the prediction; else 50 steps without guidance."""
     own, predicted = denoiser.sampler(), objective.prediction if objective else denoiser.prediction
     if own is not None and predicted in own.solver.integrates:
         return own

@@ -20,7 +20,7 @@ from edit.paths import velocity_to_score
 
 
 class Predict(Protocol):
-    """The guided prediction at time t; a flow map is asked for the step that leads to `end`."""
+    """The guided prediction at time t; of a flow map, for the step that ends at `end`."""
 
     def __call__(self, x: Tensor, t: float, end: float | None = None) -> Tensor: ...
 
@@ -30,10 +30,10 @@ Draw = Callable[[int], Tensor]  # step -> fresh standard normal noise, shaped as
 
 
 class Solver(ABC):
-    """Integrates from noise to data. Subclasses are dataclasses; `evaluations` is what one generation costs."""
+    """Integrates from noise to data. Subclasses are dataclasses; `evaluations` counts those of one generation."""
 
-    integrates: ClassVar[tuple[str, ...]] = ("velocity",)  # the predictions it can work with
-    extras: ClassVar[tuple[str, ...]] = ()  # maps of the trace that it is given behind the prediction, as channels
+    integrates: ClassVar[tuple[str, ...]] = ("velocity",)  # predictions that it integrates
+    extras: ClassVar[tuple[str, ...]] = ()  # maps of the trace that follow the prediction as channels
     steps: int
 
     @property
@@ -41,10 +41,10 @@ class Solver(ABC):
         return self.steps
 
     def check(self, objective: Objective) -> None:
-        """Refuse an objective whose prediction this solver cannot integrate, or that has fewer steps.
+        """Refuse an objective whose prediction this solver cannot integrate, or that has too few steps.
 
         Raises:
-            ValueError: naming both, and what to use instead
+            ValueError: naming both, and an alternative
         """
         name, predicted = type(self).__name__, objective.prediction
         if predicted not in self.integrates:
@@ -87,20 +87,20 @@ def _euler(ts: list[float], predict: Predict, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StockEuler(Solver):
-    """Euler's method on the steps that a stock pipeline takes, which `FlowMatchEulerDiscreteScheduler` spaces.
+    """Euler's method on the steps of a stock pipeline, which `FlowMatchEulerDiscreteScheduler` spaces.
 
-    Three things tell these steps from `Euler`'s. The shift may grow with the number of image tokens (FLUX.1-dev,
-    Qwen-Image). The pipeline may leave the times to the scheduler (SD3), whose last one is its smallest training time
-    instead of 1/steps: 4 steps at shift 3 then end in 0.602, 0.009, 0 where even ones end in 0.75, 0.5, 0. The last
-    step may be given (Qwen-Image). Families name theirs in `Denoiser.sampler`.
+    These steps differ from `Euler`'s in three ways. The shift may grow with the number of image tokens (FLUX.1-dev,
+    Qwen-Image). The scheduler may choose the times (SD3); its last time is its smallest training time instead of
+    1/steps: 4 steps at shift 3 end in 0.602, 0.009, 0 where even steps end in 0.75, 0.5, 0. The last step may be fixed
+    (Qwen-Image). Families name theirs in `Denoiser.sampler`.
 
     Args:
         steps: evaluations
-        shift: moves times towards noise; without `dynamic`
-        dynamic: log of the shift at the fewest and at the most image tokens, and these two numbers of tokens; a token
-            is 2 x 2 latent pixels
-        even: the pipeline asks for 1, 1 - 1/steps ... 1/steps; false: the scheduler's own times, down to its smallest
-        terminal: times are stretched so that the last step starts here
+        shift: moves times towards noise; ignored with `dynamic`
+        dynamic: (log shift at the fewest tokens, log shift at the most tokens, fewest tokens, most tokens); a token is
+            2 x 2 latent pixels
+        even: times 1, 1 - 1/steps ... 1/steps before the shift; false: the scheduler's own, down to its smallest
+        terminal: time at which the last step starts; the others are stretched
     """
 
     steps: Steps = 28
@@ -123,7 +123,7 @@ class StockEuler(Solver):
 
     @classmethod
     def of(cls, scheduler: Mapping[str, Any], steps: int, even: bool) -> StockEuler | None:
-        """From a scheduler's configuration; None if it spaces its steps in a way that is not among these."""
+        """From a scheduler's configuration; None if it spaces its steps in another way."""
         if scheduler.get("_class_name") != FLOW_SCHEDULER:
             return None
         odd = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
@@ -147,12 +147,12 @@ class StockEuler(Solver):
 
     @property
     def asked(self) -> tuple[float, ...]:
-        """The times that the scheduler is asked for, before it moves them; from 1, without the end at 0."""
+        """The times before the scheduler moves them, from 1, without the end at 0."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         if self.even:
             return tuple(times(self.steps, 1)[:-1])
-        last = FlowMatchEulerDiscreteScheduler(**self.scheduler).sigma_min  # which it has moved once by then
+        last = FlowMatchEulerDiscreteScheduler(**self.scheduler).sigma_min  # moved once already
         return tuple(torch.linspace(1, last, self.steps, dtype=torch.float64, device="cpu").tolist())
 
     def times(self, shape: tuple[int, ...]) -> list[float]:
@@ -189,10 +189,10 @@ def dynamic_shift(dynamic: tuple[float, float, int, int], tokens: int) -> float:
 
 @dataclass(frozen=True)
 class Grid(Solver):
-    """A few steps at given times: what students of few-step methods are sampled with.
+    """A few steps at given times: the solver for students of few-step methods.
 
-    Either Euler steps, or, `renoise`, each step goes all the way to data and the next starts from that with fresh noise
-    (the sampler of consistency models, arXiv 2303.01469, alg. 1). Noise predictions are stepped as velocities.
+    Without `renoise`, Euler steps. With `renoise`, each step goes to data, and the next starts from there with fresh
+    noise (consistency models, arXiv 2303.01469, alg. 1). Noise predictions are converted to velocities.
 
     Args:
         times: decreasing, in (0, 1]; the last step leads to 0. Before `shift`
@@ -287,8 +287,7 @@ class EulerMaruyama(Solver):
 class DDPMSolver(Solver):
     """Ancestral sampling on respaced steps round(i 999 / (steps - 1)), with the learned variance where there is one.
 
-    The update is written here and not taken from diffusers' DDPMScheduler because that one cannot be handed its noise:
-    an image would depend on its batch.
+    `diffusers.DDPMScheduler` is not used, as it draws its own noise: an image would depend on its batch.
     """
 
     integrates: ClassVar = ("noise",)
@@ -334,8 +333,8 @@ def _run_scheduler(
 class DDIMSolver(Solver):
     """Deterministic DDIM through `diffusers.DDIMScheduler`; data predictions are not clipped.
 
-    Steps 0, 1000/N, 2 * 1000/N ...: the official DiT's spacing `ddimN`. Its spacing `N`, which ends at step 999, is
-    that of `DDPMSolver`.
+    Steps 0, 1000/N, 2 * 1000/N ...: spacing `ddimN` of the official DiT. `DDPMSolver` has spacing `N`, which ends at
+    step 999.
     """
 
     integrates: ClassVar = ("noise",)

@@ -1,4 +1,4 @@
-"""What flows through a denoiser: the condition, the stream of tokens with its layout, the sampler's step, the output.
+"""The values that pass through a denoiser: condition, stream of tokens with its layout, sampling step, output.
 
 Letters in shape comments: b batch, n image tokens, l text tokens, d width, h heads, e head width, c channels,
 f frames, y x grid rows and columns.
@@ -18,15 +18,15 @@ from torch.utils._pytree import register_pytree_node
 
 @dataclass(frozen=True)
 class Condition:
-    """What a denoiser is told besides the noisy sample and the time. New conditioning is a new named field."""
+    """The inputs of a denoiser besides the noisy sample and the time. New conditioning is a new named field."""
 
     label: Tensor | None = None  # b, int64; the family's null class for the unconditional pass
     text: Tensor | None = None  # b l c, text-encoder states
     text_mask: Tensor | None = None  # b l, bool, True = a real token
     pooled: Tensor | None = None  # b c, pooled text embedding
-    guidance: Tensor | None = None  # b, the guidance scale a guidance-distilled model was told
+    guidance: Tensor | None = None  # b, the scale that a guidance-distilled model takes as an input
     control: Tensor | None = None  # b c y x, control latents
-    end: Tensor | None = None  # b, the time a flow map is asked to lead to, at most t; for models that take one
+    end: Tensor | None = None  # b, the time at which the step of a flow map ends, at most t
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Condition:
         """Apply `f` to every field that is present (move, slice, repeat)."""
@@ -34,9 +34,9 @@ class Condition:
         return Condition(**{name: value if value is None else f(value) for name, value in values.items()})
 
     def join(self, other: Condition) -> Condition:
-        """Both as one batch, for denoisers that are asked for two branches at once.
+        """Both as one batch, so that two branches share a forward.
 
-        Texts of different lengths are brought to one: see `_level`.
+        The shorter text is padded: see `_level`.
 
         Raises:
             ValueError: if a field is present in one of them only, or texts differ in length and have no mask
@@ -51,8 +51,8 @@ class Condition:
     def where(self, drop: Tensor, null: Condition) -> Condition:
         """This condition with the samples marked in `drop` [b, bool] replaced by those of `null`.
 
-        One mask drops all fields of a sample together, as classifier-free guidance needs. Texts of different lengths
-        are brought to one: see `_level`.
+        One mask drops all fields of a sample together, as classifier-free guidance needs. The shorter text is padded:
+        see `_level`.
 
         Raises:
             ValueError: if texts differ in length and have no mask
@@ -71,10 +71,10 @@ _CONDITION_FIELDS = tuple(f.name for f in fields(Condition))
 
 
 def _level(a: Condition, b: Condition) -> tuple[Condition, Condition]:
-    """Both with texts of one length: the shorter is filled up with zeros that its mask leaves out.
+    """Both with texts of one length: the shorter text is padded with zeros, which its mask leaves out.
 
     Raises:
-        ValueError: if there is anything to fill up, and no mask
+        ValueError: if the lengths differ and a text has no mask
     """
     if a.text is None or b.text is None or a.text.shape[1] == b.text.shape[1]:
         return a, b
@@ -112,17 +112,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Maps:
-    """How many query rows of a unit's attention map are wanted; what attention leaves here, its unit traces.
+    """A request for query rows of one unit's attention map.
 
-    One is made per unit and call. `found` is filled and emptied within the unit, whose trace alone hands the map on:
-    that is how checkpointing, compilation and FSDP2 see it.
+    Each call of a unit has its own. Attention puts the map into `found`; the unit moves it into the trace, so that
+    checkpointing, compilation and FSDP2 see it.
     """
 
     rows: int
     found: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
     def see(self, q: Tensor, k: Tensor) -> None:
-        """Logarithms of evenly spread rows of softmax(q k' / sqrt(e)), all rows if there are not so many."""
+        """Record the logarithms of evenly spread rows of softmax(q k' / sqrt(e)): b h s e each -> b h r s."""
         s = q.shape[2]
         rows = min(self.rows, s)
         chosen = q[:, :, torch.arange(rows, device=q.device) * s // rows]
@@ -131,47 +131,47 @@ class Maps:
 
 @dataclass(frozen=True)
 class Routing:
-    """What an edit decided for the unit ahead, as factors, 0 or 1 with a gradient while training; None: all of it."""
+    """An edit's decisions for the next unit, as factors: 0 or 1, with a gradient while training. None: all are on."""
 
-    heads: Tensor | None = None  # b h, of the attention
-    channels: Tensor | None = None  # b c, hidden ones of the image's feed-forward
-    tokens: Tensor | None = None  # b n, image tokens that the feed-forward is run on
+    heads: Tensor | None = None  # b h, of attention heads
+    channels: Tensor | None = None  # b c, of hidden channels of the image's feed-forward
+    tokens: Tensor | None = None  # b n, of image tokens in the feed-forward
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where tokens are: what attention-like methods need to know about their order."""
+    """The order and positions of tokens, for attention-like methods."""
 
     grid: tuple[int, int, int]  # frames, rows, columns of the image tokens
-    registers: int = 0  # tokens in front of the image tokens that are no pixels
+    registers: int = 0  # learned tokens in front of the image tokens
     text_length: int = 0
     text_mask: Tensor | None = None  # b l, bool
     permutation: Tensor | None = None  # n, token order if not row-major
     kept: Tensor | None = None  # b k, indices of the tokens still present
     rope: Tensor | None = None  # (registers + n) e, position table: cosines then sines
-    maps: Maps | None = None  # of the attention ahead, where they are wanted
-    routing: Routing | None = None  # for the slots of the unit ahead, where an edit decides
+    maps: Maps | None = None  # request for the attention map of the next unit
+    routing: Routing | None = None  # an edit's decisions for the slots of the next unit
 
 
 @dataclass(frozen=True)
 class Stream:
-    """What flows through the units. Replaced, never mutated (`dataclasses.replace`)."""
+    """The input and output of a unit. Replaced, never mutated (`dataclasses.replace`)."""
 
     image: Tensor  # b n d
-    cond: Tensor  # b d, what adaLN receives
+    cond: Tensor  # b d, the input of adaLN
     layout: Layout
     text: Tensor | None = None  # b l d
     time: Tensor | None = None  # b d, the timestep alone, without class or text
     step: Step | None = None  # None while training
     trace: Mapping[str, Tensor] = field(default_factory=dict)
-    tap: str | None = None  # the name under which the unit ahead records its branches and maps, where wanted
+    tap: str | None = None  # prefix under which the next unit records its branches and maps; None: it records none
 
     def record(self, name: str, value: Tensor) -> Stream:
-        """The same stream with one more auxiliary output. It reaches the caller through `Output.trace`."""
+        """The same stream with one more auxiliary output, which the caller finds in `Output.trace`."""
         return replace(self, trace={**self.trace, name: value})
 
 
-# FSDP2 finds the tensors of a unit's input and output by walking a pytree; layout and step ride along untouched.
+# FSDP2 finds the tensors of a unit's input and output by walking a pytree; layout and step are context, not children.
 def _flatten_stream(s: Stream):
     return [s.image, s.text, s.cond, s.time, dict(s.trace)], (s.layout, s.step, s.tap)
 
@@ -186,11 +186,11 @@ register_pytree_node(Stream, _flatten_stream, _unflatten_stream)
 
 
 class Output(NamedTuple):
-    """What a denoiser returns, always."""
+    """The output of a denoiser, always."""
 
     sample: Tensor  # the prediction, shaped as x
     variance: Tensor | None  # the learned-variance half, shaped as x, where the model has one
-    trace: Mapping[str, Tensor]  # taps as "unit.<index>" and whatever edits recorded
+    trace: Mapping[str, Tensor]  # taps as "unit.<index>", and the records of edits
 
 
 class Branch(NamedTuple):
@@ -201,7 +201,7 @@ class Branch(NamedTuple):
 
 
 class Forced(NamedTuple):
-    """What a unit is given instead of its predecessor's output, on some samples (teacher forcing)."""
+    """The input of a unit on some samples, in place of its predecessor's output (teacher forcing)."""
 
     tokens: Branch  # b n d image tokens without registers, b l d text tokens
     where: Tensor  # b, bool
@@ -237,7 +237,7 @@ def force(stream: Stream, forced: Forced) -> Stream:
 
 
 def residual(stream: Stream, name: str, branch: Branch, gate: Branch) -> Stream:
-    """Add a branch, and trace it as `name` of the unit, with the map that made it, where they are wanted."""
+    """Add a branch; where the stream has a tap, record the branch as `name` of the unit, and its attention map."""
     if stream.tap:
         stream = record_branch(stream, f"{stream.tap}.{name}", branch)
         if stream.layout.maps is not None and stream.layout.maps.found:
@@ -251,5 +251,5 @@ def add(stream: Stream, branch: Branch, gate: Branch) -> Stream:
     image = torch.addcmul(s.image, gate.image, branch.image)
     if branch.text is not None:
         text = torch.addcmul(text, gate.text, branch.text)
-    # spelt out: on this path `replace` is felt
+    # written out: `replace` would cost time here
     return Stream(image, s.cond, s.layout, text, s.time, s.step, s.trace, s.tap)
