@@ -1,4 +1,4 @@
-"""Artifacts: what a run leaves, a folder that stock `diffusers` reads where it can express the model.
+"""Artifacts: the result of a run as a folder, which stock `diffusers` reads where it can express the model.
 
     config.json, diffusion_pytorch_model.safetensors    the model under its stock names
     edits.json                                          backbone, live and folded edits, objective, sampler, data, run,
@@ -41,7 +41,7 @@ from edit.solvers import StockEuler
 
 @dataclass
 class Artifact:
-    """A loaded artifact: the denoiser in eval mode, and what is needed to sample from it and judge it."""
+    """A loaded artifact: the denoiser in eval mode, and the settings to sample from it and to evaluate it."""
 
     path: Path
     denoiser: Denoiser
@@ -67,7 +67,7 @@ def save(
     Args:
         denoiser: gives structure and edits; its weights too, unless `state` is given
         path: folder to write
-        objective: what the model predicts; None: by the backbone's convention
+        objective: of the model; None: by the backbone's convention
         sampler: the default way to generate
         data: configuration of the data set
         run: provenance and metrics, JSON
@@ -155,8 +155,8 @@ def load(
 
     Raises:
         FileNotFoundError: if there is no artifact, or a file of it is missing
-        ValueError: if it is of another format, a file is not what was saved, or its weights do not fit the model it
-            describes (keys are named)
+        ValueError: if it has another format, a file differs from its checksum, or the weights do not fit the described
+            model (keys are named)
     """
     path = find(path)
     description = read_description(path)
@@ -189,7 +189,7 @@ def stock_sampler(denoiser: Denoiser, path: Path) -> Sampler:
 
 def skeleton(path: str | os.PathLike, trusted: tuple[str, ...] = (), verify: bool = True) -> Denoiser:
     """The denoiser of an artifact with its edits but without weights, on the meta device; of a hub id only the
-    configuration is fetched. `verify` compares what it is built from with its checksums, not the weights."""
+    configuration is fetched. `verify` compares the descriptions with their checksums, not the weights."""
     published = is_hub_id(path)
     path = find(path, weights=False)
     description, config = read_description(path), trust.read_json(path / "config.json")
@@ -214,7 +214,7 @@ def skeleton(path: str | os.PathLike, trusted: tuple[str, ...] = (), verify: boo
 
 @contextmanager
 def _naming(file: Path, complaint: str) -> Iterator[None]:
-    """Whatever a damaged or foreign description makes constructors run into is said in one sentence with its file."""
+    """Errors that constructors raise for a damaged or foreign description become one sentence with its file."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
@@ -227,6 +227,6 @@ def _naming(file: Path, complaint: str) -> Iterator[None]:
 
 
 def _refuse_enormous(description: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:
-    """Nothing is built from a description whose numbers no model has."""
+    """Refuse a description with larger numbers than any model has."""
     trust.refuse_enormous({k: v for k, v in description.items() if k != "run"}, str(path / "edits.json"))
     trust.refuse_enormous(config, str(path / "config.json"))

@@ -1,4 +1,4 @@
-"""What an artifact says of itself: the content of `edits.json`, or what stands for it in a stock `diffusers` folder."""
+"""Descriptions of artifacts: the content of `edits.json`, or its equivalent for a stock `diffusers` folder."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ FORMAT = 1
 
 
 def edits_of(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """What edits made an artifact, folded and live, each with its name, import path and fields."""
+    """The edits of an artifact, folded and live, each with its name, import path and fields."""
     description = read_description(find(path, weights=False))
     return [*description["folded"], *({"name": name, **node} for name, node in description["edits"].items())]
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """Content of edits.json; of a stock folder, what stands for it.
+    """Content of edits.json, or its equivalent for a stock folder.
 
     Raises:
         FileNotFoundError: if it is missing where edits have left parameters
@@ -90,7 +90,7 @@ _STOCK_CLASSES = {
 def _stock_name(config: Mapping[str, Any]) -> str:
     """The stock class of a folder without edits.json: a published `diffusers` model."""
     name = config.get("_class_name")
-    if name == "Transformer2DModel":  # what PixArt and DiT were called, and are in their published folders
+    if name == "Transformer2DModel":  # former name of PixArt and DiT, which their published folders have
         name = {"ada_norm_single": "PixArtTransformer2DModel", "ada_norm_zero": "DiTTransformer2DModel"}.get(
             str(config.get("norm_type")), name
         )

@@ -38,7 +38,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What to export, and how.
+    """Settings of an export.
 
     Args:
         artifact: artifact, run or `diffusers` folder, hub id, or an original FLUX.1 .safetensors file
@@ -47,7 +47,7 @@ class ExportSettings:
         dtype: of the weights, "bf16", "fp16" or "fp32"; None keeps them
         max_shard_size: of one weight file in a `diffusers` folder, such as 5GB or 500MB
         pipeline: folder of a stock pipeline whose other components are taken over
-        teacher: folder or hub id of the model that this one was made from; None: what the run says
+        teacher: folder or hub id of the model that this one was made from; None: the run's own record
         license: of the weights; None: that of the teacher, where it is known
         push: hub id to upload to, into a private repository if it is new
         trusted: further packages, with commas between, whose edits may be imported
@@ -103,7 +103,7 @@ def export(settings: ExportSettings, say: Callable[[str], None] = lambda stage: 
     all_parts = [*found, around] if found and around else found  # weights from nowhere we know of stay unknown
     licence = Licence.of(s.license) if s.license else common(all_parts)
     name = s.push or out.name
-    bases = found  # an adapter stands on what it was trained on, not on what that was made from
+    bases = found  # the base of an adapter is the model it was trained on, not that model's teacher
     if s.format == "lora" and (start := origin(s.teacher) if s.teacher else base_of(artifact.path)):
         bases = [start]
     with replacing(out) as folder:
@@ -145,7 +145,7 @@ def _write(s: ExportSettings, artifact: Artifact, index: Mapping[str, Any], fold
     return usage
 
 
-# ---- what to export --------------------------------------------------------------------------------------------------
+# ---- the model -------------------------------------------------------------------------------------------------------
 
 
 def read_model(path: str, trusted: tuple[str, ...] = ()) -> Artifact:
@@ -182,10 +182,10 @@ def refuse_foreign(out: Path) -> None:
 
 
 def upload(folder: Path, repository: str) -> None:
-    """Send an export to the hub; never asks anything. `edits.json` stays, it may name folders of this machine.
+    """Send an export to the hub, without a prompt. `edits.json` stays: it may name folders of this machine.
 
     Raises:
-        ConnectionError: in one sentence, whatever went wrong
+        ConnectionError: for every failure, in one sentence
     """
     from huggingface_hub import HfApi
 
@@ -193,7 +193,7 @@ def upload(folder: Path, repository: str) -> None:
     try:
         api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=["edits.json", "*/edits.json"])
-    except Exception as error:  # whatever networks, servers and two HTTP libraries raise: the folder is not at fault
+    except Exception as error:  # networks, servers and two HTTP libraries raise anything
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise ConnectionError(
             f"{folder} is written but was not uploaded to {repository} ({type(error).__name__}: {reason}): log in with "

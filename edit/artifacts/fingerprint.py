@@ -45,8 +45,8 @@ def fingerprint(path: str | os.PathLike) -> str:
 
 
 def _sampled(file: Path) -> Iterator[tuple[str, bytes]]:
-    """Of each tensor in a safetensors file, what it is and its first bytes."""
-    headers_of(file)  # raises where the header promises what is not there
+    """Name, type and shape of each tensor in a safetensors file, with its first bytes."""
+    headers_of(file)  # raises if the header promises more than the file holds
     with open(file, "rb") as f:
         size = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(size))

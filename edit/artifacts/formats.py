@@ -67,7 +67,7 @@ def write_single_file(denoiser: Denoiser, file: Path, dtype: torch.dtype | None)
 
 
 def stock_config(denoiser: Denoiser) -> dict[str, Any]:
-    """What `config.json` will say.
+    """Content of the exported `config.json`.
 
     Raises:
         ValueError: if stock `diffusers` has no class for the model, with the reason

@@ -17,7 +17,7 @@ def find(path: str | os.PathLike, weights: bool = True) -> Path:
     """The artifact folder that `path` means: itself, the `artifact` inside a run folder, or the `transformer` inside a
     `diffusers` pipeline; a hub id `owner/name` is fetched first.
 
-    A save that was killed between its two renames left the earlier artifact under another name: it is found, too.
+    An artifact that a killed save left under another name is found as well.
 
     Args:
         path: folder or hub id
@@ -54,7 +54,7 @@ def _hint(path: Path) -> str:
 
 
 def _nearest(path: Path) -> Path | None:
-    """What is there under the names most like those of a path that is not."""
+    """The existing path with the most similar name."""
     parent = path.parent if path.parent.is_dir() else _nearest(path.parent)
     if parent is None or not parent.is_dir():
         return None

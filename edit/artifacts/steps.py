@@ -1,4 +1,4 @@
-"""How a stock pipeline is told to step as an artifact's sampler does."""
+"""Settings that make a stock pipeline take the steps of an artifact's sampler."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from edit.solvers import Euler, StockEuler, times
 
 @dataclass(frozen=True)
 class Steps:
-    """What makes a stock pipeline step as an artifact's sampler does."""
+    """Settings of a stock pipeline for the steps of an artifact's sampler."""
 
     scheduler: dict[str, Any] | None = None  # arguments of the FlowMatchEulerDiscreteScheduler to put in
-    sigmas: tuple[float, ...] = ()  # times to ask it for, before its shift; none: those the pipeline asks for itself
-    remarks: tuple[str, ...] = ()  # comments: what the pipeline cannot be told
+    sigmas: tuple[float, ...] = ()  # times before the scheduler's shift; empty: the pipeline's own
+    remarks: tuple[str, ...] = ()  # comments on settings that the pipeline lacks
 
 
 def steps_of(artifact: Artifact, scheduler: Mapping[str, Any] | None = None) -> Steps:
-    """How the pipeline around an artifact must be told to step; nothing where it does so by itself.
+    """Settings for the pipeline around an artifact; empty if its own steps are equal.
 
     Args:
         artifact: with its sampler

@@ -12,7 +12,7 @@ from edit.artifacts.steps import Steps
 from edit.denoiser import Denoiser
 from edit.solvers import FLOW_SCHEDULER as FLOW
 
-Usage = Callable[[str, str | None], str]  # (what the export is called, hub id of its base model) -> code
+Usage = Callable[[str, str | None], str]  # (name of the export, hub id of its base model) -> code
 
 
 def dtype_name(denoiser: Denoiser, dtype: torch.dtype | None) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `path` when it is whole; after an error there is what was there before."""
+    """A folder to fill, which becomes `path` when it is whole; after an error the former content stays."""
     temporary, old = path.with_name(f"{path.name}.tmp-{os.getpid()}"), replaced(path)
     for left in path.parent.glob(f"{escape(path.name)}.tmp-*"):  # by a process that was killed
         shutil.rmtree(left)

@@ -41,7 +41,7 @@ class DiTConfig:
     mlp_ratio: float = 4.0
     num_classes: Count = 1000  # the embedding table has one more row: the null class
     learn_sigma: bool = False  # twice the output channels; "ddpm" reads the second half as variance, others drop it
-    time: Literal["flow", "sit", "ddpm"] = "flow"  # what the network is fed and predicts, see `pack`
+    time: Literal["flow", "sit", "ddpm"] = "flow"  # convention of input time and prediction, see `pack`
     frequency_shift: float = 0.0  # 0: official sinusoid; 1: that of diffusers
     mlp_norm_eps: float = NORM_EPS  # 1e-5 in folders written by diffusers
     qk_norm: bool = False

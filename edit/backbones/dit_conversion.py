@@ -151,7 +151,7 @@ def from_diffusers(depth: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     return ours_state
 
 
-_STOCK_FIXED = {  # what a DiT is in that class; "gelu" or "layer_norm" would load and compute something else
+_STOCK_FIXED = {  # options of that class that make a DiT; "gelu" or "layer_norm" would load and compute something else
     "attention_bias": True,
     "activation_fn": "gelu-approximate",
     "norm_type": "ada_norm_zero",

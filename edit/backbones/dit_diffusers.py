@@ -55,7 +55,7 @@ class DiTDiffusersConfig:
         return DiTDiffusers.from_config(config).initialise()
 
 
-# ---- what the families over `BasicTransformerBlock` share -----------------------------------------------------------
+# ---- shared by the families over `BasicTransformerBlock` ------------------------------------------------------------
 
 
 class BasicUnit(StockUnit):
@@ -168,7 +168,7 @@ class PatchDenoiser(StockDenoiser):
 
 @dataclass(frozen=True)
 class Told(Layout):
-    """The layout, and what the embedders in the blocks read."""
+    """The layout, with the inputs of the embedders in the blocks."""
 
     label: Tensor | None = None  # b, int64
     sinusoid: Tensor | None = None  # b 256, of the timestep

@@ -59,7 +59,7 @@ class SD3Config:
 
 @dataclass(frozen=True)
 class DualModulation(Modulation):
-    """With what the second attention reads and its gate: b n d, b 1 d."""
+    """With the input and the gate of the second attention: b n d, b 1 d."""
 
     second: Tensor | None = None
     second_gate: Tensor | None = None

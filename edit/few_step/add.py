@@ -34,7 +34,7 @@ class ADD(FewStepMethod):
     """Student and heads in turns.
 
     Args:
-        vision: what the heads stand on
+        vision: the model under the heads
         times: that the student starts from, decreasing; the sampler's are among them
         distill: weight of the distance to the teacher's prediction, (1 - t) |x - x_teacher|^2 / d
         r1: weight of the squared gradient of logits of reals
@@ -81,7 +81,7 @@ class ADD(FewStepMethod):
         return self.vision
 
     def generate(self, roles: Roles, given: Given) -> Tensor:
-        """What the student makes of data at one of its times, in one step: b c y x."""
+        """The student's sample from data noised to one of its times, in one step: b c y x."""
         place = given.draws.uniform(START) * len(self.times)
         t = torch.full_like(place, self.times[0])
         for k, time in enumerate(self.times):  # scalars alone: a table would be copied from the host in each step

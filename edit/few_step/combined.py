@@ -84,7 +84,7 @@ class Combined(FewStepMethod):
         own = {name: module for name, module in built.items() if module is not None}
         return Parts(own) if own else None
 
-    def judges(self, own: Parts) -> list[nn.Parameter]:  # type: ignore[override] - what `build` returned
+    def judges(self, own: Parts) -> list[nn.Parameter]:  # type: ignore[override] - returned by `build`
         return [p for name, module in own.parts.items() for p in self.parts[name].judges(module)]
 
     def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
@@ -112,7 +112,7 @@ class Combined(FewStepMethod):
 
 
 class Parts(nn.Module):
-    """What parts have built. Sharding gathers parameters around `forward` alone, so each is called through it."""
+    """The modules of all parts. Sharding gathers parameters around `forward` alone, so each is called through it."""
 
     def __init__(self, parts: Mapping[str, nn.Module]):
         super().__init__()
@@ -123,7 +123,7 @@ class Parts(nn.Module):
 
 
 class Own:
-    """What one part has built, as it sees it: called through the owner of all, and otherwise the module itself."""
+    """The module of one part: its calls go through the owner of all, everything else to the module itself."""
 
     def __init__(self, parts: Parts, name: str):
         self.parts, self.name = parts, name

@@ -30,7 +30,7 @@ class Heads(nn.Module):
     Args:
         units: that are tapped, counted from 0
         width: channels d of a token
-        pooled: channels of the pooled text that the model is told; 0: none
+        pooled: channels of the model's pooled text; 0: none
         hidden: channels inside a head
         kernel: neighbouring tokens a head looks at, in rows and columns; 1: at each one alone
     """
@@ -55,12 +55,12 @@ class Heads(nn.Module):
         return cls(units, width(model), 0 if told is None else told.shape[1], hidden, kernel)
 
     def forward(self, features: Mapping[str, Tensor], t: Tensor, pooled: Tensor | None, size: Sequence[int]) -> Tensor:
-        """Score what the model has made of noisy latents.
+        """Score features of noisy latents.
 
         Args:
             features: its taps "unit.<index>", b n d
             t: b, times of the noisy latents in [0, 1]
-            pooled: b c, pooled text; counts for nothing where the model is told none
+            pooled: b c, pooled text; ignored if the model has none
             size: rows and columns y x of the latents
 
         Returns:

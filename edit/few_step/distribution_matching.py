@@ -60,7 +60,7 @@ class DistributionMatching(FewStepMethod):
         every: the student's turn is every n-th step, the critic's are the others; DMD2: every=5 together=true
         together: the critic is trained on the student's turns as well; the rollout and the student's step are then made
             twice on the same numbers, with a graph and without
-        critic_weight: what the critic's squared error is of: "velocity", as it is, or "data", those that the velocity
+        critic_weight: quantity of the critic's squared error: "velocity", as it is, or "data", those that the velocity
             implies, times min(SNR, cap): for models that predict noise, FLUX in FastGen (there without the factor)
         cap: of the signal-to-noise ratio there
         taps: units of the teacher whose tokens discriminator heads look at; none: no discriminator. DMD2 uses the
@@ -237,11 +237,11 @@ class DistributionMatching(FewStepMethod):
         return judge.normalised(DIVERGENCES[self.divergence](r), tau)
 
 
-# ---- what trajectory matching shares --------------------------------------------------------------------------------
+# ---- shared with trajectory matching --------------------------------------------------------------------------------
 
 
 def rollout(student: Field, given: Given, times: tuple[float, ...], renoise: bool) -> Tensor:
-    """What the sampler holds at the last of these times, begun with noise at the first: b c y x, without a graph."""
+    """The sampler's state at the last of these times, from noise at the first: b c y x, without a graph."""
     draws, x = given.draws, given.draws.gaussian(START)
     with torch.no_grad():
         for j, (here, there) in enumerate(zip(times, times[1:], strict=False)):
@@ -254,7 +254,7 @@ def rollout(student: Field, given: Given, times: tuple[float, ...], renoise: boo
 
 
 def direction(x: Tensor, x_tau: Tensor, tau: Tensor, teacher: Tensor, critic: Tensor) -> Tensor:
-    """From what the teacher makes of x_tau to what the critic makes of it, over the teacher's mean distance to x.
+    """Difference between the data predictions of teacher and critic at x_tau, over the teacher's mean distance to x.
 
     Args:
         x: b c y x, the student's sample

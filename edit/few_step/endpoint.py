@@ -1,4 +1,4 @@
-"""Endpoint distillation: from noise straight to what the teacher's ODE makes of it.
+"""Endpoint distillation: from noise in one step to the endpoint of the teacher's ODE.
 
 The student's prediction of the data is compared with the end of the teacher's path that starts from the same noise, or,
 for more steps, at points of that path; 1/2 |x - x_T|^2 / d. The mean over what one point may lead to blurs where the
@@ -109,7 +109,7 @@ def check_starts(who: str, starts: Steps, shift: Positive, solver: Solver) -> No
     """Refuse a solver that does not step to data from these times.
 
     Raises:
-        ValueError: naming both, and what to use instead
+        ValueError: naming both, and an alternative
     """
     wanted, found = times(starts, shift), ()
     if isinstance(solver, Grid) and (solver.renoise or solver.steps == 1):

@@ -117,7 +117,7 @@ class Flash(FewStepMethod):
         return corrupt(given.x, given.draws.gaussian(START), t), t
 
     def solve(self, roles: Roles, given: Given, x: Tensor, t: Tensor) -> Tensor:
-        """What the teacher makes of x at times t [b] in all its steps: b c y x."""
+        """The teacher's sample from x at times t [b], in all its steps: b c y x."""
         grid = t * time_grid(self.steps, self.shift, x.device)[:, None]
         for now, end in zip(grid, grid[1:], strict=False):
             x = move(x, roles.teacher(x, now, given.condition), now, end)

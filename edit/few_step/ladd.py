@@ -54,7 +54,7 @@ class LADD(FewStepMethod):
         loss: "hinge", or "softplus" as in FastGen
         distill: weight of ADD's distance to the teacher's prediction, (1 - t) |x - x_teacher|^2 / d; 2.5 there
         r1: weight of the approximate gradient penalty on reals; FastGen: 0.1
-        r1_noise: deviation of what it adds
+        r1_noise: standard deviation of the added noise
         hidden: channels inside a head
         kernel: of the heads, in tokens; 1: each token is judged by itself
         every: the student's turn is every n-th step
@@ -114,7 +114,7 @@ class LADD(FewStepMethod):
         return Heads.on(teacher, self.teacher_taps, self.hidden, self.kernel)
 
     def generate(self, roles: Roles, given: Given) -> Tensor:
-        """What the student makes of data at one of its times, in one step: b c y x."""
+        """The student's sample from data noised to one of its times, in one step: b c y x."""
         odds = self.first if given.progress < self.warm else self.p
         u = given.draws.uniform(0)
         t = torch.full_like(u, self.times[-1])

@@ -1,10 +1,8 @@
-"""Few-step distillation: what a method is, and what several methods share.
+"""Few-step distillation: the contract of a method, and checks that several methods share.
 
-Every method is an instance of: states it looks at (noised data, its own rollout, a trajectory of the teacher) x targets
-(the teacher's trajectory, itself at another time, a difference of scores, a discriminator). Each is one file beside
-this one. All speak of velocities on the linear path x_t = (1 - t) x + t noise, t in [0, 1], 1 = noise; models that
-predict noise are seen as velocities by `edit.objectives.Objective.velocity`. Specification: methods/distillation.md,
-D3.5 to D3.10.
+Every method combines states (noised data, the student's rollout, a trajectory of the teacher) with targets (the
+teacher's trajectory, the student at another time, a difference of scores, a discriminator). Each is one file beside
+this one. Velocities are those of the linear path (`edit.paths`). Specification: methods/distillation.md, D3.5 to D3.10.
 """
 
 from __future__ import annotations
@@ -25,8 +23,8 @@ from edit.solvers import Grid, Solver
 class FewStepMethod(ABC):
     """One few-step method. Subclasses are dataclasses whose defaults are the paper's.
 
-    A step is the student's turn, the critic's, or both (`turns`). What is returned on a turn is minimised over the
-    parameters of that role alone: detach what belongs to the other one.
+    A step is the student's turn, the critic's, or both (`turns`). The losses of a turn are minimised over the
+    parameters of that role alone: detach the other role's outputs.
     """
 
     needs_teacher: bool = True
@@ -37,15 +35,15 @@ class FewStepMethod(ABC):
     every: int = 1  # the student's turn is every n-th step; the others are the critic's
     together: bool = False  # the critic is trained on the student's turns as well
 
-    def check(self, solver: Solver) -> None:  # noqa: B027 - many can be sampled in many ways
-        """Refuse a solver that does not sample the way this method trains.
+    def check(self, solver: Solver) -> None:  # noqa: B027 - many accept every solver
+        """Refuse a solver whose steps this method does not train.
 
         Raises:
-            ValueError: naming both, and what to use instead
+            ValueError: naming both, and an alternative
         """
 
     def check_stored(self, stored: Sequence[float]) -> None:  # noqa: B027 - few look at stored paths
-        """Refuse paths that were stored at other times than this method trains at.
+        """Refuse stored paths whose times this method does not train.
 
         Args:
             stored: of the states between noise and data, decreasing
@@ -55,8 +53,8 @@ class FewStepMethod(ABC):
         """
 
     def build(self, student: Denoiser, teacher: Denoiser | None) -> nn.Module | None:
-        """Parameters of the method itself: a discriminator's heads, a learned weight. They are trained (`judges`) and
-        saved with the run, not with the artifact. May be called on the meta device.
+        """The method's own parameters: a discriminator's heads, a learned weight. They are trained (`judges`) and saved
+        with the run, not with the artifact. May be called on the meta device.
 
         Raises:
             ValueError: if the method does not fit the two models
@@ -64,7 +62,7 @@ class FewStepMethod(ABC):
         return None
 
     def judges(self, own: nn.Module) -> list[nn.Parameter]:
-        """Of what `build` returned, the parameters of the critic's turns; the rest are of the student's."""
+        """The parameters of `own` that are trained on the critic's turns; the rest on the student's."""
         return list(own.parameters()) if self.adversarial else []
 
     def turns(self, step: int) -> tuple[bool, bool]:
@@ -86,11 +84,11 @@ class FewStepMethod(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no critic")
 
 
-# ---- what several methods share --------------------------------------------------------------------------------------
+# ---- shared by several methods ---------------------------------------------------------------------------------------
 
 
 def need_turns(method: FewStepMethod, role: str) -> None:
-    """Raises ValueError if every step is the student's alone, so that its opponent would never learn."""
+    """Raises ValueError if every step is the student's turn alone: its opponent would never learn."""
     if method.every < 2 and not method.together:
         raise ValueError(
             f"{type(method).__name__}: every={method.every} leaves the {role} no turn: set every to 2 or more, or "
@@ -99,7 +97,7 @@ def need_turns(method: FewStepMethod, role: str) -> None:
 
 
 def check_times(name: str, known: Sequence[float], solver: Solver) -> None:
-    """Raises ValueError unless the sampler steps to data, from times that a method trains alone."""
+    """Raises ValueError unless the sampler steps to data, and only from times that the method trains."""
     steps = solver.grid[:-1] if isinstance(solver, Grid) and (solver.renoise or solver.steps == 1) else ()
     if not steps or any(min(abs(t - own) for own in known) > 1e-3 for t in steps):
         raise ValueError(
@@ -109,7 +107,7 @@ def check_times(name: str, known: Sequence[float], solver: Solver) -> None:
 
 
 def decreasing(times: Sequence[float]) -> bool:
-    """Whether these are times to step from: one or more, decreasing, in (0, 1]."""
+    """Whether there are one or more times, decreasing, in (0, 1]."""
     return bool(times) and list(times) == sorted(set(times), reverse=True) and 0 < times[-1] <= times[0] <= 1
 
 

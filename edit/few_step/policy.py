@@ -32,7 +32,7 @@ from edit.solvers import Draw, Predict, Solver
 from edit.stream import Output, Stream
 
 TRACE = "policy"  # b (k c + k + 1) y x: offsets of the velocities, logits, log std
-SMALLEST = 1e-4  # time at which a velocity is asked for
+SMALLEST = 1e-4  # smallest time of a velocity
 
 
 # ---- the policy -----------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ SMALLEST = 1e-4  # time at which a velocity is asked for
 
 @dataclass(frozen=True)
 class Policy:
-    """What the student believes of the data at (x_s, s), in fp32."""
+    """The student's distribution of the data at (x_s, s), in fp32."""
 
     x: Tensor  # b c y x, where the segment starts
     s: Tensor  # b, when, in (0, 1]
@@ -181,10 +181,10 @@ class PolicyImitation(FewStepMethod):
 
     def __post_init__(self):
         check_numbers(self)
-        self.solver()  # refuses what is wrong in the rest
+        self.solver()  # raises for the other fields
 
     def solver(self) -> PolicySolver:
-        """What samples as this trains."""
+        """The solver whose steps this method trains."""
         return PolicySolver(self.steps, self.last, self.shift, self.substeps)
 
     def check(self, solver: Solver) -> None:

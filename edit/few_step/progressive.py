@@ -1,4 +1,4 @@
-"""Progressive distillation (arXiv 2202.00512): one step of the student does what two steps of its teacher do.
+"""Progressive distillation (arXiv 2202.00512): one step of the student equals two steps of its teacher.
 
 The student of one run is the teacher of the next: 32, 16, 8, 4 steps, each a run of its own (`before`). Guidance is
 distilled in the first one; its successors ask their teacher without. In the paper's coordinates a step is DDIM's; in
@@ -68,7 +68,7 @@ def check_steps(who: str, steps: int, shift: Positive, solver: Solver) -> None:
     """Refuse a solver that does not make exactly these straight steps.
 
     Raises:
-        ValueError: naming both, and what to use instead
+        ValueError: naming both, and an alternative
     """
     wanted, found = times(steps, shift), []
     if isinstance(solver, Euler):

@@ -1,4 +1,4 @@
-"""Reflow (rectified flow, arXiv 2209.03003, sec. 2.2): flow matching between a noise and what the teacher makes of it.
+"""Reflow (rectified flow, arXiv 2209.03003, sec. 2.2): flow matching between a noise and the teacher's sample from it.
 
 As each noise keeps its own image, the paths no longer cross and can be followed in fewer steps, with the teacher's
 picture for each seed; a good start for consistency and distribution matching. The published procedure (Chroma: 10

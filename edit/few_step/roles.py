@@ -1,7 +1,7 @@
-"""What a few-step method is given: random draws, one batch, and the models of a run as velocity fields.
+"""The inputs of a few-step method: random draws, one batch, and the models of a run as velocity fields.
 
-All velocities are those of the linear path x_t = (1 - t) x + t noise (`edit.paths`), t in [0, 1], 1 = noise; models
-that predict noise are seen as velocities by `edit.objectives.Objective.velocity`.
+Velocities are those of the linear path x_t = (1 - t) x + t noise (`edit.paths`), t in [0, 1], 1 = noise;
+`edit.objectives.Objective.velocity` converts predictions of noise.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Features = Callable[[Tensor, Tensor, Condition], Mapping[str, Tensor]]  # the sa
 
 @dataclass(frozen=True)
 class Draws:
-    """All that is random in one step: pure functions of (seed, sample), or, where ranks must agree, of (seed, step).
+    """The random numbers of one step: pure functions of (seed, sample), or, where ranks must agree, of (seed, step).
 
-    Streams are small numbers of the method's own, one for each use.
+    A stream is a small number that the method chooses, one for each use.
     """
 
     seed: int
@@ -40,22 +40,22 @@ class Draws:
         return noise.gaussian(self.seed, self.samples, noise.MATCHING + stream, self.shape)
 
     def shared(self, stream: int) -> float:
-        """One number in (0, 1), the same on every rank: what decides how many times a model is called."""
+        """One number in (0, 1), the same on every rank, for decisions about the number of calls."""
         moment = torch.tensor([self.moment], device="cpu")
         return noise.uniform(self.seed, moment, noise.MATCHING + noise.SHARED + stream).item()
 
 
 @dataclass(frozen=True)
 class Given:
-    """One batch, as a method sees it."""
+    """One batch."""
 
-    condition: Condition  # what student and critic are told
+    condition: Condition  # of student and critic
     null: Condition  # its unconditional counterpart
-    scale: Tensor  # b, guidance that the teacher is asked at
+    scale: Tensor  # b, guidance scale of the teacher
     draws: Draws
-    progress: float  # part of the run that is done, for schedules
-    x: Tensor | None = None  # b c y x, data; None where there are conditions only
-    # how a teacher generated x, where the data tell: from which noise, and which states lay between, None elsewhere
+    progress: float  # fraction of the run that is done, for schedules
+    x: Tensor | None = None  # b c y x, data; None if there are only conditions
+    # the teacher's path to x, where the data set has it; else None
     noise: Tensor | None = None  # b c y x
     trajectory: Tensor | None = None  # b k c y x, from noise to data, without either; k may be 0
     times: Tensor | None = None  # b k, of the trajectory
@@ -69,13 +69,13 @@ class Given:
 class Roles:
     """The models of a run as velocity fields. Each is called as (x_t, t, condition)."""
 
-    student: Field  # with a graph, unless called under no_grad
-    output: Callable[[Tensor, Tensor, Condition], Output]  # the same with its trace
+    student: Field  # with a graph, except under no_grad
+    output: Callable[[Tensor, Tensor, Condition], Output]  # the student with its trace
     average: Field  # its moving average, without a graph
-    teacher: Field  # frozen, guided by `Given.scale`, without a graph; refuses to be called where there is none
+    teacher: Field  # frozen, guided by `Given.scale`, without a graph; a call raises if there is no teacher
     features: Features  # frozen; taps of the teacher (`teacher_taps`); gradients reach x_t, not the weights
-    critic: Field  # learns the student's distribution; likewise
-    own: nn.Module | None = None  # what `FewStepMethod.build` returned
-    # of a method with `vision`; both are frozen, and gradients reach what they are given
+    critic: Field  # learns the student's distribution; with a graph, except under no_grad
+    own: nn.Module | None = None  # returned by `FewStepMethod.build`
+    # of a method with `vision`; both are frozen, and gradients reach their inputs
     decode: Callable[[Tensor], Tensor] | None = None  # samples b c y x, or crops of them -> pixels b 3 y x in [-1, 1]
     look: Callable[[Tensor], Mapping[str, Tensor]] | None = None  # pixels -> hidden states as "unit.<layer>", b n d

@@ -57,7 +57,7 @@ class TrajectoryMatching(FewStepMethod):
     def __post_init__(self):
         check_numbers(self)
         object.__setattr__(self, "grid", tuple(self.grid))
-        Grid(self.grid, shift=self.shift)  # refuses what is none
+        Grid(self.grid, shift=self.shift)  # raises for times that are no grid
         if self.c <= 0 or self.cap <= 0:
             raise ValueError(f"TrajectoryMatching: c and cap must be positive, got {self.c}, {self.cap}")
         need_turns(self, "critic")

@@ -1,4 +1,4 @@
-"""What a denoiser costs: parameters, executed multiply-accumulates, time, memory.
+"""Cost of a denoiser: parameters, executed multiply-accumulates, time, memory.
 
 MACs are counted on the operators that really run (`torch.utils.flop_counter`), never from a formula: a unit an edit
 skips, a narrowed layer or a dropped token is absent from the count because it is absent from the run. Counting on the
@@ -69,7 +69,7 @@ def cost(
     Args:
         denoiser: its edits are honoured; on the meta device if nothing is to be run for real
         sampler: how images are generated; None: as the family's stock pipeline does, else by 50 steps of Euler or DDIM
-        objective: what the denoiser predicts; None: by its convention
+        objective: of the denoiser; None: by its convention
         condition: `batch` entries; None: the family's example, with prompts of 512 tokens where it reads text
         batch: samples at a time; counts are divided by it
         real: count on the denoiser itself, in eval mode, with its weights, instead of on a twin without any: for edits
@@ -149,7 +149,7 @@ def twin(denoiser: Denoiser, decided: bool = True) -> Denoiser:
 
     Args:
         denoiser: on any device
-        decided: with the edits that decide what is run, too; they come last, and without them all of it is
+        decided: keep the edits that decide the work per sample; without them all of it is run
     """
     if _device(denoiser).type == "meta" and decided:
         return denoiser.eval()
@@ -224,7 +224,7 @@ class _Meter:
             with torch.no_grad(), self.reads, flops:
                 told = condition.map(lambda v: v.to(self.device))
                 out = self.denoiser(x.to(self.device), t.to(self.device), told, step=step)
-        except (RuntimeError, ValueError) as error:  # torch's, for what the meta device cannot decide or run
+        except (RuntimeError, ValueError) as error:  # torch raises them for operations that the meta device cannot run
             if self.device.type != "meta" or (isinstance(error, ValueError) and "meta" not in str(error)):
                 raise
             reason = str(error).splitlines()[0]
@@ -246,7 +246,7 @@ class _Meter:
 
 
 class _Reads(TorchDispatchMode):
-    """Notes which parts of which storages are computed with, and products that nobody counts.
+    """Records the parts of storages that operators read, and operators without a FLOP formula.
 
     Taking a view reads nothing: of a stack of experts, or of a layer narrowed by slicing, only the slices that enter
     an operator count.

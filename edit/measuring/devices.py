@@ -46,7 +46,7 @@ def find_device(name: str) -> torch.device:
     """Raises ValueError unless it is a device of this machine on which something can be computed."""
     try:
         device = torch.device(name)
-        if device.type == "cuda":  # counted, not touched: what forks later must not find it in use
+        if device.type == "cuda":  # counted, not initialised: a process that forks later must not find CUDA in use
             here = (device.index or 0) < torch.cuda.device_count()
         else:
             here = device.type != "meta" and torch.empty(1, device=device) is not None

@@ -1,4 +1,4 @@
-"""What a call takes: seconds, with their spread, and the most memory alive at once."""
+"""Time and memory of a call: seconds, with their spread, and the largest number of bytes alive at once."""
 
 from __future__ import annotations
 

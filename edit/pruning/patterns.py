@@ -60,7 +60,7 @@ def groups_of(pattern: Pattern, lengths: Sequence[int]) -> Groups:
 
 
 def options(n: int, m: int) -> Tensor:
-    """Every way to keep n of m units, in lexicographic order of what is kept: c m float, 1 = stays."""
+    """Every way to keep n of m units, in lexicographic order: c m float, 1 = stays."""
     kept = torch.tensor(list(combinations(range(m), n)), device="cpu")
     return torch.zeros(len(kept), m, device="cpu").scatter_(1, kept, 1.0)
 

@@ -35,7 +35,7 @@ def uploaded(x: Tensor, device: torch.device) -> Tensor:
 
 
 def run_grouped(stream: Stream, keys: Sequence[Key | None], run: Callable[[Key, Stream], Stream]) -> Stream:
-    """Each sample through what its key stands for; samples without one stay as they are, and nothing is run on them.
+    """Run samples in groups of one key; samples without a key stay as they are.
 
     Args:
         stream: b samples

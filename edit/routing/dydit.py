@@ -60,21 +60,20 @@ SAMPLE, VARIANCE = "dydit.complete.sample", "dydit.complete.variance"
 
 @dataclass
 class DyDiT(Edit):
-    """Routers for every unit. Comes last: the first part of a run doubles the batch as it is embedded, and halves it as
-    it is read out, with what the edits before have recorded of each sample.
+    """Routers for every unit. Apply last: in the first part of a run, `embed` doubles the batch, and `readout` halves it
+    together with the records of the other edits.
 
     Args:
-        ratio: lambda, the share of the units' multiply-accumulates to run, in (0, 1]; over the paper's 200k steps it
-            stays at 1 for 100 and reaches its end at 1100
+        ratio: lambda, target fraction of the units' multiply-accumulates, in (0, 1]: a constant or a Ramp. In the paper
+            1 up to step 100 of 200k, then down to its end at step 1100
         weight: of the budget's squared error; 1 in the paper, 2 in its code
-        temperature: tau, of the gradient alone: which way is drawn does not depend on it
+        temperature: tau, of the gradient alone; draws do not depend on it
         bias: of fresh width routers, so that everything is open; None: the family's, 15 or in FLUX 5
         token_bias: likewise of the token routers; None: 35 or in FLUX 5
-        complete: first part of the run in which the complete network is trained, too, at about twice the cost
+        complete: fraction of the run, from its start, that also trains the complete network, at about twice the cost
         width: choose heads and channel groups by time
         tokens: choose the tokens of the feed-forward
-        order: rank heads and channels by magnitude first, so that those which are always on are those that weigh most;
-            not over a LoRA
+        order: sort heads and channels by magnitude first, so that the largest are always on; not over a LoRA
     """
 
     ratio: Weight = Ramp(1.0, 0.5, begin=0.0005, until=0.0055)
@@ -168,7 +167,7 @@ class DyDiT(Edit):
         return Output(sample, variance, trace)
 
     def further(self, output: Output) -> dict[str, Output]:
-        """What the complete network predicts, in the part of the run that trains it."""
+        """The prediction of the complete network, in the part of the run that trains it."""
         trace = output.trace
         return {"complete": Output(trace[SAMPLE], trace.get(VARIANCE), {})} if SAMPLE in trace else {}
 
@@ -178,7 +177,7 @@ class DyDiT(Edit):
         return {"budget": self.weight * (mean_over_ranks(trace[RATIO].mean()) - trace[TARGET]) ** 2}
 
     def metrics(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Shares that are run: of the work, and as far as they are chosen of heads, channel groups and tokens."""
+        """Executed fractions: of the work and, where they are chosen, of heads, channel groups and tokens."""
         shares = {name: share.mean() for name, share in self.decisions(trace).items()}
         return {"ratio": trace[RATIO].detach().mean(), **shares}
 
@@ -208,16 +207,16 @@ def doubled(stream: Stream) -> Stream:
 
 
 class Routed:
-    """A unit with its decisions: with factors while training, and only what is on afterwards.
+    """A unit with its decisions: masked while training, sliced to the open parts afterwards.
 
-    In eval mode, too, it computes with factors, the same numbers without the saving, where branches or maps are wanted,
-    under ZeRO-3, which gathers weights for the modules it knows and no copies, and where samples of several times would
-    have each rank call a sharded unit another number of times, and wait for ever.
+    Masks replace slices, with equal outputs and full cost, while training and when (a) taps are requested, (b) under
+    ZeRO-3, which gathers no weights of copies, (c) sharded with mixed times, where ranks would call a unit different
+    numbers of times and deadlock.
     """
 
     def __init__(self, unit: Unit, own: DyDiTRouters, index: int):
         self.own, self.index = own, index
-        self.plain = variant(unit, {})  # what narrow copies are made from
+        self.plain = variant(unit, {})  # source of narrow copies
         self.whole = self.choosing(variant(unit, {}), gathered)
         unit.attention, unit.ffn = MaskedHeads(unit), MaskedFeed(unit)  # type: ignore[method-assign]
         self.unit = self.choosing(unit, multiplied)
@@ -302,7 +301,7 @@ class Routed:
 
 
 class TokenChoice:
-    """Of the image tokens that a unit's router keeps: in the trace, and for what runs on them."""
+    """A router's choice of image tokens, for the trace and for the layers that run on them."""
 
     def __init__(self, own: DyDiTRouters, router: nn.Module):
         self.own, self.router = own, router

@@ -35,7 +35,7 @@ def order_channels(unit: Unit) -> None:
 
 
 def check_order(unit: Unit, *parts: Features) -> None:
-    """Refuse what cannot be put in order, and change nothing.
+    """Refuse features that cannot be sorted; change nothing.
 
     Args:
         unit: of any edit that orders it later

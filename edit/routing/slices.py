@@ -148,7 +148,7 @@ def variant(unit: Unit, layers: Mapping[str, nn.Module], counts: Mapping[tuple[s
 
 
 def compiled_as(unit: Unit, other: Unit) -> Unit:
-    """A copy of a unit, compiled where the unit is: that may have come after the copy was made."""
+    """Compile the copy `other` if the unit has been compiled since."""
     if unit._compiled_call_impl is not None and other._compiled_call_impl is None:
         other.compile()
     return other
@@ -329,12 +329,12 @@ class Adapted(nn.Linear, ABC):
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:
-        """What has a row for each output, and what has a column for each input."""
+        """(rows, columns): a tensor with a row for each output, and one with a column for each input."""
 
 
 @dataclass(frozen=True)
 class UnitCall:
-    """What the layers of a unit are told besides their tokens."""
+    """The inputs of a unit's layers besides their tokens."""
 
     time: Tensor  # b d, or 1 d where all samples share one: in a generation
     samples: Tensor | None = None  # m: whose each token is, where tokens of several samples run as one sequence
@@ -394,7 +394,7 @@ class MaskedFeed:
     """
 
     def __init__(self, unit: Unit):
-        hidden(unit)  # refuses what it does not know
+        hidden(unit)  # raises for an unknown unit
         self.unit: Any = unit
 
     def __call__(self, tokens: Tensor, routing: Routing | None = None) -> Tensor:

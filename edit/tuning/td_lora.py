@@ -188,7 +188,7 @@ def merging_saves(x: Tensor, weight: Tensor) -> bool:
 
 
 def weights_at(denoiser: Denoiser, time: Tensor) -> dict[str, Tensor]:
-    """What to put in place of the model's weights for the same prediction at one time, by stock names.
+    """Weights, by stock names, with which the stock model makes the same prediction at one time.
 
     Args:
         denoiser: with TD-LoRA
