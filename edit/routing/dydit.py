@@ -60,8 +60,8 @@ SAMPLE, VARIANCE = "dydit.complete.sample", "dydit.complete.variance"
 
 @dataclass
 class DyDiT(Edit):
-    """Routers for every unit. Apply last: in the first part of a run, `embed` doubles the batch, and `readout` halves it
-    together with the records of the other edits.
+    """Routers for every unit. Apply last: in the first part of a run, `embed` doubles the batch, and `readout`
+    halves it together with the records of other edits.
 
     Args:
         ratio: lambda, target fraction of the units' multiply-accumulates, in (0, 1]: a constant or a Ramp. In the paper
