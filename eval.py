@@ -98,7 +98,7 @@ def folders(given: Sequence[Any]) -> list[Path]:
         UserError: if a pattern matches none, or none is named
         FileNotFoundError: if one is missing
     """
-    from edit.artifacts.checkpoint import find
+    from edit.artifacts.location import find
 
     found: list[Path] = []
     for text in map(str, given):
@@ -131,7 +131,7 @@ def main(words: Sequence[str]) -> int:
         chosen = settings({k: v for k, v in given.items() if k not in OWN})
         paths = folders(given["artifact"])
 
-        from edit.artifacts.checkpoint import find  # brings torch: the mistakes above are answered without
+        from edit.artifacts.location import find  # brings torch: the mistakes above are answered without
 
         reference = find(str(given["reference"])) if given.get("reference") else None
         out = default_out(paths) if given.get("out") is None else Path(str(given["out"]))

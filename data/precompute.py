@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
 
     from data.making.latent_folder import precompute
     from data.making.latent_writer import Job
-    from edit.measuring.cost import find_device
+    from edit.measuring.devices import find_device
 
     options["device"] = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -28,7 +28,8 @@ from edit.artifacts.checkpoint import default_objective, load
 from edit.denoiser import Spec
 from edit.inputs import trust
 from edit.inputs.command import Parser, guarded
-from edit.measuring.cost import cost, find_device, mfu
+from edit.measuring.cost import cost
+from edit.measuring.devices import find_device, mfu
 from edit.sampling import Sampler, default_sampler
 
 GROUPS = {"backbone": None, "sampler": None, "edits": "none"}  # of configs/, with the name that is read by default

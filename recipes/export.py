@@ -15,7 +15,7 @@ import difflib
 import sys
 from dataclasses import fields
 
-from edit.artifacts.export import Settings, export
+from edit.artifacts.export import ExportSettings, export
 from edit.inputs.command import Parser, guarded
 
 KEYS = """keys:
@@ -58,13 +58,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def parsed(words: list[str]) -> Settings:
+def parsed(words: list[str]) -> ExportSettings:
     """Settings from key=value words.
 
     Raises:
         ValueError: if a word is no setting, or a needed one is missing
     """
-    known = [f.name for f in fields(Settings)]
+    known = [f.name for f in fields(ExportSettings)]
     given: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -75,7 +75,7 @@ def parsed(words: list[str]) -> Settings:
         given[key] = value
     if missing := [k for k in ("artifact", "out") if k not in given]:
         raise ValueError(f"{missing[0]}= is missing: give artifact=<folder> and out=<folder>")
-    return Settings(**given)
+    return ExportSettings(**given)
 
 
 if __name__ == "__main__":

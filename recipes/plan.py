@@ -25,13 +25,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from edit.denoiser import Condition, Denoiser, Unit
+from edit.denoiser import Denoiser, Unit
 from edit.edits import trains
 from edit.inputs.command import Parser, guarded
-from edit.measuring.cost import peak_flops
+from edit.measuring.devices import peak_flops
 from edit.measuring.probe import Probe
 from edit.measuring.turns import Call, Turn, turns
 from edit.objectives import wanted
+from edit.stream import Condition
 from recipes.cost import short
 
 Placement = Literal["replicated", "sharded", "offloaded", "tied"]

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edit.artifacts.checkpoint import Artifact
-    from edit.denoiser import Condition, Denoiser
+    from edit.denoiser import Denoiser
     from edit.pruning.patterns import Groups
+    from edit.stream import Condition
 
 WAYS = ("learned", "random", "uniform", "influence", "sensitivity", "calibration")
 
@@ -114,9 +115,10 @@ def run(chosen: Settings) -> Path:
         ValueError, FileNotFoundError: if model, search or pattern do not fit
     """
     import edit
-    from edit.artifacts.checkpoint import fingerprint, save
+    from edit.artifacts.checkpoint import save
+    from edit.artifacts.fingerprint import fingerprint
     from edit.pruning.depth import DepthPruning
-    from edit.pruning.patterns import groups_of, segments
+    from edit.pruning.patterns import groups_of, runs_of_one_kind
     from edit.pruning.tinyfusion import Gates
 
     out = Path(chosen.out)
@@ -140,7 +142,7 @@ def run(chosen: Settings) -> Path:
     if chosen.search is not None:
         groups, choice = searched(chosen.search, denoiser)
     else:
-        groups = groups_of(chosen.pattern, segments(denoiser))
+        groups = groups_of(chosen.pattern, runs_of_one_kind(denoiser))
         choice = judged(chosen, artifact, groups)
     depth, name = len(denoiser.units), "depth"
     while name in denoiser.applied:  # of a model that was pruned before
@@ -176,7 +178,8 @@ def searched(path: str, denoiser: Denoiser) -> tuple[Groups, Choice]:
     """
     import torch
 
-    from edit.artifacts.checkpoint import load, split_state
+    from edit.artifacts.checkpoint import load
+    from edit.artifacts.weights import split_state
     from edit.denoiser import check_layout
     from edit.pruning.tinyfusion import Gates, TinyFusion
     from edit.tuning.lora import LoRA
@@ -256,7 +259,7 @@ class Batches:
         import torch
 
         from edit import noise
-        from edit.denoiser import Condition
+        from edit.stream import Condition
 
         found = []
         with torch.no_grad():

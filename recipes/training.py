@@ -30,11 +30,15 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import edit
 from data.names import typed
-from edit.artifacts.checkpoint import Unwritable, find, fingerprint, load, load_official, save, skeleton
+from edit.artifacts.checkpoint import load, save, skeleton
+from edit.artifacts.fingerprint import fingerprint
+from edit.artifacts.location import find
+from edit.artifacts.official import load_official
+from edit.artifacts.weights import Unwritable
 from edit.denoiser import Denoiser
 from edit.distillation.guidance import TeacherGuidance
 from edit.edits import describe
-from edit.few_step.method import Matching
+from edit.few_step.method import FewStepMethod
 from edit.inputs.command import print_any_name
 from edit.inputs.trust import load_yaml
 from edit.objectives import Objective
@@ -331,7 +335,7 @@ def taught_at(teacher: Teacher | None, stored: Mapping[str, Any] | None) -> Teac
 
 
 def told_as_taught(
-    sampler: Sampler, taught: TeacherGuidance | None, student: Denoiser, matching: Matching | None
+    sampler: Sampler, taught: TeacherGuidance | None, student: Denoiser, matching: FewStepMethod | None
 ) -> Sampler:
     """The sampler, with the guidance that the student is told while it learns from a teacher.
 
@@ -425,7 +429,7 @@ def make_teacher(
 
 def make_critic(
     cfg: DictConfig,
-    matching: Matching,
+    matching: FewStepMethod,
     teacher: Teacher | None,
     build: Callable[[], Denoiser],
     structure: Callable[[], Denoiser],
@@ -455,7 +459,7 @@ def make_critic(
     return teacher.build, teacher.structure
 
 
-def make_sight(data: Any, matching: Matching | None) -> tuple[nn.Module, nn.Module] | None:
+def make_sight(data: Any, matching: FewStepMethod | None) -> tuple[nn.Module, nn.Module] | None:
     """What the method looks at images with: the data set's decoder, and its vision model; None if it does not look.
 
     Raises:
@@ -586,7 +590,8 @@ def here() -> dict[str, Any]:
 
 def speed_limits(structure: Any, cfg: DictConfig) -> tuple[float | None, float | None]:
     """Training FLOPs per image and the device's peak, where it is known."""
-    from edit.measuring.cost import macs, peak_flops
+    from edit.measuring.cost import macs
+    from edit.measuring.devices import peak_flops
 
     if accelerator_of(cfg.trainer) != "gpu":
         return None, None

@@ -24,7 +24,8 @@ from scripts import python
 
 import edit
 from edit.backbones.dit import DiTConfig
-from edit.sampling import Euler, Sampler
+from edit.sampling import Sampler
+from edit.solvers import Euler
 from edit.tuning.lora import LoRA
 from recipes.config.schema import UserError
 

@@ -45,12 +45,14 @@ from data.making.pipelines import complete
 from data.making.prompts import Prompt, read_prompts
 from data.pixels import to_uint8
 from data.sets.latents import data_set, padded, text_length
-from edit.artifacts.checkpoint import default_objective, find, is_hub_id, skeleton
+from edit.artifacts.checkpoint import default_objective, skeleton
+from edit.artifacts.location import find, is_hub_id
 from edit.backbones.stock import StockDenoiser
-from edit.denoiser import Condition, Denoiser
-from edit.measuring.cost import find_device
+from edit.denoiser import Denoiser
+from edit.measuring.devices import find_device
 from edit.objectives import Objective
-from edit.sampling import (
+from edit.sampling import Sampler
+from edit.solvers import (
     DDIMSolver,
     DDPMSolver,
     DPMSolver,
@@ -58,12 +60,12 @@ from edit.sampling import (
     Euler,
     Heun,
     Predict,
-    Sampler,
     Solver,
     dynamic_shift,
     log_shift,
     times,
 )
+from edit.stream import Condition
 
 SHEET = 24  # images on samples.png
 PASSING = ("out", "batch", "processes", "device", "rank", "world")  # of an order, what its samples do not depend on

@@ -8,7 +8,7 @@ from typing import Any
 from data import manifest
 from data.generate import Order
 from data.making.encoders import TEXT_ENCODERS
-from edit.artifacts.checkpoint import find, is_hub_id
+from edit.artifacts.location import find, is_hub_id
 
 
 def complete(order: Order) -> Order:

@@ -125,11 +125,11 @@ def _check_sizes(node: DictConfig | ListConfig, path: str) -> Iterator[str]:
 BUILT = {
     "backbone": "edit.denoiser.Spec",
     "data.set": "data.split.Splits",
-    "edits.*": "edit.edits.Edit",
+    "edits.*": "edit.denoiser.Edit",
     "objective": "edit.objectives.Objective",
     "data_weight": "edit.objectives.Ramp",
     "terms.*": "edit.objectives.Term",
-    "matching": "edit.few_step.method.Matching",
+    "matching": "edit.few_step.method.FewStepMethod",
     "sampler": "edit.sampling.Sampler",
 }
 # functions that stand where a value is expected, and compute it from nothing but their arguments

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 
     from data.split import DataSet
     from edit.artifacts.checkpoint import Artifact
-    from edit.denoiser import Condition, Denoiser
+    from edit.denoiser import Denoiser
     from edit.measuring.cost import Cost
+    from edit.stream import Condition
 
 ROUTED = 60  # images whose MACs are counted, and whose decisions are drawn, where an edit decides: of all classes alike
 DEFAULTS = Path(__file__).parents[2] / "configs" / "eval.yaml"
@@ -175,7 +176,7 @@ def pick_device(name: str) -> torch.device:
     """
     import torch
 
-    from edit.measuring.cost import find_device
+    from edit.measuring.devices import find_device
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -412,7 +413,7 @@ def build_data(artifact: Artifact, trusted: Sequence[str] = ()) -> DataSet:
 
 def conditions(data: DataSet) -> Callable[[Tensor], Condition]:
     """The condition of sample numbers: balanced classes, or the texts of the real samples in order."""
-    from edit.denoiser import Condition
+    from edit.stream import Condition
 
     if data.num_classes:
         return lambda numbers: Condition(label=numbers % data.num_classes)
@@ -451,7 +452,7 @@ def check_told(denoiser: Denoiser, data: DataSet) -> None:
 
 def null_condition(data: DataSet) -> Condition | None:
     """The data set's own condition of no text, one for all samples; None where it has none."""
-    from edit.denoiser import Condition
+    from edit.stream import Condition
 
     null = getattr(data, "null", None)
     return None if null is None else Condition(**{name: value[None] for name, value in null.items()})

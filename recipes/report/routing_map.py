@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from edit.denoiser import Denoiser, Output, Step
+    from edit.denoiser import Denoiser
+    from edit.stream import Output, Step
 
 CLASSES, PROMPTS = 10, 6  # small maps beside each other, at most
 SHOWN = 4  # samples whose tokens are shown
@@ -96,12 +97,12 @@ def groups(labels: Tensor | None, told: Sequence[str], classes: Sequence[str] | 
         told: b, captions
         classes: their names, where known
     """
-    from edit.routing.batches import grouped
+    from edit.routing.batches import by_key
 
     if labels is None:
-        return evenly(grouped(told), PROMPTS)
+        return evenly(by_key(told), PROMPTS)
     titles = [classes[int(label)] if classes else f"class {label}" for label in labels.tolist()]
-    return evenly(grouped(titles), CLASSES)
+    return evenly(by_key(titles), CLASSES)
 
 
 def evenly(found: Mapping[str, list[int]], most: int) -> dict[str, list[int]]:

@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from edit.artifacts.checksums import of_file, of_files
-from edit.denoiser import Condition
 from edit.sampling import Sampler
+from edit.stream import Condition
 from recipes.config.schema import UserError
 from recipes.recipe import Recipe
 from recipes.report.routing_map import Decisions, decides, draw, groups

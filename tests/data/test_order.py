@@ -19,7 +19,8 @@ from data.pixels import to_tensor
 from data.precompute import main
 from data.sets.latents import Latents
 from edit.backbones.qwen_image import QwenImageConfig
-from edit.sampling import Euler, Sampler
+from edit.sampling import Sampler
+from edit.solvers import Euler
 from recipes.report.evaluate import run, settings
 
 

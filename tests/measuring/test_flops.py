@@ -13,7 +13,8 @@ from torch.utils.flop_counter import flop_registry
 from edit.denoiser import Denoiser
 from edit.measuring.cost import Cost, Uncounted, cost, count_forward
 from edit.measuring.flops import FORMULAS, Flops, uncounted
-from edit.sampling import Euler, Sampler
+from edit.sampling import Sampler
+from edit.solvers import Euler
 
 B, H, N, M, E = 2, 3, 256, 128, 16
 WHOLE = 2 * 2 * B * H * N * M * E  # two products of N M E multiply-adds

@@ -10,7 +10,7 @@ from ranks import run_ranks
 from small_runs import SMALL, TWO_RANKS, config, losses, rows, train
 
 import edit
-from edit.edits import Edit
+from edit.denoiser import Edit
 from recipes.config.schema import UserError
 from recipes.runtime.callbacks import newest
 

@@ -31,8 +31,9 @@ from edit.artifacts.checkpoint import skeleton
 from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig
 from edit.backbones.qwen_image import QwenImageConfig
-from edit.denoiser import Condition
-from edit.sampling import Euler, Sampler, StockEuler
+from edit.sampling import Sampler
+from edit.solvers import Euler, StockEuler
+from edit.stream import Condition
 
 PROMPTS = ["red square", "a blue disc", "disc", "red square on a disc", "blue square"]
 

@@ -590,7 +590,7 @@ RUNS_SOMETHING = {
     "a function that torch has": "trusted: [toy, torch]\nbackbone: {_target_: torch.load, f: x, weights_only: false}",
     "a package that only the file trusts": "trusted: [subprocess]\nbackbone: {_target_: subprocess.Popen, args: ls}",
     "a command of ours": "data: {set: {_target_: data.generate.main, words: [out=x]}}",
-    "a class of another kind": "backbone: {_target_: edit.artifacts.export.Settings, artifact: a, out: b}",
+    "a class of another kind": "backbone: {_target_: edit.artifacts.export.ExportSettings, artifact: a, out: b}",
     "an edit for a backbone": "backbone: {_target_: edit.tuning.lora.LoRA}",
     "a method of a class": "data: {set: {_target_: toy.Data.train}}",
     "a class that was imported": "backbone: {_target_: edit.measuring.cost.Path}",

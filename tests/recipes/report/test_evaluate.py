@@ -20,7 +20,8 @@ from data.sets.shapes import Shapes
 from edit.backbones.flux import FluxConfig
 from edit.inputs.command import print_any_name
 from edit.pruning.depth import DepthPruning
-from edit.sampling import Euler, Grid, Sampler
+from edit.sampling import Sampler
+from edit.solvers import Euler, Grid
 from recipes.config.schema import UserError
 from recipes.report.evaluate import (
     DEFAULTS,

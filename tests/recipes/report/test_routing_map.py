@@ -12,13 +12,14 @@ from small_runs import train
 from torch import Tensor, nn
 
 import edit
-from edit.denoiser import Condition, Denoiser, Stream
-from edit.edits import Edit
+from edit.denoiser import Denoiser, Edit
 from edit.measuring.cost import count_generation, twin
 from edit.objectives import FlowMatching
 from edit.routing.batches import run_grouped
-from edit.routing.elastic import Elastic, Router, Routers, forced
-from edit.sampling import Euler, Heun, Sampler
+from edit.routing.elastic import Elastic, ElasticRouters, Router, forced
+from edit.sampling import Sampler
+from edit.solvers import Euler, Heun
+from edit.stream import Condition, Stream
 from recipes.report.evaluate import run, settings
 from recipes.report.routing_map import Decisions, Map, draw, grid, groups, numbers, spaced
 
@@ -215,7 +216,7 @@ def test_macs_are_means_over_real_images_of_all_kinds_and_not_those_of_one_label
 def test_the_macs_of_elastic_are_what_its_map_says(make_dit, tmp_path):
     denoiser = edit.apply(make_dit(in_channels=1, patch_size=4), {"elastic": Elastic(width=None, band=-1.0)})
     routers = denoiser.edits["elastic"]
-    assert isinstance(routers, Routers)
+    assert isinstance(routers, ElasticRouters)
     for router in routers:
         assert isinstance(router, Router)
         nn.init.normal_(router.gate.weight, std=0.3)  # some units open for some samples
