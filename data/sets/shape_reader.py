@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from data.sets.captioned import PALETTE, PLACES, background, cells, colours
-from data.sets.shapes import AREAS, KINDS, RELATIONS, Scene, Thing, along, coverage, meaning
+from data.sets.shape_pictures import AREAS, along, coverage
+from data.sets.shape_scenes import KINDS, RELATIONS, Scene, Thing, meaning
 
 CONTRAST = 70.0  # distance in RGB at which a pixel is no longer background; the palette is 180 or more from it
 SPECK = 0.008  # parts smaller than this share of the image are dirt; the smallest thing has 0.023

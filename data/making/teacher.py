@@ -1,0 +1,163 @@
+"""How a teacher is asked for samples: its solver, its shift of the times, its condition."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data import manifest
+from data.loader import collate
+from data.making.frozen import PromptEncoders
+from data.making.request import Request
+from data.sets.latents import padded, text_length
+from edit.artifacts.checkpoint import find, is_hub_id
+from edit.backbones.stock import StockDenoiser
+from edit.denoiser import Condition, Denoiser
+from edit.objectives import Objective
+from edit.sampling import (
+    DDIMSolver,
+    DDPMSolver,
+    DPMSolver,
+    Draw,
+    Euler,
+    Heun,
+    Predict,
+    Solver,
+    dynamic_shift,
+    log_shift,
+    times,
+)
+
+
+def solver_of(request: Request, shift: float) -> Solver:
+    if request.solver in ("euler", "heun", "dpm"):
+        return {"euler": Euler, "heun": Heun, "dpm": DPMSolver}[request.solver](steps=request.steps, shift=shift)
+    return {"ddim": DDIMSolver, "ddpm": DDPMSolver}[request.solver](steps=request.steps)
+
+
+class Recorded(Solver):
+    """A solver whose states at some times are kept: `states` by time, b c y x, of the last batch.
+
+    A state is what the model is asked at; Heun's method asks at its guess first, and then at the state, which stays.
+
+    Args:
+        solver: what integrates
+        times: of the states, among those it asks at
+    """
+
+    def __init__(self, solver: Euler | Heun, times: Sequence[float]):
+        self.solver, self.steps, self.times = solver, solver.steps, tuple(times)
+        self.states: dict[float, Tensor] = {}
+
+    @property
+    def evaluations(self) -> int:
+        return self.solver.evaluations
+
+    def check(self, objective: Objective) -> None:
+        self.solver.check(objective)
+
+    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
+        def watched(x: Tensor, t: float, end: float | None = None) -> Tensor:
+            if t in self.times:
+                self.states[t] = x
+            return predict(x, t, end)
+
+        return self.solver.integrate(watched, x, objective, draw)
+
+
+def stored_times(request: Request, shift: float) -> list[float]:
+    """Times of the states to store, from noise to data without either: every so many of the solver's own."""
+    return times(request.steps, shift)[:: request.steps // (request.points + 1)][1:-1]
+
+
+def check_text(request: Request, denoiser: Denoiser, encoders: PromptEncoders, shape: tuple[int, int, int]) -> None:
+    """Raises ValueError if the teacher takes no text, or not the text of these encoders."""
+    condition = condition_of(request, denoiser, encoders, encoders.words([""]))[0]
+    try:
+        denoiser.pack(torch.zeros(1, *shape), torch.ones(1), condition)
+        if encoders.text is not None and isinstance(denoiser, StockDenoiser):
+            denoiser.need_length(text_length(encoders.text.description))
+    except ValueError as error:
+        raise ValueError(f"{request.teacher} cannot be given prompts with these encoders: {error}") from error
+
+
+def default_shift(request: Request, denoiser: Denoiser, tokens: int) -> float:
+    """What the artifact was sampled with; what its pipeline's scheduler says; FLUX.1-dev's own rule; else 1."""
+    sampler = recorded(request.teacher).get("sampler")
+    if sampler:
+        dynamic = sampler["solver"].get("dynamic")
+        return dynamic_shift(dynamic, tokens) if dynamic else float(sampler["solver"].get("shift", 1.0))
+    if shift := scheduler_shift(scheduler_of(request.teacher), tokens):
+        return shift
+    if denoiser.config.get("guidance_embeds"):
+        from edit.backbones.flux import flux_shift
+
+        return flux_shift(tokens)
+    return 1.0
+
+
+def scheduler_of(teacher: str) -> dict[str, Any]:
+    """The configuration of the scheduler beside a published transformer; empty where there is none."""
+    beside = find(teacher, weights=False).parent / "scheduler" / "scheduler_config.json"
+    if beside.is_file():
+        return manifest.read(beside)
+    if is_hub_id(teacher):
+        from diffusers import SchedulerMixin
+
+        try:
+            return SchedulerMixin.load_config(teacher, subfolder="scheduler")
+        except OSError:
+            return {}
+    return {}
+
+
+def scheduler_shift(config: dict[str, Any], tokens: int) -> float | None:
+    """The shift of a flow-matching scheduler at this many image tokens; None for another scheduler.
+
+    A dynamic shift is exp(mu) or mu itself, mu being linear in the tokens through (base_image_seq_len, base_shift) and
+    (max_image_seq_len, max_shift). What a scheduler may have besides (shift_terminal, Karras sigmas) is no shift.
+    """
+    if not str(config.get("_class_name")).startswith("FlowMatch"):
+        return None
+    if not config.get("use_dynamic_shifting"):
+        return float(config.get("shift") or 1.0)
+    ends = (("base_shift", 0.5), ("max_shift", 1.15), ("base_image_seq_len", 256), ("max_image_seq_len", 4096))
+    low, high, few, many = (config.get(key, default) for key, default in ends)
+    mu = log_shift((low, high, few, many), tokens)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+
+def recorded(teacher: str) -> dict[str, Any]:
+    """What an artifact says of itself; empty for a published folder."""
+    path = find(teacher) / "edits.json"
+    return manifest.read(path) if path.exists() else {}
+
+
+def condition_of(
+    request: Request, denoiser: Denoiser, encoders: PromptEncoders, rows: Sequence[dict[str, Tensor]]
+) -> tuple[Condition, Condition]:
+    """What the teacher is told of some prompts, and the same number of empty prompts, from embeddings as stored.
+
+    Args:
+        request: says guidance and padding
+        denoiser: the teacher; a guidance-distilled one is told the scale
+        encoders: made the embeddings
+        rows: `text` l c and `pooled` c of each prompt
+    """
+    b, samples = len(rows), []
+    for number, row in enumerate([*rows, encoders.words([""])[0]]):
+        sample: dict[str, Any] = {"draw": number}
+        if encoders.text is not None:
+            sample |= padded(row["text"].float(), encoders.text.description)
+        if "pooled" in row:
+            sample["pooled"] = row["pooled"].float()
+        samples.append(sample)
+    joined = collate(samples)  # together, so that both have the same length
+    del joined["draw"]
+    told = torch.full((b,), request.guidance) if denoiser.config.get("guidance_embeds") else None
+    condition = Condition(**{k: v[:b] for k, v in joined.items()}, guidance=told)
+    return condition, Condition(**{k: v[b:].expand(b, *v.shape[1:]) for k, v in joined.items()})
