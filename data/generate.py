@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     if words.asks_help(argv):
         print(f"{__doc__}\n{words.explained(Request)}\n\n{SEVERAL}")
         return 0
-    request = Request(**parse(argv), rank=number_of("RANK", 0), world=number_of("WORLD_SIZE", 1))
+    request = words.read(Request, argv, rank=number_of("RANK", 0), world=number_of("WORLD_SIZE", 1))
     from data.making.generator import generate  # after --help and mistyped keys were answered
 
     if generate(request):

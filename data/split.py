@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from data.tars import unkept
+from data.tar_index import NOWHERE
 from edit import noise
 from edit.inputs import trust
 
@@ -102,12 +102,13 @@ def opened(node: Mapping[str, Any], trusted: Sequence[str] = (), who: str = "the
         if isinstance(given.get(key), int) and given[key] > limit:
             raise ValueError(f"{who}: {key} is {trust.cut(given[key])}, expected at most {limit}")
     cls = trust.named(node.get("_target_"), ("data", *trusted), (Splits,), who)
-    trust.check_arguments(cls, given, f"{who}'s")
+    hints = trust.check_arguments(cls, given, f"{who}'s")
     if built := next((place for place, key, _ in trust.walk(given, who) if key == "_target_"), None):
         raise ValueError(f"{who} asks for something to be built at {built}: a data set is described by plain values")
+    if cls.__module__.startswith("data.") and "cache" in hints:
+        given["cache"] = NOWHERE
     try:
-        with unkept():
-            return cls(**given)
+        return cls(**given)
     except (ValueError, OSError):
         raise
     except Exception as error:  # whatever it makes of a value of another type

@@ -14,7 +14,8 @@ from data.names import legible
 from data.pixels import EXTENSIONS, MOVING, Picture, PictureSet, decode, moving, some, tell, tell_moving, tell_unread
 from data.plain_text import read_text, words
 from data.sets.image_folder import check_size, divide
-from data.tars import ABSENT, Tars
+from data.tar_index import ABSENT
+from data.tars import Tars
 
 READ = ("cls", "json", "txt")  # besides images
 LOOKED_BYTES = 2**26  # of images, to see whether they have several frames

@@ -21,7 +21,8 @@ from data.making.encoders import VAE
 from data.pixels import to_uint8
 from data.plain_text import LARGEST
 from data.split import CheckedSet, Split, flipped, opened
-from data.tars import ABSENT, Tars
+from data.tar_index import ABSENT
+from data.tars import Tars
 from edit import noise
 
 

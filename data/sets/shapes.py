@@ -1,7 +1,6 @@
 """Captioned rendered shapes: a text-to-image world that needs no download and whose prompts can be checked.
 
-    a green square above a white triangle    see data/sets/shape_scenes.py
-
+The captions are the sentences of `data.sets.shape_scenes`, such as "a green square above a white triangle".
 A tenth of the captions has no training image, and neither has any that says the same in other words: with a circle
 above a square a square below a circle is held out. All of their words, and pairs of neighbouring words, are trained on.
 """

@@ -24,20 +24,28 @@ TRUTH = {"true": True, "false": False}
 NOTHING = ("null", "none")  # for a setting that may be None
 
 
-def read(settings: type[T], words: Sequence[str], bare: str | None = None) -> T:
+def read(settings: type[T], words: Sequence[str], bare: str | None = None, **more: Any) -> T:
     """Settings from the words of a command line.
+
+    Args:
+        settings: dataclass
+        words: of the command line, without options
+        bare: the key that a word without a known key stands for
+        more: fields that are no keys
 
     Raises:
         ValueError: as `parse`, and for a number beyond its limits
     """
-    made = settings(**parse(settings, words, bare=bare))
-    check_numbers(made)
+    given = parse(settings, words, bare=bare)
+    try:
+        made = settings(**given, **more)
+        check_numbers(made)
+    except ValueError as error:  # on a command line the name of the class would say nothing
+        raise ValueError(str(error).removeprefix(f"{settings.__name__}: ")) from error
     return made
 
 
-def parse(
-    settings: type, words: Sequence[str], sections: Sequence[str] = (), bare: str | None = None
-) -> dict[str, Any]:
+def parse(settings: type, words: Sequence[str], bare: str | None = None) -> dict[str, Any]:
     """The values that words give, by key; numbers are not yet compared with their limits.
 
     A field of type `tuple[..., ...]` collects the values of a key that is repeated; no other key may be.
@@ -45,7 +53,6 @@ def parse(
     Args:
         settings: dataclass
         words: of the command line, without options
-        sections: keys that have settings of their own: `section.name=text` is kept as this text
         bare: the key that a word without a known key stands for
 
     Raises:
@@ -58,12 +65,10 @@ def parse(
             name, equals, text = bare, "=", word
         if not equals or not name:
             raise ValueError(f"{word!r} is no setting: write key=value, such as {known[0]}=...")
-        section, dot, field = name.partition(".")
-        nested = bool(field) and section in sections
-        if name not in known and not nested:
-            near = difflib.get_close_matches(section if dot and section not in known else name, known, 1)
+        if name not in known:
+            near = difflib.get_close_matches(name.partition(".")[0], known, 1)
             raise ValueError(f"there is no key {name!r}: " + (f"did you mean {near[0]}?" if near else "see --help"))
-        hint = str if nested else hint_of(settings, name)
+        hint = hint_of(settings, name)
         repeated = get_origin(hint) is tuple
         if name in given and not repeated:
             raise ValueError(f"{name} is given twice: keep one of {name}={given[name]} and {word}")
@@ -75,6 +80,25 @@ def parse(
     if missing := next((name for name in needed if name in known and given.get(name) is None), None):
         raise ValueError(f"{missing} is missing: {_wanted(settings, missing)}")
     return given
+
+
+def apart(words: Sequence[str], sections: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Words without those of the form `section.name=text`; and the texts of these, by section.name.
+
+    Raises:
+        ValueError: for one that is given twice
+    """
+    own, texts = list[str](), dict[str, str]()
+    for word in words:
+        name, equals, text = word.partition("=")
+        section, _, rest = name.partition(".")
+        if not equals or not rest or section not in sections:
+            own.append(word)
+        elif name in texts:
+            raise ValueError(f"{name} is given twice: keep one of {name}={texts[name]} and {word}")
+        else:
+            texts[name] = text
+    return own, texts
 
 
 def keys(settings: type) -> list[str]:

@@ -12,9 +12,11 @@ from samples import caption, image, png
 
 import edit
 from data.loader import EndlessLoader
+from data.making.buckets import cover_crop, nearest, sizes
 from data.making.encoders import VAE
-from data.making.latent_folder import precompute
-from data.order import OneSize, cover_crop, nearest, sizes, turns
+from data.making.precomputer import precompute
+from data.one_size import OneSize
+from data.order import turns
 from data.pixels import to_tensor
 from data.precompute import main
 from data.sets.latents import Latents

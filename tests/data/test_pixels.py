@@ -10,7 +10,7 @@ from PIL import Image
 from samples import image
 
 from data.damage import Damaged
-from data.order import cover_crop
+from data.making.buckets import cover_crop
 from data.pixels import THIN, centre_crop, decode
 
 SHAPE = Image.fromarray(np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 14)  # 3 wide, 2 high, all different

@@ -92,9 +92,9 @@ def refused(artifact: Path) -> str:
 COMMANDS = ["data.generate.main", "data.precompute.main", "data.embedded.main", "data.embedded.write"]
 OTHERS = [
     "data.sets.digits.np.save",
-    "data.tars.Path",
+    "data.tar_index.Path",
     "data.sets.latents.Tars",
-    "data.generate.Order",
+    "data.making.request.Request",
     "data.sets.digits.Tensors",
 ]
 OTHERS += [

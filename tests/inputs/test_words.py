@@ -6,7 +6,7 @@ from typing import Annotated
 import pytest
 
 from edit.inputs.limits import Count, Limits
-from edit.inputs.words import explained, keys, parse, read
+from edit.inputs.words import apart, explained, keys, parse, read
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,14 @@ def test_a_mistake_is_one_sentence(words, sentence):
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
-def test_settings_of_a_section_are_kept_as_text():
-    assert parse(Asked, ["cake=x", "oven.heat=200"], sections=("oven",)) == {"cake": "x", "oven.heat": "200"}
-    for wrong in ("ovn.heat=1", "oven.=1", ".heat=1"):
+def test_settings_of_a_section_are_set_apart_as_text():
+    own = ["cake=x", "ovn.heat=1", "oven.=1", ".heat=1", "oven.heat"]
+    assert apart([*own, "oven.heat=200", "oven.a.b="], ("oven",)) == (own, {"oven.heat": "200", "oven.a.b": ""})
+    for wrong in own[1:4]:
         with pytest.raises(ValueError, match="there is no key"):
-            parse(Asked, ["cake=x", wrong], sections=("oven",))
+            parse(Asked, ["cake=x", wrong])
+    with pytest.raises(ValueError, match="oven.heat is given twice: keep one of oven.heat=1 and oven.heat=2"):
+        apart(["oven.heat=1", "oven.heat=2"], ("oven",))
 
 
 def test_a_bare_word_stands_for_one_key():

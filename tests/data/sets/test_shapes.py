@@ -6,9 +6,11 @@ from torch.nn.functional import conv2d
 
 from data.loader import EndlessLoader
 from data.pixel_codec import decode, encode
-from data.sets.captioned import divided
+from data.sets.captioned import PALETTE, divided
+from data.sets.shape_pictures import draw
 from data.sets.shape_reader import follows, read, scores
-from data.sets.shapes import PALETTE, Scene, Shapes, Thing, draw, gist, grammar, meaning
+from data.sets.shape_scenes import Scene, Thing, gist, grammar, meaning
+from data.sets.shapes import Shapes
 
 
 @pytest.fixture(scope="module")
