@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         prog="python -m recipes.cost",
         description="Parameters, executed MACs and, if asked, latency and memory of a backbone or an artifact.",
-        epilog=EXAMPLES + words.explained(Asked),
+        epilog=EXAMPLES + "\n" + words.explained(Asked),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="what to count, see below")

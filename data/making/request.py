@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from edit.inputs.limits import Count, Limits, NotNegative, Positive, Seed, Side, Steps, check_numbers
+from edit.inputs.words import helps
 
 CHOICES = {
     "solver": ("euler", "heun", "dpm", "ddim", "ddpm"),
@@ -85,7 +86,7 @@ class Request:
         check_numbers(self)
         for name in ("teacher", "prompts", "out"):
             if not getattr(self, name):
-                raise ValueError(f"{name} is empty: give a value")
+                raise ValueError(f"{name} is empty: give {helps(Request)[name]}")
         if self.steps % (self.points + 1):
             raise ValueError(
                 f"points={self.points} does not divide steps={self.steps} evenly: steps must be a multiple of "

@@ -59,6 +59,8 @@ def parse(settings: type, words: Sequence[str], bare: str | None = None) -> dict
         ValueError: for a word that is no setting, an unknown, empty, repeated or missing key, a value of another type
     """
     known, given = keys(settings), dict[str, Any]()
+    without = [f.name for f in fields(settings) if f.default is MISSING and f.default_factory is MISSING]
+    needed = [name for name in without if name in known]
     for word in words:
         name, equals, text = word.partition("=")
         if bare is not None and not (equals and name in known):
@@ -72,12 +74,11 @@ def parse(settings: type, words: Sequence[str], bare: str | None = None) -> dict
         repeated = get_origin(hint) is tuple
         if name in given and not repeated:
             raise ValueError(f"{name} is given twice: keep one of {name}={given[name]} and {word}")
-        if not text:
+        if not text and name not in needed:
             raise ValueError(f"{name} is empty: write {_wanted(settings, name)}, or leave it out")
         value = _value(name, text, get_args(hint)[0] if repeated else hint)
         given[name] = (*given.get(name, ()), value) if repeated else value
-    needed = (f.name for f in fields(settings) if f.default is MISSING and f.default_factory is MISSING)
-    if missing := next((name for name in needed if name in known and given.get(name) is None), None):
+    if missing := next((name for name in needed if given.get(name) in (None, "")), None):
         raise ValueError(f"{missing} is missing: {_wanted(settings, missing)}")
     return given
 
@@ -126,7 +127,7 @@ def asks_help(words: Sequence[str]) -> bool:
 
 def explained(settings: type) -> str:
     """The lines of a command's help that name its keys and their defaults."""
-    lines, defaults = ["keys:"], {f.name: f.default for f in fields(settings)}
+    lines, defaults = ["Keys and their defaults"], {f.name: f.default for f in fields(settings)}
     width = max(map(len, keys(settings))) + 4
     for name in keys(settings):
         default = defaults[name]

@@ -318,7 +318,7 @@ def test_the_table_names_its_numbers(capsys):
         (["backbone=dit_tiny", "--rounds", "0"], "--rounds is a number from 1 to 10000, got 0"),
         (["backbone=dit_tiny", "--device", "cuda:99"], "device=cuda:99 is not on this machine, which has cpu"),
         (["backbone=dit_tiny", "--device", "meta", "--real"], "device=meta is not on this machine"),
-        (["backbone=dit_tiny", "guidance=NaN"], "Sampler: guidance must be a finite number, got nan"),
+        (["backbone=dit_tiny", "guidance=NaN"], "guidance must be a finite number or None, got nan"),
         (["backbone=dit_tiny", "sampler=euler", "sampler.steps=0"], "Euler: steps must be at least 1, got 0"),
         (["backbone=dit_tiny", "sampler=ddim"], "use Euler, Heun or EulerMaruyama"),
         (["backbone=dit_tiny", "backbone.patch_size=3"], "patch_size 3 does not divide input_size 8"),
