@@ -23,7 +23,7 @@ class Damaged(ValueError):
         super().__init__(legible(message))
 
 
-def plain(path: Path) -> os.stat_result:
+def file_status(path: Path) -> os.stat_result:
     """The status of a file that can be opened and read to its end.
 
     A pipe, a socket or a device would wait for somebody who writes, or never end; so would some files of the kernel.

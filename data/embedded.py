@@ -23,7 +23,7 @@ from edit.inputs.limits import Count
 
 
 @dataclass(frozen=True)
-class Asked:
+class Words:
     """What to write.
 
     Args:
@@ -35,7 +35,7 @@ class Asked:
     count: Count
 
 
-def write(out: Path, count: int) -> Path:
+def write_world(out: Path, count: int) -> Path:
     """Store text_encoder (CLIP), text_encoder_2 (T5), tokenizer, tokenizer_2 and prompts.txt, one caption per line.
 
     Returns:
@@ -62,16 +62,16 @@ def write(out: Path, count: int) -> Path:
 
 def parse(argv: Sequence[str]) -> dict[str, Any]:
     """Arguments of `Asked`; raises ValueError as `words.parse`."""
-    return words.parse(Asked, argv)
+    return words.parse(Words, argv)
 
 
 @guarded
 def main(argv: list[str]) -> int:
     if words.asks_help(argv):
-        print(f"{__doc__}\n{words.explained(Asked)}")
+        print(f"{__doc__}\n{words.explained(Words)}")
         return 0
-    asked = words.read(Asked, argv)
-    print(f"prompts and encoders: {write(Path(asked.out), asked.count).parent}")
+    asked = words.read(Words, argv)
+    print(f"prompts and encoders: {write_world(Path(asked.out), asked.count).parent}")
     return 0
 
 

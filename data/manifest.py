@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data.damage import Damaged, plain
+from data.damage import Damaged, file_status
 
 FORMAT = 1
 MANIFEST, SETTINGS, NULL = "manifest.json", "settings.json", "null.safetensors"
@@ -44,7 +44,7 @@ def digest(path: Path) -> str:
 def read(path: Path) -> dict[str, Any]:
     """Raises ValueError if the file is no JSON object."""
     try:
-        plain(path)
+        file_status(path)
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except (ValueError, RecursionError, OSError) as error:
         if isinstance(error, Damaged):
@@ -108,7 +108,7 @@ def verify(folder: Path) -> dict[str, Any]:
         null = folder / NULL
         if not os.path.lexists(null):
             raise FileNotFoundError(f"{null} is missing: run data.precompute again")
-        plain(null)
+        file_status(null)
         if digest(null) != manifest["null"]["sha256"]:
             raise ValueError(f"{null} differs from the manifest: remove it and run data.precompute again")
     return manifest
@@ -257,7 +257,7 @@ def check_shard(folder: Path, record: Mapping[str, Any], full: bool) -> str | No
     if not os.path.lexists(path):
         return f"{path} is missing"
     try:
-        size = plain(path).st_size
+        size = file_status(path).st_size
     except Damaged as error:
         return str(error)
     if size != record["size"]:

@@ -55,7 +55,7 @@ class EndlessBatches(Sampler):
             position += self.batch_size * self.world
 
 
-def turns(seed: int, steps: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+def bucket_turns(seed: int, steps: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     """Whose turn it is at each step: n int64 -> n, a pure function of (seed, step).
 
     Shares follow the counts. A golden-ratio sequence keeps every bucket close to its share at all times: after any
@@ -70,9 +70,9 @@ def turns(seed: int, steps: np.ndarray, counts: Sequence[int]) -> np.ndarray:
 class BucketBatches(Sampler):
     """Batches of (index, draw) for one rank, without end, each from one bucket.
 
-    The step decides the bucket (`turns`), alike on all ranks. Each bucket is an endless sequence of epochs of its own,
-    each a permutation of its samples by a hash of (seed, epoch); a batch takes the next ones of its bucket, over the
-    end of an epoch where need be. So no sample is left out, and none comes again before all of its bucket have come.
+    The step decides the bucket (`bucket_turns`), on all ranks alike. Each bucket has an endless sequence of epochs, each
+    a permutation of its samples by a hash of (seed, epoch). A batch takes the next samples of its bucket and may span
+    two epochs: no sample is left out, and none comes again before all of its bucket have come.
 
     Args:
         groups: the bucket of each sample
@@ -101,11 +101,11 @@ class BucketBatches(Sampler):
         step = self.start // whole
         used = np.zeros(len(counts), dtype=np.int64)  # batches of each bucket before this step
         for first in range(0, step, 1 << 20):
-            past = turns(self.seed, np.arange(first, min(step, first + (1 << 20))), counts)
+            past = bucket_turns(self.seed, np.arange(first, min(step, first + (1 << 20))), counts)
             used += np.bincount(past, minlength=len(counts))
         orders: dict[int, tuple[int, array[int]]] = {}  # of each bucket's present epoch
         while True:
-            bucket = int(turns(self.seed, np.array([step]), counts)[0])
+            bucket = int(bucket_turns(self.seed, np.array([step]), counts)[0])
             members, batch = self.members[bucket], []
             for place in range(self.rank, whole, self.world):
                 epoch, at = divmod(int(used[bucket]) * whole + place, len(members))

@@ -54,7 +54,7 @@ class Picture:
         return self.caption
 
 
-def decode(content: bytes, name: str) -> Image.Image:
+def decode_image(content: bytes, name: str) -> Image.Image:
     """An encoded image as people see it, in RGB.
 
     Turned upright as its EXIF says. What is transparent lies on white. 16-bit grey becomes 8-bit by its whole range; of
@@ -166,7 +166,7 @@ def tell_moving(where: str, found: Sequence[str], whole: bool) -> None:
         tell(f"{where}: {number} {their} first frame is taken, such as that of {found[0]} (pages count as frames)")
 
 
-def some(items: Sequence[T]) -> Sequence[T]:
+def evenly(items: Sequence[T]) -> Sequence[T]:
     """LOOKED_AT of them at most, evenly."""
     return items[:: math.ceil(len(items) / LOOKED_AT) or 1]
 
@@ -176,7 +176,7 @@ def moving(file: str | os.PathLike | BinaryIO) -> bool:
     try:
         with Image.open(file) as image:
             return bool(getattr(image, "is_animated", False))
-    except Exception:  # as in `decode`
+    except Exception:  # as in `decode_image`
         return False
 
 

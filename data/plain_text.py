@@ -23,7 +23,7 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-LARGEST = 2**63 - 1  # labels are int64
+LAST_LABEL = 2**63 - 1  # labels are int64
 
 
 def read_text(content: bytes, name: str) -> str:
@@ -84,7 +84,7 @@ def class_number(value: object, name: str) -> int:
     number = value
     if isinstance(value, float) and value.is_integer():
         number = int(value)
-    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= LARGEST:
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= LAST_LABEL:
         raise Damaged(f"{name} holds the label {shown(value)}, expected a class number, 0, 1, 2, ...")
     return number
 

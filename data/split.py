@@ -18,8 +18,8 @@ from data.tar_index import NOWHERE
 from edit import noise
 from edit.inputs import trust
 
-PLACES = ("cache",)  # arguments of data sets that say where to write
-LARGEST = {"count": 100_000, "held": 100_000, "copies": 1_000, "size": 16_384}  # that an artifact may ask for
+WRITTEN = ("cache",)  # arguments of data sets that say where to write
+MOST = {"count": 100_000, "held": 100_000, "copies": 1_000, "size": 16_384}  # that an artifact may ask for
 
 
 class Split(Protocol):
@@ -96,9 +96,9 @@ def opened(node: Mapping[str, Any], trusted: Sequence[str] = (), who: str = "the
         ValueError: if it names something else than a data set, or arguments that are none of its
         OSError: if what it reads is not there
     """
-    given = {k: v for k, v in node.items() if k not in ("_target_", *PLACES)}
+    given = {k: v for k, v in node.items() if k not in ("_target_", *WRITTEN)}
     trust.refuse_enormous(given, who)
-    for key, limit in LARGEST.items():
+    for key, limit in MOST.items():
         if isinstance(given.get(key), int) and given[key] > limit:
             raise ValueError(f"{who}: {key} is {trust.cut(given[key])}, expected at most {limit}")
     cls = trust.named(node.get("_target_"), ("data", *trusted), (Splits,), who)

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data.damage import Damaged, plain
+from data.damage import Damaged, file_status
 from data.names import legible
 from data.plain_text import class_digits, class_number, read_json
 
@@ -39,7 +39,7 @@ def load_index(path: Path, cache: str | None = None) -> dict[str, np.ndarray]:
     Raises:
         Damaged: if it is no file that can be read; what else is wrong with it is in the index, see `scan`
     """
-    about = plain(path)
+    about = file_status(path)
     # a change within the same tick of the clock that stamps files would not show
     time.sleep(min(TICK, max(0.0, about.st_ctime + TICK - time.time())))
     stamp = np.array([FORMAT, about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino])
@@ -48,7 +48,7 @@ def load_index(path: Path, cache: str | None = None) -> dict[str, np.ndarray]:
         place = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
         kept = Path(cache, f"{place}-{path.name}.index.npz")
     try:
-        plain(kept)
+        file_status(kept)
         with open(kept, "rb") as file, np.load(file, allow_pickle=False) as stored:
             if np.array_equal(stored["stamp"], stamp):
                 return {name: stored[name] for name in ("key", "extension", "offset", "size", "label", "wrong")}

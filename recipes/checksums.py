@@ -16,7 +16,7 @@ from edit.inputs.command import guarded
 
 
 @dataclass(frozen=True)
-class Asked:
+class Words:
     """What to accept.
 
     Args:
@@ -29,9 +29,9 @@ class Asked:
 @guarded
 def main(argv: list[str]) -> int:
     if words.asks_help(argv):
-        print(f"{__doc__}\n{words.explained(Asked)}")
+        print(f"{__doc__}\n{words.explained(Words)}")
         return 0
-    print(f"accepted  {accept(words.read(Asked, argv, bare='artifact').artifact)}")
+    print(f"accepted  {accept(words.read(Words, argv, bare='artifact').artifact)}")
     return 0
 
 

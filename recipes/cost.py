@@ -43,7 +43,7 @@ EXAMPLES = """examples:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Words:
     """What to count.
 
     Args:
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         prog="python -m recipes.cost",
         description="Parameters, executed MACs and, if asked, latency and memory of a backbone or an artifact.",
-        epilog=EXAMPLES + "\n" + words.explained(Asked),
+        epilog=EXAMPLES + "\n" + words.explained(Words),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="what to count, see below")
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
 def resolve(args: argparse.Namespace) -> dict[str, Any]:
     """Build what the settings name, and count it."""
     own, texts = words.apart(args.settings, GROUPS)
-    asked = words.read(Asked, own)
+    asked = words.read(Words, own)
     changes = {SHORT.get(key, key): parsed(text) for key, text in texts.items()}
     changes |= {} if asked.guidance is None else {"sampler.guidance": asked.guidance}
     if (asked.backbone is None) == (asked.artifact is None):

@@ -26,7 +26,7 @@ TEXT_ENCODERS = {
 }
 
 
-def place(spec: str) -> tuple[str, dict[str, str]]:
+def locate(spec: str) -> tuple[str, dict[str, str]]:
     """Where to load from: a local folder, or a hub id with an optional subfolder, `owner/name:vae`.
 
     Raises:
@@ -40,9 +40,9 @@ def place(spec: str) -> tuple[str, dict[str, str]]:
     return name, {"subfolder": subfolder} if subfolder else {}
 
 
-def load(factory: Any, spec: str, **options: Any) -> nn.Module:
+def load_frozen(factory: Any, spec: str, **options: Any) -> nn.Module:
     """`factory.from_pretrained` in eval mode without gradients, refusing anything but whole safetensors weights."""
-    name, inside = place(spec)
+    name, inside = locate(spec)
     try:
         model, report = factory.from_pretrained(
             name, **inside, **options, use_safetensors=True, output_loading_info=True
@@ -55,7 +55,7 @@ def load(factory: Any, spec: str, **options: Any) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def fingerprint(model: nn.Module) -> str:
+def model_hash(model: nn.Module) -> str:
     """SHA-256 over configuration, names, shapes and values of a model as it was loaded."""
     config: Any = model.config
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
@@ -82,7 +82,7 @@ class VAE:
     def __init__(self, spec: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
         import diffusers
 
-        name, inside = place(spec)
+        name, inside = locate(spec)
         try:
             kind = str(diffusers.AutoencoderKL.load_config(name, **inside).get("_class_name"))
         except OSError as error:
@@ -90,8 +90,8 @@ class VAE:
         factory = getattr(diffusers, kind, None)
         if not hasattr(factory, "encode") or not hasattr(factory, "decode"):
             raise ValueError(f"{spec} holds no VAE of diffusers, but {kind}: expected such as AutoencoderKL")
-        model = load(factory, spec, torch_dtype=torch.float32)
-        self.name, self.sha256 = kind, fingerprint(model)
+        model = load_frozen(factory, spec, torch_dtype=torch.float32)
+        self.name, self.sha256 = kind, model_hash(model)
         if dtype != torch.float32:
             model.to(dtype)  # after the fingerprint, which is that of the stored weights
         self.model, self.device, self.dtype = model.to(device), torch.device(device), dtype
@@ -168,9 +168,9 @@ class TextEncoder:
             raise ValueError(f"padding is one of {', '.join(PADDINGS)}, got {padding!r}")
         self.padding = padding
         try:
-            name, inside = place(spec)
+            name, inside = locate(spec)
             config = transformers.AutoConfig.from_pretrained(name, **inside, trust_remote_code=False)
-            name, inside = place(tokenizer or spec)
+            name, inside = locate(tokenizer or spec)
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **inside, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
@@ -180,13 +180,13 @@ class TextEncoder:
         kind = next((TEXT_ENCODERS[k] for k in kinds if k in TEXT_ENCODERS), None)
         if kind is None:
             raise ValueError(f"{spec} holds a {config.model_type}, expected a T5, UMT5 or CLIP text encoder")
-        model = load(getattr(transformers, kind), spec, dtype="auto")
+        model = load_frozen(getattr(transformers, kind), spec, dtype="auto")
         limits = (max_tokens, self.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
         self.max_tokens = min(limit for limit in limits if limit)
         words = json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()
         self.description = {
             "name": kind,
-            "sha256": fingerprint(model),
+            "sha256": model_hash(model),
             "vocabulary": hashlib.sha256(words).hexdigest(),
             "max_tokens": self.max_tokens,
         }

@@ -55,7 +55,7 @@ def generate(request: Request, say: Callable[[str], None] = print) -> Path | Non
         return out / manifest.MANIFEST
     encoders = PromptEncoders(request, "cpu")
     refuse_long(request, encoders, prompts)
-    settings = describe(request, encoders, prompts)
+    settings = settings_of(request, encoders, prompts)
     begin(out, settings, "out=")
     write_null(out, encoders)
     count = len(prompts) * request.images
@@ -102,8 +102,8 @@ def is_made(out: Path, stamped: str) -> bool:
 def stamp(request: Request, prompts: Sequence[Prompt]) -> str:
     """Changes with all that decides what is written: settings, prompts, name, size and time of each file that is read.
 
-    Milliseconds, where `describe` reads all weights. Equal stamps mean the same work; of others `describe` knows. What
-    is on the hub goes by its name.
+    It takes milliseconds, where `settings_of` reads all weights. Equal stamps mean the same work; other stamps may, which
+    `settings_of` tells. A model on the hub counts by its name.
     """
     settings = {name: value for name, value in asdict(request).items() if name not in PASSING}
     teacher = find(request.teacher)
@@ -130,7 +130,7 @@ def refuse_long(request: Request, encoders: PromptEncoders, prompts: Sequence[Pr
         )
 
 
-def describe(request: Request, encoders: PromptEncoders, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def settings_of(request: Request, encoders: PromptEncoders, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Everything that decides what is written, as JSON; `sources` says where things were, and may change.
 
     Raises:

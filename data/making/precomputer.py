@@ -49,7 +49,7 @@ def precompute(job: Job, say: Callable[[str], None] = print) -> Path | None:
     if isinstance(source, TarImages):
         check_place(out, source.tars.paths, "--out")
     encoders = Encoders(job, device_of(job, 0) if job.processes == 1 else "cpu")
-    settings = describe(job, source, encoders)
+    settings = settings_of(job, source, encoders)
     begin(out, settings)
     write_null(out, encoders)
     total = math.ceil(len(source) / job.shard_size)
@@ -78,7 +78,7 @@ def writer(job: Job, process: int) -> Writer:
     return lambda shard, advance: write_shard(job, source, encoders, shard, advance)
 
 
-def describe(job: Job, source: Folder | TarImages, encoders: Encoders) -> dict[str, Any]:
+def settings_of(job: Job, source: Folder | TarImages, encoders: Encoders) -> dict[str, Any]:
     """Everything that decides what is written, as JSON; `sources` says where the encoders were, and may change.
 
     Raises:

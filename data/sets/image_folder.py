@@ -11,16 +11,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data.damage import Damaged, Tolerance, kernel_devices, plain
+from data.damage import Damaged, Tolerance, file_status, kernel_devices
 from data.names import legible
 from data.pixels import (
     EXTENSIONS,
     MOVING,
     Picture,
     PictureSet,
-    decode,
+    decode_image,
+    evenly,
     moving,
-    some,
     suffix,
     tell,
     tell_moving,
@@ -96,7 +96,7 @@ class Folder:
                 f"{' and '.join(same[0])}: each is a sample, and their caption is that of all"
             )
         candidates = [n for n in self.names if suffix(n) in MOVING]
-        looked = some(candidates)
+        looked = evenly(candidates)
         found = [n for n in looked if _stored(self.path / n) and moving(self.path / n)]
         tell_moving(where, found, len(looked) == len(candidates))
         return {stem: names for stem, names in captions.items() if names != [f"{stem}.txt"]}
@@ -108,13 +108,13 @@ class Folder:
         """Raises Damaged if the file cannot be read as an image, or its caption, unless that is not asked for."""
         path = self.path / self.names[index]
         name = legible(str(path))
-        plain(path)
+        file_status(path)
         try:
             content = path.read_bytes()
         except OSError as error:
             raise Damaged(f"{name} cannot be read ({error})") from error
         caption = self._caption(self.names[index]) if captions else None
-        return Picture(decode(content, name), name, self._labels[index], caption)
+        return Picture(decode_image(content, name), name, self._labels[index], caption)
 
     def _caption(self, name: str) -> str | None:
         beside = self._captions.get(_stem(name), [f"{_stem(name)}.txt"])
@@ -123,7 +123,7 @@ class Folder:
         path = self.path / beside[0]
         if not os.path.lexists(path):
             return None
-        plain(path)
+        file_status(path)
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -134,7 +134,7 @@ class Folder:
 def _stored(path: Path) -> bool:
     """Whether this is a file with an end: a pipe, or a file that the kernel makes up, would be waited for."""
     try:
-        plain(path)
+        file_status(path)
     except Damaged:
         return False
     return True

@@ -11,7 +11,18 @@ import numpy as np
 
 from data.damage import Damaged, Tolerance
 from data.names import legible
-from data.pixels import EXTENSIONS, MOVING, Picture, PictureSet, decode, moving, some, tell, tell_moving, tell_unread
+from data.pixels import (
+    EXTENSIONS,
+    MOVING,
+    Picture,
+    PictureSet,
+    decode_image,
+    evenly,
+    moving,
+    tell,
+    tell_moving,
+    tell_unread,
+)
 from data.plain_text import read_text, words
 from data.sets.image_folder import check_size, divide
 from data.tar_index import ABSENT
@@ -92,7 +103,7 @@ class TarImages:
             tell(f"{shards}: {several.sum()} samples hold several images, such as {name}: read is the first of {kinds}")
         candidates = np.flatnonzero(np.isin(self._kinds, [EXTENSIONS.index(e) for e in MOVING]))
         found, looked, size = [], 0, 0
-        for i in some(candidates):
+        for i in evenly(candidates):
             with suppress(Damaged):  # told when its turn comes
                 content = self._image(int(i))
                 size += len(content)
@@ -111,7 +122,7 @@ class TarImages:
         i = int(self.indices[index])
         label, name = int(self.tars.labels[i]), self.tars.name(i)
         caption = self._caption(i) if captions else None
-        return Picture(decode(self._image(index), name), name, None if label == ABSENT else label, caption)
+        return Picture(decode_image(self._image(index), name), name, None if label == ABSENT else label, caption)
 
     def _image(self, index: int) -> bytes:
         return self.tars.read(int(self.indices[index]), EXTENSIONS[self._kinds[index]]) or b""

@@ -19,7 +19,7 @@ from data.damage import Damaged, Tolerance
 from data.decoder import Decoder
 from data.making.encoders import VAE
 from data.pixels import to_uint8
-from data.plain_text import LARGEST
+from data.plain_text import LAST_LABEL
 from data.split import CheckedSet, Split, flipped, opened
 from data.tar_index import ABSENT
 from data.tars import Tars
@@ -373,7 +373,7 @@ class LatentSplit:
 
     def _path(self, index: int, made: dict, shape: Sequence[int]) -> dict[str, Tensor]:
         number, times = self.tars.json(index).get("number"), torch.tensor(made.get("times", []))
-        if type(number) is not int or not 0 <= number <= LARGEST:  # true is an int to Python
+        if type(number) is not int or not 0 <= number <= LAST_LABEL:  # true is an int to Python
             raise Damaged(f"{self.tars.name(index)}.json does not say which noise it was generated from")
         z = noise.gaussian(made["seed"], torch.tensor([number]), noise.NOISE, tuple(shape))[0]
         states = self._array(index, "trajectory.npy", (len(times), *shape)) if len(times) else z.new_empty(0, *shape)

@@ -47,7 +47,7 @@ class Seen:
         return known and (self.colour, self.kind) == (thing.colour, thing.kind)
 
 
-def read(images: Tensor) -> list[list[Seen]]:
+def things_in(images: Tensor) -> list[list[Seen]]:
     """The things in each image: uint8 b y x 3.
 
     Raises:
@@ -123,7 +123,7 @@ def follows(images: Tensor, captions: Sequence[str]) -> Tensor:
     Raises:
         ValueError: for a caption that is not of the grammar, or other numbers of images and captions
     """
-    pairs = zip(read(images), _scenes(images, captions), strict=True)
+    pairs = zip(things_in(images), _scenes(images, captions), strict=True)
     # poor models scatter a dozen specks, whose orders nobody can count: the number is compared first
     return torch.tensor(
         [
@@ -141,7 +141,7 @@ def scores(images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
         colour, kind, size: the things have the named ones, whoever has which
         place, relation: where they are, by things of the named colour and kind
     """
-    pairs = zip(read(images), _scenes(images, captions), strict=True)
+    pairs = zip(things_in(images), _scenes(images, captions), strict=True)
     rows = [_score(seen, scene) for seen, scene in pairs]
     return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
 

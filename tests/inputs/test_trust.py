@@ -89,7 +89,7 @@ def refused(artifact: Path) -> str:
 
 # ---- names ----------------------------------------------------------------------------------------------------------
 
-COMMANDS = ["data.generate.main", "data.precompute.main", "data.embedded.main", "data.embedded.write"]
+COMMANDS = ["data.generate.main", "data.precompute.main", "data.embedded.main", "data.embedded.write_world"]
 OTHERS = [
     "data.sets.digits.np.save",
     "data.tar_index.Path",

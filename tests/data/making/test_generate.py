@@ -22,7 +22,7 @@ from data.generate import main, parse
 from data.loader import EndlessLoader
 from data.making.encoders import TextEncoder
 from data.making.frozen import PromptEncoders
-from data.making.generator import describe, generate
+from data.making.generator import generate, settings_of
 from data.making.pipelines import complete
 from data.making.prompts import read_prompts
 from data.making.request import Request
@@ -221,7 +221,7 @@ def test_a_shift_that_is_given_wins_over_that_of_the_pipeline(order, tmp_path):
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(tmp_path / "scheduler")
     for given, used in ((None, 3.0), (1.25, 1.25)):
         work = order(teacher=str(tmp_path), size=8, shift=given)
-        told = describe(work, PromptEncoders(work, "cpu"), read_prompts(work.prompts))
+        told = settings_of(work, PromptEncoders(work, "cpu"), read_prompts(work.prompts))
         assert told["generated"]["shift"] == used
 
 
