@@ -5,7 +5,7 @@
         text_encoder=runs/flux_tiny_world/text_encoder_2 pooled_encoder=runs/flux_tiny_world/text_encoder max_tokens=16
         padding=zeros
 
-The captions are those that its pictures to train on have, in their order. What is there already is not written again.
+The captions are those of the training pictures, in their order. Files that exist already are not written again.
 """
 
 from __future__ import annotations

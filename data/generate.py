@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
 
 
 def stop(number: int, _: object) -> None:
-    """What a signal does: leave in good order, so that the processes of this command end with it."""
+    """The handler of a signal: exit normally, so that the processes of this command end too."""
     print("stopped: the same command goes on after the last finished shard", file=sys.stderr)
     sys.exit(128 + number)
 

@@ -84,19 +84,19 @@ class EndlessLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Samples of the global sequence handed out on all ranks, and the size of the data set that gave the order.
+        """Samples of the global sequence used on all ranks, and the size of the data set, which decides the order.
 
-        With buckets also the batch of all ranks, which gave the order, too.
+        With buckets also the batch of all ranks together, which decides the order too.
         """
         order: Any = self.batch_sampler
         whole = {"batch": order.batch_size * order.world} if isinstance(order, BucketBatches) else {}
         return {"samples": self.used, "size": order.size, **whole}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next iteration goes on where `state` was taken.
+        """Continue where `state` was taken.
 
         Raises:
-            ValueError: if the data set has another size now, or with buckets another batch: the order would be another
+            ValueError: if the data set or, with buckets, the batch of all ranks has another size: another order
         """
         order: Any = self.batch_sampler
         size, whole = order.size, order.batch_size * order.world
@@ -114,7 +114,7 @@ class EndlessLoader(DataLoader):
 
 
 class _Numbered(Dataset):
-    """Adds to each sample its running number."""
+    """Adds its running number to each sample."""
 
     def __init__(self, split: Split):
         self.split = split
@@ -128,7 +128,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack; pad text and its mask at the end; leave strings a list.
 
     Raises:
-        ValueError: if samples differ in what they have, or in shape
+        ValueError: if samples differ in their parts or shapes
     """
     if odd := next((s for s in samples if s.keys() != samples[0].keys()), None):
         raise ValueError(f"samples of one batch have different parts: {sorted(samples[0])} and {sorted(odd)}")

@@ -1,4 +1,4 @@
-"""The samples of a split that have one size: held-out losses and image measures need them alike."""
+"""The samples of a split that have one size, as image measures need them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class OneSize:
 
     @property
     def part(self) -> str:
-        """Which part of the split this is, for people; empty: all of it."""
+        """A phrase for people that names this part of the split; empty for the whole split."""
         if len(self) == len(self.split):
             return ""
         return f", the {len(self)} of {len(self.split)} samples that are {'x'.join(map(str, self.shape))}"

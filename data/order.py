@@ -56,10 +56,9 @@ class EndlessBatches(Sampler):
 
 
 def bucket_turns(seed: int, steps: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-    """Whose turn it is at each step: n int64 -> n, a pure function of (seed, step).
+    """The bucket of each step: n int64 -> n, a pure function of (seed, step).
 
-    Shares follow the counts. A golden-ratio sequence keeps every bucket close to its share at all times: after any
-    number of steps it was chosen as often as its share says, to within a few.
+    Shares follow the counts. A golden-ratio sequence keeps every bucket within a few steps of its share at all times.
     """
     phase = np.uint64(noise.hashes(seed, torch.tensor([-1]), noise.SHUFFLE, 1).item() & (2**64 - 1))
     points = (steps.astype(np.uint64) * GOLDEN + phase) >> np.uint64(32)  # wraps around; 0 to 2^32 - 1
@@ -70,9 +69,9 @@ def bucket_turns(seed: int, steps: np.ndarray, counts: Sequence[int]) -> np.ndar
 class BucketBatches(Sampler):
     """Batches of (index, draw) for one rank, without end, each from one bucket.
 
-    The step decides the bucket (`bucket_turns`), on all ranks alike. Each bucket has an endless sequence of epochs, each
-    a permutation of its samples by a hash of (seed, epoch). A batch takes the next samples of its bucket and may span
-    two epochs: no sample is left out, and none comes again before all of its bucket have come.
+    The step decides the bucket (`bucket_turns`), on all ranks alike. Each bucket has an endless sequence of epochs; an
+    epoch is a permutation of its samples by a hash of (seed, epoch). A batch takes the next samples of its bucket and
+    may span two epochs: no sample is left out, and none comes again before all of its bucket have come.
 
     Args:
         groups: the bucket of each sample
@@ -103,7 +102,7 @@ class BucketBatches(Sampler):
         for first in range(0, step, 1 << 20):
             past = bucket_turns(self.seed, np.arange(first, min(step, first + (1 << 20))), counts)
             used += np.bincount(past, minlength=len(counts))
-        orders: dict[int, tuple[int, array[int]]] = {}  # of each bucket's present epoch
+        orders: dict[int, tuple[int, array[int]]] = {}  # by bucket: present epoch and its permutation
         while True:
             bucket = int(bucket_turns(self.seed, np.array([step]), counts)[0])
             members, batch = self.members[bucket], []

@@ -37,10 +37,10 @@ def load_index(path: Path, cache: str | None = None) -> dict[str, np.ndarray]:
         cache: folder for the index; None: beside the shard; NOWHERE: an index beside the shard is used, none is written
 
     Raises:
-        Damaged: if it is no file that can be read; what else is wrong with it is in the index, see `scan`
+        Damaged: if the file cannot be read; other faults are in the index, see `scan`
     """
     about = file_status(path)
-    # a change within the same tick of the clock that stamps files would not show
+    # a change within one tick of the clock that stamps files would not show
     time.sleep(min(TICK, max(0.0, about.st_ctime + TICK - time.time())))
     stamp = np.array([FORMAT, about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino])
     kept = path.with_name(f".{path.name}.index.npz")
@@ -52,7 +52,7 @@ def load_index(path: Path, cache: str | None = None) -> dict[str, np.ndarray]:
         with open(kept, "rb") as file, np.load(file, allow_pickle=False) as stored:
             if np.array_equal(stored["stamp"], stamp):
                 return {name: stored[name] for name in ("key", "extension", "offset", "size", "label", "wrong")}
-    except Exception:  # absent, of another format, or damaged in any of zipfile's ways: it is only a copy
+    except Exception:  # absent, of another format, or damaged in one of zipfile's many ways: it is made anew
         pass
     index = scan(path)
     if cache == NOWHERE:
@@ -85,8 +85,8 @@ def scan(path: Path) -> dict[str, np.ndarray]:
     that the others have, and where the members of a sample do not follow each other, all only on this condition.
 
     Returns:
-        key n bytes, extension e str, offset and size n e int64 (ABSENT: no such member), label n int64; wrong: what is
-        damaged, str, each to be read after the shard's path
+        key n bytes, extension e str, offset and size n e int64 (ABSENT: no such member), label n int64; wrong: the
+        faults, str, each written to follow the shard's path
     """
     with open(path, "rb") as file:
         found = _Scan(file)
@@ -208,7 +208,7 @@ class _Scan:
 
 
 def members_of(file: Any) -> Iterator[tarfile.TarInfo | str]:
-    """The headers of all archives in a file; at last, if there is one, why it cannot be read to its end."""
+    """The headers of all archives in a file; last, where reading ends early, the reason."""
     length = os.fstat(file.fileno()).st_size
     begin = file.read(6)
     if packed := next((kind for magic, kind in PACKED.items() if begin.startswith(magic)), None):
@@ -234,7 +234,7 @@ def members_of(file: Any) -> Iterator[tarfile.TarInfo | str]:
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 yield f" is truncated or corrupt at byte {place}"
                 return
-        except Exception as error:  # a header of random bytes takes tarfile anywhere
+        except Exception as error:  # random bytes in a header can raise anything
             reason = f"{type(error).__name__}: {error}".removeprefix("ReadError: ")
             yield f" is truncated, corrupt or no tar file at byte {place} ({reason})"
             return
@@ -242,7 +242,7 @@ def members_of(file: Any) -> Iterator[tarfile.TarInfo | str]:
 
 
 def _next_archive(file: Any, place: int) -> int | None:
-    """Where the zeros from a place on end; None: with the file."""
+    """The position after the zeros that begin at a place; None: only zeros follow."""
     file.seek(place)
     while block := file.read(2**20):
         if rest := block.lstrip(b"\0"):

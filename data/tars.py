@@ -30,9 +30,9 @@ class Tars:
 
     Args:
         shards: a folder, one file, a pattern (`train-{0000..0127}.tar`, `train-*.tar`), or a list of such
-        tolerance: what happens to damage: skipping goes on with the whole samples of a shard
+        tolerance: of damage: with `skip` the undamaged samples of a shard are used
         cache: folder for the index files; None: beside the shards; see `tar_index.load_index`
-        counts: how many samples a shard of this name has; one that has more or fewer is damaged, and not used
+        counts: samples of each shard, by its name; a shard with more or fewer is damaged, and not used
 
     Raises:
         FileNotFoundError: if a shard does not exist
@@ -96,7 +96,7 @@ class Tars:
         return self._key[index].decode(errors="surrogateescape")
 
     def name(self, index: int) -> str:
-        """For messages: shard and key."""
+        """Shard and key, for messages."""
         return legible(f"{self.path(index)}: {self.key(index)}")
 
     def has(self, extension: str) -> np.ndarray:
@@ -152,12 +152,12 @@ class Tars:
 def expand(shards: str | Sequence[str]) -> list[Path]:
     """The files that a folder, path, brace or glob pattern names, or a list of such; each file once.
 
-    What exists under a name is taken as it stands; only else the name is a pattern.
+    A path that exists is taken as it stands; any other is a pattern.
 
     Raises:
         FileNotFoundError: if one is missing, or a pattern or folder has none
     """
-    from braceexpand import UnbalancedBracesError, braceexpand  # comes with webdataset
+    from braceexpand import UnbalancedBracesError, braceexpand  # installed with webdataset
 
     found: list[Path] = []
     for pattern in [shards] if isinstance(shards, str) else shards:

@@ -1,7 +1,7 @@
 """Frozen encoders that data sets are made with: a VAE and text encoders, from a local folder or the hub.
 
-Only safetensors are read. An encoder's identity is a hash over its weights and configuration, whatever its folder is
-called, so that latents are never decoded, or mixed, with those of another encoder.
+Only safetensors are read. An encoder's identity is a hash over its weights and configuration, not its path, so that
+latents of different encoders are never mixed, or decoded by the wrong one.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ TEXT_ENCODERS = {
 
 
 def locate(spec: str) -> tuple[str, dict[str, str]]:
-    """Where to load from: a local folder, or a hub id with an optional subfolder, `owner/name:vae`.
+    """The name and options of `from_pretrained`: a local folder, or a hub id with a subfolder, `owner/name:vae`.
 
     Raises:
-        FileNotFoundError: if it can only be a path, and there is no such folder
+        FileNotFoundError: if this is neither a folder nor a hub id
     """
     if os.path.isdir(spec):
         return spec, {}
@@ -41,7 +41,7 @@ def locate(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def load_frozen(factory: Any, spec: str, **options: Any) -> nn.Module:
-    """`factory.from_pretrained` in eval mode without gradients, refusing anything but whole safetensors weights."""
+    """`factory.from_pretrained` in eval mode without gradients, refusing all but complete safetensors weights."""
     name, inside = locate(spec)
     try:
         model, report = factory.from_pretrained(
@@ -59,7 +59,7 @@ def model_hash(model: nn.Module) -> str:
     """SHA-256 over configuration, names, shapes and values of a model as it was loaded."""
     config: Any = model.config
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    passing = ("transformers_version", "dtype", "torch_dtype")  # say who wrote the folder, not what the model is
+    passing = ("transformers_version", "dtype", "torch_dtype")  # about the writer of the folder, not the model
     lasting = {k: v for k, v in config.items() if not k.startswith("_") and k not in passing}
     digest = hashlib.sha256(json.dumps(lasting, sort_keys=True, default=str).encode())
     for name, value in sorted(model.state_dict().items()):
@@ -75,8 +75,8 @@ class VAE:
     """An image VAE of `diffusers`: pixels b 3 y x in [-1, 1] to latents and back.
 
     Raises:
-        FileNotFoundError: if it cannot be found
-        ValueError: if it is no image VAE with a latent distribution
+        FileNotFoundError: if there is no VAE
+        ValueError: if this is no image VAE with a latent distribution
     """
 
     def __init__(self, spec: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
@@ -93,7 +93,7 @@ class VAE:
         model = load_frozen(factory, spec, torch_dtype=torch.float32)
         self.name, self.sha256 = kind, model_hash(model)
         if dtype != torch.float32:
-            model.to(dtype)  # after the fingerprint, which is that of the stored weights
+            model.to(dtype)  # after the hash, which is of the stored weights
         self.model, self.device, self.dtype = model.to(device), torch.device(device), dtype
 
     def to(self, device: str | torch.device) -> None:
@@ -146,11 +146,11 @@ class TextEncoder:
         max_tokens: longer captions are cut
         padding: "none": padding is masked while encoding and cut off; "states": captions are padded to max_tokens,
             nothing is masked, and the states of the padding are kept, as FLUX and SD3 are trained; "zeros": as "none",
-            but whoever reads the states fills them up to max_tokens with zeros
+            but readers of the states fill them up to max_tokens with zeros
 
     Raises:
-        FileNotFoundError: if one of the two cannot be found
-        ValueError: if it is no text encoder that we know, or padding is none of the three
+        FileNotFoundError: if the encoder or the tokenizer is missing
+        ValueError: if the model is no T5, UMT5 or CLIP, or padding is none of the three
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> list[Encoded]:
-        """Each caption by itself, whatever it is encoded with; at least one token stays."""
+        """Encode captions; each result is independent of the others and has at least one token."""
         whole = self.padding == "states"
         tokens = self.tokenizer(
             list(captions),

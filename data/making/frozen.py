@@ -1,4 +1,4 @@
-"""The frozen models of a command on one device: what they make of prompts and pixels, in the type that is stored."""
+"""The frozen models of a command on one device: embeddings of prompts and latents of pixels, as they are stored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.
 
 
 class PromptEncoders:
-    """The frozen text encoders of a job on one device."""
+    """The frozen text encoders of a command on one device."""
 
     def __init__(self, job: Job | Request, device: str):
         dtype = DTYPES[job.precision]
@@ -24,7 +24,7 @@ class PromptEncoders:
         self.text = self.pooled = None
         if job.text_encoder:
             self.text = TextEncoder(job.text_encoder, job.tokenizer, job.max_tokens, device, dtype, job.padding)
-        if job.pooled_encoder:  # pools at one token, which padding behind it does not change
+        if job.pooled_encoder:  # pools at one token; padding behind it has no effect
             self.pooled = TextEncoder(job.pooled_encoder, job.pooled_tokenizer, job.max_tokens, device, dtype)
 
     @property
@@ -32,15 +32,15 @@ class PromptEncoders:
         return self.text is not None or self.pooled is not None
 
     def describe(self) -> dict[str, Any]:
-        """`text` and `pooled` of a manifest: who made them, and how wide they are; None where there are none."""
-        null = self.words([""])[0] if self.needs_captions else {}
+        """`text` and `pooled` of a manifest: encoder and width of each; None where there is none."""
+        null = self.embed([""])[0] if self.needs_captions else {}
         text = self.text.description | {"width": null["text"].shape[-1]} if self.text else None
         pooler = self.pooled or self.text
         pooled = pooler.description | {"width": len(null["pooled"])} if pooler and "pooled" in null else None
         return {"text": text, "pooled": pooled}
 
-    def words(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """`text` l c and `pooled` c of each caption, as far as there are encoders for them."""
+    def embed(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        """`text` l c and `pooled` c of each caption, as far as there are encoders."""
         rows: list[dict[str, Tensor]] = [{} for _ in captions]
         if self.text is not None:
             for row, encoded in zip(rows, self.text.encode(captions), strict=True):
@@ -53,7 +53,7 @@ class PromptEncoders:
         return rows
 
     def fit(self, x: Tensor) -> Tensor:
-        """In the stored type. Raises ValueError if that cannot hold it."""
+        """Convert to the stored type. Raises ValueError for values beyond its range."""
         stored = x.to("cpu", self.stored)
         if not stored.isfinite().all():
             raise ValueError(f"values do not fit {str(self.stored)[6:]}: set dtype to float32")
@@ -61,7 +61,7 @@ class PromptEncoders:
 
 
 class Encoders(PromptEncoders):
-    """All frozen models of a job on one device."""
+    """The text encoders and the VAE of a command on one device."""
 
     def __init__(self, job: Job, device: str):
         super().__init__(job, device)
@@ -74,7 +74,7 @@ class Encoders(PromptEncoders):
         if self.flips:
             columns["moments_flip"] = self.fit(self.vae.moments(x.flip(-1)))
         rows = [{name: column[i] for name, column in columns.items()} for i in range(len(x))]
-        for row, words in zip(rows, self.words(captions) if self.needs_captions else [{}] * len(x), strict=True):
+        for row, words in zip(rows, self.embed(captions) if self.needs_captions else [{}] * len(x), strict=True):
             row |= words
         return rows
 

@@ -1,8 +1,8 @@
 """The work behind `python -m data.generate`: the teacher samples each prompt once, in shards that a restart keeps.
 
 Image number k is prompt k // images, with the noise that `edit.noise` gives number k of the seed: what a shard holds
-does not depend on who writes it, or on how often the work was interrupted. The teacher is told the text embeddings as
-they are stored, so what is trained on is what it saw.
+does not depend on the process that writes it, or on interruptions. The teacher is given the text embeddings as they
+are stored, so a student trains on what the teacher saw.
 """
 
 from __future__ import annotations
@@ -32,7 +32,14 @@ from data.making.teacher import check_text, default_shift, recorded, solver_of, 
 from edit.artifacts.checkpoint import default_objective, find, skeleton
 from edit.measuring.cost import find_device
 
-PASSING = ("out", "batch", "processes", "device", "rank", "world")  # of a request, what its samples do not depend on
+PASSING = (
+    "out",
+    "batch",
+    "processes",
+    "device",
+    "rank",
+    "world",
+)  # of a request, without effect on samples
 
 
 def generate(request: Request, say: Callable[[str], None] = print) -> Path | None:
@@ -89,21 +96,21 @@ def on_devices(request: Request) -> Request:
 
 
 def is_made(out: Path, stamped: str) -> bool:
-    """Whether the folder is whole, and was made by a request of this stamp."""
+    """Whether the folder is complete and has this stamp."""
     try:
         made = manifest.verify(out)
     except (FileNotFoundError, ValueError):
-        return False  # it is written anew, from records and settings
+        return False  # the manifest is written anew, from records and settings
     if made["sources"].get("stamp") != stamped:
         return False
     return all(manifest.check_shard(out, shard, full=False) is None for shard in made["shards"])
 
 
 def stamp(request: Request, prompts: Sequence[Prompt]) -> str:
-    """Changes with all that decides what is written: settings, prompts, name, size and time of each file that is read.
+    """A hash of all that decides the shards: settings, prompts, and name, size and time of each file that is read.
 
-    It takes milliseconds, where `settings_of` reads all weights. Equal stamps mean the same work; other stamps may, which
-    `settings_of` tells. A model on the hub counts by its name.
+    A stamp takes milliseconds; `settings_of` reads all weights. Equal stamps mean the same work. Of unequal ones only
+    `settings_of` can tell. A model on the hub counts by its name.
     """
     settings = {name: value for name, value in asdict(request).items() if name not in PASSING}
     teacher = find(request.teacher)
@@ -114,7 +121,7 @@ def stamp(request: Request, prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(json.dumps([manifest.FORMAT, settings, prompts, facts]).encode()).hexdigest()
 
 
-# ---- what is asked for ----------------------------------------------------------------------------------------------
+# ---- the settings -------------------------------------------------------------------------------------------------
 
 
 def refuse_long(request: Request, encoders: PromptEncoders, prompts: Sequence[Prompt]) -> None:
@@ -131,7 +138,7 @@ def refuse_long(request: Request, encoders: PromptEncoders, prompts: Sequence[Pr
 
 
 def settings_of(request: Request, encoders: PromptEncoders, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Everything that decides what is written, as JSON; `sources` says where things were, and may change.
+    """The settings of the folder, as JSON: all that decides the shards, and `sources`, the paths, which may change.
 
     Raises:
         FileNotFoundError: if there is no teacher or no VAE
@@ -191,7 +198,7 @@ def describe_sampling(request: Request, family: str, shift: float, prompts: Sequ
 
 
 def describe_sources(request: Request, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Where things were; the stamp of the request; the data set that the teacher was trained on."""
+    """The paths in use, the stamp of the request, and the data set that the teacher was trained on."""
     places = {
         "teacher": request.teacher,
         "prompts": request.prompts,
@@ -206,14 +213,14 @@ def describe_sources(request: Request, prompts: Sequence[Prompt]) -> dict[str, A
 def forecast(
     request: Request, out: Path, settings: dict[str, Any], images: int, count: int, pending: int, total: int
 ) -> str:
-    """How much is to be made. Raises ValueError if the disk has no room for it."""
+    """The amount of work, as a sentence. Raises ValueError if the disk has too little room."""
     if not pending:
         return f"{out}: all of this command's shards are there ({total} in all, {count:,} images)"
     width = DTYPES[request.dtype].itemsize
     members = [math.prod(settings["latent_shape"]) * width, 200]  # the last is the json
     members += [request.points * members[0]] if request.points else []
     if text := settings["text"]:
-        members.append(text["max_tokens"] * text["width"] * width)  # at most, where the padding is not stored
+        members.append(text["max_tokens"] * text["width"] * width)  # an upper bound if padding is not stored
     if pooled := settings["pooled"]:
         members.append(pooled["width"] * width)
     # with headers of tar and npy, and padding

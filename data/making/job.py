@@ -8,7 +8,7 @@ from typing import Annotated
 from data.making import buckets
 from edit.inputs.limits import Count, Limits, Side, check_numbers
 
-PRECISIONS = ("float32", "bfloat16", "float16")
+PRECISIONS = ("float16", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""The folder of latents that a command fills, in any number of attempts: begun, shard by shard, finished.
+"""The folder of latents that a command fills, in any number of attempts: begin, store shard after shard, finish.
 
-What the folder holds is described in data/manifest.py.
+data/manifest.py describes its files.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from data.names import legible
 
 
 def check_place(out: Path, sources: Sequence[str | os.PathLike], option: str) -> None:
-    """Whether a folder can be written, and what is written is not read again as one of the sources.
+    """Check that a folder can be written, and is not inside one of the sources.
 
     Args:
         out: the folder
-        sources: files and folders that are read; what is not there is none
-        option: that names the folder on the command line
+        sources: files and folders that are read; missing ones are ignored
+        option: of the command line that names the folder
 
     Raises:
-        ValueError: if it is a file, lies below one, or is a source or inside of one
+        ValueError: if the folder is a file, below a file, a source or inside a source
     """
     place = Path(os.path.realpath(out))
     here = next(p for p in (place, *place.parents) if os.path.lexists(p))
@@ -43,12 +43,12 @@ def check_place(out: Path, sources: Sequence[str | os.PathLike], option: str) ->
 
 
 def begin(out: Path, settings: dict[str, Any], option: str = "--out") -> None:
-    """Put the settings into the folder, or compare them with those it was begun with.
+    """Write the settings into a new folder, or compare them with the settings of a begun one.
 
     Args:
         out: the folder
-        settings: everything that decides what is written
-        option: that names the folder on the command line
+        settings: all that decides the shards
+        option: of the command line that names the folder
 
     Raises:
         ValueError: naming the first setting that differs, or if the folder holds shards of unknown origin
@@ -76,14 +76,14 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def write_null(out: Path, encoders: PromptEncoders) -> None:
-    """The empty prompt, once."""
+    """Store the embedded empty prompt, once."""
     path = out / manifest.NULL
     if not encoders.needs_captions or path.exists():
         return
     from safetensors.torch import save_file
 
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    save_file({k: v.contiguous() for k, v in encoders.words([""])[0].items()}, temporary)
+    save_file({k: v.contiguous() for k, v in encoders.embed([""])[0].items()}, temporary)
     os.replace(temporary, path)
 
 
@@ -117,12 +117,12 @@ def store(
         out: the folder
         shard: its number
         samples: in order
-        facts: what else the record tells, asked when all samples are written
+        facts: further entries of the record, called after the last sample
     """
     from webdataset import TarWriter
 
     path, count = out / shard_name(shard), 0
-    for left in out.glob(f".{path.name}.tmp-*"):  # by a process that was killed
+    for left in out.glob(f".{path.name}.tmp-*"):  # of a process that was killed
         left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with open(temporary, "wb") as file:
@@ -148,7 +148,7 @@ def npy(array: Tensor) -> bytes:
 
 
 def room(out: Path, needed: int, option: str = "--out") -> int:
-    """Bytes that are free where the folder is.
+    """Free bytes on the folder's disk.
 
     Raises:
         ValueError: if they are fewer than needed
@@ -168,12 +168,12 @@ def readable(count: float) -> str:
 
 
 def finish(out: Path, settings: dict[str, Any], facts: dict[str, Any], total: int) -> Path | None:
-    """Write the manifest once all shards of all ranks are there. Several ranks may do so at once: it is the same.
+    """Write the manifest once all shards of all ranks are there. Several ranks may write it at once, all the same.
 
     Args:
         out: the folder
         settings: with which it was begun
-        facts: what else its users need to know
+        facts: further entries, such as classes
         total: shards
     """
     if not all(finished(out, k) for k in range(total)):

@@ -1,7 +1,7 @@
 """Write one shard of the latents and text embeddings of images.
 
-Shard k holds images k * shard_size onwards in the source's order, encoded in fixed batches: what it contains does not
-depend on who writes it, or on how often the work was interrupted.
+Shard k holds images k * shard_size onwards in the source's order, encoded in fixed batches: its content does not depend
+on the process that writes it, or on interruptions.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Loaded = tuple[int, Picture, Tensor]  # index in the source, picture, 3 y x pixe
 
 
 def open_images(job: Job) -> Folder | TarImages:
-    """Shards if it names or holds .tar files, else a folder of images.
+    """The images of a job: tar shards if the path names or holds .tar files, else a folder.
 
     Raises:
-        FileNotFoundError, ValueError: in one sentence, for what cannot be used, and for a folder of both
+        FileNotFoundError, ValueError: in one sentence, for a path that cannot be used, or a folder of both
     """
     given = Path(job.images)
     if given.is_dir():
@@ -72,7 +72,7 @@ def write_shard(
 
     def facts() -> dict[str, Any]:
         skipped = tolerance.skipped
-        if shard == 0 and isinstance(source, TarImages):  # left out when the source was opened: told once, here
+        if shard == 0 and isinstance(source, TarImages):  # skipped when the source was opened: recorded once, here
             skipped = skipped | source.tars.tolerance.skipped
         return {"skipped": sorted(skipped), **({"buckets": dict(sorted(counts.items()))} if job.bucket_sizes else {})}
 
@@ -82,7 +82,7 @@ def write_shard(
 def decoded(
     job: Job, source: Folder | TarImages, indices: range, captions: bool, tolerance: Tolerance
 ) -> Iterator[tuple[int, list[Loaded]]]:
-    """Batches of images, the next one decoding while the last is encoded: how many were read, and those that are whole.
+    """Batches of images: the number read, and the undamaged ones. The next batch decodes while one is encoded.
 
     Raises:
         Damaged: if an image is damaged or lacks its caption, and damage is to be refused
@@ -120,7 +120,7 @@ def decoded(
 
 
 def alike(batches: Iterator[tuple[int, list[Loaded]]], size: int) -> Iterator[tuple[int, list[Loaded]]]:
-    """The same images in batches of one bucket each: full ones as soon as there are enough, the rest at the end."""
+    """The same images in batches of one bucket each: full batches as soon as possible, the rest at the end."""
     waiting: dict[tuple[int, ...], list[Loaded]] = {}
     for read, batch in batches:
         for loaded in batch:
@@ -134,7 +134,7 @@ def alike(batches: Iterator[tuple[int, list[Loaded]]], size: int) -> Iterator[tu
 
 
 def encoded(encoders: Encoders, batch: list[Loaded]) -> Iterator[tuple[int, dict[str, bytes]]]:
-    """The members of each sample, as they are stored."""
+    """Number and members of each sample, as they are stored."""
     if not batch:
         return
     pictures = [picture for _, picture, _ in batch]

@@ -1,4 +1,4 @@
-"""What lies beside a published teacher: the text encoders, tokenizers and VAE of its `diffusers` pipeline."""
+"""The text encoders, tokenizers and VAE of the `diffusers` pipeline that a published teacher is part of."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from edit.artifacts.checkpoint import find, is_hub_id
 
 
 def complete(request: Request) -> Request:
-    """The request with the encoders and the VAE that it does not name, where the teacher is, or lies in, a pipeline.
+    """The request with the encoders and the VAE of the teacher's pipeline, as far as it names none itself.
 
     FLUX has a CLIP that pools and a T5, PixArt a T5 alone. SD3 joins two CLIPs and a T5, Qwen-Image has a language
     model: neither is encoded here.
 
     Raises:
         FileNotFoundError: if there is no teacher
-        ValueError: if no encoder is named, and the pipeline has none or others than these
+        ValueError: if no encoder is named, and the pipeline has none, or some that are not supported
     """
     base, parts = pipeline_of(request.teacher)
     encoders = {name: kind for name, kind in parts.items() if name.startswith("text_encoder")}
@@ -45,7 +45,7 @@ def complete(request: Request) -> Request:
 
 
 def pipeline_of(teacher: str) -> tuple[str, dict[str, str]]:
-    """How the place of a part begins, and the class of each part by its name; empty without a pipeline.
+    """The prefix of a part's path, and the class of each part by its name; empty without a pipeline.
 
     Raises:
         FileNotFoundError: if there is no teacher

@@ -40,7 +40,7 @@ def precompute(job: Job, say: Callable[[str], None] = print) -> Path | None:
         The manifest; None if other ranks have yet to finish their shards.
 
     Raises:
-        FileNotFoundError, ValueError: in one sentence, for what cannot be used
+        FileNotFoundError, ValueError: in one sentence, for paths and models that cannot be used
         RuntimeError: if a process died
     """
     out = Path(job.out)
@@ -68,18 +68,18 @@ def precompute(job: Job, say: Callable[[str], None] = print) -> Path | None:
 
 
 def writer(job: Job, process: int) -> Writer:
-    """What writes shards in one of several processes."""
+    """The function that writes shards in one of several processes."""
     if job.device == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.processes))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # the first process has told what there is to tell
+        warnings.simplefilter("ignore", RuntimeWarning)  # the first process has given these warnings
         source = open_images(job)
     encoders = Encoders(job, device_of(job, process))
     return lambda shard, advance: write_shard(job, source, encoders, shard, advance)
 
 
 def settings_of(job: Job, source: Folder | TarImages, encoders: Encoders) -> dict[str, Any]:
-    """Everything that decides what is written, as JSON; `sources` says where the encoders were, and may change.
+    """The settings of the folder, as JSON: all that decides the shards, and `sources`, the paths, which may change.
 
     Raises:
         ValueError: if the VAE does not take images of this size, or of the buckets' sizes
@@ -125,10 +125,10 @@ def forecast(
     pending: Sequence[int],
     total: int,
 ) -> str:
-    """How much is to be written.
+    """The amount of work, as a sentence.
 
     Raises:
-        ValueError: if the disk has no room for it
+        ValueError: if the disk has too little room
     """
     images = sum(len(images_of(k, job.shard_size, len(source))) for k in pending)
     if not images:
@@ -160,4 +160,4 @@ def _caption(source: Folder | TarImages, index: int) -> str | None:
     try:
         return source.load(index).caption
     except Damaged:
-        return None  # told when its turn comes
+        return None  # reported when it is encoded

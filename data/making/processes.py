@@ -1,4 +1,4 @@
-"""How the processes of a command share the shards that it has to write, and tell of their progress."""
+"""The processes of a command: their devices, the shards of each, a common progress bar."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def in_processes(
     """Spread the shards over processes.
 
     Args:
-        prepare: a function of a module, called in each process as (job, process), makes what writes a shard
-        job: what to do
+        prepare: function or class of a module, called in each process as (job, process); returns the process's Writer
+        job: its first argument
         count: of processes
         pending: shards
-        advance: called with how many images were done
+        advance: called with the number of images done
 
     Raises:
-        RuntimeError: with what the process said, if one failed; or that it died
+        RuntimeError: with the message of a process that failed, or if one died
     """
     context = torch.multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     news = context.Queue()
@@ -77,7 +77,7 @@ def _process(prepare: Callable[[Any, int], Writer], job: Any, number: int, shard
         for k in shards:
             write(k, news.put)
     except KeyboardInterrupt:
-        pass  # the first process says so
+        pass  # the first process tells the user
     except (ValueError, OSError, RuntimeError) as error:
         news.put(str(error))
 
@@ -89,7 +89,7 @@ class Rate(ProgressColumn):
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[float], None]]:
-    """A live bar with images/s and the time left; called with how many images were done."""
+    """A live bar with images/s and the time left; yields a function that advances it by a number of images."""
     with Progress("images", BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn(), "left") as bar:
         task = bar.add_task("images", total=total)
         yield lambda count: bar.advance(task, count)

@@ -67,7 +67,7 @@ class SampleWriter:
         for start in range(0, len(numbers), self.request.batch):
             part = numbers[start : start + self.request.batch]
             prompts = [self.prompts[n // self.request.images] for n in part]
-            rows = self.encoders.words([p.text for p in prompts])
+            rows = self.encoders.embed([p.text for p in prompts])
             made = self.sampled(part, rows, partial(self.count, len(part), advance))
             states = [self.encoders.fit(self.recorded.states[t]) for t in self.recorded.times] if self.recorded else []
             if shard == 0 and len(self.first) < SHEET:

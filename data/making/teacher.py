@@ -40,13 +40,13 @@ def solver_of(request: Request, shift: float) -> Solver:
 
 
 class Recorded(Solver):
-    """A solver whose states at some times are kept: `states` by time, b c y x, of the last batch.
+    """A solver that keeps its states at some times: `states` by time, b c y x, of the last batch.
 
-    A state is what the model is asked at; Heun's method asks at its guess first, and then at the state, which stays.
+    A state is an input of the model. Heun's method evaluates its guess first and then the state, which is kept.
 
     Args:
-        solver: what integrates
-        times: of the states, among those it asks at
+        solver: the integrator
+        times: of the states, among the times of the solver's evaluations
     """
 
     def __init__(self, solver: Euler | Heun, times: Sequence[float]):
@@ -70,13 +70,13 @@ class Recorded(Solver):
 
 
 def stored_times(request: Request, shift: float) -> list[float]:
-    """Times of the states to store, from noise to data without either: every so many of the solver's own."""
+    """Times of the stored states, from noise to data without both ends: evenly chosen solver times."""
     return times(request.steps, shift)[:: request.steps // (request.points + 1)][1:-1]
 
 
 def check_text(request: Request, denoiser: Denoiser, encoders: PromptEncoders, shape: tuple[int, int, int]) -> None:
-    """Raises ValueError if the teacher takes no text, or not the text of these encoders."""
-    condition = condition_of(request, denoiser, encoders, encoders.words([""]))[0]
+    """Raises ValueError if the teacher does not take the text of these encoders."""
+    condition = condition_of(request, denoiser, encoders, encoders.embed([""]))[0]
     try:
         denoiser.pack(torch.zeros(1, *shape), torch.ones(1), condition)
         if encoders.text is not None and isinstance(denoiser, StockDenoiser):
@@ -86,7 +86,7 @@ def check_text(request: Request, denoiser: Denoiser, encoders: PromptEncoders, s
 
 
 def default_shift(request: Request, denoiser: Denoiser, tokens: int) -> float:
-    """What the artifact was sampled with; what its pipeline's scheduler says; FLUX.1-dev's own rule; else 1."""
+    """The shift of the artifact's sampler, else of the pipeline's scheduler, else by FLUX.1-dev's rule, else 1."""
     sampler = recorded(request.teacher).get("sampler")
     if sampler:
         dynamic = sampler["solver"].get("dynamic")
@@ -119,7 +119,7 @@ def scheduler_shift(config: dict[str, Any], tokens: int) -> float | None:
     """The shift of a flow-matching scheduler at this many image tokens; None for another scheduler.
 
     A dynamic shift is exp(mu) or mu itself, mu being linear in the tokens through (base_image_seq_len, base_shift) and
-    (max_image_seq_len, max_shift). What a scheduler may have besides (shift_terminal, Karras sigmas) is no shift.
+    (max_image_seq_len, max_shift). Other options (shift_terminal, Karras sigmas) are ignored.
     """
     if not str(config.get("_class_name")).startswith("FlowMatch"):
         return None
@@ -132,7 +132,7 @@ def scheduler_shift(config: dict[str, Any], tokens: int) -> float | None:
 
 
 def recorded(teacher: str) -> dict[str, Any]:
-    """What an artifact says of itself; empty for a published folder."""
+    """The description of an artifact, edits.json; empty for a published folder."""
     path = find(teacher) / "edits.json"
     return manifest.read(path) if path.exists() else {}
 
@@ -140,16 +140,16 @@ def recorded(teacher: str) -> dict[str, Any]:
 def condition_of(
     request: Request, denoiser: Denoiser, encoders: PromptEncoders, rows: Sequence[dict[str, Tensor]]
 ) -> tuple[Condition, Condition]:
-    """What the teacher is told of some prompts, and the same number of empty prompts, from embeddings as stored.
+    """The teacher's conditions for some prompts, and for as many empty prompts, from embeddings as stored.
 
     Args:
-        request: says guidance and padding
-        denoiser: the teacher; a guidance-distilled one is told the scale
-        encoders: made the embeddings
+        request: with the guidance scale
+        denoiser: the teacher; a guidance-distilled one is given the scale
+        encoders: of the embeddings
         rows: `text` l c and `pooled` c of each prompt
     """
     b, samples = len(rows), []
-    for number, row in enumerate([*rows, encoders.words([""])[0]]):
+    for number, row in enumerate([*rows, encoders.embed([""])[0]]):
         sample: dict[str, Any] = {"draw": number}
         if encoders.text is not None:
             sample |= padded(row["text"].float(), encoders.text.description)

@@ -1,7 +1,7 @@
 """Images in folders: one subfolder per class, or all in one folder with captions in .txt files beside them.
 
-Hidden files (`.DS_Store`, `._a.jpg`) and those that Windows leaves in folders count for nothing. Files of other kinds
-are told once, as are animations, of which the first frame is taken.
+Hidden files (`.DS_Store`, `._a.jpg`) and those that Windows leaves in folders are ignored. One warning names files of
+other kinds, one animations, of which the first frame is taken.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Folder:
     Args:
         path: with one subfolder per class (whose images may lie deeper), or with the images themselves
         classes: names that fix the numbering; None: the subfolders with images in them, sorted
-        without: a folder to leave out, inside or linked: that of the held-out images, or of the training images
+        without: a folder to leave out, inside or linked: of the held-out images, or of the training images
 
     Raises:
         FileNotFoundError: if there is no such folder
@@ -74,10 +74,10 @@ class Folder:
         self._captions = self._look(files)
 
     def _look(self, files: list[str]) -> dict[str, list[str]]:
-        """Say what is not read as one might expect.
+        """Warn of files that are not read as one might expect.
 
         Returns:
-            The captions that are not just <stem>.txt, by the stem: .TXT, or several that differ in this
+            Caption files other than <stem>.txt, by the stem: .TXT, or several that differ in case
         """
         images: dict[str, list[str]] = {}
         for name in self.names:
@@ -132,7 +132,7 @@ class Folder:
 
 
 def _stored(path: Path) -> bool:
-    """Whether this is a file with an end: a pipe, or a file that the kernel makes up, would be waited for."""
+    """Whether this is a regular file, which has an end."""
     try:
         file_status(path)
     except Damaged:
@@ -178,7 +178,7 @@ def _files(path: Path, without: Path | None = None) -> Iterator[str]:
                     if entry.name.lower() not in LEFT_BY_WINDOWS:
                         yield below
                 elif entry.is_symlink():
-                    left.append(below)  # perhaps a class
+                    left.append(below)  # it may be a class
         for name, real in sorted(links, reverse=True):  # the first is walked first
             if real != apart and _inside(real, apart) or os.stat(real).st_dev in kernel_devices():
                 left.append(name)
@@ -197,7 +197,7 @@ def _files(path: Path, without: Path | None = None) -> Iterator[str]:
 
 
 def _listed(folder: str) -> list[os.DirEntry[str]]:
-    """What a folder holds and does not hide."""
+    """The entries of a folder that are not hidden."""
     try:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]

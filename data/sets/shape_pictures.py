@@ -35,9 +35,9 @@ def draw(scenes: Sequence[Scene], numbers: Tensor, size: int, seed: int) -> Tens
 
 
 def arrange(scenes: Sequence[Scene], numbers: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Where things are and how large: centres n 3 2, radii n 3 (0: no such thing).
+    """Places and sizes of things: centres n 3 2, radii n 3 (0: no such thing).
 
-    By rejection: places are drawn until no two things are too close, and relations hold with something to spare.
+    By rejection: places are drawn until no two things are too close and relations hold with a margin.
     """
     n, most = len(scenes), len(COUNTS)
     u = uniforms(seed, numbers, 1, 2 * most).view(n, 2, most)
@@ -77,12 +77,12 @@ def allowed(centre: Tensor, radius: Tensor, direction: Tensor) -> Tensor:
 
 
 def along(way: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """How far a way leads in a direction (along an axis), and how far to its side: n 2, n 2 -> n, n."""
+    """Components of a vector along an axis and, absolute, across it: n 2, n 2 -> n, n."""
     return (way * direction).sum(-1), (way * direction.flip(-1)).sum(-1).abs()
 
 
 def coverage(kind: Tensor, centre: Tensor, radius: Tensor, size: int) -> Tensor:
-    """The share of each pixel that a thing covers: n, n 2, n -> n size size, by the distance to its outline."""
+    """The share of each pixel that a thing covers, from the distance to its outline: n, n 2, n -> n size size."""
     at = (torch.arange(size) + 0.5) / size
     x, y = (at - centre[:, :1])[:, None, :], (at - centre[:, 1:])[:, :, None]
     r = radius[:, None, None]

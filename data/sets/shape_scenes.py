@@ -52,7 +52,7 @@ class Scene:
 
     @property
     def plain(self) -> Scene:
-        """The same for all scenes that look alike: the upper or left thing comes first, and three things are small."""
+        """One form of all scenes that look alike: the upper or left thing first, three things always small."""
         if self.relation in CONVERSE:
             return Scene(self.things[::-1], relation=CONVERSE[self.relation])
         if len(self.things) == len(COUNTS):
@@ -62,7 +62,7 @@ class Scene:
 
 @cache
 def grammar() -> tuple[dict[str, Scene], ...]:
-    """All captions and what they mean: of one thing, of several alike, of two in a relation."""
+    """All captions and their scenes: of one thing, of several alike, of two in a relation."""
     plain = [Thing(colour, kind) for colour, kind in product(PALETTE, KINDS)]
     sized = [Thing(t.colour, t.kind, size) for t in plain for size in (None, *SIZES)]
     one = [Scene((t,), place) for t in sized for place in (None, *PLACES)]
@@ -73,7 +73,7 @@ def grammar() -> tuple[dict[str, Scene], ...]:
 
 
 def meaning(caption: str) -> Scene:
-    """Raises ValueError if the grammar does not have this sentence."""
+    """The scene of a caption. Raises ValueError if the grammar lacks the sentence."""
     for family in grammar():
         if caption in family:
             return family[caption]
@@ -81,12 +81,12 @@ def meaning(caption: str) -> Scene:
 
 
 def gist(caption: str) -> str:
-    """One sentence for all that say the same."""
+    """A sentence that all captions of the same meaning share."""
     return str(meaning(caption).plain)
 
 
 def kinds(scenes: Sequence[Scene]) -> Tensor:
     """Colour and kind of the thing seen first, as one number."""
     colour, kind = list(PALETTE), list(KINDS)
-    first = [s.plain.things[0] for s in scenes]  # visible, as what a sentence names first is not
+    first = [s.plain.things[0] for s in scenes]  # the order of things in a sentence is not visible
     return torch.tensor([colour.index(t.colour) * len(kind) + kind.index(t.kind) for t in first])

@@ -26,14 +26,14 @@ class Shapes(World):
         size: pixels; a multiple of 4, at least 32
         count: training images; the default has every training caption at least once
         held: held-out images, of held-out captions
-        captions: hand captions on as strings too
+        captions: samples have their captions as strings too
         seed: of the pictures
 
     Raises:
-        ValueError: for a size or a count that makes no sense
+        ValueError: for an impossible size or count
     """
 
-    judged = len(PALETTE) * len(KINDS)  # how many kinds the samples have
+    judged = len(PALETTE) * len(KINDS)  # number of kinds
 
     def __init__(self, size: int = 32, count: int = 6144, held: int = 1020, captions: bool = False, seed: int = 0):
         if size < 32 or size % pixel_codec.BLOCK:

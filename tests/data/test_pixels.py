@@ -158,11 +158,8 @@ def test_what_is_transparent_lies_on_white():
     ):
         seen = pixels(content)
         assert np.array_equal(seen[..., 0], expected) and np.array_equal(seen[..., 1], expected[:, ::-1])
-    assert decode_image(stored(Image.new("RGBA", (1, 1), (200, 0, 0, 128)), "PNG"), "x").getpixel((0, 0)) == (
-        227,
-        127,
-        127,
-    )
+    half = stored(Image.new("RGBA", (1, 1), (200, 0, 0, 128)), "PNG")
+    assert decode_image(half, "x").getpixel((0, 0)) == (227, 127, 127)
 
 
 def test_premultiplied_colours_are_not_multiplied_again():
