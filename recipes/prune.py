@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from edit.inputs.command import guarded
 from edit.inputs.limits import LAST_SEED
@@ -83,9 +84,14 @@ def parse(words: Sequence[str]) -> Settings:
     """
     cfg: Any = OmegaConf.structured(Settings)
     try:
-        cfg.update(parsed(Settings, words))
+        given = parsed(Settings, words)
     except ValueError as error:
         raise UserError(str(error)) from error
+    for name, value in given.items():
+        try:
+            cfg[name] = value
+        except OmegaConfBaseException as error:  # of half an interpolation, ${
+            raise UserError(f"{name}: expected plain text, got {value!r}") from error
     if errors := check(cfg):
         raise UserError(errors[0])
     chosen = OmegaConf.to_object(cfg)
