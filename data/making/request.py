@@ -24,30 +24,30 @@ class Request:
     Args:
         teacher: artifact, run or diffusers folder, or hub id, of a text-conditioned model
         prompts: text file with one prompt per line, or .jsonl with a 'prompt' and perhaps an 'id' in each line; or
-            composed:<count>, so many different ones made of words, for want of such as the student will be given
+            composed:<count>, that many different prompts made of words, for a first try
         out: folder to write; one begun with another teacher or other settings is refused
-        text_encoder: T5 or CLIP of transformers, folder or hub id; its token states. Encoders, tokenizers and VAE that
-            are not named are found where the teacher is, or lies in, a pipeline of FLUX or PixArt
+        text_encoder: T5 or CLIP of transformers, folder or hub id, for token states. Encoders, tokenizers and VAE that
+            are not named are those of the teacher's pipeline, if that is of FLUX or PixArt
         tokenizer: its tokenizer, if it lies elsewhere
         pooled_encoder: CLIP for the pooled embedding, if the text encoder has none
         pooled_tokenizer: its tokenizer, if it lies elsewhere
         max_tokens: of the text encoder; the pooled encoder always cuts at its own length
         padding: states: prompts are padded to max_tokens and the states of the padding kept, as FLUX and SD3 are
             trained; zeros: filled up with zeros; none: real tokens only, for teachers that mask
-        long: prompts of more tokens: refuse, or cut
+        long: refuse or cut prompts of more tokens
         vae: the teacher's VAE, folder or hub id: for pictures, and as the identity of the latents
-        guidance: scale; told to a guidance-distilled teacher, else applied with the empty prompt
+        guidance: scale; an input of a guidance-distilled teacher, else applied with the empty prompt
         steps: of the solver
         solver: euler, heun or dpm; for teachers that predict noise dpm, ddim or ddpm
-        shift: of the times towards noise; null: what the artifact says, else its pipeline's scheduler, for FLUX.1-dev
-            without one its own rule, else 1
+        shift: of the times towards noise; null: that of the artifact, else of its pipeline's scheduler, else by
+            FLUX.1-dev's rule for that model, else 1
         seed: of the noise; image k of the file has noise number k of this seed
         images: per prompt
         points: states of each solve to store beside its latent, evenly between noise and sample: for students that
             learn from the teacher's paths; with euler or heun, whose steps must be a multiple of points + 1
         size: rows and columns of a latent; null: the teacher's default
-        dtype: stored as: float16 or float32
-        precision: the models compute in: float32, bfloat16 or float16
+        dtype: of the stored arrays: float16 or float32
+        precision: of the models: float32, bfloat16 or float16
         batch: images at once
         shard_size: images per shard; an interruption loses at most one shard's work per process
         processes: spread over the GPUs; 0: one for each GPU of this machine
