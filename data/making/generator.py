@@ -28,18 +28,12 @@ from data.making.processes import in_processes, progress
 from data.making.prompts import Prompt, read_prompts
 from data.making.request import Request
 from data.making.sample_writer import SampleWriter
-from data.making.teacher import check_text, default_shift, recorded, solver_of, stored_times
+from data.making.teacher import check_text, default_shift, description_of, solver_of, stored_times
 from edit.artifacts.checkpoint import default_objective, find, skeleton
 from edit.measuring.cost import find_device
 
-PASSING = (
-    "out",
-    "batch",
-    "processes",
-    "device",
-    "rank",
-    "world",
-)  # of a request, without effect on samples
+# fields of a request on which its samples do not depend
+PASSING = ("out", "batch", "processes", "device", "rank", "world")
 
 
 def generate(request: Request, say: Callable[[str], None] = print) -> Path | None:
@@ -207,7 +201,7 @@ def describe_sources(request: Request, prompts: Sequence[Prompt]) -> dict[str, A
         "pooled": request.pooled_encoder,
     }
     found = {name: os.path.abspath(spec) if spec and os.path.exists(spec) else spec for name, spec in places.items()}
-    return {"stamp": stamp(request, prompts), "data": recorded(request.teacher).get("data") or None, **found}
+    return {"stamp": stamp(request, prompts), "data": description_of(request.teacher).get("data") or None, **found}
 
 
 def forecast(

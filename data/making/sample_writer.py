@@ -32,7 +32,7 @@ SHEET = 24  # images on samples.png
 
 
 class SampleWriter:
-    """Writes shards in one of the processes of a command; called with a shard and `advance` (images done)."""
+    """Writes shards in one process of a command; called with the number of a shard and a function that counts images."""
 
     def __init__(self, request: Request, process: int):
         if request.device == "cpu" and request.processes > 1:
@@ -47,14 +47,14 @@ class SampleWriter:
         generated = self.settings["generated"]
         solver = solver_of(request, generated["shift"])
         self.recorded = Recorded(solver, generated["times"]) if request.points else None
-        distilled = self.denoiser.config.get("guidance_embeds")  # and told its scale
+        distilled = self.denoiser.config.get("guidance_embeds")  # it has the scale as an input
         self.sampler = Sampler(self.recorded or solver, 1.0 if distilled else request.guidance)
         self.first: list[Tensor] = []  # c y x each, for the contact sheet
 
     def __call__(self, shard: int, advance: Callable[[float], None]) -> None:
         out = Path(self.request.out)
         store(out, shard, self.samples(shard, advance), lambda: {"skipped": []})
-        if self.first:  # the shard is in place, whatever becomes of the picture
+        if self.first:  # the shard is in place, with or without the picture
             try:
                 contact_sheet(self.request, self.settings, torch.stack(self.first[:SHEET]), self.device)
             except (ValueError, OSError, RuntimeError) as error:
@@ -99,7 +99,7 @@ class SampleWriter:
         """After `done` of `total` steps of a batch of b: advance by whole images, which add up to b.
 
         Raises:
-            KeyboardInterrupt: if the command was killed: given again, it must not find this process at work
+            KeyboardInterrupt: if the command was killed: a restart must not meet this process
         """
         if self.starter is not None and not self.starter.is_alive():
             raise KeyboardInterrupt

@@ -87,7 +87,7 @@ def check_text(request: Request, denoiser: Denoiser, encoders: PromptEncoders, s
 
 def default_shift(request: Request, denoiser: Denoiser, tokens: int) -> float:
     """The shift of the artifact's sampler, else of the pipeline's scheduler, else by FLUX.1-dev's rule, else 1."""
-    sampler = recorded(request.teacher).get("sampler")
+    sampler = description_of(request.teacher).get("sampler")
     if sampler:
         dynamic = sampler["solver"].get("dynamic")
         return dynamic_shift(dynamic, tokens) if dynamic else float(sampler["solver"].get("shift", 1.0))
@@ -131,7 +131,7 @@ def scheduler_shift(config: dict[str, Any], tokens: int) -> float | None:
     return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
 
-def recorded(teacher: str) -> dict[str, Any]:
+def description_of(teacher: str) -> dict[str, Any]:
     """The description of an artifact, edits.json; empty for a published folder."""
     path = find(teacher) / "edits.json"
     return manifest.read(path) if path.exists() else {}
