@@ -23,6 +23,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from edit.inputs.command import guarded
 from edit.inputs.limits import LAST_SEED
 
 ROOT = Path(__file__).parents[1]
@@ -63,24 +64,38 @@ def run(script: str, *words: str) -> None:
         sys.exit(f"error: python {script} {' '.join(words)} ended with exit code {code}")
 
 
-def main(words: Sequence[str]) -> int:
+@guarded
+def main(words: list[str]) -> int:
     names = sorted(p.stem for p in CLAIMS.glob("*.yaml"))
     if not words or words[0] in ("-h", "--help"):
         print(f"{__doc__}\nClaims: {', '.join(names)}\n")
         return 0 if words else 2
-    if words[0] not in names:
-        print(f"error: there is no claim {words[0]!r}; the claims are {', '.join(names)}", file=sys.stderr)
-        return 2
-    name, *words = words
-    claim: Any = OmegaConf.load(CLAIMS / f"{name}.yaml")
-    own = [w for w in words if w.split("=")[0] in ("runs", "seeds")]
-    claim = OmegaConf.merge(claim, OmegaConf.from_dotlist(own))
+    name, *settings = words
+    if name not in names:
+        raise ValueError(f"there is no claim {name!r}; the claims are {', '.join(names)}")
+    own = [word for word in settings if word.partition("=")[0] in ("runs", "seeds")]
+    claim: Any = OmegaConf.merge(OmegaConf.load(CLAIMS / f"{name}.yaml"), OmegaConf.from_dotlist(own))
     if not (OmegaConf.is_list(claim.seeds) and claim.seeds and all(map(is_seed, claim.seeds))):
-        print(f"error: seeds is a list of whole numbers from 0 to {LAST_SEED}, got {claim.seeds}", file=sys.stderr)
-        return 2
-    passed = [w for w in words if w not in own]
+        raise ValueError(f"seeds is a list of whole numbers from 0 to {LAST_SEED}, got {claim.seeds}")
     runs = Path(claim.get("runs", "runs"))
     folder = runs / "claims" / name
+    folders = train(claim, name, runs, [word for word in settings if word not in own])
+    values = evaluate(claim, runs, folder, folders)
+    comparisons = compare(claim, values)
+    holds = all(c["holds"] for c in comparisons)
+    outcome = {"claim": claim.claim, "seeds": list(claim.seeds), "values": values, "comparisons": comparisons}
+    (folder / "claim.json").write_text(json.dumps(outcome | {"holds": holds}, indent=2) + "\n")
+    show(claim, values, comparisons, holds)
+    print(f"\nwritten to {folder / 'claim.json'}")
+    return 0
+
+
+def train(claim: Any, name: str, runs: Path, passed: Sequence[str]) -> dict[str, list[Path]]:
+    """Train every arm with every seed; `passed` are further words for train.py.
+
+    Returns:
+        The run folders of each arm, in the order of the seeds.
+    """
     folders: dict[str, list[Path]] = {}
     arms: Any = OmegaConf.to_container(claim.arms, resolve=False)  # ${...} in them is train.py's
     for arm, settings in arms.items():
@@ -88,17 +103,29 @@ def main(words: Sequence[str]) -> int:
             run_name = f"claims/{name}/{arm}_{seed}"
             run("train.py", *settings, f"name={run_name}", f"seed={seed}", f"runs={runs}", "evaluate=null", *passed)
             folders.setdefault(arm, []).append(runs / run_name)
+    return folders
+
+
+def evaluate(
+    claim: Any, runs: Path, folder: Path, folders: Mapping[str, Sequence[Path]]
+) -> dict[str, dict[str, list[float]]]:
+    """Measure all runs together, with the report in `folder`.
+
+    Returns:
+        By arm and measure, the value of each seed.
+
+    Raises:
+        SystemExit: if a run could not be measured, or a measure is missing
+    """
     measured = [f"artifact={p}" for paths in folders.values() for p in paths]
     reference = [f"reference={runs / claim.reference}"] if claim.get("reference") else []
     options = [f"{k}={v}" for k, v in claim.evaluate.items()]
     run("eval.py", *measured, *reference, *options, f"out={folder}")
-
     report = json.loads((folder / "report.json").read_text())
     if failed := [a["name"] for a in report["artifacts"] if "error" in a]:
         sys.exit(f"error: {', '.join(failed)} could not be measured: see {folder / 'report.json'}")
     results = {Path(a["path"]).resolve().parent: a["results"][0] for a in report["artifacts"]}
-    bounds = claim.get("at_most", [])  # arm, other, measure, ratio
-    measures = {*claim.measures, *(measure for _, _, measure, _ in bounds)}
+    measures = {*claim.measures, *(measure for _, _, measure, _ in claim.get("at_most", []))}
     values: dict[str, dict[str, list[float]]] = {}
     for arm, paths in folders.items():
         for measure in sorted(measures):
@@ -106,6 +133,11 @@ def main(words: Sequence[str]) -> int:
             if None in found:
                 sys.exit(f"error: the report measures no {measure}: see {folder / 'report.json'}")
             values.setdefault(arm, {})[measure] = [v for v in found if v is not None]
+    return values
+
+
+def compare(claim: Any, values: Mapping[str, Mapping[str, Sequence[float]]]) -> list[dict[str, Any]]:
+    """Every comparison that the claim is made of, and whether it holds."""
     won = [(claim.winner, other, verdict) for other in values if other != claim.winner] if claim.get("winner") else []
     kept = [(*pair, within) for pair in claim.get("within", [])]
     comparisons = [
@@ -114,16 +146,11 @@ def main(words: Sequence[str]) -> int:
         for arm, other, judge in (*won, *kept)
         for measure, direction in claim.measures.items()
     ]
-    for arm, other, measure, most in bounds:
+    for arm, other, measure, most in claim.get("at_most", []):
         ratio = max(a / b for a, b in zip(values[arm][measure], values[other][measure], strict=True))
         found = {"ratio": ratio, "most": most, "holds": ratio <= most}
         comparisons.append({"arm": arm, "other": other, "measure": measure} | found)
-    holds = all(c["holds"] for c in comparisons)
-    outcome = {"claim": claim.claim, "seeds": list(claim.seeds), "values": values, "comparisons": comparisons}
-    (folder / "claim.json").write_text(json.dumps(outcome | {"holds": holds}, indent=2) + "\n")
-    show(claim, values, comparisons, holds)
-    print(f"\nwritten to {folder / 'claim.json'}")
-    return 0
+    return comparisons
 
 
 def show(claim: Any, values: Mapping[str, Any], comparisons: Sequence[Mapping[str, Any]], holds: bool) -> None:
@@ -152,4 +179,4 @@ def show(claim: Any, values: Mapping[str, Any], comparisons: Sequence[Mapping[st
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

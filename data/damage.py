@@ -13,23 +13,23 @@ from typing import TypeVar
 from data.names import legible
 
 T = TypeVar("T")
-TRIES = 100  # neighbours tried before a data set counts as broken altogether
+TRIES = 100  # damaged samples in a row after which the whole data set counts as broken
 
 
 class Damaged(ValueError):
-    """A file, shard or member that cannot be used. The message names it and says what is wrong."""
+    """A file, shard or member cannot be used. The message names it and the fault."""
 
     def __init__(self, message: str):
         super().__init__(legible(message))
 
 
-def plain(path: Path) -> os.stat_result:
-    """The status of a file that can be opened and read to its end.
+def file_status(path: Path) -> os.stat_result:
+    """The status of a regular file.
 
-    A pipe, a socket or a device would wait for somebody who writes, or never end; so would some files of the kernel.
+    Reading a pipe, a socket, a device or a file of the kernel might never end.
 
     Raises:
-        Damaged: if it is not there, a folder, or one of those
+        Damaged: if the file is missing, a folder or one of these
     """
     try:
         about = path.stat()
@@ -48,7 +48,7 @@ def plain(path: Path) -> os.stat_result:
 
 @cache
 def kernel_devices() -> frozenset[int]:
-    """Of what st_dev a file or folder in /proc or /sys has."""
+    """The device numbers (st_dev) of /proc and /sys."""
     return frozenset(os.stat(place).st_dev for place in ("/proc", "/sys") if os.path.ismount(place))
 
 
@@ -66,10 +66,10 @@ class Tolerance:
         if on_error not in ("refuse", "skip"):
             raise ValueError(f"on_error is refuse or skip, got {on_error!r}")
         self.on_error = on_error
-        self.skipped: set[str] = set()  # what was skipped in this process, as told
+        self.skipped: set[str] = set()  # the messages of this process
 
     def excuse(self, error: Damaged) -> None:
-        """Say once that what the error names is skipped.
+        """Warn once that the damaged thing is skipped.
 
         Raises:
             Damaged: if damage is to be refused
@@ -81,7 +81,7 @@ class Tolerance:
             warnings.warn(f"{error}; skipped, {len(self.skipped)} so far", RuntimeWarning, stacklevel=2)
 
     def first_good(self, load: Callable[[int], T], index: int, count: int) -> T:
-        """`load(index)`, or that of the next sample that is whole: the substitute depends on the index alone.
+        """`load(index)`, or the next undamaged sample: the substitute depends on the index alone.
 
         Raises:
             Damaged: if damage is to be refused, or if as many as 100 samples in a row are damaged

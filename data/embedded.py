@@ -5,7 +5,7 @@
         text_encoder=runs/flux_tiny_world/text_encoder_2 pooled_encoder=runs/flux_tiny_world/text_encoder max_tokens=16
         padding=zeros
 
-The captions are those that its pictures to train on have, in their order. What is there already is not written again.
+The captions are those of the training pictures, in their order. Files that exist already are not written again.
 """
 
 from __future__ import annotations
@@ -13,12 +13,29 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from edit.inputs import words
 from edit.inputs.command import guarded
+from edit.inputs.limits import Count
 
 
-def write(out: Path, count: int) -> Path:
+@dataclass(frozen=True)
+class Words:
+    """What to write.
+
+    Args:
+        out: folder to write
+        count: how many prompts
+    """
+
+    out: str
+    count: Count
+
+
+def write_world(out: Path, count: int) -> Path:
     """Store text_encoder (CLIP), text_encoder_2 (T5), tokenizer, tokenizer_2 and prompts.txt, one caption per line.
 
     Returns:
@@ -43,30 +60,18 @@ def write(out: Path, count: int) -> Path:
     return prompts
 
 
-def parse(words: Sequence[str]) -> tuple[Path, int]:
-    """Folder and number of prompts; raises ValueError for other words than these two settings."""
-    given = dict(word.split("=", 1) for word in words if "=" in word)
-    if given.keys() != {"out", "count"} or len(given) != len(words) or not given["count"].isdecimal():
-        raise ValueError(f"expected out=<folder> count=<how many prompts>, got {' '.join(words) or 'nothing'}")
-    return Path(given["out"]), int(given["count"])
+def parse(argv: Sequence[str]) -> dict[str, Any]:
+    """Arguments of `Asked`; raises ValueError as `words.parse`."""
+    return words.parse(Words, argv)
 
 
 @guarded
-def main(words: Sequence[str]) -> int:
-    """Returns the exit code: 0, 1 for what could not be done, 2 for a mistyped command."""
-    if not words or {"-h", "--help"} & set(words):
-        print(__doc__)
+def main(argv: list[str]) -> int:
+    if words.asks_help(argv):
+        print(f"{__doc__}\n{words.explained(Words)}")
         return 0
-    try:
-        given = parse(words)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        print(f"prompts and encoders: {write(*given).parent}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    asked = words.read(Words, argv)
+    print(f"prompts and encoders: {write_world(Path(asked.out), asked.count).parent}")
     return 0
 
 

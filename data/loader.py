@@ -1,62 +1,21 @@
-"""An endless loader whose order is a pure function of (seed, position): exact resume at any step, O(1).
+"""An endless loader: batches of tensors in the order of `data.order`, with an exact resume at any step.
 
-The run is one global sequence of samples g = 0, 1, 2, ... Epoch g // n is a permutation of the data set by a hash of
-(seed, epoch). Sample g goes to rank g % world. What a checkpoint stores is how far the sequence has been used, so a run
-may go on with other numbers of ranks and other batch sizes and still sees every sample in the same order.
-
-Data in aspect-ratio buckets come in batches of one bucket each (`data.order.BucketBatches`); there the batch of all
-ranks together must stay the same over a restart.
+A checkpoint stores how far the global sequence of samples has been used, so a run may go on with other numbers of ranks
+and other batch sizes and still sees every sample in the same order. With aspect-ratio buckets the batch of all ranks
+together must stay the same.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from data.order import BucketBatches
+from data.order import BucketBatches, EndlessBatches
 from data.split import Split
-from edit import noise
-
-
-class EndlessBatches(Sampler):
-    """Batches of (index, draw) for one rank, without end.
-
-    Args:
-        size: samples in the data set
-        batch_size: per rank
-        seed: of the order
-        rank: this process
-        world: number of processes
-        start: samples of the global sequence used before the first batch
-    """
-
-    def __init__(self, size: int, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1, start: int = 0):
-        self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.rank, self.world, self.start = rank, world, start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        position, epoch, order = self.start, -1, array("q")
-        while True:
-            batch = []
-            for draw in range(position + self.rank, position + self.batch_size * self.world, self.world):
-                if draw // self.size != epoch:
-                    epoch = draw // self.size
-                    order = permutation(self.seed, epoch, self.size)
-                batch.append((order[draw % self.size], draw))
-            yield batch
-            position += self.batch_size * self.world
-
-
-def permutation(seed: int, epoch: int, size: int) -> array[int]:
-    """The order of one epoch: each of 0 to size - 1 once."""
-    key = int(noise.hashes(seed, torch.tensor([epoch]), noise.SHUFFLE, 1))
-    order = noise.hashes(key, torch.arange(size), noise.SHUFFLE, 1)[:, 0].argsort(stable=True)
-    return array("q", order.numpy().tobytes())  # 8 bytes each, and read as Python integers
 
 
 class EndlessLoader(DataLoader):
@@ -125,19 +84,19 @@ class EndlessLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Samples of the global sequence handed out on all ranks, and the size of the data set that gave the order.
+        """Samples of the global sequence used on all ranks, and the size of the data set, which decides the order.
 
-        With buckets also the batch of all ranks, which gave the order, too.
+        With buckets also the batch of all ranks together, which decides the order too.
         """
         order: Any = self.batch_sampler
         whole = {"batch": order.batch_size * order.world} if isinstance(order, BucketBatches) else {}
         return {"samples": self.used, "size": order.size, **whole}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next iteration goes on where `state` was taken.
+        """Continue where `state` was taken.
 
         Raises:
-            ValueError: if the data set has another size now, or with buckets another batch: the order would be another
+            ValueError: if the data set or, with buckets, the batch of all ranks has another size: another order
         """
         order: Any = self.batch_sampler
         size, whole = order.size, order.batch_size * order.world
@@ -155,7 +114,7 @@ class EndlessLoader(DataLoader):
 
 
 class _Numbered(Dataset):
-    """Adds to each sample its running number."""
+    """Adds its running number to each sample."""
 
     def __init__(self, split: Split):
         self.split = split
@@ -169,7 +128,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack; pad text and its mask at the end; leave strings a list.
 
     Raises:
-        ValueError: if samples differ in what they have, or in shape
+        ValueError: if samples differ in their parts or shapes
     """
     if odd := next((s for s in samples if s.keys() != samples[0].keys()), None):
         raise ValueError(f"samples of one batch have different parts: {sorted(samples[0])} and {sorted(odd)}")

@@ -1,4 +1,4 @@
-"""The manifest of a folder of precomputed or generated latents: what made them, what is there, and how to tell.
+"""The manifest of a folder of latents: the settings they were made with, the shards, and checksums of both.
 
 settings.json         what the folder is made with; written first, so that a restart with other settings is refused
 shard-000000.tar      <key>.moments.npy, .moments_flip.npy, .text.npy, .pooled.npy, .json (label, caption, name);
@@ -22,11 +22,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data.damage import Damaged, plain
+from data.damage import Damaged, file_status
 
 FORMAT = 1
 MANIFEST, SETTINGS, NULL = "manifest.json", "settings.json", "null.safetensors"
-# what latents must share to be trained on, or judged, together
+# settings that latents must share to be trained on, or judged, together
 ENCODING = ("format", "vae", "latent_shape", "text", "pooled")
 
 
@@ -42,9 +42,9 @@ def digest(path: Path) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Raises ValueError if the file is no JSON object."""
+    """The object in a JSON file. Raises ValueError if there is none."""
     try:
-        plain(path)
+        file_status(path)
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except (ValueError, RecursionError, OSError) as error:
         if isinstance(error, Damaged):
@@ -60,20 +60,20 @@ def _no_number(text: str) -> None:
 
 
 def write(path: Path, value: Mapping[str, Any]) -> None:
-    """Atomically: the file is there whole or not at all."""
+    """Write JSON atomically."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
 def checksum(manifest: Mapping[str, Any]) -> str:
-    """Of all that a manifest says, but this."""
+    """SHA-256 of a manifest without its checksum."""
     said = {k: v for k, v in manifest.items() if k != "checksum"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The manifest, after comparing it with itself and with the null text; shards are checked by `check_shard`.
+    """The manifest, if it is consistent and fits the null text; `check_shard` checks shards.
 
     Raises:
         FileNotFoundError: if there is none, or the null text is missing
@@ -108,7 +108,7 @@ def verify(folder: Path) -> dict[str, Any]:
         null = folder / NULL
         if not os.path.lexists(null):
             raise FileNotFoundError(f"{null} is missing: run data.precompute again")
-        plain(null)
+        file_status(null)
         if digest(null) != manifest["null"]["sha256"]:
             raise ValueError(f"{null} differs from the manifest: remove it and run data.precompute again")
     return manifest
@@ -116,7 +116,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 # ---- what a manifest may say -----------------------------------------------------------------------------------------
 
-MOST = 2**40  # samples, numbers of a latent, ...: more than that is damage, and is not to be allocated
+MOST = 2**40  # samples, numbers of a latent, ...: more is damage, and must not be allocated
 SHARD = re.compile(r"shard-\d{6,}\.tar")
 SHA = re.compile("[0-9a-f]{64}")
 
@@ -154,7 +154,7 @@ def _shape(value: Any) -> bool:
 
 
 def _object(**keys: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Tells objects that have these keys, and values as they ask for."""
+    """A test for objects that have these keys with fitting values."""
     return lambda value: isinstance(value, dict) and all(k in value and fits(value[k]) for k, fits in keys.items())
 
 
@@ -204,12 +204,12 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-# what is not interpreted, or compared elsewhere
+# keys that are not interpreted, or compared elsewhere
 _FREE = ("format", "identity", "checksum", "size", "precision", "images", "skipped")
 
 
 def _misfit(manifest: Mapping[str, Any]) -> str | None:
-    """What a manifest says that none can say; None if all fits together."""
+    """The first fault of a manifest; None if there is none."""
     if other := sorted({*manifest} - {*_KINDS, *_FREE}):
         return f"it has a key {other[0]!r}, which none has"
     for key, (expected, fits) in _KINDS.items():
@@ -235,10 +235,10 @@ def _misfit(manifest: Mapping[str, Any]) -> str | None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What was written of a finished shard.
+    """The record of a finished shard.
 
     Raises:
-        ValueError: if it is damaged, or of another shard than its name says
+        ValueError: if the record is damaged, or of another shard than its file name says
     """
     record = read(path)
     empty = _object(name=_shard_name, count=lambda n: n == 0)(record)
@@ -252,12 +252,12 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def check_shard(folder: Path, record: Mapping[str, Any], full: bool) -> str | None:
-    """What is wrong with a shard; None if it is as recorded. `full` reads it through, else only its size counts."""
+    """The fault of a shard; None if it is as recorded. `full` compares the checksum too, else only the size counts."""
     path = folder / record["name"]
     if not os.path.lexists(path):
         return f"{path} is missing"
     try:
-        size = plain(path).st_size
+        size = file_status(path).st_size
     except Damaged as error:
         return str(error)
     if size != record["size"]:
@@ -268,9 +268,9 @@ def check_shard(folder: Path, record: Mapping[str, Any], full: bool) -> str | No
 
 
 def teacher_hash(path: str | os.PathLike) -> str:
-    """SHA-256 of what decides a teacher's output: its configuration, its edits, the bytes of its weight files.
+    """SHA-256 of a teacher's configuration, edits and weight files: all that decides its output.
 
-    Not of its folder's name, its metrics or its data set. Reads all weights once: some seconds for every 10 GB.
+    Reads all weights once: some seconds for every 10 GB.
 
     Args:
         path: artifact, run or `diffusers` folder, or hub id
@@ -302,7 +302,7 @@ def check_teacher(
     steps: int | None,
     shift: float | None,
 ) -> None:
-    """Compare a cache with what is expected of it; None expects nothing.
+    """Compare a cache with expectations; None expects nothing.
 
     Args:
         folder: of the cache, for messages
@@ -333,5 +333,5 @@ def check_teacher(
 
 
 def _alike(a: Any, b: Any) -> bool:
-    """Equal; numbers to 6 digits, as people write them."""
+    """Whether values are equal, numbers to 6 digits."""
     return a == b if isinstance(a, str) else math.isclose(float(a), float(b), rel_tol=1e-6)

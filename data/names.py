@@ -1,4 +1,4 @@
-"""Names of files: for people, for a shell and for Hydra; and patterns, which a file of that very name overrules."""
+"""File names shown to people, typed into a shell, given to Hydra; and glob patterns, unless a file has that name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shlex
 from glob import escape, glob
 from pathlib import Path
 
-# what a terminal would obey, and what stands for bytes that are no UTF-8 (PEP 383)
+# control characters, and surrogates that stand for bytes that are no UTF-8 (PEP 383)
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -24,7 +24,7 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def typed(*words: str | os.PathLike) -> str:
-    """Words as they are typed into a shell, bash's $'...' where they hold bytes that are no text."""
+    """A line for a shell; words with bytes that are no text in bash's $'...'."""
     return " ".join(_quoted(os.fspath(word)) for word in words)
 
 
@@ -35,7 +35,7 @@ def _quoted(word: str) -> str:
 
 
 def setting(key: str, value: str | os.PathLike) -> str:
-    """`key=value` for train.py's command line, quoted for Hydra where it would read something else than this text."""
+    """`key=value` for train.py's command line, quoted where Hydra would not read this very text."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -52,9 +52,9 @@ def setting(key: str, value: str | os.PathLike) -> str:
 
 
 def matching(pattern: str | os.PathLike) -> list[str]:
-    """What there is under a name, which is taken as it stands; else what it matches as a glob pattern, sorted.
+    """The path itself if it exists, else the matches of the glob pattern, sorted.
 
-    Of a pattern the leading folders that exist are names, too: `a [1]/*.tar` looks into the folder `a [1]`.
+    Leading folders that exist are taken literally: `a [1]/*.tar` looks into the folder `a [1]`.
     """
     text = os.fspath(pattern)
     if os.path.lexists(text):

@@ -1,4 +1,4 @@
-"""From files to pixels in [-1, 1] and back to something to look at."""
+"""Image files to pixels in [-1, 1], and pixels to uint8 images."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from data.split import Split, flipped
 
 T = TypeVar("T")
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")  # in any case of letters
-# those that may hold several frames or pages; what else a JPEG may hold, a second view or a depth map, is another thing
+# formats with several frames or pages; the second view or the depth map of a JPEG does not count
 MOVING = ("gif", "png", "webp", "tif", "tiff")
-LOOKED_AT = 1000  # of a data set's files, to see whether they have several frames: each must be opened for that
+LOOKED_AT = 1000  # files of a data set at most that are opened to count frames
 THIN = 16  # longer to shorter side, from which on a picture is cropped before it is resized; see `cover`
 # EXIF's orientation: what makes the picture upright. 1 is upright already
 TURNS = {
@@ -35,7 +35,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLES = 258, 262, 339  # tags: bits per sample, what 0 means, kind of number
+TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLES = 258, 262, 339  # tags: bits per sample, meaning of 0, kind of number
 
 
 @dataclass(frozen=True)
@@ -48,25 +48,24 @@ class Picture:
     caption: str | None = None
 
     def words(self) -> str:
-        """Its caption. Raises Damaged if there is none, or an empty one, which would train the empty prompt."""
+        """The caption. Raises Damaged if it is missing or empty: an empty one would train the empty prompt."""
         if not self.caption:
             raise Damaged(f"{self.name} has {'no' if self.caption is None else 'an empty'} caption")
         return self.caption
 
 
-def decode(content: bytes, name: str) -> Image.Image:
-    """An encoded image as people see it, in RGB.
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """Decode an image to RGB, upright and on white.
 
-    Turned upright as its EXIF says. What is transparent lies on white. 16-bit grey becomes 8-bit by its whole range; of
-    16-bit colours the decoders keep the upper byte. Of an animation the first frame is taken. Colour profiles (ICC)
-    are left alone: numbers are taken for sRGB.
+    EXIF's orientation is applied. 16-bit grey becomes 8-bit by its whole range; of 16-bit colours the decoders keep the
+    upper byte. The first frame of an animation is taken. Colour profiles (ICC) are ignored: numbers count as sRGB.
 
     Args:
         content: of the file
         name: for messages
 
     Raises:
-        Damaged: if it is no whole image, has far too many pixels, or greys whose range is not known
+        Damaged: if the image is not whole, has far too many pixels, or greys of an unknown range
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -86,7 +85,7 @@ def decode(content: bytes, name: str) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> object:
-    """What EXIF says, 1 to 8; anything else, also where EXIF is broken, which all viewers ignore, says nothing."""
+    """EXIF's orientation, 1 to 8 if valid; None where EXIF is absent or broken, which all viewers ignore."""
     try:
         found = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # as any decoder
@@ -146,14 +145,14 @@ def _grey(image: Image.Image, tags: dict[int, Any]) -> Image.Image:
 
 
 def tell_unread(where: str, count: int, kinds: Iterable[str], example: str) -> None:
-    """Say once that there are files of kinds that are not read; `kinds` are suffixes without their dot."""
+    """Warn of files whose kind is not read; `kinds` are suffixes without the dot."""
     named = ", ".join(f".{kind}" if kind else "no suffix" for kind in sorted(kinds))
     files = "1 file" if count == 1 else f"{count} files"
     tell(f"{where}: {files} of kinds that are not read ({named}), such as {example}")
 
 
 def tell_moving(where: str, found: Sequence[str], whole: bool) -> None:
-    """Say once that some files hold several frames or pages.
+    """Warn of files with several frames or pages.
 
     Args:
         where: the data set
@@ -166,17 +165,17 @@ def tell_moving(where: str, found: Sequence[str], whole: bool) -> None:
         tell(f"{where}: {number} {their} first frame is taken, such as that of {found[0]} (pages count as frames)")
 
 
-def some(items: Sequence[T]) -> Sequence[T]:
-    """LOOKED_AT of them at most, evenly."""
+def evenly(items: Sequence[T]) -> Sequence[T]:
+    """At most LOOKED_AT items, evenly spaced."""
     return items[:: math.ceil(len(items) / LOOKED_AT) or 1]
 
 
 def moving(file: str | os.PathLike | BinaryIO) -> bool:
-    """Whether an image holds several frames or pages. What cannot be opened is told when its turn comes."""
+    """Whether an image has several frames or pages. False for a file that cannot be opened: reading it will tell."""
     try:
         with Image.open(file) as image:
             return bool(getattr(image, "is_animated", False))
-    except Exception:  # as in `decode`
+    except Exception:  # as in `decode_image`
         return False
 
 
@@ -202,10 +201,9 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 def cover(image: Image.Image, width: int, height: int) -> Image.Image:
     """Resized by bicubic to cover width x height, and centre-cropped to it.
 
-    A picture longer than THIN times its shorter side is cropped first: 1 x 2000 pixels would grow to 256 x 512000. The
-    result is the same but for what PIL's two passes round and clip between them, which it does in another order for
-    some shapes. That is why all others are resized whole: their pixels stay those that published numbers were measured
-    with.
+    A picture longer than THIN times its shorter side is cropped first: 1 x 2000 pixels would grow to 256 x 512000. Then
+    PIL's two passes may round and clip in another order. All other pictures are resized whole, which gives the pixels
+    that published numbers were measured with.
     """
     scale = max(width / image.width, height / image.height)
     wide, high = max(width, round(image.width * scale)), max(height, round(image.height * scale))
@@ -282,7 +280,7 @@ class Pictures:
 
 
 class PictureSet:
-    """The two splits of a data set of images; a subclass says where the images come from and which are held out."""
+    """The two splits of a data set of images; a subclass gives the sources and the indices of each."""
 
     _source: PictureSource
     _held_source: PictureSource

@@ -1,7 +1,7 @@
 """Text from files: captions, prompts, class numbers.
 
-UTF-8, or UTF-16 or UTF-32 that say so with a byte-order mark. Nothing is guessed and nothing replaced: what cannot be
-read is refused with its place, because a replaced letter is another prompt.
+UTF-8, or UTF-16 and UTF-32 with a byte-order mark. Nothing is guessed or replaced, for a replaced letter is another
+prompt: an unreadable byte is refused with its position.
 """
 
 from __future__ import annotations
@@ -23,21 +23,20 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-LARGEST = 2**63 - 1  # labels are int64
+LAST_LABEL = 2**63 - 1  # labels are int64
 
 
 def read_text(content: bytes, name: str) -> str:
     """A file's text, without byte-order marks, each line ended by a line feed.
 
-    Windows' and old Macs' line ends (CR LF, CR) become line feeds. Other characters that may stand between lines, such
-    as U+2028, stay what they are: a part of the text.
+    CR LF and CR become line feeds. Other separators, such as U+2028, stay part of the text.
 
     Args:
         content: of the file
         name: for messages
 
     Raises:
-        Damaged: with the first byte that is none of the encoding, or is NUL
+        Damaged: naming the first byte that is invalid in the encoding, or NUL
     """
     mark, codec = next(((m, c) for m, c in MARKS if content.startswith(m)), (b"", "utf-8"))
     try:
@@ -55,7 +54,7 @@ def read_text(content: bytes, name: str) -> str:
 
 
 def read_json(content: bytes, name: str) -> Any:
-    """Raises Damaged if it is no JSON, or none that can be read: nested too deep, or with a number too long."""
+    """Raises Damaged for content that is no JSON, is nested too deep, or has a number that is too long."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -76,7 +75,7 @@ def words(value: object, name: str) -> str:
 
 
 def class_number(value: object, name: str) -> int:
-    """A label of a JSON file: 3 or 3.0, and nothing that would have to be rounded or guessed.
+    """A label of a JSON file, 3 or 3.0; nothing is rounded or guessed.
 
     Raises:
         Damaged: for anything else, such as 2.7, true, "3", a negative number, or one beyond int64
@@ -84,7 +83,7 @@ def class_number(value: object, name: str) -> int:
     number = value
     if isinstance(value, float) and value.is_integer():
         number = int(value)
-    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= LARGEST:
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= LAST_LABEL:
         raise Damaged(f"{name} holds the label {shown(value)}, expected a class number, 0, 1, 2, ...")
     return number
 
@@ -98,7 +97,7 @@ def class_digits(content: bytes, name: str) -> int:
 
 
 def shown(value: object) -> str:
-    """For messages: a value as it was written, cut if it is long or deep."""
+    """A value for messages, cut if it is long or deep."""
     short = reprlib.Repr()
     short.maxstring = short.maxlong = short.maxother = 60
     return short.repr(value)

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 
-from data.generate import number_of
 from data.names import setting, typed
-from edit.inputs.command import Parser, guarded
+from edit.inputs.command import Parser, guarded, number_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,27 +73,21 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-@guarded
-def main(argv: Sequence[str]) -> int:
-    """Returns the exit code: 0, 1 for what could not be done, 130 if interrupted; argparse exits with 2."""
+@guarded(
+    mistakes=(ValueError, OSError, RuntimeError),
+    interrupted="interrupted: the same command goes on after the last finished shard",
+)
+def main(argv: list[str]) -> int:
     options = vars(parser().parse_args(argv))
     import torch  # after --help and mistyped options were answered
 
-    from data.making.latent_folder import precompute
-    from data.making.latent_writer import Job
+    from data.making.job import Job
+    from data.making.precomputer import precompute
     from edit.measuring.devices import find_device
 
     options["device"] = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        find_device(options["device"])
-        done = precompute(Job(**options, rank=number_of("RANK", 0), world=number_of("WORLD_SIZE", 1)))
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on after the last finished shard", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if done:
+    find_device(options["device"])
+    if precompute(Job(**options, rank=number_of("RANK", 0), world=number_of("WORLD_SIZE", 1))):
         print("next: " + typed("python", "train.py", "data=latents", setting("data.set.path", options["out"])))
     else:
         print(f"{options['out']}: other ranks are still at work")

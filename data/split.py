@@ -14,12 +14,17 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from data.tars import unkept
+from data.tar_index import NOWHERE
 from edit import noise
 from edit.inputs import trust
 
-PLACES = ("cache",)  # arguments of data sets that say where to write
-LARGEST = {"count": 100_000, "held": 100_000, "copies": 1_000, "size": 16_384}  # that an artifact may ask for
+WRITTEN = ("cache",)  # arguments of data sets that name a place to write to
+MOST = {
+    "count": 100_000,
+    "held": 100_000,
+    "copies": 1_000,
+    "size": 16_384,
+}  # that an artifact may ask for
 
 
 class Split(Protocol):
@@ -37,21 +42,21 @@ class Split(Protocol):
             label: int64 scalar, where there are labels
             text, text_mask, pooled: l c float32, l bool, c float32, where there is text
             caption: a string, where the data set was asked for captions
-            kind: int64 scalar, what is to be seen, where a feature space is trained on that; never a condition
+            kind: int64 scalar, the class of the visible thing, to train a feature space on; never a condition
         """
         ...
 
 
 @runtime_checkable
 class Splits(Protocol):
-    """What tells that a class is one of a data set before it is built: no other may be named as one."""
+    """The methods by which a class is known to be a data set before it is built."""
 
     def train(self) -> Split: ...
 
     def heldout(self) -> Split | None: ...
 
     def to_images(self, x: Tensor) -> Tensor:
-        """Samples as trained on, b c y x, for looking at: uint8 b y x 3."""
+        """Samples as trained on, b c y x -> images uint8 b y x 3."""
         ...
 
 
@@ -80,37 +85,38 @@ class CheckedSet(DataSet, Protocol):
         ...
 
     def scores(self, images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Parts of the caption that hold, b float32 each: 1, 0, or NaN where the caption does not speak of it."""
+        """Parts of the caption that hold, b float32 each: 1, 0, or NaN where the caption does not name the part."""
         ...
 
 
 def opened(node: Mapping[str, Any], trusted: Sequence[str] = (), who: str = "the artifact") -> DataSet:
-    """The data set that an artifact or a manifest describes. It comes from outside: nothing is written for it.
+    """Build the data set that an artifact or a manifest describes. The description is not trusted: no file is written.
 
     Args:
         node: configuration, import path as `_target_`
-        trusted: packages besides `data` that it may be of
-        who: describes it
+        trusted: packages besides `data` whose classes may be built
+        who: author of the description, for messages
 
     Raises:
-        ValueError: if it names something else than a data set, or arguments that are none of its
-        OSError: if what it reads is not there
+        ValueError: if the class is no data set, or does not take these arguments
+        OSError: if its files are missing
     """
-    given = {k: v for k, v in node.items() if k not in ("_target_", *PLACES)}
+    given = {k: v for k, v in node.items() if k not in ("_target_", *WRITTEN)}
     trust.refuse_enormous(given, who)
-    for key, limit in LARGEST.items():
+    for key, limit in MOST.items():
         if isinstance(given.get(key), int) and given[key] > limit:
             raise ValueError(f"{who}: {key} is {trust.cut(given[key])}, expected at most {limit}")
     cls = trust.named(node.get("_target_"), ("data", *trusted), (Splits,), who)
-    trust.check_arguments(cls, given, f"{who}'s")
+    hints = trust.check_arguments(cls, given, f"{who}'s")
     if built := next((place for place, key, _ in trust.walk(given, who) if key == "_target_"), None):
         raise ValueError(f"{who} asks for something to be built at {built}: a data set is described by plain values")
+    if cls.__module__.startswith("data.") and "cache" in hints:
+        given["cache"] = NOWHERE
     try:
-        with unkept():
-            return cls(**given)
+        return cls(**given)
     except (ValueError, OSError):
         raise
-    except Exception as error:  # whatever it makes of a value of another type
+    except Exception as error:  # a value of another type can raise anything
         raise ValueError(f"{type(error).__name__}: {trust.cut(str(error), quoted=False)}") from error
 
 
@@ -122,7 +128,7 @@ def flipped(seed: int, draw: int) -> bool:
 def held_out(name: str, fraction: float) -> bool:
     """Whether the sample of this name belongs to the held-out part.
 
-    By a hash of the name, so that files added later move nobody from one part to the other.
+    A hash of the name decides, so files that are added later do not move other samples.
     """
     return (
         int.from_bytes(hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest(), "big")

@@ -5,22 +5,33 @@
 The work is `edit.artifacts.checksums`.
 """
 
+from __future__ import annotations
+
 import sys
+from dataclasses import dataclass
 
 from edit.artifacts.checksums import accept
+from edit.inputs import words
 from edit.inputs.command import guarded
 
 
+@dataclass(frozen=True)
+class Words:
+    """What to accept.
+
+    Args:
+        artifact: artifact or run folder; the key may be left out
+    """
+
+    artifact: str
+
+
 @guarded
-def main(words: list[str]) -> int:
-    if len(words) != 1 or words[0].startswith("-"):
-        print(f"{__doc__}")
-        return 0 if words in (["-h"], ["--help"]) else 2
-    try:
-        print(f"accepted  {accept(words[0])}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main(argv: list[str]) -> int:
+    if words.asks_help(argv):
+        print(f"{__doc__}\n{words.explained(Words)}")
+        return 0
+    print(f"accepted  {accept(words.read(Words, argv, bare='artifact').artifact)}")
     return 0
 
 

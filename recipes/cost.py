@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import re
-import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from omegaconf import OmegaConf
@@ -26,38 +25,52 @@ from rich.table import Table
 from edit import edits as editing
 from edit.artifacts.checkpoint import default_objective, load
 from edit.denoiser import Spec
-from edit.inputs import trust
+from edit.inputs import trust, words
 from edit.inputs.command import Parser, guarded
+from edit.inputs.limits import Limits
 from edit.measuring.cost import cost
 from edit.measuring.devices import find_device, mfu
 from edit.sampling import Sampler, default_sampler
 
-GROUPS = {"backbone": None, "sampler": None, "edits": "none"}  # of configs/, with the name that is read by default
-SHORT = {"guidance": "sampler.guidance", "sampler.steps": "sampler.solver.steps"}
+GROUPS = ("backbone", "sampler", "edits")  # of configs/
+SHORT = {"sampler.steps": "sampler.solver.steps"}
 MOST_SAMPLES, MOST_ROUNDS = 100_000, 10_000
 EXAMPLES = """examples:
   python -m recipes.cost backbone=dit_xl_2
   python -m recipes.cost backbone=dit_xl_2 edits=depth edits.depth.ratio=0.5 sampler=ddpm sampler.steps=50 guidance=1.5
   python -m recipes.cost backbone=dit_s_2 batch=8 --latency --device cuda
   python -m recipes.cost artifact=runs/digits --latency --json
-
-keys:
-  backbone=NAME, backbone.FIELD=VALUE   a file of configs/backbone, and changes to it
-  artifact=FOLDER                       instead of a backbone: what a run has left
-  edits=NAME, edits.EDIT.FIELD=VALUE    a file of configs/edits, applied to the backbone
-  sampler=NAME, sampler.steps=N         a file of configs/sampler; else the artifact's, the stock pipeline's, or 50
-                                        steps of Euler or DDIM
-  guidance=W                            1: the conditional prediction alone
-  batch=N                               samples at a time; counts are per sample"""
+"""
 
 
-@guarded
+@dataclass(frozen=True)
+class Words:
+    """What to count.
+
+    Args:
+        backbone: a file of configs/backbone; backbone.FIELD=VALUE changes it
+        artifact: instead of a backbone: what a run has left
+        edits: a file of configs/edits, applied to the backbone; edits.EDIT.FIELD=VALUE changes it
+        sampler: a file of configs/sampler, else the artifact's, the stock pipeline's, or 50 steps of Euler or DDIM;
+            sampler.steps=N changes it
+        guidance: 1: the conditional prediction alone; null: as the sampler says
+        batch: samples at a time; counts are per sample
+    """
+
+    backbone: str | None = None
+    artifact: str | None = None
+    edits: str | None = None
+    sampler: str | None = None
+    guidance: float | None = None
+    batch: Annotated[int, Limits(1, MOST_SAMPLES)] = 1
+
+
+@guarded(mistakes=(ValueError, TypeError, OSError))
 def main(argv: list[str]) -> int:
-    """The command line: 0 if all went well, 2 after one sentence on stderr about what the user can mend."""
     parser = Parser(
         prog="python -m recipes.cost",
         description="Parameters, executed MACs and, if asked, latency and memory of a backbone or an artifact.",
-        epilog=EXAMPLES,
+        epilog=EXAMPLES + "\n" + words.explained(Words),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="what to count, see below")
@@ -72,52 +85,36 @@ def main(argv: list[str]) -> int:
     try:
         with Console(stderr=True).status("counting"):
             report = resolve(args)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        print(f"error: out of memory ({str(error).splitlines()[0]}): lower batch", file=sys.stderr)
-        return 2
+        raise ValueError(f"out of memory ({str(error).splitlines()[0]}): lower batch") from error
     print(json.dumps(report, indent=2)) if args.json else show(report)
     return 0
 
 
 def resolve(args: argparse.Namespace) -> dict[str, Any]:
     """Build what the settings name, and count it."""
-    chosen: dict[str, str] = {}
-    changes: dict[str, Any] = {}
-    for setting in args.settings:
-        key, equals, text = setting.partition("=")
-        key = SHORT.get(key, key)
-        root, dot, _ = key.partition(".")
-        known = (*GROUPS, "artifact", "batch")
-        if not equals or root not in known or (dot and root not in GROUPS):
-            close = difflib.get_close_matches(root, (*known, *SHORT), 1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join((*known, 'guidance'))}"
-            raise ValueError(f"{setting} is no setting of the form key=value: {hint}")
-        if dot:
-            changes[key] = parsed(text)
-        else:
-            chosen[root] = text
-    if ("backbone" in chosen) == ("artifact" in chosen):
+    own, texts = words.apart(args.settings, GROUPS)
+    asked = words.read(Words, own)
+    changes = {SHORT.get(key, key): parsed(text) for key, text in texts.items()}
+    changes |= {} if asked.guidance is None else {"sampler.guidance": asked.guidance}
+    if (asked.backbone is None) == (asked.artifact is None):
         raise ValueError("say what to count: backbone=<name> or artifact=<folder>, one of the two")
-    if not re.fullmatch(r"[0-9]{1,9}", batch := chosen.get("batch", "1")) or not 1 <= int(batch) <= MOST_SAMPLES:
-        raise ValueError(f"batch is a number of samples from 1 to {MOST_SAMPLES}, got {batch}")
     if not 1 <= args.rounds <= MOST_ROUNDS:
         raise ValueError(f"--rounds is a number from 1 to {MOST_ROUNDS}, got {args.rounds}")
     device = find_device(args.device)
 
     def group(name: str, default: Any = None) -> Any:
         mine = {k: v for k, v in changes.items() if k.startswith(f"{name}.")}
-        value = from_file(args.configs, name, chosen[name]) if name in chosen else default
+        file = getattr(asked, name)
+        value = default if file is None else from_file(args.configs, name, file)
         return changed(value, name, mine)
 
-    if "artifact" in chosen:
-        if fixed := [k for k in (*chosen, *changes) if k.startswith(("backbone", "edits"))]:
+    if asked.artifact is not None:
+        if fixed := ["edits"] * (asked.edits is not None) + [k for k in changes if not k.startswith("sampler.")]:
             raise ValueError(f"an artifact has its own backbone and edits: leave {fixed[0]} out, or count a backbone")
-        artifact = load(chosen["artifact"], device)
+        artifact = load(asked.artifact, device)
         denoiser, objective, default = artifact.denoiser, artifact.objective, artifact.sampler
     else:
         spec, edits = group("backbone"), group("edits", {})
@@ -128,9 +125,9 @@ def resolve(args: argparse.Namespace) -> dict[str, Any]:
         default = default_sampler(denoiser, objective)
     sampler = group("sampler", default)
     counted = cost(
-        denoiser, sampler, objective, batch=int(batch), real=args.real, rounds=args.rounds if args.latency else 0
+        denoiser, sampler, objective, batch=asked.batch, real=args.real, rounds=args.rounds if args.latency else 0
     )
-    what = {k: chosen[k] for k in ("backbone", "artifact", "edits") if k in chosen}
+    what = {k: v for k in ("backbone", "artifact", "edits") if (v := getattr(asked, k)) is not None}
     return {**what, **changes, "sampler": editing.describe(sampler), **counted.as_dict()}
 
 

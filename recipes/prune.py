@@ -15,14 +15,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from edit.inputs.command import guarded
 from edit.inputs.limits import LAST_SEED
-from recipes.config.check import describe, rule, suggest
+from edit.inputs.words import parse as parsed
+from recipes.config.check import rule
 from recipes.config.schema import UserError, check
 from recipes.runtime.files import write
 
@@ -82,19 +83,16 @@ def parse(words: Sequence[str]) -> Settings:
     Raises:
         UserError: for an unknown key, a wrong value, or one that is missing
     """
-    known, given = [f.name for f in fields(Settings)], {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        if name not in known or not equals:
-            raise UserError(f"'{word}' is not one of the settings key=value{suggest(name, known)}")
-        given[name] = None if text == "null" else text  # not as YAML, to which 2:4 is 124 seconds
     cfg: Any = OmegaConf.structured(Settings)
-    hints = get_type_hints(Settings)
-    for name, text in given.items():
+    try:
+        given = parsed(Settings, words)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    for name, value in given.items():
         try:
-            cfg[name] = text
-        except OmegaConfBaseException as error:
-            raise UserError(f"{name}: expected {describe(hints[name])}, got {text!r}") from error
+            cfg[name] = value
+        except OmegaConfBaseException as error:  # of half an interpolation, ${
+            raise UserError(f"{name}: expected plain text, got {value!r}") from error
     if errors := check(cfg):
         raise UserError(errors[0])
     chosen = OmegaConf.to_object(cfg)

@@ -376,8 +376,8 @@ def read_the_prompts(folder: Path) -> object:
 
 @pytest.fixture(scope="module")
 def subjects(tmp_path_factory) -> dict[str, Subject]:
-    from data.making.latent_folder import precompute
-    from data.making.latent_writer import Job
+    from data.making.job import Job
+    from data.making.precomputer import precompute
 
     place = tmp_path_factory.mktemp("whole")
     torch.manual_seed(0)

@@ -9,7 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import edit
-from edit.edits import Edit, rebuild
+from edit.denoiser import Edit
+from edit.edits import rebuild
 from edit.inputs.trust import named
 from edit.moved import COMMANDS, current, renamed
 from recipes.config.schema import bring_up_to_date

@@ -1,7 +1,7 @@
 """Frozen encoders that data sets are made with: a VAE and text encoders, from a local folder or the hub.
 
-Only safetensors are read. An encoder's identity is a hash over its weights and configuration, whatever its folder is
-called, so that latents are never decoded, or mixed, with those of another encoder.
+Only safetensors are read. An encoder's identity is a hash over its weights and configuration, not its path, so that
+latents of different encoders are never mixed, or decoded by the wrong one.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ TEXT_ENCODERS = {
 }
 
 
-def place(spec: str) -> tuple[str, dict[str, str]]:
-    """Where to load from: a local folder, or a hub id with an optional subfolder, `owner/name:vae`.
+def locate(spec: str) -> tuple[str, dict[str, str]]:
+    """The name and options of `from_pretrained`: a local folder, or a hub id with a subfolder, `owner/name:vae`.
 
     Raises:
-        FileNotFoundError: if it can only be a path, and there is no such folder
+        FileNotFoundError: if this is neither a folder nor a hub id
     """
     if os.path.isdir(spec):
         return spec, {}
@@ -40,9 +40,9 @@ def place(spec: str) -> tuple[str, dict[str, str]]:
     return name, {"subfolder": subfolder} if subfolder else {}
 
 
-def load(factory: Any, spec: str, **options: Any) -> nn.Module:
-    """`factory.from_pretrained` in eval mode without gradients, refusing anything but whole safetensors weights."""
-    name, inside = place(spec)
+def load_frozen(factory: Any, spec: str, **options: Any) -> nn.Module:
+    """`factory.from_pretrained` in eval mode without gradients, refusing all but complete safetensors weights."""
+    name, inside = locate(spec)
     try:
         model, report = factory.from_pretrained(
             name, **inside, **options, use_safetensors=True, output_loading_info=True
@@ -55,11 +55,11 @@ def load(factory: Any, spec: str, **options: Any) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def fingerprint(model: nn.Module) -> str:
+def model_hash(model: nn.Module) -> str:
     """SHA-256 over configuration, names, shapes and values of a model as it was loaded."""
     config: Any = model.config
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    passing = ("transformers_version", "dtype", "torch_dtype")  # say who wrote the folder, not what the model is
+    passing = ("transformers_version", "dtype", "torch_dtype")  # about the writer of the folder, not the model
     lasting = {k: v for k, v in config.items() if not k.startswith("_") and k not in passing}
     digest = hashlib.sha256(json.dumps(lasting, sort_keys=True, default=str).encode())
     for name, value in sorted(model.state_dict().items()):
@@ -75,14 +75,14 @@ class VAE:
     """An image VAE of `diffusers`: pixels b 3 y x in [-1, 1] to latents and back.
 
     Raises:
-        FileNotFoundError: if it cannot be found
-        ValueError: if it is no image VAE with a latent distribution
+        FileNotFoundError: if there is no VAE
+        ValueError: if this is no image VAE with a latent distribution
     """
 
     def __init__(self, spec: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
         import diffusers
 
-        name, inside = place(spec)
+        name, inside = locate(spec)
         try:
             kind = str(diffusers.AutoencoderKL.load_config(name, **inside).get("_class_name"))
         except OSError as error:
@@ -90,10 +90,10 @@ class VAE:
         factory = getattr(diffusers, kind, None)
         if not hasattr(factory, "encode") or not hasattr(factory, "decode"):
             raise ValueError(f"{spec} holds no VAE of diffusers, but {kind}: expected such as AutoencoderKL")
-        model = load(factory, spec, torch_dtype=torch.float32)
-        self.name, self.sha256 = kind, fingerprint(model)
+        model = load_frozen(factory, spec, torch_dtype=torch.float32)
+        self.name, self.sha256 = kind, model_hash(model)
         if dtype != torch.float32:
-            model.to(dtype)  # after the fingerprint, which is that of the stored weights
+            model.to(dtype)  # after the hash, which is of the stored weights
         self.model, self.device, self.dtype = model.to(device), torch.device(device), dtype
 
     def to(self, device: str | torch.device) -> None:
@@ -146,11 +146,11 @@ class TextEncoder:
         max_tokens: longer captions are cut
         padding: "none": padding is masked while encoding and cut off; "states": captions are padded to max_tokens,
             nothing is masked, and the states of the padding are kept, as FLUX and SD3 are trained; "zeros": as "none",
-            but whoever reads the states fills them up to max_tokens with zeros
+            but readers of the states fill them up to max_tokens with zeros
 
     Raises:
-        FileNotFoundError: if one of the two cannot be found
-        ValueError: if it is no text encoder that we know, or padding is none of the three
+        FileNotFoundError: if the encoder or the tokenizer is missing
+        ValueError: if the model is no T5, UMT5 or CLIP, or padding is none of the three
     """
 
     def __init__(
@@ -168,9 +168,9 @@ class TextEncoder:
             raise ValueError(f"padding is one of {', '.join(PADDINGS)}, got {padding!r}")
         self.padding = padding
         try:
-            name, inside = place(spec)
+            name, inside = locate(spec)
             config = transformers.AutoConfig.from_pretrained(name, **inside, trust_remote_code=False)
-            name, inside = place(tokenizer or spec)
+            name, inside = locate(tokenizer or spec)
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **inside, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
@@ -180,13 +180,13 @@ class TextEncoder:
         kind = next((TEXT_ENCODERS[k] for k in kinds if k in TEXT_ENCODERS), None)
         if kind is None:
             raise ValueError(f"{spec} holds a {config.model_type}, expected a T5, UMT5 or CLIP text encoder")
-        model = load(getattr(transformers, kind), spec, dtype="auto")
+        model = load_frozen(getattr(transformers, kind), spec, dtype="auto")
         limits = (max_tokens, self.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
         self.max_tokens = min(limit for limit in limits if limit)
         words = json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()
         self.description = {
             "name": kind,
-            "sha256": fingerprint(model),
+            "sha256": model_hash(model),
             "vocabulary": hashlib.sha256(words).hexdigest(),
             "max_tokens": self.max_tokens,
         }
@@ -196,7 +196,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> list[Encoded]:
-        """Each caption by itself, whatever it is encoded with; at least one token stays."""
+        """Encode captions; each result is independent of the others and has at least one token."""
         whole = self.padding == "states"
         tokens = self.tokenizer(
             list(captions),

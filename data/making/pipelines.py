@@ -1,4 +1,4 @@
-"""What lies beside a published teacher: the text encoders, tokenizers and VAE of its `diffusers` pipeline."""
+"""The text encoders, tokenizers and VAE of the `diffusers` pipeline that a published teacher is part of."""
 
 from __future__ import annotations
 
@@ -6,46 +6,46 @@ from dataclasses import replace
 from typing import Any
 
 from data import manifest
-from data.generate import Order
 from data.making.encoders import TEXT_ENCODERS
+from data.making.request import Request
 from edit.artifacts.location import find, is_hub_id
 
 
-def complete(order: Order) -> Order:
-    """The order with the encoders and the VAE that it does not name, where the teacher is, or lies in, a pipeline.
+def complete(request: Request) -> Request:
+    """The request with the encoders and the VAE of the teacher's pipeline, as far as it names none itself.
 
     FLUX has a CLIP that pools and a T5, PixArt a T5 alone. SD3 joins two CLIPs and a T5, Qwen-Image has a language
     model: neither is encoded here.
 
     Raises:
         FileNotFoundError: if there is no teacher
-        ValueError: if no encoder is named, and the pipeline has none or others than these
+        ValueError: if no encoder is named, and the pipeline has none, or some that are not supported
     """
-    base, parts = pipeline_of(order.teacher)
+    base, parts = pipeline_of(request.teacher)
     encoders = {name: kind for name, kind in parts.items() if name.startswith("text_encoder")}
     roles = ["pooled" if kind.startswith("CLIP") else "text" for kind in encoders.values()]
     clear = len(set(roles)) == len(roles) and set(encoders.values()) <= set(TEXT_ENCODERS.values())
-    if order.text_encoder is None and order.pooled_encoder is None and not (encoders and clear):
+    if request.text_encoder is None and request.pooled_encoder is None and not (encoders and clear):
         if encoders:
             raise ValueError(
-                f"{order.teacher} is told its prompts by {', '.join(encoders.values())}, and data.generate encodes "
+                f"{request.teacher} is told its prompts by {', '.join(encoders.values())}, and data.generate encodes "
                 "with one T5 and one CLIP at most: take a teacher that needs no more, such as FLUX or PixArt"
             )
         raise ValueError(
-            f"no text encoder: {order.teacher} is in no pipeline that has one, so give those that it was trained with, "
-            "as text_encoder=<folder> pooled_encoder=<folder>"
+            f"no text encoder: {request.teacher} is in no pipeline that has one, so give those that it was "
+            "trained with, as text_encoder=<folder> pooled_encoder=<folder>"
         )
     found = {"vae": f"{base}vae"} if parts.get("vae") == "AutoencoderKL" else {}
     for name, role in zip(encoders, roles, strict=True) if clear else ():
         named = "text_encoder" if role == "text" else "pooled_encoder"
-        if getattr(order, named) is None:
+        if getattr(request, named) is None:
             tokenizer = "tokenizer" if role == "text" else "pooled_tokenizer"
             found |= {named: f"{base}{name}", tokenizer: base + name.replace("text_encoder", "tokenizer")}
-    return replace(order, **{name: spec for name, spec in found.items() if getattr(order, name) is None})
+    return replace(request, **{name: spec for name, spec in found.items() if getattr(request, name) is None})
 
 
 def pipeline_of(teacher: str) -> tuple[str, dict[str, str]]:
-    """How the place of a part begins, and the class of each part by its name; empty without a pipeline.
+    """The prefix of a part's path, and the class of each part by its name; empty without a pipeline.
 
     Raises:
         FileNotFoundError: if there is no teacher

@@ -1,8 +1,8 @@
 """The prompts of self-generated data: from a file, or composed of words.
 
-`composed:20000` stands for 20,000 different prompts from the words below, always the same, and the first of them for
-any smaller number. They let a run begin without any file. A student learns what it is asked, so real work deserves
-prompts like those that it will be given: one per line of a text file, a hundred thousand of which are better than ten.
+`composed:20000` stands for the first 20,000 of a fixed sequence of different prompts, made of the words below. They let
+a run begin without a file. A student learns the prompts that it is trained on, so real work deserves prompts like those
+of its use: one per line of a text file, better a hundred thousand than ten.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ def read_prompts(spec: str) -> list[Prompt]:
 
     Raises:
         FileNotFoundError: if there is no such file
-        ValueError: if it holds no prompts, or a line that is none; if so many cannot be composed
+        ValueError: if the file has no prompts or a line that is no prompt, or so many cannot be composed
     """
     return composed(spec) if spec.startswith(COMPOSED) else _read(Path(spec))
 
 
 def composed(spec: str) -> list[Prompt]:
-    """The first prompts of a fixed shuffle of all sentences, which are TOTAL."""
+    """The first prompts of a fixed shuffle of all TOTAL sentences."""
     count = spec.removeprefix(COMPOSED)
     if not (count.isascii() and count.isdigit() and 0 < int(count) <= TOTAL):
         raise ValueError(f"prompts={spec}: expected {COMPOSED}<count>, with a count of 1 to {TOTAL:,}")
@@ -97,7 +97,7 @@ def _shuffled(k: int, total: int) -> int:
 
 
 def _mixed(x: int, turn: int) -> int:
-    """32 bits that look random: multiply and shift, twice."""
+    """A 32-bit hash: multiply and shift, twice."""
     x = (x + 1 + turn * 0x9E3779B9) * 0x85EBCA6B & 0xFFFFFFFF
     x = (x ^ x >> 15) * 0xC2B2AE35 & 0xFFFFFFFF
     return x ^ x >> 16

@@ -1,4 +1,4 @@
-"""What the two embedded text-to-image worlds share: colours, places, and splits that are held in memory.
+"""Parts of the two embedded text-to-image worlds: colours, places, and splits that are held in memory.
 
 A world is a list of captions with a rule that draws each, and a reader that says whether a picture shows what its
 caption says. Lengths are shares of the image's side, from the top left corner.
@@ -37,9 +37,9 @@ PLACES = {  # column and row of a 3 x 3 grid
     "at the bottom": (1, 2),
     "at the bottom right": (2, 2),
 }
-LINES = (0.27, 0.5, 0.73)  # where columns and rows are
-JITTER = 0.055  # how far from them things are drawn, either way
-EDGES = (0.385, 0.615)  # what the reader takes for the borders between them: half way between what is drawn
+LINES = (0.27, 0.5, 0.73)  # centres of columns and rows
+JITTER = 0.055  # largest distance of a drawn thing from them
+EDGES = (0.385, 0.615)  # borders between them for the reader, half way between drawn things
 HELD = 0.1  # share of the captions that no training image has
 APART = 10_000_000  # numbers of held-out images start here, those of training images at 0
 SCENE = 200  # random streams of a world's pictures start here
@@ -65,7 +65,7 @@ def cells(centre: Tensor) -> Tensor:
 
 
 def divided(captions: Sequence[str], gist: Callable[[str], str] = str) -> tuple[list[str], list[str]]:
-    """Those to train on, and the held-out ones; captions that `gist` makes the same are on the same side."""
+    """Captions to train on, and held-out ones; captions of equal `gist` are on the same side."""
     parts: tuple[list[str], list[str]] = ([], [])
     for caption in captions:
         parts[held_out(gist(caption), HELD)].append(caption)
@@ -73,7 +73,7 @@ def divided(captions: Sequence[str], gist: Callable[[str], str] = str) -> tuple[
 
 
 def shuffled(captions: Sequence[str]) -> list[str]:
-    """In an order that is fixed for ever and mixes what the grammar lists together."""
+    """Captions in a fixed order that mixes neighbours in the grammar."""
     keys = noise.hashes(0, torch.arange(len(captions)), SCENE, 1)[:, 0].argsort().tolist()
     return [captions[int(i)] for i in keys]
 
@@ -84,9 +84,9 @@ class Captioned:
     Args:
         images: uint8 n y x 3
         captions: n sentences, one per image
-        kind: n int64, what is mainly in the picture: for a feature space, never a condition
+        kind: n int64, class of the main thing in the picture: for a feature space, never a condition
         encoders: of the sentences
-        told: hand the captions on as strings
+        told: samples have their captions as strings
     """
 
     def __init__(self, images: Tensor, captions: Sequence[str], kind: Tensor, encoders: ToyText, told: bool):
@@ -107,7 +107,7 @@ class Captioned:
 
 
 class World:
-    """A data set of two such splits, on latents of the fixed codec; what is drawn and read is up to each world.
+    """A data set of two such splits, on latents of the fixed codec; a subclass draws and reads pictures.
 
     Raises:
         ValueError: for a number of training or of held-out images below 1

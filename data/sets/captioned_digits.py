@@ -1,4 +1,4 @@
-"""Captioned handwriting: the digits of scikit-learn (UCI, 1998), coloured, sized and placed, as sentences say.
+"""Captioned handwriting: the digits of scikit-learn (UCI, 1998), coloured, sized and placed as captions say.
 
     a large red seven at the top left        size and place may be left out
 
@@ -48,7 +48,7 @@ UNLIKE = 0.42  # largest distance of two digits there, of ink of length 1
 
 @dataclass(frozen=True)
 class Numeral:
-    """What a caption says."""
+    """The meaning of a caption."""
 
     digit: int
     colour: str
@@ -61,13 +61,13 @@ class Numeral:
 
 @cache
 def grammar() -> dict[str, Numeral]:
-    """All captions and what they mean."""
+    """All captions and their meanings."""
     parts = product(range(10), PALETTE, (None, *SIDES), (None, *PLACES))
     return {str(numeral): numeral for numeral in (Numeral(*p) for p in parts)}
 
 
 def meaning(caption: str) -> Numeral:
-    """Raises ValueError if the grammar does not have this sentence."""
+    """The meaning of a caption. Raises ValueError if the grammar lacks the sentence."""
     if caption not in grammar():
         raise ValueError(f"'{caption}' is no sentence about digits; expected such as 'a red seven at the top left'")
     return grammar()[caption]
@@ -79,11 +79,11 @@ class CaptionedDigits(World):
     Args:
         count: training images; the default has every training caption at least three times
         held: held-out images, of held-out captions
-        captions: hand captions on as strings too
+        captions: samples have their captions as strings too
         seed: of the pictures
 
     Raises:
-        ValueError: for a count that makes no sense
+        ValueError: for an impossible count
     """
 
     SIZE = 32
@@ -97,7 +97,7 @@ class CaptionedDigits(World):
         digits = load_digits()
         ink, label = torch.from_numpy(digits.images).float() / 16, torch.from_numpy(digits.target).long()
         kept = torch.ones(len(label), dtype=torch.bool).index_fill_(0, heldout_indices(label), False)
-        self._ink, self._label = ink[kept], label[kept]  # what the reader knows
+        self._ink, self._label = ink[kept], label[kept]  # known to the reader
         splits = []
         numbers = (torch.arange(count), APART + torch.arange(held))
         sources = ((ink[kept], label[kept]), (ink[~kept], label[~kept]))
@@ -113,10 +113,10 @@ class CaptionedDigits(World):
         return torch.stack([s.nan_to_num(1) for s in self.scores(images, captions).values()]).amin(0) > 0
 
     def scores(self, images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Parts of the caption that hold, b float32 each: 1, 0, or NaN where the caption does not speak of it.
+        """Parts of the caption that hold, b float32 each: 1, 0, or NaN where the caption does not name the part.
 
         Raises:
-            ValueError: for a caption that is not of the grammar, or other numbers of images and captions
+            ValueError: for a caption outside the grammar, or unequal numbers of images and captions
         """
         if len(images) != len(captions):
             raise ValueError(f"got {len(images)} images and {len(captions)} captions: expected one caption for each")
@@ -153,7 +153,7 @@ def _tensor(said: Sequence[Numeral], name: str) -> Tensor:
 
 
 def draw(said: Sequence[Numeral], ink: Tensor, label: Tensor, numbers: Tensor, size: int, seed: int) -> Tensor:
-    """Pictures of what is said, with one of the given digits (n 8 8 in [0, 1]) each: uint8 n size size 3."""
+    """Pictures of captions, each with one of the given digits (n 8 8 in [0, 1]): uint8 n size size 3."""
     places = [(label == d).nonzero().flatten() for d in range(10)]
     lots = uniforms(seed, numbers, 0, 1)[:, 0].tolist()
     chosen = [places[s.digit][int(lot * len(places[s.digit]))] for s, lot in zip(said, lots, strict=True)]
@@ -191,7 +191,7 @@ def render(said: Sequence[Numeral], ink: Tensor, centre: Tensor, side: Tensor, s
 
 
 def look(images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What is written in each image, uint8 b y x 3, taken as one digit.
+    """The ink of each image, uint8 b y x 3, taken as one digit.
 
     Returns:
         Colour's number b, -1 if it is none; height b; centre b 2; ink b 144 of length 1, upright in a square.

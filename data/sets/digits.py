@@ -54,10 +54,9 @@ class Digits:
 
 
 class MovedDigits(Digits):
-    """Digits, each of them turned, scaled and shifted in `copies` ways: too many to be learnt by heart.
+    """Digits, each turned, scaled and shifted in `copies` ways: too many to be memorised.
 
-    1437 digits are: a model then goes on improving for as long as it is trained, and what is compared after training on
-    is how well it remembers them.
+    1437 digits can be memorised: a model then improves as long as it is trained, and comparisons measure its memory.
 
     Args:
         copies: of each digit, all of them moved

@@ -1,7 +1,7 @@
 """Images in folders: one subfolder per class, or all in one folder with captions in .txt files beside them.
 
-Hidden files (`.DS_Store`, `._a.jpg`) and those that Windows leaves in folders count for nothing. Files of other kinds
-are told once, as are animations, of which the first frame is taken.
+Hidden files (`.DS_Store`, `._a.jpg`) and those that Windows leaves in folders are ignored. One warning names files of
+other kinds, one animations, of which the first frame is taken.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data.damage import Damaged, Tolerance, kernel_devices, plain
+from data.damage import Damaged, Tolerance, file_status, kernel_devices
 from data.names import legible
 from data.pixels import (
     EXTENSIONS,
     MOVING,
     Picture,
     PictureSet,
-    decode,
+    decode_image,
+    evenly,
     moving,
-    some,
     suffix,
     tell,
     tell_moving,
@@ -38,7 +38,7 @@ class Folder:
     Args:
         path: with one subfolder per class (whose images may lie deeper), or with the images themselves
         classes: names that fix the numbering; None: the subfolders with images in them, sorted
-        without: a folder to leave out, inside or linked: that of the held-out images, or of the training images
+        without: a folder to leave out, inside or linked: of the held-out images, or of the training images
 
     Raises:
         FileNotFoundError: if there is no such folder
@@ -74,10 +74,10 @@ class Folder:
         self._captions = self._look(files)
 
     def _look(self, files: list[str]) -> dict[str, list[str]]:
-        """Say what is not read as one might expect.
+        """Warn of files that are not read as one might expect.
 
         Returns:
-            The captions that are not just <stem>.txt, by the stem: .TXT, or several that differ in this
+            Caption files other than <stem>.txt, by the stem: .TXT, or several that differ in case
         """
         images: dict[str, list[str]] = {}
         for name in self.names:
@@ -96,7 +96,7 @@ class Folder:
                 f"{' and '.join(same[0])}: each is a sample, and their caption is that of all"
             )
         candidates = [n for n in self.names if suffix(n) in MOVING]
-        looked = some(candidates)
+        looked = evenly(candidates)
         found = [n for n in looked if _stored(self.path / n) and moving(self.path / n)]
         tell_moving(where, found, len(looked) == len(candidates))
         return {stem: names for stem, names in captions.items() if names != [f"{stem}.txt"]}
@@ -108,13 +108,13 @@ class Folder:
         """Raises Damaged if the file cannot be read as an image, or its caption, unless that is not asked for."""
         path = self.path / self.names[index]
         name = legible(str(path))
-        plain(path)
+        file_status(path)
         try:
             content = path.read_bytes()
         except OSError as error:
             raise Damaged(f"{name} cannot be read ({error})") from error
         caption = self._caption(self.names[index]) if captions else None
-        return Picture(decode(content, name), name, self._labels[index], caption)
+        return Picture(decode_image(content, name), name, self._labels[index], caption)
 
     def _caption(self, name: str) -> str | None:
         beside = self._captions.get(_stem(name), [f"{_stem(name)}.txt"])
@@ -123,7 +123,7 @@ class Folder:
         path = self.path / beside[0]
         if not os.path.lexists(path):
             return None
-        plain(path)
+        file_status(path)
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -132,9 +132,9 @@ class Folder:
 
 
 def _stored(path: Path) -> bool:
-    """Whether this is a file with an end: a pipe, or a file that the kernel makes up, would be waited for."""
+    """Whether this is a regular file, which has an end."""
     try:
-        plain(path)
+        file_status(path)
     except Damaged:
         return False
     return True
@@ -178,7 +178,7 @@ def _files(path: Path, without: Path | None = None) -> Iterator[str]:
                     if entry.name.lower() not in LEFT_BY_WINDOWS:
                         yield below
                 elif entry.is_symlink():
-                    left.append(below)  # perhaps a class
+                    left.append(below)  # it may be a class
         for name, real in sorted(links, reverse=True):  # the first is walked first
             if real != apart and _inside(real, apart) or os.stat(real).st_dev in kernel_devices():
                 left.append(name)
@@ -197,7 +197,7 @@ def _files(path: Path, without: Path | None = None) -> Iterator[str]:
 
 
 def _listed(folder: str) -> list[os.DirEntry[str]]:
-    """What a folder holds and does not hide."""
+    """The entries of a folder that are not hidden."""
     try:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]

@@ -11,13 +11,25 @@ import numpy as np
 
 from data.damage import Damaged, Tolerance
 from data.names import legible
-from data.pixels import EXTENSIONS, MOVING, Picture, PictureSet, decode, moving, some, tell, tell_moving, tell_unread
+from data.pixels import (
+    EXTENSIONS,
+    MOVING,
+    Picture,
+    PictureSet,
+    decode_image,
+    evenly,
+    moving,
+    tell,
+    tell_moving,
+    tell_unread,
+)
 from data.plain_text import read_text, words
 from data.sets.image_folder import check_size, divide
-from data.tars import ABSENT, Tars
+from data.tar_index import ABSENT
+from data.tars import Tars
 
 READ = ("cls", "json", "txt")  # besides images
-LOOKED_BYTES = 2**26  # of images, to see whether they have several frames
+LOOKED_BYTES = 2**26  # of images, at most, that are read to count frames
 
 
 class TarImages:
@@ -25,7 +37,7 @@ class TarImages:
 
     Args:
         shards: a folder, file, brace or glob pattern, or a list of such
-        tolerance: what happens to damaged shards, and to samples without an image or a label that can be used
+        tolerance: of damaged shards, and of samples without a usable image or label
         cache: folder for the index files; None: beside the shards
         num_classes: refuse labels from this on; None takes all
 
@@ -59,10 +71,10 @@ class TarImages:
         self._look(str(shards), members)
 
     def _labelled(self, whole: np.ndarray, tolerance: Tolerance, shards: str, num_classes: int | None) -> np.ndarray:
-        """Those of some samples, n bool, whose label can be used.
+        """Samples among `whole`, n bool, whose label can be used.
 
         Raises:
-            Damaged: for a label that others have, or one beyond the classes, if damage is to be refused
+            Damaged: if only some samples have a label, or one is beyond the classes, and damage is to be refused
         """
         labels = self.tars.labels
         absent = whole & (labels == ABSENT)
@@ -81,7 +93,7 @@ class TarImages:
         return whole & ~beyond
 
     def _look(self, shards: str, members: np.ndarray) -> None:
-        """Say what is not read as one might expect; `members` e n tells which images each sample has."""
+        """Warn of members that are not read as one might expect; `members` e n: which images each sample has."""
         if unread := [e for e in self.tars.extensions if e not in (*EXTENSIONS, *READ)]:
             has = [self.tars.has(e) for e in unread]
             example = f"{self.tars.name(int(has[0].argmax()))}.{unread[0]}"
@@ -91,8 +103,8 @@ class TarImages:
             tell(f"{shards}: {several.sum()} samples hold several images, such as {name}: read is the first of {kinds}")
         candidates = np.flatnonzero(np.isin(self._kinds, [EXTENSIONS.index(e) for e in MOVING]))
         found, looked, size = [], 0, 0
-        for i in some(candidates):
-            with suppress(Damaged):  # told when its turn comes
+        for i in evenly(candidates):
+            with suppress(Damaged):  # reported when the sample is read
                 content = self._image(int(i))
                 size += len(content)
                 if moving(io.BytesIO(content)):
@@ -106,11 +118,11 @@ class TarImages:
         return len(self.indices)
 
     def load(self, index: int, captions: bool = True) -> Picture:
-        """Raises Damaged if the members cannot be read; the caption's only if it is asked for."""
+        """Raises Damaged if the members cannot be read; the caption is read only if `captions`."""
         i = int(self.indices[index])
         label, name = int(self.tars.labels[i]), self.tars.name(i)
         caption = self._caption(i) if captions else None
-        return Picture(decode(self._image(index), name), name, None if label == ABSENT else label, caption)
+        return Picture(decode_image(self._image(index), name), name, None if label == ABSENT else label, caption)
 
     def _image(self, index: int) -> bytes:
         return self.tars.read(int(self.indices[index]), EXTENSIONS[self._kinds[index]]) or b""

@@ -19,34 +19,34 @@ from data.damage import Damaged, Tolerance
 from data.decoder import Decoder
 from data.making.encoders import VAE
 from data.pixels import to_uint8
-from data.plain_text import LARGEST
+from data.plain_text import LAST_LABEL
 from data.split import CheckedSet, Split, flipped, opened
-from data.tars import ABSENT, Tars
+from data.tar_index import ABSENT
+from data.tars import Tars
 from edit import noise
 
 
 class Latents:
     """Latents drawn anew from their stored distribution each time, with text embeddings where there are any.
 
-    A folder is used only if it is what its manifest says: encoder and scaling, counts, size of each shard. What a
-    teacher generated is the same at each draw, and never flipped. With aspect-ratio buckets `shape` is that of the
+    A folder must be as its manifest says: encoder and scaling, counts, size of each shard. Samples that a teacher
+    generated are the same at each draw, and never flipped. With aspect-ratio buckets `shape` is that of the
     square, `buckets` are all shapes, and each sample has its own.
 
     Args:
         path: folder made by `python -m data.precompute` or `python -m data.generate`
         flip: take the stored latents of the mirrored image in half of the training draws
         heldout: another such folder, made with the same encoders
-        verify: `size` compares the size of each shard, and what its headers say, with the manifest; `full` reads it all
-            for its checksum
-        vae: folder or hub id of the VAE, to look at samples; None: where it was when the latents were made
+        verify: `size` compares size and headers of each shard with the manifest; `full` the checksum too
+        vae: folder or hub id of the VAE, to look at samples; None: its place when the latents were made
         on_error: damaged shards and samples: refuse or skip
         cache: folder for the index files; None: beside the shards
         seed: of flips and resampling
-        generated_by: refuse anything but samples of this teacher: its folder, or what `manifest.teacher_hash` gave
+        generated_by: refuse samples of any other teacher: its folder, or its `manifest.teacher_hash`
         guidance: refuse samples generated at another guidance scale; None expects nothing, as for the next two
         steps: refuse samples generated in another number of steps
         shift: refuse samples generated with another shift of the times
-        trajectories: hand out how each training sample was generated, see `LatentSplit`
+        trajectories: samples have the teacher's path, see `LatentSplit`
 
     Raises:
         FileNotFoundError, ValueError: in one sentence, for a folder that cannot be used
@@ -111,8 +111,8 @@ class Latents:
         Samples of a teacher without a VAE are decoded by the data set that the teacher was trained on.
 
         Raises:
-            FileNotFoundError: if that VAE is not here
-            ValueError: if the VAE is another one, or there is nothing to decode with
+            FileNotFoundError: if the VAE is missing
+            ValueError: if the VAE is another one, or no decoder is known
         """
         if self.manifest["vae"] is None:
             return self._origin.to_images(x)
@@ -148,12 +148,12 @@ class Latents:
 
     @cached_property
     def world(self) -> CheckedSet | None:
-        """The embedded world that these samples are of, which tells whether a picture shows what its caption says.
+        """The embedded world of these samples, which can tell whether a picture follows its caption.
 
-        None if their teacher was not trained on one, or was told its prompts by other encoders, or padded otherwise.
+        None if the teacher was not trained on one, or its prompts were encoded or padded otherwise.
 
         Raises:
-            ValueError: if it cannot be built
+            ValueError: if the world cannot be built
         """
         if self.manifest["vae"] is not None or not self.manifest.get("generated") or self.null is None:
             return None
@@ -176,7 +176,7 @@ class Latents:
             return None
         from safetensors.torch import load
 
-        content = (self.path / manifest.NULL).read_bytes()  # whose path safetensors would not read if it is no UTF-8
+        content = (self.path / manifest.NULL).read_bytes()  # safetensors takes no path that is no UTF-8
         null = {name: value.float() for name, value in load(content).items()}
         told = {name: self.manifest[name]["width"] for name in ("text", "pooled") if self.manifest[name]}
         if {name: value.shape[-1] for name, value in null.items()} != told:
@@ -196,7 +196,7 @@ def data_set(node: dict[str, Any] | None, purpose: str) -> Any:
         purpose: for the message
 
     Raises:
-        ValueError: if there is none, or it is none of this package
+        ValueError: if there is none, or it is of another package
     """
     if not node or not str(node.get("_target_")).startswith("data."):
         raise ValueError(f"{purpose}, a VAE is needed (vae=<folder>): no data set of `data` is known that decodes them")
@@ -207,12 +207,12 @@ def data_set(node: dict[str, Any] | None, purpose: str) -> Any:
 
 
 def text_length(described: dict | None) -> int | None:
-    """Tokens of every text of an encoder so described; None where there are as many as a prompt has, or no texts."""
+    """The common length in tokens of an encoder's texts; None if lengths differ, or there are no texts."""
     return described["max_tokens"] if described and described.get("padding", "none") != "none" else None
 
 
 def padded(text: Tensor, described: dict) -> dict[str, Tensor]:
-    """Text l c and its mask as the encoder's padding wants them: filled up with zeros, or as they are."""
+    """Text l c and its mask, filled up with zeros if the encoder's padding is `zeros`."""
     mask = torch.ones(len(text), dtype=torch.bool)
     if described.get("padding") == "zeros":
         missing = (0, described["max_tokens"] - len(text))
@@ -224,7 +224,7 @@ def shards(path: Path, described: dict, full: bool, tolerance: Tolerance, cache:
     """The shards that are as the manifest describes them.
 
     Raises:
-        Damaged: if one is not, and damage is to be refused
+        Damaged: if one differs, and damage is to be refused
         ValueError: if none is left
     """
     good: list[str] = []
@@ -242,9 +242,9 @@ def shards(path: Path, described: dict, full: bool, tolerance: Tolerance, cache:
 
 
 def misfits(tars: Tars, described: dict) -> Iterator[Damaged]:
-    """What the indices of shards say against their manifest, the first case of each kind; nothing is read for it.
+    """Contradictions between the indices of shards and their manifest, the first of each kind; no member is read.
 
-    A sample belongs into the shard that its number says, and has each of its members, of the size that its shape needs.
+    The number of a sample decides its shard. A sample has all of its members, of the sizes that its shape needs.
     """
     if "shard_size" not in described or "dtype" not in described:
         return
@@ -271,7 +271,7 @@ def misfits(tars: Tars, described: dict) -> Iterator[Damaged]:
     width = np.dtype(described["dtype"]).itemsize
     for name, count in wanted.items():
         size = tars.size(f"{name}.npy")
-        head = size - count * width  # of an npy file; at most as long as any that numpy has written for three numbers
+        head = size - count * width  # of an npy file; numpy writes at most 256 bytes for three numbers
         yield from _first(tars, name, size, (head <= 0) | (head > 256) | (head % 16 != 0))
     if described["text"]:
         size = tars.size("text.npy")
@@ -296,8 +296,8 @@ class LatentSplit:
     With aspect-ratio buckets `groups` is the bucket of each sample, n int64, by the manifest's order; else None.
 
     With `trajectories` a sample has its teacher's path, too: `z` c y x, the noise; `trajectory` k c y x, the stored
-    states, and their `times` k, from noise to data without either; `scale`, the guidance. The noise is what the teacher
-    began with bit for bit, on another kind of device to a unit in the last place.
+    states, and their `times` k, from noise to data without both ends; `scale`, the guidance. The noise equals the
+    teacher's bit for bit; on another kind of device, to a unit in the last place.
 
     Raises:
         ValueError: for trajectories of samples that were not generated, or by a solver that adds noise of its own
@@ -342,7 +342,7 @@ class LatentSplit:
         first_good = self.tars.tolerance.first_good
         if self.groups is None:
             return first_good(lambda i: self._sample(i, draw, self.shape), index, len(self))
-        group = self.groups[index]  # what stands in for a damaged sample has its shape
+        group = self.groups[index]  # the substitute of a damaged sample has its shape
         first, end = self._first[group], self._first[group + 1]
         shape = self.shapes[group]
         return first_good(
@@ -362,7 +362,7 @@ class LatentSplit:
         return sample
 
     def _label(self, index: int, num_classes: int) -> int:
-        """Raises Damaged if there is none, or one beyond the classes."""
+        """Raises Damaged if the label is missing or beyond the classes."""
         label, name = int(self.tars.labels[index]), self.tars.name(index)
         if label == ABSENT:
             raise Damaged(f"{name} has no label")
@@ -372,7 +372,7 @@ class LatentSplit:
 
     def _path(self, index: int, made: dict, shape: Sequence[int]) -> dict[str, Tensor]:
         number, times = self.tars.json(index).get("number"), torch.tensor(made.get("times", []))
-        if type(number) is not int or not 0 <= number <= LARGEST:  # true is an int to Python
+        if type(number) is not int or not 0 <= number <= LAST_LABEL:  # true is an int to Python
             raise Damaged(f"{self.tars.name(index)}.json does not say which noise it was generated from")
         z = noise.gaussian(made["seed"], torch.tensor([number]), noise.NOISE, tuple(shape))[0]
         states = self._array(index, "trajectory.npy", (len(times), *shape)) if len(times) else z.new_empty(0, *shape)

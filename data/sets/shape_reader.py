@@ -1,8 +1,8 @@
-"""Reading pictures of shapes without training: what is there, where, and whether it is what a caption says.
+"""Read pictures of shapes without training: the things in them, and whether these follow a caption.
 
-What differs from the background is cut into connected parts. A part's colour is the nearest of the palette, its kind
-the outline that fits best among those of its area and centre of mass, so positions and sizes are finer than a pixel.
-What is like no colour or no outline is a thing of no kind, and follows no caption.
+Pixels unlike the background form connected parts. A part's colour is the nearest of the palette, its kind the outline
+that fits best among those of its area and centre of mass, so positions and sizes are finer than a pixel. A part that
+resembles no colour or no outline has none, and follows no caption.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from data.sets.captioned import PALETTE, PLACES, background, cells, colours
-from data.sets.shapes import AREAS, KINDS, RELATIONS, Scene, Thing, along, coverage, meaning
+from data.sets.shape_pictures import AREAS, along, coverage
+from data.sets.shape_scenes import KINDS, RELATIONS, Scene, Thing, meaning
 
 CONTRAST = 70.0  # distance in RGB at which a pixel is no longer background; the palette is 180 or more from it
 SPECK = 0.008  # parts smaller than this share of the image are dirt; the smallest thing has 0.023
@@ -28,7 +29,7 @@ LIMITS = (0.08, 0.24)  # of radii
 
 @dataclass(frozen=True)
 class Seen:
-    """A thing in a picture; colour and kind are None where it is like none."""
+    """A thing in a picture; colour and kind are None where it resembles none."""
 
     colour: str | None
     kind: str | None
@@ -46,11 +47,11 @@ class Seen:
         return known and (self.colour, self.kind) == (thing.colour, thing.kind)
 
 
-def read(images: Tensor) -> list[list[Seen]]:
+def things_in(images: Tensor) -> list[list[Seen]]:
     """The things in each image: uint8 b y x 3.
 
     Raises:
-        ValueError: if these are no square colour images
+        ValueError: if the images are not square colour images
     """
     if images.ndim != 4 or images.shape[-1] != 3 or images.shape[1] != images.shape[2] or images.dtype != torch.uint8:
         raise ValueError(f"expected square uint8 images b y x 3, got {images.dtype} of {tuple(images.shape)}")
@@ -75,7 +76,7 @@ def _read(images: Tensor) -> list[list[Seen]]:
         return seen
     places = ndimage.find_objects(labels)
     owner = torch.tensor([p[0].start for p in places])
-    # with the blurred pixels around it
+    # each part with the blurred pixels around it
     region = torch.from_numpy(np.where(labels > 0, labels, ndimage.maximum_filter(labels, size=(1, 3, 3))))
     mine = (region[owner] == torch.arange(1, len(large) + 1)[:, None, None]).float()  # n y x
     off = off[owner] * mine[..., None]
@@ -120,10 +121,10 @@ def follows(images: Tensor, captions: Sequence[str]) -> Tensor:
     """Whether each image, uint8 b y x 3, shows what its caption says and nothing else: b bool.
 
     Raises:
-        ValueError: for a caption that is not of the grammar, or other numbers of images and captions
+        ValueError: for a caption outside the grammar, or unequal numbers of images and captions
     """
-    pairs = zip(read(images), _scenes(images, captions), strict=True)
-    # poor models scatter a dozen specks, whose orders nobody can count: the number is compared first
+    pairs = zip(things_in(images), _scenes(images, captions), strict=True)
+    # the number is compared first: poor models scatter a dozen specks, which have too many orders
     return torch.tensor(
         [
             len(seen) == len(scene.things) and any(_holds(order, scene) for order in permutations(seen))
@@ -133,14 +134,14 @@ def follows(images: Tensor, captions: Sequence[str]) -> Tensor:
 
 
 def scores(images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
-    """Parts of each caption that hold: 1, 0, or NaN where it does not speak of it; b float32 each.
+    """Parts of each caption that hold: 1, 0, or NaN where the caption does not name the part; b float32 each.
 
     Returns:
         count: as many things as named
-        colour, kind, size: the things have the named ones, whoever has which
-        place, relation: where they are, by things of the named colour and kind
+        colour, kind, size: the things have the named ones, in any assignment
+        place, relation: of things of the named colour and kind
     """
-    pairs = zip(read(images), _scenes(images, captions), strict=True)
+    pairs = zip(things_in(images), _scenes(images, captions), strict=True)
     rows = [_score(seen, scene) for seen, scene in pairs]
     return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
 

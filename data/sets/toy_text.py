@@ -2,7 +2,7 @@
 
 Real classes and file formats of `transformers`, so that what is built on them works with downloaded encoders too. The
 weights are fixed random numbers, bit for bit the same on every machine: integer hashes, scaled. A random encoder keeps
-sentences apart and mixes neighbouring words, and more is not needed where the vocabulary has some fifty words.
+sentences apart and mixes neighbouring words, which is enough for a vocabulary of some fifty words.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def filled(model: nn.Module, seed: int) -> nn.Module:
     """The model with its weights replaced by fixed numbers, frozen.
 
     Uniform numbers of variance 1 / inputs, and 1 for embeddings. T5 gets a strong bias by distance between words: with
-    smooth attention it would average over all words, the same for "red circle, blue square" in any order.
+    smooth attention it would average over all words, and "red circle, blue square" would be the same in any order.
     """
     for number, (name, p) in enumerate(sorted(model.named_parameters())):
         if p.ndim == 1:

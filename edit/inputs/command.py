@@ -1,15 +1,18 @@
-"""What every command does around its work: words that can be read, and one sentence for whatever goes wrong."""
+"""What every command does around its work: it reads any word, and answers in one sentence whatever goes wrong."""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, overload
 
 DEBUG = ("debug=true", "debug=false")  # words of every command
+Main = Callable[[list[str]], int]  # words -> exit code
+Command = Callable[[Sequence[str] | None], int]
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,12 +36,41 @@ def unexpected(error: BaseException) -> str:
     return f"{type(error).__name__}{': ' * bool(said)}{said}; debug=true shows the traceback"
 
 
-def guarded(main: Callable[[list[str]], int]) -> Callable[[Sequence[str] | None], int]:
-    """The command line of `main`, which answers the mistakes it knows; any other error is a sentence and exit code 1.
+def number_of(variable: str, default: int) -> int:
+    """An environment variable. Raises ValueError if it is set to something else than a whole number."""
+    text = os.environ.get(variable, str(default))
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(f"the environment says {variable}={text!r}, expected a whole number: unset it") from error
 
-    With debug=true among the words its traceback is shown, too.
+
+@overload
+def guarded(main: Main) -> Command: ...
+@overload
+def guarded(*, mistakes: tuple[type[Exception], ...] = ..., interrupted: str = ...) -> Callable[[Main], Command]: ...
+def guarded(
+    main: Main | None = None,
+    *,
+    mistakes: tuple[type[Exception], ...] = (ValueError, OSError),
+    interrupted: str = "interrupted",
+) -> Command | Callable[[Main], Command]:
+    """Make a command of `main`: whatever goes wrong is one sentence on stderr and an exit code.
+
+    The code is 2 for an error that tells the user what to mend, 130 after Ctrl-C, and 1 for any other error. The word
+    debug=true, which `main` does not see, shows the traceback of an error.
+
+    Args:
+        main: takes the words, returns the exit code
+        mistakes: errors whose own sentence tells what to mend
+        interrupted: sentence after Ctrl-C
     """
+    if main is None:
+        return functools.partial(_guard, mistakes=mistakes, interrupted=interrupted)
+    return _guard(main, mistakes, interrupted)
 
+
+def _guard(main: Main, mistakes: tuple[type[Exception], ...], interrupted: str) -> Command:
     @functools.wraps(main)
     def command(argv: Sequence[str] | None = None) -> int:
         words = list(sys.argv[1:] if argv is None else argv)
@@ -46,12 +78,14 @@ def guarded(main: Callable[[list[str]], int]) -> Callable[[Sequence[str] | None]
         try:
             return main([word for word in words if word.lower() not in DEBUG])
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            print(interrupted, file=sys.stderr)
             return 130
         except Exception as error:
             if DEBUG[0] in map(str.lower, words):
                 traceback.print_exc()
-            print(f"error: {unexpected(error)}", file=sys.stderr)
-            return 1
+            known = isinstance(error, mistakes)
+            said = " ".join(str(error).split()) if known else unexpected(error)
+            print(f"error: {said}", file=sys.stderr)
+            return 2 if known else 1
 
     return command

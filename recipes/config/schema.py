@@ -481,7 +481,7 @@ def _refused_by(module: str, words: Sequence[str]) -> str | None:
             told.error = _refuse  # type: ignore[method-assign]
             told.parse_args(words)
         elif module == "recipes.export":
-            from recipes.export import parsed
+            from recipes.export import parse as parsed
 
             parsed(list(words))
         else:

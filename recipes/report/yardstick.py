@@ -45,7 +45,7 @@ class Yardstick:
     @classmethod
     def of(cls, data: DataSet, node: Mapping[str, Any], chosen: Settings, device: torch.device) -> Yardstick:
         """Read real images, make or load the feature space, and measure the real images themselves."""
-        from data.order import OneSize
+        from data.one_size import OneSize
         from data.split import CheckedSet
         from edit.measuring.quality import Gaussian, digest, frechet, nearest
 

@@ -990,9 +990,9 @@ def test_a_wrong_token_is_one_sentence_and_the_folder_stays(flux, tmp_path, hub,
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "artifact= is missing"),
-        (("artifact=x",), "out= is missing"),
-        (("artifact=x", "out=y", "dytpe=bf16"), "did you mean dtype=...?"),
+        ((), "artifact is missing: artifact=<"),
+        (("artifact=x",), "out is missing: out=<"),
+        (("artifact=x", "out=y", "dytpe=bf16"), "did you mean dtype?"),
         (("artifact=x", "out=y", "dtype=int4"), "dtype is one of bf16, fp16, fp32, got int4"),
         (("artifact=x", "out=y", "format=gguf"), "format is one of diffusers, single_file, lora, got gguf"),
         (("artifact=x", "out=y", "max_shard_size=big"), "max_shard_size is a size such as 5GB or 500MB, got big"),
@@ -1014,4 +1014,4 @@ def test_the_command_line_prints_only_the_folder_and_starts_without_heavy_import
     code = "import sys, recipes.export; assert not {'lightning', 'hydra', 'diffusers', 'peft'} & set(sys.modules); "
     code += "recipes.export.main(['--help'])"
     helped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONFIGS.parent)
-    assert helped.returncode == 0 and "pipeline=FOLDER" in helped.stdout
+    assert helped.returncode == 0 and "pipeline=" in helped.stdout

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from weights import randomise
 
 import edit
-from edit.backbones.qwen_image import QwenImage, position_angles, turn
-from edit.backbones.stock import attached
+from edit.backbones.qwen_image import QwenImage, position_angles
+from edit.backbones.stock import attached, turn
 from edit.pruning.depth import DepthPruning
 from edit.stream import Condition, Layout
 

@@ -114,7 +114,7 @@ def tokenizer():
 @pytest.fixture
 def job(vae: Path, tmp_path: Path) -> Callable:
     """A precompute job at test size; keywords change it."""
-    from data.making.latent_writer import Job
+    from data.making.job import Job
 
     def make(images: Path, out: str = "latents", **options) -> Job:
         tiny = {"vae": str(vae), "size": SIZE, "batch": 2, "shard_size": 5, "workers": 1}

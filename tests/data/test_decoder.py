@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data.making.encoders import VAE
-from data.making.latent_folder import precompute
+from data.making.precomputer import precompute
 from data.pixels import to_uint8
 from data.sets.latents import Latents
 from data.sets.shapes import Shapes

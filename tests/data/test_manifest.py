@@ -10,7 +10,7 @@ from samples import write_tar
 
 from data import manifest
 from data.damage import Damaged
-from data.making.latent_folder import precompute
+from data.making.precomputer import precompute
 from data.sets.latents import Latents
 
 
@@ -19,7 +19,7 @@ def made(tmp_path_factory, vae):
     """Four images of two classes in two shards."""
     from samples import png
 
-    from data.making.latent_writer import Job
+    from data.making.job import Job
 
     place = tmp_path_factory.mktemp("made")
     for number in range(4):

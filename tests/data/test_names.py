@@ -110,7 +110,7 @@ def test_names_that_are_no_text_are_printed_in_any_terminal(folder, vae, tmp_pat
 
 @pytest.mark.parametrize("out", ["photos", "photos/a", "photos/made/deep", "linked/made", "photos/../photos"])
 def test_latents_are_not_written_into_their_images(job, folder, out):
-    from data.making.latent_folder import precompute
+    from data.making.precomputer import precompute
 
     (folder.parent / "linked").symlink_to(folder)
     before = sorted(folder.rglob("*"))
@@ -120,7 +120,7 @@ def test_latents_are_not_written_into_their_images(job, folder, out):
 
 
 def test_latents_are_not_written_among_the_shards_that_a_pattern_names(job, shards):
-    from data.making.latent_folder import precompute
+    from data.making.precomputer import precompute
 
     for images in (shards, f"{shards}/*.tar", shards / "0.tar"):
         with pytest.raises(ValueError, match="is where .* is read from: choose another --out"):
@@ -129,7 +129,7 @@ def test_latents_are_not_written_among_the_shards_that_a_pattern_names(job, shar
 
 @pytest.mark.parametrize("out", ["file", "file/below", "pipe", "gone"])
 def test_latents_are_written_into_a_folder_only(job, folder, tmp_path, out):
-    from data.making.latent_folder import precompute
+    from data.making.precomputer import precompute
 
     (tmp_path / "file").write_text("mine")
     os.mkfifo(tmp_path / "pipe")
@@ -160,16 +160,16 @@ def test_images_are_a_folder_or_shards_and_not_both(job, folder, shards, tmp_pat
 
 
 def test_an_empty_folder_to_write_is_refused_before_any_work(folder, vae, capsys):
-    from data.generate import Order
     from data.generate import main as generate
+    from data.making.request import Request
     from data.precompute import main
 
-    assert main(["--images", str(folder), "--out", "", "--vae", str(vae)]) == 1
+    assert main(["--images", str(folder), "--out", "", "--vae", str(vae)]) == 2
     assert generate(["teacher=nowhere", "prompts=nowhere", "out="]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert errors[0] == "error: out is empty: give a folder" and errors[1].startswith("error: out is missing: out=<")
     with pytest.raises(ValueError, match="out is empty: give folder to write"):
-        Order(teacher="a", prompts="b", out="")
+        Request(teacher="a", prompts="b", out="")
     for name in ("guidance", "shift"):
         with pytest.raises(ValueError, match=f"{name} must be a finite number.*, got nan"):
-            Order(teacher="a", prompts="b", out="c", **{name: float("nan")})
+            Request(teacher="a", prompts="b", out="c", **{name: float("nan")})

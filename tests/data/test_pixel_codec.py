@@ -4,7 +4,8 @@ import torch
 from data import pixel_codec
 from data.pixel_codec import basis, decode, encode
 from data.sets.captioned import shuffled
-from data.sets.shapes import draw, grammar
+from data.sets.shape_pictures import draw
+from data.sets.shape_scenes import grammar
 from edit.measuring.quality import psnr
 
 

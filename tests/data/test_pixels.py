@@ -10,8 +10,8 @@ from PIL import Image
 from samples import image
 
 from data.damage import Damaged
-from data.order import cover_crop
-from data.pixels import THIN, centre_crop, decode
+from data.making.buckets import cover_crop
+from data.pixels import THIN, centre_crop, decode_image
 
 SHAPE = Image.fromarray(np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 14)  # 3 wide, 2 high, all different
 
@@ -23,7 +23,7 @@ def stored(picture: Image.Image, kind: str, **options) -> bytes:
 
 
 def pixels(content: bytes) -> np.ndarray:
-    picture = decode(content, "x")
+    picture = decode_image(content, "x")
     assert picture.mode == "RGB"
     return np.array(picture)
 
@@ -133,7 +133,7 @@ def test_a_tiff_says_how_many_bits_there_are_and_what_0_means():
 )
 def test_greys_of_an_unknown_range_are_refused_by_their_mode(content, said):
     with pytest.raises(Damaged, match=f"^photo.tif cannot be decoded .*{said}.*save it with 8 bits"):
-        decode(content, "photo.tif")
+        decode_image(content, "photo.tif")
 
 
 def test_16_bit_colours_keep_their_upper_byte():
@@ -158,7 +158,8 @@ def test_what_is_transparent_lies_on_white():
     ):
         seen = pixels(content)
         assert np.array_equal(seen[..., 0], expected) and np.array_equal(seen[..., 1], expected[:, ::-1])
-    assert decode(stored(Image.new("RGBA", (1, 1), (200, 0, 0, 128)), "PNG"), "x").getpixel((0, 0)) == (227, 127, 127)
+    half = stored(Image.new("RGBA", (1, 1), (200, 0, 0, 128)), "PNG")
+    assert decode_image(half, "x").getpixel((0, 0)) == (227, 127, 127)
 
 
 def test_premultiplied_colours_are_not_multiplied_again():
@@ -240,7 +241,7 @@ def test_more_pixels_than_pil_takes_for_harmless_are_refused_in_one_sentence(mon
     with pytest.raises(
         Damaged, match=r"^a\.png cannot be decoded \(more pixels than .* which is 1,000: scale it down\)$"
     ):
-        decode(content, "a.png")
+        decode_image(content, "a.png")
 
 
 def test_a_picture_without_pixels_is_refused():
@@ -249,7 +250,7 @@ def test_a_picture_without_pixels_is_refused():
     bmp[18:22] = bytes(4)
     for content in (ppm, bytes(bmp), tiff(b"", 0, bits=8), b""):
         with pytest.raises(Damaged, match=r"^x cannot be decoded \("):
-            decode(content, "x")
+            decode_image(content, "x")
 
 
 # ---- crops ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from samples import caption, png, write_tar
 
 from data.damage import Damaged, Tolerance
 from data.sets.image_shards import TarImages
-from data.tars import Tars, expand, load_index
+from data.tar_index import load_index
+from data.tars import Tars, expand
 
 
 def member(name: str, content: bytes = b"", **header) -> tuple[tarfile.TarInfo, bytes]:
@@ -251,7 +252,7 @@ def test_damage_is_told_again_from_the_kept_index(tmp_path, monkeypatch):
     path = pack(tmp_path / "a.tar", member("0.png", b"zero"), member("1.png", b"one"))
     os.truncate(path, 1600)
     load_index(path)
-    monkeypatch.setattr("data.tars.scan", lambda path: pytest.fail("scanned again"))
+    monkeypatch.setattr("data.tar_index.scan", lambda path: pytest.fail("scanned again"))
     with pytest.raises(Damaged, match=r"a\.tar is truncated"):
         contents(path)
 

@@ -6,17 +6,35 @@ from pathlib import Path
 import pytest
 
 import edit
+from edit.inputs.command import guarded
 from recipes.cost import main as cost
 
 
 def test_every_command_has_the_net_below_it():
     """A module with a command line is guarded; eval.py and train.py have nets of their own."""
-    root = Path(edit.__file__).parents[2]
+    root, guards = Path(edit.__file__).parents[1], 0
     for file in [f for package in ("edit", "data", "recipes") for f in (root / package).rglob("*.py")]:
         tree = ast.parse(file.read_text())
         mains = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main"]
         for main in mains:
-            assert [ast.unparse(d) for d in main.decorator_list] == ["guarded"], file
+            (decorator,) = (ast.unparse(d) for d in main.decorator_list)
+            assert decorator.partition("(")[0] == "guarded", file
+            guards += 1
+    assert guards >= 7
+
+
+def test_a_mistake_of_the_user_an_interruption_and_an_unknown_error_have_codes_of_their_own(capsys):
+    @guarded(mistakes=(KeyError,), interrupted="interrupted: nothing was written")
+    def command(argv: list[str]) -> int:
+        if not argv:
+            return 0
+        raise {"a": KeyError("one\n two"), "b": ValueError("three"), "c": KeyboardInterrupt}[argv[0]]
+
+    assert command(["DEBUG=false"]) == 0
+    assert command(["a"]) == 2 and capsys.readouterr().err == "error: 'one\\n two'\n"
+    assert command(["b"]) == 1 and capsys.readouterr().err.startswith("error: ValueError: three; debug=true")
+    assert command(["c"]) == 130 and capsys.readouterr().err == "interrupted: nothing was written\n"
+    assert command(["a", "debug=true"]) == 2 and "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("debug", [False, True])

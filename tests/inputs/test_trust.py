@@ -90,12 +90,12 @@ def refused(artifact: Path) -> str:
 
 # ---- names ----------------------------------------------------------------------------------------------------------
 
-COMMANDS = ["data.generate.main", "data.precompute.main", "data.embedded.main", "data.embedded.write"]
+COMMANDS = ["data.generate.main", "data.precompute.main", "data.embedded.main", "data.embedded.write_world"]
 OTHERS = [
     "data.sets.digits.np.save",
-    "data.tars.Path",
+    "data.tar_index.Path",
     "data.sets.latents.Tars",
-    "data.generate.Order",
+    "data.making.request.Request",
     "data.sets.digits.Tensors",
 ]
 OTHERS += [

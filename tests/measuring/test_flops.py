@@ -11,8 +11,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.flop_counter import flop_registry
 
 from edit.denoiser import Denoiser
-from edit.measuring.cost import Cost, Uncounted, cost, count_forward
-from edit.measuring.flops import FORMULAS, Flops, uncounted
+from edit.measuring.cost import Cost, cost, count_forward
+from edit.measuring.flops import FORMULAS, Flops, Uncounted, uncounted
 from edit.sampling import Sampler
 from edit.solvers import Euler
 

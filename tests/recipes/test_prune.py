@@ -114,7 +114,7 @@ def test_a_pruned_model_is_pruned_again(whole):
     [
         ({"by": "luck"}, 2, "expected one of learned, random"),
         ({"by": "learned"}, 2, "give the run of a search exactly with by=learned"),
-        ({"by": "random", "patern": "1:2"}, 2, "did you mean 'pattern'"),
+        ({"by": "random", "patern": "1:2"}, 2, "did you mean pattern?"),
         ({"by": "random", "pattern": "3:5"}, 1, "4 units make no groups of 5"),
         ({"by": "random", "model": "nowhere"}, 1, "no artifact at nowhere"),
         ({"search": "whole"}, 1, "its model has no gates"),

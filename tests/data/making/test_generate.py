@@ -18,13 +18,15 @@ import torch
 from safetensors import SafetensorError
 
 import edit
-from data.generate import Order, main, parse
+from data.generate import main, parse
 from data.loader import EndlessLoader
 from data.making.encoders import TextEncoder
-from data.making.generator import default_shift, describe, generate
-from data.making.latent_writer import Words
+from data.making.frozen import PromptEncoders
+from data.making.generator import generate, settings_of
 from data.making.pipelines import complete
 from data.making.prompts import read_prompts
+from data.making.request import Request
+from data.making.teacher import default_shift
 from data.manifest import teacher_hash
 from data.sets.latents import Latents
 from edit.artifacts.checkpoint import skeleton
@@ -67,9 +69,9 @@ def order(teacher: Path, t5: Path, clip: Path, tmp_path: Path):
     tiny = {"teacher": teacher, "prompts": tmp_path / "prompts.txt", "text_encoder": t5, "pooled_encoder": clip}
     settings = {"max_tokens": 8, "steps": 3, "batch": 2, "shard_size": 3, "dtype": "float32", "device": "cpu"}
 
-    def make(out: str = "cache", **options) -> Order:
+    def make(out: str = "cache", **options) -> Request:
         given = {**{k: str(v) for k, v in tiny.items()}, **settings, **options}
-        return Order(out=str(tmp_path / out), **given)
+        return Request(out=str(tmp_path / out), **given)
 
     return make
 
@@ -78,7 +80,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*") if ".index." not in p.name}
 
 
-def embed(order: Order, prompts: list[str]) -> dict[str, torch.Tensor]:
+def embed(order: Request, prompts: list[str]) -> dict[str, torch.Tensor]:
     text = TextEncoder(order.text_encoder, None, order.max_tokens, padding="states").encode(prompts)
     pooled = TextEncoder(order.pooled_encoder).encode(prompts)
     return {"text": torch.stack([e.text for e in text]), "pooled": torch.stack([e.pooled for e in pooled])}
@@ -220,7 +222,7 @@ def test_a_shift_that_is_given_wins_over_that_of_the_pipeline(order, tmp_path):
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(tmp_path / "scheduler")
     for given, used in ((None, 3.0), (1.25, 1.25)):
         work = order(teacher=str(tmp_path), size=8, shift=given)
-        told = describe(work, Words(work, "cpu"), read_prompts(work.prompts))
+        told = settings_of(work, PromptEncoders(work, "cpu"), read_prompts(work.prompts))
         assert told["generated"]["shift"] == used
 
 
@@ -438,7 +440,7 @@ def test_a_cache_made_otherwise_than_expected_is_refused(order, teacher, tmp_pat
 
 
 def test_latents_of_real_images_are_no_teachers(job, folder, teacher):
-    from data.making.latent_folder import precompute
+    from data.making.precomputer import precompute
 
     out = precompute(job(folder), quiet).parent
     with pytest.raises(ValueError, match="latents holds no generated data"):
@@ -526,7 +528,7 @@ def test_the_command_says_what_to_type_next(order, capsys):
     said = capsys.readouterr().out
     assert "5 of 5 images of flux -> latents 4x8x8 float16, euler 3 steps, guidance 3.5, shift 2" in said
     assert f"next: python train.py data=latents data.set.path={given.out} data.set.generated_by={given.teacher}" in said
-    assert main([*words, "seed=1"]) == 1
+    assert main([*words, "seed=1"]) == 2
     assert "error: " in (said := capsys.readouterr().err) and "generated.seed=0" in said and "Traceback" not in said
 
 
@@ -535,7 +537,7 @@ def test_the_command_says_what_to_type_next(order, capsys):
     [
         ("teacher=a prompts=b", "out is missing: out=<folder to write"),
         ("teacher=a prompts=b out=c gudance=2", "there is no key 'gudance': did you mean guidance?"),
-        ("teacher=a prompts=b out=c steps=many", "steps: expected int, got 'many'"),
+        ("teacher=a prompts=b out=c steps=many", "steps: expected a whole number, got 'many'"),
         ("teacher=a prompts=b out=c rank=1", "there is no key 'rank'"),
         ("teacher", "'teacher' is no setting: write key=value"),
         ("teacher=a teacher=b", "teacher is given twice"),
@@ -565,7 +567,7 @@ def test_settings_that_make_no_sense_are_refused():
         ({"points": -1}, "points must be at least 0, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
-            Order(**{**base, **change})
+            Request(**{**base, **change})
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "meta", "nonsense"])
@@ -573,10 +575,10 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read(device, t
     from data import precompute
 
     words = ["teacher=/nowhere", "prompts=/nowhere", f"out={tmp_path / 'out'}", f"device={device}"]
-    assert main(words) == 1
+    assert main(words) == 2
     assert f"error: device={device} is not on this machine, which has cpu" in capsys.readouterr().err
     words = ["--images", "/nowhere", "--out", str(tmp_path / "out"), "--vae", "/nowhere", "--device", device]
-    assert precompute.main(words) == 1
+    assert precompute.main(words) == 2
     assert f"error: device={device} is not on this machine, which has cpu" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -599,7 +601,7 @@ def test_the_embedded_world_needs_no_downloads(tmp_path):
     teacher = edit.save(plain.denoiser, tmp_path / "toy", sampler=plain.sampler, data=world)
     prompts = ["a red circle above a blue square", "three small green crosses"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
-    work = Order(
+    work = Request(
         teacher=str(teacher),
         prompts=str(tmp_path / "prompts.txt"),
         out=str(tmp_path / "cache"),

@@ -10,10 +10,11 @@ from torch import Tensor
 from weights import randomise
 
 import edit
-from data.generate import Order
 from data.loader import EndlessLoader
-from data.making.generator import Recorded, generate
-from data.making.latent_folder import precompute
+from data.making.generator import generate
+from data.making.precomputer import precompute
+from data.making.request import Request
+from data.making.teacher import Recorded
 from data.sets.latents import Latents
 from edit.backbones.flux import FluxConfig
 from edit.few_step.endpoint import CachedEndpoint, Endpoint
@@ -54,7 +55,7 @@ def made(teacher: Path, t5: Path, clip: Path, tmp_path_factory: pytest.TempPathF
 
     def make(out: str, say: Callable[[str], None] = lambda _: None, **options) -> Path:
         named = {"teacher": teacher, "prompts": place / "prompts.txt", "text_encoder": t5, "pooled_encoder": clip}
-        order = Order(
+        order = Request(
             **{name: str(path) for name, path in named.items()},
             out=str(place / out),
             **{"max_tokens": 8, "guidance": SCALE, "steps": 4, "seed": 5, "batch": 3, "device": "cpu", **options},
@@ -209,7 +210,7 @@ def test_a_folder_begun_with_other_points_is_refused(made):
 )
 def test_points_that_the_solver_does_not_pass_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        Order("a", "b", "c", "d", **change)
+        Request("a", "b", "c", "d", **change)
 
 
 def test_samples_without_a_path_are_refused(job, folder):

@@ -21,7 +21,8 @@ from data.loader import EndlessLoader
 from data.pixels import centre_crop, to_tensor, to_uint8
 from data.sets.image_folder import Folder, ImageFolder
 from data.sets.image_shards import ImageShards
-from data.tars import expand, load_index
+from data.tar_index import load_index
+from data.tars import expand
 
 # ---- pixels ---------------------------------------------------------------------------------------------------------
 
@@ -560,7 +561,7 @@ def test_an_image_that_is_corrupt_inside_a_shard_is_replaced_by_the_next(tmp_pat
 
 def test_the_index_is_kept_until_the_shard_changes(shards, monkeypatch):
     first = load_index(shards / "0.tar")
-    monkeypatch.setattr("data.tars.scan", lambda path: pytest.fail("scanned again"))
+    monkeypatch.setattr("data.tar_index.scan", lambda path: pytest.fail("scanned again"))
     again = load_index(shards / "0.tar")
     assert all(np.array_equal(first[k], again[k]) for k in first)
     monkeypatch.undo()

@@ -20,8 +20,8 @@ from samples import SIZE, caption, image, png, write_tar
 from data.damage import Damaged, Tolerance
 from data.loader import EndlessLoader
 from data.making.encoders import VAE, TextEncoder
-from data.making.latent_folder import precompute
-from data.making.latent_writer import Job
+from data.making.job import Job
+from data.making.precomputer import precompute
 from data.pixels import centre_crop, to_tensor, to_uint8
 from data.precompute import main
 from data.sets.latents import Latents
@@ -474,7 +474,7 @@ def test_the_command_says_what_to_type_next(folder, vae, tmp_path, capsys):
     assert main(words) == 0
     assert f"next: python train.py data=latents data.set.path={tmp_path}/out" in capsys.readouterr().out
     assert len(Latents(str(tmp_path / "out")).train()) == 12
-    assert main([*words[:-2], "--dtype", "float32"]) == 1
+    assert main([*words[:-2], "--dtype", "float32"]) == 2
     assert "error: " in (said := capsys.readouterr().err) and "dtype=float16" in said and "Traceback" not in said
 
 

@@ -6,9 +6,11 @@ from torch.nn.functional import conv2d
 
 from data.loader import EndlessLoader
 from data.pixel_codec import decode, encode
-from data.sets.captioned import divided
-from data.sets.shape_reader import follows, read, scores
-from data.sets.shapes import PALETTE, Scene, Shapes, Thing, draw, gist, grammar, meaning
+from data.sets.captioned import PALETTE, divided
+from data.sets.shape_pictures import draw
+from data.sets.shape_reader import follows, scores, things_in
+from data.sets.shape_scenes import Scene, Thing, gist, grammar, meaning
+from data.sets.shapes import Shapes
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +197,7 @@ def test_blank_and_random_pictures_and_colours_of_no_name_follow_nothing(rendere
     blank = torch.full((50, 32, 32, 3), 20, dtype=torch.uint8)
     chaos = torch.randint(0, 256, (50, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert not follows(blank, captions).any() and not follows(chaos, captions).any()
-    assert read(blank[:1]) == [[]]
+    assert things_in(blank[:1]) == [[]]
     red = picture(RED).float()
     pale = (red + 0.5 * (20 - red)).to(torch.uint8)  # half as bright: of no colour in the palette
     assert not follows(pale, ["a red circle"]).any() and len(PALETTE) == 6

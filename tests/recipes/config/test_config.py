@@ -72,7 +72,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Optional
 
-from edit.edits import Edit
+from edit.denoiser import Edit
 from edit.objectives import Objective
 from edit.sampling import Sampler
 

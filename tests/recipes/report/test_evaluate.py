@@ -328,8 +328,8 @@ def test_images_that_no_judge_can_see_are_measured_without_one(cli, make_dit, tm
 
 
 def test_what_a_teacher_made_of_an_embedded_world_is_measured_as_that_world(tmp_path):
-    from data.generate import Order
     from data.making.generator import generate
+    from data.making.request import Request
     from data.sets.toy_text import LENGTH, ToyText
     from edit.backbones.flux import FluxConfig
 
@@ -339,7 +339,7 @@ def test_what_a_teacher_made_of_an_embedded_world_is_measured_as_that_world(tmp_
     folders = ToyText().write(tmp_path / "text")
     (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue crosses\n")
     t5, clip = str(folders["text_encoder_2"]), str(folders["text_encoder"])
-    work = Order(str(teacher), str(tmp_path / "prompts.txt"), str(tmp_path / "made"), t5, pooled_encoder=clip)
+    work = Request(str(teacher), str(tmp_path / "prompts.txt"), str(tmp_path / "made"), t5, pooled_encoder=clip)
     work = replace(work, max_tokens=LENGTH, padding="zeros", steps=1, device="cpu")
     generate(work, lambda _: None)
     made = {"_target_": "data.sets.latents.Latents", "path": str(tmp_path / "made")}

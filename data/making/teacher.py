@@ -1,0 +1,164 @@
+"""How a teacher is asked for samples: its solver, its shift of the times, its condition."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data import manifest
+from data.loader import collate
+from data.making.frozen import PromptEncoders
+from data.making.request import Request
+from data.sets.latents import padded, text_length
+from edit.artifacts.location import find, is_hub_id
+from edit.backbones.stock import StockDenoiser
+from edit.denoiser import Denoiser
+from edit.objectives import Objective
+from edit.solvers import (
+    DDIMSolver,
+    DDPMSolver,
+    DPMSolver,
+    Draw,
+    Euler,
+    Heun,
+    Predict,
+    Solver,
+    dynamic_shift,
+    log_shift,
+    times,
+)
+from edit.stream import Condition
+
+
+def solver_of(request: Request, shift: float) -> Solver:
+    if request.solver in ("euler", "heun", "dpm"):
+        return {"euler": Euler, "heun": Heun, "dpm": DPMSolver}[request.solver](steps=request.steps, shift=shift)
+    return {"ddim": DDIMSolver, "ddpm": DDPMSolver}[request.solver](steps=request.steps)
+
+
+class Recorded(Solver):
+    """A solver that keeps its states at some times: `states` by time, b c y x, of the last batch.
+
+    A state is an input of the model. Heun's method evaluates its guess first and then the state, which is kept.
+
+    Args:
+        solver: the integrator
+        times: of the states, among the times of the solver's evaluations
+    """
+
+    def __init__(self, solver: Euler | Heun, times: Sequence[float]):
+        self.solver, self.steps, self.times = solver, solver.steps, tuple(times)
+        self.states: dict[float, Tensor] = {}
+
+    @property
+    def evaluations(self) -> int:
+        return self.solver.evaluations
+
+    def check(self, objective: Objective) -> None:
+        self.solver.check(objective)
+
+    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
+        def watched(x: Tensor, t: float, end: float | None = None) -> Tensor:
+            if t in self.times:
+                self.states[t] = x
+            return predict(x, t, end)
+
+        return self.solver.integrate(watched, x, objective, draw)
+
+
+def stored_times(request: Request, shift: float) -> list[float]:
+    """Times of the stored states, from noise to data without both ends: evenly chosen solver times."""
+    return times(request.steps, shift)[:: request.steps // (request.points + 1)][1:-1]
+
+
+def check_text(request: Request, denoiser: Denoiser, encoders: PromptEncoders, shape: tuple[int, int, int]) -> None:
+    """Raises ValueError if the teacher does not take the text of these encoders."""
+    condition = condition_of(request, denoiser, encoders, encoders.embed([""]))[0]
+    try:
+        denoiser.pack(torch.zeros(1, *shape), torch.ones(1), condition)
+        if encoders.text is not None and isinstance(denoiser, StockDenoiser):
+            denoiser.need_length(text_length(encoders.text.description))
+    except ValueError as error:
+        raise ValueError(f"{request.teacher} cannot be given prompts with these encoders: {error}") from error
+
+
+def default_shift(request: Request, denoiser: Denoiser, tokens: int) -> float:
+    """The shift of the artifact's sampler, else of the pipeline's scheduler, else by FLUX.1-dev's rule, else 1."""
+    sampler = description_of(request.teacher).get("sampler")
+    if sampler:
+        dynamic = sampler["solver"].get("dynamic")
+        return dynamic_shift(dynamic, tokens) if dynamic else float(sampler["solver"].get("shift", 1.0))
+    if shift := scheduler_shift(scheduler_of(request.teacher), tokens):
+        return shift
+    if denoiser.config.get("guidance_embeds"):
+        from edit.backbones.flux import flux_shift
+
+        return flux_shift(tokens)
+    return 1.0
+
+
+def scheduler_of(teacher: str) -> dict[str, Any]:
+    """The configuration of the scheduler beside a published transformer; empty where there is none."""
+    beside = find(teacher, weights=False).parent / "scheduler" / "scheduler_config.json"
+    if beside.is_file():
+        return manifest.read(beside)
+    if is_hub_id(teacher):
+        from diffusers import SchedulerMixin
+
+        try:
+            return SchedulerMixin.load_config(teacher, subfolder="scheduler")
+        except OSError:
+            return {}
+    return {}
+
+
+def scheduler_shift(config: dict[str, Any], tokens: int) -> float | None:
+    """The shift of a flow-matching scheduler at this many image tokens; None for another scheduler.
+
+    A dynamic shift is exp(mu) or mu itself, mu being linear in the tokens through (base_image_seq_len, base_shift) and
+    (max_image_seq_len, max_shift). Other options (shift_terminal, Karras sigmas) are ignored.
+    """
+    if not str(config.get("_class_name")).startswith("FlowMatch"):
+        return None
+    if not config.get("use_dynamic_shifting"):
+        return float(config.get("shift") or 1.0)
+    ends = (("base_shift", 0.5), ("max_shift", 1.15), ("base_image_seq_len", 256), ("max_image_seq_len", 4096))
+    low, high, few, many = (config.get(key, default) for key, default in ends)
+    mu = log_shift((low, high, few, many), tokens)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+
+def description_of(teacher: str) -> dict[str, Any]:
+    """The description of an artifact, edits.json; empty for a published folder."""
+    path = find(teacher) / "edits.json"
+    return manifest.read(path) if path.exists() else {}
+
+
+def condition_of(
+    request: Request, denoiser: Denoiser, encoders: PromptEncoders, rows: Sequence[dict[str, Tensor]]
+) -> tuple[Condition, Condition]:
+    """The teacher's conditions for some prompts, and for as many empty prompts, from embeddings as stored.
+
+    Args:
+        request: with the guidance scale
+        denoiser: the teacher; a guidance-distilled one is given the scale
+        encoders: of the embeddings
+        rows: `text` l c and `pooled` c of each prompt
+    """
+    b, samples = len(rows), []
+    for number, row in enumerate([*rows, encoders.embed([""])[0]]):
+        sample: dict[str, Any] = {"draw": number}
+        if encoders.text is not None:
+            sample |= padded(row["text"].float(), encoders.text.description)
+        if "pooled" in row:
+            sample["pooled"] = row["pooled"].float()
+        samples.append(sample)
+    joined = collate(samples)  # together, so that both have the same length
+    del joined["draw"]
+    told = torch.full((b,), request.guidance) if denoiser.config.get("guidance_embeds") else None
+    condition = Condition(**{k: v[:b] for k, v in joined.items()}, guidance=told)
+    return condition, Condition(**{k: v[b:].expand(b, *v.shape[1:]) for k, v in joined.items()})
