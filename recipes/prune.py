@@ -22,8 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from edit.inputs.command import guarded
 from edit.inputs.limits import LAST_SEED
-from recipes.config.check import describe, rule, suggest
-from recipes.config.schema import UserError, check
+from recipes.config.errors import UserError, suggest
+from recipes.config.mistakes import mistakes
+from recipes.config.values import rule, spell
 from recipes.runtime.files import write
 
 if TYPE_CHECKING:
@@ -93,9 +94,9 @@ def parse(words: Sequence[str]) -> Settings:
         try:
             cfg[name] = text
         except OmegaConfBaseException as error:
-            raise UserError(f"{name}: expected {describe(hints[name])}, got {text!r}") from error
-    if errors := check(cfg):
-        raise UserError(errors[0])
+            raise UserError(f"{name}: expected {spell(hints[name])}, got {text!r}") from error
+    if error := next(mistakes(cfg, "", ()), None):
+        raise UserError(error)
     chosen = OmegaConf.to_object(cfg)
     assert isinstance(chosen, Settings)
     if (chosen.by == "learned") != (chosen.search is not None):
@@ -241,7 +242,8 @@ class Batches:
     def __init__(self, chosen: Settings, artifact: Artifact):
         import edit
         from data.loader import EndlessLoader
-        from recipes.report.evaluate import build_data, pick_device
+        from recipes.data_set import build_data
+        from recipes.runtime.machine import pick_device
 
         source = artifact if chosen.data is None else edit.load(chosen.data)
         self.objective, self.seed = artifact.objective, chosen.seed

@@ -12,7 +12,7 @@ import edit
 from edit.edits import Edit, rebuild
 from edit.inputs.trust import named
 from edit.moved import COMMANDS, current, renamed
-from recipes.config.schema import bring_up_to_date
+from recipes.config.older import bring_up_to_date
 
 ROOT = Path(__file__).parents[1]
 FROZEN = """

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.config.schema import UserError
+from recipes.config.errors import UserError
+from recipes.config.schema import Evaluation
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from data.split import CheckedSet, DataSet, Split
     from edit.measuring.quality import FeatureSpace, Gaussian, Judge
-    from recipes.report.evaluate import Settings
 
 GRID = 60  # images that a grid shows
 NEAREST_NUMBERS = 2**28  # training images kept in memory for the search of copies: at most 1 GiB of float32
@@ -43,7 +43,7 @@ class Yardstick:
     description: dict[str, Any]
 
     @classmethod
-    def of(cls, data: DataSet, node: Mapping[str, Any], chosen: Settings, device: torch.device) -> Yardstick:
+    def of(cls, data: DataSet, node: Mapping[str, Any], chosen: Evaluation, device: torch.device) -> Yardstick:
         """Read real images, make or load the feature space, and measure the real images themselves."""
         from data.order import OneSize
         from data.split import CheckedSet
@@ -90,6 +90,12 @@ class Yardstick:
                 others = real_features(data, train, "train", space, node, chosen, cache)
                 description["floor"] = frechet(moments, Gaussian.of(others))
         return cls(data, real.shape, space, judge, features, moments, train_x, some, checked, description)
+
+    @property
+    def columns(self) -> int:
+        """Columns of a grid: one per class where these fit."""
+        classes = self.data.num_classes
+        return classes if classes and classes <= 12 else 8
 
     def identity(self) -> dict[str, Any] | None:
         """Who extracts features, and how pixels reach it."""
@@ -190,7 +196,7 @@ def choose_space(features: str, judge: Judge | None, device: torch.device) -> Fe
     return judge
 
 
-def make_judge(data: DataSet, train: Split, chosen: Settings, cache: Path, device: torch.device) -> Judge | None:
+def make_judge(data: DataSet, train: Split, chosen: Evaluation, cache: Path, device: torch.device) -> Judge | None:
     """The judge of a labelled data set; None if its images are too large for one."""
     from edit.measuring.quality import Judge, train_judge
 
@@ -203,7 +209,13 @@ def make_judge(data: DataSet, train: Split, chosen: Settings, cache: Path, devic
 
 
 def real_features(
-    data: DataSet, split: Split, name: str, space: FeatureSpace, node: Mapping[str, Any], chosen: Settings, cache: Path
+    data: DataSet,
+    split: Split,
+    name: str,
+    space: FeatureSpace,
+    node: Mapping[str, Any],
+    chosen: Evaluation,
+    cache: Path,
 ) -> Tensor:
     """Features of evenly spaced images of a split, from the cache if the first images, config and extractor agree."""
     import torch

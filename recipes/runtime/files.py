@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from recipes.config.schema import UserError
+from recipes.config.errors import UserError
 
 LOCK = ".lock"  # in a run's folder: who is writing there
 # what tells a process of a launch that another one is the first: torchrun, Lightning, SLURM, LSF, MPI

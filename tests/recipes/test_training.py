@@ -14,7 +14,7 @@ import edit
 from edit.denoiser import Condition
 from edit.edits import Edit
 from edit.objectives import Term
-from recipes.config.schema import UserError
+from recipes.config.errors import UserError
 from recipes.runtime.callbacks import newest
 
 

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from recipes.config.check import describe, fits, mistakes, nearest, rule
+from recipes.config.errors import nearest
+from recipes.config.mistakes import mistakes
+from recipes.config.values import fits, rule, spell
 
 
 @pytest.mark.parametrize("hint", [int, float, bool, str, int | None])
 def test_an_object_that_will_be_built_is_no_scalar(hint):
     node = OmegaConf.create({"_target_": "toy.Net"})
-    assert not fits(node, hint), describe(hint)
+    assert not fits(node, hint), spell(hint)
     assert fits(node, hint | list[int]) and fits(node, Path)
 
 

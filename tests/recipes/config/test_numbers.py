@@ -9,9 +9,11 @@ from omegaconf import DictConfig, OmegaConf
 from small_runs import config, rows, train
 
 import edit
-from recipes.config.schema import UserError, as_typed, check
+from recipes.config.check import check
+from recipes.config.errors import UserError
+from recipes.config.schema import Evaluation
+from recipes.config.words import as_typed
 from recipes.diffusion import Diffusion
-from recipes.report.evaluate import settings
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,7 @@ def test_a_name_that_is_no_folder_is_refused_in_one_sentence(right, name):
 )
 def test_a_number_that_no_evaluation_can_have_is_refused(changes, sentence):
     with pytest.raises(UserError, match=sentence):
-        settings(changes)
+        Evaluation.of(changes)
 
 
 def everything(folder: Path) -> dict[str, bytes]:

@@ -21,18 +21,12 @@ from edit.backbones.flux import FluxConfig
 from edit.inputs.command import print_any_name
 from edit.pruning.depth import DepthPruning
 from edit.sampling import Euler, Grid, Sampler
-from recipes.config.schema import UserError
-from recipes.report.evaluate import (
-    DEFAULTS,
-    adjusted,
-    build_data,
-    captions,
-    conditions,
-    run,
-    run_folder,
-    settings,
-    short_names,
-)
+from recipes.config.errors import UserError
+from recipes.config.schema import EVALUATION, Evaluation
+from recipes.data_set import build_data, captions, conditions
+from recipes.report.evaluate import run
+from recipes.report.request import folders, parse, run_folder, short_names
+from recipes.report.samples import adjusted
 from recipes.report.yardstick import progress
 from recipes.training import finish
 
@@ -79,11 +73,11 @@ def results(folder: Path) -> list[dict]:
 
 
 def test_the_defaults_are_complete_and_pass_their_own_rules():
-    assert settings({}).n == OmegaConf.load(DEFAULTS).n
+    assert Evaluation.of({}).n == OmegaConf.load(EVALUATION).n
 
 
 def test_one_value_stands_for_a_list():
-    chosen = settings({"guidance": 2, "seed": 3})
+    chosen = Evaluation.of({"guidance": 2, "seed": 3})
     assert chosen.guidance == [2.0] and chosen.seed == [3]
 
 
@@ -100,7 +94,7 @@ def test_one_value_stands_for_a_list():
 )
 def test_a_wrong_setting_is_refused_in_one_sentence(overrides, sentence):
     with pytest.raises(UserError, match=sentence) as error:
-        settings(overrides)
+        Evaluation.of(overrides)
     assert "\n" not in str(error.value)
 
 
@@ -177,7 +171,7 @@ def test_paths_are_taken_as_they_are_typed_and_patterns_only_where_there_is_no_s
         shutil.copytree("whole", name)
 
     def found(*words):
-        return [str(p.parent) for p in cli.folders(cli.parse([f"artifact={word}" for word in words])["artifact"])]
+        return [str(p.parent) for p in folders(parse([f"artifact={word}" for word in words])["artifact"])]
 
     for name in ("run[1]", "a,b", "x #1", "1_0", "[1]", "null"):
         assert found(name) == [name] == found(f'"{name}"')
@@ -189,8 +183,8 @@ def test_paths_are_taken_as_they_are_typed_and_patterns_only_where_there_is_no_s
     assert found("[run1,'run[1]']") == ["run1", "run[1]"]
     Path("same").symlink_to("run1")
     assert found("run1", "same") == ["run1"]
-    assert cli.parse(["artifact=run1", "out=1_0 #2"])["out"] == "1_0 #2"
-    assert cli.parse(["artifact=run1", "out=null", "cache=~"]) == {"artifact": ["run1"], "out": None, "cache": None}
+    assert parse(["artifact=run1", "out=1_0 #2"])["out"] == "1_0 #2"
+    assert parse(["artifact=run1", "out=null", "cache=~"]) == {"artifact": ["run1"], "out": None, "cache": None}
 
 
 @pytest.mark.parametrize(
@@ -265,7 +259,7 @@ def test_an_artifact_that_fails_becomes_a_row_and_the_others_are_measured(cli, r
 
 
 def test_training_can_evaluate_its_artifact_at_the_end(runs, cache):
-    chosen = settings({"n": 8, "guidance": [1.0], "rounds": 0, "cache": str(cache)})
+    chosen = Evaluation.of({"n": 8, "guidance": [1.0], "rounds": 0, "cache": str(cache)})
     report = run([runs / "whole" / "artifact"], chosen, runs / "whole")
     assert report["artifacts"][0]["results"][0]["cost"]["forward"] is None
     assert results(runs / "whole") == report["artifacts"]
@@ -343,7 +337,7 @@ def test_what_a_teacher_made_of_an_embedded_world_is_measured_as_that_world(tmp_
     generate(work, lambda _: None)
     made = {"_target_": "data.sets.latents.Latents", "path": str(tmp_path / "made")}
     edit.save(tiny, tmp_path / "student" / "artifact", sampler=Sampler(Euler(1)), data=made)
-    chosen = settings({"n": 8, "guidance": 1, "features": "none", "device": "cpu", "rounds": 0})
+    chosen = Evaluation.of({"n": 8, "guidance": 1, "features": "none", "device": "cpu", "rounds": 0})
     report = run([tmp_path / "teacher", tmp_path / "student"], chosen, tmp_path / "out")
     teachers, students = (a["results"][0]["quality"] for a in report["artifacts"])
     assert "prompt_accuracy" in students and students == teachers  # the same weights on the same captions
