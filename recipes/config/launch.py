@@ -29,7 +29,7 @@ from recipes.config.errors import UserError, failure_of
 from recipes.config.explain import explain
 from recipes.config.schema import Root
 from recipes.config.sources import register
-from recipes.config.words import as_typed, read
+from recipes.config.words import as_typed, parse_options
 
 
 def launch(
@@ -66,12 +66,12 @@ def launch(
 
 def _launch(task: Callable[[DictConfig], Any], config_name: str, config_dir: Path, words: list[str]) -> None:
     register()
-    args, flags = read(words)
+    args, flags = parse_options(words)
     sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
     config_dir = Path(args.config_path or config_dir).resolve()
     if not (args.help or args.hydra_help or args.shell_completion or args.info):
         fixed = _refuse_mistakes(args, config_name, config_dir, sweep)
-        if sweep:  # a job's folder is named after what distinguishes it from the others
+        if sweep:  # a job's folder is named after the settings that differ between jobs
             fixed = ",".join(f"'{key}'" for key in (*fixed, "name", "runs"))
             args.overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]")
     sys.argv[1:] = [*args.overrides, *flags]  # Hydra's parser loses settings that follow a flag
@@ -86,7 +86,7 @@ def _launch(task: Callable[[DictConfig], Any], config_name: str, config_dir: Pat
             codes.append(_guard(_checked(task), cfg))
 
     shown = os.environ.get("HYDRA_FULL_ERROR")
-    with _hydra_errors("1"):  # or Hydra prints what it meets, and ends the process
+    with _hydra_errors("1"):  # otherwise Hydra prints errors itself and ends the process
         hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(job)()
     if any(codes):
         sys.exit(max(codes))
@@ -94,7 +94,7 @@ def _launch(task: Callable[[DictConfig], Any], config_name: str, config_dir: Pat
 
 @contextmanager
 def _hydra_errors(full: str | None) -> Iterator[None]:
-    """HYDRA_FULL_ERROR is this while the block runs."""
+    """Set HYDRA_FULL_ERROR while the block runs; None unsets it."""
     before = os.environ.pop("HYDRA_FULL_ERROR", None)
     try:
         if full is not None:
@@ -107,7 +107,7 @@ def _hydra_errors(full: str | None) -> Iterator[None]:
 
 
 def _checked(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """The task, after another look at its configuration: references to the running job can be followed only now."""
+    """The task, preceded by a second check: references to the running job resolve only now."""
 
     def checked(cfg: DictConfig) -> None:
         if errors := check(cfg):
@@ -121,7 +121,7 @@ def _checked(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
 
 
 def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool) -> list[str]:
-    """Compose and check each value of a sweep once, or the one run. Returns the keys that the sweep leaves fixed."""
+    """Compose and check the run, or each value of a sweep once. Returns the keys that the sweep leaves fixed."""
     overrides, name = list(args.overrides), args.config_name or config_name
     extra = [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
     fixed: list[str] = []
@@ -135,7 +135,7 @@ def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool)
                 own = OmegaConf.select(cfg, "hydra")
                 with open_dict(cfg):
                     cfg.pop("hydra", None)
-                if args.cfg:  # shows what was composed, right or wrong
+                if args.cfg:  # shows the composed configuration, right or wrong
                     continue
                 if OmegaConf.get_type(cfg) is not Root:
                     raise UserError(f"{name} is no configuration of a run: its defaults do not begin with root_schema")
@@ -143,7 +143,7 @@ def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool)
                     raise UserError("\n".join(errors))
     except UserError:
         raise
-    except Exception as error:  # what Hydra makes of words that are no settings is of many kinds
+    except Exception as error:  # words that are no settings raise many types in Hydra
         if _full_errors():
             raise
         raise UserError(explain(error, config_dir, overrides, name)) from error
@@ -151,7 +151,7 @@ def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool)
 
 
 def _jobs(overrides: Sequence[str]) -> tuple[list[list[str]], list[str]]:
-    """Jobs in which every value of every sweep occurs at least once (not their product), and the keys not swept."""
+    """Jobs in which every swept value occurs at least once (not the product), and the keys that are not swept."""
     loader = GlobalHydra.instance().config_loader()
     columns, fixed = [], []
     for override in OverridesParser.create(loader).parse_overrides(list(overrides)):
@@ -171,7 +171,7 @@ def _jobs(overrides: Sequence[str]) -> tuple[list[list[str]], list[str]]:
 
 
 def _guard(task: Callable[[DictConfig], Any], cfg: DictConfig) -> int:
-    """Run the task; 0, or the exit code after saying what went wrong."""
+    """Run the task. Returns 0, or the exit code after printing the failure."""
     try:
         task(cfg)
         return 0
@@ -192,12 +192,12 @@ def _full_errors() -> bool:
 
 
 def _rank() -> int:
-    """This process's rank as torchrun, Lightning's launcher or SLURM tells it; 0 without any of them."""
+    """This process's rank in torchrun, Lightning's launcher or SLURM; 0 without a launcher."""
     return int(next((os.environ[v] for v in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if os.environ.get(v)), "0"))
 
 
 def _say(*sentences: str, everywhere: bool = False, label: str = "error: ") -> None:
-    """One line each on stderr, red on a terminal; by rank 0 only unless `everywhere`, which then names the rank."""
+    """Print one line each on stderr, in colour on a terminal. Other ranks than 0 print only if `everywhere`."""
     from rich.console import Console
     from rich.text import Text
 

@@ -28,10 +28,10 @@ def mistakes(node: DictConfig | ListConfig, path: str, trusted: Sequence[str], h
     """One sentence for each mistake in a node and below it.
 
     Args:
-        node: to look through
-        path: its place, '' for the root
+        node: a part of the configuration
+        path: its dotted key, '' for the root
         trusted: packages that a `_target_` may name
-        hint: what is built here has this annotation; None: nothing is
+        hint: annotation of the object that is built here; None: nothing is built
     """
     hints: Mapping[str, Any] = {}
     if isinstance(node, DictConfig):
@@ -62,12 +62,12 @@ def _check_sizes(node: DictConfig | ListConfig, path: str) -> Iterator[str]:
     try:
         refuse_enormous(OmegaConf.to_container(node, resolve=True), path)
     except OmegaConfBaseException:
-        pass  # what a reference in it lacks is reported by `mistakes`
+        pass  # an unresolved reference is reported by `mistakes`
     except ValueError as error:
         yield one_line(error)
 
 
-# what is built from train.py's configuration, by its place; * is any name
+# dotted keys of train.py's configuration where an object is built, and its class; * is any name
 BUILT = {
     "backbone": "edit.denoiser.Spec",
     "data.set": "data.split.Splits",
@@ -78,14 +78,14 @@ BUILT = {
     "matching": "edit.few_step.method.Matching",
     "sampler": "edit.sampling.Sampler",
 }
-# functions that stand where a value is expected, and compute it from nothing but their arguments
+# pure functions that may stand in place of a value
 FUNCTIONS = ("edit.pruning.patterns.aligned",)
-# Hydra's own words in a node, and the one thing that they may say: how nodes are built anyway
+# Hydra's own keys in a node, and their only accepted values, which are the defaults
 HYDRA = {"_partial_": False, "_recursive_": True, "_convert_": "all"}
 
 
 def _kind_at(place: str, parent: str) -> Any:
-    """The kind of class that a place of train.py's configuration takes; None where nothing is built."""
+    """The class that a dotted key of train.py's configuration takes; None where nothing is built."""
     path = BUILT.get(place) or BUILT.get(f"{parent}.*")
     if path is None:
         return None
@@ -109,11 +109,11 @@ def _check_fields(node: DictConfig, path: str) -> Iterator[str]:
 
 
 def locate(path: Any, trusted: Sequence[str]) -> Any:
-    """The object that a `_target_` names.
+    """Import the object that a `_target_` names.
 
     Raises:
-        ValueError: if it lies outside the trusted packages (also if it was only imported into one of them, as in
-            `torch.os.system`), or if there is no such module or name
+        ValueError: if it is defined outside the trusted packages (a mere import into one of
+            them, as in `torch.os.system`, does not count), or if it does not exist
     """
     if not isinstance(path, str):
         raise ValueError(f"expected an import path, got {cut(path)}")
@@ -152,7 +152,7 @@ def _import(module: str) -> types.ModuleType:
 def _check_target(
     node: DictConfig, path: str, trusted: Sequence[str], hint: Any
 ) -> Generator[str, None, Mapping[str, Any]]:
-    """Mistakes of a node that is to be built; returns the annotations of its arguments."""
+    """Mistakes of a node with a `_target_`; returns the annotations of its arguments."""
     prefix = f"{path}." if path else ""
     for key, value in OmegaConf.to_container(node).items():  # type: ignore[union-attr]
         if str(key).startswith("_") and key != "_target_" and (key not in HYDRA or value != HYDRA[key]):
@@ -190,7 +190,7 @@ def _check_target(
 
 
 def _check_kind(target: Any, path: str, hint: Any) -> None:
-    """Raises ValueError unless a `_target_` is a class that an annotation takes: see `edit.inputs.trust`."""
+    """Raise a ValueError unless the annotation accepts the `_target_`'s class: see `edit.inputs.trust`."""
     if hint is None:
         raise ValueError(f"nothing is built here, so {path} is not called: leave it out")
     kinds = accepted(hint)

@@ -33,34 +33,34 @@ class TrainerConfig:
     clip: float | None = rule(1.0, above=0)  # gradient norm; null leaves gradients as they are
     compile: bool = False
     gradient_checkpointing: bool = False
-    threads: int | None = rule(None, low=1, high=1024)  # of torch on the CPU; null leaves the choice to torch
-    memory: float | None = rule(None, low=0)  # GB of a device that a run must fit in; null: the GPU's own; 0: unchecked
+    threads: int | None = rule(None, low=1, high=1024)  # of torch on the CPU; null: torch's choice
+    memory: float | None = rule(None, low=0)  # GB per device that the run may use; null: the GPU's own; 0: unchecked
 
 
 @dataclass
 class DataConfig:
     set: Any = MISSING  # node with _target_: the data set
     batch_size: int = rule(MISSING, low=1, high=1_000_000)  # per device and micro-batch
-    workers: int = rule(0, low=0, high=1024)  # processes that read ahead; 0: the run itself reads
+    workers: int = rule(0, low=0, high=1024)  # processes that read ahead; 0: the training process reads
 
 
 @dataclass
 class OptimizerConfig:
-    kind: str = rule("adamw", of=("adamw", "adamw8bit"))  # 8bit: moments of a byte each (torchao)
+    kind: str = rule("adamw", of=("adamw", "adamw8bit"))  # 8bit: moments of one byte (torchao)
     lr: float = rule(MISSING, low=0, high=100)
     betas: list[float] = rule([0.9, 0.999], low=0, below=1, count=2)
     weight_decay: float = rule(0.0, low=0, high=100)
     eps: float = rule(1e-8, above=0, below=1)
     warmup: int = rule(0, low=0)  # optimiser steps
     schedule: str = rule("constant", of=("constant", "cosine"))
-    end: float = rule(0.0, low=0, high=1)  # part of lr that a cosine ends at
-    # regex found in parameter names -> {lr_scale, weight_decay, betas}; names begin with denoiser, critic or own
+    end: float = rule(0.0, low=0, high=1)  # final learning rate of a cosine, as a fraction of lr
+    # regex searched in parameter names -> {lr_scale, weight_decay, betas}; names begin with denoiser, critic or own
     groups: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class EmaConfig:
-    decay: float = rule(0.9999, low=0, below=1)  # 0 keeps no history
+    decay: float = rule(0.9999, low=0, below=1)  # 0: no averaging
     ramp: bool = False  # min(decay, (1 + step) / (10 + step))
 
 
@@ -80,37 +80,37 @@ class WandbConfig:
 
 @dataclass
 class LoggerConfig:
-    kinds: list[str] = rule([], of=("wandb", "tensorboard"))  # besides csv, which is always on
+    kinds: list[str] = rule([], of=("wandb", "tensorboard"))  # csv is always on
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
 @dataclass
 class PreviewConfig:
-    every: int = rule(0, low=0)  # optimiser steps between sample grids; 0 = only at the end
+    every: int = rule(0, low=0)  # optimiser steps between sample grids; 0: only at the end
     count: int = rule(40, low=1, high=10_000)  # images in a grid
 
 
 @dataclass
 class TeacherConfig:
-    """The frozen model that terms compare with; there is one where `path` is given or the student is tied to it."""
+    """The frozen model that terms compare with. A run has one if `path` is given or the placement is tied."""
 
     path: str | None = None  # artifact, run or diffusers folder, or hub id; null for a tied one
     placement: str = rule("replicated", of=("replicated", "sharded", "offloaded", "tied"))
-    guidance: Any = 1.0  # scale it is asked at: a number, or [low, high] to draw from for each sample
-    dtype: str = rule("auto", of=("auto", "fp32", "bf16"))  # of its weights; auto: bf16 where the run has bf16
+    guidance: Any = 1.0  # guidance weight: a number, or [low, high] for a uniform draw per sample
+    dtype: str = rule("auto", of=("auto", "fp32", "bf16"))  # of its weights; auto: bf16 if the run uses bf16
 
 
 @dataclass
 class CriticConfig:
-    """The model that learns the student's distribution, in few-step methods that have one."""
+    """The model that learns the student's distribution, for few-step methods with one."""
 
-    start: str = rule("teacher", of=("teacher", "student"))  # whose weights and structure it starts with
-    follow: float = rule(0.0, low=0, high=1)  # part of the way to the student after its steps; SenseFlow: 0.03
+    start: str = rule("teacher", of=("teacher", "student"))  # source of its initial weights and structure
+    follow: float = rule(0.0, low=0, high=1)  # fraction by which it moves to the student after each step; SenseFlow: 0.03
 
 
 @dataclass
 class Root:
-    """Everything that train.py understands at the top level."""
+    """The keys of train.py at the top level."""
 
     name: Any = MISSING  # text: the run lives in <runs>/<name>; a sweep puts each job in a folder below
     backbone: Any = MISSING
@@ -118,15 +118,15 @@ class Root:
     edits: dict[str, Any] = field(default_factory=dict)  # name -> node with _target_, applied in order
     objective: Any = MISSING
     data_weight: Any = 1.0  # of the objective's losses beside the terms: a number, or an edit.objectives.Ramp
-    # parts of the times that the samples of a batch are drawn from in turn; 1: none
+    # equal parts of the time law, from which successive samples draw their times; 1: no stratification
     strata: int = rule(1, low=1, high=1_000_000)
     terms: dict[str, Any] = field(default_factory=dict)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     matching: Any = None  # node with _target_: a few-step method, in place of the objective's losses and terms
     critic: CriticConfig = field(default_factory=CriticConfig)
-    # runs this one needs: lists of key=value words for train.py, or for the module of ours that the first word names
+    # runs to finish first: lists of key=value words for train.py, or for the module that the first word names
     before: list[Any] = field(default_factory=list)
-    # modules of ours that do something with its artifact, each with its settings
+    # modules to run afterwards on the artifact, each a list of its name and settings
     after: list[Any] = field(default_factory=list)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -141,8 +141,8 @@ class Root:
     label_drop: float = rule(0.1, low=0, high=1)  # share of conditions replaced by the null condition
     init: str | None = None  # artifact folder or official checkpoint to start from; "": one must be given
     runs: str = "runs"
-    # further packages whose classes _target_ may name, each of the kind that its place expects; what importing them
-    # does is done: name only packages of your own. It is the only way to anything outside of edit and data
+    # further packages whose classes _target_ may name, each of the kind that its place expects. Importing them runs
+    # their code: name only packages of your own. No other key reaches code outside of edit and data
     trusted: list[str] = field(default_factory=list)
     debug: bool = False  # show tracebacks
 

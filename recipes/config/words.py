@@ -21,7 +21,7 @@ from recipes.config.values import spell
 KEY = re.compile(r"(\+{1,2}|~)?[\w./@:$-]+(=|$)")  # how a setting begins
 
 
-def read(words: list[str]) -> tuple[Any, list[str]]:
+def parse_options(words: list[str]) -> tuple[Any, list[str]]:
     """Hydra's namespace of options and settings, and the words that are options.
 
     Raises:
