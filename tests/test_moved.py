@@ -62,6 +62,13 @@ def test_a_configuration_of_an_older_run_is_brought_up_to_date():
     assert OmegaConf.is_interpolation(cfg, "x") and OmegaConf.is_readonly(cfg)
 
 
+def test_a_stage_of_an_older_run_is_brought_up_to_date():
+    cfg = OmegaConf.create({"before": [["seed=1"], ["${y}", "a=1"]], "after": [["edit.export", "out=a"]], "y": "???"})
+    OmegaConf.set_readonly(cfg, True)
+    bring_up_to_date(cfg)
+    assert cfg.after == [["recipes.export", "out=a"]] and OmegaConf.is_interpolation(cfg.before[1], 0)
+
+
 @pytest.mark.parametrize("old", COMMANDS)
 def test_a_former_command_tells_its_new_name(old):
     done = subprocess.run([sys.executable, "-m", old], capture_output=True, text=True, cwd=ROOT)

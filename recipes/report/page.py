@@ -155,7 +155,7 @@ def value_of(picked: Any) -> float | None:
 
 
 def best(column: Column, table: Sequence[Row]) -> float | None:
-    """The best value of a column, lower bounds aside; None if no direction is better, or rows agree or do not compare."""
+    """The best value of a column, lower bounds aside; None if neither direction is better or rows do not differ."""
     values = {v for row in table if (v := value_of(column.pick(row))) is not None and not column.at_least(row)}
     if not column.better or len(values) < 2 or (column.judged and not comparable(table)):
         return None
