@@ -105,9 +105,7 @@ class CriticConfig:
     """The model that learns the student's distribution, for few-step methods with one."""
 
     start: str = rule("teacher", of=("teacher", "student"))  # source of its initial weights and structure
-    follow: float = rule(
-        0.0, low=0, high=1
-    )  # fraction by which it moves to the student after each step; SenseFlow: 0.03
+    follow: float = rule(0.0, low=0, high=1)  # fraction it moves to the student after each step; SenseFlow: 0.03
 
 
 @dataclass
