@@ -43,16 +43,19 @@ from edit.inputs.command import print_any_name
 from edit.inputs.trust import load_yaml
 from edit.objectives import Objective
 from edit.sampling import Sampler
-from recipes.config.schema import Root, UserError, bring_up_to_date
+from recipes.config.errors import UserError
+from recipes.config.older import bring_up_to_date
+from recipes.config.schema import Evaluation, Root
+from recipes.data_set import captions, check_told, conditions, null_condition
 from recipes.diffusion import Diffusion
 from recipes.few_step import FewStep
 from recipes.recipe import Settings
-from recipes.report.evaluate import captions, check_told, conditions, environment, null_condition, settings
 from recipes.report.evaluate import run as evaluate
 from recipes.roles import Teacher
 from recipes.runtime.callbacks import Checkpoints, Metrics, Preview, ProgressBar, checkpoints, newest, step_of
 from recipes.runtime.files import is_first, locked, write
 from recipes.runtime.loggers import CSVLogger, close, log_artifact, log_summary, make_loggers
+from recipes.runtime.machine import environment
 from recipes.runtime.trainer import accelerator_of, count_devices, make_trainer, precision_of, recipe_casts
 
 # what may change between two attempts at one run; everything else decides the numbers
@@ -641,7 +644,7 @@ def finish(cfg: DictConfig, artifact: Path) -> dict[str, Any]:
     """Say what came out, evaluate it, and say what to type next."""
     out = artifact.parent
     print(f"artifact  {artifact}", flush=True)
-    report = evaluate([artifact], settings(cfg.evaluate), out) if cfg.evaluate else {}
+    report = evaluate([artifact], Evaluation.of(cfg.evaluate), out) if cfg.evaluate else {}
     print(f"next      {typed('python', 'eval.py', f'artifact={out}')}", flush=True)
     return report
 

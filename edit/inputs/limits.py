@@ -1,7 +1,7 @@
 """Which numbers a setting may be: of its annotated kind, finite, within limits, and not so large that work never ends.
 
 A dataclass calls `check_numbers(self)` first in its `__post_init__`. Limits are part of annotations, so that
-`recipes.config.check` compares a configuration with them before anything is built.
+`recipes.config.mistakes` compares a configuration with them before anything is built.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from edit.artifacts.checksums import of_file, of_files
 from edit.sampling import Sampler
 from edit.stream import Condition
-from recipes.config.schema import UserError
+from recipes.config.errors import UserError
 from recipes.recipe import Recipe
 from recipes.report.routing_map import Decisions, decides, draw, groups
 from recipes.runtime.files import is_first, write

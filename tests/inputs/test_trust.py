@@ -28,9 +28,9 @@ from edit.inputs import trust
 from edit.objectives import FlowMatching, Objective, Ramp, Term
 from edit.sampling import Sampler
 from edit.solvers import Euler, Solver
-from recipes.config.schema import UserError
+from recipes.config.errors import UserError
 from recipes.cost import main as cost
-from recipes.report.evaluate import build_data
+from recipes.data_set import build_data
 
 
 @dataclass

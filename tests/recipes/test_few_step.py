@@ -11,7 +11,7 @@ from small_runs import SMALL, TWO_RANKS, config, losses, rows, train
 
 import edit
 from edit.denoiser import Edit
-from recipes.config.schema import UserError
+from recipes.config.errors import UserError
 from recipes.runtime.callbacks import newest
 
 MATCHING = "matching={_target_: edit.few_step.distribution_matching.DistributionMatching, every: 2}"

@@ -14,7 +14,7 @@ import edit
 from edit.denoiser import Edit
 from edit.objectives import Term
 from edit.stream import Condition
-from recipes.config.schema import UserError
+from recipes.config.errors import UserError
 from recipes.runtime.callbacks import newest
 
 

@@ -658,7 +658,7 @@ def test_the_next_command_finds_a_folder_of_any_name(teacher, t5, clip, order, t
 
     from hydra import compose, initialize_config_dir
 
-    from recipes.config.schema import register
+    from recipes.config.sources import register
 
     register()
     given = order("l [v2], it's")
