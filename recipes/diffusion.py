@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from edit import noise
 from edit.denoiser import Branch, Condition, Denoiser, Forced, Output
 from edit.objectives import Objective, Pass, Term, Weight, wanted, weight_at
-from recipes.recipe import Recipe, Settings
+from recipes.recipe import Recipe, Training
 from recipes.roles import Teacher
 
 
@@ -31,7 +31,7 @@ class Diffusion(Recipe):
         build: Callable[[], Denoiser],
         structure: Callable[[], Denoiser],
         objective: Objective,
-        settings: Settings,
+        settings: Training,
         teacher: Teacher | None = None,
         null: Condition | None = None,
         terms: Mapping[str, Term] | None = None,

@@ -18,7 +18,7 @@ from edit import noise
 from edit.denoiser import Condition, Denoiser, Output, check_layout
 from edit.few_step.method import Draws, Given, Matching, Roles
 from edit.objectives import Objective
-from recipes.recipe import Recipe, Settings, local, share_frozen
+from recipes.recipe import Recipe, Training, local, share_frozen
 from recipes.roles import Teacher
 
 
@@ -39,7 +39,7 @@ class FewStep(Recipe):
         build: Callable[[], Denoiser],
         structure: Callable[[], Denoiser],
         objective: Objective,
-        settings: Settings,
+        settings: Training,
         matching: Matching,
         teacher: Teacher | None = None,
         null: Condition | None = None,

@@ -37,7 +37,7 @@ WAYS = ("learned", "random", "uniform", "influence", "sensitivity", "calibration
 
 
 @dataclass
-class Settings:
+class Pruning:
     model: str = MISSING  # artifact, run or diffusers folder, or hub id of the model to be pruned
     out: str = MISSING  # run folder to write, with the artifact in it
     by: str = rule("learned", of=WAYS)
@@ -58,7 +58,7 @@ class Settings:
 def main(words: Sequence[str]) -> int:
     """Exit code: 0, 1 for what could not be done, 2 for a mistake in the command, 130 after Ctrl-C."""
     if not words or {"--help", "-h"} & set(words):
-        defaults = OmegaConf.to_yaml(OmegaConf.structured(Settings))
+        defaults = OmegaConf.to_yaml(OmegaConf.structured(Pruning))
         print(f"{__doc__}\nKeys and their defaults (by: {', '.join(WAYS)})\n\n{defaults}")
         return 0 if words else 2
     code = 2
@@ -75,20 +75,20 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def parse(words: Sequence[str]) -> Settings:
+def parse(words: Sequence[str]) -> Pruning:
     """`key=value` words as settings.
 
     Raises:
         UserError: for an unknown key, a wrong value, or one that is missing
     """
-    known, given = [f.name for f in fields(Settings)], {}
+    known, given = [f.name for f in fields(Pruning)], {}
     for word in words:
         name, equals, text = word.partition("=")
         if name not in known or not equals:
             raise UserError(f"'{word}' is not one of the settings key=value{suggest(name, known)}")
         given[name] = None if text == "null" else text  # not as YAML, to which 2:4 is 124 seconds
-    cfg: Any = OmegaConf.structured(Settings)
-    hints = get_type_hints(Settings)
+    cfg: Any = OmegaConf.structured(Pruning)
+    hints = get_type_hints(Pruning)
     for name, text in given.items():
         try:
             cfg[name] = text
@@ -97,13 +97,13 @@ def parse(words: Sequence[str]) -> Settings:
     if errors := check(cfg):
         raise UserError(errors[0])
     chosen = OmegaConf.to_object(cfg)
-    assert isinstance(chosen, Settings)
+    assert isinstance(chosen, Pruning)
     if (chosen.by == "learned") != (chosen.search is not None):
         raise UserError(f"by={chosen.by}, search={chosen.search}: give the run of a search exactly with by=learned")
     return chosen
 
 
-def run(chosen: Settings) -> Path:
+def run(chosen: Pruning) -> Path:
     """Prune.
 
     Returns:
@@ -206,7 +206,7 @@ def searched(path: str, denoiser: Denoiser) -> tuple[Groups, Choice]:
 # ---- without learning ------------------------------------------------------------------------------------------------
 
 
-def judged(chosen: Settings, artifact: Artifact, groups: Groups) -> Choice:
+def judged(chosen: Pruning, artifact: Artifact, groups: Groups) -> Choice:
     """What one of the criteria of `edit.pruning.importance` keeps."""
     import torch
 
@@ -238,7 +238,7 @@ class Batches:
         UserError: if it is not known which data the model was trained on
     """
 
-    def __init__(self, chosen: Settings, artifact: Artifact):
+    def __init__(self, chosen: Pruning, artifact: Artifact):
         import edit
         from data.loader import EndlessLoader
         from recipes.report.evaluate import build_data, pick_device
@@ -294,7 +294,7 @@ class Batches:
 # ---- the picture -----------------------------------------------------------------------------------------------------
 
 
-def picture(path: Path, chosen: Settings, depth: int, choice: Choice) -> None:
+def picture(path: Path, chosen: Pruning, depth: int, choice: Choice) -> None:
     """How units were chosen: the confidence of a search over its steps, or scores of units, or losses of patterns."""
     from io import BytesIO
 

@@ -33,7 +33,7 @@ CONDITIONS = tuple(f.name for f in fields(Condition))
 
 
 @dataclass(frozen=True)
-class Settings:
+class Training:
     """How a recipe is trained, whatever it trains.
 
     Args:
@@ -87,7 +87,7 @@ class Recipe(pl.LightningModule, ABC):
         build: Callable[[], Denoiser],
         structure: Callable[[], Denoiser],
         objective: Objective,
-        settings: Settings,
+        settings: Training,
         teacher: Teacher | None = None,
         null: Condition | None = None,
     ):

@@ -67,9 +67,7 @@ class Probe:
         self.structure, self.shape, self.condition = structure, shape, condition
         self.taps, self.branches, self.maps = taps, branches, maps
         self.denoiser = self.build()
-        if not self.denoiser.accepts(shape):
-            given, wanted = ("x".join(map(str, s)) for s in (shape, self.denoiser.sample_shape))
-            raise ValueError(f"{self.denoiser.name} takes samples of {wanted}, got {given}: change image= or backbone")
+        refuse_shape(self.denoiser, shape)
         self.known: dict[tuple, Any] = {}
 
     def build(self) -> Denoiser:
@@ -176,6 +174,13 @@ class Probe:
                 out = self.run(denoiser, batch, self.condition.map(_copy))
         storages = {s._cdata: s for s in (v.untyped_storage() for v in (out.sample, *out.trace.values()))}
         return Asked(ledger.peak - base, sum(s.nbytes() for s in storages.values()))
+
+
+def refuse_shape(denoiser: Denoiser, shape: tuple[int, ...]) -> None:
+    """Raises ValueError if the denoiser takes no samples of this shape."""
+    if not denoiser.accepts(shape):
+        given, wanted = ("x".join(map(str, s)) for s in (shape, denoiser.sample_shape))
+        raise ValueError(f"{denoiser.name} takes samples of {wanted}, got {given}: change image= or backbone")
 
 
 def _copy(v: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal
@@ -59,6 +59,16 @@ class Turn:
 
     share: float
     calls: tuple[Call, ...]
+
+
+def calls_of(turns: Sequence[Turn]) -> dict[str, dict[str, float]]:
+    """Forwards of one sample in a step, mean over the run: by role, and by how far their backward goes."""
+    found: dict[str, dict[str, float]] = {}
+    for turn in turns:
+        for call in turn.calls:
+            reaches = found.setdefault(call.role, {})
+            reaches[call.reach] = reaches.get(call.reach, 0.0) + turn.share * call.samples
+    return found
 
 
 def turns(

@@ -18,7 +18,7 @@ from edit.tuning.lora import LoRA
 from recipes.config.schema import UserError
 from recipes.runtime.callbacks import WHOLE, Checkpoints, checkpoints, checksum_of, files_in, newest, of_files
 from recipes.runtime.loggers import CSVLogger
-from recipes.training import read_config, refuse_other_run
+from recipes.runtime.run_folder import read_config, refuse_other_run
 
 
 def one_sentence(error: BaseException) -> bool:
