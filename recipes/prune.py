@@ -1,10 +1,10 @@
-"""Choose the units that stay, and write the model without the others: between a search and its recovery.
+"""Choose the units to keep, and write the model without the others: the step between a search and its recovery.
 
     python -m recipes.prune model=runs/dit_digits_deep by=learned search=runs/dit_digits_search out=runs/pruned
     python -m recipes.prune model=runs/dit_digits_deep by=calibration pattern=2:4 out=runs/least_loss
 
-The weights are those of `model`, whatever the search did with them. What `out` is made of is in its pruning.json, a
-picture of how it was chosen in pruning.png; the same command answers at once, one with other settings is refused.
+The weights are those of `model`; a search decides only which units stay. pruning.json in `out` tells how the choice was
+made, pruning.png shows it. A finished command answers at once; other settings for the same `out` are refused.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from edit.inputs.command import guarded
 from edit.inputs.limits import LAST_SEED
-from recipes.config.check import describe, rule, suggest
-from recipes.config.schema import UserError, check
+from recipes.config.check import describe, mistakes, rule, suggest
+from recipes.config.schema import UserError
 from recipes.runtime.files import write
 
 if TYPE_CHECKING:
@@ -39,24 +39,22 @@ WAYS = ("learned", "random", "uniform", "influence", "sensitivity", "calibration
 @dataclass
 class Pruning:
     model: str = MISSING  # artifact, run or diffusers folder, or hub id of the model to be pruned
-    out: str = MISSING  # run folder to write, with the artifact in it
+    out: str = MISSING  # run folder to write; the artifact is in it
     by: str = rule("learned", of=WAYS)
     search: str | None = None  # by=learned: run of the search
     pattern: str = "1:2"  # of the other ways: N:M, or several with commas between
     seed: int = rule(0, low=0, high=LAST_SEED)  # of by=random, candidates and calibration samples
-    candidates: int = rule(64, low=1, high=1_000_000)  # by=calibration: patterns that are tried
-    pick: str = rule("min", of=("min", "median", "max"))  # by=calibration: which of them is taken, by its loss
-    samples: int = rule(
-        256, low=1, high=100_000_000
-    )  # training samples that influence and losses are measured on, in whole batches
-    batch: int = rule(64, low=1, high=100_000)  # at a time
+    candidates: int = rule(64, low=1, high=1_000_000)  # by=calibration: patterns to try
+    pick: str = rule("min", of=("min", "median", "max"))  # by=calibration: the pattern with this loss is taken
+    samples: int = rule(256, low=1, high=100_000_000)  # training samples to measure on, in whole batches
+    batch: int = rule(64, low=1, high=100_000)  # samples at a time
     data: str | None = None  # run folder whose data set is used; null: that of the model
     device: str = "auto"
 
 
 @guarded
 def main(words: Sequence[str]) -> int:
-    """Exit code: 0, 1 for what could not be done, 2 for a mistake in the command, 130 after Ctrl-C."""
+    """The exit code: 0, 1 if pruning failed, 2 for a mistake in the command, 130 after Ctrl-C."""
     if not words or {"--help", "-h"} & set(words):
         defaults = OmegaConf.to_yaml(OmegaConf.structured(Pruning))
         print(f"{__doc__}\nKeys and their defaults (by: {', '.join(WAYS)})\n\n{defaults}")
@@ -76,7 +74,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def parse(words: Sequence[str]) -> Pruning:
-    """`key=value` words as settings.
+    """The settings that `key=value` words give.
 
     Raises:
         UserError: for an unknown key, a wrong value, or one that is missing
@@ -94,8 +92,8 @@ def parse(words: Sequence[str]) -> Pruning:
             cfg[name] = text
         except OmegaConfBaseException as error:
             raise UserError(f"{name}: expected {describe(hints[name])}, got {text!r}") from error
-    if errors := check(cfg):
-        raise UserError(errors[0])
+    if (error := next(mistakes(cfg, "", ()), None)) is not None:
+        raise UserError(error)
     chosen = OmegaConf.to_object(cfg)
     assert isinstance(chosen, Pruning)
     if (chosen.by == "learned") != (chosen.search is not None):
@@ -104,10 +102,7 @@ def parse(words: Sequence[str]) -> Pruning:
 
 
 def run(chosen: Pruning) -> Path:
-    """Prune.
-
-    Returns:
-        The run folder.
+    """Prune. Returns the run folder.
 
     Raises:
         UserError: if the folder holds a model that was pruned otherwise, or the search was of another model
@@ -159,20 +154,20 @@ def run(chosen: Pruning) -> Path:
 
 @dataclass
 class Choice:
-    """What stays, and why."""
+    """The units that stay, and the measurements that decided it."""
 
     kept: list[int]
     scores: list[float] | None = None  # of every unit
-    losses: list[float] | None = None  # of the patterns that were tried
-    confidence: list[float] | None = None  # of every group of a search, at its end
+    losses: list[float] | None = None  # of every pattern tried
+    confidence: list[float] | None = None  # of every group, at the end of a search
 
 
 def searched(path: str, denoiser: Denoiser) -> tuple[Groups, Choice]:
-    """What a search decided, by its averaged logits.
+    """The choice of a search, by its averaged logits.
 
     Raises:
-        UserError: if it was no search, or one of other weights
-        ValueError: if it was one of another structure
+        UserError: if the run was no search, or its weights are not the model's
+        ValueError: if its structure is not the model's
     """
     import torch
 
@@ -189,7 +184,7 @@ def searched(path: str, denoiser: Denoiser) -> tuple[Groups, Choice]:
     check_layout(whole, theirs, f"search={path}")
     rules = list(found.applied.values())
     rule = next(e for e in rules if isinstance(e, TinyFusion))
-    if rule.frozen or any(isinstance(e, LoRA) for e in rules):  # then the search has left the weights alone
+    if rule.frozen or any(isinstance(e, LoRA) for e in rules):  # then the search did not change the weights
         begin = slice(0, 4096)
         same = (
             torch.equal(v.flatten()[begin].to(theirs[k].dtype), theirs[k].flatten()[begin]) for k, v in whole.items()
@@ -198,7 +193,7 @@ def searched(path: str, denoiser: Denoiser) -> tuple[Groups, Choice]:
             raise UserError(
                 f"search={path} was made with other weights than model=: give the model that it started from"
             )
-    gates.kappa.fill_(rule.kappa[1])  # the average, which is what was saved, has kept the first
+    gates.kappa.fill_(rule.kappa[1])  # the saved average has kept the first value
     confidence = gates.probabilities().amax(1).tolist()
     return gates.groups, Choice(gates.kept(), confidence=confidence)
 
@@ -207,7 +202,7 @@ def searched(path: str, denoiser: Denoiser) -> tuple[Groups, Choice]:
 
 
 def judged(chosen: Pruning, artifact: Artifact, groups: Groups) -> Choice:
-    """What one of the criteria of `edit.pruning.importance` keeps."""
+    """The choice of one of the criteria of `edit.pruning.importance`."""
     import torch
 
     from edit.pruning import importance
@@ -232,10 +227,10 @@ def judged(chosen: Pruning, artifact: Artifact, groups: Groups) -> Choice:
 
 
 class Batches:
-    """Calibration: the same noisy training samples for every question that is asked of the model.
+    """Calibration samples: the same noisy training samples for every measurement.
 
     Raises:
-        UserError: if it is not known which data the model was trained on
+        UserError: if the artifact does not say which data the model was trained on
     """
 
     def __init__(self, chosen: Pruning, artifact: Artifact):
@@ -245,14 +240,14 @@ class Batches:
 
         source = artifact if chosen.data is None else edit.load(chosen.data)
         self.objective, self.seed = artifact.objective, chosen.seed
-        self.device = pick_device({"gpu": "cuda"}.get(chosen.device, chosen.device))  # as trainer.accelerator has it
+        self.device = pick_device({"gpu": "cuda"}.get(chosen.device, chosen.device))  # gpu: as trainer.accelerator says
         self.denoiser = artifact.denoiser.to(self.device)
         size = min(chosen.batch, chosen.samples)
         split = build_data(source).train()
         self.loader = EndlessLoader(split, size, -(-chosen.samples // size), chosen.seed)
 
     def mean(self, measure: Callable[[Tensor, Tensor, Tensor, Tensor, Condition], Tensor]) -> list[float]:
-        """Mean over all samples of what is measured of (x, noise, x_t, t, condition): ... b -> ..."""
+        """The mean over all samples of measure(x, noise, x_t, t, condition), whose last dimension is the batch."""
         import torch
 
         from edit import noise
@@ -270,7 +265,7 @@ class Batches:
         return torch.cat(found, -1).mean(-1).tolist()
 
     def losses(self, patterns: Sequence[Sequence[int]]) -> list[float]:
-        """Mean loss of the model with these units alone, for each of them."""
+        """For each pattern, the mean loss of the model with these units alone."""
         import torch
 
         from edit.pruning.importance import only
@@ -295,7 +290,7 @@ class Batches:
 
 
 def picture(path: Path, chosen: Pruning, depth: int, choice: Choice) -> None:
-    """How units were chosen: the confidence of a search over its steps, or scores of units, or losses of patterns."""
+    """Draw how units were chosen: confidence over the steps of a search, scores of units, or losses of patterns."""
     from io import BytesIO
 
     from matplotlib.figure import Figure
@@ -326,7 +321,7 @@ def picture(path: Path, chosen: Pruning, depth: int, choice: Choice) -> None:
 
 
 def confidences(metrics: Path) -> list[tuple[list[int], list[float]]]:
-    """Steps and probabilities of every group, as a search has logged them; none where there is no log."""
+    """Steps and probabilities of every group, as a search has logged them; empty without a log."""
     if not metrics.is_file():
         return []
     with open(metrics, newline="") as file:
