@@ -32,9 +32,9 @@ from edit.measuring.memory import GB, OPTIMIZERS, STRATEGIES, Draft, changes, st
 from edit.measuring.probe import Probe
 from edit.measuring.turns import calls_of, turns
 from edit.objectives import wanted
-from recipes.assembly import Models, models_of
 from recipes.config.schema import UserError
 from recipes.cost import short
+from recipes.models import Models, models_of
 from recipes.report.evaluate import conditions
 from recipes.stand_ins import StandIns
 

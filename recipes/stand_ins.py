@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from edit.artifacts.checkpoint import skeleton
 from edit.denoiser import Denoiser
 from edit.measuring.probe import refuse_shape
-from recipes.assembly import Origin, Sources, is_official, made
 from recipes.config.check import flat
+from recipes.models import Origin, Sources, is_official, made
 from recipes.report.evaluate import conditions
 
 

@@ -30,10 +30,11 @@ from edit.edits import describe
 from edit.inputs.command import print_any_name
 from edit.measuring.cost import macs, peak_flops
 from edit.measuring.memory import refuse
-from recipes.assembly import Run, assemble, made
+from recipes.assembly import Run, assemble
 from recipes.config.schema import UserError
 from recipes.diffusion import Diffusion
 from recipes.few_step import FewStep
+from recipes.models import made
 from recipes.plan import draft_of
 from recipes.recipe import Recipe
 from recipes.report.evaluate import captions, settings

@@ -169,15 +169,15 @@ class Small(Edit):
 
 
 def test_edits_of_both_roles_ask_for_their_losses_each_on_its_turn(folder, monkeypatch):
-    from recipes import assembly
+    from recipes import models
 
-    made = assembly.student_of
+    made = models.student_of
 
     def with_edit(*args):
         build, structure = made(*args)
         return Origin(lambda: edit.apply(build(), {"small": Small()}), structure)
 
-    monkeypatch.setattr(assembly, "student_of", with_edit)
+    monkeypatch.setattr(models, "student_of", with_edit)
     train(folder, *student(folder, "edited", "critic.start=student", "trainer.max_steps=3"))
     before, *after = rows(folder, "edited")
     assert float(before["train/small/size"]) > 0 and not before["train/critic/small/size"]
@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(folder, change, sentence):
 def test_deepspeed_which_moves_everything_in_every_step_takes_no_turns(folder):
     from hydra.utils import instantiate
 
-    from recipes.assembly import critic_of
+    from recipes.models import critic_of
 
     cfg = config(folder, *student(folder, "zero", "trainer=zero2", "trainer.accelerator=gpu"))
     with pytest.raises(UserError, match="roles cannot take turns"):
