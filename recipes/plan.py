@@ -65,7 +65,7 @@ OWN = ("gpu", "image", "text", "peak", "mfu")
 
 @dataclass(frozen=True)
 class Request:
-    """The words of the command line that are not train.py's."""
+    """The settings of this command; `overrides` are those of train.py."""
 
     gpu: float = 80
     image: tuple[int, int] | None = None
@@ -76,7 +76,11 @@ class Request:
 
     @classmethod
     def of(cls, words: Sequence[str]) -> Request:
-        """Raises ValueError for a value that is not of its kind."""
+        """Read the words of a command line.
+
+        Raises:
+            ValueError: for a value of the wrong kind or out of range
+        """
         values: dict[str, Any] = {}
         overrides = []
         for word in words:
@@ -106,7 +110,7 @@ class Request:
 
 @guarded
 def main(argv: list[str]) -> int:
-    """The command line: 0 if the run fits, 1 if it does not, 2 after one sentence about what the user can mend."""
+    """The exit code: 0 if the run fits, 1 if it does not, 2 for a mistake, which is told in one sentence."""
     parser = Parser(
         prog="python -m recipes.plan",
         description="Memory per device and time of a training run, without weights, data or a GPU.",
@@ -130,10 +134,10 @@ def main(argv: list[str]) -> int:
 
 
 def compose(configs: Path, overrides: Sequence[str]) -> Any:
-    """The configuration that train.py would run, as far as it is given.
+    """The configuration that train.py would run; values may be missing, except in the backbone.
 
     Raises:
-        ValueError: for the first mistake in it; values that are missing are none, except in the backbone
+        ValueError: for the first mistake in it
     """
     import hydra
 

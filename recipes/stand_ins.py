@@ -12,18 +12,19 @@ from edit.artifacts.checkpoint import skeleton
 from edit.denoiser import Denoiser
 from edit.measuring.probe import refuse_shape
 from recipes.config.check import flat
-from recipes.models import Origin, Sources, is_official, made
+from recipes.models import Sources, is_official, made
 from recipes.report.evaluate import conditions
+from recipes.roles import Origin
 
 
 class StandIns(Sources):
-    """A run's files where they are here, and something of the right shapes where they are not.
+    """The files of a run as far as they are here; structures and samples of the right shapes in place of the others.
 
     Args:
         cfg: of the run
         image: rows and columns in pixels, in place of the data set's; None: not given
-        text: tokens of a prompt, where nothing else says
-        notes: what stands in is appended
+        text: tokens of a prompt, if neither data set nor `before` tells
+        notes: each stand-in appends a sentence
     """
 
     def __init__(self, cfg: DictConfig, image: tuple[int, int] | None, text: int, notes: list[str]):
@@ -33,7 +34,7 @@ class StandIns(Sources):
         return self._read(self.cfg.init, "init", spec)
 
     def teacher(self, spec: Any, needy: Sequence[str]) -> Origin | None:
-        path = OmegaConf.select(self.cfg, "teacher.path")  # None, too, where it is to be given yet
+        path = OmegaConf.select(self.cfg, "teacher.path")  # None, too, while it has no value
         if path:
             return self._read(path, "teacher.path", spec)
         if needy:
@@ -50,7 +51,7 @@ class StandIns(Sources):
             data = made(self.cfg.data.set)
             conditions(data)(torch.arange(1))
             return data
-        except Exception as error:  # whatever a data set raises that is not here: it is not needed
+        except Exception as error:  # an absent data set raises anything, and is not needed
             return self._as_told(error, denoiser)
 
     def _read(self, path: str | None, key: str, spec: Any) -> Origin:
