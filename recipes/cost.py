@@ -30,18 +30,20 @@ from edit.inputs import trust
 from edit.inputs.command import Parser, guarded
 from edit.measuring.cost import cost, find_device, mfu
 from edit.sampling import Sampler, default_sampler
+from recipes.config import composed
 
 GROUPS = {"backbone": None, "sampler": None, "edits": "none"}  # of configs/, with the name that is read by default
 SHORT = {"guidance": "sampler.guidance", "sampler.steps": "sampler.solver.steps"}
 MOST_SAMPLES, MOST_ROUNDS = 100_000, 10_000
 EXAMPLES = """examples:
-  python -m recipes.cost backbone=dit_xl_2
+  python -m recipes.cost backbone=dit size=XL/2
   python -m recipes.cost backbone=dit_xl_2 edits=depth edits.depth.ratio=0.5 sampler=ddpm sampler.steps=50 guidance=1.5
   python -m recipes.cost backbone=dit_s_2 batch=8 --latency --device cuda
   python -m recipes.cost artifact=runs/digits --latency --json
 
 keys:
-  backbone=NAME, backbone.FIELD=VALUE   a file of configs/backbone, and changes to it
+  backbone=NAME, backbone.FIELD=VALUE   a family of configs/backbone or one of its sizes (dit_xl_2), and changes to it
+  size=SIZE                             of the backbone's family
   artifact=FOLDER                       instead of a backbone: what a run has left
   edits=NAME, edits.EDIT.FIELD=VALUE    a file of configs/edits, applied to the backbone
   sampler=NAME, sampler.steps=N         a file of configs/sampler; else the artifact's, the stock pipeline's, or 50
@@ -91,7 +93,7 @@ def resolve(args: argparse.Namespace) -> dict[str, Any]:
         key, equals, text = setting.partition("=")
         key = SHORT.get(key, key)
         root, dot, _ = key.partition(".")
-        known = (*GROUPS, "artifact", "batch")
+        known = (*GROUPS, "size", "artifact", "batch")
         if not equals or root not in known or (dot and root not in GROUPS):
             close = difflib.get_close_matches(root, (*known, *SHORT), 1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join((*known, 'guidance'))}"
@@ -110,11 +112,12 @@ def resolve(args: argparse.Namespace) -> dict[str, Any]:
 
     def group(name: str, default: Any = None) -> Any:
         mine = {k: v for k, v in changes.items() if k.startswith(f"{name}.")}
-        value = from_file(args.configs, name, chosen[name]) if name in chosen else default
+        size = chosen.get("size") if name == "backbone" else None
+        value = from_file(args.configs, name, chosen[name], size) if name in chosen else default
         return changed(value, name, mine)
 
     if "artifact" in chosen:
-        if fixed := [k for k in (*chosen, *changes) if k.startswith(("backbone", "edits"))]:
+        if fixed := [k for k in (*chosen, *changes) if k.startswith(("backbone", "edits", "size"))]:
             raise ValueError(f"an artifact has its own backbone and edits: leave {fixed[0]} out, or count a backbone")
         artifact = load(chosen["artifact"], device)
         denoiser, objective, default = artifact.denoiser, artifact.objective, artifact.sampler
@@ -129,7 +132,7 @@ def resolve(args: argparse.Namespace) -> dict[str, Any]:
     counted = cost(
         denoiser, sampler, objective, batch=int(batch), real=args.real, rounds=args.rounds if args.latency else 0
     )
-    what = {k: chosen[k] for k in ("backbone", "artifact", "edits") if k in chosen}
+    what = {k: chosen[k] for k in ("backbone", "size", "artifact", "edits") if k in chosen}
     return {**what, **changes, "sampler": editing.describe(sampler), **counted.as_dict()}
 
 
@@ -141,20 +144,21 @@ def parsed(text: str) -> Any:
         return text
 
 
-def from_file(configs: Path, group: str, name: str) -> Any:
-    """The object that a file of a configuration group describes.
+def from_file(configs: Path, group: str, name: str, size: str | None = None) -> Any:
+    """The object that a configuration of a group describes.
 
     Raises:
-        FileNotFoundError: if there is no such file, with the nearest names
+        FileNotFoundError: if there is none of that name, with the nearest names
+        ValueError: for a size that the backbone's family does not have
     """
-    path = configs / group / f"{name}.yaml"
-    if not path.is_file():
-        names = sorted(p.stem for p in path.parent.glob("*.yaml"))
+    node = composed.read(configs, group, name, size)
+    if node is None:
+        names = composed.names(configs, group)
         if not names:
-            raise FileNotFoundError(f"no {group} files in {path.parent}: give the folder with --configs")
+            raise FileNotFoundError(f"no {group} files in {configs / group}: give the folder with --configs")
         close = difflib.get_close_matches(name, names, 3) or names
         raise FileNotFoundError(f"no {group} named {name}: the nearest are {', '.join(close)}")
-    return built(group, OmegaConf.to_container(trust.load_yaml(path), resolve=True))
+    return built(group, OmegaConf.to_container(OmegaConf.create(node), resolve=True))
 
 
 def built(group: str, node: Any) -> Any:

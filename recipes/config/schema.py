@@ -33,6 +33,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
@@ -52,6 +53,7 @@ from edit.inputs.command import DEBUG, unexpected
 from edit.inputs.limits import LAST_SEED
 from edit.inputs.trust import cut, read_yaml
 from edit.moved import COMMANDS, current
+from recipes.config import composed
 from recipes.config.check import describe, flat, mistakes, rule, suggest
 
 LONGEST = 200  # bytes of a run's name: file systems take 255 for a folder
@@ -201,16 +203,32 @@ def register() -> None:
 
 
 class Files(FileConfigSource):
-    """The YAML files of a folder, each looked at before Hydra reads it."""
+    """The YAML files of a folder, each looked at before Hydra reads it, and the choices composed of them."""
 
     def load_config(self, config_path: str) -> ConfigResult:
         file = Path(self.path, self._normalize_file_name(config_path))
         try:
+            if (made := composed.made(Path(self.path), config_path)) is not None:
+                header = {"package": made.package}
+                return ConfigResult(self.provider, self.full_path(), OmegaConf.create(made.content), header)
             if file.exists():
                 read_yaml(file)
-            return super().load_config(config_path)
+            result = super().load_config(config_path)
         except RecursionError as error:
             raise ValueError(f"{file} is nested too deep: no settings need that") from error
+        composed.finish(config_path, result.config)
+        return result
+
+    def is_config(self, config_path: str) -> bool:
+        return super().is_config(config_path) or composed.made(Path(self.path), config_path) is not None
+
+    def is_group(self, config_path: str) -> bool:
+        return super().is_group(config_path) or config_path in composed.groups(Path(self.path))
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        own = super().list(config_path, results_filter) if super().is_group(config_path) else []
+        extra = [] if config_path == "backbone" else composed.below(Path(self.path), config_path)
+        return sorted({*own, *(name for name, kind in extra if results_filter in (None, kind))})
 
 
 def _refuse_environment(*names: Any) -> NoReturn:
@@ -549,7 +567,7 @@ def explain(error: Exception, config_dir: Path, overrides: Sequence[str], primar
     if isinstance(cause, ValidationError):
         return prefix + _explain_value(cause)
     if group := re.search(r"Could not override '(.+?)'", str(error)):
-        return f"{prefix}there is no config group '{group[1]}'{suggest(group[1], _groups(config_dir))}"
+        return f"{prefix}there is no config group '{group[1]}'{suggest(group[1], composed.groups(config_dir))}"
     known = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError)
     if not isinstance(error, known):
         return unexpected(error)
@@ -579,15 +597,17 @@ def _explain_override(override: str) -> str:
 
 def _explain_choice(config_dir: Path, overrides: Sequence[str]) -> str:
     """Of words such as backbone=3, sampler=null or hydra=null, the first that chooses no file."""
-    plain = {f.name for f in fields(Root)} - set(_groups(config_dir))  # seed=3, evaluate=null: no choices, and right
+    plain = {f.name for f in fields(Root)} - set(
+        composed.groups(config_dir)
+    )  # seed=3, evaluate=null: no choices, and right
     for word in overrides:
         group, _, value = word.partition("=")
         group = group.lstrip("+")
         if "." in group or group in plain or re.match(r"(?!(null|true|false)$)[A-Za-z_\['\"]", value, re.IGNORECASE):
             continue
-        if group in _groups(config_dir):
-            return f"there is no {group} named '{value}'{suggest(value, _options(config_dir, group))}"
-        return f"'{word}' chooses no file: {group} is no group of ours{suggest(group, _groups(config_dir))}"
+        if group in composed.groups(config_dir):
+            return f"there is no {group} named '{value}'{suggest(value, composed.names(config_dir, group))}"
+        return f"'{word}' chooses no file: {group} is no group of ours{suggest(group, composed.groups(config_dir))}"
     return "a group is given something else than the name of one of its files"
 
 
@@ -602,9 +622,9 @@ def _explain_missing(error: MissingConfigException, config_dir: Path, overrides:
     group = next((k for k, _, v in (o.partition("=") for o in overrides) if f"{k}/{v}" == wanted), wanted.split("/")[0])
     value = wanted.removeprefix(f"{group}/")
     other, _, choice = value.partition("/")
-    if other in _groups(config_dir) and other != group:
+    if other in composed.groups(config_dir) and other != group:
         return f"in the defaults of a file in {group}/, write '/{other}: {choice}': without the slash it means {wanted}"
-    return f"there is no {group} named '{value}'{suggest(value, _options(config_dir, group))}"
+    return f"there is no {group} named '{value}'{suggest(value, composed.names(config_dir, group))}"
 
 
 def _explain_key(cause: OmegaConfBaseException, config_dir: Path, file: str) -> str:
@@ -615,7 +635,7 @@ def _explain_key(cause: OmegaConfBaseException, config_dir: Path, file: str) -> 
         return f"'{full}' cannot be set: {full.rpartition('.')[0]} is a single value"
     accepted = {str(k) for k in parent if k not in ("hydra", "_target_")}
     if "." not in full:
-        accepted |= set(_groups(config_dir))
+        accepted |= set(composed.groups(config_dir))
     hint = ""
     closed = is_dataclass(OmegaConf.get_type(parent)) or full.startswith("evaluate.")
     if not closed or not accepted:
@@ -640,15 +660,6 @@ def _explain_value(cause: OmegaConfBaseException) -> str:
     else:  # an item of a list or mapping
         hint = (*typing.get_args(cause.ref_type), Any)[-2 if typing.get_args(cause.ref_type) else -1]
     return f"{full}: expected {describe(hint)}, got {value}"
-
-
-def _groups(config_dir: Path) -> list[str]:
-    return [folder.name for folder in config_dir.iterdir() if folder.is_dir()] if config_dir.is_dir() else []
-
-
-def _options(config_dir: Path, group: str) -> list[str]:
-    folder = config_dir / group
-    return [file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml")]
 
 
 # ---- launch ---------------------------------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ LEVEL = 3
 TRAIN = """
 import errno, os, sys
 from pathlib import Path
+from recipes.config import composed
 from recipes.config.schema import UserError, launch
 
 def task(cfg):
