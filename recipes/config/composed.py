@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig, OmegaConf
 
 from edit.inputs.trust import cut, load_yaml
@@ -247,17 +246,15 @@ def groups(configs: Path) -> list[str]:
     return [*folders, *worlds, *(["size"] if families(configs) else [])]
 
 
-def below(configs: Path, group: str) -> list[tuple[str, ObjectType]]:
-    """Names directly below a group that are no files or folders, as Hydra's help lists them."""
+def below(configs: Path, group: str) -> tuple[list[str], list[str]]:
+    """Groups and choices directly below a group that are no folders and files, as Hydra's help lists them."""
     start = f"{group}/" if group else ""
-    found = {g.removeprefix(start) for g in groups(configs) if g.startswith(start)}
-    inner: list[tuple[str, ObjectType]] = [(name, ObjectType.GROUP) for name in sorted(found) if "/" not in name]
-    family, _, world = group.partition("/")
-    if group == "size" or (family == "experiment" and world):
-        start = f"{world}/" if world else ""
-        options = [name.removeprefix(start) for name in names(configs, family) if name.startswith(start)]
-        inner += [(name, ObjectType.CONFIG) for name in options]
-    return inner
+    inner = [name.removeprefix(start) for name in groups(configs) if name.startswith(start)]
+    choices = names(configs, "size") if group == "size" else []
+    if group in groups(configs) and group.startswith("experiment/"):
+        start = group.removeprefix("experiment/") + "/"
+        choices = [name.removeprefix(start) for name in names(configs, "experiment") if name.startswith(start)]
+    return [name for name in inner if "/" not in name], choices
 
 
 def _stems(configs: Path, group: str) -> list[str]:

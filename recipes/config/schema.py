@@ -227,8 +227,9 @@ class Files(FileConfigSource):
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         own = super().list(config_path, results_filter) if super().is_group(config_path) else []
-        extra = [] if config_path == "backbone" else composed.below(Path(self.path), config_path)
-        return sorted({*own, *(name for name, kind in extra if results_filter in (None, kind))})
+        groups, choices = composed.below(Path(self.path), config_path)
+        kinds = {ObjectType.GROUP: groups, ObjectType.CONFIG: choices}
+        return sorted({*own, *(kinds[results_filter] if results_filter else [*groups, *choices])})
 
 
 def _refuse_environment(*names: Any) -> NoReturn:
