@@ -136,8 +136,10 @@ def _experiment(configs: Path, name: str) -> Made | None:
         return None
     if reason := unfit(configs, world, method):
         raise ValueError(reason)
-    defaults = [f"/world/{world}", f"/method/{method}", "_self_"]
-    return Made({"defaults": defaults, "name": f"{world}_{method}"}, "_global_")
+    base = about(configs, "method", method).get("base")
+    defaults = [f"/experiment/{world}/{base}" if base else f"/world/{world}", f"/method/{method}", "_self_"]
+    name = {} if about(configs, "method", method).get("part") else {"name": f"{world}_{method}"}
+    return Made({"defaults": defaults, **name}, "_global_")
 
 
 def unfit(configs: Path, world: str, method: str) -> str | None:
@@ -232,7 +234,8 @@ def names(configs: Path, group: str) -> list[str]:
     if group == "backbone":
         own |= {name for family in families(configs).values() for name in family.names}
     if group == "experiment":
-        pairs = ((w, m) for w in _stems(configs, "world") for m in _stems(configs, "method"))
+        methods = [m for m in _stems(configs, "method") if not about(configs, "method", m).get("part")]
+        pairs = ((w, m) for w in _stems(configs, "world") for m in methods)
         own |= {f"{world}/{method}" for world, method in pairs if not unfit(configs, world, method)}
     return sorted(own)
 
