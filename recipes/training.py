@@ -24,7 +24,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -511,19 +511,31 @@ def refuse_other_run(cfg: DictConfig, out: Path) -> None:
     """
     if not (out / "config.yaml").exists() or not (checkpoints(out / "checkpoints") or (out / "artifact").exists()):
         return
-    before, now = (flat(OmegaConf.to_container(c)) for c in (read_config(out / "config.yaml"), cfg))
+    kept = read_config(out / "config.yaml")
+    before, now = (flat(OmegaConf.to_container(c)) for c in (kept, cfg))
     for settings_ in (before, now):
         factors = [settings_.get(k) or 1 for k in BATCH]
         whole = all(isinstance(v, int) for v in factors)  # not in a damaged file
         settings_["data.batch_size x trainer.devices x trainer.num_nodes"] = prod(factors) if whole else factors
     defaults = flat(OmegaConf.to_container(OmegaConf.structured(Root)))  # an older run may not know every setting
+    values = flat(followed(cfg))  # an older run wrote values where this version refers to its world, which it lacks
+    same = {key for key, value in flat(followed(kept)).items() if key in values and value == values[key]}
+    same |= set() if "world" in kept else {key for key in now if key.startswith("world.")}
     for key in {**before, **now}:
-        free = key in FREE or key.split(".")[0] in FREE
+        free = key in FREE or key.split(".")[0] in FREE or key in same
         if not free and (was := before.get(key, defaults.get(key))) != now.get(key):
             raise UserError(
                 f"{out} holds a run with {key}={was}, this command says {now.get(key)}: give the new run "
                 f"another name=, or restore the setting to resume"
             )
+
+
+def followed(cfg: DictConfig) -> Any:
+    """The settings with references replaced by what they refer to, or as written where one cannot be followed."""
+    try:
+        return OmegaConf.to_container(cfg, resolve=True)
+    except InterpolationResolutionError:  # ${hydra:...}
+        return OmegaConf.to_container(cfg)
 
 
 def read_config(path: Path) -> DictConfig:

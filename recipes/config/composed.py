@@ -144,15 +144,29 @@ def _experiment(configs: Path, name: str) -> Made | None:
 
 def unfit(configs: Path, world: str, method: str) -> str | None:
     """Why a method does not work on a world, in one sentence; None if it does."""
-    has, needs = about(configs, "world", world).get("has", ()), about(configs, "method", method).get("needs", {})
-    missing = [what for what in needs if what not in has]
-    if not missing:
+    needs = _needs(configs, method)
+
+    def missing(name: str) -> list[str]:
+        has = about(configs, "world", name).get("has", ())
+        return [what for what in needs if what not in has]
+
+    if not (lacking := missing(world)):
         return None
-    others = [name for name in _stems(configs, "world") if not unfit(configs, name, method)]
+    others = [name for name in _stems(configs, "world") if not missing(name)]
     return (
-        f"experiment={world}/{method}: {method} needs {needs[missing[0]]}, which the world {world} does not have; "
-        f"worlds that have it: {', '.join(others) or 'none'}"
+        f"experiment={world}/{method}: {method} needs {needs[lacking[0]]}, which {world} has not; worlds that have it: "
+        f"{', '.join(others) or 'none'}"
     )
+
+
+def _needs(configs: Path, method: str) -> dict[str, str]:
+    """What a method and those that it builds on need of a world, with the words for it."""
+    told, needs = about(configs, "method", method), {}
+    defaults = _content(configs / "method" / f"{method}.yaml").get("defaults", ())
+    below = [entry.removeprefix("/method/") for entry in defaults if str(entry).startswith("/method/")]
+    for base in (*below, *([told["base"]] if "base" in told else [])):
+        needs |= _needs(configs, base)
+    return needs | dict(told.get("needs") or {})
 
 
 def about(configs: Path, group: str, name: str) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def settings(overrides: Mapping[str, Any]) -> Settings:
         if key not in hints:
             raise UserError(f"unknown key '{key}'{suggest(key, hints)}")
         if isinstance(value, ListConfig):
-            value = OmegaConf.to_container(value)
+            value = OmegaConf.to_container(value, resolve=True)  # a list that refers to its run's world, for example
         if str(hints[key]).startswith("list") and not isinstance(value, list | tuple):
             value = [value]
         values = value if isinstance(value, list | tuple) else [value]
