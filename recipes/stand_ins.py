@@ -84,8 +84,8 @@ class StandIns(Sources):
         text = told.get("max_tokens", self.text)
         whose = "as data.generate is told in before" if told else "the backbone's own"
         self.notes.append(
-            f"the data set cannot be read here ({one_line(error)}), so samples are {whose}, {c}x{y}x{x}, and prompts have "
-            f"{text} tokens; image= and text= change that"
+            f"the data set cannot be read here ({one_line(error)}), so samples are {whose}, {c}x{y}x{x}, and prompts "
+            f"have {text} tokens; image= and text= change that"
         )
         return Sample((c, y, x), denoiser, text)
 
