@@ -60,7 +60,7 @@ class Progressive(FewStepMethod):
 
 
 def time_grid(steps: int, shift: Positive, device: torch.device) -> Tensor:
-    """The times of `edit.sampling.times`, fp32, [steps + 1]: made where they are used, as a copy would block a step."""
+    """The times of `edit.solvers.times`, fp32, [steps + 1]: made where they are used, as a copy would block a step."""
     return shift_times(torch.linspace(1, 0, steps + 1, device=device), shift)
 
 
