@@ -45,8 +45,8 @@ from edit.routing.slices import (
     MaskedFeed,
     MaskedHeads,
     compiled_as,
-    heads,
-    hidden,
+    heads_of,
+    hidden_of,
     narrowed,
     number_of_heads,
     variant,
@@ -115,7 +115,7 @@ class DyDiT(Edit):
         flux, weight = not isinstance(units[0], DiTBlock), next(denoiser.parameters())
         bias, token_bias = (5.0, 5.0) if flux else (15.0, 35.0)
         works = [work(unit) for unit in units]
-        d, h = heads(units[0]).size, number_of_heads(units[0])
+        d, h = heads_of(units[0]).size, number_of_heads(units[0])
         if self.width and (h == 1 or any(w.channels % h for w in works)):
             raise ValueError(
                 f"DyDiT: hidden channels form as many groups as there are heads, at least two, but this {denoiser.name}"
@@ -293,7 +293,7 @@ class Routed:
 
     def narrow(self, plan: Tensor, device: torch.device, keep: bool) -> Unit:
         parts = []
-        for features, live in zip((heads(self.plain), hidden(self.plain)), plan, strict=True):
+        for features, live in zip((heads_of(self.plain), hidden_of(self.plain)), plan, strict=True):
             if not live.all():
                 places = torch.arange(features.size, device="cpu").view(len(live), -1)[live].flatten()
                 parts.append((features, uploaded(places, device)))

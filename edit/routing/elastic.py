@@ -43,7 +43,7 @@ from edit.objectives import Ramp, Weight, weight_at
 from edit.pruning.tinyfusion import mix
 from edit.routing.batches import mean_over_ranks, rows_on, run_grouped, sharded
 from edit.routing.ranking import check_order, order_channels
-from edit.routing.slices import MaskedFeed, compiled_as, hidden, narrowed, variant
+from edit.routing.slices import MaskedFeed, compiled_as, hidden_of, narrowed, variant
 from edit.stream import Condition, Routing, Stream
 
 GATE, WIDTH = "elastic.gate", "elastic.width"  # the budgets of a training pass
@@ -128,9 +128,9 @@ class Elastic(Edit):
                 f"Elastic: every block of a {denoiser.name} embeds time and class for itself and for the readout, so "
                 "none can be closed: use a dit"
             )
-        first: list = [unit.get_submodule(hidden(unit).writers[0][0]) for unit in units]
+        first: list = [unit.get_submodule(hidden_of(unit).writers[0][0]) for unit in units]
         for unit in units if self.order else ():
-            check_order(unit, hidden(unit))
+            check_order(unit, hidden_of(unit))
         with first[0].weight.device:
             own = ElasticRouters(
                 [Router(layer.in_features, self.router, self.width is not None) for layer in first]
@@ -319,7 +319,7 @@ class ElasticUnit:
 
     def __init__(self, unit: Unit, own: ElasticRouters, index: int, edit: Elastic):
         self.unit, self.own, self.index, self.edit = unit, own, index, edit
-        features = hidden(unit)
+        features = hidden_of(unit)
         self.size = features.size
         self.joint = not isinstance(unit, BasicUnit)  # PixArt's text is no token of the stream that units write
         self.last = isinstance(unit, JointUnit) and unit.last  # SD3's, after which there is no text

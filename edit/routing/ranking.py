@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from edit.denoiser import Unit
-from edit.routing.slices import Adapted, Features, heads, hidden, number_of_heads
+from edit.routing.slices import Adapted, Features, heads_of, hidden_of, number_of_heads
 
 
 def order_heads(unit: Unit) -> None:
@@ -21,7 +21,7 @@ def order_heads(unit: Unit) -> None:
     Raises:
         ValueError: if a layer is neither a plain linear one nor adapted
     """
-    order(unit, heads(unit), number_of_heads(unit))
+    order(unit, heads_of(unit), number_of_heads(unit))
 
 
 def order_channels(unit: Unit) -> None:
@@ -30,7 +30,7 @@ def order_channels(unit: Unit) -> None:
     Raises:
         ValueError: if a layer is neither a plain linear one nor adapted
     """
-    features = hidden(unit)
+    features = hidden_of(unit)
     order(unit, features, features.size)
 
 
@@ -44,7 +44,7 @@ def check_order(unit: Unit, *parts: Features) -> None:
     Raises:
         ValueError: if a layer is neither a plain linear one nor adapted
     """
-    for features in parts or (heads(unit), hidden(unit)):
+    for features in parts or (heads_of(unit), hidden_of(unit)):
         for path, _ in (*features.writers, *features.readers):
             plain_linear(unit, path)
 

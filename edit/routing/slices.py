@@ -40,7 +40,7 @@ class Features:
     count: tuple[str, str] | None = None  # module and attribute that says how many heads there are
 
 
-def hidden(unit: Unit) -> Features:
+def hidden_of(unit: Unit) -> Features:
     """The hidden channels of a unit's (image) feed-forward.
 
     Raises:
@@ -69,7 +69,7 @@ def hidden(unit: Unit) -> Features:
     raise ValueError(f"the feed-forward of a {type(unit).__name__} is not known here: two linear layers are expected")
 
 
-def heads(unit: Unit) -> Features:
+def heads_of(unit: Unit) -> Features:
     """The heads' outputs of a unit's attention, in the (joint) order of its heads; PixArt's is the self-attention.
 
     Raises:
@@ -394,7 +394,7 @@ class MaskedFeed:
     """
 
     def __init__(self, unit: Unit):
-        hidden(unit)  # raises for an unknown unit
+        hidden_of(unit)  # raises for an unknown unit
         self.unit: Any = unit
 
     def __call__(self, tokens: Tensor, routing: Routing | None = None) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from edit.backbones.dit_diffusers import ClassUnit
 from edit.denoiser import SLOTS, Denoiser, Edit, Unit
 from edit.inputs.limits import Count, Positive, check_numbers
-from edit.routing.slices import Adapted, Pieces, UnitCalls, heads, hidden, merged, taken
+from edit.routing.slices import Adapted, Pieces, UnitCalls, heads_of, hidden_of, merged, taken
 
 MODULATIONS = ("adaLN_modulation.", "norm1.linear.", "norm1_context.linear.", "norm.linear.", "norm_out.linear.")
 MODULATIONS += ("adaln_single.linear.", "scale_shift_table", "img_mod.", "txt_mod.")
@@ -108,13 +108,13 @@ class TDLoRA(Edit):
     def _paths(self, unit: Unit) -> list[str]:
         if self.targets:
             return [n for n, m in unit.named_modules() if isinstance(m, nn.Linear) and n.endswith(self.targets)]
-        parts = (heads(unit), hidden(unit))
+        parts = (heads_of(unit), hidden_of(unit))
         return list(dict.fromkeys(path for f in parts for path, _ in (*f.writers, *f.readers)))  # some are shared
 
 
 def width_of(unit: Unit) -> int:
     """Of the embedded time, which in every family is that of the tokens."""
-    return unit.get_submodule(heads(unit).readers[0][0]).out_features  # type: ignore[return-value]
+    return unit.get_submodule(heads_of(unit).readers[0][0]).out_features  # type: ignore[return-value]
 
 
 class Timed(Adapted):
