@@ -6,19 +6,20 @@ a distribution q over four widths, prefixes of the hidden channels of the (image
     h = mean_tokens ReLU(W ((1 + g) LN(x) + s)),  p = sigmoid(w h),  q = softmax(V h),  [s, g] = M SiLU(c)
     x <- x + 1[p >= 1/2] (U(x; width argmax q) - x)
 
-Decisions are hard and gradients go straight through; unit and router are trained together on the ordinary loss plus
-(mean p - rho_g)^2 + (mean width of open units - rho_w)^2. While training all is run, with factors of 0 and 1.
-Afterwards a closed unit is not run, a narrow MLP is a slice of the weights, and a unit that is only just open adds what
-it added at an earlier step of the same generation.
+Decisions are hard, with straight-through gradients. Unit and router are trained together on the ordinary loss plus
+(mean p - rho_g)^2 + (mean width of open units - rho_w)^2. Training runs everything, with factors of 0 and 1. Afterwards
+a closed unit is skipped, a narrow MLP is a slice of the weights, and a unit that is barely open may repeat its addition
+from an earlier step of the same generation.
 
-The budget is one of the mean p, and p gathers near 1/2: 0.6 does not mean that 60 % is run. Report what is (`open`).
+The budget constrains the mean of p, and p gathers near 1/2: a target of 0.6 does not mean that 60 % of the units run.
+Report the executed fraction (`open`).
 
-Where units are sharded over ranks (FSDP2, ZeRO-3) each call is a collective that no rank may skip: there all is run as
-in training, with the same decisions, and nothing is repeated. So it is with a unit whose branches or maps are wanted.
+If units are sharded over ranks (FSDP2, ZeRO-3), each call is a collective that no rank may skip: everything runs as in
+training, with the same decisions, and nothing is repeated. The same holds for a unit with requested branches or maps.
 
-Specification: methods/elastic-dit.md. Families other than Qwen-Image are ours, as are p >= 1/2 in both modes (the
-release trains on >), decisions of each sample alone (it averages p over a batch), the modulation that starts at zero
-and has no third part, and what is remembered of a generation ending with it.
+Specification: methods/elastic-dit.md. Ours: families other than Qwen-Image; p >= 1/2 in both modes (the release trains
+on >); decisions per sample (the release averages p over a batch); a modulation that starts at zero and has no third
+part; memory that ends with the generation.
 """
 
 from __future__ import annotations

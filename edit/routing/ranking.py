@@ -1,9 +1,9 @@
-"""Heads and hidden channels in order of magnitude, so that those which stay on are those that weigh most.
+"""Heads and hidden channels in order of magnitude, so that the largest stay on.
 
-Where width is a prefix of the channels (E-DiT), or the first head and group are always run (DyDiT, arXiv 2410.03456),
-the order decides what that is. In place, and the unit computes what it did: softmax attention treats its heads alike,
-an activation its channels, and QK-norm and positions are the same for every head. Layers with additions of low rank
-(TD-LoRA) are put in order by their weights alone; a LoRA has to be folded first.
+The order matters if width is a prefix of the channels (E-DiT), or if the first head and group always run (DyDiT, arXiv
+2410.03456). Sorting is in place and keeps the unit's output: softmax attention treats its heads alike, an activation
+its channels, and QK-norm and positions are the same for every head. Layers with low-rank additions (TD-LoRA) are sorted
+by their weights alone; fold a LoRA first.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ A layer has one A, which all experts share, E matrices B_e, zero at first, and i
 time alone, W + sum_e w_e B_e A is one plain weight at each time (`weights_at`). In a generation, where all samples have
 one time, a layer with enough tokens is run with that weight: the addition then costs r multiply-accumulates for each of
 its elements per evaluation, however many samples there are. Beside routers (E-DiT, DyDiT), which train with it, apply
-TD-LoRA first: what they run of a layer (`slices.Narrow`), they run of its addition.
+TD-LoRA first: a slice of a layer (`slices.Narrow`) then includes the same slice of its addition.
 
 Specification: methods/dydit.md, TD-LoRA, where rank, experts and targets are ours: rank 4 on all of a unit's layers
 that DyDiT narrows makes 0.9 % of DiT-XL/2, with DyDiT's routers 1.4 % as published. w starts as any linear layer, for
