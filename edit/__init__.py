@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "apply": "edit.edits",
     "fold": "edit.edits",
-    "Edit": "edit.edits",
+    "Edit": "edit.denoiser",
     "save": "edit.artifacts.checkpoint",
     "load": "edit.artifacts.checkpoint",
     "Artifact": "edit.artifacts.checkpoint",
     "Denoiser": "edit.denoiser",
-    "Condition": "edit.denoiser",
-    "Stream": "edit.denoiser",
-    "Step": "edit.denoiser",
+    "Condition": "edit.stream",
+    "Stream": "edit.stream",
+    "Step": "edit.stream",
     "Unit": "edit.denoiser",
     "Sampler": "edit.sampling",
 }

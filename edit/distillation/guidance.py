@@ -1,8 +1,8 @@
-"""How the teacher is guided while it is distilled.
+"""Guidance of the teacher during distillation.
 
-One convention: g in v_null + g (v_cond - v_null), so 1 is no guidance. Code that writes v_cond + w (v_cond - v_null)
-means w = g - 1. Specification: methods/distillation.md D3.2; scales drawn per sample after guided distillation
-(arXiv 2210.03142) and SenseFlow (U(1, 8)).
+One convention: g in v_null + g (v_cond - v_null), so 1 is no guidance; in v_cond + w (v_cond - v_null), w = g - 1.
+Specification: methods/distillation.md D3.2; scales drawn per sample after guided distillation (arXiv 2210.03142) and
+SenseFlow (U(1, 8)).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Which units of the student are compared with which of the teacher.
+"""Pairs of units of student and teacher that are compared.
 
 A pair is (student unit, teacher unit), both counted from 0 over all units of a model: FLUX's 19 double units are 0 to
-18, its 38 single ones 19 to 56. Functions here make pairs from what was done to the student; published pairs that
-follow no rule are constants.
+18, its 38 single ones 19 to 56. Functions here make pairs from the edits of the student; published pairs
+without a rule are constants.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """Adversarial diffusion distillation (ADD, arXiv 2311.17042): few steps whose decoded images a frozen DINOv2 takes for
 real ones, and which stay near the teacher.
 
-The student takes latents from one of a few times to data, which are decoded and judged beside the data themselves;
-what it makes is noised again, and compared with what the teacher predicts there. Specification:
-methods/distillation.md, D3.7.
+The student takes latents from one of a few times to data; its samples are decoded and scored beside real data, and
+noised again to be compared with the teacher's prediction there. Specification: methods/distillation.md, D3.7.
 
-Inferred: the four times are equally likely; alpha_t of the distance's weight is 1 - t on our path. R1 is taken, as
-published, with respect to what the heads see, and not to pixels, here without second derivatives: by a small step in a
+Inferred: the four times are equally likely; alpha_t of the distance's weight is 1 - t on our path. As published, R1 is
+taken with respect to the inputs of the heads, not to pixels; here without second derivatives, by a small step in a
 random direction (`discriminator.approximate_r1`).
 """
 

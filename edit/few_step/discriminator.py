@@ -1,9 +1,9 @@
 """A discriminator on the features of a frozen model: a small head on each tapped unit, and the losses of both sides.
 
-LADD (arXiv 2403.12015) judges latents by the teacher's own tokens, so nothing is decoded and the noise level decides
-what is judged: composition where it is high, texture where it is low. Heads are told the time and the pooled text by
-projection, as in StyleGAN-T (2301.09515): <hidden state, code> is added to a logit. That codes start at zero, and so
-untold, is ours. Penalty without second derivatives: APT (2501.08316). Specification: methods/distillation.md, D3.7.
+LADD (arXiv 2403.12015) scores latents by the teacher's own tokens: nothing is decoded, and the noise level selects
+composition (high) or texture (low). Time and pooled text condition the heads by projection, as in StyleGAN-T
+(2301.09515): <hidden state, code> is added to a logit. Codes that start at zero are ours. Penalty without second
+derivatives: APT (2501.08316). Specification: methods/distillation.md, D3.7.
 """
 
 from __future__ import annotations

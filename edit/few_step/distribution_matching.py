@@ -1,15 +1,15 @@
 """Distribution matching: the student's samples move along the difference of two scores, the teacher's and that of a
-critic which learns what the student makes (DMD, arXiv 2311.18828; DMD2, 2405.14867).
+critic that learns the student's distribution (DMD, arXiv 2311.18828; DMD2, 2405.14867).
 
-Starting points are what the sampler would hold: the student runs over the solver's grid up to a step that all ranks
-share, and that step alone has a graph. Two additions make it stable for large flow models (SenseFlow, 2506.00523):
-the critic follows the student (`critic.follow`), and the teacher guides the student inside each segment of the grid.
-With a discriminator on the teacher's features come DMD2's adversarial loss and the weights of f-distill (2502.15681).
-Specification: methods/distillation.md, D3.8. Ours: one draw for a whole batch decides whether it is rolled out, so
-that half of the steps are spared the rollout; the critic's times follow the same law without its margins; fakes are
-judged where the scores are compared, which asks the teacher twice at one point: guided for its score, then for the
-features of its condition, through which gradients flow. SenseFlow's discriminator looks at decoded images instead
-(`vision`). Others can be had by `edit.few_step.combined`.
+Starting points are the sampler's states: the student runs over the solver's grid up to a step that all ranks share, and
+only that step has a graph. Two additions make training stable for large flow models (SenseFlow, 2506.00523): the critic
+follows the student (`critic.follow`), and the teacher guides the student inside each segment of the grid. With a
+discriminator on the teacher's features come DMD2's adversarial loss and the weights of f-distill (2502.15681).
+Specification: methods/distillation.md, D3.8. Ours: one draw for a whole batch decides on the rollout, so that half of
+the steps need none; the critic's times follow the same law without its margins; fakes are scored at the states where
+the scores are compared, which takes two calls of the teacher at one point: guided for its score, then for the features
+of its condition, through which gradients flow. SenseFlow's discriminator reads decoded images instead (`vision`);
+`edit.few_step.combined` adds others.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Endpoint distillation: from noise in one step to the endpoint of the teacher's ODE.
 
 The student's prediction of the data is compared with the end of the teacher's path that starts from the same noise, or,
-for more steps, at points of that path; 1/2 |x - x_T|^2 / d. The mean over what one point may lead to blurs where the
-teacher's paths bend much, so one or two steps look soft: this is the warm-up of distribution matching in one step
-(`edit.few_step.distribution_matching`), which starts from a student that does not yet know single steps otherwise.
+for more steps, at points of that path; 1/2 |x - x_T|^2 / d. The mean over the ends of one point blurs if the teacher's
+paths bend much, so one or two steps look soft: this is the warm-up of one-step distribution matching
+(`edit.few_step.distribution_matching`), which needs a student that can take single steps.
 Published runs (FastGen, FastVideo) store the paths, at the times 1, 0.937, 0.833, 0.624, which are quarters with shift
 5, and train at lr 7e-5 for 10,000 steps: that is `CachedEndpoint`. `Endpoint` solves each path where it is used.
 Specification: methods/distillation.md, D3.1.

@@ -1,13 +1,13 @@
 """Flash Diffusion (arXiv 2406.02347): the teacher's many steps in one, sharpened by two more losses that grow.
 
-From a noised point the student is to reach in one step what the teacher reaches in 32; distribution matching and a
-least-squares discriminator on the teacher's tokens come in by ramps. The student itself stands for the score of what it
-makes, so there is no critic. Starts are drawn around four times, at first where little is missing, later from noise.
+From a noised point the student is to reach in one step the point that the teacher reaches in 32; distribution matching
+and a least-squares discriminator on the teacher's tokens come in by ramps. The student's own score takes the place of a
+critic's. Starts are drawn around four times, first near data, later near noise.
 Specification: methods/distillation.md, D3.8.
 
-Ours: the difference of scores is divided by the distance of data predictions, where the public code has a velocity; the
-paper's LPIPS is not to be had without its weights, so the distance is that of a vision model's hidden states
-(`feature_distance`), or, without one, the mean square in latents. Weights of the four stages and the spread around a
+Ours: the difference of scores is divided by the distance of data predictions (the public code: by a velocity); LPIPS
+needs its own weights, so the distance is that of a vision model's hidden states (`feature_distance`), or, without one,
+the mean square in latents. Weights of the four stages and the spread around a
 time (half a squared step of 32) are those of the published settings for SD3, their ramps made linear; g ~ U(7, 13)
 there is `teacher.guidance`. Inferred: units, law of the times at which samples are judged.
 """

@@ -1,8 +1,8 @@
 """Latent adversarial diffusion distillation (LADD, arXiv 2403.12015): few steps whose results look like the teacher's.
 
-The student takes latents from one of a few times to data; what it makes, and real latents, are noised again and judged
-by heads on the frozen teacher's tokens. Reals are to be the teacher's own guided samples (`data.generate`): with
-photographs, ADD's distance to the teacher (2311.17042) is needed beside it, which `distill` adds. Specification:
+The student takes latents from one of a few times to data; its samples and real latents are noised again and scored by
+heads on the frozen teacher's tokens. Real latents should be the teacher's own guided samples (`data.generate`);
+photographs need ADD's distance to the teacher (2311.17042), which `distill` adds. Specification:
 methods/distillation.md, D3.7.
 
 Inferred: the seven units of FLUX.1; fakes and reals are judged at one time per sample with noises of their own; both

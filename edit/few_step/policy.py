@@ -1,7 +1,7 @@
 """pi-Flow (arXiv 2510.14974): one call of the network gives a policy, a velocity field that is followed without it.
 
-At the start (x_s, s) of a segment the student says which data it expects, a Gaussian mixture for each latent pixel.
-The velocity that this belief implies at any later point is closed-form, so a segment of many substeps costs one call.
+At the start (x_s, s) of a segment the student predicts the data as a Gaussian mixture for each latent pixel. The
+velocity that this mixture implies at any later point has a closed form, so a segment of many substeps costs one call.
 The student is trained on its own path: the policy is followed without a graph, and at a few points of it its velocity
 is compared with the teacher's. Specification: methods/distillation.md, D3.10.
 

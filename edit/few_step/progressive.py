@@ -1,10 +1,10 @@
 """Progressive distillation (arXiv 2202.00512): one step of the student equals two steps of its teacher.
 
 The student of one run is the teacher of the next: 32, 16, 8, 4 steps, each a run of its own (`before`). Guidance is
-distilled in the first one; its successors ask their teacher without. In the paper's coordinates a step is DDIM's; in
-those of the linear path, where DDIM is Euler's method, the target is the mean of the teacher's two velocities, weighted
-by the lengths of its steps. As the paper has it, the student should not predict noise: from pure noise that says
-nothing about its data, and training is unstable there. Specification: methods/distillation.md, D3.5.
+distilled in the first run; later teachers are unguided. In the paper's coordinates a step is DDIM's; in those of the
+linear path, where DDIM is Euler's method, the target is the mean of the teacher's two velocities, weighted by the
+lengths of its steps. As in the paper, the student should not predict noise: at pure noise that says nothing about the
+data, and training is unstable. Specification: methods/distillation.md, D3.5.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Progressive(FewStepMethod):
 
 
 def time_grid(steps: int, shift: Positive, device: torch.device) -> Tensor:
-    """The times of `edit.sampling.times`, fp32, [steps + 1]: made where they are used, as a copy would block a step."""
+    """The times of `edit.solvers.times`, fp32, [steps + 1]: made where they are used, as a copy would block a step."""
     return shift_times(torch.linspace(1, 0, steps + 1, device=device), shift)
 
 

@@ -1,9 +1,9 @@
 """A flow map by central differences: steps of any length, without forward-mode differentiation.
 
-The student is asked a little ahead and a little behind on the way, (z + d v, t + d) and (z - d v, t - d), both for the
-same end r; their difference by 2 d is du/dt in u = v - (t - r) du/dt. Half of the samples are diffusion (r = t), a
-quarter are consistency (r = 0), the rest lie between. After the flow-map stage of AnyFlow in FastVideo, whose recipe is
-lr 5e-5 for 6000 steps; specification: methods/distillation.md, D3.6.
+The student is evaluated a little ahead and a little behind on the path, (z + d v, t + d) and (z - d v, t - d), both for
+the same end r; their difference over 2 d is du/dt in u = v - (t - r) du/dt. Half of the samples are diffusion (r = t),
+a quarter consistency (r = 0), the rest between. Source: the flow-map stage of AnyFlow in FastVideo (lr 5e-5 for 6000
+steps). Specification: methods/distillation.md, D3.6.
 
 Inferred, as the source gives the mixture and "central difference" alone: that the way is followed with the target's
 velocity v, that v is a guided teacher's (`target=data` is a sample's own), uniform times, and d = 0.01, which stands

@@ -101,10 +101,10 @@ def cost(
         device=device_name(_device(denoiser)),
         uncounted=tuple(sorted({*one.uncounted, *whole.uncounted})),
     )
-    return timed(counted, denoiser, sampler, objective, condition, rounds) if rounds else counted
+    return with_times(counted, denoiser, sampler, objective, condition, rounds) if rounds else counted
 
 
-def timed(
+def with_times(
     counted: Cost, denoiser: Denoiser, sampler: Sampler, objective: Objective, condition: Condition, rounds: int
 ) -> Cost:
     """The same with seconds and memory, of `counted.batch` samples at a time."""

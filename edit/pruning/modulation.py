@@ -1,20 +1,20 @@
-"""Modulation compression: one small network says what all modulation layers of a FLUX said (Chroma, methods D2.4).
+"""Modulation compression: one small network replaces all modulation layers of a FLUX (Chroma, methods D2.4).
 
 A modulation layer maps the embedding of time, guidance and pooled text to shifts, scales and gates; in FLUX.1-dev
-these layers hold 3.247 B of 11.9 B parameters and say little. They are deleted, and with them the three embedders and
-so the pooled text. What replaces them reads 64 numbers for each vector that is wanted, sinusoids of the time (16), of
-the guidance (16) and of the vector's number (32), and has 0.278 B parameters at its published size:
+these layers hold 3.247 B of 11.9 B parameters. They are deleted, together with the three embedders and so the pooled
+text. The replacement reads 64 numbers for each vector, sinusoids of the time (16), of the guidance (16) and of the
+vector's number (32), and has 0.278 B parameters at its published size:
 
     h = W_in s,  h <- h + W_2 silu(W_1 rmsnorm(h)) `depth` times,  A_k(t, g) = W_out h,  k = 0 .. 3 S + 12 D + 1
 
 for S single and D double units: Chroma's order, three vectors of each single unit (shift, scale, gate), six of each
-double unit's image and then of each one's text (shift, scale, gate of attention, of MLP), two of the readout. Where we
-deviate from Chroma: the guidance is told where FLUX is told it, where Chroma always says 0; the last two vectors are
-FLUX's (scale, shift), not (shift, scale); and so this is an edit of a FLUX, not its own stock class.
+double unit's image and then of each one's text (shift, scale, gate of attention, of MLP), two of the readout. We
+deviate from Chroma: the guidance is an input if it is one of the FLUX (Chroma: always 0); the last two vectors are
+FLUX's (scale, shift), not (shift, scale); so this is an edit of a FLUX, not a stock class.
 
 All vectors are made once per call, before the first unit, and travel as `Stream.cond`, b k d. That is 344 rows through
-the network for FLUX.1-dev, 0.1 T multiply-accumulates per sample where the layers took 3 G: 0.3 % of a forward at 1024
-pixels. Nothing of it depends on the sample but t and g.
+the network for FLUX.1-dev, 0.1 T multiply-accumulates per sample (the layers: 3 G), 0.3 % of a forward at 1024 pixels.
+They depend on the sample through t and g alone.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ update of the weights, a LoRA on every linear layer, which stands in for the tra
 
     p_g = softmax(kappa l_g),  y_g = one_hot(argmax(kappa l_g + G)),  m_g = y_g O_g,  x <- m U(x) + (1 - m) x
 
-Dropped units are run all the same, so that ways not drawn get their gradient. The decision is the largest averaged
-logit; the LoRA is thrown away, and recovery starts from the original weights (`python -m recipes.prune`). Outside of
-training dropped units are not run.
+Training runs dropped units as well, so that every way gets its gradient. The decision is the largest averaged logit;
+the LoRA is discarded, and recovery starts from the original weights (`python -m recipes.prune`). Outside of training
+dropped units are skipped.
 
 Specification: methods/tinyfusion.md. Families other than DiT and SiT, where text and image share one gate, are ours.
 """

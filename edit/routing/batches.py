@@ -1,4 +1,4 @@
-"""Samples of a batch that were decided on alike run together, as a batch of their own; the others wait."""
+"""Samples of a batch with the same decision run together, as a batch of their own."""
 
 from __future__ import annotations
 

@@ -1,28 +1,28 @@
-"""DyDiT (arXiv 2410.03456; DyDiT++, 2504.06803): heads and channel groups by time, tokens by what they hold.
+"""DyDiT (arXiv 2410.03456; DyDiT++, 2504.06803): heads and channel groups by time, tokens by content.
 
 Timestep-wise dynamic width (TDW): from the embedded time E alone a router of each unit opens H attention heads and as
-many groups of hidden channels, the first of each always. Spatial-wise dynamic tokens (SDT): a second router reads the
-stream after the attention and says which image tokens the feed-forward is run on:
+many groups of hidden channels; the first of each is always open. Spatial-wise dynamic tokens (SDT): a second router
+reads the stream after the attention and chooses the image tokens of the feed-forward:
 
     m = [1, G(W E + b)],  s = G(R(x)),  x <- x + g1 A(x; m_heads),  x <- x + g2 s M(x; m_groups)
 
-G is a Gumbel-sigmoid: while training hard(z + g - g' > 0) with the gradient of sigmoid((z + g - g') / tau), afterwards
-z > 0. One loss holds the share of the multiply-accumulates that is run, a mean over the batch, at lambda; for the first
-part of the run the complete network is trained beside it, on the same noisy samples.
+G is a Gumbel-sigmoid: hard(z + g - g' > 0) with the gradient of sigmoid((z + g - g') / tau) in training, z > 0
+afterwards. One loss holds the executed fraction of the multiply-accumulates, a mean over the batch, at lambda. The
+first part of the run also trains the complete network, on the same noisy samples.
 
-What is decided is what is run: in a generation all units' widths are read once per evaluation and serve both branches;
-units then run slices of their weights, kept until others are asked for. Chosen tokens are gathered. There the device is
-waited for when widths are read, once per evaluation, and in each unit for the number of its tokens; for nothing else.
+Decisions are hard at inference. A generation reads all units' widths once per evaluation, for both branches; units run
+slices of their weights, kept until the widths change, and chosen tokens are gathered. The host waits for the device
+once per evaluation for the widths, and once in each unit for the number of its tokens.
 
-FLUX as DyFLUX has it: tokens are chosen by a modulated router, in single units from their input, where those left out
-are keys and values only and neither attention nor MLP changes them; text always runs. Ours there: width by time in the
-double units, too, and routers whose last layer starts at zero, since with a bias of 5 a random one closes some at once.
+FLUX follows DyFLUX: a modulated router chooses tokens, in single units from their input; tokens left out are only keys
+and values, and neither attention nor MLP changes them; text always runs. Ours: width by time in double units as well,
+and routers whose last layer starts at zero, since a random one with a bias of 5 closes some parts at once.
 
 Specification: methods/dydit.md, without its TD-LoRA. Ours: routers read detached streams, so that the budget moves no
-backbone weight; costs come from shapes, text and registers included; steps of large gradients are clipped, where the
-release skips them; masks by time are not tabulated in the checkpoint (pitfall 8 there), as weights of an average change
-in place, but decided in fp32 once per evaluation, whatever the precision of the rest. Times stratified over the batch,
-on which the budget's mean depends, are the setting `strata`.
+backbone weight; costs come from shapes, text and registers included; large gradients are clipped (the release skips
+such steps); masks by time are not tabulated in the checkpoint (pitfall 8 there), as averaged weights change in place,
+but decided once per evaluation, in fp32. The budget's mean depends on times stratified over the batch: setting
+`strata`.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from edit.routing.slices import (
     MaskedFeed,
     MaskedHeads,
     compiled_as,
-    heads,
-    hidden,
+    heads_of,
+    hidden_of,
     narrowed,
     number_of_heads,
     variant,
@@ -115,7 +115,7 @@ class DyDiT(Edit):
         flux, weight = not isinstance(units[0], DiTBlock), next(denoiser.parameters())
         bias, token_bias = (5.0, 5.0) if flux else (15.0, 35.0)
         works = [work(unit) for unit in units]
-        d, h = heads(units[0]).size, number_of_heads(units[0])
+        d, h = heads_of(units[0]).size, number_of_heads(units[0])
         if self.width and (h == 1 or any(w.channels % h for w in works)):
             raise ValueError(
                 f"DyDiT: hidden channels form as many groups as there are heads, at least two, but this {denoiser.name}"
@@ -293,7 +293,7 @@ class Routed:
 
     def narrow(self, plan: Tensor, device: torch.device, keep: bool) -> Unit:
         parts = []
-        for features, live in zip((heads(self.plain), hidden(self.plain)), plan, strict=True):
+        for features, live in zip((heads_of(self.plain), hidden_of(self.plain)), plan, strict=True):
             if not live.all():
                 places = torch.arange(features.size, device="cpu").view(len(live), -1)[live].flatten()
                 parts.append((features, uploaded(places, device)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from edit.backbones.flux import DoubleUnit, SingleUnit
 from edit.denoiser import Unit
 from edit.routing.batches import by_key
-from edit.routing.slices import heads, hidden
+from edit.routing.slices import heads_of, hidden_of
 from edit.stream import Layout, Stream
 
 WIDTHS, TOKENS = "dydit.widths", "dydit.tokens"  # names in the trace
@@ -49,7 +49,7 @@ class Work(NamedTuple):
 def work(unit: Unit) -> Work:
     """Read off the shapes of the unit's layers."""
     u: Any = unit
-    inner, features = heads(unit).size, hidden(unit)
+    inner, features = heads_of(unit).size, hidden_of(unit)
     d = u.get_submodule(features.writers[0][0]).in_features
     feed = (features.writers[0][1] + 1) * d * features.size
     if isinstance(unit, SingleUnit):

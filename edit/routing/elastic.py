@@ -6,19 +6,20 @@ a distribution q over four widths, prefixes of the hidden channels of the (image
     h = mean_tokens ReLU(W ((1 + g) LN(x) + s)),  p = sigmoid(w h),  q = softmax(V h),  [s, g] = M SiLU(c)
     x <- x + 1[p >= 1/2] (U(x; width argmax q) - x)
 
-Decisions are hard and gradients go straight through; unit and router are trained together on the ordinary loss plus
-(mean p - rho_g)^2 + (mean width of open units - rho_w)^2. While training all is run, with factors of 0 and 1.
-Afterwards a closed unit is not run, a narrow MLP is a slice of the weights, and a unit that is only just open adds what
-it added at an earlier step of the same generation.
+Decisions are hard, with straight-through gradients. Unit and router are trained together on the ordinary loss plus
+(mean p - rho_g)^2 + (mean width of open units - rho_w)^2. Training runs everything, with factors of 0 and 1. Afterwards
+a closed unit is skipped, a narrow MLP is a slice of the weights, and a unit that is barely open may repeat its addition
+from an earlier step of the same generation.
 
-The budget is one of the mean p, and p gathers near 1/2: 0.6 does not mean that 60 % is run. Report what is (`open`).
+The budget constrains the mean of p, and p gathers near 1/2: a target of 0.6 does not mean that 60 % of the units run.
+Report the executed fraction (`open`).
 
-Where units are sharded over ranks (FSDP2, ZeRO-3) each call is a collective that no rank may skip: there all is run as
-in training, with the same decisions, and nothing is repeated. So it is with a unit whose branches or maps are wanted.
+If units are sharded over ranks (FSDP2, ZeRO-3), each call is a collective that no rank may skip: everything runs as in
+training, with the same decisions, and nothing is repeated. The same holds for a unit with requested branches or maps.
 
-Specification: methods/elastic-dit.md. Families other than Qwen-Image are ours, as are p >= 1/2 in both modes (the
-release trains on >), decisions of each sample alone (it averages p over a batch), the modulation that starts at zero
-and has no third part, and what is remembered of a generation ending with it.
+Specification: methods/elastic-dit.md. Ours: families other than Qwen-Image; p >= 1/2 in both modes (the release trains
+on >); decisions per sample (the release averages p over a batch); a modulation that starts at zero and has no third
+part; memory that ends with the generation.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from edit.objectives import Ramp, Weight, weight_at
 from edit.pruning.tinyfusion import mix
 from edit.routing.batches import mean_over_ranks, rows_on, run_grouped, sharded
 from edit.routing.ranking import check_order, order_channels
-from edit.routing.slices import MaskedFeed, compiled_as, hidden, narrowed, variant
+from edit.routing.slices import MaskedFeed, compiled_as, hidden_of, narrowed, variant
 from edit.stream import Condition, Routing, Stream
 
 GATE, WIDTH = "elastic.gate", "elastic.width"  # the budgets of a training pass
@@ -128,9 +129,9 @@ class Elastic(Edit):
                 f"Elastic: every block of a {denoiser.name} embeds time and class for itself and for the readout, so "
                 "none can be closed: use a dit"
             )
-        first: list = [unit.get_submodule(hidden(unit).writers[0][0]) for unit in units]
+        first: list = [unit.get_submodule(hidden_of(unit).writers[0][0]) for unit in units]
         for unit in units if self.order else ():
-            check_order(unit, hidden(unit))
+            check_order(unit, hidden_of(unit))
         with first[0].weight.device:
             own = ElasticRouters(
                 [Router(layer.in_features, self.router, self.width is not None) for layer in first]
@@ -319,7 +320,7 @@ class ElasticUnit:
 
     def __init__(self, unit: Unit, own: ElasticRouters, index: int, edit: Elastic):
         self.unit, self.own, self.index, self.edit = unit, own, index, edit
-        features = hidden(unit)
+        features = hidden_of(unit)
         self.size = features.size
         self.joint = not isinstance(unit, BasicUnit)  # PixArt's text is no token of the stream that units write
         self.last = isinstance(unit, JointUnit) and unit.last  # SD3's, after which there is no text

@@ -1,9 +1,9 @@
-"""Heads and hidden channels in order of magnitude, so that those which stay on are those that weigh most.
+"""Heads and hidden channels in order of magnitude, so that the largest stay on.
 
-Where width is a prefix of the channels (E-DiT), or the first head and group are always run (DyDiT, arXiv 2410.03456),
-the order decides what that is. In place, and the unit computes what it did: softmax attention treats its heads alike,
-an activation its channels, and QK-norm and positions are the same for every head. Layers with additions of low rank
-(TD-LoRA) are put in order by their weights alone; a LoRA has to be folded first.
+The order matters if width is a prefix of the channels (E-DiT), or if the first head and group always run (DyDiT, arXiv
+2410.03456). Sorting is in place and keeps the unit's output: softmax attention treats its heads alike, an activation
+its channels, and QK-norm and positions are the same for every head. Layers with low-rank additions (TD-LoRA) are sorted
+by their weights alone; fold a LoRA first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from edit.denoiser import Unit
-from edit.routing.slices import Adapted, Features, heads, hidden, number_of_heads
+from edit.routing.slices import Adapted, Features, heads_of, hidden_of, number_of_heads
 
 
 def order_heads(unit: Unit) -> None:
@@ -21,7 +21,7 @@ def order_heads(unit: Unit) -> None:
     Raises:
         ValueError: if a layer is neither a plain linear one nor adapted
     """
-    order(unit, heads(unit), number_of_heads(unit))
+    order(unit, heads_of(unit), number_of_heads(unit))
 
 
 def order_channels(unit: Unit) -> None:
@@ -30,7 +30,7 @@ def order_channels(unit: Unit) -> None:
     Raises:
         ValueError: if a layer is neither a plain linear one nor adapted
     """
-    features = hidden(unit)
+    features = hidden_of(unit)
     order(unit, features, features.size)
 
 
@@ -44,7 +44,7 @@ def check_order(unit: Unit, *parts: Features) -> None:
     Raises:
         ValueError: if a layer is neither a plain linear one nor adapted
     """
-    for features in parts or (heads(unit), hidden(unit)):
+    for features in parts or (heads_of(unit), hidden_of(unit)):
         for path, _ in (*features.writers, *features.readers):
             plain_linear(unit, path)
 

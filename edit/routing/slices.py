@@ -1,9 +1,9 @@
 """Units with some of their heads and hidden channels: factors while training, slices of the weights afterwards.
 
-What lies between two linear layers of a unit, the heads of its attention or the hidden channels of its feed-forward, is
-described by the layers that write it and those that read it. Leaving a part out is then one thing in every family: the
-writers' rows and the readers' columns are left out. A copy of a unit shares all its weights and calls some of its
-layers otherwise; it is a unit like any other, of its own static shape.
+Features between two linear layers of a unit (heads of its attention, hidden channels of its feed-forward) are described
+by the layers that write them and the layers that read them. In every family, leaving features out means leaving out the
+writers' rows and the readers' columns. A copy of a unit shares all its weights and replaces some of its layers; it is a
+unit with its own static shape.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Features:
     count: tuple[str, str] | None = None  # module and attribute that says how many heads there are
 
 
-def hidden(unit: Unit) -> Features:
+def hidden_of(unit: Unit) -> Features:
     """The hidden channels of a unit's (image) feed-forward.
 
     Raises:
@@ -69,7 +69,7 @@ def hidden(unit: Unit) -> Features:
     raise ValueError(f"the feed-forward of a {type(unit).__name__} is not known here: two linear layers are expected")
 
 
-def heads(unit: Unit) -> Features:
+def heads_of(unit: Unit) -> Features:
     """The heads' outputs of a unit's attention, in the (joint) order of its heads; PixArt's is the self-attention.
 
     Raises:
@@ -394,7 +394,7 @@ class MaskedFeed:
     """
 
     def __init__(self, unit: Unit):
-        hidden(unit)  # raises for an unknown unit
+        hidden_of(unit)  # raises for an unknown unit
         self.unit: Any = unit
 
     def __call__(self, tokens: Tensor, routing: Routing | None = None) -> Tensor:

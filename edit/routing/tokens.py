@@ -1,7 +1,7 @@
 """Units that run their feed-forward on some of the image tokens: factors while training, fewer rows afterwards.
 
-Which tokens is chosen between a unit's two branches, where a DiT's router sees what attention has made of them; FLUX's
-single units, whose branches read the same tokens, choose from their input and run their output layer on as few.
+A DiT's router chooses tokens between a unit's two branches, from the output of attention. FLUX's single units, whose
+branches read the same tokens, choose from their input and run their output layer on the chosen tokens.
 """
 
 from __future__ import annotations

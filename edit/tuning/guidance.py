@@ -1,4 +1,4 @@
-"""The guidance input of a FLUX: fixed at one scale and folded into a bias, or added, to be taught.
+"""The guidance input of a FLUX: fixed at one scale and folded into a bias, or added and trained.
 
 Both edits are structural: the artifact is a plain model of its family. The fold is ours.
 Specification: methods/distillation.md D2 and D3.2.

@@ -6,7 +6,7 @@ A layer has one A, which all experts share, E matrices B_e, zero at first, and i
 time alone, W + sum_e w_e B_e A is one plain weight at each time (`weights_at`). In a generation, where all samples have
 one time, a layer with enough tokens is run with that weight: the addition then costs r multiply-accumulates for each of
 its elements per evaluation, however many samples there are. Beside routers (E-DiT, DyDiT), which train with it, apply
-TD-LoRA first: what they run of a layer (`slices.Narrow`), they run of its addition.
+TD-LoRA first: a slice of a layer (`slices.Narrow`) then includes the same slice of its addition.
 
 Specification: methods/dydit.md, TD-LoRA, where rank, experts and targets are ours: rank 4 on all of a unit's layers
 that DyDiT narrows makes 0.9 % of DiT-XL/2, with DyDiT's routers 1.4 % as published. w starts as any linear layer, for
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from edit.backbones.dit_diffusers import ClassUnit
 from edit.denoiser import SLOTS, Denoiser, Edit, Unit
 from edit.inputs.limits import Count, Positive, check_numbers
-from edit.routing.slices import Adapted, Pieces, UnitCalls, heads, hidden, merged, taken
+from edit.routing.slices import Adapted, Pieces, UnitCalls, heads_of, hidden_of, merged, taken
 
 MODULATIONS = ("adaLN_modulation.", "norm1.linear.", "norm1_context.linear.", "norm.linear.", "norm_out.linear.")
 MODULATIONS += ("adaln_single.linear.", "scale_shift_table", "img_mod.", "txt_mod.")
@@ -108,13 +108,13 @@ class TDLoRA(Edit):
     def _paths(self, unit: Unit) -> list[str]:
         if self.targets:
             return [n for n, m in unit.named_modules() if isinstance(m, nn.Linear) and n.endswith(self.targets)]
-        parts = (heads(unit), hidden(unit))
+        parts = (heads_of(unit), hidden_of(unit))
         return list(dict.fromkeys(path for f in parts for path, _ in (*f.writers, *f.readers)))  # some are shared
 
 
 def width_of(unit: Unit) -> int:
     """Of the embedded time, which in every family is that of the tokens."""
-    return unit.get_submodule(heads(unit).readers[0][0]).out_features  # type: ignore[return-value]
+    return unit.get_submodule(heads_of(unit).readers[0][0]).out_features  # type: ignore[return-value]
 
 
 class Timed(Adapted):

@@ -10,7 +10,7 @@ from edit.backbones.dit import DiTConfig
 from edit.denoiser import Unit
 from edit.pruning.width import FeedForwardWidth
 from edit.routing.ranking import check_order, order_channels, order_heads
-from edit.routing.slices import Features, heads, hidden, number_of_heads
+from edit.routing.slices import Features, heads_of, hidden_of, number_of_heads
 from edit.tuning.lora import LoRA
 
 families = pytest.mark.parametrize("name", CONFIGS)
@@ -41,8 +41,8 @@ def test_an_ordered_unit_computes_what_it_did_and_its_magnitudes_fall(name):
         before, state = unit(stream), {k: v.clone() for k, v in unit.state_dict().items()}
         pointers = {k: p.data_ptr() for k, p in unit.named_parameters()}
         for order, features, groups in (
-            (order_heads, heads(unit), number_of_heads(unit)),
-            (order_channels, hidden(unit), hidden(unit).size),
+            (order_heads, heads_of(unit), number_of_heads(unit)),
+            (order_channels, hidden_of(unit), hidden_of(unit).size),
         ):
             sizes = magnitudes(unit, features, groups)
             order(unit)
@@ -97,7 +97,7 @@ def test_layers_that_are_not_plain_are_refused(dit):
     with pytest.raises(ValueError, match="attn.proj of this DiTBlock is a peft."):
         check_order(dit.units[0])
     with pytest.raises(ValueError, match="mlp.fc1 of this DiTBlock is a peft."):
-        check_order(dit.units[0], hidden(dit.units[0]))
+        check_order(dit.units[0], hidden_of(dit.units[0]))
     assert all(torch.equal(v, before[k]) for k, v in dit.state_dict().items())
 
 

@@ -16,8 +16,8 @@ from edit.routing.slices import (
     MaskedHeads,
     Narrow,
     Part,
-    heads,
-    hidden,
+    heads_of,
+    hidden_of,
     joined_pieces,
     narrowed,
     number_of_heads,
@@ -42,9 +42,9 @@ def factors(size: int, part: Part) -> Tensor:
 
 def parts_of(unit) -> tuple[Tensor, Tensor]:
     """Features of heads 0 and 2, and an arbitrary half of the hidden channels."""
-    width = heads(unit).size // number_of_heads(unit)
+    width = heads_of(unit).size // number_of_heads(unit)
     live = torch.cat([torch.arange(h * width, (h + 1) * width) for h in (0, 2)])
-    size = hidden(unit).size
+    size = hidden_of(unit).size
     return live, torch.cat((torch.arange(size // 4), torch.arange(size // 2, size // 2 + size // 4)))
 
 
@@ -61,7 +61,7 @@ def masking(unit) -> Callable[[Routing | None], Callable]:
 @torch.no_grad()
 def test_masked_is_sliced(name):
     for unit, stream in walk(family(name)):
-        h, f, (live, channels) = heads(unit), hidden(unit), parts_of(unit)
+        h, f, (live, channels) = heads_of(unit), hidden_of(unit), parts_of(unit)
         prefix = slice(0, f.size // 4)
         both = narrowed(unit, ((h, live), (f, channels)), heads=2)
         feed = narrowed(unit, ((f, prefix),))
@@ -85,7 +85,7 @@ def test_masked_is_sliced(name):
 @torch.no_grad()
 def test_factors_are_each_samples_own():
     unit, stream = next(walk(family("dit")))
-    f = hidden(unit)
+    f = hidden_of(unit)
     narrow, mask = narrowed(unit, ((f, slice(0, 64)),)), torch.ones(2, f.size, dtype=torch.float64)
     mask[1, 64:] = 0
     before = unit(stream).image
@@ -97,7 +97,7 @@ def test_factors_are_each_samples_own():
 def test_gradients_reach_the_factors_of_what_is_off():
     unit, stream = next(walk(family("dit")))
     head_mask = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True)
-    channels = torch.zeros(2, hidden(unit).size, dtype=torch.float64, requires_grad=True)
+    channels = torch.zeros(2, hidden_of(unit).size, dtype=torch.float64, requires_grad=True)
     masking(unit)(Routing(heads=head_mask, channels=channels))(stream).image.square().sum().backward()
     assert head_mask.grad is not None and channels.grad is not None
     assert head_mask.grad.all() and channels.grad.all()
@@ -111,7 +111,7 @@ def test_gradients_reach_the_factors_of_what_is_off():
 def test_a_copy_sees_what_becomes_of_the_weights_and_owns_none(name):
     denoiser = family(name)
     (unit, stream), *_ = walk(denoiser)
-    f = hidden(unit)
+    f = hidden_of(unit)
     state = {k: v.data_ptr() for k, v in denoiser.state_dict().items()}
     narrow = narrowed(unit, ((f, slice(0, f.size // 2)),))
     before = narrow(stream)
@@ -220,7 +220,7 @@ def with_lora(name: str):
 @torch.no_grad()
 def test_masked_is_sliced_with_a_lora(name, keep):
     for unit, stream in walk(with_lora(name)):
-        h, f, (live, channels) = heads(unit), hidden(unit), parts_of(unit)
+        h, f, (live, channels) = heads_of(unit), hidden_of(unit), parts_of(unit)
         narrow = narrowed(unit, ((h, live), (f, channels)), heads=2, keep=keep)
         masked = masking(unit)(Routing(heads=factors(4, torch.tensor([0, 2])), channels=factors(f.size, channels)))
         assert difference(narrow(stream), masked(stream)) < TOLERANCE[name]
@@ -263,10 +263,10 @@ def test_offloaded_layers_are_narrow_all_the_same(name, lora, keep):
     copies, before = [], []
     for unit, stream in walked:
         live, channels = parts_of(unit)
-        copies.append(narrowed(unit, ((heads(unit), live), (hidden(unit), channels)), heads=2))
+        copies.append(narrowed(unit, ((heads_of(unit), live), (hidden_of(unit), channels)), heads=2))
         before.append(copies[-1](stream))
     if keep:
-        parts = [((heads(u), parts_of(u)[0]), (hidden(u), parts_of(u)[1])) for u, _ in walked]
+        parts = [((heads_of(u), parts_of(u)[0]), (hidden_of(u), parts_of(u)[1])) for u, _ in walked]
         copies = [narrowed(u, part, heads=2, keep=True) for (u, _), part in zip(walked, parts, strict=True)]
     offloaded(denoiser.model)
     for copy, (_, stream), wanted in zip(copies, walked, before, strict=True):
@@ -297,17 +297,17 @@ def test_features_that_another_edit_replaced_are_refused(dit):
     unit = dit.units[0]
     unit.ffn, unit.mixer = F.silu, F.silu
     with pytest.raises(ValueError, match="replaced the feed-forward of this DiTBlock: leave one of them out"):
-        hidden(unit)
+        hidden_of(unit)
     with pytest.raises(ValueError, match="replaced the feed-forward"):
         MaskedFeed(unit)
     with pytest.raises(ValueError, match="replaced the attention of this DiTBlock: leave one of them out"):
-        heads(unit)
+        heads_of(unit)
 
 
 def test_units_that_are_not_known_are_refused():
     unit = family("flux").units[0]
     unit.ff = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="feed-forward of a DoubleUnit is not known here: two linear layers"):
-        hidden(unit)
+        hidden_of(unit)
     with pytest.raises(ValueError, match="the attention of a Linear is not known here"):
-        heads(nn.Linear(2, 2))
+        heads_of(nn.Linear(2, 2))

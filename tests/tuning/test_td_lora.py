@@ -18,7 +18,7 @@ from edit.measuring.flops import Flops
 from edit.routing.dydit import DyDiT
 from edit.routing.elastic import Elastic, forced
 from edit.routing.ranking import order_channels, order_heads
-from edit.routing.slices import heads, hidden, narrowed, one_sequence
+from edit.routing.slices import heads_of, hidden_of, narrowed, one_sequence
 from edit.stream import Step
 from edit.tuning.lora import LoRA, without
 from edit.tuning.td_lora import TDLoRA, Timed, merging_saves, timed, weights_at
@@ -321,7 +321,7 @@ def test_a_part_of_a_layer_has_that_part_of_the_addition(name):
     """Off is off: what reads the rest through zeroed weights computes what a narrow copy does."""
     denoiser = adapted(family(name))
     for unit, stream in walk(denoiser):
-        h, f = heads(unit), hidden(unit)
+        h, f = heads_of(unit), hidden_of(unit)
         live = torch.cat([torch.arange(h.size // 4), torch.arange(h.size // 2, h.size * 3 // 4)])
         channels = torch.arange(0, f.size, 2)
         narrow = [narrowed(unit, ((h, live), (f, channels)), heads=2, keep=keep) for keep in (False, True)]
@@ -341,7 +341,7 @@ def test_a_part_of_a_layer_has_that_part_of_the_addition(name):
 @torch.no_grad()
 def test_kept_slices_outlive_a_time_and_their_additions_do_not():
     unit, stream = next(walk(adapted(family("dit"))))
-    f = hidden(unit)
+    f = hidden_of(unit)
     kept, live = (narrowed(unit, ((f, torch.arange(0, f.size, 2)),), keep=keep) for keep in (True, False))
     for sample in (0, 1):
         assert stream.time is not None
