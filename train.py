@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from recipes.config.schema import launch
+from recipes.config.launch import launch
 
 
 def main(cfg) -> None:

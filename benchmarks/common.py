@@ -22,9 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.backbones.dit import DiTConfig, to_diffusers
-from edit.denoiser import Condition
-from edit.measuring.cost import Spread, device_name, stopwatch
+from edit.backbones.dit import DiTConfig
+from edit.backbones.dit_conversion import to_diffusers
+from edit.measuring.devices import device_name
+from edit.measuring.timing import Spread, stopwatch
+from edit.stream import Condition
 from recipes.cost import from_file
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -164,7 +166,7 @@ def trio(config: DiTConfig, device: torch.device, compile: bool) -> dict[str, nn
             p.add_(0.02 * torch.randn_like(p))  # a fresh DiT is the identity with zero output
     plain = PlainDiT(config)
     plain.load_state_dict(ours.model.state_dict())
-    stock_config, stock_state = to_diffusers(config, ours.model.state_dict())
+    stock_config, stock_state = to_diffusers(ours.config, ours.model.state_dict())
     stock = DiTTransformer2DModel.from_config(stock_config)
     stock.load_state_dict(stock_state, strict=False)  # its position table is a buffer of its own
     models = {"edit": ours, "plain": plain, "diffusers": stock}

@@ -5,8 +5,8 @@
     python -m benchmarks.plan --cases digits --recipe      # our own recipe under Lightning instead of a bare loop
     python -m benchmarks.plan --cases digits --recipe --method distribution_matching   # with teacher and critic
 
-By tensors: the storages alive at once, counted after every operator (`edit.measuring.cost.peak_memory`). Resident: what
-the operating system counts, in a fresh process each, above what it held before the model was built.
+By tensors: the storages alive at once, counted after every operator (`edit.measuring.timing.peak_memory`). Resident:
+what the operating system counts, in a fresh process each, above what it held before the model was built.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from edit.backbones.flux import FluxConfig
 from edit.denoiser import Denoiser
 from edit.few_step.distribution_matching import DistributionMatching
 from edit.few_step.ladd import LADD
-from edit.few_step.method import Matching
+from edit.few_step.method import FewStepMethod
 from edit.few_step.progressive import Progressive
-from edit.measuring.cost import peak_memory
 from edit.measuring.probe import Probe
+from edit.measuring.timing import peak_memory
 from edit.measuring.turns import turns
 from recipes.plan import Draft
 
@@ -46,7 +46,7 @@ class Case:
     build: Callable[[], Denoiser]
     batch: int
     text: int = 512
-    matching: Matching | None = None  # with the model itself, unguided, as teacher and critic's start
+    matching: FewStepMethod | None = None  # with the model itself, unguided, as teacher and critic's start
 
     def probe(self, taps: tuple[int, ...] = ()) -> Probe:
         with torch.device("meta"):

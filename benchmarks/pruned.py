@@ -18,10 +18,11 @@ from edit.backbones.flux import FluxConfig
 from edit.backbones.pixart import PixArtConfig
 from edit.backbones.sd3 import SD3Config
 from edit.denoiser import Denoiser
+from edit.few_step.policy import segments
 from edit.measuring.cost import macs
 from edit.pruning.depth import DepthPruning
 from edit.pruning.importance import even
-from edit.pruning.patterns import groups_of, segments
+from edit.pruning.patterns import groups_of
 
 WIDTH = {"num_attention_heads": 8, "attention_head_dim": 64}
 

@@ -27,11 +27,11 @@ import edit
 from benchmarks.common import arguments, cast, prepare, race, show, write
 from benchmarks.pruned import families
 from edit.backbones.flux import FluxConfig
-from edit.denoiser import Denoiser, Step
-from edit.edits import Edit
+from edit.denoiser import Denoiser, Edit
 from edit.measuring.flops import Flops
 from edit.routing.dydit import DyDiT
 from edit.routing.elastic import Elastic, forced
+from edit.stream import Step
 from edit.tuning.td_lora import TDLoRA
 
 ELASTIC = {1.0: (1.0, (4,)), 0.75: (0.82, (3, 4)), 0.5: (0.6, (2, 3, 4))}  # open units, widths in quarters

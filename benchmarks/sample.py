@@ -26,9 +26,10 @@ from benchmarks.common import (
     trio,
     write,
 )
-from edit.denoiser import Condition
 from edit.objectives import FlowMatching
-from edit.sampling import Euler, Sampler
+from edit.sampling import Sampler
+from edit.solvers import Euler
+from edit.stream import Condition
 
 
 @torch.no_grad()

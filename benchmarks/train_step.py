@@ -34,8 +34,9 @@ from benchmarks.common import (
     trio,
     write,
 )
-from edit.denoiser import Condition, Denoiser
-from edit.measuring.cost import Spread
+from edit.denoiser import Denoiser
+from edit.measuring.timing import Spread
+from edit.stream import Condition
 from recipes.cost import from_file
 
 

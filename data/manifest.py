@@ -279,7 +279,7 @@ def teacher_hash(path: str | os.PathLike) -> str:
         FileNotFoundError: if there is no model
         ValueError: if its configuration is no JSON
     """
-    from edit.artifacts.checkpoint import find
+    from edit.artifacts.location import find
 
     folder = find(path)
     config = {k: v for k, v in read(folder / "config.json").items() if k == "_class_name" or not k.startswith("_")}

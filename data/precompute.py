@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
 
     from data.making.job import Job
     from data.making.precomputer import precompute
-    from edit.measuring.cost import find_device
+    from edit.measuring.devices import find_device
 
     options["device"] = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     find_device(options["device"])

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from edit.artifacts.checkpoint import Artifact as Artifact
     from edit.artifacts.checkpoint import load as load
     from edit.artifacts.checkpoint import save as save
-    from edit.denoiser import Condition as Condition
     from edit.denoiser import Denoiser as Denoiser
-    from edit.denoiser import Step as Step
-    from edit.denoiser import Stream as Stream
+    from edit.denoiser import Edit as Edit
     from edit.denoiser import Unit as Unit
-    from edit.edits import Edit as Edit
     from edit.edits import apply as apply
     from edit.edits import fold as fold
     from edit.sampling import Sampler as Sampler
+    from edit.stream import Condition as Condition
+    from edit.stream import Step as Step
+    from edit.stream import Stream as Stream
 
 _HOMES = {
     "apply": "edit.edits",

@@ -1,4 +1,5 @@
-"""The contracts: a `Denoiser` is `embed -> units -> readout`, a `Unit` maps a `Stream` to a `Stream`.
+"""The contracts: a `Denoiser` is `embed -> units -> readout`, a `Unit` maps a `Stream` to a `Stream`, an `Edit` changes
+a denoiser.
 
 Letters in shape comments: b batch, n image tokens, l text tokens, d width, h heads, e head width, c channels,
 f frames, y x grid rows and columns.
@@ -9,210 +10,16 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import register_pytree_node
 from torch.utils.checkpoint import checkpoint
 
-if TYPE_CHECKING:
-    from edit.edits import Edit
-    from edit.sampling import Sampler
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What a denoiser is told besides the noisy sample and the time. New conditioning is a new named field."""
-
-    label: Tensor | None = None  # b, int64; the family's null class for the unconditional pass
-    text: Tensor | None = None  # b l c, text-encoder states
-    text_mask: Tensor | None = None  # b l, bool, True = a real token
-    pooled: Tensor | None = None  # b c, pooled text embedding
-    guidance: Tensor | None = None  # b, the guidance scale a guidance-distilled model was told
-    control: Tensor | None = None  # b c y x, control latents
-    end: Tensor | None = None  # b, the time a flow map is asked to lead to, at most t; for models that take one
-
-    def map(self, f: Callable[[Tensor], Tensor]) -> Condition:
-        """Apply `f` to every field that is present (move, slice, repeat)."""
-        values = {name: getattr(self, name) for name in _CONDITION_FIELDS}
-        return Condition(**{name: value if value is None else f(value) for name, value in values.items()})
-
-    def join(self, other: Condition) -> Condition:
-        """Both as one batch, for denoisers that are asked for two branches at once.
-
-        Texts of different lengths are brought to one: see `_level`.
-
-        Raises:
-            ValueError: if a field is present in one of them only, or texts differ in length and have no mask
-            RuntimeError: if shapes differ otherwise beyond the batch
-        """
-        mine, other = _level(self, other)
-        both = {name: (getattr(mine, name), getattr(other, name)) for name in _CONDITION_FIELDS}
-        if lone := next((name for name, (a, b) in both.items() if (a is None) != (b is None)), None):
-            raise ValueError(f"only one of the two conditions to join has {lone}: give it to both, or to neither")
-        return Condition(**{name: None if pair == (None, None) else torch.cat(pair) for name, pair in both.items()})
-
-    def where(self, drop: Tensor, null: Condition) -> Condition:
-        """This condition with the samples marked in `drop` [b, bool] replaced by those of `null`.
-
-        One mask drops all fields of a sample together, as classifier-free guidance needs. Texts of different lengths
-        are brought to one: see `_level`.
-
-        Raises:
-            ValueError: if texts differ in length and have no mask
-        """
-        mine, null = _level(self, null)
-
-        def choose(mine: Tensor | None, other: Tensor | None) -> Tensor | None:
-            if mine is None or other is None:
-                return mine
-            return torch.where(drop.view(-1, *[1] * (mine.ndim - 1)), other, mine)
-
-        return Condition(**{name: choose(getattr(mine, name), getattr(null, name)) for name in _CONDITION_FIELDS})
-
-
-_CONDITION_FIELDS = tuple(f.name for f in fields(Condition))
-
-
-def _level(a: Condition, b: Condition) -> tuple[Condition, Condition]:
-    """Both with texts of one length: the shorter is filled up with zeros that its mask leaves out.
-
-    Raises:
-        ValueError: if there is anything to fill up, and no mask
-    """
-    if a.text is None or b.text is None or a.text.shape[1] == b.text.shape[1]:
-        return a, b
-    lengths = a.text.shape[1], b.text.shape[1]
-    if a.text_mask is None or b.text_mask is None:
-        raise ValueError(
-            f"texts of {lengths[0]} and {lengths[1]} tokens do not fit together without a text_mask, as the model "
-            "would attend to the padding and answer otherwise: encode both to one length"
-        )
-
-    def fill(c: Condition) -> Condition:
-        missing = (0, max(lengths) - c.text.shape[1])  # type: ignore[union-attr]
-        return replace(c, text=F.pad(c.text, (0, 0, *missing)), text_mask=F.pad(c.text_mask, missing))  # type: ignore
-
-    return fill(a), fill(b)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One denoiser evaluation of one generation. Only the sampler makes steps, so only the sampler counts.
-
-    `memory` lives exactly as long as the generation: caches and cross-step statistics go there and nowhere else.
-    """
-
-    index: int  # evaluations made so far in this generation
-    count: int  # evaluations the whole generation makes
-    sigma: float  # time in [0, 1], 1 = pure noise
-    branch: str = "cond"  # "cond", "uncond" or "perturbed": the guidance pass
-    memory: dict = field(default_factory=dict, repr=False, compare=False)
-
-    def recall(self, owner: str, unit: int) -> dict:
-        """The memory of one edit at one unit in this guidance branch; empty at the start of a generation."""
-        return self.memory.setdefault((owner, unit, self.branch), {})
-
-
-@dataclass(frozen=True)
-class Maps:
-    """How many query rows of a unit's attention map are wanted; what attention leaves here, its unit traces.
-
-    One is made per unit and call. `found` is filled and emptied within the unit, whose trace alone hands the map on:
-    that is how checkpointing, compilation and FSDP2 see it.
-    """
-
-    rows: int
-    found: list[Tensor] = field(default_factory=list, repr=False, compare=False)
-
-    def see(self, q: Tensor, k: Tensor) -> None:
-        """Logarithms of evenly spread rows of softmax(q k' / sqrt(e)), all rows if there are not so many."""
-        s = q.shape[2]
-        rows = min(self.rows, s)
-        chosen = q[:, :, torch.arange(rows, device=q.device) * s // rows]
-        self.found.append((chosen * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).float().log_softmax(-1))
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What an edit decided for the unit ahead, as factors, 0 or 1 with a gradient while training; None: all of it."""
-
-    heads: Tensor | None = None  # b h, of the attention
-    channels: Tensor | None = None  # b c, hidden ones of the image's feed-forward
-    tokens: Tensor | None = None  # b n, image tokens that the feed-forward is run on
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where tokens are: what attention-like methods need to know about their order."""
-
-    grid: tuple[int, int, int]  # frames, rows, columns of the image tokens
-    registers: int = 0  # tokens in front of the image tokens that are no pixels
-    text_length: int = 0
-    text_mask: Tensor | None = None  # b l, bool
-    permutation: Tensor | None = None  # n, token order if not row-major
-    kept: Tensor | None = None  # b k, indices of the tokens still present
-    rope: Tensor | None = None  # (registers + n) e, position table: cosines then sines
-    maps: Maps | None = None  # of the attention ahead, where they are wanted
-    routing: Routing | None = None  # for the slots of the unit ahead, where an edit decides
-
-
-@dataclass(frozen=True)
-class Stream:
-    """What flows through the units. Replaced, never mutated (`dataclasses.replace`)."""
-
-    image: Tensor  # b n d
-    cond: Tensor  # b d, what adaLN receives
-    layout: Layout
-    text: Tensor | None = None  # b l d
-    time: Tensor | None = None  # b d, the timestep alone, without class or text
-    step: Step | None = None  # None while training
-    trace: Mapping[str, Tensor] = field(default_factory=dict)
-    tap: str | None = None  # the name under which the unit ahead records its branches and maps, where wanted
-
-    def record(self, name: str, value: Tensor) -> Stream:
-        """The same stream with one more auxiliary output. It reaches the caller through `Output.trace`."""
-        return replace(self, trace={**self.trace, name: value})
-
-
-# FSDP2 finds the tensors of a unit's input and output by walking a pytree; layout and step ride along untouched.
-def _flatten_stream(s: Stream):
-    return [s.image, s.text, s.cond, s.time, dict(s.trace)], (s.layout, s.step, s.tap)
-
-
-def _unflatten_stream(children, context) -> Stream:
-    image, text, cond, time, trace = children
-    layout, step, tap = context
-    return Stream(image=image, text=text, cond=cond, time=time, trace=trace, layout=layout, step=step, tap=tap)
-
-
-register_pytree_node(Stream, _flatten_stream, _unflatten_stream)
-
-
-class Output(NamedTuple):
-    """What a denoiser returns, always."""
-
-    sample: Tensor  # the prediction, shaped as x
-    variance: Tensor | None  # the learned-variance half, shaped as x, where the model has one
-    trace: Mapping[str, Tensor]  # taps as "unit.<index>" and whatever edits recorded
-
-
-class Branch(NamedTuple):
-    """Image tokens and, in two-stream families, text tokens: a residual branch of a unit, its gates, its input."""
-
-    image: Tensor
-    text: Tensor | None = None
-
-
-class Forced(NamedTuple):
-    """What a unit is given instead of its predecessor's output, on some samples (teacher forcing)."""
-
-    tokens: Branch  # b n d image tokens without registers, b l d text tokens
-    where: Tensor  # b, bool
+from edit.stream import Branch, Condition, Forced, Layout, Maps, Output, Step, Stream, force, record_branch, residual
 
 
 def check_layout(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
@@ -221,16 +28,20 @@ def check_layout(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], what
     Both may be on the meta device: only names and shapes are compared.
     """
     if missing := [k for k in wanted if k not in given]:
-        raise ValueError(f"{what} does not fit this model: {len(missing)} keys are missing, such as {some(missing)}")
+        raise ValueError(
+            f"{what} does not fit this model: {len(missing)} keys are missing, such as {first_names(missing)}"
+        )
     if extra := [k for k in given if k not in wanted]:
-        raise ValueError(f"{what} does not fit this model: it has {len(extra)} unknown keys, such as {some(extra)}")
+        raise ValueError(
+            f"{what} does not fit this model: it has {len(extra)} unknown keys, such as {first_names(extra)}"
+        )
     for k, v in wanted.items():
         if v.shape != given[k].shape:
             shapes = f"{k} has shape {tuple(given[k].shape)}, expected {tuple(v.shape)}"
             raise ValueError(f"{what} does not fit this model: {shapes}")
 
 
-def some(names: Sequence[str]) -> str:
+def first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3])
 
 
@@ -242,7 +53,7 @@ class Unit(nn.Module, ABC):
     """One transformer block written out as its equations.
 
     Slots are methods that an edit may replace on one unit by assigning to them (`unit.ffn = moe`); `del unit.ffn`
-    brings the block's own back. What is assigned is *not* registered as a sub-module: an edit's parameters live in
+    brings the block's own back. The new value is *not* registered as a sub-module: an edit's parameters live in
     `denoiser.edits`, so that the weights of the block keep their names.
 
     | slot        | signature                                                                                 |
@@ -283,58 +94,99 @@ class Unit(nn.Module, ABC):
         return residual(stream, "feed", self.feed(stream, modulation), modulation.feed_gate)
 
 
-def record_branch(stream: Stream, name: str, branch: Branch) -> Stream:
-    """Trace a pair of tokens as `name` (without registers) and, where there is text, `name`.text."""
-    stream = stream.record(name, branch.image[:, stream.layout.registers :])
-    return stream if branch.text is None else stream.record(f"{name}.text", branch.text)
+class Edit(ABC):
+    """One method's change to a denoiser. A subclass is a dataclass; its fields are the paper's hyper-parameters.
 
-
-def force(stream: Stream, forced: Forced) -> Stream:
-    """The stream with the tokens of the marked samples replaced.
-
-    Raises:
-        ValueError: if there are more or fewer samples in the stream
+    `apply` may be called on the meta device: it must not read weights.
     """
-    if len(forced.where) != len(stream.image):
-        raise ValueError(
-            f"tokens of {len(forced.where)} samples were to be forced on a stream of {len(stream.image)}: if an edit "
-            "doubles the batch (DyDiT's complete), set complete=0"
-        )
 
-    def choose(own: Tensor, other: Tensor) -> Tensor:
-        return torch.where(forced.where.view(-1, 1, 1), other, own)
+    perturbs: ClassVar[bool] = False  # changes the prediction in the guidance branch "perturbed"
+    # The work depends on samples or times, so the cost is counted on real samples. Apply last: this edit copies units,
+    # and later edits would miss the copies.
+    decides: ClassVar[bool] = False
+    leads: ClassVar[bool] = False  # the model becomes a flow map: it takes the time at which a step ends
+    # With LoRA off and the same condition, the output equals the unedited model's (needed for placement=tied).
+    keeps: ClassVar[bool] = False
+    excludes: ClassVar[tuple[str, ...]] = ()  # class names of edits that cannot be applied together with this one
+    records: ClassVar[tuple[str, ...]] = ()  # maps that `readout` adds to the trace, for solvers that use them
 
-    registers, image, text = stream.layout.registers, forced.tokens.image, stream.text
-    if registers:
-        image = torch.cat((stream.image[:, :registers], image), 1)
-    if text is not None and forced.tokens.text is not None:
-        text = choose(text, forced.tokens.text)
-    return replace(stream, image=choose(stream.image, image), text=text)
+    @abstractmethod
+    def apply(self, denoiser: Denoiser) -> nn.Module | None:
+        """Change units, slots or modules. Return the edit's own parameters, which are registered under its name."""
 
+    def initialise(self, denoiser: Denoiser) -> None:  # noqa: B027 - most edits need no weights to start from
+        """Set own parameters from the weights (an SVD, a copy). Called once when the edit is new, never on reload."""
 
-def residual(stream: Stream, name: str, branch: Branch, gate: Branch) -> Stream:
-    """Add a branch, and trace it as `name` of the unit, with the map that made it, where they are wanted."""
-    if stream.tap:
-        stream = record_branch(stream, f"{stream.tap}.{name}", branch)
-        if stream.layout.maps is not None and stream.layout.maps.found:
-            stream = stream.record(f"{stream.tap}.maps", stream.layout.maps.found.pop())
-    return add(stream, branch, gate)
+    def advance(self, progress: float, own: nn.Module | None) -> None:  # noqa: B027 - most edits have no schedule
+        """Set scheduled values in the edit's own buffers. Called before every training step.
 
+        Args:
+            progress: fraction of the run that is done, in [0, 1)
+            own: the module that `apply` returned
+        """
 
-def add(stream: Stream, branch: Branch, gate: Branch) -> Stream:
-    """Join a residual branch: x + gate * branch, on image and, where there is one, text."""
-    s, text = stream, stream.text
-    image = torch.addcmul(s.image, gate.image, branch.image)
-    if branch.text is not None:
-        text = torch.addcmul(text, gate.text, branch.text)
-    # spelt out: on this path `replace` is felt
-    return Stream(image, s.cond, s.layout, text, s.time, s.step, s.trace, s.tap)
+    def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
+        """Replace the input of the first unit: add a second time, a further token.
+
+        Args:
+            stream: embedded by the family
+            t: b, times in [0, 1]
+            condition: of the same batch
+            own: the module that `apply` returned
+        """
+        return stream
+
+    def readout(self, output: Output, stream: Stream, own: nn.Module | None) -> Output:
+        """Replace the output: record a further head in its trace.
+
+        Args:
+            output: read out by the family
+            stream: after the last unit
+            own: the module that `apply` returned
+        """
+        return output
+
+    def losses(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Named auxiliary losses, already weighted, each a scalar or one number per sample [b]."""
+        return {}
+
+    def metrics(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Numbers to log beside the losses: open rates, expert loads, confidence."""
+        return {}
+
+    def decisions(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Executed fraction of each unit, in [0, 1], for reports: u b, or u b n where tokens are chosen."""
+        return {}
+
+    def further(self, output: Output) -> dict[str, Output]:
+        """Further predictions of the same samples, from the trace; the objective scores them like the first."""
+        return {}
+
+    def trainable(self, name: str) -> bool:
+        """Whether a parameter of the denoiser (full name) is still trained under this edit."""
+        return True
+
+    def owns(self, name: str) -> bool:
+        """Whether this edit added a parameter inside the model (full name), which no other edit freezes."""
+        return False
+
+    def stock_key(self, key: str) -> str | None:
+        """The name that a key of `model.state_dict()` had before this edit; None if the key is the edit's own."""
+        return key
+
+    def fold(self, denoiser: Denoiser) -> None:
+        """Make the change permanent in the model's own weights.
+
+        Raises:
+            ValueError: if the change cannot be expressed in the stock model
+        """
+        raise ValueError(f"{type(self).__name__} cannot be folded into the weights: keep it as an edit of the artifact")
 
 
 class Spec(ABC):
     """The configuration of a backbone: a dataclass whose `build()` takes nothing and makes a denoiser.
 
-    Nothing derives from it: it is what a configuration's `backbone` is compared with before it is called.
+    No class derives from it: `isinstance` checks a configuration's `backbone` before `build` is called.
     """
 
     @abstractmethod
@@ -349,9 +201,9 @@ class Spec(ABC):
 class Denoiser(nn.Module, ABC):
     """A DiT of any family, seen as `embed -> units -> readout`.
 
-    `model` holds the weights under their own names; `units` are ordered views on its blocks, registered once, there.
-    `edits` holds the parameters that edits add. One calling convention for every backbone: `x` is a latent or pixels
-    b c y x (b c f y x for video), `t` in [0, 1] with 1 = pure noise.
+    `model` holds the weights under their own names; `units` are ordered views on its blocks, which stay registered in
+    `model` alone. `edits` holds the parameters that edits add. Every backbone has one calling convention: `x` is a
+    latent or pixels b c y x (b c f y x for video), `t` lies in [0, 1] with 1 = pure noise.
 
     A family implements `config`, `from_config`, `sample_shape`, `pack`, `embed`, `readout`, `keep`, `null` and the two
     converters `to_stock` / `from_stock`; everything else is here.
@@ -365,8 +217,8 @@ class Denoiser(nn.Module, ABC):
         self.units: list[Callable[[Stream], Stream]] = list(units)
         self.edits = nn.ModuleDict()
         self.applied: dict[str, Edit] = {}  # live edits by name, in order of application
-        self.folded: list[dict] = []  # provenance of edits that are part of the weights by now
-        self.base = self.config  # the configuration that live edits are applied to when an artifact is read
+        self.folded: list[dict] = []  # provenance of the edits that are part of the weights
+        self.base = self.config  # configuration to which live edits are applied when an artifact is read
         self.gradient_checkpointing = False
 
     # ---- what a family provides -------------------------------------------------------------------------------
@@ -374,12 +226,12 @@ class Denoiser(nn.Module, ABC):
     @property
     @abstractmethod
     def config(self) -> dict:
-        """The constructor's arguments as plain JSON values, describing the model as it now stands."""
+        """The constructor's arguments as JSON values, of the model in its present state."""
 
     @classmethod
     @abstractmethod
     def from_config(cls, config: Mapping[str, Any]) -> Denoiser:
-        """Build with fresh weights. Under `torch.device("meta")` nothing is allocated."""
+        """Build with fresh weights; `torch.device("meta")` allocates nothing."""
 
     @property
     @abstractmethod
@@ -388,12 +240,12 @@ class Denoiser(nn.Module, ABC):
 
     @property
     def prediction(self) -> Literal["velocity", "noise"]:
-        """What the weights are made to predict; an objective must predict the same."""
+        """The quantity that the weights predict; the objective must predict the same."""
         return "velocity"
 
     @abstractmethod
     def pack(self, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
-        """From the framework's convention to the family's native arguments (time scale, ids, patching)."""
+        """Translate to the family's native arguments (time scale, ids, patching)."""
 
     @abstractmethod
     def embed(self, **native: Any) -> Stream: ...
@@ -403,27 +255,27 @@ class Denoiser(nn.Module, ABC):
 
     @abstractmethod
     def keep(self, indices: Sequence[int]) -> None:
-        """Drop all units but these, for good: from `units`, from the model and from its configuration."""
+        """Drop all other units for good: from `units`, from the model and from its configuration."""
 
     @abstractmethod
     def null(self, condition: Condition) -> Condition:
         """The unconditional counterpart of a condition, for label drop and classifier-free guidance."""
 
     def example(self, batch: int = 1, text: int = 512) -> Condition:
-        """A condition of the right shape that means nothing, on the CPU: costs do not depend on what is said.
+        """A condition of the right shape without meaning, on the CPU: costs do not depend on its values.
 
         Args:
             batch: samples
-            text: tokens of a prompt, where the family reads text
+            text: tokens of a prompt, for families that read text
         """
         return Condition(label=torch.zeros(batch, dtype=torch.int64, device="cpu"))
 
-    def sampler(self) -> Sampler | None:
-        """How the family's stock pipeline samples with its default settings; None: there is none."""
+    def sampler(self) -> Any:
+        """The `edit.sampling.Sampler` with the defaults of the family's stock pipeline; None: there is no pipeline."""
         return None
 
     def settle(self, shape: tuple[int, ...], spec: Any) -> None:  # noqa: B027 - most families have nothing to do
-        """Take over what is no structure: the shape of a sample, and settings of the backbone's configuration."""
+        """Take over values that are no structure: the shape of a sample, settings of the backbone's configuration."""
 
     def reset_buffers(self) -> None:  # noqa: B027 - most families have nothing to do
         """Recompute non-persistent buffers after the model left the meta device."""
@@ -431,7 +283,7 @@ class Denoiser(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def to_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-        """`config.json` and state dict that are stored: those of stock `diffusers` where it has the model."""
+        """The stored `config.json` and state dict: those of stock `diffusers` where that has the model."""
 
     @classmethod
     @abstractmethod
@@ -440,7 +292,7 @@ class Denoiser(nn.Module, ABC):
 
     @property
     def family(self) -> type[Denoiser]:
-        """The family's own class: sharding (FSDP2) puts a subclass in its place at run time."""
+        """The family's own class: FSDP2 replaces a module's class by a subclass at run time."""
         return next(c for c in type(self).__mro__ if "name" in vars(c))
 
     # ---- what every family shares -----------------------------------------------------------------------------
@@ -462,18 +314,18 @@ class Denoiser(nn.Module, ABC):
             x: b c y x, noisy
             t: b, times in [0, 1], 1 = pure noise
             condition: labels, text, ... of the same batch
-            step: where a generation stands; None while training
-            taps: units whose output tokens are wanted; they come back as trace["unit.<index>"], b n d, and in
-                two-stream families trace["unit.<index>.text"], b l d. Negative indices count from the end.
-            branches: units whose branches before the gate are wanted, as trace["unit.<index>.attention"] and
-                trace["unit.<index>.feed"], each with its ".text" where there is one
-            forced: input tokens of some units on some samples
-            maps: units whose attention maps are wanted, and how many evenly spread query rows r of them, as
+            step: the sampling step; None while training
+            taps: units whose output tokens are returned as trace["unit.<index>"], b n d, and in two-stream families
+                trace["unit.<index>.text"], b l d. Negative indices count from the end.
+            branches: units whose branches before the gate are returned as trace["unit.<index>.attention"] and
+                trace["unit.<index>.feed"], each with ".text" in two-stream families
+            forced: replacements for the input tokens of units
+            maps: number r of evenly spread query rows per unit whose attention map is returned as
                 trace["unit.<index>.maps"]: b h r s, natural logarithms, over all tokens s in the joint order
 
         Raises:
-            ValueError: if x does not have the model's shape, a tap names no unit, or a unit with another attention
-                than plain softmax is asked for a map
+            ValueError: if x does not have the model's shape, a tap names no unit, or a map is requested of a unit
+                with another attention than plain softmax
         """
         self._check(x, t, (*taps, *branches, *forced, *maps))
         stream = replace(self.embed(**self.pack(x, t, condition)), step=step)
@@ -493,7 +345,7 @@ class Denoiser(nn.Module, ABC):
         forced: Mapping[int, Forced] = _NOTHING,
         maps: Mapping[int, int] = _NOTHING,
     ) -> Stream:
-        """All units, from the embedded stream to the one that is read out."""
+        """All units in order; arguments as of `forward`."""
         depth = len(self.units)
         taps, branches = {i % depth for i in taps}, {i % depth for i in branches}
         maps = {i % depth: rows for i, rows in maps.items()}
@@ -515,7 +367,7 @@ class Denoiser(nn.Module, ABC):
         return stream
 
     def _mapped(self, stream: Stream, i: int, branches: bool) -> Stream:
-        """The stream after a unit that was asked for its map; what else it traced goes unless `branches` are wanted."""
+        """The stream after a unit with a map: its branches leave the trace unless `branches` are wanted."""
         name = f"unit.{i}.maps"
         if name not in stream.trace:
             raise ValueError(
@@ -526,7 +378,7 @@ class Denoiser(nn.Module, ABC):
         return replace(stream, trace=kept, layout=replace(stream.layout, maps=None))
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
-        """Whether samples of this shape (without the batch) can be denoised; families of any size say so here."""
+        """Whether samples of this shape (without the batch) can be denoised."""
         return shape == self.sample_shape
 
     def _check(self, x: Tensor, t: Tensor, taps: Collection[int]) -> None:

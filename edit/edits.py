@@ -1,106 +1,19 @@
-"""One method's change to a denoiser: surgery on its units, its own parameters, auxiliary losses, how it folds away.
+"""Operations on edits: apply them in order, fold them into the weights, describe them as data and rebuild them.
 
-An edit is data: a dataclass whose fields are the paper's hyper-parameters, with the paper's defaults. It is found by
-importing it, there is no registry; an artifact stores its import path and fields.
+An edit is data: a dataclass whose fields are the paper's hyper-parameters, with the paper's defaults. There is no
+registry: an artifact stores the import path and the fields.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from edit.denoiser import Condition, Denoiser, Output, Stream
+from edit.denoiser import Denoiser, Edit
 from edit.inputs import trust
-
-
-class Edit(ABC):
-    """A final subclass is a dataclass. Its `apply` may be called on the meta device: it must not read weights."""
-
-    perturbs: ClassVar[bool] = False  # changes what the guidance branch "perturbed" computes
-    # what is run depends on samples or times: its cost is counted on real ones, and it is applied last, for it runs
-    # copies of the units, which a later edit would not change
-    decides: ClassVar[bool] = False
-    leads: ClassVar[bool] = False  # the model becomes a flow map, which is told where a step ends (Condition.end)
-    keeps: ClassVar[bool] = False  # without a LoRA, and told the same, the model predicts what it did without this edit
-    excludes: ClassVar[tuple[str, ...]] = ()  # class names of edits this one cannot live with
-    records: ClassVar[tuple[str, ...]] = ()  # maps that `readout` adds to the trace, for solvers that are given them
-
-    @abstractmethod
-    def apply(self, denoiser: Denoiser) -> nn.Module | None:
-        """Change units, slots or modules; return the edit's own parameters, to be registered under its name."""
-
-    def initialise(self, denoiser: Denoiser) -> None:  # noqa: B027 - most edits need no weights to start from
-        """Set own parameters from the weights (an SVD, a copy). Called once when the edit is new, never on reload."""
-
-    def advance(self, progress: float, own: nn.Module | None) -> None:  # noqa: B027 - most edits have no schedule
-        """Called before every training step: set what has a schedule, in buffers of the edit's own.
-
-        Args:
-            progress: part of the run that is done, in [0, 1)
-            own: what `apply` returned
-        """
-
-    def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
-        """What the first unit gets in place of the embedded stream: a second time, a further token.
-
-        Args:
-            stream: as the family embeds it
-            t: b, times in [0, 1]
-            condition: of the same batch
-            own: what `apply` returned
-        """
-        return stream
-
-    def readout(self, output: Output, stream: Stream, own: nn.Module | None) -> Output:
-        """What is returned in place of the family's output: a further head, recorded in its trace.
-
-        Args:
-            output: as the family reads it out
-            stream: after the last unit
-            own: what `apply` returned
-        """
-        return output
-
-    def losses(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Named auxiliary losses, already weighted, each a scalar or one number per sample [b]."""
-        return {}
-
-    def metrics(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What to log beside the losses: open rates, expert loads, confidence."""
-        return {}
-
-    def decisions(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What was run of each unit, in [0, 1], for pictures and reports: u b each, u b n where tokens are chosen."""
-        return {}
-
-    def further(self, output: Output) -> dict[str, Output]:
-        """More predictions of the same samples, recorded in the trace, which the objective scores like the first."""
-        return {}
-
-    def trainable(self, name: str) -> bool:
-        """Whether a parameter of the denoiser (by its full name) is still trained under this edit."""
-        return True
-
-    def owns(self, name: str) -> bool:
-        """Whether a parameter inside the model (by its full name) is new with this edit: no other edit freezes it."""
-        return False
-
-    def stock_key(self, key: str) -> str | None:
-        """The name that a key of `model.state_dict()` had before this edit; None if the key is the edit's own."""
-        return key
-
-    def fold(self, denoiser: Denoiser) -> None:
-        """Make the change permanent in the model's own weights, leaving nothing to apply.
-
-        Raises:
-            ValueError: if the change cannot be expressed in the stock model
-        """
-        raise ValueError(f"{type(self).__name__} cannot be folded into the weights: keep it as an edit of the artifact")
 
 
 def apply(denoiser: Denoiser, edits: Mapping[str, Edit], fresh: bool = True) -> Denoiser:
@@ -108,11 +21,11 @@ def apply(denoiser: Denoiser, edits: Mapping[str, Edit], fresh: bool = True) -> 
 
     Args:
         denoiser: to change
-        edits: by a name that is unique in this denoiser; own parameters are found under `denoiser.edits[name]`
-        fresh: call each edit's `initialise`; False when weights are loaded afterwards
+        edits: by name, unique in this denoiser; own parameters are registered as `denoiser.edits[name]`
+        fresh: call each edit's `initialise`; False if weights are loaded afterwards
 
     Raises:
-        ValueError: if a name is taken or impossible, or two edits cannot live together, or not in this order (both
+        ValueError: if a name is taken or impossible, or two edits exclude each other, or their order is wrong (both
             are named)
     """
     for name, new in edits.items():
@@ -144,16 +57,16 @@ def apply(denoiser: Denoiser, edits: Mapping[str, Edit], fresh: bool = True) -> 
 
 
 def trains(denoiser: Denoiser, name: str) -> bool:
-    """Whether a parameter (by its full name) is trained: what edits added is, the rest unless an edit freezes it."""
+    """Whether a parameter (full name) is trained: if an edit added it, or no edit freezes it."""
     applied = denoiser.applied.values()
     return any(e.owns(name) for e in applied) or all(e.trainable(name) for e in applied)
 
 
 def chosen(who: str, units: tuple[int, ...], denoiser: Denoiser) -> tuple[int, ...]:
-    """Positions of units, all where none are given.
+    """Positions of the chosen units; all units if none are given.
 
     Raises:
-        ValueError: if one is not there, or is given twice
+        ValueError: if a unit does not exist, or is given twice
     """
     depth = len(denoiser.units)
     if bad := [i for i in units if not 0 <= i < depth]:
@@ -164,11 +77,11 @@ def chosen(who: str, units: tuple[int, ...], denoiser: Denoiser) -> tuple[int, .
 
 
 def fold(denoiser: Denoiser, *names: str) -> Denoiser:
-    """Make applied edits permanent, the last applied first; without names, all that are applied.
+    """Make applied edits permanent, the last applied first; without names, all applied edits.
 
     Raises:
-        ValueError: if a name is not applied, if an edit applied later is left live, if an edit cannot be folded, or if
-            what stays live could not be applied again to what is left
+        ValueError: if a name is not applied, if an edit applied later stays live, if an edit cannot be folded, or if
+            the live edits could not be applied again to the folded model
     """
     names = names or tuple(denoiser.applied)
     if unknown := [n for n in names if n not in denoiser.applied]:
@@ -188,9 +101,9 @@ def fold(denoiser: Denoiser, *names: str) -> Denoiser:
 
 
 def _base(denoiser: Denoiser) -> dict:
-    """The configuration to which the live edits are applied again on reading.
+    """The configuration to which a reader applies the live edits again.
 
-    The one of before, unless what was folded had changed the structure above them; then the present one.
+    The former base, unless a folded edit has changed the structure; then the present configuration.
     """
     for base in (denoiser.base, denoiser.config):
         try:
@@ -206,7 +119,7 @@ def _base(denoiser: Denoiser) -> dict:
 
 
 def describe(value: Any) -> dict[str, Any]:
-    """Import path and fields of a dataclass, as JSON; `rebuild` is the inverse."""
+    """Import path and fields of a dataclass as JSON values; `rebuild` is the inverse."""
 
     def plain(v: Any) -> Any:
         if is_dataclass(v) and not isinstance(v, type):
@@ -222,16 +135,16 @@ def describe(value: Any) -> dict[str, Any]:
 
 
 def rebuild(node: Any, trusted: tuple[str, ...] = (), kind: type = object) -> Any:
-    """Build what `describe` wrote down. It comes from outside: see `edit.inputs.trust` for what it may ask for.
+    """Build the object that `describe` wrote. The values come from outside: `edit.inputs.trust` limits them.
 
     Args:
         node: JSON values
         trusted: packages besides `edit` whose classes may be built
-        kind: what is built is one of these
+        kind: class of the result
 
     Raises:
-        ValueError: if a path leads outside those packages, to something that is no dataclass or of another kind than
-            its place expects, or takes other fields
+        ValueError: if a path leads outside those packages, names no dataclass or one of another kind than its place
+            expects, or has other fields
     """
     trust.refuse_deep(node)
     if kind is not object and not (isinstance(node, Mapping) and "_target_" in node):
@@ -256,6 +169,6 @@ def _rebuild(node: Any, packages: tuple[str, ...], kinds: trust.Kinds) -> Any:
         return cls(**given)
     except ValueError:
         raise
-    except Exception as error:  # whatever a class makes of a value of another type
+    except Exception as error:  # a class may raise anything for a value of another type
         reason = f"{type(error).__name__}: {trust.cut(str(error), quoted=False)}"
         raise ValueError(f"the artifact's {path} does not fit this version of edit: {reason}") from error

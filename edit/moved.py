@@ -11,6 +11,14 @@ from typing import Any
 CLASSES = {  # of modules that were divided
     "edit.distillation.student.FixedGuidance": "edit.tuning.guidance.FixedGuidance",
     "edit.distillation.student.GuidanceInput": "edit.tuning.guidance.GuidanceInput",
+    "edit.sampling.DDIMSolver": "edit.solvers.DDIMSolver",
+    "edit.sampling.DDPMSolver": "edit.solvers.DDPMSolver",
+    "edit.sampling.DPMSolver": "edit.solvers.DPMSolver",
+    "edit.sampling.Euler": "edit.solvers.Euler",
+    "edit.sampling.EulerMaruyama": "edit.solvers.EulerMaruyama",
+    "edit.sampling.Grid": "edit.solvers.Grid",
+    "edit.sampling.Heun": "edit.solvers.Heun",
+    "edit.sampling.StockEuler": "edit.solvers.StockEuler",
 }
 COMMANDS = {  # `python -m`, and stages of a run
     "edit.checksums": "recipes.checksums",

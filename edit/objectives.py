@@ -1,7 +1,7 @@
-"""What a denoiser is trained to predict, at which times, and with which weights.
+"""Training targets: which quantity a denoiser predicts, at which times, with which weights, and additional terms.
 
-One time convention everywhere: t in [0, 1], 0 = data, 1 = noise. Conversions between predictions are functions here;
-conversions of a network's own convention (SiT's reversed time, DDPM's integer steps) are the backbone's `pack`.
+One time convention everywhere: t in [0, 1], 0 = data, 1 = noise. Conversions between predictions are in `edit.paths`;
+a network's own convention (SiT's reversed time, DDPM's integer steps) is the backbone's `pack`.
 
 Sources: SiT (arXiv 2401.08740), DiT (2212.09748), improved DDPM (2102.09672), SD3 (2403.03206),
 LightningDiT (2501.01423).
@@ -21,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.denoiser import Denoiser, Output
+from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, Inside, Limits, NotNegative, Positive, check_numbers
+from edit.paths import column, corrupt, mean, noise_to_velocity
+from edit.stream import Output
 
 # ---- times: maps of a uniform number in (0, 1), so that a sample's time depends on its number alone -----------------
 
@@ -71,31 +73,6 @@ def shift_times(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-# ---- conversions on the linear path x_t = (1 - t) x + t noise -------------------------------------------------------
-
-
-def _like(t: Tensor, x: Tensor) -> Tensor:
-    return t.view(-1, *[1] * (x.ndim - 1))
-
-
-def velocity_to_data(v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    return x_t - _like(t, x_t) * v
-
-
-def velocity_to_noise(v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    return x_t + (1 - _like(t, x_t)) * v
-
-
-def velocity_to_score(v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """Gradient of log p_t; undefined at t = 0."""
-    return -velocity_to_noise(v, x_t, t) / _like(t, x_t)
-
-
-def noise_to_velocity(eps: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """Undefined at t = 1, where x_t is the noise itself."""
-    return (eps - x_t) / (1 - _like(t, x_t))
-
-
 # ---- objectives -----------------------------------------------------------------------------------------------------
 
 
@@ -115,19 +92,15 @@ class Objective(ABC):
 
     @abstractmethod
     def native(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """A point of the linear path, x_t = (1 - t) x + t noise, as the model knows it: noisy sample and times [b]."""
+        """A point of the linear path, x_t = (1 - t) x + t noise, in the model's convention: noisy sample, times [b]."""
 
     @abstractmethod
     def velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """What is predicted at `native(x_t, t)`, as a velocity of the linear path, in fp32."""
+        """The prediction at `native(x_t, t)` as a velocity of the linear path, in fp32."""
 
     @abstractmethod
     def losses(self, output: Output, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
         """Named loss terms, each one number per sample [b]; their sum is minimised."""
-
-
-def _mean(x: Tensor) -> Tensor:
-    return x.flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
@@ -146,7 +119,7 @@ class FlowMatching(Objective):
             raise ValueError(f"FlowMatching: weighting must be none or snr_cap, got {self.weighting!r}")
 
     def corrupt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return torch.lerp(x, noise, _like(t, x))
+        return corrupt(x, noise, t)
 
     def native(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return x_t, t
@@ -156,9 +129,9 @@ class FlowMatching(Objective):
 
     def losses(self, output: Output, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
         v, prediction = noise - x, output.sample.float()
-        losses = {"flow": self.weight(t) * _mean((prediction - v) ** 2)}
+        losses = {"flow": self.weight(t) * mean((prediction - v) ** 2)}
         if self.cosine:
-            losses["cosine"] = self.cosine * _mean(1 - F.cosine_similarity(prediction, v, dim=1))
+            losses["cosine"] = self.cosine * mean(1 - F.cosine_similarity(prediction, v, dim=1))
         return losses
 
     def weight(self, t: Tensor) -> Tensor:
@@ -195,22 +168,22 @@ class DDPM(Objective):
         return (t * self.steps - 1e-3).ceil().long().sub_(1).clamp_(0, self.steps - 1)
 
     def corrupt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        signal, spread, *_ = (_like(v[self.index(t)], x).to(x.dtype) for v in self._tables(x.device))
+        signal, spread, *_ = (column(v[self.index(t)], x).to(x.dtype) for v in self._tables(x.device))
         return signal * x + spread * noise
 
     def times(self, u: Tensor) -> Tensor:
         return (self.index(self.time(u)) + 1) / self.steps
 
     def native(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Index i stands at s / (a + s) of the linear path, where x_i = a x + s noise: the nearest one is taken."""
+        """The nearest index; i lies at time s / (a + s) of the linear path, where x_i = a x + s noise."""
         i, scale, _ = self._on_line(t)
-        return _like(scale, x_t) * x_t, (i + 1) / self.steps
+        return column(scale, x_t) * x_t, (i + 1) / self.steps
 
     def velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         return noise_to_velocity(prediction.float(), x_t, self._on_line(t)[2])
 
     def _on_line(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The nearest index, the length a + s of what is there, and its own time on the linear path, below 1."""
+        """The nearest index, its scale a + s, and its time on the linear path, below 1."""
         signal, spread, *_ = self._tables(t.device)
         line = spread / (signal + spread)
         after = torch.searchsorted(line, t.contiguous()).clamp(1, self.steps - 1)
@@ -219,7 +192,7 @@ class DDPM(Objective):
 
     def losses(self, output: Output, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
         eps = output.sample.float()
-        losses = {"noise": _mean((eps - noise) ** 2)}
+        losses = {"noise": mean((eps - noise) ** 2)}
         if output.variance is not None:
             losses["bound"] = self.bound * self.variational(eps.detach(), output.variance.float(), x, x_t, t)
         return losses
@@ -231,15 +204,15 @@ class DDPM(Objective):
         the 8-bit data under the discretised Gaussian.
         """
         i = self.index(t)
-        tables = (_like(v_[i], x) for v_ in self._tables(x.device))
+        tables = (column(v_[i], x) for v_ in self._tables(x.device))
         signal, spread, log_beta, log_posterior, from_data, from_noisy = tables
         x_hat = (x_t - spread * eps) / signal
-        mean, mean_hat = from_data * x + from_noisy * x_t, from_data * x_hat + from_noisy * x_t
+        expected, expected_hat = from_data * x + from_noisy * x_t, from_data * x_hat + from_noisy * x_t
         log_var = torch.lerp(log_posterior, log_beta, (v + 1) / 2)
         kl = 0.5 * (log_var - log_posterior - 1 + (log_posterior - log_var).exp())
-        kl = kl + 0.5 * (mean - mean_hat) ** 2 * (-log_var).exp()
-        bits = torch.where(_like(i == 0, x), discretised_nll(x, mean_hat, log_var), kl)
-        return _mean(bits) / math.log(2.0)
+        kl = kl + 0.5 * (expected - expected_hat) ** 2 * (-log_var).exp()
+        bits = torch.where(column(i == 0, x), discretised_nll(x, expected_hat, log_var), kl)
+        return mean(bits) / math.log(2.0)
 
     def _tables(self, device: torch.device) -> tuple[Tensor, ...]:
         return schedule_tables(self.steps, self.beta_start, self.beta_end, device)
@@ -250,12 +223,12 @@ def linear_betas(steps: int, start: float, end: float) -> Tensor:
     return torch.linspace(start, end, steps, dtype=torch.float64, device="cpu")
 
 
-@lru_cache(maxsize=8)  # a pure function, asked several times a step: the copy to a GPU would wait for it
-@torch.inference_mode(False)  # what a sampler asks for first, training may keep
+@lru_cache(maxsize=8)  # called several times a step: each copy to a GPU would block
+@torch.inference_mode(False)  # a sampler may fill the cache before training reads it
 def schedule_tables(steps: int, start: float, end: float, device: torch.device) -> tuple[Tensor, ...]:
     """Scales of data and noise, log beta, log posterior variance, the posterior mean's coefficients: [steps] each.
 
-    Differences are taken in float64 before the cast: 1 - alpha-bar is as small as 1e-4. Not to be written to.
+    Differences are taken in float64 before the cast: 1 - alpha-bar is as small as 1e-4. Do not write to them.
     """
     betas = linear_betas(steps, start, end)
     alpha = torch.cumprod(1 - betas, 0)
@@ -285,9 +258,9 @@ def discretised_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Ramp:
-    """A weight that goes linearly from `start` to `end` while the run goes from `begin` to `until` of its length.
+    """A weight that goes linearly from `start` to `end` between the fractions `begin` and `until` of the run.
 
-    With `levels` it takes that many values, each for as long, the last of them `end`: once per epoch in TinyFusion.
+    With `levels` it takes that many values for equal times, the last of them `end`: one per epoch in TinyFusion.
     """
 
     start: NotNegative
@@ -303,7 +276,7 @@ class Ramp:
 
     def __call__(self, progress: float) -> float:
         way = min(1.0, max(0.0, (progress - self.begin) / (self.until - self.begin)))
-        if self.levels is not None:  # with one level, `start` it is
+        if self.levels is not None:  # one level: `start`
             way = min(int(way * self.levels), self.levels - 1) / max(1, self.levels - 1)
         return self.start + (self.end - self.start) * way
 
@@ -317,17 +290,17 @@ def weight_at(weight: Weight, progress: float) -> float:
 
 @dataclass(frozen=True)
 class Pass:
-    """One training forward, as terms see it."""
+    """One training forward: the input of a term."""
 
-    output: Output  # of the denoiser that is trained, with the tapped tokens in its trace
-    batch: Mapping[str, Tensor]  # as the data set made it, plus "noise" and "x_t"
+    output: Output  # of the trained denoiser, with the tapped tokens in its trace
+    batch: Mapping[str, Tensor]  # of the data set, plus "noise" and "x_t"
     t: Tensor  # b, times in [0, 1]
-    progress: float = 0.0  # part of the run that is done, for schedules
-    teacher: Output | None = None  # of the frozen teacher at the same x_t, t and condition, where a term wants one
+    progress: float = 0.0  # fraction of the run that is done, for schedules
+    teacher: Output | None = None  # of the frozen teacher at the same x_t, t and condition; None: no term needs it
 
 
 class Term(ABC):
-    """One more loss beside the objective's: what it taps, what it compares with, its weight over time.
+    """An additional loss beside the objective's, on tapped tokens, branches or maps of student and teacher.
 
     Subclasses are dataclasses. Units are counted from 0.
     """
@@ -348,7 +321,7 @@ class Term(ABC):
         return None
 
     def forced(self, progress: float) -> tuple[Mapping[int, int], float]:
-        """Units whose input is the output of a tapped teacher unit, and on which share of the samples."""
+        """Student units with the teacher unit whose output they take as input, and the fraction of the samples."""
         return {}, 0.0
 
     @abstractmethod
@@ -356,13 +329,13 @@ class Term(ABC):
         """Named, already weighted loss terms, one number per sample [b].
 
         Args:
-            seen: the pass to be scored
-            own: what `build` returned
+            seen: the pass to score
+            own: the module that `build` returned
         """
 
 
 def wanted(terms: Iterable[Term], teacher: bool = False) -> tuple[tuple[int, ...], tuple[int, ...], dict[int, int]]:
-    """What terms ask a forward for, all together: taps, branches and maps as `Denoiser.forward` takes them.
+    """The taps, branches and maps that all terms need, as arguments of `Denoiser.forward`.
 
     Args:
         terms: of a run

@@ -1,17 +1,13 @@
-"""Generation: the sampler owns steps, guidance branches and everything that is remembered between steps.
+"""Generation: the sampler owns steps, guidance branches and all state between steps.
 
-Noise is a pure function of (seed, sample number, step) (`edit.noise`), so a sample's image does not depend on the batch
-it was made in or on the number of ranks. Sources: SiT (arXiv 2401.08740) for the SDE, guidance interval (2404.07724),
-diffusers for the discrete schedulers and the steps of stock pipelines.
+Noise is a pure function of (seed, sample number, step) (`edit.noise`), so an image depends neither on its batch nor on
+the number of ranks. Source of the guidance interval: arXiv 2404.07724.
 """
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,402 +15,34 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from edit import noise
-from edit.denoiser import Condition, Denoiser, Output, Step
-from edit.inputs.limits import Count, Limits, NotNegative, Positive, Steps, check_numbers
-from edit.objectives import DDPM, Objective, shift_times, velocity_to_score
-
-
-class Predict(Protocol):
-    """The guided prediction at time t; a flow map is asked for the step that leads to `end`."""
-
-    def __call__(self, x: Tensor, t: float, end: float | None = None) -> Tensor: ...
-
+from edit.denoiser import Denoiser
+from edit.inputs.limits import Count, NotNegative, check_numbers
+from edit.objectives import Objective
+from edit.solvers import DDIMSolver, DDPMSolver, Euler, Solver
+from edit.stream import Condition, Output, Step
 
 Watch = Callable[[Step, Output], None]  # sees every evaluation of a branch
-LogShift = Annotated[float, Limits(-20, 20)]
-Draw = Callable[[int], Tensor]  # step -> fresh standard normal noise, shaped as x
-
-
-class Solver(ABC):
-    """Integrates from noise to data. Subclasses are dataclasses; `evaluations` is what one generation costs."""
-
-    integrates: ClassVar[tuple[str, ...]] = ("velocity",)  # the predictions it can work with
-    extras: ClassVar[tuple[str, ...]] = ()  # maps of the trace that it is given behind the prediction, as channels
-    steps: int
-
-    @property
-    def evaluations(self) -> int:
-        return self.steps
-
-    def check(self, objective: Objective) -> None:
-        """Refuse an objective whose prediction this solver cannot integrate, or that has fewer steps.
-
-        Raises:
-            ValueError: naming both, and what to use instead
-        """
-        name, predicted = type(self).__name__, objective.prediction
-        if predicted not in self.integrates:
-            cure = "Euler, Heun or EulerMaruyama" if predicted == "velocity" else "DDPMSolver or DDIMSolver"
-            raise ValueError(
-                f"{name} integrates a {self.integrates[0]}, but this model predicts a {predicted}: use {cure}"
-            )
-        if isinstance(objective, DDPM) and self.steps > objective.steps:
-            raise ValueError(f"{name}: steps must be at most {objective.steps}, got {self.steps}")
-
-    @abstractmethod
-    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        """From noise x to data; `check` has passed the objective."""
-
-
-def times(steps: int, shift: float) -> list[float]:
-    """steps + 1 times from 1 (noise) to 0 (data), moved towards noise by `shift`; 1 leaves them evenly spaced."""
-    return shift_times(torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu"), shift).tolist()
-
-
-@dataclass(frozen=True)
-class Euler(Solver):
-    """x <- x + v dt on the probability-flow ODE; first order. Steps are even before the shift."""
-
-    steps: Steps = 50
-    shift: Positive = 1.0
-
-    def __post_init__(self):
-        check_numbers(self)
-
-    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        return _euler(times(self.steps, self.shift), predict, x)
-
-
-def _euler(ts: list[float], predict: Predict, x: Tensor) -> Tensor:
-    for t, t_next in zip(ts, ts[1:], strict=False):
-        x = x + (t_next - t) * predict(x, t, t_next)
-    return x
-
-
-@dataclass(frozen=True)
-class StockEuler(Solver):
-    """Euler's method on the steps that a stock pipeline takes, which `FlowMatchEulerDiscreteScheduler` spaces.
-
-    Three things tell these steps from `Euler`'s. The shift may grow with the number of image tokens (FLUX.1-dev,
-    Qwen-Image). The pipeline may leave the times to the scheduler (SD3), whose last one is its smallest training time
-    instead of 1/steps: 4 steps at shift 3 then end in 0.602, 0.009, 0 where even ones end in 0.75, 0.5, 0. The last
-    step may be given (Qwen-Image). Families name theirs in `Denoiser.sampler`.
-
-    Args:
-        steps: evaluations
-        shift: moves times towards noise; without `dynamic`
-        dynamic: log of the shift at the fewest and at the most image tokens, and these two numbers of tokens; a token
-            is 2 x 2 latent pixels
-        even: the pipeline asks for 1, 1 - 1/steps ... 1/steps; false: the scheduler's own times, down to its smallest
-        terminal: times are stretched so that the last step starts here
-    """
-
-    steps: Steps = 28
-    shift: Positive = 1.0
-    dynamic: tuple[LogShift, LogShift, Count, Count] | None = None
-    even: bool = True
-    terminal: float | None = None
-
-    def __post_init__(self):
-        check_numbers(self)
-        if self.dynamic is not None:
-            object.__setattr__(self, "dynamic", tuple(self.dynamic))
-            if len(self.dynamic) != 4 or not 0 < self.dynamic[2] < self.dynamic[3]:
-                raise ValueError(
-                    "StockEuler: dynamic is (log shift, log shift, fewest tokens, most tokens), such as "
-                    f"(0.5, 1.15, 256, 4096), got {self.dynamic}"
-                )
-        if self.terminal is not None and not 0 < self.terminal < 1:
-            raise ValueError(f"StockEuler: terminal lies between 0 and 1, got {self.terminal}")
-
-    @classmethod
-    def of(cls, scheduler: Mapping[str, Any], steps: int, even: bool) -> StockEuler | None:
-        """From a scheduler's configuration; None if it spaces its steps in a way that is not among these."""
-        if scheduler.get("_class_name") != FLOW_SCHEDULER:
-            return None
-        odd = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
-        dynamic = scheduler.get("use_dynamic_shifting")
-        if any(scheduler.get(key) for key in odd) or (dynamic and scheduler.get("time_shift_type") == "linear"):
-            return None
-        ends = (("base_shift", 0.5), ("max_shift", 1.15), ("base_image_seq_len", 256), ("max_image_seq_len", 4096))
-        spread = tuple(scheduler.get(key, default) for key, default in ends)
-        shift = 1.0 if dynamic else float(scheduler.get("shift") or 1.0)
-        return cls(steps, shift, spread if dynamic else None, even, scheduler.get("shift_terminal"))  # type: ignore[arg-type]
-
-    @property
-    def scheduler(self) -> dict[str, Any]:
-        """Arguments of the `FlowMatchEulerDiscreteScheduler` that spaces these steps."""
-        settings: dict[str, Any] = {"shift": self.shift}
-        if self.dynamic:
-            low, high, few, many = self.dynamic
-            settings = {"use_dynamic_shifting": True, "base_shift": low, "max_shift": high}
-            settings |= {"base_image_seq_len": few, "max_image_seq_len": many}
-        return settings | ({"shift_terminal": self.terminal} if self.terminal is not None else {})
-
-    @property
-    def asked(self) -> tuple[float, ...]:
-        """The times that the scheduler is asked for, before it moves them; from 1, without the end at 0."""
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        if self.even:
-            return tuple(times(self.steps, 1)[:-1])
-        last = FlowMatchEulerDiscreteScheduler(**self.scheduler).sigma_min  # which it has moved once by then
-        return tuple(torch.linspace(1, last, self.steps, dtype=torch.float64, device="cpu").tolist())
-
-    def times(self, shape: tuple[int, ...]) -> list[float]:
-        """steps + 1 times from 1 to 0 for samples of this shape."""
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        scheduler = FlowMatchEulerDiscreteScheduler(**self.scheduler)
-        mu = log_shift(self.dynamic, tokens_in(shape)) if self.dynamic else None
-        scheduler.set_timesteps(sigmas=list(self.asked), device="cpu", mu=mu)
-        return scheduler.sigmas.double().tolist()
-
-    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        return _euler(self.times(tuple(x.shape[1:])), predict, x)
-
-
-FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-
-
-def tokens_in(shape: tuple[int, ...]) -> int:
-    """Image tokens of a latent c y x, of 2 x 2 pixels each."""
-    return (shape[-2] // 2) * (shape[-1] // 2)
-
-
-def log_shift(dynamic: tuple[float, float, int, int], tokens: int) -> float:
-    """mu, linear in the tokens through (fewest, low) and (most, high): (low, high, fewest, most)."""
-    low, high, few, many = dynamic
-    return low + (high - low) * (tokens - few) / (many - few)
-
-
-def dynamic_shift(dynamic: tuple[float, float, int, int], tokens: int) -> float:
-    """exp(mu)."""
-    return math.exp(log_shift(dynamic, tokens))
-
-
-@dataclass(frozen=True)
-class Grid(Solver):
-    """A few steps at given times: what students of few-step methods are sampled with.
-
-    Either Euler steps, or, `renoise`, each step goes all the way to data and the next starts from that with fresh noise
-    (the sampler of consistency models, arXiv 2303.01469, alg. 1). Noise predictions are stepped as velocities.
-
-    Args:
-        times: decreasing, in (0, 1]; the last step leads to 0. Before `shift`
-        renoise: start each step but the first from fresh noise
-        shift: moves the times towards noise
-    """
-
-    integrates: ClassVar = ("velocity", "noise")
-    times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
-    renoise: bool = False
-    shift: Positive = 1.0
-
-    def __post_init__(self):
-        check_numbers(self)
-        object.__setattr__(self, "times", tuple(self.times))
-        if not self.times or list(self.times) != sorted(set(self.times), reverse=True) or not 0 < self.times[-1]:
-            raise ValueError(f"Grid: times must decrease and be above 0, got {list(self.times)}")
-        if self.times[0] > 1:
-            raise ValueError(f"Grid: times are at most 1, which is pure noise, got {self.times[0]}")
-
-    @property
-    def steps(self) -> int:  # type: ignore[override] - here a consequence of `times`
-        return len(self.times)
-
-    @property
-    def grid(self) -> tuple[float, ...]:
-        """The shifted times, and 0."""
-        shifted = shift_times(torch.tensor(self.times, dtype=torch.float64, device="cpu"), self.shift)
-        return (*shifted.tolist(), 0.0)
-
-    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        ts = self.grid
-        for k, (t, t_next) in enumerate(zip(ts, ts[1:], strict=False)):
-            scale, time = objective.native(torch.ones(1, device="cpu"), torch.tensor([t], device="cpu"))
-            end = 0.0 if self.renoise else t_next
-            prediction = predict(scale.item() * x, time.item(), end)
-            v = objective.velocity(prediction, x, torch.full((len(x),), t, device=x.device))
-            x = x + (end - t) * v
-            if self.renoise and t_next:
-                x = (1 - t_next) * x + t_next * draw(k)
-        return x
-
-
-@dataclass(frozen=True)
-class Heun(Solver):
-    """Trapezoid rule, second order; the last step is Euler's, so 2 steps - 1 evaluations."""
-
-    steps: Steps = 25
-    shift: Positive = 1.0
-
-    def __post_init__(self):
-        check_numbers(self)
-
-    @property
-    def evaluations(self) -> int:
-        return 2 * self.steps - 1
-
-    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        ts = times(self.steps, self.shift)
-        for t, t_next in zip(ts, ts[1:], strict=False):
-            v = predict(x, t)
-            ahead = x + (t_next - t) * v
-            x = ahead if t_next == 0 else x + (t_next - t) * (v + predict(ahead, t_next)) / 2
-        return x
-
-
-@dataclass(frozen=True)
-class EulerMaruyama(Solver):
-    """SiT's SDE with diffusion w_t = t: steps - 1 stochastic steps from 1 to `last`, then one noiseless step to 0."""
-
-    steps: Annotated[int, Limits(2, 10_000)] = 250
-    last: float = 0.04  # the paper's last-step size
-
-    def __post_init__(self):
-        check_numbers(self)
-        if not 0 < self.last < 1:
-            raise ValueError(f"EulerMaruyama: last must lie between 0 and 1, got {self.last}")
-
-    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        ts = [*torch.linspace(1, self.last, self.steps, dtype=torch.float64, device="cpu").tolist(), 0.0]
-        for k, (t, t_next) in enumerate(zip(ts, ts[1:], strict=False)):
-            v = predict(x, t)
-            at = torch.full((len(x),), t, device=x.device, dtype=x.dtype)
-            drift = v - t * velocity_to_score(v, x, at)  # half of w_t^2 = 2 t, times the score
-            x = x + (t_next - t) * drift
-            if t_next > 0:
-                x = x + (2 * t * (t - t_next)) ** 0.5 * draw(k)
-        return x
-
-
-@dataclass(frozen=True)
-class DDPMSolver(Solver):
-    """Ancestral sampling on respaced steps round(i 999 / (steps - 1)), with the learned variance where there is one.
-
-    The update is written here and not taken from diffusers' DDPMScheduler because that one cannot be handed its noise:
-    an image would depend on its batch.
-    """
-
-    integrates: ClassVar = ("noise",)
-    steps: Steps = 250
-
-    def __post_init__(self):
-        check_numbers(self)
-
-    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        assert isinstance(objective, DDPM)
-        alphas = torch.cumprod(1 - objective.betas(), 0)
-        indices = torch.linspace(0, objective.steps - 1, self.steps, dtype=torch.float64, device="cpu").round().long()
-        kept = alphas[indices]
-        before = torch.cat((kept.new_ones(1), kept[:-1]))
-        betas = 1 - kept / before
-        posterior = betas * (1 - before) / (1 - kept)
-        log_posterior = torch.cat((posterior[1:2] if self.steps > 1 else betas[:1], posterior[1:])).log()
-        for k in reversed(range(self.steps)):
-            prediction = predict(x, (indices[k].item() + 1) / objective.steps)
-            eps, v = prediction.chunk(2, dim=1) if prediction.shape[1] == 2 * x.shape[1] else (prediction, None)
-            alpha, ahead, beta = kept[k].item(), before[k].item(), betas[k].item()
-            data = (x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
-            mean = (ahead**0.5 * beta * data + (1 - beta) ** 0.5 * (1 - ahead) * x) / (1 - alpha)
-            if k == 0:
-                return mean
-            small, large = log_posterior[k].item(), betas[k].log().item()
-            log_variance = x.new_full((), small) if v is None else small + (large - small) * (v + 1) / 2
-            x = mean + (0.5 * log_variance).exp() * draw(k)
-        return x
-
-
-def _run_scheduler(
-    scheduler: Any, predict: Predict, x: Tensor, steps: int, time_of: Callable[[Any, int], float]
-) -> Tensor:
-    scheduler.set_timesteps(steps, device=x.device)
-    for k, timestep in enumerate(scheduler.timesteps):
-        prediction = predict(x, time_of(timestep, k))[:, : x.shape[1]]
-        x = scheduler.step(prediction, timestep, x, return_dict=False)[0]
-    return x
-
-
-@dataclass(frozen=True)
-class DDIMSolver(Solver):
-    """Deterministic DDIM through `diffusers.DDIMScheduler`; data predictions are not clipped.
-
-    Steps 0, 1000/N, 2 * 1000/N ...: the official DiT's spacing `ddimN`. Its spacing `N`, which ends at step 999, is
-    that of `DDPMSolver`.
-    """
-
-    integrates: ClassVar = ("noise",)
-    steps: Steps = 50
-
-    def __post_init__(self):
-        check_numbers(self)
-
-    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        from diffusers import DDIMScheduler
-
-        assert isinstance(objective, DDPM)
-        scheduler = DDIMScheduler(
-            num_train_timesteps=objective.steps,
-            trained_betas=objective.betas().tolist(),
-            clip_sample=False,
-            set_alpha_to_one=True,
-            timestep_spacing="leading",
-        )
-        return _run_scheduler(scheduler, predict, x, self.steps, lambda i, k: (float(i) + 1) / objective.steps)
-
-
-@dataclass(frozen=True)
-class DPMSolver(Solver):
-    """DPM-Solver++ (multistep) through `diffusers`, for both kinds of prediction."""
-
-    integrates: ClassVar = ("velocity", "noise")
-    steps: Steps = 20
-    order: int = 2
-    shift: Positive = 1.0  # of the flow path; ignored for noise predictions
-
-    def __post_init__(self):
-        check_numbers(self)
-        if self.order not in (1, 2, 3):
-            raise ValueError(f"DPMSolver: order must be 1, 2 or 3, got {self.order}")
-
-    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        from diffusers import DPMSolverMultistepScheduler
-
-        if objective.prediction == "velocity":
-            scheduler = DPMSolverMultistepScheduler(
-                solver_order=self.order, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=self.shift
-            )
-            return _run_scheduler(scheduler, predict, x, self.steps, lambda i, k: float(scheduler.sigmas[k]))
-        assert isinstance(objective, DDPM)
-        scheduler = DPMSolverMultistepScheduler(
-            solver_order=self.order,
-            num_train_timesteps=objective.steps,
-            trained_betas=objective.betas().tolist(),
-            timestep_spacing="linspace",
-        )
-        return _run_scheduler(scheduler, predict, x, self.steps, lambda i, k: (float(i) + 1) / objective.steps)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How to generate: the solver, and how much which guidance branch counts.
+    """How to generate: the solver, and the weight of each guidance branch.
 
-    guided = uncond + guidance (cond - uncond) + perturbation (cond - perturbed). Where edits are applied each branch
-    is its own evaluation, so that what an edit remembers of one branch never mixes with another; else cond and uncond
-    share a batch. A branch of no weight is not run.
+    guided = uncond + guidance (cond - uncond) + perturbation (cond - perturbed). With edits each branch is its own
+    evaluation, so that an edit's memory of one branch never mixes with another; else cond and uncond share a batch. A
+    branch without weight is not run.
 
-    With `norm_patch` p, each p x p patch of the guided prediction has the length that it has in the conditional one:
-    guidance changes its direction alone, as in Qwen-Image's pipeline (p = 2, its token).
+    With `norm_patch` p, each p x p patch of the guided prediction keeps the length of the conditional one: guidance
+    changes only its direction, as in Qwen-Image's pipeline (p = 2, its token).
     """
 
     solver: Solver = field(default_factory=Euler)
     guidance: NotNegative = 1.0  # 1: the conditional prediction alone
-    interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance is applied; outside, cond alone
+    interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance is applied; cond alone outside
     channels: Count | None = None  # guide the first channels only (3 in the official DiT); None: all
-    told: NotNegative | None = None  # guidance scale that a model with a guidance input is told; None: the model's own
-    perturbation: NotNegative = 0.0  # needs an edit that perturbs the branch "perturbed"
-    norm_patch: Count | None = None  # rows and columns of latent pixels; None: lengths are what guidance makes them
+    told: NotNegative | None = None  # scale for a model with a guidance input; None: the model's own
+    perturbation: NotNegative = 0.0  # needs an edit with `perturbs`
+    norm_patch: Count | None = None  # rows and columns of latent pixels; None: lengths change
 
     def __post_init__(self):
         check_numbers(self)
@@ -438,21 +66,21 @@ class Sampler:
 
         Args:
             denoiser: in eval mode
-            objective: what the denoiser predicts
+            objective: of the denoiser
             condition: b entries
-            samples: b int64, sample numbers; together with the seed they decide the noise
+            samples: b int64, sample numbers; with the seed they decide the noise
             seed: of the whole set
-            negative: the unconditional counterpart, b entries or one for all; None asks the denoiser for its own
+            negative: the unconditional counterpart, b entries or one for all; None: the denoiser's own
             progress: called as (evaluations done, evaluations in all) after each prediction
             shape: of one sample; None: the denoiser's own
-            watch: called with each evaluation's step and output; both branches are one output where they share a batch
+            watch: called with each evaluation's step and output; branches that share a batch share an output
 
         Returns:
-            b c y x float32, as the model was trained to see data.
+            b c y x float32, in the range of the training data.
 
         Raises:
-            ValueError: if the solver does not fit the objective, a perturbed branch is asked for without an edit that
-                perturbs, or a scale is to be told to a model without guidance input
+            ValueError: if the solver does not fit the objective, if no edit perturbs the branch "perturbed", or if
+                `told` is set for a model without guidance input
         """
         if self.perturbation and not any(e.perturbs for e in denoiser.applied.values()):
             raise ValueError(
@@ -464,11 +92,11 @@ class Sampler:
             )
         self.solver.check(objective)
         weight = next(denoiser.parameters())
-        # faster than no_grad, but it would leave gathered shards that training cannot go on with
+        # inference_mode is faster than no_grad, but training cannot use the shards that it leaves gathered
         sharded = isinstance(weight, DTensor) or hasattr(weight, "ds_id")
         with torch.no_grad() if sharded else torch.inference_mode():
             x = self._generate(denoiser, objective, condition, samples, seed, negative, progress, shape, watch)
-        return x.clone()  # an ordinary tensor, which may be trained on
+        return x.clone()  # an ordinary tensor, so that a model can train on it
 
     def _generate(
         self,
@@ -482,75 +110,111 @@ class Sampler:
         shape: tuple[int, ...] | None,
         watch: Watch | None,
     ) -> Tensor:
-        memory: dict = {}
-        device = next(denoiser.parameters()).device
-        samples = samples.to(device)
-        condition = condition.map(lambda v: v.to(device))
-        if self.told is not None:
-            condition = replace(condition, guidance=torch.full((len(samples),), self.told, device=device))
-        if self.guidance == 1:
-            negative = None
-        else:
-            negative = (
-                denoiser.null(condition)
-                if negative is None
-                else negative.map(lambda v: v.to(device).expand(len(samples), *v.shape[1:]))
-            )
-            negative = replace(negative, guidance=condition.guidance)
-        # without edits nothing is remembered of a branch: both in one batch give the same prediction, faster
-        joint = condition.join(negative) if negative is not None and not denoiser.applied else None
-        learned = isinstance(self.solver, DDPMSolver)
-        evaluations = self.solver.evaluations
-        calls: Iterator[int] = iter(range(evaluations + 1))
-        leads = any(e.leads for e in denoiser.applied.values())
-
-        def predict(x: Tensor, t: float, end: float | None = None) -> Tensor:
-            index = next(calls)
-            at = torch.full((len(x),), t, device=device, dtype=torch.float32)
-
-            def branch(name: str, told: Condition, x: Tensor = x, at: Tensor = at) -> Tensor:
-                if leads:
-                    told = replace(told, end=at if end is None else torch.full_like(at, end))
-                step = Step(index, evaluations, t, name, memory)
-                out = denoiser(x, at, told, step=step)
-                if watch is not None:
-                    watch(step, out)
-                if lacking := next((name for name in self.solver.extras if name not in out.trace), None):
-                    raise ValueError(
-                        f"{type(self.solver).__name__} needs a model that records {lacking!r}, this {denoiser.name} "
-                        "does not: apply the edit that does, or use another solver"
-                    )
-                maps = [out.sample, *(out.trace[name] for name in self.solver.extras)]
-                if learned and out.variance is not None:
-                    maps.append(out.variance)
-                return torch.cat([m.float() for m in maps], 1) if len(maps) > 1 else out.sample.float()
-
-            c = x.shape[1] if self.channels is None else self.channels
-            inside = self.interval[0] <= t <= self.interval[1]
-            if negative is None or not inside:
-                cond = guided = branch("cond", condition)
-            else:
-                if joint is not None:
-                    cond, uncond = branch("cond", joint, torch.cat((x, x)), at.repeat(2)).chunk(2)
-                else:
-                    cond, uncond = branch("cond", condition), branch("uncond", negative)
-                guided = torch.lerp(uncond[:, :c], cond[:, :c], self.guidance)
-                if self.norm_patch:
-                    length = lengths(guided, self.norm_patch).clamp_min(torch.finfo(guided.dtype).tiny)
-                    guided = guided * (lengths(cond[:, :c], self.norm_patch) / length)
-                guided = torch.cat((guided, cond[:, c:]), 1)
-            if inside and self.perturbation:
-                shove = self.perturbation * (cond[:, :c] - branch("perturbed", condition)[:, :c])
-                guided = torch.cat((guided[:, :c] + shove, guided[:, c:]), 1)
-            if progress is not None:
-                progress(index + 1, evaluations)
-            return guided
-
+        samples = samples.to(next(denoiser.parameters()).device)
+        condition, negative = self._conditions(denoiser, condition, negative, samples)
+        predict = Guided(self, denoiser, condition, negative, progress, watch)
         shape = denoiser.sample_shape if shape is None else shape
         x = noise.gaussian(seed, samples, noise.NOISE, shape)
         return self.solver.integrate(
             predict, x, objective, lambda k: noise.gaussian(seed, samples, noise.SOLVER + k, shape)
         )
+
+    def _conditions(
+        self, denoiser: Denoiser, condition: Condition, negative: Condition | None, samples: Tensor
+    ) -> tuple[Condition, Condition | None]:
+        """The condition and its unconditional counterpart on the device of the samples; None without guidance."""
+        count, device = len(samples), samples.device
+        condition = condition.map(lambda v: v.to(device))
+        if self.told is not None:
+            condition = replace(condition, guidance=torch.full((count,), self.told, device=device))
+        if self.guidance == 1:
+            return condition, None
+        if negative is None:
+            negative = denoiser.null(condition)
+        else:
+            negative = negative.map(lambda v: v.to(device).expand(count, *v.shape[1:]))
+        return condition, replace(negative, guidance=condition.guidance)
+
+
+class Guided:
+    """The guided prediction of one generation. It counts the evaluations and owns the memory between them.
+
+    Args:
+        sampler: weights of the branches
+        denoiser: evaluated once per branch, or once for cond and uncond together
+        condition: b entries
+        negative: b entries; None without guidance
+        progress: called as (evaluations done, evaluations in all)
+        watch: called with each evaluation's step and output
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        denoiser: Denoiser,
+        condition: Condition,
+        negative: Condition | None,
+        progress: Callable[[int, int], None] | None,
+        watch: Watch | None,
+    ):
+        self.sampler, self.solver, self.denoiser = sampler, sampler.solver, denoiser
+        self.condition, self.negative, self.progress, self.watch = condition, negative, progress, watch
+        # without edits no branch has a memory: both in one batch give the same prediction, faster
+        self.joint = condition.join(negative) if negative is not None and not denoiser.applied else None
+        self.leads = any(e.leads for e in denoiser.applied.values())
+        self.device = next(denoiser.parameters()).device
+        self.memory: dict = {}
+        self.done = 0  # evaluations
+
+    def __call__(self, x: Tensor, t: float, end: float | None = None) -> Tensor:
+        """Predict at time t: b c y x -> b c y x, behind it the maps that the solver takes, as channels."""
+        s = self.sampler
+        c = x.shape[1] if s.channels is None else s.channels
+        inside = s.interval[0] <= t <= s.interval[1]
+        if self.negative is None or not inside:
+            cond = guided = self.branch("cond", self.condition, x, t, end)
+        else:
+            if self.joint is not None:
+                cond, uncond = self.branch("cond", self.joint, torch.cat((x, x)), t, end).chunk(2)
+            else:
+                cond = self.branch("cond", self.condition, x, t, end)
+                uncond = self.branch("uncond", self.negative, x, t, end)
+            guided = torch.lerp(uncond[:, :c], cond[:, :c], s.guidance)
+            if s.norm_patch:
+                length = lengths(guided, s.norm_patch).clamp_min(torch.finfo(guided.dtype).tiny)
+                guided = guided * (lengths(cond[:, :c], s.norm_patch) / length)
+            guided = torch.cat((guided, cond[:, c:]), 1)
+        if inside and s.perturbation:
+            perturbed = self.branch("perturbed", self.condition, x, t, end)
+            shove = s.perturbation * (cond[:, :c] - perturbed[:, :c])
+            guided = torch.cat((guided[:, :c] + shove, guided[:, c:]), 1)
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.solver.evaluations)
+        return guided
+
+    def branch(self, name: str, condition: Condition, x: Tensor, t: float, end: float | None) -> Tensor:
+        """One evaluation of the denoiser, in fp32.
+
+        Raises:
+            ValueError: if the solver takes a map that the model does not record
+        """
+        at = torch.full((len(x),), t, device=self.device, dtype=torch.float32)
+        if self.leads:
+            condition = replace(condition, end=at if end is None else torch.full_like(at, end))
+        step = Step(self.done, self.solver.evaluations, t, name, self.memory)
+        out = self.denoiser(x, at, condition, step=step)
+        if self.watch is not None:
+            self.watch(step, out)
+        if lacking := next((name for name in self.solver.extras if name not in out.trace), None):
+            raise ValueError(
+                f"{type(self.solver).__name__} needs a model that records {lacking!r}, this {self.denoiser.name} "
+                "does not: apply the edit that does, or use another solver"
+            )
+        maps = [out.sample, *(out.trace[name] for name in self.solver.extras)]
+        if isinstance(self.solver, DDPMSolver) and out.variance is not None:
+            maps.append(out.variance)
+        return torch.cat([m.float() for m in maps], 1) if len(maps) > 1 else out.sample.float()
 
 
 def lengths(x: Tensor, patch: int) -> Tensor:
@@ -560,7 +224,7 @@ def lengths(x: Tensor, patch: int) -> Tensor:
 
 
 def default_sampler(denoiser: Denoiser, objective: Objective | None = None) -> Sampler:
-    """As the family's stock pipeline samples, if that fits what the model predicts; else 50 steps without guidance."""
+    """The family's stock sampler if it fits the prediction; else 50 steps without guidance."""
     own, predicted = denoiser.sampler(), objective.prediction if objective else denoiser.prediction
     if own is not None and predicted in own.solver.integrates:
         return own

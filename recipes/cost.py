@@ -28,7 +28,8 @@ from edit.denoiser import Spec
 from edit.inputs import trust, words
 from edit.inputs.command import Parser, guarded
 from edit.inputs.limits import Limits
-from edit.measuring.cost import cost, find_device, mfu
+from edit.measuring.cost import cost
+from edit.measuring.devices import find_device, mfu
 from edit.sampling import Sampler, default_sampler
 
 GROUPS = ("backbone", "sampler", "edits")  # of configs/

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from edit import noise
-from edit.denoiser import Branch, Condition, Denoiser, Forced, Output
+from edit.denoiser import Denoiser
 from edit.objectives import Objective, Pass, Term, Weight, wanted, weight_at
+from edit.stream import Branch, Condition, Forced, Output
 from recipes.recipe import Recipe, Settings
 from recipes.roles import Teacher
 

@@ -13,20 +13,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from edit.artifacts.export import Settings, export
+from edit.artifacts.export import ExportSettings, export
 from edit.inputs import words
 from edit.inputs.command import guarded
 
 
-def parse(argv: Sequence[str]) -> Settings:
+def parse(argv: Sequence[str]) -> ExportSettings:
     """Raises ValueError as `words.read`, and for settings that do not go together."""
-    return words.read(Settings, argv)
+    return words.read(ExportSettings, argv)
 
 
 @guarded(mistakes=(ValueError, TypeError, OSError), interrupted="interrupted: nothing was replaced")
 def main(argv: list[str]) -> int:
     if words.asks_help(argv):
-        print(f"{__doc__}\n{words.explained(Settings)}")
+        print(f"{__doc__}\n{words.explained(ExportSettings)}")
         return 0
     print(export(parse(argv), lambda stage: print(stage, file=sys.stderr, flush=True)))
     return 0

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from edit import noise
-from edit.denoiser import Condition, Denoiser, Output, check_layout
-from edit.few_step.method import Draws, Given, Matching, Roles
+from edit.denoiser import Denoiser, check_layout
+from edit.few_step.method import FewStepMethod
+from edit.few_step.roles import Draws, Given, Roles
 from edit.objectives import Objective
+from edit.stream import Condition, Output
 from recipes.recipe import Recipe, Settings, local, share_frozen
 from recipes.roles import Teacher
 
@@ -40,7 +42,7 @@ class FewStep(Recipe):
         structure: Callable[[], Denoiser],
         objective: Objective,
         settings: Settings,
-        matching: Matching,
+        matching: FewStepMethod,
         teacher: Teacher | None = None,
         null: Condition | None = None,
         critic: tuple[Callable[[], Denoiser], Callable[[], Denoiser]] | None = None,

@@ -25,13 +25,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from edit.denoiser import Condition, Denoiser, Unit
+from edit.denoiser import Denoiser, Unit
 from edit.edits import trains
 from edit.inputs.command import Parser, guarded
-from edit.measuring.cost import peak_flops
+from edit.measuring.devices import peak_flops
 from edit.measuring.probe import Probe
 from edit.measuring.turns import Call, Turn, turns
 from edit.objectives import wanted
+from edit.stream import Condition
 from recipes.cost import short
 
 Placement = Literal["replicated", "sharded", "offloaded", "tied"]
@@ -535,8 +536,11 @@ def compose(configs: Path, overrides: Sequence[str]) -> Any:
     """
     import hydra
 
-    from recipes.config.check import mistakes
-    from recipes.config.schema import TRUSTED, explain, register, unbuilt
+    from recipes.config.check import TRUSTED
+    from recipes.config.conflicts import unbuilt
+    from recipes.config.explain import explain
+    from recipes.config.mistakes import mistakes
+    from recipes.config.sources import register
 
     register()
     try:
@@ -742,8 +746,8 @@ def _sample(request: Request, cfg: Any, denoiser: Denoiser, notes: list[str]) ->
         return (channels, *(side // shrink for side in request.image)), denoiser.example(text=request.text)
     from hydra.utils import instantiate
 
-    from recipes.config.check import flat
-    from recipes.report.evaluate import conditions
+    from recipes.config.errors import one_line
+    from recipes.data_set import conditions
 
     try:
         data = instantiate(cfg.data.set, _convert_="all")
@@ -755,8 +759,8 @@ def _sample(request: Request, cfg: Any, denoiser: Denoiser, notes: list[str]) ->
         text = told.get("max_tokens", request.text)
         whose = "as data.generate is told in before" if told else "the backbone's own"
         notes.append(
-            f"the data set cannot be read here ({flat(error)}), so samples are {whose}, {c}x{y}x{x}, and prompts have "
-            f"{text} tokens; image= and text= change that"
+            f"the data set cannot be read here ({one_line(error)}), so samples are {whose}, {c}x{y}x{x}, and prompts "
+            f"have {text} tokens; image= and text= change that"
         )
         return (c, y, x), denoiser.example(text=text)
 

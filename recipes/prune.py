@@ -23,16 +23,18 @@ from omegaconf.errors import OmegaConfBaseException
 from edit.inputs.command import guarded
 from edit.inputs.limits import LAST_SEED
 from edit.inputs.words import parse as parsed
-from recipes.config.check import rule
-from recipes.config.schema import UserError, check
+from recipes.config.errors import UserError
+from recipes.config.mistakes import mistakes
+from recipes.config.values import rule
 from recipes.runtime.files import write
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from edit.artifacts.checkpoint import Artifact
-    from edit.denoiser import Condition, Denoiser
+    from edit.denoiser import Denoiser
     from edit.pruning.patterns import Groups
+    from edit.stream import Condition
 
 WAYS = ("learned", "random", "uniform", "influence", "sensitivity", "calibration")
 
@@ -47,9 +49,8 @@ class Settings:
     seed: int = rule(0, low=0, high=LAST_SEED)  # of by=random, candidates and calibration samples
     candidates: int = rule(64, low=1, high=1_000_000)  # by=calibration: patterns that are tried
     pick: str = rule("min", of=("min", "median", "max"))  # by=calibration: which of them is taken, by its loss
-    samples: int = rule(
-        256, low=1, high=100_000_000
-    )  # training samples that influence and losses are measured on, in whole batches
+    # training samples on which influence and losses are measured, in whole batches
+    samples: int = rule(256, low=1, high=100_000_000)
     batch: int = rule(64, low=1, high=100_000)  # at a time
     data: str | None = None  # run folder whose data set is used; null: that of the model
     device: str = "auto"
@@ -92,8 +93,8 @@ def parse(words: Sequence[str]) -> Settings:
             cfg[name] = value
         except OmegaConfBaseException as error:  # of half an interpolation, ${
             raise UserError(f"{name}: expected plain text, got {value!r}") from error
-    if errors := check(cfg):
-        raise UserError(errors[0])
+    if error := next(mistakes(cfg, "", ()), None):
+        raise UserError(error)
     chosen = OmegaConf.to_object(cfg)
     assert isinstance(chosen, Settings)
     if (chosen.by == "learned") != (chosen.search is not None):
@@ -112,9 +113,10 @@ def run(chosen: Settings) -> Path:
         ValueError, FileNotFoundError: if model, search or pattern do not fit
     """
     import edit
-    from edit.artifacts.checkpoint import fingerprint, save
+    from edit.artifacts.checkpoint import save
+    from edit.artifacts.fingerprint import fingerprint
     from edit.pruning.depth import DepthPruning
-    from edit.pruning.patterns import groups_of, segments
+    from edit.pruning.patterns import groups_of, runs_of_one_kind
     from edit.pruning.tinyfusion import Gates
 
     out = Path(chosen.out)
@@ -138,7 +140,7 @@ def run(chosen: Settings) -> Path:
     if chosen.search is not None:
         groups, choice = searched(chosen.search, denoiser)
     else:
-        groups = groups_of(chosen.pattern, segments(denoiser))
+        groups = groups_of(chosen.pattern, runs_of_one_kind(denoiser))
         choice = judged(chosen, artifact, groups)
     depth, name = len(denoiser.units), "depth"
     while name in denoiser.applied:  # of a model that was pruned before
@@ -174,7 +176,8 @@ def searched(path: str, denoiser: Denoiser) -> tuple[Groups, Choice]:
     """
     import torch
 
-    from edit.artifacts.checkpoint import load, split_state
+    from edit.artifacts.checkpoint import load
+    from edit.artifacts.weights import split_state
     from edit.denoiser import check_layout
     from edit.pruning.tinyfusion import Gates, TinyFusion
     from edit.tuning.lora import LoRA
@@ -239,7 +242,8 @@ class Batches:
     def __init__(self, chosen: Settings, artifact: Artifact):
         import edit
         from data.loader import EndlessLoader
-        from recipes.report.evaluate import build_data, pick_device
+        from recipes.data_set import build_data
+        from recipes.runtime.machine import pick_device
 
         source = artifact if chosen.data is None else edit.load(chosen.data)
         self.objective, self.seed = artifact.objective, chosen.seed
@@ -254,7 +258,7 @@ class Batches:
         import torch
 
         from edit import noise
-        from edit.denoiser import Condition
+        from edit.stream import Condition
 
         found = []
         with torch.no_grad():

@@ -24,9 +24,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from edit import noise
-from edit.denoiser import Condition, Denoiser
+from edit.denoiser import Denoiser
 from edit.edits import trains
 from edit.objectives import Objective
+from edit.stream import Condition
 from recipes.roles import Teacher, shard, units_of
 
 CONDITIONS = tuple(f.name for f in fields(Condition))

@@ -16,8 +16,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from edit.denoiser import Condition, Denoiser, Output, Unit
+from edit.denoiser import Denoiser, Unit
 from edit.distillation.guidance import TeacherGuidance
+from edit.stream import Condition, Output
 from edit.tuning.lora import without
 
 Placement = Literal["replicated", "sharded", "offloaded", "tied"]

@@ -30,25 +30,32 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import edit
 from data.names import typed
-from edit.artifacts.checkpoint import Unwritable, find, fingerprint, load, load_official, save, skeleton
+from edit.artifacts.checkpoint import load, save, skeleton
+from edit.artifacts.fingerprint import fingerprint
+from edit.artifacts.location import find
+from edit.artifacts.official import load_official
+from edit.artifacts.weights import Unwritable
 from edit.denoiser import Denoiser
 from edit.distillation.guidance import TeacherGuidance
 from edit.edits import describe
-from edit.few_step.method import Matching
+from edit.few_step.method import FewStepMethod
 from edit.inputs.command import print_any_name
 from edit.inputs.trust import load_yaml
 from edit.objectives import Objective
 from edit.sampling import Sampler
-from recipes.config.schema import Root, UserError, bring_up_to_date
+from recipes.config.errors import UserError
+from recipes.config.older import bring_up_to_date
+from recipes.config.schema import Evaluation, Root
+from recipes.data_set import captions, check_told, conditions, null_condition
 from recipes.diffusion import Diffusion
 from recipes.few_step import FewStep
 from recipes.recipe import Settings
-from recipes.report.evaluate import captions, check_told, conditions, environment, null_condition, settings
 from recipes.report.evaluate import run as evaluate
 from recipes.roles import Teacher
 from recipes.runtime.callbacks import Checkpoints, Metrics, Preview, ProgressBar, checkpoints, newest, step_of
 from recipes.runtime.files import is_first, locked, write
 from recipes.runtime.loggers import CSVLogger, close, log_artifact, log_summary, make_loggers
+from recipes.runtime.machine import environment
 from recipes.runtime.trainer import accelerator_of, count_devices, make_trainer, precision_of, recipe_casts
 
 # what may change between two attempts at one run; everything else decides the numbers
@@ -331,7 +338,7 @@ def taught_at(teacher: Teacher | None, stored: Mapping[str, Any] | None) -> Teac
 
 
 def told_as_taught(
-    sampler: Sampler, taught: TeacherGuidance | None, student: Denoiser, matching: Matching | None
+    sampler: Sampler, taught: TeacherGuidance | None, student: Denoiser, matching: FewStepMethod | None
 ) -> Sampler:
     """The sampler, with the guidance that the student is told while it learns from a teacher.
 
@@ -425,7 +432,7 @@ def make_teacher(
 
 def make_critic(
     cfg: DictConfig,
-    matching: Matching,
+    matching: FewStepMethod,
     teacher: Teacher | None,
     build: Callable[[], Denoiser],
     structure: Callable[[], Denoiser],
@@ -455,7 +462,7 @@ def make_critic(
     return teacher.build, teacher.structure
 
 
-def make_sight(data: Any, matching: Matching | None) -> tuple[nn.Module, nn.Module] | None:
+def make_sight(data: Any, matching: FewStepMethod | None) -> tuple[nn.Module, nn.Module] | None:
     """What the method looks at images with: the data set's decoder, and its vision model; None if it does not look.
 
     Raises:
@@ -586,7 +593,8 @@ def here() -> dict[str, Any]:
 
 def speed_limits(structure: Any, cfg: DictConfig) -> tuple[float | None, float | None]:
     """Training FLOPs per image and the device's peak, where it is known."""
-    from edit.measuring.cost import macs, peak_flops
+    from edit.measuring.cost import macs
+    from edit.measuring.devices import peak_flops
 
     if accelerator_of(cfg.trainer) != "gpu":
         return None, None
@@ -636,7 +644,7 @@ def finish(cfg: DictConfig, artifact: Path) -> dict[str, Any]:
     """Say what came out, evaluate it, and say what to type next."""
     out = artifact.parent
     print(f"artifact  {artifact}", flush=True)
-    report = evaluate([artifact], settings(cfg.evaluate), out) if cfg.evaluate else {}
+    report = evaluate([artifact], Evaluation.of(cfg.evaluate), out) if cfg.evaluate else {}
     print(f"next      {typed('python', 'eval.py', f'artifact={out}')}", flush=True)
     return report
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from edit.denoiser import Condition
-from edit.few_step.method import Draws, Field, Given, Roles, column
+from edit.few_step.roles import Draws, Field, Given, Roles
+from edit.paths import column
+from edit.stream import Condition
 
 STD = 0.5
 

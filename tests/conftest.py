@@ -15,8 +15,9 @@ from weights import randomise  # noqa: E402
 
 from edit.backbones.dit import DiT, DiTConfig  # noqa: E402
 from edit.backbones.flux import Flux, FluxConfig  # noqa: E402
-from edit.denoiser import Branch, Condition, Denoiser, Forced  # noqa: E402
+from edit.denoiser import Denoiser  # noqa: E402
 from edit.objectives import Pass, Term  # noqa: E402
+from edit.stream import Branch, Condition, Forced
 
 torch.set_num_threads(1)
 # The autograd engine starts a thread per device at its first backward, and a process with such threads cannot be forked

@@ -11,7 +11,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from ranks import run_ranks
 
-from recipes.config.schema import UserError, check, register
+from recipes.config.check import check
+from recipes.config.errors import UserError
+from recipes.config.sources import register
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = (

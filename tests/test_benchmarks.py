@@ -5,8 +5,8 @@ import torch
 
 from benchmarks.routing import BELOW, DYDIT, ELASTIC, dydit, elastic, executed
 from edit.backbones.dit import DiTConfig
-from edit.denoiser import Step
 from edit.routing.elastic import forced
+from edit.stream import Step
 
 
 @pytest.mark.parametrize("method, budgets", [("elastic", ELASTIC), ("dydit", DYDIT), ("td_lora", DYDIT)])

@@ -5,7 +5,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from benchmarks.claim import CLAIMS, ROOT, main, value_of, verdict, within
-from recipes.config.schema import check, register
+from recipes.config.check import check
+from recipes.config.sources import register
 
 
 def test_a_winner_must_be_better_on_every_seed():

@@ -6,12 +6,14 @@ import torch
 from torch import nn
 
 import edit
-from edit.denoiser import Denoiser, Stream
-from edit.edits import Edit, describe, rebuild
+from edit.denoiser import Denoiser, Edit
+from edit.edits import describe, rebuild
 from edit.measuring.flops import Flops
 from edit.objectives import FlowMatching, LogitNormal, Shifted
 from edit.pruning.depth import DepthPruning
-from edit.sampling import DPMSolver, Heun, Sampler
+from edit.sampling import Sampler
+from edit.solvers import DPMSolver, Heun
+from edit.stream import Stream
 from edit.tuning.lora import LoRA
 
 

@@ -24,9 +24,10 @@ from scripts import python
 
 import edit
 from edit.backbones.dit import DiTConfig
-from edit.sampling import Euler, Sampler
+from edit.sampling import Sampler
+from edit.solvers import Euler
 from edit.tuning.lora import LoRA
-from recipes.config.schema import UserError
+from recipes.config.errors import UserError
 
 sys.path += [str(Path(__file__).parent / "data")]
 from samples import caption, png, write_tar  # noqa: E402

@@ -1,7 +1,9 @@
+import ast
 import pkgutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 import edit
 
 ROOT = Path(edit.__file__).parents[1]
+MAY_IMPORT = {"edit": {"edit"}, "data": {"edit", "data"}, "recipes": {"edit", "data", "recipes"}}
 HEAVY = ("lightning", "pytorch_lightning", "hydra", "triton", "deepspeed", "wandb")
 
 
@@ -83,3 +86,75 @@ def test_a_name_that_edit_does_not_offer_is_refused_with_those_it_does():
         edit.laod  # noqa: B018
     for name in edit.__all__:
         assert getattr(edit, name) is not None
+
+
+# ---- the text of every file, without running it ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sources() -> dict[str, ast.Module]:
+    """Every module of edit, data and recipes by name, parsed."""
+    found = {}
+    for file in [f for package in MAY_IMPORT for f in (ROOT / package).rglob("*.py")]:
+        name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        found[name] = ast.parse(file.read_text(), str(file))
+    return found
+
+
+def imports(tree: ast.Module, known: Collection[str]) -> set[str]:
+    """Modules that are imported, at any depth: in functions and TYPE_CHECKING blocks, too."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, "imports are absolute"
+            inside = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {module if module in known else node.module for module in inside.values()}
+    return found
+
+
+def reached(graph: dict[str, set[str]], start: str) -> set[str]:
+    seen, ahead = set(), [start]
+    while ahead:
+        for name in graph[ahead.pop()] - seen:
+            seen.add(name)
+            ahead.append(name)
+    return seen
+
+
+def test_no_import_circle(sources):
+    graph = {name: imports(tree, sources) & set(sources) for name, tree in sources.items()}
+    ahead = {name: reached(graph, name) for name in graph}
+    circles = {tuple(sorted(other for other in seen if name in ahead[other])) for name, seen in ahead.items()} - {()}
+    assert not circles, "\n".join(map(" <-> ".join, sorted(circles)))
+
+
+def test_imports_point_one_way_at_any_depth(sources):
+    wrong = []
+    for name, tree in sources.items():
+        for other in sorted(imports(tree, sources)):
+            top, package = other.partition(".")[0], name.partition(".")[0]
+            kernel = name.startswith("edit.kernels") and not other.startswith("edit.kernels")
+            if top in MAY_IMPORT and (top not in MAY_IMPORT[package] or kernel):
+                wrong.append(f"{name} imports {other}")
+            elif kernel and top not in ("torch", "triton", *sys.stdlib_module_names):
+                wrong.append(f"{name} imports {other}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_file_above_500_lines():
+    files = {f: len(f.read_text().splitlines()) for package in MAY_IMPORT for f in (ROOT / package).rglob("*.py")}
+    long = [f"{file.relative_to(ROOT)}: {lines}" for file, lines in sorted(files.items()) if lines > 500]
+    assert not long, "\n".join(long)
+
+
+def test_no_function_above_60_lines(sources):
+    long = []
+    for name, tree in sources.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > 60:
+                    long.append(f"{name}.{node.name}: {lines}")
+    assert not long, "\n".join(sorted(long))

@@ -9,10 +9,11 @@ import pytest
 from omegaconf import OmegaConf
 
 import edit
-from edit.edits import Edit, rebuild
+from edit.denoiser import Edit
+from edit.edits import rebuild
 from edit.inputs.trust import named
 from edit.moved import COMMANDS, current, renamed
-from recipes.config.schema import bring_up_to_date
+from recipes.config.older import bring_up_to_date
 
 ROOT = Path(__file__).parents[1]
 FROZEN = """
@@ -60,6 +61,13 @@ def test_a_configuration_of_an_older_run_is_brought_up_to_date():
     bring_up_to_date(cfg)
     assert cfg.y[0]._target_ == "data.sets.digits.Digits" and cfg.z._target_ == "mine.Net"
     assert OmegaConf.is_interpolation(cfg, "x") and OmegaConf.is_readonly(cfg)
+
+
+def test_a_stage_of_an_older_run_is_brought_up_to_date():
+    cfg = OmegaConf.create({"before": [["seed=1"], ["${y}", "a=1"]], "after": [["edit.export", "out=a"]], "y": "???"})
+    OmegaConf.set_readonly(cfg, True)
+    bring_up_to_date(cfg)
+    assert cfg.after == [["recipes.export", "out=a"]] and OmegaConf.is_interpolation(cfg.before[1], 0)
 
 
 @pytest.mark.parametrize("old", COMMANDS)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from scipy import stats
 
-from edit.denoiser import Output
 from edit.objectives import (
     DDPM,
     FlowMatching,
@@ -13,14 +12,12 @@ from edit.objectives import (
     Shifted,
     Uniform,
     discretised_nll,
-    noise_to_velocity,
     schedule_tables,
     shift_times,
-    velocity_to_data,
-    velocity_to_noise,
-    velocity_to_score,
     weight_at,
 )
+from edit.paths import velocity_to_data
+from edit.stream import Output
 
 GRID = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000  # quantiles: laws are tested without chance
 
@@ -70,27 +67,6 @@ def test_shifted_times_keep_their_ends_and_order_and_move_towards_noise(shift):
 
 def test_a_shift_applies_to_the_law_it_wraps():
     torch.testing.assert_close(Shifted(LogitNormal(), math.e)(GRID), LogitNormal(mean=1.0)(GRID))
-
-
-# ---- conversions -----------------------------------------------------------------------------------------------------
-
-
-def test_conversions_recover_data_noise_and_each_other():
-    x, eps, t = (v.double() for v in pair())
-    x_t, v = FlowMatching().corrupt(x, eps, t), eps - x
-    torch.testing.assert_close(velocity_to_data(v, x_t, t), x)
-    torch.testing.assert_close(velocity_to_noise(v, x_t, t), eps)
-    torch.testing.assert_close(noise_to_velocity(velocity_to_noise(v, x_t, t), x_t, t), v)
-    torch.testing.assert_close(velocity_to_score(v, x_t, t), -eps / t.view(-1, 1, 1, 1))
-
-
-@pytest.mark.parametrize("s", [0.5, 1.0, 2.0])
-def test_score_of_gaussian_data_is_that_of_the_noisy_gaussian(s):
-    x_t, t = torch.randn(5, 4, 2, 2, dtype=torch.float64), torch.linspace(0.05, 1, 5, dtype=torch.float64)
-    at = t.view(-1, 1, 1, 1)
-    variance = (1 - at) ** 2 * s**2 + at**2
-    v = (at - (1 - at) * s**2) / variance * x_t
-    torch.testing.assert_close(velocity_to_score(v, x_t, t), -x_t / variance)
 
 
 # ---- flow matching ---------------------------------------------------------------------------------------------------

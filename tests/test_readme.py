@@ -15,7 +15,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from scripts import python
 
-from recipes.config.schema import check, register
+from recipes.config.check import check
+from recipes.config.sources import register
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

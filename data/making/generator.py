@@ -29,8 +29,9 @@ from data.making.prompts import Prompt, read_prompts
 from data.making.request import Request
 from data.making.sample_writer import SampleWriter
 from data.making.teacher import check_text, default_shift, description_of, solver_of, stored_times
-from edit.artifacts.checkpoint import default_objective, find, skeleton
-from edit.measuring.cost import find_device
+from edit.artifacts.checkpoint import default_objective, skeleton
+from edit.artifacts.location import find
+from edit.measuring.devices import find_device
 
 # fields of a request on which its samples do not depend
 PASSING = ("out", "batch", "processes", "device", "rank", "world")

@@ -8,7 +8,7 @@ from typing import Any
 from data import manifest
 from data.making.encoders import TEXT_ENCODERS
 from data.making.request import Request
-from edit.artifacts.checkpoint import find, is_hub_id
+from edit.artifacts.location import find, is_hub_id
 
 
 def complete(request: Request) -> Request:

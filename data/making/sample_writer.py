@@ -32,7 +32,7 @@ SHEET = 24  # images on samples.png
 
 
 class SampleWriter:
-    """Writes shards in one process of a command; called with a shard and a function that counts images."""
+    """Writes shards in one process; called with the number of a shard and a function that counts images."""
 
     def __init__(self, request: Request, process: int):
         if request.device == "cpu" and request.processes > 1:

@@ -14,11 +14,11 @@ from data.loader import collate
 from data.making.frozen import PromptEncoders
 from data.making.request import Request
 from data.sets.latents import padded, text_length
-from edit.artifacts.checkpoint import find, is_hub_id
+from edit.artifacts.location import find, is_hub_id
 from edit.backbones.stock import StockDenoiser
-from edit.denoiser import Condition, Denoiser
+from edit.denoiser import Denoiser
 from edit.objectives import Objective
-from edit.sampling import (
+from edit.solvers import (
     DDIMSolver,
     DDPMSolver,
     DPMSolver,
@@ -31,6 +31,7 @@ from edit.sampling import (
     log_shift,
     times,
 )
+from edit.stream import Condition
 
 
 def solver_of(request: Request, shift: float) -> Solver:

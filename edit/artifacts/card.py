@@ -19,10 +19,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import edit
-from edit.artifacts.checkpoint import Artifact, is_hub_id
+from edit.artifacts.checkpoint import Artifact
+from edit.artifacts.location import is_hub_id
 from edit.edits import describe
 from edit.inputs import trust
-from edit.sampling import Euler, Grid, times
+from edit.solvers import Euler, Grid, times
 
 RECIPE = (
     *("init", "teacher", "edits", "terms", "matching", "critic", "data_weight", "objective", "optimizer", "ema"),
@@ -45,7 +46,7 @@ class Licence:
 
     @classmethod
     def of(cls, text: str) -> Licence:
-        """From what a user typed: an identifier the hub knows, or any other name."""
+        """From a user's text: an identifier of the hub, or any other name."""
         known = text.strip().lower()
         return cls(known) if known in LICENCES else cls("other", text.strip())
 
@@ -99,7 +100,7 @@ def origins(artifact: Path, teacher: str | None = None) -> list[Origin]:
 
     Args:
         artifact: folder
-        teacher: instead of what the artifact's own run names
+        teacher: in place of the one that the artifact's run names
     """
     found: dict[str, Origin] = {}
     seen: set[str] = set()
@@ -128,7 +129,7 @@ def base_of(artifact: Path) -> Origin | None:
 
 
 def parents(folder: Path) -> list[str]:
-    """What a run was made from, in the words of its configuration."""
+    """The models that a run started from, as its configuration names them."""
     config = recipe(folder)
     teacher = config.get("teacher")
     named = (config.get("init"), teacher.get("path") if isinstance(teacher, Mapping) else None)
@@ -136,7 +137,7 @@ def parents(folder: Path) -> list[str]:
 
 
 def recipe(folder: Path) -> dict[str, Any]:
-    """The settings of the run beside an artifact that decide what came out; empty where there are none."""
+    """The settings of the run beside an artifact that decide its result; empty without a run."""
     for place in (folder, folder.parent):
         if (place / "config.yaml").is_file() and (place == folder or folder.name == "artifact"):
             try:
@@ -225,7 +226,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Card:
-    """What a README.md says.
+    """Content of a README.md.
 
     Args:
         title: name of the export
@@ -343,9 +344,9 @@ FOREIGN = "Parts of `report.json` were not written by `edit` and are left out."
 
 
 def metrics(artifact: Path) -> str:
-    """What report.json beside the artifact measured on it, as a table; empty where there is none.
+    """The measurements in report.json beside the artifact, as a table; empty without a report.
 
-    What another program has written there is left out, and that is said.
+    Entries that another program wrote are left out, and the card says so.
     """
     folder = artifact.parent if artifact.name == "artifact" else artifact
     if not (folder / "report.json").is_file():

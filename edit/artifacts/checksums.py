@@ -1,4 +1,4 @@
-"""Checksums of an artifact: what `edit.load` reads is what `edit.save` wrote.
+"""Checksums of an artifact: `edit.load` reads exactly the files that `edit.save` wrote.
 
 `edits.json` keeps the SHA-256 of every other file beside it, and of its own content. A folder that was changed on
 purpose, by a tool that saved the weights again or by hand, is accepted as it is with
@@ -15,6 +15,9 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from edit.artifacts.description import read_description
+from edit.artifacts.location import find
 
 DESCRIPTION = "edits.json"
 CONFIG = "config.json"
@@ -52,13 +55,12 @@ def _weights(folder: Path) -> set[str]:
 
 
 def verify(folder: Path, description: Mapping[str, Any], weights: bool = True) -> None:
-    """Compare files with what was saved. A description without checksums, of an older version or of a stock folder, is
-    taken as it is.
+    """Compare files with their checksums. A description without checksums (older version, stock folder) passes.
 
     Args:
         folder: of the artifact
         description: content of its edits.json
-        weights: False looks at what the model is built from alone
+        weights: False: compare the descriptions alone
 
     Raises:
         FileNotFoundError: if one is missing
@@ -98,8 +100,6 @@ def accept(path: str | os.PathLike) -> Path:
         FileNotFoundError: if there is none
         ValueError: if it has no edits.json, or that cannot be read
     """
-    from edit.artifacts.checkpoint import find, read_description
-
     folder = find(path)
     if not (folder / DESCRIPTION).is_file():
         raise ValueError(f"{folder} has no {DESCRIPTION}: only artifacts have checksums, a stock folder is just loaded")

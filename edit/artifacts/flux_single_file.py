@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from edit.backbones.flux import Flux
-from edit.denoiser import check_layout, some
+from edit.denoiser import check_layout, first_names
 
 AXES = "edit.axes_dims_rope"  # in the file's metadata: the one setting that no shape tells
 PREFIX = "model.diffusion_model."  # before every key, where a file holds more than the transformer
@@ -82,7 +82,7 @@ def to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             out[original] = _swap_halves(whole) if original.startswith(_SWAPPED) else whole
             used.update(stock)
     if unknown := [k for k in state if k not in used]:
-        raise ValueError(f"the state dict is not that of a FluxTransformer2DModel: {some(unknown)} are unknown")
+        raise ValueError(f"the state dict is not that of a FluxTransformer2DModel: {first_names(unknown)} are unknown")
     return out
 
 
@@ -105,7 +105,7 @@ def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             out.update(zip(stock, whole.split(rows), strict=True))
             used.add(original)
     if unknown := [k for k in state if k not in used]:
-        raise ValueError(f"this is not the original FLUX.1 layout: {some(unknown)} are unknown keys")
+        raise ValueError(f"this is not the original FLUX.1 layout: {first_names(unknown)} are unknown keys")
     return out
 
 

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edit.denoiser import Denoiser, Layout, Step, Unit
+from edit.denoiser import Denoiser, Edit, Unit
 from edit.distillation.attention import head_count
 from edit.distillation.pairs import width
-from edit.edits import Edit, chosen
+from edit.edits import chosen
 from edit.inputs.limits import check_numbers
+from edit.stream import Layout, Step
 
 PROJECTIONS = re.compile(r"\.attn1?\.(qkv|proj|to_q|to_k|to_v|to_out)\.")
 

@@ -3,10 +3,7 @@
 Sources: DiT (arXiv 2212.09748), SiT (arXiv 2401.08740); the optional modern parts (RMSNorm, SwiGLU, RoPE, QK-norm) as
 in LightningDiT (arXiv 2501.01423). Weights carry the names of the official checkpoints.
 
-Two facts about `diffusers.DiTTransformer2DModel` decide what converts exactly. It spaces the sinusoid's frequencies by
-1/(half - 1) where the official code uses 1/half: no change of weights can hide that, so only models built with
-`frequency_shift=1` convert to it (the digits presets are). And it keeps a copy of the time and label embedders in every
-block: reading one back demands that the copies agree.
+Which of them stock `diffusers` can run is said in `dit_conversion.py`.
 """
 
 from __future__ import annotations
@@ -21,8 +18,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from edit.denoiser import Branch, Condition, Denoiser, Layout, Output, Stream, Unit, check_layout
+from edit.backbones.dit_conversion import config_from_diffusers, from_diffusers, to_diffusers, why_not_diffusers
+from edit.denoiser import Denoiser, Unit
 from edit.inputs.limits import Count, Limits, Units, check_numbers
+from edit.stream import Branch, Condition, Layout, Output, Stream
 
 NORM_EPS = 1e-6
 FREQUENCIES = 256  # channels of the time sinusoid
@@ -42,7 +41,7 @@ class DiTConfig:
     mlp_ratio: float = 4.0
     num_classes: Count = 1000  # the embedding table has one more row: the null class
     learn_sigma: bool = False  # twice the output channels; "ddpm" reads the second half as variance, others drop it
-    time: Literal["flow", "sit", "ddpm"] = "flow"  # what the network is fed and predicts, see `pack`
+    time: Literal["flow", "sit", "ddpm"] = "flow"  # convention of input time and prediction, see `pack`
     frequency_shift: float = 0.0  # 0: official sinusoid; 1: that of diffusers
     mlp_norm_eps: float = NORM_EPS  # 1e-5 in folders written by diffusers
     qk_norm: bool = False
@@ -185,7 +184,7 @@ def make_modulation(width: int, count: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(width, count * width))
 
 
-class Modulation(NamedTuple):
+class DiTModulation(NamedTuple):
     """adaLN of one unit, each b 1 d; scales already carry the 1 of (1 + scale)."""
 
     attention_shift: Tensor
@@ -208,15 +207,15 @@ class DiTBlock(Unit):
         self.mlp = SwiGLU(c.hidden_size, int(2 / 3 * hidden)) if c.swiglu else Mlp(c.hidden_size, hidden)
         self.adaLN_modulation = make_modulation(c.hidden_size, 6)
 
-    def modulate(self, stream: Stream) -> Modulation:
+    def modulate(self, stream: Stream) -> DiTModulation:
         s1, k1, g1, s2, k2, g2 = self.adaLN_modulation(stream.cond)[:, None].chunk(6, dim=-1)
-        return Modulation(s1, 1 + k1, Branch(g1), s2, 1 + k2, Branch(g2))
+        return DiTModulation(s1, 1 + k1, Branch(g1), s2, 1 + k2, Branch(g2))
 
-    def attend(self, stream: Stream, modulation: Modulation) -> Branch:
+    def attend(self, stream: Stream, modulation: DiTModulation) -> Branch:
         x = torch.addcmul(modulation.attention_shift, self.norm1(stream.image), modulation.attention_scale)
         return Branch(self.mixer(stream, x))
 
-    def feed(self, stream: Stream, modulation: Modulation) -> Branch:
+    def feed(self, stream: Stream, modulation: DiTModulation) -> Branch:
         x = torch.addcmul(modulation.feed_shift, self.norm2(stream.image), modulation.feed_scale)
         return Branch(self.ffn(x, stream.layout.routing))
 
@@ -370,8 +369,8 @@ class DiT(Denoiser):
     @classmethod
     def to_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
         c = DiTConfig(**config)
-        if (reason := why_not_diffusers(c)) is None:
-            return to_diffusers(c, state)
+        if (reason := why_not_diffusers(asdict(c))) is None:
+            return to_diffusers(asdict(c), state)
         tables = ("pos_embed", "rope")  # recomputed, never stored
         kept = {k: v for k, v in state.items() if k not in tables}
         return {"_class_name": "edit.DiT", "_not_diffusers_because": reason, **asdict(c)}, kept
@@ -379,7 +378,8 @@ class DiT(Denoiser):
     @classmethod
     def from_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
         if config.get("_class_name") in ("DiTTransformer2DModel", "Transformer2DModel"):
-            c, state = from_diffusers(config, state)
+            c = DiTConfig(**config_from_diffusers(config))
+            state = from_diffusers(c.depth, state)
         else:
             c, state = DiTConfig(**{k: v for k, v in config.items() if not k.startswith("_")}), dict(state)
         dtype = state["x_embedder.proj.weight"].dtype
@@ -387,177 +387,3 @@ class DiT(Denoiser):
         if c.rope:
             state["rope"] = rope_table(c.hidden_size // c.num_heads, c.grid, c.registers).to(dtype)
         return asdict(c), state
-
-
-# ---- official checkpoints (DiT-XL-2-256x256.pt, SiT-XL-2-256.pt) -----------------------------------------------------
-
-
-def from_official(checkpoint: Mapping[str, Any], config: DiTConfig) -> dict[str, Tensor]:
-    """State dict of `DiTWeights` from a loaded official checkpoint.
-
-    Args:
-        checkpoint: a bare state dict, or a training checkpoint; of that the "ema" entry is taken, else "model"
-        config: the model to fill; `time` must be "ddpm" for DiT weights and "sit" for SiT weights
-
-    Raises:
-        ValueError: if keys or shapes differ, naming the first few; or if the position table is not the expected one
-    """
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"the official checkpoint holds a {type(checkpoint).__name__}, expected a state dict")
-    state = next((checkpoint[k] for k in ("ema", "model") if isinstance(checkpoint.get(k), Mapping)), checkpoint)
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    with torch.device("meta"):
-        wanted = DiTWeights(config).state_dict()
-    check_layout(wanted, state, "the official checkpoint")
-    table = position_table(config.hidden_size, config.grid)
-    if not torch.allclose(state["pos_embed"][0].float(), table, atol=1e-4):
-        raise ValueError("the checkpoint's pos_embed is not the 2-D sin-cos table of this model: another input_size?")
-    return state
-
-
-# ---- diffusers.DiTTransformer2DModel ---------------------------------------------------------------------------------
-
-_BLOCK = {
-    "attn.proj": "attn1.to_out.0",
-    "mlp.fc1": "ff.net.0.proj",
-    "mlp.fc2": "ff.net.2",
-    "adaLN_modulation.1": "norm1.linear",
-}
-_ROOT = {
-    "x_embedder.proj": "pos_embed.proj",
-    "final_layer.adaLN_modulation.1": "proj_out_1",
-    "final_layer.linear": "proj_out_2",
-}
-_EMBEDDERS = {  # one copy per block in diffusers
-    "t_embedder.mlp.0": "norm1.emb.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2",
-    "y_embedder.embedding_table": "norm1.emb.class_embedder.embedding_table",
-}
-
-
-def why_not_diffusers(c: DiTConfig) -> str | None:
-    """The first option of this model that `DiTTransformer2DModel` cannot express, or None."""
-    options = {
-        "frequency_shift other than 1": c.frequency_shift != 1,
-        "qk_norm": c.qk_norm,
-        "rope": c.rope,
-        "swiglu": c.swiglu,
-        "rms_norm": c.rms_norm,
-        "registers": c.registers > 0,
-        "mlp_ratio other than 4": c.mlp_ratio != 4,
-    }
-    return next((name for name, present in options.items() if present), None)
-
-
-def to_diffusers(c: DiTConfig, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-    """Configuration and weights of the equal `DiTTransformer2DModel`; feed it the times that `DiT.pack` makes.
-
-    Raises:
-        ValueError: if the model has an option that class lacks
-    """
-    if reason := why_not_diffusers(c):
-        raise ValueError(f"DiTTransformer2DModel has no {reason}: build with frequency_shift=1 and no modern options")
-    config = {
-        "_class_name": "DiTTransformer2DModel",
-        "num_attention_heads": c.num_heads,
-        "attention_head_dim": c.hidden_size // c.num_heads,
-        "in_channels": c.in_channels,
-        "out_channels": c.out_channels,
-        "num_layers": c.depth,
-        "sample_size": c.input_size,
-        "patch_size": c.patch_size,
-        "num_embeds_ada_norm": c.num_classes,
-        "norm_eps": c.mlp_norm_eps,
-        **_STOCK_FIXED,
-    }
-    stock: dict[str, Tensor] = {}
-    for ours, theirs in _ROOT.items():
-        for kind in ("weight", "bias"):
-            stock[f"{theirs}.{kind}"] = state[f"{ours}.{kind}"]
-    for i in range(c.depth):
-        ours_at, theirs_at = f"blocks.{i}", f"transformer_blocks.{i}"
-        for kind in ("weight", "bias"):
-            for ours, theirs in _BLOCK.items():
-                stock[f"{theirs_at}.{theirs}.{kind}"] = state[f"{ours_at}.{ours}.{kind}"]
-            qkv = state[f"{ours_at}.attn.qkv.{kind}"].chunk(3)
-            for name, part in zip("qkv", qkv, strict=True):
-                stock[f"{theirs_at}.attn1.to_{name}.{kind}"] = part.contiguous()
-            for ours, theirs in _EMBEDDERS.items():
-                if f"{ours}.{kind}" in state:  # the label table has no bias
-                    stock[f"{theirs_at}.{theirs}.{kind}"] = state[f"{ours}.{kind}"].clone()
-    return config, stock
-
-
-def from_diffusers(config: Mapping, state: Mapping[str, Tensor]) -> tuple[DiTConfig, dict[str, Tensor]]:
-    """Our configuration (`time="ddpm"`, as published folders are) and weights of a `DiTTransformer2DModel`.
-
-    Raises:
-        ValueError: if it has options that a DiT lacks, keys are missing, or the embedders differ between blocks
-    """
-    given = {**_STOCK_DEFAULTS, **_STOCK_FIXED, **config}
-    heads, head = given["num_attention_heads"], given["attention_head_dim"]
-    channels = given["in_channels"]
-    for option, expected in _STOCK_FIXED.items():
-        if given[option] != expected:
-            raise ValueError(f"this DiTTransformer2DModel has {option} {given[option]!r}, a DiT has {expected!r}")
-    if given["out_channels"] not in (None, channels, 2 * channels):
-        raise ValueError(
-            f"this DiTTransformer2DModel has out_channels {given['out_channels']}, a DiT of {channels} channels has "
-            f"{channels} or {2 * channels}"
-        )
-    c = DiTConfig(
-        input_size=given["sample_size"],
-        in_channels=channels,
-        patch_size=given["patch_size"],
-        hidden_size=heads * head,
-        depth=given["num_layers"],
-        num_heads=heads,
-        num_classes=given["num_embeds_ada_norm"],
-        learn_sigma=given["out_channels"] == 2 * channels,
-        time="ddpm",
-        frequency_shift=1.0,
-        mlp_norm_eps=given["norm_eps"],
-    )
-    ours_state: dict[str, Tensor] = {}
-
-    def take(key: str) -> Tensor:
-        if key not in state:
-            raise ValueError(f"not a DiTTransformer2DModel folder of this configuration: {key} is missing")
-        return state[key]
-
-    for kind in ("weight", "bias"):
-        for ours, theirs in _ROOT.items():
-            ours_state[f"{ours}.{kind}"] = take(f"{theirs}.{kind}")
-        for i in range(c.depth):
-            at = f"transformer_blocks.{i}"
-            for ours, theirs in _BLOCK.items():
-                ours_state[f"blocks.{i}.{ours}.{kind}"] = take(f"{at}.{theirs}.{kind}")
-            qkv = [take(f"{at}.attn1.to_{name}.{kind}") for name in "qkv"]
-            ours_state[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(qkv)
-            for ours, theirs in _EMBEDDERS.items():
-                if kind == "bias" and ours.startswith("y_embedder"):
-                    continue
-                first, mine = take(f"transformer_blocks.0.{theirs}.{kind}"), take(f"{at}.{theirs}.{kind}")
-                if not mine.is_meta and not torch.equal(first, mine):
-                    raise ValueError(f"block {i} of this DiTTransformer2DModel has its own {theirs}: a DiT shares one")
-                ours_state[f"{ours}.{kind}"] = first
-    return c, ours_state
-
-
-_STOCK_FIXED = {  # what a DiT is in that class; "gelu" or "layer_norm" would load and compute something else
-    "attention_bias": True,
-    "activation_fn": "gelu-approximate",
-    "norm_type": "ada_norm_zero",
-    "norm_elementwise_affine": False,
-}
-_STOCK_DEFAULTS = {  # of diffusers.DiTTransformer2DModel, for folders that leave fields out
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "in_channels": 4,
-    "out_channels": None,
-    "num_layers": 28,
-    "sample_size": 32,
-    "patch_size": 2,
-    "num_embeds_ada_norm": 1000,
-    "norm_eps": 1e-5,
-}

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, zero_init
-from edit.denoiser import Branch, Condition, Layout, Output, Stream
 from edit.inputs.limits import Count, check_numbers
-from edit.sampling import DDIMSolver, Sampler
+from edit.sampling import Sampler
+from edit.solvers import DDIMSolver
+from edit.stream import Branch, Condition, Layout, Output, Stream
 
 STEPS = 1000  # of the DDPM the published weights were trained on
 
@@ -54,7 +55,7 @@ class DiTDiffusersConfig:
         return DiTDiffusers.from_config(config).initialise()
 
 
-# ---- what the families over `BasicTransformerBlock` share -----------------------------------------------------------
+# ---- shared by the families over `BasicTransformerBlock` ------------------------------------------------------------
 
 
 class BasicUnit(StockUnit):
@@ -167,7 +168,7 @@ class PatchDenoiser(StockDenoiser):
 
 @dataclass(frozen=True)
 class Told(Layout):
-    """The layout, and what the embedders in the blocks read."""
+    """The layout, with the inputs of the embedders in the blocks."""
 
     label: Tensor | None = None  # b, int64
     sinusoid: Tensor | None = None  # b 256, of the timestep

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, finite, latent_of, tokens_of, turn, zero_init
-from edit.denoiser import Branch, Condition, Layout, Output, Stream
 from edit.inputs.limits import Count, check_numbers
-from edit.sampling import Sampler, StockEuler, dynamic_shift
+from edit.sampling import Sampler
+from edit.solvers import StockEuler, dynamic_shift
+from edit.stream import Branch, Condition, Layout, Output, Stream
 
 SHIFT = (0.5, 1.15, 256, 4096)  # of FLUX.1-dev's scheduler, see StockEuler.dynamic
 
@@ -38,7 +39,7 @@ class FluxConfig:
     guidance_embeds: bool = True  # schnell: False
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
     sample_size: tuple[int, int] = (128, 128)  # default rows and columns of a latent
-    guidance: float = 3.5  # the scale a guidance-distilled model is told where the condition has none
+    guidance: float = 3.5  # scale of a guidance-distilled model if the condition has none
     path: str | None = None  # folder or hub id of the weights, for `init` and `teacher.path` to refer to
 
     def __post_init__(self):
@@ -214,7 +215,7 @@ class Flux(StockDenoiser):
         return self
 
     def sampler(self) -> Sampler:
-        """FLUX.1-dev's, which the told guidance belongs to; of a model without that input, FLUX.1-schnell's."""
+        """FLUX.1-dev's for a model with a guidance input, else FLUX.1-schnell's."""
         if self.model.config.guidance_embeds:  # type: ignore[union-attr]
             return Sampler(StockEuler(28, dynamic=SHIFT))
         return Sampler(StockEuler(4))

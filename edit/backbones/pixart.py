@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from edit.backbones.dit_diffusers import BasicUnit, PatchDenoiser, heads, join
 from edit.backbones.stock import Modulation, zero_init
-from edit.denoiser import Branch, Condition, Layout, Stream, record_branch, residual
 from edit.inputs.limits import Count, check_numbers
-from edit.sampling import DPMSolver, Sampler
+from edit.sampling import Sampler
+from edit.solvers import DPMSolver
+from edit.stream import Branch, Condition, Layout, Stream, record_branch, residual
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class PixArtConfig:
     activation_fn: str = "gelu-approximate"
     norm_elementwise_affine: bool = False
     norm_eps: float = 1e-6
-    pixels: Count = 8  # rows of the image to a row of the latent: the unit of the image size that is told
+    pixels: Count = 8  # rows of the image per row of the latent, for the size input
     path: str | None = None  # folder or hub id of the weights, for `init` and `teacher.path` to refer to
 
     def __post_init__(self):
@@ -79,7 +80,7 @@ class PixArtUnit(BasicUnit):
         )
 
     def cross(self, stream: Stream) -> Tensor:
-        """What the image tokens read from the caption: b n d."""
+        """The cross-attention of image tokens to the caption: b n d."""
         a, image, text, mask = self.attn2, stream.image, stream.text, stream.layout.text_mask
         q, k, v = heads(a.to_q(image), a), heads(a.to_k(text), a), heads(a.to_v(text), a)
         # the bias of the original, not -inf: a caption without any real token stays defined
@@ -141,7 +142,7 @@ class PixArt(PatchDenoiser):
         return Sampler(DPMSolver(20), guidance=4.5)
 
     def pack(self, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
-        """Where the model is told the image size, it is that of `x`: rows and columns in pixels, and their ratio."""
+        """A model with a size input gets the size of `x`: rows and columns in pixels, and their ratio."""
         self.need(condition)
         if condition.guidance is not None:
             raise ValueError("pixart was not distilled for guidance: leave condition.guidance out")

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, finite, latent_of, tokens_of, turn, zero_init
-from edit.denoiser import Branch, Condition, Layout, Output, Step, Stream
 from edit.inputs.limits import Count, check_numbers
-from edit.sampling import Sampler, StockEuler
+from edit.sampling import Sampler
+from edit.solvers import StockEuler
+from edit.stream import Branch, Condition, Layout, Output, Step, Stream
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def heads(tokens: Tensor, attention: Any) -> Tensor:
     return tokens.unflatten(-1, (-1, attention.inner_dim // attention.heads)).transpose(1, 2)
 
 
-def rope_table(grid: Sequence[int], length: int, axes: Sequence[int], device: torch.device) -> Tensor:
+def position_angles(grid: Sequence[int], length: int, axes: Sequence[int], device: torch.device) -> Tensor:
     """Cosines, then sines, of the angles of `length` text tokens and a grid of image tokens: 2 (l + n) e/2.
 
     Rows and columns count from the centre, so that a picture of another size shares the positions it has in common;
@@ -269,7 +270,7 @@ class QwenImage(StockDenoiser):
             grid=grid,
             text_length=length,
             text_mask=None if mask is None else mask.bool(),
-            rope=rope_table(grid, length, m.config.axes_dims_rope, image.device),
+            rope=position_angles(grid, length, m.config.axes_dims_rope, image.device),
         )
         return Stream(image=image, text=text, cond=time, time=time, layout=layout)
 

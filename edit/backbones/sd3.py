@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, zero_init
-from edit.denoiser import Branch, Condition, Layout, Output, Stream, residual
 from edit.inputs.limits import Count, check_numbers
-from edit.sampling import Sampler, StockEuler
+from edit.sampling import Sampler
+from edit.solvers import StockEuler
+from edit.stream import Branch, Condition, Layout, Output, Stream, residual
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class SD3Config:
 
 @dataclass(frozen=True)
 class DualModulation(Modulation):
-    """With what the second attention reads and its gate: b n d, b 1 d."""
+    """With the input and the gate of the second attention: b n d, b 1 d."""
 
     second: Tensor | None = None
     second_gate: Tensor | None = None

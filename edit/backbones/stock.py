@@ -1,4 +1,4 @@
-"""What the families over `diffusers` classes share: the stock model holds the weights, our units stand in its lists.
+"""The base of families over `diffusers` classes: the stock model holds the weights, our units stand in its lists.
 
 A unit takes over the children of the block it replaces under their own names, so a state dict, a LoRA, a quantised
 linear or a sharded checkpoint of the stock model fits without conversion.
@@ -16,7 +16,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from edit.denoiser import Branch, Condition, Denoiser, Layout, Step, Stream, Unit
+from edit.denoiser import Denoiser, Unit
+from edit.stream import Branch, Condition, Layout, Step, Stream
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class StockDenoiser(Denoiser):
     lists: ClassVar[Mapping[str, tuple[str, type[StockUnit]]]]  # model attribute -> (configuration key, unit)
     extras: ClassVar[Mapping[str, Any]] = {"sample_size": (128, 128)}  # with the defaults of a published folder
     multiple: ClassVar[int] = 2  # rows and columns of a sample must be multiples of this
-    masks: ClassVar[bool] = True  # leaves out what the text mask does; else padding is attended to
+    masks: ClassVar[bool] = True  # attention honours the text mask; else padding is attended to
 
     def __init__(self, model: nn.Module, **extras: Any):
         for name, value in {**self.extras, **extras}.items():
@@ -139,7 +140,7 @@ class StockDenoiser(Denoiser):
         self.units = [self.units[i] for i in indices]
 
     def null(self, condition: Condition) -> Condition:
-        """Zeros in place of the text: what families without an empty-prompt embedding at hand are told."""
+        """Zeros in place of the text, for families without an empty-prompt embedding at hand."""
         return Condition(
             text=None if condition.text is None else torch.zeros_like(condition.text),
             text_mask=condition.text_mask,
@@ -148,7 +149,7 @@ class StockDenoiser(Denoiser):
         )
 
     def native(self, stream: Stream) -> Tensor:
-        """From the last stream to what the stock model's forward returns."""
+        """The output of the stock model's forward from the last stream."""
         raise NotImplementedError
 
     @classmethod
@@ -184,7 +185,7 @@ class StockDenoiser(Denoiser):
         How far a text is padded would depend on what else is in the batch, and with it the prediction.
 
         Raises:
-            ValueError: with what to do
+            ValueError: with the remedy
         """
         if length is None and not self.masks:
             raise ValueError(
@@ -196,7 +197,7 @@ class StockDenoiser(Denoiser):
         """Refuse a condition without the embeddings this family is told, or with others than their widths.
 
         Raises:
-            ValueError: naming the field, what was given and what was expected
+            ValueError: naming the field, the given and the expected shape
         """
         for name, width in self.widths.items():
             value = getattr(condition, name)
@@ -291,7 +292,7 @@ def attached(pipeline: Any, denoiser: StockDenoiser) -> Iterator[Any]:
 
 
 class _Calls:
-    """A pipeline's calls of its transformer, told to a denoiser as steps of a generation."""
+    """A pipeline's calls of its transformer, as steps of a generation."""
 
     def __init__(self, pipeline: Any, denoiser: StockDenoiser):
         self.pipeline, self.denoiser = pipeline, denoiser
@@ -331,7 +332,7 @@ class _Calls:
         return Transformer2DModelOutput(sample=sample)
 
     def _predict(self, stream: Stream, native: Mapping[str, Any]) -> Tensor:
-        """What `Denoiser.forward` does with an embedded stream: b c y x, the learned variance after the prediction."""
+        """`Denoiser.forward` from the embedded stream on: b c y x, the learned variance after the prediction."""
         d, step = self.denoiser, stream.step
         assert step is not None
         t = torch.full((len(stream.image),), step.sigma, device=stream.image.device)

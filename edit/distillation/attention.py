@@ -1,4 +1,4 @@
-"""Attention distillation, by what attention puts out, by its maps, or by how tokens relate to each other.
+"""Attention distillation, by the outputs of attention, by its maps, or by relations between tokens.
 
 Output: mean square difference of the attention branches before their gate, for students with another attention
 operator (CLEAR, arXiv 2412.16112: every fourth single unit of FLUX, weight 0.5). Maps: cross-entropy between rows of

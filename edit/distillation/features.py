@@ -28,7 +28,7 @@ NORMS = ("raw", "unit", "layer", "relative")
 
 @dataclass
 class FeatureKD(Term):
-    """Distance of what units put out.
+    """Distance between outputs of units.
 
     Args:
         pairs: (student unit, teacher unit), see `edit.distillation.pairs`
@@ -115,7 +115,7 @@ class FeatureKD(Term):
 
 
 class FeatureState(nn.Module):
-    """What feature distillation learns and remembers: a projector per pair, the teacher's running mean squares.
+    """Parameters and buffers of feature distillation: a projector per pair, the teacher's running mean squares.
 
     Sharding gathers parameters around `forward` only, so all tokens go through it in one call.
     """

@@ -15,8 +15,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from edit.denoiser import Condition, Denoiser, Output
+from edit.denoiser import Denoiser
 from edit.inputs.limits import check_numbers
+from edit.stream import Condition, Output
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class TeacherGuidance:
             t: b, times in [0, 1], 1 = noise
             condition: of the same batch
             null: its unconditional counterpart
-            scale: b, what `scale` returned; counts for nothing where g is always 1 and there is no guidance input
+            scale: b, returned by `scale`; counts for nothing where g is always 1 and there is no guidance input
             taps: as of `Denoiser.forward`
             branches: likewise
             maps: likewise

@@ -1,4 +1,4 @@
-"""Output distillation: the student predicts what the teacher predicts at the same noisy sample, time and condition.
+"""Output distillation: the student imitates the teacher's prediction at the same noisy sample, time and condition.
 
 L = w(t) |v_student - v_teacher|^2 / d, with w = 1 on predictions or t^2 on predicted data. Where both have a learned
 variance, it is distilled through the KL of one denoising step with the student's mean detached (TinyFusion,
@@ -15,9 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from edit.denoiser import Denoiser, Output
+from edit.denoiser import Denoiser
 from edit.inputs.limits import check_numbers
 from edit.objectives import DDPM, Pass, Term, Weight, schedule_tables, weight_at
+from edit.stream import Output
 
 
 @dataclass
@@ -26,7 +27,7 @@ class OutputKD(Term):
 
     Args:
         weight: of the term
-        space: what is compared: "output", the prediction itself, or "data", the data it implies (t times a velocity)
+        space: quantity to compare: "output", the prediction itself, or "data", the data it implies (t times a velocity)
         loss: "mse", per element, or "huber": sqrt(|difference|^2 + c^2) - c of a whole sample
         c: of "huber"; None: 0.00054 sqrt(d), d elements in a sample (iCT)
         variance: weight of the learned variance, on top of `weight`; it matters where both models have one

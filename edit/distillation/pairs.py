@@ -72,7 +72,7 @@ def collapsed(intervals: Sequence[tuple[int, int]], depth: int) -> Pairs:
     return tuple(enumerate(i for i in range(depth) if i not in inside))
 
 
-# ---- checks, on behalf of the one who asks ---------------------------------------------------------------------------
+# ---- checks; errors name the caller ----------------------------------------------------------------------------------
 
 
 def as_pairs(who: str, pairs: Sequence[Sequence[int]]) -> Pairs:
@@ -130,7 +130,7 @@ def both(seen: Pass, pair: tuple[int, int], part: str = "") -> list[tuple[Tensor
     Args:
         seen: with the taps of the pair in both traces
         pair: units
-        part: "" for what the units put out, ".attention" or ".feed" for a branch
+        part: "" for the outputs of units, ".attention" or ".feed" for a branch
 
     Raises:
         ValueError: if one was not tapped, or they do not have the same number of tokens

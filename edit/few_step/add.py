@@ -19,20 +19,22 @@ from torch import Tensor
 
 from edit.denoiser import Denoiser
 from edit.few_step.discriminator import Heads, approximate_r1, hinge_generator, hinge_real_fake
-from edit.few_step.method import Given, Matching, Roles, check_times, corrupt, decreasing, mean, move, need_turns
+from edit.few_step.method import FewStepMethod, check_times, decreasing, need_turns
+from edit.few_step.roles import Given, Roles
 from edit.few_step.vision import Vision
 from edit.inputs.limits import Count, check_numbers
-from edit.sampling import Solver
+from edit.paths import corrupt, mean, move
+from edit.solvers import Solver
 
 START, NOISE, AGAIN, AGAIN_NOISE, NEAR = 0, 1, 2, 3, 10  # streams of `Draws`; NEAR + k: R1's step in the k-th layer
 
 
 @dataclass(frozen=True)
-class ADD(Matching):
+class ADD(FewStepMethod):
     """Student and heads in turns.
 
     Args:
-        vision: what the heads stand on
+        vision: the model under the heads
         times: that the student starts from, decreasing; the sampler's are among them
         distill: weight of the distance to the teacher's prediction, (1 - t) |x - x_teacher|^2 / d
         r1: weight of the squared gradient of logits of reals
@@ -79,7 +81,7 @@ class ADD(Matching):
         return self.vision
 
     def generate(self, roles: Roles, given: Given) -> Tensor:
-        """What the student makes of data at one of its times, in one step: b c y x."""
+        """The student's sample from data noised to one of its times, in one step: b c y x."""
         place = given.draws.uniform(START) * len(self.times)
         t = torch.full_like(place, self.times[0])
         for k, time in enumerate(self.times):  # scalars alone: a table would be copied from the host in each step

@@ -14,16 +14,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
-from edit.few_step.method import Given, Matching, Roles
+from edit.few_step.method import FewStepMethod
+from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import check_numbers
 from edit.objectives import Weight, weight_at
-from edit.sampling import Solver
+from edit.solvers import Solver
 
 APART = 1 << 40  # between the seeds of two parts: no run's seed is as large
 
 
 @dataclass(frozen=True)
-class Combined(Matching):
+class Combined(FewStepMethod):
     """A sum of methods. Each draws random numbers of its own; the first one those it would draw alone.
 
     Args:
@@ -32,7 +33,7 @@ class Combined(Matching):
         critic_weights: of the critic's; DMD2: 0.01 for its discriminator
     """
 
-    parts: Mapping[str, Matching]
+    parts: Mapping[str, FewStepMethod]
     weights: Mapping[str, Weight] = field(default_factory=dict)
     critic_weights: Mapping[str, Weight] = field(default_factory=dict)
 
@@ -83,7 +84,7 @@ class Combined(Matching):
         own = {name: module for name, module in built.items() if module is not None}
         return Parts(own) if own else None
 
-    def judges(self, own: Parts) -> list[nn.Parameter]:  # type: ignore[override] - what `build` returned
+    def judges(self, own: Parts) -> list[nn.Parameter]:  # type: ignore[override] - returned by `build`
         return [p for name, module in own.parts.items() for p in self.parts[name].judges(module)]
 
     def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
@@ -101,7 +102,7 @@ class Combined(Matching):
                 losses |= {f"{name}/{k}": weight * v for k, v in part.critic_losses(*mine).items()}
         return losses
 
-    def _each(self, roles: Roles, given: Given) -> Iterator[tuple[str, Matching, Roles, Given]]:
+    def _each(self, roles: Roles, given: Given) -> Iterator[tuple[str, FewStepMethod, Roles, Given]]:
         """Parts, and roles and batch as each of them sees it."""
         modules = _parts(roles)
         for k, (name, part) in enumerate(self.parts.items()):
@@ -111,7 +112,7 @@ class Combined(Matching):
 
 
 class Parts(nn.Module):
-    """What parts have built. Sharding gathers parameters around `forward` alone, so each is called through it."""
+    """The modules of all parts. Sharding gathers parameters around `forward` alone, so each is called through it."""
 
     def __init__(self, parts: Mapping[str, nn.Module]):
         super().__init__()
@@ -122,7 +123,7 @@ class Parts(nn.Module):
 
 
 class Own:
-    """What one part has built, as it sees it: called through the owner of all, and otherwise the module itself."""
+    """The module of one part: its calls go through the owner of all, everything else to the module itself."""
 
     def __init__(self, parts: Parts, name: str):
         self.parts, self.name = parts, name

@@ -19,14 +19,16 @@ from torch import Tensor
 
 from edit.denoiser import Denoiser
 from edit.few_step.discriminator import Heads, hinge_generator, hinge_real_fake, judge
-from edit.few_step.method import Field, Given, Matching, Roles, column, corrupt, move, pseudo_huber
+from edit.few_step.method import FewStepMethod, pseudo_huber
 from edit.few_step.progressive import check_steps, time_grid
+from edit.few_step.roles import Field, Given, Roles
 from edit.inputs.limits import Count, Positive, Steps, check_numbers
-from edit.sampling import Grid, Solver, times
+from edit.paths import column, corrupt, move
+from edit.solvers import Grid, Solver, times
 
 
 @dataclass(frozen=True)
-class Consistency(Matching):
+class Consistency(FewStepMethod):
     """CD and LCM: every point of a path leads to its data.
 
     Args:
@@ -74,7 +76,7 @@ class Consistency(Matching):
 
 
 @dataclass(frozen=True)
-class PhasedConsistency(Matching):
+class PhasedConsistency(FewStepMethod):
     """PCM: [0, 1] is cut into phases, and a point leads to the end of its own, where the next one begins.
 
     Generation is a straight step per phase, without fresh noise. The target is predicted by the student itself without
@@ -169,7 +171,7 @@ class PhasedConsistency(Matching):
 
 
 @dataclass(frozen=True)
-class TruncatedConsistency(Matching):
+class TruncatedConsistency(FewStepMethod):
     """TCM's second stage: a consistency model gives up the times near data and gets better at the others.
 
     The teacher is the model of the first stage, frozen, which is where the student starts, too: at times up to `until`
@@ -237,7 +239,7 @@ def _check_renoised(who: str, solver: Solver) -> tuple[float, ...]:
     """The times of the sampler of consistency models."""
     if not isinstance(solver, Grid) or not solver.renoise:
         raise ValueError(
-            f"{who} leads to data from any time, the sampler is {solver}: set sampler.solver to edit.sampling.Grid "
+            f"{who} leads to data from any time, the sampler is {solver}: set sampler.solver to edit.solvers.Grid "
             "with renoise=true, for instance times=[1.0, 0.5]"
         )
     return solver.grid

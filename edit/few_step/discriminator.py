@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.denoiser import Condition, Denoiser
+from edit.denoiser import Denoiser
 from edit.distillation.pairs import width
-from edit.few_step.method import Roles, mean
+from edit.few_step.roles import Roles
+from edit.paths import mean
+from edit.stream import Condition
 
 FREQUENCIES = 32  # of the time sinusoid
 
@@ -28,7 +30,7 @@ class Heads(nn.Module):
     Args:
         units: that are tapped, counted from 0
         width: channels d of a token
-        pooled: channels of the pooled text that the model is told; 0: none
+        pooled: channels of the model's pooled text; 0: none
         hidden: channels inside a head
         kernel: neighbouring tokens a head looks at, in rows and columns; 1: at each one alone
     """
@@ -53,12 +55,12 @@ class Heads(nn.Module):
         return cls(units, width(model), 0 if told is None else told.shape[1], hidden, kernel)
 
     def forward(self, features: Mapping[str, Tensor], t: Tensor, pooled: Tensor | None, size: Sequence[int]) -> Tensor:
-        """Score what the model has made of noisy latents.
+        """Score features of noisy latents.
 
         Args:
             features: its taps "unit.<index>", b n d
             t: b, times of the noisy latents in [0, 1]
-            pooled: b c, pooled text; counts for nothing where the model is told none
+            pooled: b c, pooled text; ignored if the model has none
             size: rows and columns y x of the latents
 
         Returns:
@@ -73,7 +75,7 @@ class Heads(nn.Module):
         logits = []
         for unit, head, code in zip(self.units, self.heads, codes, strict=True):
             tokens = features[f"unit.{unit}"].to(dtype)
-            logits.append(head(tokens.transpose(1, 2).unflatten(2, grid(tokens.shape[1], size)), code))
+            logits.append(head(tokens.transpose(1, 2).unflatten(2, token_grid(tokens.shape[1], size)), code))
         return torch.cat(logits, 1).float()
 
 
@@ -107,7 +109,7 @@ def waves(t: Tensor) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), 1)
 
 
-def grid(tokens: int, size: Sequence[int]) -> tuple[int, int]:
+def token_grid(tokens: int, size: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of the tokens of a latent of y x: the square patch follows from their number.
 
     Raises:

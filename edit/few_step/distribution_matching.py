@@ -29,30 +29,21 @@ from edit.few_step.discriminator import (
     softplus_generator,
     softplus_real_fake,
 )
-from edit.few_step.divergence import DIVERGENCES, Divergence, Judge
-from edit.few_step.method import (
-    Field,
-    Given,
-    Matching,
-    Roles,
-    column,
-    corrupt,
-    mean,
-    move,
-    need_turns,
-    pseudo_huber,
-)
+from edit.few_step.divergence import DIVERGENCES, Divergence, WeighedHeads
+from edit.few_step.method import FewStepMethod, need_turns, pseudo_huber
+from edit.few_step.roles import Field, Given, Roles
 from edit.few_step.vision import Vision, late
 from edit.inputs.limits import Count, NotNegative, Positive, check_numbers
 from edit.objectives import TimeLaw, Uniform
-from edit.sampling import Grid, Solver
+from edit.paths import column, corrupt, mean, move
+from edit.solvers import Grid, Solver
 
 START, STEP, SOURCE, MIDDLE = 0, 1, 2, 3  # streams of `Draws`: first noise, which step, rollout or data, ISG's time
 TIME, NOISE, CRITIC_TIME, CRITIC_NOISE, REAL_NOISE, FRESH = 4, 5, 6, 7, 8, 10  # FRESH + k: the rollout's k-th step
 
 
 @dataclass(frozen=True)
-class DistributionMatching(Matching):
+class DistributionMatching(FewStepMethod):
     """Match the distribution of the student's samples with the guided teacher's.
 
     Args:
@@ -69,7 +60,7 @@ class DistributionMatching(Matching):
         every: the student's turn is every n-th step, the critic's are the others; DMD2: every=5 together=true
         together: the critic is trained on the student's turns as well; the rollout and the student's step are then made
             twice on the same numbers, with a graph and without
-        critic_weight: what the critic's squared error is of: "velocity", as it is, or "data", those that the velocity
+        critic_weight: quantity of the critic's squared error: "velocity", as it is, or "data", those that the velocity
             implies, times min(SNR, cap): for models that predict noise, FLUX in FastGen (there without the factor)
         cap: of the signal-to-noise ratio there
         taps: units of the teacher whose tokens discriminator heads look at; none: no discriminator. DMD2 uses the
@@ -155,7 +146,7 @@ class DistributionMatching(Matching):
     def check(self, solver: Solver) -> None:
         check_grid("DistributionMatching", self.solver, solver)
 
-    def build(self, student: Denoiser, teacher: Denoiser | None) -> Judge | Heads | None:
+    def build(self, student: Denoiser, teacher: Denoiser | None) -> WeighedHeads | Heads | None:
         if self.segment and any(e.leads for e in student.applied.values()):
             raise ValueError(
                 "DistributionMatching: segment guides velocities, this student is a flow map: set segment=0, or leave "
@@ -171,7 +162,7 @@ class DistributionMatching(Matching):
         if not self.taps:
             return None
         assert teacher is not None, "this method needs a teacher"
-        return Judge(Heads.on(teacher, self.taps))
+        return WeighedHeads(Heads.on(teacher, self.taps))
 
     # ---- losses ---------------------------------------------------------------------------------------------------
 
@@ -189,7 +180,7 @@ class DistributionMatching(Matching):
         if self.taps:
             logits = judge(roles, x_tau, tau, condition)
             losses["realism"] = self.realism * softplus_generator(logits)
-            gradient = column(self.weight(logits.detach(), tau, cast(Judge, roles.own)), x) * gradient
+            gradient = column(self.weight(logits.detach(), tau, cast(WeighedHeads, roles.own)), x) * gradient
         # written with x - x, so that the gradient is exact: in x - (x - gradient) its last digits would be lost
         losses["distribution"] = 0.5 * mean((x - x.detach() + gradient).square())
         if self.vision is not None:
@@ -238,7 +229,7 @@ class DistributionMatching(Matching):
         delta = move(x_t, v, t, end) - x
         return mean(delta.square()) if self.charbonnier is None else pseudo_huber(delta, self.charbonnier)
 
-    def weight(self, logits: Tensor, tau: Tensor, judge: Judge) -> Tensor:
+    def weight(self, logits: Tensor, tau: Tensor, judge: WeighedHeads) -> Tensor:
         """f-distill's, with mean 1 at each noise level: logits b k -> [b]."""
         if self.divergence == "reverse_kl":
             return torch.ones_like(tau)
@@ -246,11 +237,11 @@ class DistributionMatching(Matching):
         return judge.normalised(DIVERGENCES[self.divergence](r), tau)
 
 
-# ---- what trajectory matching shares --------------------------------------------------------------------------------
+# ---- shared with trajectory matching --------------------------------------------------------------------------------
 
 
 def rollout(student: Field, given: Given, times: tuple[float, ...], renoise: bool) -> Tensor:
-    """What the sampler holds at the last of these times, begun with noise at the first: b c y x, without a graph."""
+    """The sampler's state at the last of these times, from noise at the first: b c y x, without a graph."""
     draws, x = given.draws, given.draws.gaussian(START)
     with torch.no_grad():
         for j, (here, there) in enumerate(zip(times, times[1:], strict=False)):
@@ -263,7 +254,7 @@ def rollout(student: Field, given: Given, times: tuple[float, ...], renoise: boo
 
 
 def direction(x: Tensor, x_tau: Tensor, tau: Tensor, teacher: Tensor, critic: Tensor) -> Tensor:
-    """From what the teacher makes of x_tau to what the critic makes of it, over the teacher's mean distance to x.
+    """Difference between the data predictions of teacher and critic at x_tau, over the teacher's mean distance to x.
 
     Args:
         x: b c y x, the student's sample
@@ -272,10 +263,10 @@ def direction(x: Tensor, x_tau: Tensor, tau: Tensor, teacher: Tensor, critic: Te
         teacher: velocity at x_tau, guided
         critic: velocity at x_tau
     """
-    return column(tau, x) * (teacher - critic) / column(distance(x, x_tau, tau, teacher), x)
+    return column(tau, x) * (teacher - critic) / column(data_distance(x, x_tau, tau, teacher), x)
 
 
-def distance(x: Tensor, x_tau: Tensor, tau: Tensor, teacher: Tensor) -> Tensor:
+def data_distance(x: Tensor, x_tau: Tensor, tau: Tensor, teacher: Tensor) -> Tensor:
     """Mean |x - x_teacher| of each sample, which differences of scores are divided by: [b]."""
     return mean((x - (x_tau - column(tau, x) * teacher)).abs()) + 1e-6
 

@@ -31,7 +31,7 @@ WEIGHTS: tuple[Callable[[Tensor], Tensor], ...] = (  # in this order
 DIVERGENCES: Mapping[str, Callable[[Tensor], Tensor]] = dict(zip(get_args(Divergence), WEIGHTS, strict=True))
 
 
-class Judge(nn.Module):
+class WeighedHeads(nn.Module):
     """A discriminator that knows how large the weights of its density ratios have been, by noise level."""
 
     def __init__(self, heads: Heads, levels: int = 10, momentum: float = 0.99):

@@ -1,4 +1,4 @@
-"""Endpoint distillation: from noise straight to what the teacher's ODE makes of it.
+"""Endpoint distillation: from noise in one step to the endpoint of the teacher's ODE.
 
 The student's prediction of the data is compared with the end of the teacher's path that starts from the same noise, or,
 for more steps, at points of that path; 1/2 |x - x_T|^2 / d. The mean over what one point may lead to blurs where the
@@ -17,15 +17,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from edit.few_step.method import Given, Matching, Roles, mean, move
+from edit.few_step.method import FewStepMethod
 from edit.few_step.progressive import time_grid
 from edit.few_step.reflow import solve, stored_noise
+from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import Positive, Steps, check_numbers
-from edit.sampling import Euler, Grid, Solver, times
+from edit.paths import mean, move
+from edit.solvers import Euler, Grid, Solver, times
 
 
 @dataclass(frozen=True)
-class Endpoint(Matching):
+class Endpoint(FewStepMethod):
     """Regress the ends of the teacher's paths. Conditions alone are enough.
 
     Args:
@@ -56,7 +58,7 @@ class Endpoint(Matching):
 
 
 @dataclass(frozen=True)
-class CachedEndpoint(Matching):
+class CachedEndpoint(FewStepMethod):
     """The same with stored paths (`python -m data.generate points=...`). Needs no teacher.
 
     Generated with some guidance, the student learns that guidance; leave label_drop at 0.
@@ -107,7 +109,7 @@ def check_starts(who: str, starts: Steps, shift: Positive, solver: Solver) -> No
     """Refuse a solver that does not step to data from these times.
 
     Raises:
-        ValueError: naming both, and what to use instead
+        ValueError: naming both, and an alternative
     """
     wanted, found = times(starts, shift), ()
     if isinstance(solver, Grid) and (solver.renoise or solver.steps == 1):
@@ -117,7 +119,7 @@ def check_starts(who: str, starts: Steps, shift: Positive, solver: Solver) -> No
     if len(found) != len(wanted) or any(abs(a - b) > 1e-4 for a, b in zip(found, wanted, strict=True)):
         raise ValueError(
             f"{who} trains steps to data from the times {[round(t, 4) for t in wanted[:-1]]}, the sampler is "
-            f"{solver}: set sampler.solver to edit.sampling.Grid with these times and renoise=true"
+            f"{solver}: set sampler.solver to edit.solvers.Grid with these times and renoise=true"
         )
 
 

@@ -7,7 +7,7 @@ Specification: methods/distillation.md, D3.8.
 
 Ours: the difference of scores is divided by the distance of data predictions, where the public code has a velocity; the
 paper's LPIPS is not to be had without its weights, so the distance is that of a vision model's hidden states
-(`vision.distance`), or, without one, the mean square in latents. Weights of the four stages and the spread around a
+(`feature_distance`), or, without one, the mean square in latents. Weights of the four stages and the spread around a
 time (half a squared step of 32) are those of the published settings for SD3, their ramps made linear; g ~ U(7, 13)
 there is `teacher.guidance`. Inferred: units, law of the times at which samples are judged.
 """
@@ -23,19 +23,21 @@ from torch import Tensor
 from edit.denoiser import Denoiser
 from edit.few_step.discriminator import Heads, judge, square_generator, square_real_fake
 from edit.few_step.distribution_matching import direction
-from edit.few_step.method import Given, Matching, Roles, check_times, corrupt, decreasing, mean, move, need_turns
+from edit.few_step.method import FewStepMethod, check_times, decreasing, need_turns
 from edit.few_step.progressive import time_grid
-from edit.few_step.vision import Vision, distance
+from edit.few_step.roles import Given, Roles
+from edit.few_step.vision import Vision, feature_distance
 from edit.inputs.limits import Count, Steps, check_numbers
 from edit.objectives import Ramp, TimeLaw, Uniform, Weight, weight_at
-from edit.sampling import Solver
+from edit.paths import corrupt, mean, move
+from edit.solvers import Solver
 
 MODE, JITTER, START, TIME, NOISE, REAL_NOISE = range(6)  # streams of `Draws`
 LEAST = 0.02  # time that is left at the start; scores are compared at 0.02 to 0.98
 
 
 @dataclass(frozen=True)
-class Flash(Matching):
+class Flash(FewStepMethod):
     """Student and heads in turns.
 
     Args:
@@ -115,7 +117,7 @@ class Flash(Matching):
         return corrupt(given.x, given.draws.gaussian(START), t), t
 
     def solve(self, roles: Roles, given: Given, x: Tensor, t: Tensor) -> Tensor:
-        """What the teacher makes of x at times t [b] in all its steps: b c y x."""
+        """The teacher's sample from x at times t [b], in all its steps: b c y x."""
         grid = t * time_grid(self.steps, self.shift, x.device)[:, None]
         for now, end in zip(grid, grid[1:], strict=False):
             x = move(x, roles.teacher(x, now, given.condition), now, end)
@@ -155,7 +157,7 @@ class Flash(Matching):
             return mean((x - target).square())
         with torch.no_grad():
             wanted = self.vision.see(roles, given, target)
-        return distance(self.vision.see(roles, given, x), wanted)
+        return feature_distance(self.vision.see(roles, given, x), wanted)
 
     def times(self, given: Given) -> Tensor:
         """At which samples are matched and judged: [b]."""

@@ -1,4 +1,4 @@
-"""Flow maps: a model that is told where its step ends, and the derivatives by which it learns to go there.
+"""Flow maps: a model that takes the end time of its step, and the derivatives by which it is trained.
 
 u(z, t, r) is the mean velocity of the way from t to r, so that z_r = z_t - (t - r) u is one step of any length; at
 r = t it is the velocity itself. Following the way, d/dt of (t - r) u = z_t - z_r gives the identity that methods train
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edit.backbones.dit import TimeEmbed
-from edit.denoiser import Condition, Denoiser, Stream
-from edit.edits import Edit
-from edit.few_step.method import Field, column
+from edit.denoiser import Denoiser, Edit
+from edit.few_step.roles import Field
 from edit.inputs.limits import check_numbers
-from edit.sampling import Euler, Grid, Solver
+from edit.paths import column
+from edit.solvers import Euler, Grid, Solver
+from edit.stream import Condition, Stream
 
 How = Literal["difference", "jvp"]
 
@@ -31,7 +32,7 @@ class IntervalInput(Edit):
     """A model that hears `Condition.end`: the length t - end of its step is embedded and added to the time.
 
     The new embedder's last layer is zero, so at first every step is taken with the velocity at its beginning. Asked
-    without an end the model is what it was before the edit.
+    without an end the output equals the unedited model's.
 
     Args:
         scale: the length is multiplied by this before its sinusoids, whose shortest period is 2 pi; times are by 1000
@@ -73,7 +74,7 @@ class IntervalInput(Edit):
 
 
 def need_interval(method: str, student: Denoiser) -> None:
-    """Refuse a student that cannot be told where a step ends.
+    """Refuse a student without an input for the end of a step.
 
     Raises:
         ValueError: with the edit that is missing
@@ -89,12 +90,12 @@ def check_solver(method: str, solver: Solver) -> None:
     """Refuse a solver that does not tell a flow map where its steps end, or does not end them there.
 
     Raises:
-        ValueError: naming both, and what to use instead
+        ValueError: naming both, and an alternative
     """
     if not isinstance(solver, Euler) and not (isinstance(solver, Grid) and not solver.renoise):
         raise ValueError(
             f"{method} trains straight steps that are told their end, the sampler is {solver}: set sampler.solver to "
-            "edit.sampling.Euler, or to edit.sampling.Grid with renoise=false"
+            "edit.solvers.Euler, or to edit.solvers.Grid with renoise=false"
         )
 
 
@@ -157,7 +158,7 @@ def same_dropout(x: Tensor):
 def mean_velocity(
     student: Field, x_t: Tensor, t: Tensor, v: Tensor, condition: Condition, how: How, step: float
 ) -> Tensor:
-    """What u should be by its own derivative along the way: v - (t - end) du/dt, without a graph.
+    """Target of u from its own derivative along the path: v - (t - end) du/dt, without a graph.
 
     Args:
         student: u

@@ -30,16 +30,18 @@ from edit.few_step.discriminator import (
     softplus_generator,
     softplus_real_fake,
 )
-from edit.few_step.method import Given, Matching, Roles, corrupt, decreasing, mean, move, need_turns
+from edit.few_step.method import FewStepMethod, decreasing, need_turns
+from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import Count, check_numbers
 from edit.objectives import LogitNormal, TimeLaw
-from edit.sampling import Euler, Grid, Solver, times
+from edit.paths import corrupt, mean, move
+from edit.solvers import Euler, Grid, Solver, times
 
 LOSSES = {"hinge": (hinge_real_fake, hinge_generator), "softplus": (softplus_real_fake, softplus_generator)}
 
 
 @dataclass(frozen=True)
-class LADD(Matching):
+class LADD(FewStepMethod):
     """Student and heads in turns.
 
     Args:
@@ -52,7 +54,7 @@ class LADD(Matching):
         loss: "hinge", or "softplus" as in FastGen
         distill: weight of ADD's distance to the teacher's prediction, (1 - t) |x - x_teacher|^2 / d; 2.5 there
         r1: weight of the approximate gradient penalty on reals; FastGen: 0.1
-        r1_noise: deviation of what it adds
+        r1_noise: standard deviation of the added noise
         hidden: channels inside a head
         kernel: of the heads, in tokens; 1: each token is judged by itself
         every: the student's turn is every n-th step
@@ -103,7 +105,7 @@ class LADD(Matching):
         if not grid or any(min(abs(t - known) for known in self.times) > 1e-3 for t in grid[:-1]):
             raise ValueError(
                 f"LADD trains steps from the times {list(self.times)}, the sampler is {solver}: set sampler.solver to "
-                "edit.sampling.Grid with times among these"
+                "edit.solvers.Grid with times among these"
             )
 
     def build(self, student: Denoiser, teacher: Denoiser | None) -> Heads:
@@ -112,7 +114,7 @@ class LADD(Matching):
         return Heads.on(teacher, self.teacher_taps, self.hidden, self.kernel)
 
     def generate(self, roles: Roles, given: Given) -> Tensor:
-        """What the student makes of data at one of its times, in one step: b c y x."""
+        """The student's sample from data noised to one of its times, in one step: b c y x."""
         odds = self.first if given.progress < self.warm else self.p
         u = given.draws.uniform(0)
         t = torch.full_like(u, self.times[-1])

@@ -20,14 +20,16 @@ from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
 from edit.few_step.flow_map import How, check_difference, check_solver, mean_velocity, need_interval
-from edit.few_step.method import Given, Matching, Roles, column, corrupt
+from edit.few_step.method import FewStepMethod
+from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import Inside, Share, check_numbers
 from edit.objectives import LogitNormal, TimeLaw
-from edit.sampling import Solver
+from edit.paths import column, corrupt
+from edit.solvers import Solver
 
 
 @dataclass(frozen=True)
-class MeanFlow(Matching):
+class MeanFlow(FewStepMethod):
     """Needs `edit.few_step.flow_map.IntervalInput` on the student.
 
     Args:
@@ -107,7 +109,7 @@ class MeanFlow(Matching):
 
     @torch.no_grad()
     def guide(self, v: Tensor, x_t: Tensor, t: Tensor, roles: Roles, given: Given) -> Tensor:
-        """The velocity of a sample, guided by what the student itself knows: b c y x."""
+        """The velocity of a sample, guided by the student itself: b c y x."""
         if not self.guided:
             return v
         if given.null is given.condition:

@@ -1,100 +1,30 @@
-"""Few-step distillation: what a method is given, what it gives back.
+"""Few-step distillation: the contract of a method, and checks that several methods share.
 
-Every method is an instance of: states it looks at (noised data, its own rollout, a trajectory of the teacher) x targets
-(the teacher's trajectory, itself at another time, a difference of scores, a discriminator). Each is one file beside
-this one. All speak of velocities on the linear path x_t = (1 - t) x + t noise, t in [0, 1], 1 = noise; models that
-predict noise are seen as velocities by `edit.objectives.Objective.velocity`. Specification: methods/distillation.md,
-D3.5 to D3.10.
+Every method combines states (noised data, the student's rollout, a trajectory of the teacher) with targets (the
+teacher's trajectory, the student at another time, a difference of scores, a discriminator). Each is one file beside
+this one. Velocities are those of the linear path (`edit.paths`). Specification: methods/distillation.md, D3.5 to D3.10.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from edit import noise
-from edit.denoiser import Condition, Denoiser, Output
-from edit.sampling import Grid, Solver
-
-if TYPE_CHECKING:
-    from edit.few_step.vision import Vision
-
-Field = Callable[[Tensor, Tensor, Condition], Tensor]  # (x_t, t, condition) -> velocity in fp32, shaped as x_t
-Features = Callable[[Tensor, Tensor, Condition], Mapping[str, Tensor]]  # the same -> taps as "unit.<index>"
+from edit.denoiser import Denoiser
+from edit.few_step.roles import Given, Roles
+from edit.few_step.vision import Vision
+from edit.paths import mean
+from edit.solvers import Grid, Solver
 
 
-@dataclass(frozen=True)
-class Draws:
-    """All that is random in one step: pure functions of (seed, sample), or, where ranks must agree, of (seed, step).
-
-    Streams are small numbers of the method's own, one for each use.
-    """
-
-    seed: int
-    samples: Tensor  # b int64, numbers of the samples in the run
-    moment: int  # number of the micro-batch, the same on all ranks
-    shape: tuple[int, ...]  # of one sample
-
-    def uniform(self, stream: int) -> Tensor:
-        """One number in (0, 1) per sample: [b]."""
-        return noise.uniform(self.seed, self.samples, noise.MATCHING + stream)
-
-    def gaussian(self, stream: int) -> Tensor:
-        """Standard normal noise: b c y x."""
-        return noise.gaussian(self.seed, self.samples, noise.MATCHING + stream, self.shape)
-
-    def shared(self, stream: int) -> float:
-        """One number in (0, 1), the same on every rank: what decides how many times a model is called."""
-        moment = torch.tensor([self.moment], device="cpu")
-        return noise.uniform(self.seed, moment, noise.MATCHING + noise.SHARED + stream).item()
-
-
-@dataclass(frozen=True)
-class Given:
-    """One batch, as a method sees it."""
-
-    condition: Condition  # what student and critic are told
-    null: Condition  # its unconditional counterpart
-    scale: Tensor  # b, guidance that the teacher is asked at
-    draws: Draws
-    progress: float  # part of the run that is done, for schedules
-    x: Tensor | None = None  # b c y x, data; None where there are conditions only
-    # how a teacher generated x, where the data tell: from which noise, and which states lay between, None elsewhere
-    noise: Tensor | None = None  # b c y x
-    trajectory: Tensor | None = None  # b k c y x, from noise to data, without either; k may be 0
-    times: Tensor | None = None  # b k, of the trajectory
-
-    @property
-    def count(self) -> int:
-        return len(self.scale)
-
-
-@dataclass(frozen=True)
-class Roles:
-    """The models of a run as velocity fields. Each is called as (x_t, t, condition)."""
-
-    student: Field  # with a graph, unless called under no_grad
-    output: Callable[[Tensor, Tensor, Condition], Output]  # the same with its trace
-    average: Field  # its moving average, without a graph
-    teacher: Field  # frozen, guided by `Given.scale`, without a graph; refuses to be called where there is none
-    features: Features  # frozen; taps of the teacher (`teacher_taps`); gradients reach x_t, not the weights
-    critic: Field  # learns the student's distribution; likewise
-    own: nn.Module | None = None  # what `Matching.build` returned
-    # of a method with `vision`; both are frozen, and gradients reach what they are given
-    decode: Callable[[Tensor], Tensor] | None = None  # samples b c y x, or crops of them -> pixels b 3 y x in [-1, 1]
-    look: Callable[[Tensor], Mapping[str, Tensor]] | None = None  # pixels -> hidden states as "unit.<layer>", b n d
-
-
-class Matching(ABC):
+class FewStepMethod(ABC):
     """One few-step method. Subclasses are dataclasses whose defaults are the paper's.
 
-    A step is the student's turn, the critic's, or both (`turns`). What is returned on a turn is minimised over the
-    parameters of that role alone: detach what belongs to the other one.
+    A step is the student's turn, the critic's, or both (`turns`). The losses of a turn are minimised over the
+    parameters of that role alone: detach the other role's outputs.
     """
 
     needs_teacher: bool = True
@@ -105,15 +35,15 @@ class Matching(ABC):
     every: int = 1  # the student's turn is every n-th step; the others are the critic's
     together: bool = False  # the critic is trained on the student's turns as well
 
-    def check(self, solver: Solver) -> None:  # noqa: B027 - many can be sampled in many ways
-        """Refuse a solver that does not sample the way this method trains.
+    def check(self, solver: Solver) -> None:  # noqa: B027 - many accept every solver
+        """Refuse a solver whose steps this method does not train.
 
         Raises:
-            ValueError: naming both, and what to use instead
+            ValueError: naming both, and an alternative
         """
 
     def check_stored(self, stored: Sequence[float]) -> None:  # noqa: B027 - few look at stored paths
-        """Refuse paths that were stored at other times than this method trains at.
+        """Refuse stored paths whose times this method does not train.
 
         Args:
             stored: of the states between noise and data, decreasing
@@ -123,8 +53,8 @@ class Matching(ABC):
         """
 
     def build(self, student: Denoiser, teacher: Denoiser | None) -> nn.Module | None:
-        """Parameters of the method itself: a discriminator's heads, a learned weight. They are trained (`judges`) and
-        saved with the run, not with the artifact. May be called on the meta device.
+        """The method's own parameters: a discriminator's heads, a learned weight. They are trained (`judges`) and saved
+        with the run, not with the artifact. May be called on the meta device.
 
         Raises:
             ValueError: if the method does not fit the two models
@@ -132,7 +62,7 @@ class Matching(ABC):
         return None
 
     def judges(self, own: nn.Module) -> list[nn.Parameter]:
-        """Of what `build` returned, the parameters of the critic's turns; the rest are of the student's."""
+        """The parameters of `own` that are trained on the critic's turns; the rest on the student's."""
         return list(own.parameters()) if self.adversarial else []
 
     def turns(self, step: int) -> tuple[bool, bool]:
@@ -154,11 +84,11 @@ class Matching(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no critic")
 
 
-# ---- what several methods share --------------------------------------------------------------------------------------
+# ---- shared by several methods ---------------------------------------------------------------------------------------
 
 
-def need_turns(method: Matching, role: str) -> None:
-    """Raises ValueError if every step is the student's alone, so that its opponent would never learn."""
+def need_turns(method: FewStepMethod, role: str) -> None:
+    """Raises ValueError if every step is the student's turn alone: its opponent would never learn."""
     if method.every < 2 and not method.together:
         raise ValueError(
             f"{type(method).__name__}: every={method.every} leaves the {role} no turn: set every to 2 or more, or "
@@ -167,7 +97,7 @@ def need_turns(method: Matching, role: str) -> None:
 
 
 def check_times(name: str, known: Sequence[float], solver: Solver) -> None:
-    """Raises ValueError unless the sampler steps to data, from times that a method trains alone."""
+    """Raises ValueError unless the sampler steps to data, and only from times that the method trains."""
     steps = solver.grid[:-1] if isinstance(solver, Grid) and (solver.renoise or solver.steps == 1) else ()
     if not steps or any(min(abs(t - own) for own in known) > 1e-3 for t in steps):
         raise ValueError(
@@ -177,31 +107,11 @@ def check_times(name: str, known: Sequence[float], solver: Solver) -> None:
 
 
 def decreasing(times: Sequence[float]) -> bool:
-    """Whether these are times to step from: one or more, decreasing, in (0, 1]."""
+    """Whether there are one or more times, decreasing, in (0, 1]."""
     return bool(times) and list(times) == sorted(set(times), reverse=True) and 0 < times[-1] <= times[0] <= 1
-
-
-def column(t: Tensor, x: Tensor) -> Tensor:
-    """One number per sample, to be multiplied with x: [b] -> b 1 1 1."""
-    return t.view(-1, *[1] * (x.ndim - 1))
-
-
-def mean(x: Tensor) -> Tensor:
-    """Of each sample: b ... -> [b]."""
-    return x.flatten(1).mean(1)
 
 
 def pseudo_huber(delta: Tensor, c: float) -> Tensor:
     """Mean over elements of sqrt(delta^2 + c^2) - c, without its cancellation: b ... -> [b]."""
     square = delta.square()
     return mean(square / ((square + c * c).sqrt() + c))
-
-
-def move(x: Tensor, v: Tensor, t: Tensor, end: Tensor) -> Tensor:
-    """One Euler step along a velocity, which is a step of DDIM in these coordinates: x_t, v, t, end -> x_end."""
-    return x + column(end - t, x) * v
-
-
-def corrupt(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """x_t = (1 - t) x + t eps, times [b]."""
-    return torch.lerp(x, eps, column(t, x))

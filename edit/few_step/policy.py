@@ -22,15 +22,17 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from edit.denoiser import Denoiser, Output, Stream
-from edit.edits import Edit
-from edit.few_step.method import Draws, Given, Matching, Roles, column, corrupt, mean, move
+from edit.denoiser import Denoiser, Edit
+from edit.few_step.method import FewStepMethod
+from edit.few_step.roles import Draws, Given, Roles
 from edit.inputs.limits import Count, NotNegative, Steps, check_numbers
 from edit.objectives import Objective, Ramp, Weight, shift_times, weight_at
-from edit.sampling import Draw, Predict, Solver
+from edit.paths import column, corrupt, mean, move
+from edit.solvers import Draw, Predict, Solver
+from edit.stream import Output, Stream
 
 TRACE = "policy"  # b (k c + k + 1) y x: offsets of the velocities, logits, log std
-SMALLEST = 1e-4  # time at which a velocity is asked for
+SMALLEST = 1e-4  # smallest time of a velocity
 
 
 # ---- the policy -----------------------------------------------------------------------------------------------------
@@ -38,7 +40,7 @@ SMALLEST = 1e-4  # time at which a velocity is asked for
 
 @dataclass(frozen=True)
 class Policy:
-    """What the student believes of the data at (x_s, s), in fp32."""
+    """The student's distribution of the data at (x_s, s), in fp32."""
 
     x: Tensor  # b c y x, where the segment starts
     s: Tensor  # b, when, in (0, 1]
@@ -154,7 +156,7 @@ class MixtureHead(Edit):
 
 
 @dataclass(frozen=True)
-class PolicyImitation(Matching):
+class PolicyImitation(FewStepMethod):
     """Compare the policy with the teacher on the policy's own path.
 
     For a start the path is the teacher's: between two points the policy is followed for 1 - mixing of the way, the
@@ -179,10 +181,10 @@ class PolicyImitation(Matching):
 
     def __post_init__(self):
         check_numbers(self)
-        self.solver()  # refuses what is wrong in the rest
+        self.solver()  # raises for the other fields
 
     def solver(self) -> PolicySolver:
-        """What samples as this trains."""
+        """The solver whose steps this method trains."""
         return PolicySolver(self.steps, self.last, self.shift, self.substeps)
 
     def check(self, solver: Solver) -> None:

@@ -1,4 +1,4 @@
-"""Progressive distillation (arXiv 2202.00512): one step of the student does what two steps of its teacher do.
+"""Progressive distillation (arXiv 2202.00512): one step of the student equals two steps of its teacher.
 
 The student of one run is the teacher of the next: 32, 16, 8, 4 steps, each a run of its own (`before`). Guidance is
 distilled in the first one; its successors ask their teacher without. In the paper's coordinates a step is DDIM's; in
@@ -15,14 +15,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from edit.few_step.method import Given, Matching, Roles, column, corrupt, mean, move
+from edit.few_step.method import FewStepMethod
+from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import Positive, Steps, check_numbers
 from edit.objectives import shift_times
-from edit.sampling import Euler, Grid, Solver, times
+from edit.paths import column, corrupt, mean, move
+from edit.solvers import Euler, Grid, Solver, times
 
 
 @dataclass(frozen=True)
-class Progressive(Matching):
+class Progressive(FewStepMethod):
     """Halve the number of steps.
 
     Args:
@@ -66,7 +68,7 @@ def check_steps(who: str, steps: int, shift: Positive, solver: Solver) -> None:
     """Refuse a solver that does not make exactly these straight steps.
 
     Raises:
-        ValueError: naming both, and what to use instead
+        ValueError: naming both, and an alternative
     """
     wanted, found = times(steps, shift), []
     if isinstance(solver, Euler):
@@ -76,6 +78,6 @@ def check_steps(who: str, steps: int, shift: Positive, solver: Solver) -> None:
     if len(found) != len(wanted) or any(abs(a - b) > 1e-4 for a, b in zip(found, wanted, strict=True)):
         raise ValueError(
             f"{who} trains {steps} straight steps with shift {shift:g}, the sampler is {solver}: set sampler.solver to "
-            f"edit.sampling.Euler with steps={steps} and shift={shift:g}, or, for a model that predicts noise, to "
-            "edit.sampling.Grid with the same times"
+            f"edit.solvers.Euler with steps={steps} and shift={shift:g}, or, for a model that predicts noise, to "
+            "edit.solvers.Grid with the same times"
         )

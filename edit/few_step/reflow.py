@@ -1,4 +1,4 @@
-"""Reflow (rectified flow, arXiv 2209.03003, sec. 2.2): flow matching between a noise and what the teacher makes of it.
+"""Reflow (rectified flow, arXiv 2209.03003, sec. 2.2): flow matching between a noise and the teacher's sample from it.
 
 As each noise keeps its own image, the paths no longer cross and can be followed in fewer steps, with the teacher's
 picture for each seed; a good start for consistency and distribution matching. The published procedure (Chroma: 10
@@ -15,15 +15,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from edit.few_step.method import Given, Matching, Roles, corrupt, mean, move
+from edit.few_step.method import FewStepMethod
 from edit.few_step.progressive import time_grid
+from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import Positive, Steps, check_numbers
 from edit.objectives import TimeLaw, Uniform
-from edit.sampling import Grid, Solver
+from edit.paths import corrupt, mean, move
+from edit.solvers import Grid, Solver
 
 
 @dataclass(frozen=True)
-class Reflow(Matching):
+class Reflow(FewStepMethod):
     """Straighten the teacher's paths. Conditions alone are enough; any sampler that follows the ODE fits.
 
     Args:
@@ -55,7 +57,7 @@ class Reflow(Matching):
 
 
 @dataclass(frozen=True)
-class CachedReflow(Matching):
+class CachedReflow(FewStepMethod):
     """The same with stored pairs: samples of a teacher, and the noise of each, drawn again. Needs no teacher.
 
     Generated with some guidance, the student learns that guidance; leave label_drop at 0.
@@ -84,7 +86,7 @@ def check_followed(who: str, solver: Solver) -> None:
     if isinstance(solver, Grid) and solver.renoise:
         raise ValueError(
             f"{who} trains paths that are followed from one noise, the sampler is {solver}: set "
-            "sampler.solver.renoise=false, or use edit.sampling.Euler"
+            "sampler.solver.renoise=false, or use edit.solvers.Euler"
         )
 
 

@@ -20,14 +20,16 @@ from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
 from edit.few_step.flow_map import check_difference, check_solver, mean_velocity, need_interval
-from edit.few_step.method import Given, Matching, Roles, corrupt, mean
+from edit.few_step.method import FewStepMethod
+from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import Inside, check_numbers
 from edit.objectives import TimeLaw, Uniform
-from edit.sampling import Solver
+from edit.paths import corrupt, mean
+from edit.solvers import Solver
 
 
 @dataclass(frozen=True)
-class Shortcut(Matching):
+class Shortcut(FewStepMethod):
     """Needs `edit.few_step.flow_map.IntervalInput` on the student.
 
     Args:

@@ -19,16 +19,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from edit.few_step.distribution_matching import capped, check_grid, distance, rollout
-from edit.few_step.method import Given, Matching, Roles, column, corrupt, mean, need_turns, pseudo_huber
+from edit.few_step.distribution_matching import capped, check_grid, data_distance, rollout
+from edit.few_step.method import FewStepMethod, need_turns, pseudo_huber
+from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import Count, check_numbers
-from edit.sampling import Grid, Solver
+from edit.paths import column, corrupt, mean
+from edit.solvers import Grid, Solver
 
 STEP, TIME, NOISE, CRITIC_TIME, CRITIC_NOISE = 1, 2, 3, 4, 5  # streams of `Draws`, beside those of the rollout
 
 
 @dataclass(frozen=True)
-class TrajectoryMatching(Matching):
+class TrajectoryMatching(FewStepMethod):
     """Match the marginals along the student's deterministic trajectory; guided teacher: 4.5 for PixArt.
 
     Args:
@@ -55,7 +57,7 @@ class TrajectoryMatching(Matching):
     def __post_init__(self):
         check_numbers(self)
         object.__setattr__(self, "grid", tuple(self.grid))
-        Grid(self.grid, shift=self.shift)  # refuses what is none
+        Grid(self.grid, shift=self.shift)  # raises for times that are no grid
         if self.c <= 0 or self.cap <= 0:
             raise ValueError(f"TrajectoryMatching: c and cap must be positive, got {self.c}, {self.cap}")
         need_turns(self, "critic")
@@ -73,7 +75,7 @@ class TrajectoryMatching(Matching):
             x_tau, _ = renoise(x, eps, given.draws.gaussian(NOISE), tau, rho)
             teacher, critic = roles.teacher(x_tau, tau, given.condition), roles.critic(x_tau, tau, given.condition)
             apart = column(tau, x) * (teacher - critic)  # x_critic - x_teacher
-            scale = distance(x, x_tau, tau, teacher)
+            scale = data_distance(x, x_tau, tau, teacher)
         # the target is x - apart, taken from x without rounding
         return {"trajectory": pseudo_huber(x - x.detach() + apart, self.c) / scale}
 

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
 from edit.few_step.flow_map import How, check_difference, derivative
-from edit.few_step.method import Given, Matching, Roles, column, corrupt, mean
+from edit.few_step.method import FewStepMethod
+from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import Inside, check_numbers
 from edit.objectives import LogitNormal, TimeLaw
-from edit.sampling import Euler, Grid, Solver
+from edit.paths import column, corrupt, mean
+from edit.solvers import Euler, Grid, Solver
 
 
 def to_trig(x_t: Tensor, t: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
@@ -61,7 +63,7 @@ class LossWeight(nn.Module):
 
 
 @dataclass(frozen=True)
-class SCM(Matching):
+class SCM(FewStepMethod):
     """Continuous-time consistency training or distillation.
 
     Args:

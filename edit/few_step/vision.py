@@ -1,4 +1,4 @@
-"""What a viewer would see: samples are decoded, and a frozen DINOv2 looks at the images.
+"""Losses on images: samples are decoded, and a frozen DINOv2 gives hidden states of them.
 
 On its hidden states stand the heads of a discriminator, which ADD (arXiv 2311.17042) trains a student by alone and
 SenseFlow (2506.00523) beside distribution matching. Decoding 1024 px with a graph takes 8 to 10 GB: a random crop of
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
 from edit.few_step.discriminator import Heads
-from edit.few_step.method import Given, Roles, mean
+from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import Count, check_numbers
+from edit.paths import mean
 
 KINDS = ("dinov2", "dinov2_with_registers")
 ROW, COLUMN = 90, 91  # streams of `Draws`: where the crop lies
@@ -38,7 +39,7 @@ class Vision:
         path: folder or hub id of a DINOv2 of `transformers`, in safetensors, with its preprocessor
         layers: whose hidden states are looked at, counted from 0, negative ones from the end
         crop: rows and columns of the samples that are decoded; None: all
-        told: heads are told the pooled text, where the student is told one
+        told: heads take the pooled text, if the student has one
         hidden: channels inside a head
         kernel: of the heads, in patches
     """
@@ -98,7 +99,7 @@ class Vision:
         return roles.look(roles.decode(x))
 
     def score(self, roles: Roles, given: Given, seen: Mapping[str, Tensor]) -> Tensor:
-        """Logits b k of what was seen, by the heads in `Roles.own`; positive for real."""
+        """Logits b k of hidden states, by the heads in `Roles.own`; positive for real."""
         assert roles.own is not None
         side = math.isqrt(next(iter(seen.values())).shape[1])
         return roles.own(seen, torch.zeros_like(given.scale), given.condition.pooled, (side, side))
@@ -171,11 +172,11 @@ def cropped(x: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
 
 
 def late(t: Tensor) -> Tensor:
-    """SenseFlow's weight of the generator's loss, 2 (1 - t)^2: what is made of pure noise in one step is not judged."""
+    """SenseFlow's weight of the generator's loss, 2 (1 - t)^2: zero for samples from pure noise."""
     return 2 * (1 - t).square()
 
 
-def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+def feature_distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     """|a / |a| - b / |b||^2 of hidden states, in the mean over patches and layers: [b], 0 to 4.
 
     The form of LPIPS (arXiv 1801.03924) without its learned weights.

@@ -1,7 +1,7 @@
 """Which numbers a setting may be: of its annotated kind, finite, within limits, and not so large that work never ends.
 
 A dataclass calls `check_numbers(self)` first in its `__post_init__`. Limits are part of annotations, so that
-`recipes.config.check` compares a configuration with them before anything is built.
+`recipes.config.mistakes` compares a configuration with them before anything is built.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def check_numbers(settings: Any) -> None:
     """Compare the fields of a dataclass with their annotations, as far as these ask for numbers.
 
     Raises:
-        ValueError: naming the first field that holds something else, what it takes, and its default
+        ValueError: naming the first wrong field, the accepted values, and its default
     """
     for f in fields(settings):
         value = getattr(settings, f.name)
@@ -76,7 +76,7 @@ def hint_of(cls: type, name: str) -> Any:
 
 
 def _expected(value: Any, hint: Any) -> str:
-    """What should have been there, in words; '' where the value fits, or no number is asked for."""
+    """The accepted values in words; '' if the value fits, or the annotation has no number."""
     origin, args = get_origin(hint) or hint, get_args(hint)
     if origin is Annotated:
         return _expected_number(value, args[0], args[1]) if args[0] in _KINDS else _expected(value, args[0])
@@ -112,7 +112,7 @@ def _expected_of(value: Any, arms: Sequence[Any]) -> str:
 
 
 def _expected_items(value: Any, origin: Any, args: tuple[Any, ...]) -> str:
-    """Of a list, or of a mapping's values: what the first wrong one should have been."""
+    """The accepted values for the first wrong item of a list or mapping."""
     if not isinstance(value, Mapping if origin is Mapping else (list, tuple)):
         return "numbers by name" if origin is Mapping else "a list of numbers"
     items = list(value.values() if isinstance(value, Mapping) else value)
@@ -125,5 +125,5 @@ def _expected_items(value: Any, origin: Any, args: tuple[Any, ...]) -> str:
 
 
 def _is_numeric(hint: Any) -> bool:
-    """Whether an annotation asks for numbers, alone or among others."""
+    """Whether an annotation accepts numbers, alone or among others."""
     return hint is int or hint is float or any(map(_is_numeric, get_args(hint)))

@@ -86,7 +86,7 @@ def is_kind(found: Any, kinds: Kinds) -> bool:
 
 
 def said(kinds: Kinds) -> str:
-    """'an edit.edits.Edit'; 'a plain value' where no class is accepted."""
+    """'an edit.denoiser.Edit'; 'a plain value' where no class is accepted."""
     names = [f"{k.__module__}.{k.__qualname__}" for k in dict.fromkeys(kinds)]
     return f"{'an' if names[0][0] in 'aeiou' else 'a'} {' or '.join(names)}" if names else "a plain value"
 
@@ -154,7 +154,7 @@ def check_arguments(cls: type, given: Collection[str], who: str = "the artifact'
 
 
 def refuse_enormous(node: Any, who: str) -> None:
-    """Bounds for what is built from a description: nothing that a model has needs more.
+    """Bounds on the numbers of a description: no model needs more.
 
     Args:
         node: nested mappings and lists
@@ -237,7 +237,7 @@ def read(path: Path, limit: int) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object of a JSON file; raises as `read` does, and ValueError for what is none."""
+    """An object of a JSON file; raises as `read` does, and ValueError for other JSON."""
     text = read(path, JSON_BYTES)
     try:
         content = json.loads(text)
@@ -250,7 +250,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_yaml(path: Path) -> DictConfig | ListConfig:
-    """A YAML file of settings; raises as `read` does, and ValueError for what is none, or would not end."""
+    """A YAML file of settings; raises as `read` does, and ValueError for other YAML, or endless expansion."""
     try:
         return OmegaConf.load(io.StringIO(read_yaml(path)))
     except yaml.MarkedYAMLError as error:

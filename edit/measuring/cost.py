@@ -1,4 +1,4 @@
-"""What a denoiser costs: parameters, executed multiply-accumulates, time, memory.
+"""Cost of a denoiser: parameters, executed multiply-accumulates, time, memory.
 
 MACs are counted on the operators that really run (`torch.utils.flop_counter`), never from a formula: a unit an edit
 skips, a narrowed layer or a dropped token is absent from the count because it is absent from the run. Counting on the
@@ -7,11 +7,8 @@ meta device computes nothing; a model whose control flow depends on its activati
 
 from __future__ import annotations
 
-import re
-import time
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -22,26 +19,13 @@ from torch.utils._pytree import tree_leaves
 
 from edit import edits as editing
 from edit.artifacts.checkpoint import default_objective
-from edit.denoiser import Condition, Denoiser, Output, Step
+from edit.denoiser import Denoiser
+from edit.measuring.devices import device_name
 from edit.measuring.flops import Flops, Uncounted, uncounted
+from edit.measuring.timing import Spread, latency, peak_memory
 from edit.objectives import Objective
 from edit.sampling import Sampler, default_sampler
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of `count` measurements."""
-
-    median: float
-    low: float
-    high: float
-    count: int
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        v = torch.tensor(list(values), dtype=torch.float64)
-        low, median, high = v.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
-        return cls(median, low, high, len(v))
+from edit.stream import Condition, Output, Step
 
 
 @dataclass(frozen=True)
@@ -85,7 +69,7 @@ def cost(
     Args:
         denoiser: its edits are honoured; on the meta device if nothing is to be run for real
         sampler: how images are generated; None: as the family's stock pipeline does, else by 50 steps of Euler or DDIM
-        objective: what the denoiser predicts; None: by its convention
+        objective: of the denoiser; None: by its convention
         condition: `batch` entries; None: the family's example, with prompts of 512 tokens where it reads text
         batch: samples at a time; counts are divided by it
         real: count on the denoiser itself, in eval mode, with its weights, instead of on a twin without any: for edits
@@ -117,9 +101,14 @@ def cost(
         device=device_name(_device(denoiser)),
         uncounted=tuple(sorted({*one.uncounted, *whole.uncounted})),
     )
-    if not rounds:
-        return counted
-    device = _device(denoiser)
+    return timed(counted, denoiser, sampler, objective, condition, rounds) if rounds else counted
+
+
+def timed(
+    counted: Cost, denoiser: Denoiser, sampler: Sampler, objective: Objective, condition: Condition, rounds: int
+) -> Cost:
+    """The same with seconds and memory, of `counted.batch` samples at a time."""
+    device, batch = _device(denoiser), counted.batch
     x, t = torch.randn(batch, *denoiser.sample_shape, device=device), torch.full((batch,), 0.5, device=device)
     told = condition.map(lambda v: v.to(device))
     samples = torch.arange(batch)
@@ -160,7 +149,7 @@ def twin(denoiser: Denoiser, decided: bool = True) -> Denoiser:
 
     Args:
         denoiser: on any device
-        decided: with the edits that decide what is run, too; they come last, and without them all of it is
+        decided: keep the edits that decide the work per sample; without them all of it is run
     """
     if _device(denoiser).type == "meta" and decided:
         return denoiser.eval()
@@ -235,7 +224,7 @@ class _Meter:
             with torch.no_grad(), self.reads, flops:
                 told = condition.map(lambda v: v.to(self.device))
                 out = self.denoiser(x.to(self.device), t.to(self.device), told, step=step)
-        except (RuntimeError, ValueError) as error:  # torch's, for what the meta device cannot decide or run
+        except (RuntimeError, ValueError) as error:  # torch raises them for operations that the meta device cannot run
             if self.device.type != "meta" or (isinstance(error, ValueError) and "meta" not in str(error)):
                 raise
             reason = str(error).splitlines()[0]
@@ -257,7 +246,7 @@ class _Meter:
 
 
 class _Reads(TorchDispatchMode):
-    """Notes which parts of which storages are computed with, and products that nobody counts.
+    """Records the parts of storages that operators read, and operators without a FLOP formula.
 
     Taking a view reads nothing: of a stack of experts, or of a layer narrowed by slicing, only the slices that enter
     an operator count.
@@ -293,169 +282,3 @@ class _Reads(TorchDispatchMode):
             size = [1 if step == 0 else n for n, step in zip(size, stride, strict=True)]  # expanded, not more memory
             mask.as_strided(size, stride, offset).fill_(True)
         return int(mask.sum())
-
-
-# ---- time -----------------------------------------------------------------------------------------------------------
-
-
-def stopwatch(fn: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call: between two events on a GPU, by the monotonic clock elsewhere."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        fn()
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end) / 1e3
-    begin = time.perf_counter()
-    fn()
-    return time.perf_counter() - begin
-
-
-def latency(fn: Callable[[], Any], device: str | torch.device = "cpu", rounds: int = 20, warmup: int = 3) -> Spread:
-    """Seconds per call after `warmup` calls that are thrown away."""
-    device = torch.device(device)
-    for _ in range(warmup):
-        fn()
-    return Spread.of(stopwatch(fn, device) for _ in range(rounds))
-
-
-def ratio(
-    fn: Callable[[], Any],
-    other: Callable[[], Any],
-    device: str | torch.device = "cpu",
-    rounds: int = 20,
-    warmup: int = 3,
-) -> Spread:
-    """How many times faster `fn` is than `other`: time of `other` / time of `fn`, pair by pair.
-
-    The two run in turns, and which one begins alternates: drift of clock speed or load falls on both.
-    """
-    device = torch.device(device)
-    for _ in range(warmup):
-        fn()
-        other()
-    quotients = []
-    for k in range(rounds):
-        first, second = (fn, other) if k % 2 == 0 else (other, fn)
-        a, b = stopwatch(first, device), stopwatch(second, device)
-        quotients.append(b / a if k % 2 == 0 else a / b)
-    return Spread.of(quotients)
-
-
-# ---- memory ---------------------------------------------------------------------------------------------------------
-
-
-def peak_memory(fn: Callable[[], Any], device: str | torch.device = "cpu", resident: Iterable[Tensor] = ()) -> int:
-    """Largest number of bytes alive at once while `fn` runs.
-
-    On a GPU, of everything the caching allocator has handed out (`torch.cuda.max_memory_allocated`). Elsewhere, of the
-    distinct storages of `resident` and of all tensors that operators read or return, each from its first appearance
-    until it is freed; scratch memory inside one operator is not seen.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        fn()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-    ledger = _Ledger(resident)
-    with ledger:
-        fn()
-    return ledger.peak
-
-
-class _Ledger(TorchDispatchMode):
-    """Bytes of the storages that are alive."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, resident: Iterable[Tensor]):
-        super().__init__()
-        self.bytes = self.peak = 0
-        self.alive: set[int] = set()
-        self.enter(resident)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.enter(tree_leaves((args, kwargs or {})))
-        out = func(*args, **(kwargs or {}))
-        self.enter(tree_leaves(out))
-        return out
-
-    def enter(self, values: Iterable[Any]) -> None:
-        for v in values:
-            if isinstance(v, Tensor) and (key := (storage := v.untyped_storage())._cdata) not in self.alive:
-                self.alive.add(key)
-                self.bytes += storage.nbytes()
-                self.peak = max(self.peak, self.bytes)
-                weakref.finalize(storage, self.leave, key, storage.nbytes()).atexit = False
-
-    def leave(self, key: int, size: int) -> None:
-        self.alive.discard(key)
-        self.bytes -= size
-
-
-# ---- share of the device's peak -------------------------------------------------------------------------------------
-
-# Dense bf16 FLOP/s with fp32 accumulation, from the makers' data sheets (half of the figure "with sparsity").
-# A name is looked up as `torch.cuda.get_device_name` gives it; the first pattern found decides.
-_PEAKS = (
-    (r"H100 PCIe", 756e12),  # NVIDIA H100 data sheet
-    (r"H100 NVL", 835e12),
-    (r"\b(H100|H800|H200|GH200)\b", 989e12),  # SXM; H200 and GH200 share the die
-    (r"\bH20\b", 148e12),
-    (r"\b(A100|A800)\b", 312e12),  # NVIDIA A100 data sheet
-    (r"\bGB200\b", 2500e12),  # NVIDIA GB200 NVL72 data sheet, per GPU
-    (r"\b(B200|B300)\b", 2250e12),  # NVIDIA HGX B200 and B300 data sheets
-    (r"\bL40S\b", 362e12),  # NVIDIA L40S data sheet
-    (r"\bL40\b", 181e12),
-    (r"\bL4\b", 121e12),
-    (r"\bA40\b", 149.7e12),
-    (r"RTX A6000\b", 154.8e12),
-    (r"\bA10\b", 125e12),  # the A10G of cloud machines is another chip
-    (r"RTX 5090\b(?! D)", 209.5e12),  # NVIDIA RTX Blackwell white paper
-    (r"RTX 4090\b(?! D)", 165.2e12),  # NVIDIA Ada white paper
-    (r"RTX 3090\b(?! Ti)", 71e12),  # NVIDIA Ampere GA102 white paper
-    (r"\b(MI300X|MI325X)\b", 1307.4e12),  # AMD data sheets
-)
-
-
-def peak_flops(name: str) -> float | None:
-    """Dense bf16 peak of a device in FLOP/s by its name; None if it is unknown, a laptop part or a MIG slice."""
-    if re.search(r"\b(MIG|Laptop|Max-Q)\b", name):
-        return None
-    return next((peak for pattern, peak in _PEAKS if re.search(pattern, name)), None)
-
-
-def mfu(flops: float, seconds: float, name: str) -> float | None:
-    """Share of a device's bf16 peak, 0 to 1, that `flops` of useful work in `seconds` amount to; None: peak unknown."""
-    peak = peak_flops(name)
-    return None if peak is None else flops / seconds / peak
-
-
-def find_device(name: str) -> torch.device:
-    """Raises ValueError unless it is a device of this machine on which something can be computed."""
-    try:
-        device = torch.device(name)
-        if device.type == "cuda":  # counted, not touched: what forks later must not find it in use
-            here = (device.index or 0) < torch.cuda.device_count()
-        else:
-            here = device.type != "meta" and torch.empty(1, device=device) is not None
-        if here:
-            return device
-    except (
-        RuntimeError,
-        AssertionError,
-        NotImplementedError,
-    ):  # torch's, for what it does not know or was built without
-        pass
-    found = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
-    raise ValueError(
-        f"device={name} is not on this machine, which has {', '.join(['cpu', *found])}: choose one of them"
-    )
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

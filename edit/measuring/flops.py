@@ -1,4 +1,4 @@
-"""FLOPs of what runs: torch's counter, with the attention operators that it has no formula for.
+"""FLOPs of executed operators: torch's counter, with formulas for the attention operators that it lacks.
 
 Which operator `scaled_dot_product_attention` becomes depends on the device, the release and the gradient: on a CPU it
 is one that torch does not count. Formulas are handed to the counter and never registered with torch, whose registry is
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backwa
 
 
 class Uncounted(UserWarning):
-    """An operator without a formula has run: what was counted is a lower bound."""
+    """An operator without a formula has run: the count is a lower bound."""
 
 
 def _attention(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from edit.denoiser import Condition, Denoiser, Output
+from edit.denoiser import Denoiser
 from edit.edits import trains
-from edit.measuring.cost import _Ledger
 from edit.measuring.flops import Flops
+from edit.measuring.timing import Ledger
+from edit.stream import Condition, Output
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Probe:
 
     def _step(self, denoiser: Denoiser, batch: int, half: bool, frozen: bool) -> Activations:
         weights = [*denoiser.parameters(), *denoiser.buffers()]
-        ledger = _Ledger(weights)
+        ledger = Ledger(weights)
         base, done, flowing, kept = ledger.bytes, 0, 0, 0
 
         def look() -> None:
@@ -169,7 +170,7 @@ class Probe:
         return Activations(forward - base, stored, max(flowing, forward) - base, max(kept, forward) - base)
 
     def _ask(self, denoiser: Denoiser, batch: int, half: bool) -> Asked:
-        ledger = _Ledger([*denoiser.parameters(), *denoiser.buffers()])
+        ledger = Ledger([*denoiser.parameters(), *denoiser.buffers()])
         base = ledger.bytes
         with torch.no_grad(), ledger:
             with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):

@@ -23,9 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edit.denoiser import Condition, Denoiser
+from edit.denoiser import Denoiser
 from edit.objectives import Objective
 from edit.sampling import Sampler
+from edit.stream import Condition
 
 # ---- feature spaces -------------------------------------------------------------------------------------------------
 
@@ -261,14 +262,14 @@ def generate(
 
     Args:
         denoiser: in eval mode
-        objective: what it predicts
+        objective: of the denoiser
         sampler: how to generate
         condition: of some sample numbers [b]
         numbers: int64, which samples; with the seed they decide noise and images
         seed: of the set
         batch: samples at a time; the result does not depend on it
         progress: called with the (fractional) number of images done since the last call
-        negative: one unconditional counterpart for all samples; None asks the denoiser for its own
+        negative: one unconditional counterpart for all samples; None: the denoiser's own
 
     Yields:
         b c y x float32, in the order of `numbers`

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from edit.denoiser import Condition, Output
-from edit.few_step.method import Draws, Field, Given, Matching, Roles
+from edit.few_step.method import FewStepMethod
+from edit.few_step.roles import Draws, Field, Given, Roles
 from edit.few_step.vision import Eye
 from edit.measuring.probe import Probe, without_memory
+from edit.stream import Condition, Output
 
 Reach = Literal["nothing", "input", "weights"]
 BATCH = 2  # samples of the run that is counted: methods average over no fewer
@@ -62,7 +63,7 @@ class Turn:
 
 
 def turns(
-    matching: Matching, student: Probe, teacher: Probe | None, own: nn.Module | None, guided: int, rounds: int = 12
+    matching: FewStepMethod, student: Probe, teacher: Probe | None, own: nn.Module | None, guided: int, rounds: int = 12
 ) -> tuple[Turn, ...]:
     """The kinds of steps of a run.
 
@@ -105,7 +106,7 @@ def turns(
 
 
 def _calls(
-    matching: Matching,
+    matching: FewStepMethod,
     student: Probe,
     teacher: Probe | None,
     own: nn.Module | None,

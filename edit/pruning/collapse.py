@@ -13,9 +13,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from edit.denoiser import Denoiser
+from edit.denoiser import Denoiser, Edit
 from edit.distillation.pairs import Pairs, as_intervals
-from edit.edits import Edit
 from edit.inputs.limits import check_numbers
 
 

@@ -11,8 +11,7 @@ from typing import Literal
 
 import torch
 
-from edit.denoiser import Denoiser
-from edit.edits import Edit
+from edit.denoiser import Denoiser, Edit
 from edit.inputs.limits import Seed, check_numbers
 from edit.pruning.tinyfusion import Gated
 

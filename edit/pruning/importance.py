@@ -1,4 +1,4 @@
-"""Which units to drop, judged without training: what learned depth pruning is compared with.
+"""Which units to drop, judged without training: the baselines of learned depth pruning.
 
 Every criterion keeps N of each M consecutive units (`edit.pruning.patterns`); one group over a whole model gives the
 unconstrained form. Influence after ShortGPT (arXiv 2403.03853). Losses right after pruning, of units left out one by
@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edit.denoiser import Condition, Denoiser
+from edit.denoiser import Denoiser
 from edit.pruning.patterns import Groups, options
+from edit.stream import Condition
 
 
 @contextmanager

@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.backbones.flux import Flux
-from edit.denoiser import Condition, Denoiser, Stream
-from edit.edits import Edit
+from edit.denoiser import Denoiser, Edit
 from edit.inputs.limits import Count, Limits, Positive, Seed, check_numbers
+from edit.stream import Condition, Stream
 
 SCALAR, SLOT = 16, 32  # channels of the sinusoids of time and guidance, and of a vector's number
 
@@ -112,7 +112,7 @@ class ModulationApproximator(Edit):
             pooled: c, the pooled text of all pairs
 
         Returns:
-            Mean square error of the last step, over the mean square of what was taught.
+            Mean square error of the last step, over the mean square of the targets.
         """
         device = torch.accelerator.current_accelerator(check_available=True) or pooled.device
         scalars, taught, master = Scalars(), taught.to(device), deepcopy(own).float().to(device)
@@ -239,7 +239,7 @@ class LastSlots(nn.Module):
 
 
 class Taught(nn.Module):
-    """What a FLUX modulates with: its embedders and modulation layers, in Chroma's order."""
+    """The modulation of a FLUX: its embedders and modulation layers, in Chroma's order."""
 
     def __init__(self, embedder: Any, layers: list[nn.Linear]):
         super().__init__()

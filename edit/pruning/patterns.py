@@ -20,7 +20,7 @@ Groups = tuple[tuple[int, int], ...]  # (n, m): n of m consecutive units stay
 Pattern = str | Sequence[Sequence[int]]
 
 
-def segments(denoiser: Denoiser) -> tuple[int, ...]:
+def runs_of_one_kind(denoiser: Denoiser) -> tuple[int, ...]:
     """Lengths of the runs of units of one kind: same class, same parameters. FLUX.1: (19, 38)."""
 
     def kind(unit) -> tuple:
@@ -60,7 +60,7 @@ def groups_of(pattern: Pattern, lengths: Sequence[int]) -> Groups:
 
 
 def options(n: int, m: int) -> Tensor:
-    """Every way to keep n of m units, in lexicographic order of what is kept: c m float, 1 = stays."""
+    """Every way to keep n of m units, in lexicographic order: c m float, 1 = stays."""
     kept = torch.tensor(list(combinations(range(m), n)), device="cpu")
     return torch.zeros(len(kept), m, device="cpu").scatter_(1, kept, 1.0)
 

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edit.denoiser import Condition, Denoiser, Stream
-from edit.edits import Edit
+from edit.denoiser import Denoiser, Edit
 from edit.inputs.limits import NotNegative, check_numbers
-from edit.pruning.patterns import Groups, Pattern, groups_of, options, segments
+from edit.pruning.patterns import Groups, Pattern, groups_of, options, runs_of_one_kind
+from edit.stream import Condition, Stream
 
 MASK, CONFIDENCE, CHOICE = "tinyfusion.mask", "tinyfusion.confidence", "tinyfusion.choice"
 
@@ -60,7 +60,7 @@ class TinyFusion(Edit):
             raise ValueError(f"TinyFusion: kappa and tau are positive, got {self.kappa} and {self.tau}")
 
     def apply(self, denoiser: Denoiser) -> Gates:
-        groups = groups_of(self.pattern, segments(denoiser))
+        groups = groups_of(self.pattern, runs_of_one_kind(denoiser))
         gates = Gates(groups, self.start, self.kappa[0], self.tau[0])
         choice = [n < m for n, m in groups for _ in range(m)]
         units = enumerate(zip(denoiser.units, choice, strict=True))

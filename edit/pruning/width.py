@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from edit.backbones.dit import DiTBlock, Mlp
 from edit.backbones.flux import SingleUnit
-from edit.denoiser import Denoiser
-from edit.edits import Edit, chosen
+from edit.denoiser import Denoiser, Edit
+from edit.edits import chosen
 from edit.inputs.limits import check_numbers
 
 FEED_FORWARDS = ("ff", "ff_context", "img_mlp", "txt_mlp")  # of image and text, in the stock classes' blocks

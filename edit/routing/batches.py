@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from edit.denoiser import Stream
+from edit.stream import Stream
 
 Key = TypeVar("Key", bound=Hashable)
 
 
-def grouped(keys: Sequence[Key]) -> dict[Key, list[int]]:
+def by_key(keys: Sequence[Key]) -> dict[Key, list[int]]:
     """Positions by key, in order of first appearance."""
     groups: dict[Key, list[int]] = {}
     for i, key in enumerate(keys):
@@ -35,7 +35,7 @@ def uploaded(x: Tensor, device: torch.device) -> Tensor:
 
 
 def run_grouped(stream: Stream, keys: Sequence[Key | None], run: Callable[[Key, Stream], Stream]) -> Stream:
-    """Each sample through what its key stands for; samples without one stay as they are, and nothing is run on them.
+    """Run samples in groups of one key; samples without a key stay as they are.
 
     Args:
         stream: b samples
@@ -45,7 +45,7 @@ def run_grouped(stream: Stream, keys: Sequence[Key | None], run: Callable[[Key, 
     Raises:
         ValueError: if branches or maps are wanted of a unit that is not run on all samples alike
     """
-    groups = grouped(keys)
+    groups = by_key(keys)
     if len(groups) == 1:
         (key,) = groups
         return stream if key is None else run(key, stream)

@@ -27,21 +27,19 @@ on which the budget's mean depends, are the setting `strata`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.backbones.dit import DiTBlock
 from edit.backbones.flux import DoubleUnit, SingleUnit
-from edit.denoiser import Condition, Denoiser, Layout, Output, Routing, Stream, Unit
-from edit.edits import Edit
+from edit.denoiser import Denoiser, Edit, Unit
 from edit.inputs.limits import check_numbers
 from edit.objectives import Ramp, Weight, weight_at
-from edit.routing.batches import grouped, mean_over_ranks, run_grouped, sharded, uploaded
+from edit.routing.batches import mean_over_ranks, run_grouped, sharded, uploaded
+from edit.routing.dydit_routers import TOKENS, WIDTHS, DyDiTRouters, ModulatedTokenRouter, TimeRouter, TokenRouter, work
 from edit.routing.ranking import check_order, order_channels, order_heads
 from edit.routing.slices import (
     MaskedFeed,
@@ -54,29 +52,28 @@ from edit.routing.slices import (
     variant,
 )
 from edit.routing.tokens import Run, choosing, gathered, multiplied
+from edit.stream import Condition, Output, Routing, Stream
 
-WIDTHS, TOKENS, RATIO = "dydit.widths", "dydit.tokens", "dydit.ratio"
-TARGET, PLAN, WHOLE = "dydit.target", "dydit.plan", "dydit.whole"
+RATIO, TARGET, PLAN, WHOLE = "dydit.ratio", "dydit.target", "dydit.plan", "dydit.whole"
 SAMPLE, VARIANCE = "dydit.complete.sample", "dydit.complete.variance"
 
 
 @dataclass
 class DyDiT(Edit):
-    """Routers for every unit. Comes last: the first part of a run doubles the batch as it is embedded, and halves it as
-    it is read out, with what the edits before have recorded of each sample.
+    """Routers for every unit. Apply last: in the first part of a run, `embed` doubles the batch, and `readout`
+    halves it together with the records of other edits.
 
     Args:
-        ratio: lambda, the share of the units' multiply-accumulates to run, in (0, 1]; over the paper's 200k steps it
-            stays at 1 for 100 and reaches its end at 1100
+        ratio: lambda, target fraction of the units' multiply-accumulates, in (0, 1]: a constant or a Ramp. In the paper
+            1 up to step 100 of 200k, then down to its end at step 1100
         weight: of the budget's squared error; 1 in the paper, 2 in its code
-        temperature: tau, of the gradient alone: which way is drawn does not depend on it
+        temperature: tau, of the gradient alone; draws do not depend on it
         bias: of fresh width routers, so that everything is open; None: the family's, 15 or in FLUX 5
         token_bias: likewise of the token routers; None: 35 or in FLUX 5
-        complete: first part of the run in which the complete network is trained, too, at about twice the cost
+        complete: fraction of the run, from its start, that also trains the complete network, at about twice the cost
         width: choose heads and channel groups by time
         tokens: choose the tokens of the feed-forward
-        order: rank heads and channels by magnitude first, so that those which are always on are those that weigh most;
-            not over a LoRA
+        order: sort heads and channels by magnitude first, so that the largest are always on; not over a LoRA
     """
 
     ratio: Weight = Ramp(1.0, 0.5, begin=0.0005, until=0.0055)
@@ -105,7 +102,7 @@ class DyDiT(Edit):
         if not (self.width or self.tokens):
             raise ValueError("DyDiT: with width=false and tokens=false there is nothing to choose: turn one of them on")
 
-    def apply(self, denoiser: Denoiser) -> Routers:
+    def apply(self, denoiser: Denoiser) -> DyDiTRouters:
         units = denoiser.units
         for unit in units:
             if not isinstance(unit, (DiTBlock, DoubleUnit, SingleUnit)):
@@ -130,7 +127,7 @@ class DyDiT(Edit):
         with weight.device:
             width = TimeRouter(d, len(units), h, bias, zero=flux) if self.width else None
             tokens = nn.ModuleList(router(d, token_bias) for _ in units) if self.tokens else None
-            own = Routers(works, h, width, tokens, self.temperature).float()
+            own = DyDiTRouters(works, h, width, tokens, self.temperature).float()
         self.advance(0.0, own)
         denoiser.units = [Routed(unit, own, i) for i, unit in enumerate(units)]  # type: ignore[arg-type]
         return own
@@ -142,11 +139,11 @@ class DyDiT(Edit):
                 order_channels(routed.plain)
 
     def advance(self, progress: float, own: nn.Module | None) -> None:
-        assert isinstance(own, Routers)
+        assert isinstance(own, DyDiTRouters)
         own.target, own.complete = weight_at(self.ratio, progress), progress < self.complete
 
     def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
-        assert isinstance(own, Routers) and stream.time is not None
+        assert isinstance(own, DyDiTRouters) and stream.time is not None
         if not own.training:
             widths, plan = own.plan(stream)
             return stream.record(WIDTHS, widths).record(PLAN, plan)
@@ -157,7 +154,7 @@ class DyDiT(Edit):
         return stream.record(WIDTHS, widths)
 
     def readout(self, output: Output, stream: Stream, own: nn.Module | None) -> Output:
-        assert isinstance(own, Routers)
+        assert isinstance(own, DyDiTRouters)
         sample, variance, both = output.sample, output.variance, len(output.sample)
         trace = {k: v for k, v in output.trace.items() if k not in (PLAN, WHOLE)}
         if WHOLE in output.trace:
@@ -170,7 +167,7 @@ class DyDiT(Edit):
         return Output(sample, variance, trace)
 
     def further(self, output: Output) -> dict[str, Output]:
-        """What the complete network predicts, in the part of the run that trains it."""
+        """The prediction of the complete network, in the part of the run that trains it."""
         trace = output.trace
         return {"complete": Output(trace[SAMPLE], trace.get(VARIANCE), {})} if SAMPLE in trace else {}
 
@@ -180,7 +177,7 @@ class DyDiT(Edit):
         return {"budget": self.weight * (mean_over_ranks(trace[RATIO].mean()) - trace[TARGET]) ** 2}
 
     def metrics(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Shares that are run: of the work, and as far as they are chosen of heads, channel groups and tokens."""
+        """Executed fractions: of the work and, where they are chosen, of heads, channel groups and tokens."""
         shares = {name: share.mean() for name, share in self.decisions(trace).items()}
         return {"ratio": trace[RATIO].detach().mean(), **shares}
 
@@ -209,229 +206,17 @@ def doubled(stream: Stream) -> Stream:
     return stream.record(WHOLE, whole)
 
 
-# ---- what a unit costs ----------------------------------------------------------------------------------------------
-
-
-class Work(NamedTuple):
-    """Multiply-accumulates of a unit with everything on, by what they grow with; modulation and routers are left out.
-
-    Of t = text and image tokens, registers included, of which k are chosen (registers and in single units text always
-    are), with shares h of the heads and g of the channels:
-
-        text * l + h (token t + pair t^2) + k (h out + g feed)
-    """
-
-    channels: int  # hidden, of the image's feed-forward
-    token: int
-    pair: int
-    out: int
-    feed: int
-    text: int
-    joint: bool  # text tokens are chosen, too, all of them
-
-    def parts(self, n: int, registers: int, length: int) -> tuple[int, int, int]:
-        """Fixed work, the work of all heads before the choice, and how many tokens are always chosen.
-
-        Args:
-            n: image tokens
-            registers, length: further ones, of text
-        """
-        t, joint = n + registers + length, length if self.joint else 0
-        return length * self.text, t * self.token + t * t * self.pair, registers + joint
-
-
-def work(unit: Unit) -> Work:
-    """Read off the shapes of the unit's layers."""
-    u: Any = unit
-    inner, features = heads(unit).size, hidden(unit)
-    d = u.get_submodule(features.writers[0][0]).in_features
-    feed = (features.writers[0][1] + 1) * d * features.size
-    if isinstance(unit, SingleUnit):
-        return Work(features.size, 3 * d * inner, 2 * inner, inner * d, feed, 0, True)
-    text = 0
-    if isinstance(unit, DoubleUnit):
-        text = sum(m.in_features * m.out_features for m in u.ff_context.modules() if isinstance(m, nn.Linear))
-    return Work(features.size, 4 * d * inner, 2 * inner, 0, feed, text, False)
-
-
-# ---- routers --------------------------------------------------------------------------------------------------------
-
-
-class Routers(nn.Module):
-    """The routers of all units, in fp32 whatever the units have, and where the run is, as `DyDiT.advance` sets it.
-
-    Under FSDP2 with bf16 a pass sees their weights rounded to bf16: 35 to 0.125, 15 to 0.03.
-
-    Args:
-        works: of the units
-        heads: h, of every unit
-        width: None: all are on
-        tokens: one per unit; None: all are kept
-        temperature: of the gradient
-    """
-
-    target: float
-    complete: bool
-
-    def __init__(
-        self,
-        works: Sequence[Work],
-        heads: int,
-        width: TimeRouter | None,
-        tokens: nn.ModuleList | None,
-        temperature: float,
-    ):
-        super().__init__()
-        self.works, self.heads, self.temperature = tuple(works), heads, temperature
-        self.width, self.tokens = width, tokens
-
-    def opened(self, logits: Tensor) -> Tensor:
-        """Gumbel-sigmoid: 1 where open, else 0, shaped as the logits; while training drawn, and with a gradient."""
-        logits = logits.float()
-        if not self.training:
-            return (logits > 0).float()
-        first, second = (torch.empty_like(logits).exponential_().log() for _ in range(2))  # Gumbel but for the sign
-        y = torch.sigmoid((logits + second - first) / self.temperature)
-        return (y > 0.5).float() + (y - y.detach())
-
-    def widths(self, time: Tensor) -> Tensor:
-        """Heads and channel groups of all units: b d -> b u 2 h, the first always on."""
-        if self.width is None:
-            return time.new_ones(len(time), len(self.works), 2, self.heads, dtype=torch.float32)
-        return F.pad(self.opened(self.width(time.detach())), (1, 0), value=1.0)
-
-    def plan(self, stream: Stream) -> tuple[Tensor, Tensor]:
-        """`widths`, and the same on the host, bool, for one sample where it holds for all.
-
-        All samples of an evaluation have one time, and a flow map's one end, which the time holds, too; so one transfer
-        serves all units and both branches. Another evaluation at the same time may have another end.
-        """
-        time, step = stream.time, stream.step
-        assert time is not None
-        if step is None:
-            widths = self.widths(time)
-            return widths, on_host(widths)
-        known = step.memory.setdefault(("dydit", "plans"), {})
-        evaluation = step.index, step.sigma
-        if evaluation not in known:
-            widths = self.widths(time[:1])
-            known[evaluation] = widths, on_host(widths)
-        widths, plan = known[evaluation]
-        return widths.expand(len(time), -1, -1, -1), plan
-
-    def ratio(self, trace: Mapping[str, Tensor], layout: Layout, n: int) -> Tensor:
-        """Of each sample, the share of the units' work that is run: b. `n` image tokens."""
-        spent, whole = torch.zeros((), device=trace[WIDTHS].device), 0
-        shares = trace[WIDTHS].mean(3)  # b u 2
-        for w, members in grouped(self.works).items():
-            fixed, attended, always = w.parts(n, layout.registers, layout.text_length)
-            h, g = torch.stack([shares[:, i] for i in members], 1).unbind(2)  # b units
-            kept: Tensor | int = n
-            if self.tokens is not None:
-                kept = torch.stack([trace[f"{TOKENS}.{i}"] for i in members], 1).sum(2)
-            spent = spent + (fixed + attended * h + (always + kept) * (w.out * h + w.feed * g)).sum(1)
-            whole += len(members) * (fixed + attended + (always + n) * (w.out + w.feed))
-        return spent / whole
-
-
-def on_host(widths: Tensor) -> Tensor:
-    """As booleans on the CPU; without weights there is no decision, and all is run."""
-    return torch.ones(widths.shape, dtype=torch.bool, device="cpu") if widths.is_meta else (widths > 0.5).cpu()
-
-
-class Logits(nn.Linear):
-    """A linear layer in fp32, under autocast too: bf16 has steps of 0.25 near 35, and would turn what is near 0."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        kind = "cpu" if input.is_meta else input.device.type
-        with torch.autocast(kind, enabled=False):
-            return F.linear(input.float(), self.weight.float(), self.bias.float())
-
-
-class TimeRouter(Logits):
-    """Logits of all units' heads and channel groups but the first: b d -> b u 2 (h - 1).
-
-    Args:
-        d: width of the embedded time
-        units, heads: u and h
-        bias: at the start
-        zero: start from the bias alone; otherwise each unit's two layers are drawn as Xavier has it
-    """
-
-    def __init__(self, d: int, units: int, heads: int, bias: float, zero: bool):
-        super().__init__(d, units * 2 * (heads - 1))
-        self.units = units
-        nn.init.constant_(self.bias, bias)
-        nn.init.zeros_(self.weight)
-        if not zero:
-            for part in self.weight.detach().view(2 * units, heads - 1, d):
-                nn.init.xavier_uniform_(part)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).unflatten(1, (self.units, 2, -1))
-
-
-class TokenRouter(nn.Module):
-    """Logits of the image tokens of a DiT, b n, from the residual stream as it is.
-
-    Args:
-        d: width of the tokens
-        bias: at the start
-    """
-
-    def __init__(self, d: int, bias: float):
-        super().__init__()
-        self.into, self.out = nn.Linear(d, max(1, d // 16)), Logits(max(1, d // 16), 1)
-        for layer in (self.into, self.out):
-            nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(self.into.bias)
-        nn.init.constant_(self.out.bias, bias)
-
-    def forward(self, stream: Stream) -> Tensor:
-        tokens = stream.image[:, stream.layout.registers :].detach()
-        return self.out(F.relu(self.into(tokens.to(self.into.weight.dtype))))[..., 0]
-
-
-class ModulatedTokenRouter(nn.Module):
-    """Logits of FLUX's image tokens, b n, from each of them and the mean of the text, normalised and modulated.
-
-    Args:
-        d: width of the tokens
-        bias: at the start
-    """
-
-    def __init__(self, d: int, bias: float):
-        super().__init__()
-        self.modulation, self.norm, self.out = nn.Linear(d, 4 * d), nn.LayerNorm(d, eps=1e-5), Logits(d, 1)
-        nn.init.xavier_uniform_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
-        nn.init.zeros_(self.out.weight)
-        nn.init.constant_(self.out.bias, bias)
-
-    def forward(self, stream: Stream) -> Tensor:
-        dtype, text = self.out.weight.dtype, stream.text
-        assert text is not None
-        modulation = self.modulation(F.silu(stream.cond.detach().to(dtype)))[:, None]
-        shift, scale, text_shift, text_scale = modulation.chunk(4, -1)
-        image = torch.addcmul(shift, self.norm(stream.image.detach().to(dtype)), 1 + scale)
-        text = torch.addcmul(text_shift, self.norm(text.detach().to(dtype)), 1 + text_scale)
-        return self.out(image + text.mean(1, keepdim=True))[..., 0]
-
-
-# ---- units ----------------------------------------------------------------------------------------------------------
-
-
 class Routed:
-    """A unit with its decisions: with factors while training, and only what is on afterwards.
+    """A unit with its decisions: masked while training, sliced to the open parts afterwards.
 
-    In eval mode, too, it computes with factors, the same numbers without the saving, where branches or maps are wanted,
-    under ZeRO-3, which gathers weights for the modules it knows and no copies, and where samples of several times would
-    have each rank call a sharded unit another number of times, and wait for ever.
+    Masks replace slices, with equal outputs and full cost, while training and when (a) taps are requested, (b) under
+    ZeRO-3, which gathers no weights of copies, (c) sharded with mixed times, where ranks would call a unit different
+    numbers of times and deadlock.
     """
 
-    def __init__(self, unit: Unit, own: Routers, index: int):
+    def __init__(self, unit: Unit, own: DyDiTRouters, index: int):
         self.own, self.index = own, index
-        self.plain = variant(unit, {})  # what narrow copies are made from
+        self.plain = variant(unit, {})  # source of narrow copies
         self.whole = self.choosing(variant(unit, {}), gathered)
         unit.attention, unit.ffn = MaskedHeads(unit), MaskedFeed(unit)  # type: ignore[method-assign]
         self.unit = self.choosing(unit, multiplied)
@@ -440,7 +225,7 @@ class Routed:
         """The unit with its choice of tokens, where there is one."""
         if self.own.tokens is None:
             return unit
-        return choosing(unit, Choice(self.own, self.own.tokens[self.index]), run)
+        return choosing(unit, TokenChoice(self.own, self.own.tokens[self.index]), run)
 
     def __call__(self, stream: Stream) -> Stream:
         zero = hasattr(next(self.unit.parameters()), "ds_id")
@@ -515,10 +300,10 @@ class Routed:
         return self.choosing(narrowed(self.plain, parts, int(plan[0].sum()), keep), gathered)
 
 
-class Choice:
-    """Of the image tokens that a unit's router keeps: in the trace, and for what runs on them."""
+class TokenChoice:
+    """A router's choice of image tokens, for the trace and for the layers that run on them."""
 
-    def __init__(self, own: Routers, router: nn.Module):
+    def __init__(self, own: DyDiTRouters, router: nn.Module):
         self.own, self.router = own, router
 
     def __call__(self, stream: Stream) -> Stream:

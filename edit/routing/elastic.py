@@ -37,14 +37,14 @@ from torch import Tensor, nn
 from edit.backbones.dit_diffusers import BasicUnit, ClassUnit
 from edit.backbones.pixart import PixArtUnit
 from edit.backbones.sd3 import JointUnit
-from edit.denoiser import Condition, Denoiser, Routing, Stream, Unit
-from edit.edits import Edit
+from edit.denoiser import Denoiser, Edit, Unit
 from edit.inputs.limits import Count, check_numbers
 from edit.objectives import Ramp, Weight, weight_at
 from edit.pruning.tinyfusion import mix
 from edit.routing.batches import mean_over_ranks, rows_on, run_grouped, sharded
 from edit.routing.ranking import check_order, order_channels
 from edit.routing.slices import MaskedFeed, compiled_as, hidden, narrowed, variant
+from edit.stream import Condition, Routing, Stream
 
 GATE, WIDTH = "elastic.gate", "elastic.width"  # the budgets of a training pass
 WIDTHS = 4  # of an MLP: 1/4, 1/2, 3/4 and 1 of its hidden channels
@@ -57,29 +57,28 @@ Rule = Callable[[int, Tensor, Tensor | None], Tensor]
 
 @dataclass
 class Elastic(Edit):
-    """Routers in front of all units, applied last: other edits, such as a LoRA, come before it.
+    """Routers in front of all units. Apply last: other edits, such as a LoRA, come before.
 
     Args:
-        gate: rho_g, what the mean p shall be, at clean data; a number or one over the run. From where fresh routers
-            stand, 0.7 or, if `hard`, 1, over the first part: a unit that is closed is not trained
-        gate_at_noise: the same at pure noise, linear in t between the two; None: the same
-        width: rho_w, the mean width of open units' MLPs; a fresh router's is 0.86 or, if `hard`, 1. None: MLPs stay
-            whole
-        width_from: part of the run before which MLPs stay whole, and the width heads as they are
+        gate: rho_g, target mean open probability at t = 0: a constant or a Ramp. Start a Ramp at the value of fresh
+            routers, 0.7 or, with `hard`, 1: a closed unit is not trained
+        gate_at_noise: the target at t = 1, linear in t between the two; None: equal to `gate`
+        width: rho_w, target mean width of open units' MLPs; fresh routers have 0.86 or, with `hard`, 1. None: MLPs
+            stay whole
+        width_from: fraction of the run before which MLPs stay whole and the width heads are not trained
         weight: lambda, of both budgets
-        threshold: a unit is open from this p on; below 0.7, or fresh ones would be closed
-        reduction: "sample": each sample keeps the budgets on its own, which is published; "batch": all samples of all
-            ranks together, which leaves room for easy and hard ones
-        hard: the budgets count what is run, straight-through, in place of p and of the width that q expects: both may
-            meet theirs with nothing closed or narrowed
+        threshold: a unit is open if p reaches this value; below 0.7, so that fresh units are open
+        reduction: "sample": each sample meets the budgets by itself (published); "batch": all samples of all ranks
+            together, so that easy and hard ones may differ
+        hard: the budgets count executed work, straight-through, instead of p and the expected width under q, which can
+            meet theirs although nothing is closed or narrowed
         router: width of a router
-        order: put hidden channels in order of magnitude first, so that a prefix is what weighs most; not on a LoRA
-        band: a unit whose p is at most this above the threshold may repeat what it added before; negative: none may
-        reuse: how often in a row, before it is run again; 0: never
-        cache_from: part of a generation's evaluations before which nothing is kept; 1: all of them. From then on what a
-            unit adds is kept of samples whose p is or was in the band, for no others would repeat it (all, if
-            `cache_on_closed`)
-        cache_on_closed: a closed unit that has something to repeat does so
+        order: sort hidden channels by magnitude first, so that a prefix holds the largest; not on a LoRA
+        band: a unit whose p is at most this above the threshold may repeat its last addition; negative: no unit may
+        reuse: repetitions in a row before the unit runs again; 0: none
+        cache_from: Fraction of the sampling steps after which caching starts; 1 disables it. Additions are cached for
+            samples whose p is or was in the band (for all samples with `cache_on_closed`)
+        cache_on_closed: a closed unit repeats its cached addition
     """
 
     gate: Weight = 0.6
@@ -122,7 +121,7 @@ class Elastic(Edit):
         if self.reduction not in ("sample", "batch"):
             raise ValueError(f"Elastic: reduction is sample or batch, got {self.reduction!r}")
 
-    def apply(self, denoiser: Denoiser) -> Routers:
+    def apply(self, denoiser: Denoiser) -> ElasticRouters:
         units: list = list(denoiser.units)
         if any(isinstance(unit, ClassUnit) for unit in units):
             raise ValueError(
@@ -133,7 +132,9 @@ class Elastic(Edit):
         for unit in units if self.order else ():
             check_order(unit, hidden(unit))
         with first[0].weight.device:
-            own = Routers([Router(layer.in_features, self.router, self.width is not None) for layer in first]).float()
+            own = ElasticRouters(
+                [Router(layer.in_features, self.router, self.width is not None) for layer in first]
+            ).float()
         self.advance(0.0, own)
         wrapped: list = [ElasticUnit(unit, own, i, self) for i, unit in enumerate(units)]
         for unit in units if self.width is not None else ():  # after all copies are made: none was refused
@@ -148,14 +149,14 @@ class Elastic(Edit):
                 order_channels(unit.widths[WIDTHS])
 
     def advance(self, progress: float, own: nn.Module | None) -> None:
-        assert isinstance(own, Routers)
+        assert isinstance(own, ElasticRouters)
         own.gate = weight_at(self.gate, progress)
         own.gate_at_noise = own.gate if self.gate_at_noise is None else weight_at(self.gate_at_noise, progress)
         whole = self.width is None or progress < self.width_from
         own.width = None if whole else weight_at(self.width, progress)  # type: ignore[arg-type]
 
     def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
-        assert isinstance(own, Routers)
+        assert isinstance(own, ElasticRouters)
         if not own.training:
             return stream
         stream = stream.record(GATE, own.gate + (own.gate_at_noise - own.gate) * t.float())
@@ -205,7 +206,7 @@ class Elastic(Edit):
 
 
 def stacked(trace: Mapping[str, Tensor], what: str) -> Tensor:
-    """What all units recorded under one name: u b ..."""
+    """The records of all units under one name: u b ..."""
     return torch.stack([trace[n] for n in takewhile(trace.__contains__, (f"elastic.{i}.{what}" for i in count()))])
 
 
@@ -228,7 +229,7 @@ def forced(denoiser: Denoiser, rule: Rule) -> Iterator[None]:
     Raises:
         ValueError: if the denoiser has no Elastic edit
     """
-    own = next((own for own in denoiser.edits.values() if isinstance(own, Routers)), None)
+    own = next((own for own in denoiser.edits.values() if isinstance(own, ElasticRouters)), None)
     if own is None:
         raise ValueError(f"this {denoiser.name} has no routers whose decisions could be forced: apply Elastic first")
     before, own.rule = own.rule, rule
@@ -241,8 +242,8 @@ def forced(denoiser: Denoiser, rule: Rule) -> Iterator[None]:
 # ---- routers --------------------------------------------------------------------------------------------------------
 
 
-class Routers(nn.ModuleList):
-    """One per unit, and what holds for all of them at this point of the run, as `Elastic.advance` sets it."""
+class ElasticRouters(nn.ModuleList):
+    """One router per unit, and the settings that `Elastic.advance` schedules for all."""
 
     gate: float
     gate_at_noise: float
@@ -268,7 +269,7 @@ class Router(nn.Module):
         self.modulation, self.trunk = nn.Linear(size, 2 * size), nn.Linear(size, width)
         for p in (*self.modulation.parameters(), self.trunk.bias):
             nn.init.zeros_(p)
-        self.gate, self.width = Head(width, 1), Head(width, WIDTHS) if widths else None
+        self.gate, self.width = SmallLinear(width, 1), SmallLinear(width, WIDTHS) if widths else None
         nn.init.constant_(self.gate.bias, math.log(OPEN / (1 - OPEN)))
         if self.width is not None:
             nn.init.constant_(self.width.bias[-1:], WHOLE)
@@ -277,7 +278,7 @@ class Router(nn.Module):
         """p [b] and q [b 4], fp32; q is None where MLPs stay whole.
 
         Args:
-            cond: b d, what the unit's adaLN receives
+            cond: b d, input of the unit's adaLN
             image: b n d
             text: b l d, where the unit writes it
             mask: b l, bool, text that is no padding; None: all
@@ -298,7 +299,7 @@ class Router(nn.Module):
         return self.gate(pooled)[:, 0].sigmoid(), None if self.width is None else self.width(pooled).softmax(1)
 
 
-class Head(nn.Linear):
+class SmallLinear(nn.Linear):
     """b c -> b k in fp32, under autocast too: steps of bf16 are 1/256 near the threshold, and the band is 1/67."""
 
     def reset_parameters(self) -> None:
@@ -316,7 +317,7 @@ class ElasticUnit:
     """A unit behind its router: with factors while training, afterwards run at the width that each sample needs, if at
     all."""
 
-    def __init__(self, unit: Unit, own: Routers, index: int, edit: Elastic):
+    def __init__(self, unit: Unit, own: ElasticRouters, index: int, edit: Elastic):
         self.unit, self.own, self.index, self.edit = unit, own, index, edit
         features = hidden(unit)
         self.size = features.size
@@ -382,7 +383,7 @@ class ElasticUnit:
 
     def executed(self, stream: Stream, p: Tensor, decision: Tensor) -> tuple[Stream, list[int]]:
         """What was decided and nothing else, and the samples that repeat. Reading decisions waits for the device."""
-        if p.is_meta:  # without weights: what a fresh router says
+        if p.is_meta:  # without weights: the decision of a fresh router
             return self.run(WIDTHS, stream), []
         kept, edit = self.residuals(stream), self.edit
         near = (p >= edit.threshold) & (p <= edit.threshold + edit.band)
@@ -415,7 +416,7 @@ class ElasticUnit:
 
 
 class Residuals:
-    """What a unit added to samples' tokens when it was last run, and how often that was repeated since."""
+    """A unit's last addition to the tokens of each sample, and the number of repetitions since."""
 
     def __init__(self, samples: int):
         self.count: list[float] = [math.inf] * samples  # nothing there that could be repeated

@@ -35,7 +35,7 @@ def order_channels(unit: Unit) -> None:
 
 
 def check_order(unit: Unit, *parts: Features) -> None:
-    """Refuse what cannot be put in order, and change nothing.
+    """Refuse features that cannot be sorted; change nothing.
 
     Args:
         unit: of any edit that orders it later
@@ -46,14 +46,14 @@ def check_order(unit: Unit, *parts: Features) -> None:
     """
     for features in parts or (heads(unit), hidden(unit)):
         for path, _ in (*features.writers, *features.readers):
-            plain(unit, path)
+            plain_linear(unit, path)
 
 
 @torch.no_grad()
 def order(unit: Unit, features: Features, groups: int) -> None:
     """Contiguous groups of equal size by falling magnitude; nothing is moved on the meta device."""
-    writers = [(plain(unit, path), parts) for path, parts in features.writers]
-    readers = [(plain(unit, path), slice(first, first + features.size)) for path, first in features.readers]
+    writers = [(plain_linear(unit, path), parts) for path, parts in features.writers]
+    readers = [(plain_linear(unit, path), slice(first, first + features.size)) for path, first in features.readers]
     if readers[0][0].weight.is_meta:
         return
     written = [p for layer, _ in writers for p in (layer.weight, layer.bias) if p is not None]
@@ -78,7 +78,7 @@ def energy(rows: Tensor, groups: int, size: int) -> Tensor:
     return rows.float().square().sum(1).view(-1, groups, size // groups).sum((0, 2))
 
 
-def plain(unit: Unit, path: str) -> nn.Linear:
+def plain_linear(unit: Unit, path: str) -> nn.Linear:
     layer = unit.get_submodule(path)
     if not isinstance(layer, Adapted) and type(layer) is not nn.Linear:
         kind = type(layer)

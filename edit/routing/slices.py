@@ -24,7 +24,8 @@ from edit.backbones.dit_diffusers import BasicUnit
 from edit.backbones.flux import DoubleUnit, SingleUnit
 from edit.backbones.qwen_image import QwenImageUnit
 from edit.backbones.sd3 import JointUnit
-from edit.denoiser import Layout, Routing, Step, Stream, Unit
+from edit.denoiser import Unit
+from edit.stream import Layout, Routing, Step, Stream
 
 Part = slice | Tensor  # of features: a range, or int64 indices in order
 
@@ -147,7 +148,7 @@ def variant(unit: Unit, layers: Mapping[str, nn.Module], counts: Mapping[tuple[s
 
 
 def compiled_as(unit: Unit, other: Unit) -> Unit:
-    """A copy of a unit, compiled where the unit is: that may have come after the copy was made."""
+    """Compile the copy `other` if the unit has been compiled since."""
     if unit._compiled_call_impl is not None and other._compiled_call_impl is None:
         other.compile()
     return other
@@ -213,7 +214,7 @@ class Narrow(nn.Module):
                 "it first, or apply it later"
             )
         self.layer, self.base, self.keep = layer, base, keep
-        self.rows, self.columns = rows and joined(rows), columns and joined(columns)
+        self.rows, self.columns = rows and joined_pieces(rows), columns and joined_pieces(columns)
         self.lora = layer if isinstance(layer, LoraLayer) else None
         self.kept: list[tuple[Tensor, Tensor | None]] = []
 
@@ -270,7 +271,7 @@ def merged(weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
 Pieces = tuple[Part, ...]
 
 
-def joined(pieces: Pieces) -> Pieces:
+def joined_pieces(pieces: Pieces) -> Pieces:
     """Without empty ranges, and ranges that follow each other as one."""
     out: list[Part] = []
     for piece in pieces:
@@ -328,18 +329,18 @@ class Adapted(nn.Linear, ABC):
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:
-        """What has a row for each output, and what has a column for each input."""
+        """(rows, columns): a tensor with a row for each output, and one with a column for each input."""
 
 
 @dataclass(frozen=True)
-class Call:
-    """What the layers of a unit are told besides their tokens."""
+class UnitCall:
+    """The inputs of a unit's layers besides their tokens."""
 
     time: Tensor  # b d, or 1 d where all samples share one: in a generation
     samples: Tensor | None = None  # m: whose each token is, where tokens of several samples run as one sequence
 
 
-class Calls:
+class UnitCalls:
     """The calls of a unit that are under way, the innermost last. Between calls there are none.
 
     A layer is called with tokens alone. Hooks of the unit, which its copies share, say the rest for as long as it runs;
@@ -347,7 +348,7 @@ class Calls:
     """
 
     def __init__(self, unit: Unit):
-        self.open: list[Call] = []
+        self.open: list[UnitCall] = []
         unit.register_forward_pre_hook(self._begin)
         unit.register_forward_hook(self._end, always_call=True)  # checkpointing leaves early, by an exception
         unit.calls = self
@@ -355,7 +356,7 @@ class Calls:
     def _begin(self, unit: nn.Module, args: tuple[Stream]) -> None:
         (stream,) = args
         assert stream.time is not None
-        self.open.append(Call(stream.time if stream.step is None else stream.time[:1]))
+        self.open.append(UnitCall(stream.time if stream.step is None else stream.time[:1]))
 
     def _end(self, unit: nn.Module, args: tuple[Stream], after: Stream) -> None:
         self.open.pop()
@@ -373,7 +374,7 @@ def one_sequence(unit: Unit, samples: Tensor) -> Iterator[None]:
     if calls is None:
         yield
         return
-    calls.open.append(Call(calls.open[-1].time, samples))
+    calls.open.append(UnitCall(calls.open[-1].time, samples))
     try:
         yield
     finally:
@@ -393,7 +394,7 @@ class MaskedFeed:
     """
 
     def __init__(self, unit: Unit):
-        hidden(unit)  # refuses what it does not know
+        hidden(unit)  # raises for an unknown unit
         self.unit: Any = unit
 
     def __call__(self, tokens: Tensor, routing: Routing | None = None) -> Tensor:

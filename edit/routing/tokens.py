@@ -17,8 +17,9 @@ from torch import Tensor
 
 from edit.backbones.flux import SingleUnit, split
 from edit.backbones.stock import finite
-from edit.denoiser import Branch, Routing, Stream, Unit, add, residual
+from edit.denoiser import Unit
 from edit.routing.slices import masked, one_sequence
+from edit.stream import Branch, Routing, Stream, add, residual
 
 Run = Callable[..., Tensor]  # (unit, f, kept, *tokens) -> f(*tokens) where kept, else zero
 

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from edit.denoiser import Denoiser
-from edit.edits import Edit
+from edit.denoiser import Denoiser, Edit
 from edit.inputs.limits import NotNegative, check_numbers
 
 
 def embedders(who: str, model: Any) -> Any:
-    """What embeds time, guidance and pooled text. Raises ValueError if another edit has replaced it."""
+    """The embedder of time, guidance and pooled text. Raises ValueError if another edit has replaced it."""
     if not hasattr(model.time_text_embed, "timestep_embedder") or not hasattr(
         model.time_text_embed.timestep_embedder, "linear_2"
     ):
@@ -28,7 +27,7 @@ def embedders(who: str, model: Any) -> Any:
 
 @dataclass
 class FixedGuidance(Edit):
-    """A guidance-distilled FLUX that is always told the same scale, and no longer needs to be: exact.
+    """A guidance-distilled FLUX with one fixed scale and no guidance input: exact.
 
     The guidance embedder's output at that scale is added to the bias of the timestep MLP's last layer, and the embedder
     is dropped. What is left is a model without guidance input, as FLUX.1-schnell is.

@@ -13,8 +13,7 @@ from typing import Annotated
 
 from torch import nn
 
-from edit.denoiser import Denoiser
-from edit.edits import Edit
+from edit.denoiser import Denoiser, Edit
 from edit.inputs.limits import Count, Limits, Positive, check_numbers
 from edit.routing.slices import Adapted
 

@@ -24,10 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.backbones.dit_diffusers import ClassUnit
-from edit.denoiser import SLOTS, Denoiser, Unit
-from edit.edits import Edit
+from edit.denoiser import SLOTS, Denoiser, Edit, Unit
 from edit.inputs.limits import Count, Positive, check_numbers
-from edit.routing.slices import Adapted, Calls, Pieces, heads, hidden, merged, taken
+from edit.routing.slices import Adapted, Pieces, UnitCalls, heads, hidden, merged, taken
 
 MODULATIONS = ("adaLN_modulation.", "norm1.linear.", "norm1_context.linear.", "norm.linear.", "norm_out.linear.")
 MODULATIONS += ("adaln_single.linear.", "scale_shift_table", "img_mod.", "txt_mod.")
@@ -72,7 +71,7 @@ class TDLoRA(Edit):
                     "before the edit that changed it, or fold that one first"
                 )
         for unit, paths in zip(units, found, strict=True):
-            calls, width = Calls(unit), width_of(unit)
+            calls, width = UnitCalls(unit), width_of(unit)
             for path in paths:
                 parent, _, name = path.rpartition(".")
                 layer = unit.get_submodule(path)
@@ -129,7 +128,7 @@ class Timed(Adapted):
         scale: of the addition
     """
 
-    def __init__(self, layer: nn.Linear, calls: Calls, width: int, rank: int, experts: int, scale: float):
+    def __init__(self, layer: nn.Linear, calls: UnitCalls, width: int, rank: int, experts: int, scale: float):
         super().__init__(layer)
         self.calls, self.experts, self.scale = calls, experts, scale
         like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
@@ -189,7 +188,7 @@ def merging_saves(x: Tensor, weight: Tensor) -> bool:
 
 
 def weights_at(denoiser: Denoiser, time: Tensor) -> dict[str, Tensor]:
-    """What to put in place of the model's weights for the same prediction at one time, by stock names.
+    """Weights, by stock names, with which the stock model makes the same prediction at one time.
 
     Args:
         denoiser: with TD-LoRA

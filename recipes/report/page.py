@@ -1,4 +1,4 @@
-"""From measurements to something to read: image grids, a terminal table, `report.json` and a self-contained HTML page.
+"""A report as readers see it: image grids, a terminal table, `report.json` and a self-contained HTML page.
 
 A report is a dict of JSON values, made by `recipes.report.evaluate`. Nothing here measures.
 """
@@ -29,7 +29,7 @@ def image_grid(images: Tensor, columns: int = 8, scale: int | None = None) -> Im
     Args:
         images: uint8 b y x 3
         columns: of the grid; rows follow
-        scale: pixels per pixel, without smoothing; None: so that an image has at least 40
+        scale: nearest-neighbour magnification; None: each side has at least 40 pixels
 
     Raises:
         ValueError: if there are no images, or they are of another type or shape
@@ -62,7 +62,7 @@ def save_png(image: Image, path: Path) -> Path:
     return write(path, picture.getvalue())
 
 
-# ---- what a table shows ---------------------------------------------------------------------------------------------
+# ---- columns and rows -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Column:
     show: Callable[[float], str]
     better: int = 0  # -1: less, 1: more, 0: neither
     judged: bool = False  # depends on the real images and the extractor
-    counted: bool = False  # a lower bound where an operator without a FLOP formula has run
+    counted: bool = False  # a lower bound if an operator without a FLOP formula ran
 
     def at_least(self, row: Row) -> bool:
         """Whether a row's value is only a lower bound."""
@@ -146,7 +146,7 @@ def failures(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def comparable(table: Sequence[Row]) -> bool:
-    """Whether all qualities were measured against the same real images by the same extractor."""
+    """Whether all rows have the same real images and the same extractor."""
     return len({row["reference"]["hash"] for row in table}) == 1
 
 
@@ -155,7 +155,7 @@ def value_of(picked: Any) -> float | None:
 
 
 def best(column: Column, table: Sequence[Row]) -> float | None:
-    """The best value of a column, if it says which is better and rows differ; a lower bound is none."""
+    """The best value of a column, lower bounds aside; None if neither direction is better or rows do not differ."""
     values = {v for row in table if (v := value_of(column.pick(row))) is not None and not column.at_least(row)}
     if not column.better or len(values) < 2 or (column.judged and not comparable(table)):
         return None
@@ -184,7 +184,7 @@ def present(table: Sequence[Row]) -> list[Column]:
 
 
 def notes(report: Mapping[str, Any]) -> Iterator[str]:
-    """What one must know to read the numbers."""
+    """Sentences that a reader of the numbers needs."""
     settings, table = report["settings"], rows(report)
     seeds = ", ".join(map(str, settings["seed"]))
     yield f"{settings['n']} images per row, seed {seeds}, same noise and labels for all; w: guidance; ±: spread."
@@ -231,7 +231,7 @@ def notes(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def show(report: Mapping[str, Any]) -> None:
-    """Print the comparison: a column per row of the report, as many beside each other as the terminal is wide."""
+    """Print the comparison, one column per row of the report, in several tables if the terminal is narrow."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -298,7 +298,7 @@ def plot(report: Mapping[str, Any]) -> bytes | None:
 
 
 def _label(name: str) -> str:
-    """As matplotlib shows it whole: it takes $ for mathematics, and hides what begins with an underscore."""
+    """Escape a name for matplotlib, which reads $ as mathematics and hides labels that begin with an underscore."""
     shown = name.replace("$", r"\$")
     return f"\N{ZERO WIDTH SPACE}{shown}" if shown.startswith("_") else shown
 
@@ -374,7 +374,7 @@ def _pictures(report: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def _captions(report: Mapping[str, Any]) -> Iterator[str]:
-    """What the images of the grids were to show, once for each set of captions."""
+    """The captions of the grids' images, once for each set of captions."""
     told = [(a["reference"].get("prompts") or {}).get("shown") for a in report["artifacts"] if "error" not in a]
     for captions in dict.fromkeys(tuple(t) for t in told if t):
         items = "".join(f"<li>{escape(caption)}</li>" for caption in captions)
@@ -382,7 +382,7 @@ def _captions(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _routing(table: Sequence[Row], folder: Path) -> Iterator[str]:
-    """What edits decided: a sentence for each quantity, and the map."""
+    """The decisions of edits: a sentence per quantity, and the map."""
     found = [(row, name, path) for row in table for name, path in row.get("routing_maps", {}).items()]
     if found:
         yield "<h2>Routing</h2><p class=dim>What edits decided for the images whose cost was counted: shares of each "
@@ -395,7 +395,7 @@ def _routing(table: Sequence[Row], folder: Path) -> Iterator[str]:
 
 
 def sentence(quantity: str, n: Mapping[str, Any]) -> str:
-    """What `recipes.report.routing_map.numbers` says of one quantity."""
+    """One quantity of `recipes.report.routing_map.numbers` as a sentence."""
     branches = ", ".join(f"{name} {b['mean']:.1%}" for name, b in n["branches"].items())
     return (
         f"{quantity} {n['mean']:.1%} ({branches}), standard deviation {n['std_samples']:.1%} between samples and "

@@ -1,7 +1,6 @@
-"""What edits decide over a generation, whatever the edit: maps of units against time, and numbers.
+"""The decisions of any edit over a generation: maps of units against time, and statistics.
 
-An edit that decides says so (`Edit.decides`), and its `decisions` are shares in [0, 1] of each unit, for each sample or
-for each of a sample's image tokens.
+An edit with `decides = True` has `decisions`: shares in [0, 1] of each unit that run, per sample or per image token.
 """
 
 from __future__ import annotations
@@ -18,11 +17,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from edit.denoiser import Denoiser, Output, Step
+    from edit.denoiser import Denoiser
+    from edit.stream import Output, Step
 
-CLASSES, PROMPTS = 10, 6  # small maps beside each other, at most
+CLASSES, PROMPTS = 10, 6  # most small maps in a row
 SHOWN = 4  # samples whose tokens are shown
-MOMENTS = 7  # steps at which they are shown, at most
+MOMENTS = 7  # most steps at which they are shown
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Map:
     """One quantity in one guidance branch over a generation, on the CPU.
 
     Args:
-        times: of the s evaluations, 1 = noise, by their number in the generation
-        shares: s u b; means over tokens where tokens are chosen
-        tokens: s k n, means over units, of the first k samples; None where no tokens are chosen
+        times: in [0, 1], 1 = noise, of the s evaluations, by their number in the generation
+        shares: s u b; means over tokens where the edit chooses tokens
+        tokens: s k n, means over units, of the first k samples; None where the edit chooses no tokens
     """
 
     times: Mapping[int, float]
@@ -45,9 +45,9 @@ Look = Callable[[int], "ndarray | None"]
 
 
 class Decisions:
-    """Watches a sampler (`Sampler(..., watch=)`): what a denoiser's edits decide at each evaluation.
+    """Records the decisions of a denoiser's edits at each evaluation of a sampler (`Sampler(..., watch=)`).
 
-    Batches may follow each other: their samples are joined in order.
+    Samples of successive batches are joined in order.
     """
 
     def __init__(self, denoiser: Denoiser):
@@ -69,7 +69,7 @@ class Decisions:
                 self.shares.setdefault(key, {}).setdefault(step.index, []).append(value.cpu())
 
     def maps(self) -> dict[str, Maps]:
-        """What was seen, by edit."""
+        """The recorded decisions, by edit."""
         import torch
 
         found: dict[str, dict[str, dict[str, Map]]] = {}
@@ -84,24 +84,24 @@ class Decisions:
 
 
 def decides(denoiser: Denoiser) -> bool:
-    """Whether what is run depends on samples or times."""
+    """Whether an edit decides by sample or time which parts run."""
     return any(edit.decides for edit in denoiser.applied.values())
 
 
 def groups(labels: Tensor | None, told: Sequence[str], classes: Sequence[str] | None = None) -> dict[str, list[int]]:
-    """Whom the small maps are of: classes or, where there are none, prompts, evenly from all there are.
+    """The samples of each small map, by title: evenly spaced classes, or prompts where there are no classes.
 
     Args:
-        labels: b, classes of the samples; None: there are none
+        labels: b, classes of the samples; None without classes
         told: b, captions
         classes: their names, where known
     """
-    from edit.routing.batches import grouped
+    from edit.routing.batches import by_key
 
     if labels is None:
-        return evenly(grouped(told), PROMPTS)
+        return evenly(by_key(told), PROMPTS)
     titles = [classes[int(label)] if classes else f"class {label}" for label in labels.tolist()]
-    return evenly(grouped(titles), CLASSES)
+    return evenly(by_key(titles), CLASSES)
 
 
 def evenly(found: Mapping[str, list[int]], most: int) -> dict[str, list[int]]:
@@ -113,7 +113,7 @@ def evenly(found: Mapping[str, list[int]], most: int) -> dict[str, list[int]]:
 
 
 def numbers(maps: Maps) -> dict[str, Any]:
-    """JSON values by quantity: of each branch, and of all, for which the branches of an evaluation are averaged.
+    """Statistics by quantity as JSON values: of each branch, and of the mean over the branches of an evaluation.
 
     `mean` and, unit by unit, `units`; `std_samples`, of the samples' means over units and evaluations;
     `std_timesteps`, of the evaluations' means over units and samples.
@@ -134,7 +134,7 @@ def numbers(maps: Maps) -> dict[str, Any]:
 
 
 def summary(shares: Tensor) -> dict[str, Any]:
-    """Of s u b; standard deviations are of these samples and evaluations, without a correction."""
+    """Statistics of s u b; standard deviations have no Bessel correction."""
     shares = shares.double()
     return {
         "mean": shares.mean().item(),
@@ -148,21 +148,21 @@ def summary(shares: Tensor) -> dict[str, Any]:
 
 
 def draw(maps: Maps, groups: Mapping[str, Sequence[int]], look: Look = lambda k: None) -> Image:
-    """For each quantity a map of units against time, mean over samples, then small ones, then tokens where chosen.
+    """For each quantity: a map of units against time, mean over samples; small maps; tokens where the edit chooses any.
 
-    The small ones and the tokens are of the first branch, the conditional one.
+    Small maps and tokens show the first branch, the conditional one.
 
     Args:
         maps: of one edit
-        groups: the samples that each small map is the mean of, by its title
-        look: at one of the first samples, beside its tokens: its number -> uint8 y x 3, None where there is no way to
+        groups: the samples averaged in each small map, by its title
+        look: sample number -> its picture, uint8 y x 3, shown beside its tokens; None without a picture
     """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from PIL import Image
 
-    rows: list[tuple[float, Callable[[Any], None]]] = []  # inches, and what is drawn there
+    rows: list[tuple[float, Callable[[Any], None]]] = []  # height in inches, and the function that draws
     for quantity, branches in maps.items():
         rows.append((2.7, partial(_large, quantity, branches)))
         first = next(iter(branches.values()))
@@ -221,7 +221,7 @@ def _tokens(times: Mapping[int, float], tokens: Tensor, look: Look, part: Any) -
 
 
 def grid(n: int, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of n tokens that are nearest to the shape of the image."""
+    """Rows and columns for n tokens, as near as possible to the aspect ratio of the image."""
     rows = min((r for r in range(1, n + 1) if n % r == 0), key=lambda r: abs(log(r * r * width / (n * height))))
     return rows, n // rows
 

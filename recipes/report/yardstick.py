@@ -1,4 +1,4 @@
-"""What samples are measured with: the feature space, the judge and the real images of one data set.
+"""The yardstick of one data set: the feature space, the judge and the real images that samples are compared with.
 
 Torch is imported inside: settings are checked before anything heavy is loaded.
 """
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.config.schema import UserError
+from recipes.config.errors import UserError
+from recipes.config.schema import Evaluation
 
 if TYPE_CHECKING:
     import torch
@@ -20,30 +21,29 @@ if TYPE_CHECKING:
 
     from data.split import CheckedSet, DataSet, Split
     from edit.measuring.quality import FeatureSpace, Gaussian, Judge
-    from recipes.report.evaluate import Settings
 
-GRID = 60  # images that a grid shows
-NEAREST_NUMBERS = 2**28  # training images kept in memory for the search of copies: at most 1 GiB of float32
+GRID = 60  # images in a grid
+NEAREST_NUMBERS = 2**28  # float32 numbers of training images kept for the search of copies: 1 GiB
 ROUNDING = "the data set's to_images: clamp, uint8, before any resizing"
 
 
 @dataclass
 class Yardstick:
-    """What one data set's samples are measured with: feature space, judge, real features, training samples."""
+    """Feature space, judge, real features and training samples of one data set."""
 
     data: DataSet
-    shape: tuple[int, ...]  # c y x, of what is compared: with aspect-ratio buckets, of the largest
+    shape: tuple[int, ...]  # c y x of the compared samples; with aspect-ratio buckets, of the largest
     space: FeatureSpace | None
     judge: Judge | None
     real: Tensor | None  # n d, features of real images
-    moments: Gaussian | None  # of them
-    train_x: Tensor  # n c y x, to find copies
+    moments: Gaussian | None  # of `real`
+    train_x: Tensor  # n c y x, for the search of copies
     some_real: Tensor  # uint8, for a grid
-    checked: CheckedSet | None  # the data, if it can check its captions
+    checked: CheckedSet | None  # the data set, if it can check its captions
     description: dict[str, Any]
 
     @classmethod
-    def of(cls, data: DataSet, node: Mapping[str, Any], chosen: Settings, device: torch.device) -> Yardstick:
+    def of(cls, data: DataSet, node: Mapping[str, Any], chosen: Evaluation, device: torch.device) -> Yardstick:
         """Read real images, make or load the feature space, and measure the real images themselves."""
         from data.one_size import OneSize
         from data.split import CheckedSet
@@ -64,7 +64,7 @@ class Yardstick:
 
         x, labels = stack(real, spread(len(real), fitting(real, chosen.references)))
         train_x, _ = stack(train, spread(len(train), fitting(train, chosen.references)))
-        if checked:  # as the generated grid: image k has caption k
+        if checked:  # in the order of the generated grid: image k has caption k
             some = data.to_images(stack(real, range(min(GRID, len(real))))[0]).cpu()
         else:
             some = data.to_images(x[for_grid(labels, data.num_classes, len(x))]).cpu()
@@ -91,8 +91,14 @@ class Yardstick:
                 description["floor"] = frechet(moments, Gaussian.of(others))
         return cls(data, real.shape, space, judge, features, moments, train_x, some, checked, description)
 
+    @property
+    def columns(self) -> int:
+        """Columns of a grid: one per class where these fit."""
+        classes = self.data.num_classes
+        return classes if classes and classes <= 12 else 8
+
     def identity(self) -> dict[str, Any] | None:
-        """Who extracts features, and how pixels reach it."""
+        """The feature extractor, and how pixels are prepared for it."""
         if self.space is None or self.real is None:
             return None
         s = self.space
@@ -103,9 +109,9 @@ class Yardstick:
 
         Args:
             x: b c y x, samples
-            images: uint8 b y x 3, the same to look at
-            numbers: b, of the samples; they decide the classes, or the captions
-            other: uint8 b y x 3, the reference run's images of the same noise
+            images: uint8 b y x 3, the same as pictures
+            numbers: b, sample numbers, which determine classes or captions
+            other: uint8 b y x 3, the reference's images from the same noise
         """
         from edit.measuring.quality import nearest, perceptual, psnr, ssim
 
@@ -134,7 +140,7 @@ class Yardstick:
         if "right" in sets[0]:
             out["accuracy"] = mean_measure(s["right"] for s in sets)
         for name in (k for k in sets[0] if k.startswith("prompt_")):
-            said = [s[name][~s[name].isnan()] for s in sets]  # of the captions that speak of it
+            said = [s[name][~s[name].isnan()] for s in sets]  # over the captions that mention this part
             if all(map(len, said)):
                 out[name] = mean_measure(said)
         if self.real is not None and self.moments is not None:
@@ -144,7 +150,7 @@ class Yardstick:
         return out
 
     def compared(self, sets: Sequence[Mapping[str, Tensor]]) -> dict[str, Any] | None:
-        """Distances to the reference run's images, or None where there is none."""
+        """Distances to the reference's images; None without a reference."""
         from edit.measuring.quality import mean_measure
 
         names = [k for k in ("psnr", "ssim", "perceptual") if k in sets[0]]
@@ -152,11 +158,11 @@ class Yardstick:
 
 
 def prompts(data: CheckedSet, rounds: int = 4) -> dict[str, Any]:
-    """What the held-out captions are, and how often real images follow their own captions, and those of others.
+    """The held-out captions, and how often real images follow their own captions and those of others.
 
     Args:
-        data: what to check with
-        rounds: times that all captions are handed out anew, at random, for the level of chance
+        data: the data set that checks
+        rounds: random permutations of the captions, for the level of chance
     """
     import torch
 
@@ -175,7 +181,7 @@ def prompts(data: CheckedSet, rounds: int = 4) -> dict[str, Any]:
 
 
 def choose_space(features: str, judge: Judge | None, device: torch.device) -> FeatureSpace | None:
-    """Raises UserError if the setting `features` does not fit."""
+    """The extractor that the setting `features` names; raises a UserError if the data has no such one."""
     from edit.measuring.quality import Pretrained
 
     if features == "none":
@@ -190,7 +196,7 @@ def choose_space(features: str, judge: Judge | None, device: torch.device) -> Fe
     return judge
 
 
-def make_judge(data: DataSet, train: Split, chosen: Settings, cache: Path, device: torch.device) -> Judge | None:
+def make_judge(data: DataSet, train: Split, chosen: Evaluation, cache: Path, device: torch.device) -> Judge | None:
     """The judge of a labelled data set; None if its images are too large for one."""
     from edit.measuring.quality import Judge, train_judge
 
@@ -203,9 +209,15 @@ def make_judge(data: DataSet, train: Split, chosen: Settings, cache: Path, devic
 
 
 def real_features(
-    data: DataSet, split: Split, name: str, space: FeatureSpace, node: Mapping[str, Any], chosen: Settings, cache: Path
+    data: DataSet,
+    split: Split,
+    name: str,
+    space: FeatureSpace,
+    node: Mapping[str, Any],
+    chosen: Evaluation,
+    cache: Path,
 ) -> Tensor:
-    """Features of evenly spaced images of a split, from the cache if the first images, config and extractor agree."""
+    """Features n d of evenly spaced images of a split; the cache's key is some images, the config and the extractor."""
     import torch
 
     from edit.measuring.quality import cached, digest
@@ -243,12 +255,12 @@ def spread(length: int, most: int) -> list[int]:
 
 
 def fitting(split: Split, most: int) -> int:
-    """How many samples may be held in memory."""
+    """The number of samples, at most `most`, that may be held in memory."""
     return max(1, min(most, NEAREST_NUMBERS // split.sample(0, 0)["x"].numel()))
 
 
 def for_grid(labels: Tensor | None, classes: int | None, length: int) -> list[int]:
-    """Indices of real images for a grid that is laid out as the generated one: image k of class k modulo classes."""
+    """Indices of real images in the order of the generated grid: image k has class k modulo the number of classes."""
     if labels is None or not classes:
         return list(range(min(GRID, length)))
     places = [(labels == c).nonzero().flatten().tolist() for c in range(classes)]
@@ -258,14 +270,14 @@ def for_grid(labels: Tensor | None, classes: int | None, length: int) -> list[in
 
 @contextmanager
 def progress(title: str, total: int, of: str = "images") -> Iterator[Callable[[float], None]]:
-    """A bar of images, or of what else is counted, with the time left, gone when done; on no terminal, one line."""
+    """Show a progress bar with the time left on a terminal, until the block ends; elsewhere print one line."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console()
     if not console.is_terminal:
         print(f"{title}: {total} {of}", flush=True)
-    words = TextColumn("{task.description}", markup=False)  # a name may look like markup, or like a format
+    words = TextColumn("{task.description}", markup=False)  # names may contain markup or format braces
     columns = (words, BarColumn(), MofNCompleteColumn(), TextColumn(f"{of}, left"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total)

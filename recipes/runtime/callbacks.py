@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from edit.artifacts.checksums import of_file, of_files
-from edit.denoiser import Condition
 from edit.sampling import Sampler
-from recipes.config.schema import UserError
+from edit.stream import Condition
+from recipes.config.errors import UserError
 from recipes.recipe import Recipe
 from recipes.report.routing_map import Decisions, decides, draw, groups
 from recipes.runtime.files import is_first, write

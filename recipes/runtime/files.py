@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whenever the process ends; and folders that one process at a time writes into."""
+"""Files that appear whole or not at all, and folders with a lock for one writing process."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from recipes.config.schema import UserError
+from recipes.config.errors import UserError
 
-LOCK = ".lock"  # in a run's folder: who is writing there
-# what tells a process of a launch that another one is the first: torchrun, Lightning, SLURM, LSF, MPI
+LOCK = ".lock"  # in a run's folder: names the process that writes there
+# environment variables with a process's rank: torchrun, Lightning, SLURM, LSF, MPI
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK")
 
 _held: set[int] = set()  # descriptors of locks
 
 
 def write(path: Path, content: str | bytes) -> Path:
-    """Put content in place at once; makes the folder. Text is UTF-8, with \\u.... for what is none (names of files)."""
+    """Write a file atomically; makes its folder. Text is UTF-8; names that are not become \\u.... escapes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)  # a full disk is not left fuller
+        temporary.unlink(missing_ok=True)  # leaves no partial file on a full disk
         error.filename = error.filename or str(path)
         raise
     return path
 
 
 def is_first() -> bool:
-    """Whether this process is the first of its launch, or was not launched with others."""
+    """Whether this process is the first of its launch, or runs alone."""
     return all(os.environ.get(rank, "0") in ("", "0") for rank in RANKS)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes of `locked` out of a folder, which is made; the kernel lets go when this process dies.
+    """Hold the lock of a folder, which is made; the kernel releases it when this process dies.
 
-    Where the file system has no locks, that is said, and nobody is kept out.
+    On a file system without locks, a warning is printed and nothing is locked.
 
     Raises:
-        UserError: if another process is in it, with its number and machine
+        UserError: if another process holds the lock; names its number and machine
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
@@ -65,7 +65,7 @@ def locked(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"{folder} is being written by {who}: wait until it ends, stop it, or give this run another name="
             ) from None
-        except OSError as error:  # ENOLCK, ENOTSUP: a shared file system without locks; ENOSPC: nameless, but held
+        except OSError as error:  # ENOLCK, ENOTSUP: no locks here; ENOSPC: locked, but the name was not written
             _cannot_tell(folder, error)
         yield
     finally:
@@ -83,7 +83,7 @@ def _cannot_tell(folder: Path, error: OSError) -> None:
 
 
 def _let_go() -> None:
-    """A forked child (a loader's worker) would keep the lock of a killed run."""
+    """Close locks in a forked child (a loader's worker), which would hold them after the run was killed."""
     for descriptor in _held:
         with suppress(OSError):
             os.close(descriptor)

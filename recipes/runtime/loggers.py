@@ -25,7 +25,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich import print
 from rich.markup import escape
 
-from recipes.config.schema import LoggerConfig, UserError
+from recipes.config.errors import UserError
+from recipes.config.schema import LoggerConfig
 from recipes.runtime.files import write
 
 CONNECT = 5  # seconds to wait for an address to answer

@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
-from recipes.config.schema import TrainerConfig, UserError
+from recipes.config.errors import UserError
+from recipes.config.schema import TrainerConfig
 from recipes.runtime.callbacks import AtomicIO
 
 

@@ -1,10 +1,7 @@
 import json
 import multiprocessing
 import os
-import pickle
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,12 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import edit
-from edit.artifacts import checkpoint
-from edit.artifacts.checkpoint import find, fingerprint, load_official, skeleton
-from edit.backbones.dit import DiTConfig
+from edit.artifacts import weights
 from edit.objectives import DDPM, FlowMatching, LogitNormal
 from edit.pruning.depth import DepthPruning
-from edit.sampling import DDIMSolver, Euler, Heun, Sampler
+from edit.sampling import Sampler
+from edit.solvers import DDIMSolver, Euler, Heun
 from edit.tuning.lora import LoRA
 
 MODEL = "diffusion_pytorch_model.safetensors"
@@ -157,13 +153,6 @@ def test_a_kill_during_a_save_leaves_the_old_artifact_whole_and_the_next_save_wo
 # ---- refusals: one sentence that names what is wrong -----------------------------------------------------------------
 
 
-def test_a_missing_artifact_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"no artifact at {tmp_path / 'nope'}: there is no such folder"):
-        edit.load(tmp_path / "nope")
-    with pytest.raises(FileNotFoundError, match="holds a config.json"):
-        edit.load(tmp_path)
-
-
 def test_missing_weights_are_named(artifact):
     (artifact / MODEL).unlink()
     with pytest.raises(FileNotFoundError, match=f"{MODEL} is missing: the artifact is not whole"):
@@ -203,7 +192,7 @@ def test_weights_of_another_model_are_refused_before_any_is_read(artifact, monke
     state = load_file(artifact / MODEL)
     damage(state)
     save_file(state, artifact / MODEL)
-    monkeypatch.setattr(checkpoint, "load_file", lambda f: pytest.fail("weights were read before they were checked"))
+    monkeypatch.setattr(weights, "load_file", lambda f: pytest.fail("weights were read before they were checked"))
     with pytest.raises(ValueError, match=f"{MODEL} does not fit this model: {complaint}") as error:
         edit.load(artifact, verify=False)
     assert one_sentence(error.value)
@@ -297,44 +286,7 @@ def test_a_stock_folder_of_an_unknown_family_is_refused_with_the_known_ones(tmp_
         edit.load(tmp_path)
 
 
-# ---- official .pt files ----------------------------------------------------------------------------------------------
-
-
-class Payload:
-    def __reduce__(self):
-        return os.mkdir, ("pwned",)
-
-
-def test_pickled_objects_are_not_executed(tmp_path, dit, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"ema": Payload()}, "evil.pt")
-    Path("plain.pt").write_bytes(pickle.dumps({"ema": Payload()}))
-    for name in ("evil.pt", "plain.pt"):
-        with pytest.raises(ValueError, match=f"{name} cannot be read as a checkpoint of tensors alone"):
-            load_official(dit, name)
-    assert not Path("pwned").exists()
-
-
-def test_an_official_file_that_is_missing_or_half_there_is_refused(tmp_path, dit):
-    with pytest.raises(FileNotFoundError, match="no checkpoint at .*gone.pt: give the official .pt file"):
-        load_official(dit, tmp_path / "gone.pt")
-    torch.save(dit.model.state_dict(), tmp_path / "half.pt")
-    (tmp_path / "half.pt").write_bytes((tmp_path / "half.pt").read_bytes()[:5000])
-    with pytest.raises(ValueError, match="half.pt cannot be read as a checkpoint of tensors alone"):
-        load_official(dit, tmp_path / "half.pt")
-
-
-def test_an_official_file_fills_a_model_that_was_made_on_the_meta_device(tmp_path, dit):
-    torch.save({"ema": dit.model.state_dict()}, tmp_path / "ema.pt")
-    with torch.device("meta"):
-        empty = DiTConfig(**dit.config).build()
-    load_official(empty, tmp_path / "ema.pt")
-    assert all(torch.equal(v, dit.state_dict()[k]) for k, v in empty.state_dict().items())
-
-
 def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(dit, batch, tmp_path, monkeypatch):
-    import edit.artifacts.checkpoint as checkpoint
-
     edit.save(dit, tmp_path / "a")
     rename, renames = os.replace, []
 
@@ -344,7 +296,7 @@ def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(dit, batch, tmp_
             raise KeyboardInterrupt
         rename(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         edit.save(dit, tmp_path / "a")
     monkeypatch.undo()
@@ -366,167 +318,3 @@ def test_published_folders_say_the_old_name_of_their_class_and_fields_of_older_v
     old = {**json.loads(file.read_text()), "_class_name": "Transformer2DModel", "only_cross_attention": False}
     file.write_text(json.dumps(old))
     assert edit.load(tmp_path).denoiser.name == family
-
-
-# ---- whether it is still the same model ------------------------------------------------------------------------------
-
-
-def test_a_fingerprint_changes_with_weights_edits_and_configuration_and_with_nothing_else(tmp_path, make_dit):
-    dit = make_dit()
-    first = fingerprint(edit.save(dit, tmp_path / "run" / "artifact"))
-    assert first == fingerprint(tmp_path / "run")  # a run means the artifact inside
-    assert first == fingerprint(edit.save(dit, tmp_path / "b", max_shard_size="60KB", run={"name": "other", "step": 9}))
-    seen = {first}
-    with torch.no_grad():
-        dit.units[-1].mlp.fc2.bias[0] += 1e-3  # one number
-    seen.add(fingerprint(edit.save(dit, tmp_path / "run" / "artifact")))  # trained further under the same path
-    seen.add(fingerprint(edit.save(dit, tmp_path / "c", dtype=torch.bfloat16)))
-    edit.apply(dit, {"lora": LoRA(rank=2)})
-    seen.add(fingerprint(edit.save(dit, tmp_path / "d")))
-    with torch.no_grad():
-        dit.get_parameter("model.blocks.0.attn.qkv.lora_B.default.weight")[0, 0] = 1
-    seen.add(fingerprint(edit.save(dit, tmp_path / "e")))
-    assert len(seen) == 5 and all(len(f) == 64 for f in seen)
-
-
-def test_a_fingerprint_of_a_stock_folder_needs_no_description_of_ours(tmp_path):
-    folder = stock_folder(tmp_path / "pipeline" / "transformer")
-    assert fingerprint(folder) == fingerprint(tmp_path / "pipeline")
-    before = fingerprint(folder)
-    file = folder / MODEL
-    save_file({k: v + 1 for k, v in load_file(file).items()}, file)
-    assert fingerprint(folder) != before
-
-
-def test_what_is_not_whole_has_no_fingerprint(tmp_path, artifact):
-    (artifact / MODEL).write_bytes((artifact / MODEL).read_bytes()[:-1])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        fingerprint(artifact)
-    (artifact / MODEL).unlink()
-    with pytest.raises(FileNotFoundError, match="the artifact is not whole"):
-        fingerprint(artifact)
-
-
-# ---- mistyped paths, and the hub -------------------------------------------------------------------------------------
-
-
-def stock_folder(path: Path) -> Path:
-    from diffusers import DiTTransformer2DModel
-
-    torch.manual_seed(0)
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8, "in_channels": 4}
-    DiTTransformer2DModel(**sizes, out_channels=8).save_pretrained(path)
-    return path
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as a download asks for: one pipeline, `owner/name`, and one that is gated."""
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        self.server.seen.append(path)  # type: ignore[attr-defined]
-        files = {f"transformer/{f.name}": f for f in self.server.folder.iterdir()}  # type: ignore[attr-defined]
-        files |= {"text_encoder/model.safetensors": files[f"transformer/{MODEL}"]}
-        owner, _, rest = path.removeprefix("/api/models/").strip("/").partition("/")
-        name, _, rest = rest.partition("/")
-        if owner == "nobody":
-            self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        elif path.startswith("/api/models") and "/tree/" in path:
-            tree = [{"type": "file", "path": k, "size": v.stat().st_size, "oid": "1" * 40} for k, v in files.items()]
-            self.answer(200, json.dumps(tree).encode())
-        elif path.startswith("/api/models"):
-            siblings = [{"rfilename": k} for k in files]
-            self.answer(200, json.dumps({"id": f"{owner}/{name}", "sha": "0" * 40, "siblings": siblings}).encode())
-        elif owner == "gated":
-            self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
-        elif (asked := files.get(rest.removeprefix(f"resolve/{'0' * 40}/"))) is None:
-            self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-        else:
-            self.answer(200, asked.read_bytes(), {"ETag": f'"{asked.name}"', "X-Repo-Commit": "0" * 40})
-
-    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A server on this machine in place of the hub, with a cache of its own, and an empty current folder."""
-    from huggingface_hub import constants
-
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.seen, server.folder = [], stock_folder(tmp_path / "published")  # type: ignore[attr-defined]
-        here = "http://{}:{}".format(*server.server_address)
-        monkeypatch.setattr(constants, "ENDPOINT", here)
-        template = here + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-def test_the_structure_of_a_published_model_is_read_without_its_weights(hub):
-    shapes = {k: v.shape for k, v in skeleton("owner/name").state_dict().items()}
-    assert not [p for p in hub.seen if "resolve" in p and not p.endswith("transformer/config.json")]
-    loaded = edit.load("owner/name").denoiser
-    assert shapes == {k: v.shape for k, v in loaded.state_dict().items()}
-    assert all(torch.equal(v, edit.load(hub.folder).denoiser.state_dict()[k]) for k, v in loaded.state_dict().items())
-    assert not [p for p in hub.seen if "resolve" in p and "text_encoder" in p]
-    assert fingerprint("owner/name") == fingerprint(hub.folder)
-
-
-@pytest.mark.parametrize("read", [find, skeleton, edit.load, fingerprint])
-def test_a_mistyped_local_path_never_asks_the_hub_and_names_the_nearest(read, hub):
-    for name in ("teacher", "student"):
-        Path("runs", name).mkdir(parents=True)
-    for path in ("runs/teachr", Path("runs/teachr"), "./runs/teachr", str(Path("runs/teachr").absolute())):
-        with pytest.raises(
-            FileNotFoundError, match=r"teachr: there is no such folder; did you mean \S*runs/teacher\?$"
-        ):
-            read(path)
-    with pytest.raises(FileNotFoundError, match="no artifact at runs/zzz: there is no such folder$"):
-        read("runs/zzz")
-    for path in ("FLUX", "./owner/name", "a/b/c", "../owner/name"):
-        with pytest.raises(FileNotFoundError, match="there is no such folder$"):
-            read(path)
-    assert not hub.seen
-
-
-def test_a_gated_model_is_one_sentence_about_its_licence(hub):
-    with pytest.raises(
-        PermissionError, match="gated/name is gated on the hub: accept its licence .*hf auth login"
-    ) as e:
-        edit.load("gated/name")
-    assert one_sentence(e.value) and "http" not in str(e.value)
-
-
-def test_a_name_that_nobody_has_is_told_from_a_network_that_is_not_there(hub, monkeypatch):
-    from huggingface_hub import constants
-
-    Path("runs/teacher").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="no such folder, nor a model on the hub that this login may see"):
-        edit.load("nobody/name")
-    skeleton("owner/name")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert skeleton("owner/name").name == "dit"  # the configuration is here
-    for path, hint in (("rnus/teacher", "; did you mean runs/teacher?"), ("owner/other", ""), ("owner/name", "")):
-        with pytest.raises(FileNotFoundError) as e:
-            edit.load(path)
-        assert str(e.value).startswith(
-            f"no artifact at {path}: there is no such folder{hint}, and it cannot be fetched off"
-        )
-        assert one_sentence(e.value)

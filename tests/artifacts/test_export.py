@@ -23,17 +23,19 @@ import edit
 from edit import noise
 from edit.artifacts import card
 from edit.artifacts.checksums import accept
-from edit.artifacts.export import LORA_WEIGHTS
 from edit.artifacts.flux_single_file import from_original, original_config, read_original, to_original
+from edit.artifacts.lora import LORA_WEIGHTS
 from edit.backbones.flux import Flux, FluxConfig
-from edit.denoiser import Condition
-from edit.edits import Edit, describe
+from edit.denoiser import Edit
+from edit.edits import describe
 from edit.few_step.consistency import Consistency
 from edit.few_step.flow_map import IntervalInput
 from edit.few_step.policy import MixtureHead
 from edit.objectives import DDPM, FlowMatching
 from edit.pruning.depth import DepthPruning
-from edit.sampling import DDIMSolver, DPMSolver, Euler, Grid, Heun, Sampler, StockEuler, times
+from edit.sampling import Sampler
+from edit.solvers import DDIMSolver, DPMSolver, Euler, Grid, Heun, StockEuler, times
+from edit.stream import Condition
 from edit.tuning.lora import LoRA
 from recipes.cost import from_file
 from recipes.export import main as command

@@ -7,9 +7,9 @@ import edit
 from edit.attention.linear import LinearAttention, Linearised, features
 from edit.backbones.flux import FluxConfig
 from edit.backbones.qwen_image import QwenImageConfig
-from edit.denoiser import Condition, Layout
 from edit.edits import trains
 from edit.measuring.cost import macs
+from edit.stream import Condition, Layout
 from edit.tuning.lora import LoRA
 
 GRID = Layout(grid=(1, 3, 4), text_length=5)

@@ -20,9 +20,9 @@ import edit
 from edit.backbones.dit import DiT
 from edit.backbones.dit_diffusers import DiTDiffusers, DiTDiffusersConfig
 from edit.backbones.stock import attached
-from edit.denoiser import Branch, Condition, Forced
 from edit.objectives import DDPM
 from edit.pruning.depth import DepthPruning
+from edit.stream import Branch, Condition, Forced
 
 CONFIGS = Path(__file__).parents[2] / "configs/backbone"
 TINY = {

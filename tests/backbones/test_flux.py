@@ -12,11 +12,11 @@ from ranks import run_ranks
 import edit
 from edit.backbones.flux import Flux, FluxConfig, flux_shift
 from edit.backbones.stock import attached, latent_of, tokens_of
-from edit.denoiser import Branch, Condition, Forced, Step
-from edit.edits import Edit
+from edit.denoiser import Edit
 from edit.few_step.flow_map import IntervalInput
 from edit.pruning.depth import DepthPruning
 from edit.routing.elastic import Elastic
+from edit.stream import Branch, Condition, Forced, Step
 from edit.tuning.lora import LoRA
 from edit.tuning.td_lora import TDLoRA
 

@@ -20,9 +20,10 @@ from weights import randomise
 import edit
 from edit.backbones.pixart import PixArt, PixArtConfig
 from edit.backbones.stock import attached
-from edit.denoiser import Branch, Condition, Denoiser, Forced
+from edit.denoiser import Denoiser
 from edit.objectives import DDPM
 from edit.pruning.depth import DepthPruning
+from edit.stream import Branch, Condition, Forced
 
 CONFIGS = Path(__file__).parents[2] / "configs/backbone"
 TINY = {

@@ -12,10 +12,10 @@ from omegaconf import OmegaConf
 from weights import randomise
 
 import edit
-from edit.backbones.qwen_image import QwenImage, rope_table, turn
-from edit.backbones.stock import attached
-from edit.denoiser import Condition, Layout
+from edit.backbones.qwen_image import QwenImage, position_angles
+from edit.backbones.stock import attached, turn
 from edit.pruning.depth import DepthPruning
+from edit.stream import Condition, Layout
 
 CONFIGS = Path(__file__).parents[2] / "configs/backbone"
 TINY = {
@@ -109,13 +109,13 @@ def test_frames_are_positions_too():
 def test_positions_are_the_stock_table(grid):
     image, text = make_stock().pos_embed([[grid]], device=torch.device("cpu"), max_txt_seq_len=9)
     expected = torch.cat((text, image))
-    cos, sin = rope_table(grid, 9, (4, 6, 6), torch.device("cpu"))
+    cos, sin = position_angles(grid, 9, (4, 6, 6), torch.device("cpu"))
     # cosines and sines of the same fp32 angles from another routine
     torch.testing.assert_close(torch.complex(cos, sin), expected, rtol=0, atol=1e-6)
 
 
 def test_a_compiled_turn_is_the_same():
-    layout = Layout(grid=(1, 2, 3), rope=rope_table((1, 2, 3), 4, (4, 6, 6), torch.device("cpu")))
+    layout = Layout(grid=(1, 2, 3), rope=position_angles((1, 2, 3), 4, (4, 6, 6), torch.device("cpu")))
     q = torch.randn(2, 3, 10, 16)
     compiled = torch.compile(turn, backend="eager", fullgraph=True)(q, layout)
     torch.testing.assert_close(compiled, turn(q, layout), rtol=0, atol=1e-6)

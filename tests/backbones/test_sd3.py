@@ -14,9 +14,9 @@ from weights import randomise
 import edit
 from edit.backbones.sd3 import SD3, SD3Config
 from edit.backbones.stock import attached
-from edit.denoiser import Branch, Condition, Forced
 from edit.objectives import FlowMatching
 from edit.pruning.depth import DepthPruning
+from edit.stream import Branch, Condition, Forced
 from edit.tuning.lora import LoRA
 
 CONFIGS = Path(__file__).parents[2] / "configs/backbone"

@@ -30,8 +30,9 @@ from edit.backbones.pixart import PixArtConfig
 from edit.backbones.qwen_image import QwenImageConfig
 from edit.backbones.sd3 import SD3Config
 from edit.backbones.stock import tokens_of
-from edit.denoiser import Condition
-from edit.sampling import Euler, Sampler, StockEuler, default_sampler, tokens_in
+from edit.sampling import Sampler, default_sampler
+from edit.solvers import Euler, StockEuler, tokens_in
+from edit.stream import Condition
 from recipes.cost import from_file
 
 GROUPS = Path(__file__).parents[2] / "configs"

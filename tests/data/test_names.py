@@ -75,7 +75,7 @@ def printed(said: str) -> list[str]:
 def test_latents_of_any_name_are_made_read_and_named_in_a_command_that_finds_them(folder, vae, tmp_path, capsys, name):
     from data.precompute import main
     from data.sets.latents import Latents
-    from recipes.config.schema import register
+    from recipes.config.sources import register
 
     out = str(tmp_path / name)
     images = folder.rename(tmp_path / f"photos {name}")

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 
 import edit
-from edit.denoiser import Output
 from edit.distillation.attention import AttentionKD, MapKD, RelationKD, cosines
 from edit.distillation.guidance import TeacherGuidance
 from edit.distillation.pairs import same
 from edit.objectives import Pass, Ramp, wanted
 from edit.pruning.depth import DepthPruning
+from edit.stream import Output
 
 
 @pytest.mark.parametrize("term", [AttentionKD(same(0, 6)), RelationKD(same(0, 6))], ids=["attention", "relation"])

@@ -8,11 +8,11 @@ from torch.distributed.fsdp import fully_shard
 
 import edit
 from edit.backbones.dit import DiTConfig
-from edit.denoiser import Output
 from edit.distillation.features import FeatureKD, inliers
 from edit.distillation.pairs import interval_ends, same
 from edit.objectives import Pass, Ramp
 from edit.pruning.depth import DepthPruning
+from edit.stream import Output
 
 
 def tokens(student: torch.Tensor, teacher: torch.Tensor, progress: float = 0.0) -> Pass:

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from edit.denoiser import Condition
 from edit.distillation.guidance import TeacherGuidance
+from edit.stream import Condition
 
 SCALE = torch.tensor([1.0, 2.5, 7.0])
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import edit
-from edit.denoiser import Output
 from edit.distillation.intervals import IntervalKD, magnitude
 from edit.objectives import Pass, Ramp
 from edit.pruning.collapse import Collapse
+from edit.stream import Output
 
 
 def tokens(student: torch.Tensor, teacher: torch.Tensor) -> Pass:

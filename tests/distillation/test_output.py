@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from edit.denoiser import Output
 from edit.distillation.output import OutputKD, step_kl
 from edit.objectives import DDPM, FlowMatching, Pass, Ramp
+from edit.stream import Output
 
 
 def outputs(student: torch.Tensor, teacher: torch.Tensor, t: torch.Tensor, progress: float = 0.0) -> Pass:

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from data.decoder import Codec
-from edit.denoiser import Condition
 from edit.few_step.add import ADD, AGAIN, AGAIN_NOISE, NEAR
 from edit.few_step.discriminator import hinge_generator, hinge_real_fake
-from edit.few_step.method import Draws, Given, Roles, corrupt, mean
+from edit.few_step.roles import Draws, Given, Roles
 from edit.few_step.vision import Vision
-from edit.sampling import Euler, Grid
+from edit.paths import corrupt, mean
+from edit.solvers import Euler, Grid
+from edit.stream import Condition
 
 
 @pytest.fixture(scope="module")

@@ -6,21 +6,23 @@ import pytest
 import torch
 from torch import nn
 
-from edit.denoiser import Condition
 from edit.edits import describe, rebuild
 from edit.few_step.combined import Combined, Parts
 from edit.few_step.distribution_matching import DistributionMatching
 from edit.few_step.ladd import LADD
-from edit.few_step.method import Draws, Given, Matching, Roles, mean
+from edit.few_step.method import FewStepMethod
 from edit.few_step.progressive import Progressive
+from edit.few_step.roles import Draws, Given, Roles
 from edit.few_step.trig import SCM
 from edit.few_step.vision import Vision
 from edit.objectives import Ramp
-from edit.sampling import Euler, Grid
+from edit.paths import mean
+from edit.solvers import Euler, Grid
+from edit.stream import Condition
 
 
 @dataclass(frozen=True)
-class Scaled(Matching):
+class Scaled(FewStepMethod):
     """|e^u v - noise|^2 with a learned u: a method with parameters and no turn but the student's."""
 
     needs_teacher: bool = False

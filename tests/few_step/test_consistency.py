@@ -8,9 +8,10 @@ from analytic import STD, flow, given, jump, roles, velocity
 from torch import nn
 
 from edit.few_step.consistency import Consistency, PhasedConsistency, TruncatedConsistency
-from edit.few_step.method import column, mean, pseudo_huber
+from edit.few_step.method import pseudo_huber
 from edit.objectives import FlowMatching
-from edit.sampling import Euler, Grid, Heun, times
+from edit.paths import column, mean
+from edit.solvers import Euler, Grid, Heun, times
 
 ALL = (Consistency(average=False), PhasedConsistency(), TruncatedConsistency())
 
@@ -328,7 +329,7 @@ def test_a_sample_s_loss_depends_on_its_number_alone(method):
 
 FOUR = (1.0, 0.75, 0.5, 0.25)
 SOLVERS = {
-    "sampler.solver to edit.sampling.Grid with renoise=true": [
+    "sampler.solver to edit.solvers.Grid with renoise=true": [
         (Consistency(), Euler(4)),
         (Consistency(), Grid(FOUR)),
         (TruncatedConsistency(), Grid((1.0, 0.75))),

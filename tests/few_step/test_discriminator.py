@@ -9,14 +9,14 @@ from torch import nn
 from edit.few_step.discriminator import (
     Heads,
     approximate_r1,
-    grid,
     hinge_generator,
     hinge_real_fake,
     judge,
     softplus_generator,
     softplus_real_fake,
+    token_grid,
 )
-from edit.few_step.method import Roles
+from edit.few_step.roles import Roles
 
 
 def roles_of(denoiser, taps) -> Roles:
@@ -132,11 +132,11 @@ def test_samples_are_judged_one_by_one():
 
 
 def test_the_grid_follows_from_the_number_of_tokens():
-    assert grid(16, (8, 8)) == (4, 4) and grid(24, (8, 12)) == (4, 6) and grid(64, (8, 8)) == (8, 8)
+    assert token_grid(16, (8, 8)) == (4, 4) and token_grid(24, (8, 12)) == (4, 6) and token_grid(64, (8, 8)) == (8, 8)
     with pytest.raises(ValueError, match="15 tokens do not cover 8 x 8"):
-        grid(15, (8, 8))
+        token_grid(15, (8, 8))
     with pytest.raises(ValueError, match="65 tokens"):
-        grid(65, (8, 8))
+        token_grid(65, (8, 8))
 
 
 def test_heads_are_built_on_the_meta_device(flux):

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from edit.denoiser import Condition
 from edit.few_step.distribution_matching import DistributionMatching, capped, direction, rollout
-from edit.few_step.divergence import DIVERGENCES, Judge
-from edit.few_step.method import Draws, Given, Roles, column, move
+from edit.few_step.divergence import DIVERGENCES, WeighedHeads
+from edit.few_step.roles import Draws, Given, Roles
 from edit.objectives import DDPM, LogitNormal, Shifted
-from edit.sampling import Euler, Grid
+from edit.paths import column, move
+from edit.solvers import Euler, Grid
+from edit.stream import Condition
 
 STEPS = (1.0, 0.75, 0.5, 0.25)
 
@@ -396,7 +397,7 @@ def test_weights_of_the_divergences_are_those_of_the_table():
 
 
 def test_weights_have_mean_one_at_each_noise_level_and_remember_it():
-    judge = Judge(nn.Identity(), levels=2, momentum=0.5)
+    judge = WeighedHeads(nn.Identity(), levels=2, momentum=0.5)
     t = torch.tensor([0.1, 0.2, 0.9])
     assert judge.normalised(torch.tensor([1.0, 3.0, 8.0]), t).tolist() == [0.5, 1.5, 1.0]
     # the second level is not seen here and keeps its mean; the first one's is now (2 + 6) / 2
@@ -408,7 +409,7 @@ def test_a_divergence_weighs_samples_by_what_the_heads_say_of_them():
     """Heads that are sure of the first sample: forward KL counts it more, and no other ratio than the clipped one."""
     logits = torch.tensor([[9.0], [0.0], [0.0]])
     method = DistributionMatching(taps=(0,), divergence="forward_kl", ratio=4.0)
-    weight = method.weight(logits, torch.full((3,), 0.5), Judge(nn.Identity()))
+    weight = method.weight(logits, torch.full((3,), 0.5), WeighedHeads(nn.Identity()))
     assert weight.tolist() == [2.0, 0.5, 0.5]  # 4, 1, 1 over their mean
 
 

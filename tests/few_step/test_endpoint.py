@@ -5,8 +5,8 @@ import torch
 from analytic import STD, flow, given, jump, roles, velocity
 
 from edit.few_step.endpoint import CachedEndpoint, Endpoint
-from edit.few_step.method import column
-from edit.sampling import Euler, Grid, Heun, times
+from edit.paths import column
+from edit.solvers import Euler, Grid, Heun, times
 
 
 def data_free(count: int = 8, first: int = 0, shape=(1, 2, 2), **condition):

@@ -11,10 +11,11 @@ from torch import nn
 from edit.few_step.discriminator import square_generator, square_real_fake
 from edit.few_step.distribution_matching import direction
 from edit.few_step.flash import LEAST, NOISE, Flash
-from edit.few_step.method import Roles, column, corrupt, mean
-from edit.few_step.vision import Vision, distance
+from edit.few_step.roles import Roles
+from edit.few_step.vision import Vision, feature_distance
 from edit.objectives import Ramp
-from edit.sampling import Grid
+from edit.paths import column, corrupt, mean
+from edit.solvers import Grid
 
 
 class Linear(nn.Module):
@@ -135,7 +136,7 @@ def test_the_distance_can_be_that_of_pictures(tmp_path):
     x_t, t = method.begin(batch)
     x, target = method.generate(roles, batch, x_t, t), method.solve(roles, batch, x_t, t)
     found = method.student_losses(roles, batch)["distill"]
-    torch.testing.assert_close(found, distance(eye(x), eye(target)))
+    torch.testing.assert_close(found, feature_distance(eye(x), eye(target)))
     shift = torch.zeros(3, requires_grad=True)
     shifted = replace(roles, student=lambda x_t, t, c: 0.5 * x_t + column(shift, x_t))
     method.student_losses(shifted, batch)["distill"].sum().backward()

@@ -12,15 +12,16 @@ from edit.backbones.dit_diffusers import DiTDiffusersConfig
 from edit.backbones.pixart import PixArtConfig
 from edit.backbones.qwen_image import QwenImageConfig
 from edit.backbones.sd3 import SD3Config
-from edit.denoiser import Condition
 from edit.edits import describe, rebuild
 from edit.few_step.flow_map import IntervalInput, derivative, mean_velocity, need_interval
 from edit.few_step.mean_flow import MeanFlow
-from edit.few_step.method import Draws, Given, Roles
+from edit.few_step.roles import Draws, Given, Roles
 from edit.few_step.shortcut import Shortcut
 from edit.few_step.trig import SCM, LossWeight
 from edit.objectives import FlowMatching
-from edit.sampling import DDPMSolver, Euler, EulerMaruyama, Grid, Heun, Sampler
+from edit.sampling import Sampler
+from edit.solvers import DDPMSolver, Euler, EulerMaruyama, Grid, Heun
+from edit.stream import Condition
 from edit.tuning.lora import LoRA
 
 HEADS = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from edit.denoiser import Condition
 from edit.few_step.discriminator import Heads
 from edit.few_step.ladd import LADD
-from edit.few_step.method import Draws, Given, Roles, corrupt, mean
-from edit.sampling import Euler, Grid, Heun
+from edit.few_step.roles import Draws, Given, Roles
+from edit.paths import corrupt, mean
+from edit.solvers import Euler, Grid, Heun
+from edit.stream import Condition
 
 
 def given_of(x, condition=None, progress=1.0, seed=0) -> Given:

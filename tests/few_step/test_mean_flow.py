@@ -6,11 +6,12 @@ from analytic import average, roles
 from weights import randomise
 
 import edit
-from edit.denoiser import Condition
 from edit.few_step.flow_map import IntervalInput
 from edit.few_step.mean_flow import MeanFlow
-from edit.few_step.method import Draws, Given, corrupt
+from edit.few_step.roles import Draws, Given
 from edit.objectives import Uniform
+from edit.paths import corrupt
+from edit.stream import Condition
 
 SHAPE = (1, 2, 2)
 

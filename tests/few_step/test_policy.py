@@ -10,11 +10,13 @@ from torch import Tensor
 
 import edit
 from edit.artifacts.checkpoint import load, save
-from edit.denoiser import Condition, Output
-from edit.few_step.method import Draws, Given, Roles, corrupt
 from edit.few_step.policy import MixtureHead, Policy, PolicyImitation, PolicySolver, segments
+from edit.few_step.roles import Draws, Given, Roles
 from edit.objectives import FlowMatching, shift_times
-from edit.sampling import Euler, Sampler
+from edit.paths import corrupt
+from edit.sampling import Sampler
+from edit.solvers import Euler
+from edit.stream import Condition, Output
 from edit.tuning.lora import LoRA
 
 SHAPE = (2, 4, 4)

@@ -2,10 +2,10 @@ import pytest
 import torch
 from analytic import STD, given, roles, velocity
 
-from edit.few_step.method import column, corrupt, mean, move
 from edit.few_step.progressive import Progressive
 from edit.objectives import DDPM
-from edit.sampling import Euler, Grid, Heun, times
+from edit.paths import column, corrupt, mean, move
+from edit.solvers import Euler, Grid, Heun, times
 
 
 def slope(x_t, t, condition=None):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from analytic import STD, given, roles, velocity
 
-from edit.few_step.method import column
 from edit.few_step.reflow import CachedReflow, Reflow
 from edit.objectives import LogitNormal
-from edit.sampling import Euler, Grid, Heun, times
+from edit.paths import column
+from edit.solvers import Euler, Grid, Heun, times
 
 
 def straight(end: float):

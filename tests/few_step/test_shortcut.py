@@ -3,10 +3,11 @@ import torch
 from analytic import average, roles
 
 import edit
-from edit.denoiser import Condition
 from edit.few_step.flow_map import IntervalInput
-from edit.few_step.method import Draws, Given, corrupt
+from edit.few_step.roles import Draws, Given
 from edit.few_step.shortcut import Shortcut
+from edit.paths import corrupt
+from edit.stream import Condition
 
 SHAPE = (1, 2, 2)
 

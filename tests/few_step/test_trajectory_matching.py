@@ -3,10 +3,11 @@ import math
 import pytest
 import torch
 
-from edit.denoiser import Condition
-from edit.few_step.method import Draws, Given, Roles, column
+from edit.few_step.roles import Draws, Given, Roles
 from edit.few_step.trajectory_matching import TrajectoryMatching, renoise
-from edit.sampling import Euler, Grid
+from edit.paths import column
+from edit.solvers import Euler, Grid
+from edit.stream import Condition
 
 
 def given(count=3, shape=(4, 8, 8), moment=0) -> Given:

@@ -4,10 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from edit.denoiser import Condition
-from edit.few_step.method import Draws, Given, Roles, corrupt
+from edit.few_step.roles import Draws, Given, Roles
 from edit.few_step.trig import SCM, LossWeight, from_trig, to_trig, trig_velocity
-from edit.sampling import Euler, Grid, Heun
+from edit.paths import corrupt
+from edit.solvers import Euler, Grid, Heun
+from edit.stream import Condition
 
 SHAPE, SIGMA = (1, 4, 4), 0.5
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from data.decoder import Codec
-from edit.denoiser import Condition
 from edit.few_step.discriminator import hinge_generator, hinge_real_fake
 from edit.few_step.distribution_matching import DistributionMatching
-from edit.few_step.method import Draws, Given, Roles
-from edit.few_step.vision import Vision, cropped, distance, late
+from edit.few_step.roles import Draws, Given, Roles
+from edit.few_step.vision import Vision, cropped, feature_distance, late
+from edit.stream import Condition
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_heads_hear_the_pooled_text_where_there_is_one_and_it_is_asked_for(visio
 def test_the_distance_forgets_lengths_and_is_two_between_what_has_nothing_in_common():
     a, b = torch.zeros(1, 5, 4), torch.zeros(1, 5, 4)
     a[..., 0], b[..., 1] = 3.0, 0.5
-    assert distance({"unit.0": a, "unit.1": a}, {"unit.0": 7 * a, "unit.1": b}).item() == pytest.approx(
+    assert feature_distance({"unit.0": a, "unit.1": a}, {"unit.0": 7 * a, "unit.1": b}).item() == pytest.approx(
         1.0
     )  # (0 + 2) / 2
 

@@ -13,14 +13,15 @@ import pytest
 import edit
 from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig
+from edit.denoiser import Edit
 from edit.distillation.attention import AttentionKD, MapKD, RelationKD
 from edit.distillation.features import FeatureKD
 from edit.distillation.guidance import TeacherGuidance
 from edit.distillation.intervals import IntervalKD
-from edit.edits import Edit, rebuild
+from edit.edits import rebuild
 from edit.few_step.add import ADD
 from edit.few_step.combined import Combined
-from edit.few_step.method import Matching
+from edit.few_step.method import FewStepMethod
 from edit.few_step.policy import PolicySolver
 from edit.few_step.progressive import Progressive
 from edit.few_step.vision import Vision
@@ -28,10 +29,11 @@ from edit.inputs.limits import hint_of
 from edit.objectives import DDPM, LogitNormal, Objective, Ramp, Shifted, Term
 from edit.pruning.collapse import Collapse
 from edit.pruning.width import TextFeedForwardLinear
-from edit.sampling import Euler, EulerMaruyama, Sampler, Solver, StockEuler
+from edit.sampling import Sampler
+from edit.solvers import Euler, EulerMaruyama, Solver, StockEuler
 from edit.tuning.lora import LoRA
 
-FAMILIES = (Edit, Matching, Objective, Solver, Term)
+FAMILIES = (Edit, FewStepMethod, Objective, Solver, Term)
 OTHERS = (LogitNormal, Shifted, Ramp, Sampler, TeacherGuidance, Vision)
 NEEDED = {  # of those that cannot do without a setting
     ADD: {"vision": Vision("eye")},
@@ -138,4 +140,4 @@ def test_no_guidance_and_whole_numbers_where_numbers_are_wanted_are_fine():
 
 def test_an_artifact_cannot_bring_such_numbers_in():
     with pytest.raises(ValueError, match="Euler: shift must be a finite number, got nan"):
-        rebuild({"_target_": "edit.sampling.Euler", "shift": nan})
+        rebuild({"_target_": "edit.solvers.Euler", "shift": nan})

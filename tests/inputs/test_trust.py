@@ -20,16 +20,17 @@ from data.sets.digits import Digits
 from data.sets.image_folder import ImageFolder
 from data.sets.image_shards import ImageShards
 from data.split import Splits, opened
-from edit.artifacts import checkpoint
-from edit.denoiser import Spec
-from edit.edits import Edit, describe, rebuild
-from edit.few_step.method import Matching
+from edit.artifacts.description import edits_of
+from edit.denoiser import Edit, Spec
+from edit.edits import describe, rebuild
+from edit.few_step.method import FewStepMethod
 from edit.inputs import trust
 from edit.objectives import FlowMatching, Objective, Ramp, Term
-from edit.sampling import Euler, Sampler, Solver
-from recipes.config.schema import UserError
+from edit.sampling import Sampler
+from edit.solvers import Euler, Solver
+from recipes.config.errors import UserError
 from recipes.cost import main as cost
-from recipes.report.evaluate import build_data
+from recipes.data_set import build_data
 
 
 @dataclass
@@ -150,10 +151,10 @@ NESTED = {
         "solver": {"_target_": "edit.artifacts.export.main"},
     },
     "in a list": {"_target_": "edit.sampling.Sampler", "interval": [describe(Ramp(1.0)), 1.0]},
-    "an unknown argument": {"_target_": "edit.sampling.Sampler", "solver": {"_target_": "edit.sampling.Euler", "x": 1}},
+    "an unknown argument": {"_target_": "edit.sampling.Sampler", "solver": {"_target_": "edit.solvers.Euler", "x": 1}},
     "an argument without a name": {"_target_": "edit.sampling.Sampler", "_args_": [1]},
     "a solver that is a number": {"_target_": "edit.sampling.Sampler", "interval": 3},
-    "not a section": {"solver": {"_target_": "edit.sampling.Euler"}},
+    "not a section": {"solver": {"_target_": "edit.solvers.Euler"}},
 }
 
 
@@ -188,7 +189,7 @@ def test_a_class_that_has_moved_is_found_under_its_old_path():
     assert rebuild(old, kind=Objective) == FlowMatching(time=import_module("edit.objectives").Uniform())
 
 
-KINDS = (Edit, Objective, Sampler, Solver, Term, Matching, Ramp)
+KINDS = (Edit, Objective, Sampler, Solver, Term, FewStepMethod, Ramp)
 
 
 def ours(package, kinds) -> list[type]:
@@ -401,4 +402,4 @@ def test_the_default_of_an_old_artifact_is_as_it_was(artifact):
     """Nothing that is written today is refused tomorrow: what `save` writes comes back."""
     got = edit.load(artifact)
     assert isinstance(build_data(got), Digits) and isinstance(got.sampler, Sampler)
-    assert checkpoint.edits_of(artifact) == [] and got.sampler.solver == Euler(50)
+    assert edits_of(artifact) == [] and got.sampler.solver == Euler(50)

@@ -12,23 +12,11 @@ from torch import nn
 
 import edit
 from edit.backbones.dit import DiTConfig
-from edit.denoiser import Denoiser
-from edit.edits import Edit
-from edit.measuring.cost import (
-    Spread,
-    _Reads,
-    cost,
-    count_forward,
-    latency,
-    macs,
-    mfu,
-    peak_flops,
-    peak_memory,
-    ratio,
-    twin,
-)
+from edit.denoiser import Denoiser, Edit
+from edit.measuring.cost import _Reads, cost, count_forward, macs, twin
 from edit.pruning.depth import DepthPruning
-from edit.sampling import DDIMSolver, Euler, Heun, Sampler
+from edit.sampling import Sampler
+from edit.solvers import DDIMSolver, Euler, Heun
 from recipes.cost import main, show
 
 # methods/sit-dit-baseline.md: width, depth, heads, GMACs of the blocks at 256 px for patches 2, 4, 8
@@ -176,52 +164,6 @@ def test_a_twin_has_the_structure_and_no_weights(make_dit):
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def test_quartiles_are_those_of_the_values():
-    assert Spread.of([4.0, 1.0, 3.0, 2.0, 5.0]) == Spread(median=3.0, low=2.0, high=4.0, count=5)
-
-
-def test_latency_times_each_round_after_the_warm_up():
-    calls = []
-    spread = latency(lambda: calls.append(0), rounds=7, warmup=2)
-    assert len(calls) == 9 and spread.count == 7 and 0 < spread.low <= spread.median <= spread.high
-
-
-def test_the_ratio_says_how_many_times_faster_the_first_is():
-    small, large = torch.randn(64, 64), torch.randn(512, 512)  # 512 times the work
-    assert ratio(lambda: small @ small, lambda: large @ large, rounds=5).median > 5
-    assert ratio(lambda: large @ large, lambda: small @ small, rounds=5).median < 0.2
-
-
-def test_the_peak_is_the_most_bytes_alive_at_once():
-    x = torch.randn(1000)  # 4000 bytes
-
-    def run():
-        y = x + 1  # 8000 alive with x
-        z = y * 2  # 12000
-        del y  # 8000
-        return z.view(10, 100) - 1  # 12000: a view is no new memory
-
-    assert peak_memory(run, resident=[x]) == 12_000
-    assert peak_memory(run) == 12_000  # what is read counts too
-    assert peak_memory(run, resident=[x, torch.zeros(500)]) == 14_000
-
-
-def test_training_keeps_activations_that_inference_frees():
-    model = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(64, 64), nn.SiLU())))
-    x = torch.randn(256, 64)
-
-    def inference():
-        with torch.no_grad():
-            model(x)
-
-    size = x.numel() * 4
-    weights = sum(p.numel() for p in model.parameters()) * 4
-    # the sequence of calls holds an input and an output at a time, beside x itself
-    assert peak_memory(inference, resident=[x, *model.parameters()]) == weights + 3 * size
-    trained = peak_memory(lambda: model(x).sum().backward(), resident=[x, *model.parameters()])
-    assert trained > weights + 12 * size  # each of the twelve layers has kept one
-
-
 def test_measuring_reports_time_and_memory_beside_the_counts(dit):
     measured = cost(dit, Sampler(Euler(2)), batch=2, rounds=3)
     assert measured.forward and measured.generation and measured.peak_memory
@@ -236,34 +178,6 @@ def test_nothing_can_be_timed_on_the_meta_device():
         denoiser = DiTConfig(input_size=8, hidden_size=32, depth=1, num_heads=4).build()
     with pytest.raises(ValueError, match="meta device"):
         cost(denoiser, rounds=1)
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA B200", 2250e12),
-        ("NVIDIA L40S", 362e12),
-        ("NVIDIA L4", 121e12),
-        ("NVIDIA GeForce RTX 4090", 165.2e12),
-        ("NVIDIA GeForce RTX 4090 D", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", None),
-        ("NVIDIA A10G", None),
-        ("Tesla V100-SXM2-32GB", None),
-        ("cpu", None),
-    ],
-)
-def test_peaks_are_known_by_device_name_or_not_at_all(name, peak):
-    assert peak_flops(name) == peak
-
-
-def test_mfu_is_the_share_of_the_peak():
-    assert mfu(31.2e12, 0.2, "NVIDIA A100-SXM4-80GB") == pytest.approx(0.5)
-    assert mfu(1.0, 1.0, "cpu") is None
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

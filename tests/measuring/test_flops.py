@@ -11,9 +11,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.flop_counter import flop_registry
 
 from edit.denoiser import Denoiser
-from edit.measuring.cost import Cost, Uncounted, cost, count_forward
-from edit.measuring.flops import FORMULAS, Flops, uncounted
-from edit.sampling import Euler, Sampler
+from edit.measuring.cost import Cost, cost, count_forward
+from edit.measuring.flops import FORMULAS, Flops, Uncounted, uncounted
+from edit.sampling import Sampler
+from edit.solvers import Euler
 
 B, H, N, M, E = 2, 3, 256, 128, 16
 WHOLE = 2 * 2 * B * H * N * M * E  # two products of N M E multiply-adds

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from data.sets.digits import Digits
-from edit.denoiser import Condition
 from edit.measuring.quality import (
     Gaussian,
     Judge,
@@ -24,7 +23,9 @@ from edit.measuring.quality import (
     train_judge,
 )
 from edit.objectives import FlowMatching
-from edit.sampling import Euler, Sampler
+from edit.sampling import Sampler
+from edit.solvers import Euler
+from edit.stream import Condition
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import torch
 
 import edit
 from edit.backbones.flux import FluxConfig
-from edit.denoiser import Condition
 from edit.pruning.collapse import Collapse
 from edit.pruning.depth import DepthPruning
+from edit.stream import Condition
 from edit.tuning.guidance import FixedGuidance, GuidanceInput
 
 

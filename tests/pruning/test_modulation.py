@@ -8,9 +8,9 @@ from torch import nn
 
 import edit
 from edit.backbones.flux import FluxConfig
-from edit.denoiser import Condition
 from edit.pruning.depth import DepthPruning
 from edit.pruning.modulation import ModulationApproximator, Scalars, Slots, Taught, modulated
+from edit.stream import Condition
 from edit.tuning.guidance import FixedGuidance, GuidanceInput
 
 SLOTS = 3 * 4 + 12 * 3 + 2  # of the fixture: 4 single and 3 double units

@@ -4,7 +4,7 @@ import torch
 from edit.backbones.flux import FluxConfig
 from edit.backbones.sd3 import SD3Config
 from edit.distillation.pairs import TINYFUSION_D19
-from edit.pruning.patterns import aligned, groups_of, options, segments
+from edit.pruning.patterns import aligned, groups_of, options, runs_of_one_kind
 
 
 @pytest.mark.parametrize("n, m, count", [(1, 2, 2), (2, 4, 6), (3, 4, 4), (7, 14, 3432), (1, 1, 1)])
@@ -55,9 +55,9 @@ def test_no_group_has_units_of_two_kinds_and_the_rest_of_a_kind_stays():
 
 def test_kinds_of_units_are_found_without_weights():
     with torch.device("meta"):
-        assert segments(FluxConfig().build()) == (19, 38)
+        assert runs_of_one_kind(FluxConfig().build()) == (19, 38)
         sd3 = SD3Config(num_layers=3, attention_head_dim=8, num_attention_heads=2).build()
-    assert segments(sd3) == (2, 1)  # the last one puts out no text
+    assert runs_of_one_kind(sd3) == (2, 1)  # the last one puts out no text
 
 
 def test_the_alignment_rule_gives_every_published_table():

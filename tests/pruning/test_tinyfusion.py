@@ -12,12 +12,13 @@ from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig
 from edit.backbones.pixart import PixArtConfig
 from edit.backbones.sd3 import SD3Config
-from edit.denoiser import Condition, Denoiser
+from edit.denoiser import Denoiser
 from edit.measuring.cost import macs
 from edit.pruning.depth import DepthPruning
 from edit.pruning.importance import starts
 from edit.pruning.patterns import options
 from edit.pruning.tinyfusion import MASK, Gates, TinyFusion
+from edit.stream import Condition
 from edit.tuning.lora import LoRA
 
 

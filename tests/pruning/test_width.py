@@ -12,10 +12,10 @@ from edit.backbones.flux import FluxConfig
 from edit.backbones.pixart import PixArtConfig
 from edit.backbones.qwen_image import QwenImageConfig
 from edit.backbones.sd3 import SD3Config
-from edit.denoiser import Condition
 from edit.edits import trains
 from edit.measuring.cost import macs
 from edit.pruning.width import FeedForwardWidth, TextFeedForwardLinear, feed_forwards, linearised
+from edit.stream import Condition
 from edit.tuning.lora import LoRA
 
 HEADS = {"attention_head_dim": 8, "num_attention_heads": 4}

@@ -10,8 +10,8 @@ from ranks import run_ranks
 from small_runs import SMALL, TWO_RANKS, config, losses, rows, train
 
 import edit
-from edit.edits import Edit
-from recipes.config.schema import UserError
+from edit.denoiser import Edit
+from recipes.config.errors import UserError
 from recipes.runtime.callbacks import newest
 
 MATCHING = "matching={_target_: edit.few_step.distribution_matching.DistributionMatching, every: 2}"

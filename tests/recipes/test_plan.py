@@ -14,8 +14,8 @@ from edit.few_step.distribution_matching import DistributionMatching
 from edit.few_step.endpoint import CachedEndpoint
 from edit.few_step.ladd import LADD
 from edit.few_step.progressive import Progressive
-from edit.measuring.cost import peak_memory
 from edit.measuring.probe import Probe
+from edit.measuring.timing import peak_memory
 from edit.measuring.turns import Call, Turn, turns
 from edit.tuning.lora import LoRA
 from recipes import plan as planning

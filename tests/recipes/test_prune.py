@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from weights import randomise
 
 import edit
-from edit.artifacts.checkpoint import WEIGHTS
+from edit.artifacts.weights import WEIGHTS
 from edit.backbones.dit import DiTConfig
 from edit.pruning.tinyfusion import TinyFusion
 from edit.tuning.lora import LoRA

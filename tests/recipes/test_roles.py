@@ -9,7 +9,7 @@ from small_runs import losses, rows, train, train_ranks
 from weights import randomise
 
 from edit.distillation.guidance import TeacherGuidance
-from recipes.config.schema import UserError
+from recipes.config.errors import UserError
 from recipes.roles import Teacher
 
 OUTPUT = "+terms.kd._target_=edit.distillation.output.OutputKD"
@@ -244,7 +244,7 @@ def run_text(folder, *words):
     from hydra import compose, initialize_config_dir
     from small_runs import CONFIGS
 
-    from recipes.config.schema import register
+    from recipes.config.sources import register
     from recipes.training import run
 
     register()

@@ -17,13 +17,13 @@ from weights import randomise
 
 import edit
 from edit import noise
-from edit.denoiser import Condition
 from edit.objectives import FlowMatching, Ramp
 from edit.routing.dydit import DyDiT
 from edit.routing.elastic import Elastic
+from edit.stream import Condition
 from edit.tuning.td_lora import TDLoRA
 from recipes import stages
-from recipes.config.schema import UserError
+from recipes.config.errors import UserError
 from recipes.diffusion import Diffusion
 from recipes.recipe import local
 from recipes.report.routing_map import Decisions

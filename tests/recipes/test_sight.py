@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_runs import config, losses, train
 
-from recipes.config.schema import UserError
+from recipes.config.errors import UserError
 from recipes.plan import Request, calls_of, draft_of
 from recipes.runtime.callbacks import newest
 

@@ -18,7 +18,7 @@ from ranks import run_ranks
 from small_runs import config, rows
 
 from data.names import setting
-from recipes.config.schema import UserError
+from recipes.config.errors import UserError
 from recipes.stages import LAUNCHER, launched, run_after, run_before, shared
 
 RECORD = """

@@ -11,7 +11,7 @@ from weights import randomise
 
 import edit
 from edit.backbones.flux import Flux
-from recipes.config.schema import UserError
+from recipes.config.errors import UserError
 
 EXPERIMENT = "experiment=flux_tiny/endpoint_cached"
 TINY = ("backbone.num_layers=1", "backbone.num_single_layers=1")

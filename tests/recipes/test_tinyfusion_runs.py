@@ -16,8 +16,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import edit
 from edit.backbones.dit import DiTConfig
-from edit.denoiser import Condition
 from edit.pruning.tinyfusion import Gates, TinyFusion
+from edit.stream import Condition
 from recipes import prune, stages
 from recipes.recipe import local
 from recipes.roles import shard

@@ -11,10 +11,10 @@ from ranks import run_ranks
 from small_runs import TWO_RANKS, losses, rows, train, train_ranks
 
 import edit
-from edit.denoiser import Condition
-from edit.edits import Edit
+from edit.denoiser import Edit
 from edit.objectives import Term
-from recipes.config.schema import UserError
+from edit.stream import Condition
+from recipes.config.errors import UserError
 from recipes.runtime.callbacks import newest
 
 

@@ -7,8 +7,8 @@ from families import difference, family, walk
 from ranks import run_ranks
 from torch import Tensor
 
-from edit.denoiser import Layout, Stream
-from edit.routing.batches import grouped, mean_over_ranks, rows_on, run_grouped, take
+from edit.routing.batches import by_key, mean_over_ranks, rows_on, run_grouped, take
+from edit.stream import Layout, Stream
 
 
 def stream_of(count: int, text: bool = True) -> Stream:
@@ -31,8 +31,8 @@ def last(text: Tensor | None, key: int) -> Tensor | None:
 
 
 def test_groups_keep_their_order():
-    assert grouped([2, None, 2, 1, None]) == {2: [0, 2], None: [1, 4], 1: [3]}
-    assert grouped([]) == {}
+    assert by_key([2, None, 2, 1, None]) == {2: [0, 2], None: [1, 4], 1: [3]}
+    assert by_key([]) == {}
 
 
 @pytest.mark.parametrize("keys", [(1, None, 2, 1, None), (3, 3, 3, 3, 3), (None,) * 5, (5, 4, 3, 2, 1)])
@@ -45,7 +45,7 @@ def test_grouped_is_one_by_one_and_without_a_key_bit_for_bit_as_before(keys, tex
         return shift(key, part)
 
     after = run_grouped(stream, keys, run)
-    assert sorted(calls) == sorted((k, len(v)) for k, v in grouped(keys).items() if k is not None)
+    assert sorted(calls) == sorted((k, len(v)) for k, v in by_key(keys).items() if k is not None)
     for i, key in enumerate(keys):
         alone = take(stream, torch.tensor([i]))
         wanted = alone if key is None else shift(key, alone)

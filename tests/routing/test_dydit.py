@@ -15,14 +15,16 @@ from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig, SingleUnit
 from edit.backbones.pixart import PixArtConfig
 from edit.backbones.stock import attached
-from edit.denoiser import Condition, Denoiser, Step, residual
-from edit.edits import Edit
+from edit.denoiser import Denoiser, Edit
 from edit.few_step.flow_map import IntervalInput
 from edit.measuring.flops import Flops
 from edit.objectives import DDPM, FlowMatching, Ramp
-from edit.routing.dydit import PLAN, RATIO, TOKENS, WIDTHS, DyDiT, Logits, Routed, Routers, TokenRouter, work
+from edit.routing.dydit import PLAN, RATIO, DyDiT, Routed
+from edit.routing.dydit_routers import TOKENS, WIDTHS, DyDiTRouters, Logits, TokenRouter, work
 from edit.routing.slices import Narrow
-from edit.sampling import Euler, Sampler
+from edit.sampling import Sampler
+from edit.solvers import Euler
+from edit.stream import Condition, Step, residual
 from edit.tuning.lora import LoRA
 from recipes.roles import units_of
 
@@ -62,9 +64,9 @@ def inputs(family: str, b: int = 4) -> tuple[Tensor, Tensor, Condition]:
     return x, t, Condition(label=torch.tensor([0, 3, 9, 10])[:b])
 
 
-def own_of(denoiser: Denoiser) -> Routers:
+def own_of(denoiser: Denoiser) -> DyDiTRouters:
     own = denoiser.edits["dydit"]
-    assert isinstance(own, Routers)
+    assert isinstance(own, DyDiTRouters)
     return own
 
 
@@ -334,7 +336,7 @@ def test_widths_depend_on_time_alone_and_tokens_on_what_they_hold(family):
 
 @pytest.mark.parametrize("temperature", [1.0, 5.0])
 def test_a_draw_is_open_as_often_as_the_sigmoid_says_whatever_the_temperature(temperature):
-    own = Routers((), 4, None, None, temperature)
+    own = DyDiTRouters((), 4, None, None, temperature)
     for z in (0.7, -1.5):
         drawn = own.opened(torch.full((1_000_000,), z))
         # a million draws: a standard deviation of at most 5e-4

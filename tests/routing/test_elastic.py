@@ -24,13 +24,15 @@ from edit.backbones.flux import FluxConfig
 from edit.backbones.pixart import PixArtConfig
 from edit.backbones.qwen_image import QwenImageConfig
 from edit.backbones.sd3 import SD3Config
-from edit.denoiser import Condition, Denoiser, Routing, Step, Stream, Unit
+from edit.denoiser import Denoiser, Unit
 from edit.measuring.cost import count_forward, macs
 from edit.objectives import FlowMatching, Ramp
 from edit.pruning.modulation import ModulationApproximator
 from edit.routing.dydit import DyDiT
-from edit.routing.elastic import GATE, WIDTH, Elastic, ElasticUnit, Residuals, Router, Routers, forced, stacked
-from edit.sampling import Euler, Sampler
+from edit.routing.elastic import GATE, WIDTH, Elastic, ElasticRouters, ElasticUnit, Residuals, Router, forced, stacked
+from edit.sampling import Sampler
+from edit.solvers import Euler
+from edit.stream import Condition, Routing, Step, Stream
 from edit.tuning.lora import LoRA
 from edit.tuning.td_lora import TDLoRA
 
@@ -74,15 +76,15 @@ def elastic(denoiser: Denoiser, **options) -> Denoiser:
     return edit.apply(denoiser, {"elastic": Elastic(router=16, **options)})
 
 
-def routers_of(denoiser: Denoiser) -> Routers:
+def routers_of(denoiser: Denoiser) -> ElasticRouters:
     own = denoiser.edits["elastic"]
-    assert isinstance(own, Routers)
+    assert isinstance(own, ElasticRouters)
     return own
 
 
 @torch.no_grad()
 def stirred(denoiser: Denoiser, family: str = "dit") -> Denoiser:
-    """Routers that decide otherwise for each sample: modulated by the condition, logits of size 1 around 0."""
+    """ElasticRouters that decide otherwise for each sample: modulated by the condition, logits of size 1 around 0."""
     generator, seen = torch.Generator().manual_seed(3), {}
     for router in routers_of(denoiser):
         assert isinstance(router, Router) and router.width is not None

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import edit
-from edit.denoiser import Routing
 from edit.routing.slices import (
     MaskedFeed,
     MaskedHeads,
@@ -19,12 +18,13 @@ from edit.routing.slices import (
     Part,
     heads,
     hidden,
-    joined,
+    joined_pieces,
     narrowed,
     number_of_heads,
     taken,
     variant,
 )
+from edit.stream import Routing
 from edit.tuning.lora import LoRA, without
 
 families = pytest.mark.parametrize("name", CONFIGS)
@@ -180,7 +180,7 @@ def test_a_range_is_a_view_and_indices_are_a_copy():
 
 
 def test_ranges_that_follow_each_other_are_one():
-    assert joined((slice(0, 0), slice(0, 2), slice(2, 5), slice(7, 9))) == (slice(0, 5), slice(7, 9))
+    assert joined_pieces((slice(0, 0), slice(0, 2), slice(2, 5), slice(7, 9))) == (slice(0, 5), slice(7, 9))
 
 
 @torch.no_grad()

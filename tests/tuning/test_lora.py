@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 import edit
 from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig
-from edit.denoiser import Condition
-from edit.edits import Edit, trains
+from edit.denoiser import Edit
+from edit.edits import trains
 from edit.routing.elastic import Elastic
+from edit.stream import Condition
 from edit.tuning.guidance import GuidanceInput
 from edit.tuning.lora import LoRA, without
 from recipes import export

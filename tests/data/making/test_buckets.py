@@ -20,8 +20,10 @@ from data.pixels import to_tensor
 from data.precompute import main
 from data.sets.latents import Latents
 from edit.backbones.qwen_image import QwenImageConfig
-from edit.sampling import Euler, Sampler
-from recipes.report.evaluate import run, settings
+from edit.sampling import Sampler
+from edit.solvers import Euler
+from recipes.config.schema import Evaluation
+from recipes.report.evaluate import run
 
 
 def quiet(_: str) -> None:
@@ -190,7 +192,7 @@ def test_bucketed_latents_are_evaluated_at_one_size(latents, job, photos, t5, tm
     torch.manual_seed(0)
     tiny = QwenImageConfig(16, 1, 12, 2, joint_attention_dim=8, axes_dims_rope=(4, 4, 4), sample_size=(8, 8))
     edit.save(tiny.build(), tmp_path / "run" / "artifact", sampler=Sampler(Euler(1)), data=node)
-    chosen = settings({"n": 8, "guidance": 2, "features": "none", "device": "cpu", "rounds": 0})
+    chosen = Evaluation.of({"n": 8, "guidance": 2, "features": "none", "device": "cpu", "rounds": 0})
     report = run([tmp_path / "run"], chosen, tmp_path / "out", reference=tmp_path / "run")
     told = report["artifacts"][0]
     assert told["reference"]["split"].startswith("held-out" if apart else "training set")

@@ -33,8 +33,9 @@ from edit.artifacts.checkpoint import skeleton
 from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig
 from edit.backbones.qwen_image import QwenImageConfig
-from edit.denoiser import Condition
-from edit.sampling import Euler, Sampler, StockEuler
+from edit.sampling import Sampler
+from edit.solvers import Euler, StockEuler
+from edit.stream import Condition
 
 PROMPTS = ["red square", "a blue disc", "disc", "red square on a disc", "blue square"]
 
@@ -657,7 +658,7 @@ def test_the_next_command_finds_a_folder_of_any_name(teacher, t5, clip, order, t
 
     from hydra import compose, initialize_config_dir
 
-    from recipes.config.schema import register
+    from recipes.config.sources import register
 
     register()
     given = order("l [v2], it's")

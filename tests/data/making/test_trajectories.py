@@ -17,11 +17,13 @@ from data.making.request import Request
 from data.making.teacher import Recorded
 from data.sets.latents import Latents
 from edit.backbones.flux import FluxConfig
-from edit.denoiser import Condition
 from edit.few_step.endpoint import CachedEndpoint, Endpoint
-from edit.few_step.method import Draws, Given, Matching, Roles
+from edit.few_step.method import FewStepMethod
 from edit.few_step.reflow import CachedReflow, Reflow
-from edit.sampling import Euler, Sampler, times
+from edit.few_step.roles import Draws, Given, Roles
+from edit.sampling import Sampler
+from edit.solvers import Euler, times
+from edit.stream import Condition
 
 PROMPTS = ["red square", "a blue disc", "disc", "red square on a disc"]
 SCALE, SHIFT = 2.5, 2.0
@@ -162,7 +164,7 @@ def test_a_cached_loss_is_the_one_that_solves_online_from_the_same_noise(made, t
     def asked(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return velocity(x_t, t[0].item())
 
-    def loss(method: Matching, given: Given, teacher) -> Tensor:
+    def loss(method: FewStepMethod, given: Given, teacher) -> Tensor:
         roles = Roles(lambda x_t, t, condition: 0.7 * x_t, nobody, nobody, teacher, nobody, nobody)
         (found,) = method.student_losses(roles, given).values()
         return found

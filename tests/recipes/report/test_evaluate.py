@@ -15,24 +15,13 @@ from omegaconf import OmegaConf
 
 import edit
 from data.names import legible
-from data.sets.digits import Digits
-from data.sets.shapes import Shapes
 from edit.backbones.flux import FluxConfig
 from edit.inputs.command import print_any_name
 from edit.pruning.depth import DepthPruning
-from edit.sampling import Euler, Grid, Sampler
-from recipes.config.schema import UserError
-from recipes.report.evaluate import (
-    DEFAULTS,
-    adjusted,
-    build_data,
-    captions,
-    conditions,
-    run,
-    run_folder,
-    settings,
-    short_names,
-)
+from edit.sampling import Sampler
+from edit.solvers import Euler
+from recipes.config.schema import Evaluation
+from recipes.report.evaluate import run
 from recipes.report.yardstick import progress
 from recipes.training import finish
 
@@ -73,53 +62,6 @@ def quick(cache) -> list[str]:
 
 def results(folder: Path) -> list[dict]:
     return json.loads((folder / "report.json").read_text())["artifacts"]
-
-
-# ---- settings -------------------------------------------------------------------------------------------------------
-
-
-def test_the_defaults_are_complete_and_pass_their_own_rules():
-    assert settings({}).n == OmegaConf.load(DEFAULTS).n
-
-
-def test_one_value_stands_for_a_list():
-    chosen = settings({"guidance": 2, "seed": 3})
-    assert chosen.guidance == [2.0] and chosen.seed == [3]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "sentence"),
-    [
-        ({"guidence": 1.5}, "unknown key 'guidence'; did you mean 'guidance'?"),
-        ({"n": "many"}, "n: expected int, got 'many'"),
-        ({"guidance": ["strong"]}, "guidance: expected list of float, got .'strong'."),
-        ({"n": 2}, "n: expected a number from 8 to 1000000, got 2"),
-        ({"steps": 0}, "steps: expected a number from 1 to 10000 or null, got 0"),
-        ({"seed": []}, "seed: expected at least one value"),
-    ],
-)
-def test_a_wrong_setting_is_refused_in_one_sentence(overrides, sentence):
-    with pytest.raises(UserError, match=sentence) as error:
-        settings(overrides)
-    assert "\n" not in str(error.value)
-
-
-def test_names_are_as_short_as_they_can_be():
-    assert short_names([Path("runs/a/artifact"), Path("runs/b")]) == ["a", "b"]
-    assert short_names([Path("x/a/artifact"), Path("y/a/artifact")]) == ["x/a", "y/a"]
-    assert run_folder(Path("runs/a/artifact")) == Path("runs/a")
-
-
-def test_an_artifact_cannot_name_a_data_set_outside_of_the_data_package(runs):
-    artifact = edit.load(runs / "whole")
-    assert build_data(artifact).num_classes == 10
-    for node in ({"_target_": "os.system", "command": "true"}, {"_target_": "data.sets.digits.torch.load"}, {}):
-        artifact.data = node
-        with pytest.raises(UserError, match="cannot be opened|does not say which data"):
-            build_data(artifact)
-
-
-# ---- reports --------------------------------------------------------------------------------------------------------
 
 
 def test_one_artifact_gives_a_report_in_its_run_folder_with_everything_named(cli, runs, quick, capsys):
@@ -169,28 +111,6 @@ def test_a_run_of_any_name_is_evaluated_by_the_command_that_training_prints(
     assert cli.main([*words, "features=none", "guidance=1", "n=8", "rounds=0"]) == 0
     (told,) = results(Path(name))
     assert told["name"] == legible(name) and not Path("run1/report.json").exists()
-
-
-def test_paths_are_taken_as_they_are_typed_and_patterns_only_where_there_is_no_such_folder(cli, runs, monkeypatch):
-    monkeypatch.chdir(runs)
-    for name in ("run[1]", "run1", "run2", "a,b", "x #1", "1_0", "[1]", "null"):
-        shutil.copytree("whole", name)
-
-    def found(*words):
-        return [str(p.parent) for p in cli.folders(cli.parse([f"artifact={word}" for word in words])["artifact"])]
-
-    for name in ("run[1]", "a,b", "x #1", "1_0", "[1]", "null"):
-        assert found(name) == [name] == found(f'"{name}"')
-    Path("empty[1]").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no artifact at empty\[1\]: neither it nor"):
-        found("empty[1]")
-    assert found("[run1,run2]") == ["run1", "run2"] == found("run[12]")
-    assert found("run*", "run1") == ["run1", "run2", "run[1]"]
-    assert found("[run1,'run[1]']") == ["run1", "run[1]"]
-    Path("same").symlink_to("run1")
-    assert found("run1", "same") == ["run1"]
-    assert cli.parse(["artifact=run1", "out=1_0 #2"])["out"] == "1_0 #2"
-    assert cli.parse(["artifact=run1", "out=null", "cache=~"]) == {"artifact": ["run1"], "out": None, "cache": None}
 
 
 @pytest.mark.parametrize(
@@ -265,7 +185,7 @@ def test_an_artifact_that_fails_becomes_a_row_and_the_others_are_measured(cli, r
 
 
 def test_training_can_evaluate_its_artifact_at_the_end(runs, cache):
-    chosen = settings({"n": 8, "guidance": [1.0], "rounds": 0, "cache": str(cache)})
+    chosen = Evaluation.of({"n": 8, "guidance": [1.0], "rounds": 0, "cache": str(cache)})
     report = run([runs / "whole" / "artifact"], chosen, runs / "whole")
     assert report["artifacts"][0]["results"][0]["cost"]["forward"] is None
     assert results(runs / "whole") == report["artifacts"]
@@ -327,10 +247,9 @@ def test_images_that_no_judge_can_see_are_measured_without_one(cli, make_dit, tm
 
 
 def test_what_a_teacher_made_of_an_embedded_world_is_measured_as_that_world(tmp_path):
-    from data.making.generator import generate
     from data.making.request import Request
+    from data.making.generator import generate
     from data.sets.toy_text import LENGTH, ToyText
-    from edit.backbones.flux import FluxConfig
 
     world = {"_target_": "data.sets.shapes.Shapes", "count": 24, "held": 12}
     tiny = FluxConfig(48, 1, 1, 12, 2, 64, 64, False, (4, 4, 4), (8, 8)).build()
@@ -343,41 +262,11 @@ def test_what_a_teacher_made_of_an_embedded_world_is_measured_as_that_world(tmp_
     generate(work, lambda _: None)
     made = {"_target_": "data.sets.latents.Latents", "path": str(tmp_path / "made")}
     edit.save(tiny, tmp_path / "student" / "artifact", sampler=Sampler(Euler(1)), data=made)
-    chosen = settings({"n": 8, "guidance": 1, "features": "none", "device": "cpu", "rounds": 0})
+    chosen = Evaluation.of({"n": 8, "guidance": 1, "features": "none", "device": "cpu", "rounds": 0})
     report = run([tmp_path / "teacher", tmp_path / "student"], chosen, tmp_path / "out")
     teachers, students = (a["results"][0]["quality"] for a in report["artifacts"])
     assert "prompt_accuracy" in students and students == teachers  # the same weights on the same captions
     assert [a["reference"]["world"] for a in report["artifacts"]] == [None, "Shapes"]
-
-
-def test_a_model_with_a_guidance_input_is_told_each_weight_and_runs_once(tmp_path, make_dit):
-    plain = FluxConfig(48, 1, 1, 32, 2, 32, 32, axes_dims_rope=(8, 12, 12), sample_size=(8, 8), guidance_embeds=False)
-    told = replace(plain, guidance_embeds=True)
-    samplers = {}
-    for name, denoiser in (("told", told.build()), ("flux", plain.build()), ("dit", make_dit())):
-        artifact = edit.load(edit.save(denoiser, tmp_path / name, sampler=Sampler(Euler(4), guidance=2.0)))
-        samplers[name] = adjusted(artifact, 3, None)
-    assert (samplers["told"].guidance, samplers["told"].told) == (1.0, 3.0)
-    for name in ("flux", "dit"):
-        assert (samplers[name].guidance, samplers[name].told) == (3.0, None)
-
-
-def test_steps_are_not_asked_of_a_solver_with_times_of_its_own(tmp_path, make_dit):
-    artifact = edit.load(edit.save(make_dit(), tmp_path / "few", sampler=Sampler(Grid((1.0, 0.5)))))
-    assert adjusted(artifact, 1, None).solver == adjusted(artifact, 1, 2).solver == Grid((1.0, 0.5))
-    with pytest.raises(UserError, match=r"steps=8, but this model is sampled at times of its own, Grid\("):
-        adjusted(artifact, 1, 8)
-
-
-def test_samples_are_named_by_the_captions_of_their_conditions_or_numbered():
-    shapes = Shapes()
-    split, told = shapes.heldout(), captions(shapes, 3)
-    assert told == split.captions[:3]
-    shown = conditions(shapes)(torch.arange(3))
-    assert all(torch.equal(shown.text[k], split.sample(k, 0)["text"]) for k in range(3))
-    count = len(split) + 1
-    assert captions(shapes, count)[-1] == told[0]
-    assert captions(Digits(), 2) == ["sample 0", "sample 1"]
 
 
 WORDS = ["n=${x}", "n=${oc.env:HOME}", "artifact=/", "artifact=.", "artifact=", "artifact=null", "artifact={a: b}"]

@@ -12,14 +12,16 @@ from small_runs import train
 from torch import Tensor, nn
 
 import edit
-from edit.denoiser import Condition, Denoiser, Stream
-from edit.edits import Edit
+from edit.denoiser import Denoiser, Edit
 from edit.measuring.cost import count_generation, twin
 from edit.objectives import FlowMatching
 from edit.routing.batches import run_grouped
-from edit.routing.elastic import Elastic, Router, Routers, forced
-from edit.sampling import Euler, Heun, Sampler
-from recipes.report.evaluate import run, settings
+from edit.routing.elastic import Elastic, ElasticRouters, Router, forced
+from edit.sampling import Sampler
+from edit.solvers import Euler, Heun
+from edit.stream import Condition, Stream
+from recipes.config.schema import Evaluation
+from recipes.report.evaluate import run
 from recipes.report.routing_map import Decisions, Map, draw, grid, groups, numbers, spaced
 
 DIGITS = {"_target_": "data.sets.digits.Digits"}
@@ -174,7 +176,7 @@ def report(make_dit, tmp_path_factory) -> tuple[Path, dict]:
     denoiser = edit.apply(make_dit(in_channels=1, patch_size=4), {"parity": Parity()})
     edit.save(denoiser, folder / "run" / "artifact", sampler=Sampler(Euler(4)), data=DIGITS)
     words = {"n": 20, "guidance": [1.0, 2.0], "rounds": 0, "features": "none", "device": "cpu", "trusted": [__name__]}
-    run([folder / "run"], settings(words), folder / "out")
+    run([folder / "run"], Evaluation.of(words), folder / "out")
     return folder / "out", json.loads((folder / "out" / "report.json").read_text())
 
 
@@ -215,14 +217,14 @@ def test_macs_are_means_over_real_images_of_all_kinds_and_not_those_of_one_label
 def test_the_macs_of_elastic_are_what_its_map_says(make_dit, tmp_path):
     denoiser = edit.apply(make_dit(in_channels=1, patch_size=4), {"elastic": Elastic(width=None, band=-1.0)})
     routers = denoiser.edits["elastic"]
-    assert isinstance(routers, Routers)
+    assert isinstance(routers, ElasticRouters)
     for router in routers:
         assert isinstance(router, Router)
         nn.init.normal_(router.gate.weight, std=0.3)  # some units open for some samples
         nn.init.zeros_(router.gate.bias)
     edit.save(denoiser, tmp_path / "run", sampler=Sampler(Euler(4)), data=DIGITS)
     words = {"n": 20, "guidance": 1.0, "rounds": 0, "features": "none", "device": "cpu"}
-    result = run([tmp_path / "run"], settings(words), tmp_path / "out")["artifacts"][0]["results"][0]
+    result = run([tmp_path / "run"], Evaluation.of(words), tmp_path / "out")["artifacts"][0]["results"][0]
     found, cost = result["routing"]["elastic"], result["cost"]
     assert set(found) == {"open", "width"}  # none may repeat anything
     assert 0 < found["open"]["mean"] < 1 and found["open"]["std_samples"] > 0
@@ -242,7 +244,7 @@ def test_the_macs_of_elastic_are_what_its_map_says(make_dit, tmp_path):
 def test_a_model_without_deciding_edits_has_no_maps_and_its_costs_as_ever(make_dit, tmp_path, capsys):
     edit.save(make_dit(in_channels=1, patch_size=4), tmp_path / "run", sampler=Sampler(Euler(1)), data=DIGITS)
     words = {"n": 8, "guidance": 1.0, "rounds": 0, "features": "none", "device": "cpu"}
-    result = run([tmp_path / "run"], settings(words), tmp_path / "out")["artifacts"][0]["results"][0]
+    result = run([tmp_path / "run"], Evaluation.of(words), tmp_path / "out")["artifacts"][0]["results"][0]
     assert result["routing"] == result["routing_maps"] == {} and "share" not in result["cost"]
     assert "Routing" not in (tmp_path / "out" / "report.html").read_text()
     assert "decisions" not in capsys.readouterr().out

@@ -7,7 +7,7 @@ import torch
 
 from data.sets.shapes import Shapes
 from data.split import CheckedSet
-from recipes.report.evaluate import settings
+from recipes.config.schema import Evaluation
 from recipes.report.page import html, notes, save_grid
 from recipes.report.yardstick import GRID, Yardstick, prompts
 
@@ -21,7 +21,7 @@ def shapes() -> Shapes:
 
 @pytest.fixture(scope="module")
 def space(shapes, tmp_path_factory) -> Yardstick:
-    chosen = settings({"features": "none", "cache": str(tmp_path_factory.mktemp("cache"))})
+    chosen = Evaluation.of({"features": "none", "cache": str(tmp_path_factory.mktemp("cache"))})
     return Yardstick.of(shapes, SHAPES, chosen, torch.device("cpu"))
 
 

@@ -13,10 +13,11 @@ from damage import BYTES, changed, cut, empty, flip, flips, folder, huge, rename
 from small_runs import config, losses, rows, train
 
 import edit
+from edit.artifacts.checksums import of_files
 from edit.pruning.depth import DepthPruning
 from edit.tuning.lora import LoRA
-from recipes.config.schema import UserError
-from recipes.runtime.callbacks import WHOLE, Checkpoints, checkpoints, checksum_of, files_in, newest, of_files
+from recipes.config.errors import UserError
+from recipes.runtime.callbacks import WHOLE, Checkpoints, checkpoints, checksum_of, files_in, newest
 from recipes.runtime.loggers import CSVLogger
 from recipes.training import read_config, refuse_other_run
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import pytest
 from ranks import run_ranks
 
-from recipes.config.schema import UserError
+from recipes.config.errors import UserError
 from recipes.runtime import files
 from recipes.runtime.files import LOCK, is_first, locked, write
 

@@ -16,7 +16,7 @@ import torch
 from ranks import _child, run_ranks
 from small_runs import TWO_RANKS, _train, kill_when, losses, rows, train, train_ranks
 
-from recipes.config.schema import UserError
+from recipes.config.errors import UserError
 from recipes.runtime.callbacks import checkpoints, newest
 
 FORK = mp.get_context("fork")

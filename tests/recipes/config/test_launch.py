@@ -14,8 +14,11 @@ from omegaconf import OmegaConf
 from scripts import python
 
 from edit.inputs.trust import load_yaml
-from recipes.config.schema import UserError, check, launch, register
-from recipes.report.evaluate import settings
+from recipes.config.check import check
+from recipes.config.errors import UserError
+from recipes.config.launch import launch
+from recipes.config.schema import Evaluation
+from recipes.config.sources import register
 
 ROOT = Path(__file__).parents[3]
 FILES = {
@@ -72,7 +75,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Optional
 
-from edit.edits import Edit
+from edit.denoiser import Edit
 from edit.objectives import Objective
 from edit.sampling import Sampler
 
@@ -116,7 +119,8 @@ LEVEL = 3
 TRAIN = """
 import errno, os, sys
 from pathlib import Path
-from recipes.config.schema import UserError, launch
+from recipes.config.errors import UserError
+from recipes.config.launch import launch
 
 def task(cfg):
     print("RAN", cfg.name, cfg.seed, os.path.isdir(os.path.join(cfg.runs, cfg.name)), flush=True)
@@ -566,7 +570,7 @@ def test_unset_keys_of_evaluate_are_those_of_eval_py():
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
         chosen = compose("train", ["evaluate.steps=5"]).evaluate
-    assert settings(chosen) == replace(settings({}), steps=5)
+    assert Evaluation.of(chosen) == replace(Evaluation.of({}), steps=5)
 
 
 # ---- what a configuration may ask for -------------------------------------------------------------------------------
@@ -590,7 +594,7 @@ RUNS_SOMETHING = {
     "a function that torch has": "trusted: [toy, torch]\nbackbone: {_target_: torch.load, f: x, weights_only: false}",
     "a package that only the file trusts": "trusted: [subprocess]\nbackbone: {_target_: subprocess.Popen, args: ls}",
     "a command of ours": "data: {set: {_target_: data.generate.main, words: [out=x]}}",
-    "a class of another kind": "backbone: {_target_: edit.artifacts.export.Settings, artifact: a, out: b}",
+    "a class of another kind": "backbone: {_target_: edit.artifacts.export.ExportSettings, artifact: a, out: b}",
     "an edit for a backbone": "backbone: {_target_: edit.tuning.lora.LoRA}",
     "a method of a class": "data: {set: {_target_: toy.Data.train}}",
     "a class that was imported": "backbone: {_target_: edit.measuring.cost.Path}",
@@ -686,7 +690,7 @@ def test_any_word_that_is_none_of_ours_ends_in_one_sentence(word, project, capsy
 
 
 def test_an_error_that_nobody_foresaw_is_one_sentence_with_its_type(project, capsys, monkeypatch):
-    monkeypatch.setattr("recipes.config.schema.get_args_parser", lambda: 1 / 0)
+    monkeypatch.setattr("recipes.config.words.get_args_parser", lambda: 1 / 0)
     err = refused(project, capsys, "seed=1", code=1)
     assert err == "error: ZeroDivisionError: division by zero; debug=true shows the traceback\n"
 

@@ -1,4 +1,4 @@
-"""Values are judged by the annotations that they meet; what lies near a name is suggested."""
+"""Values are compared with annotations and rules."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from recipes.config.check import describe, fits, mistakes, nearest, rule
+from recipes.config.mistakes import mistakes
+from recipes.config.values import fits, rule, spell
 
 
 @pytest.mark.parametrize("hint", [int, float, bool, str, int | None])
 def test_an_object_that_will_be_built_is_no_scalar(hint):
     node = OmegaConf.create({"_target_": "toy.Net"})
-    assert not fits(node, hint), describe(hint)
+    assert not fits(node, hint), spell(hint)
     assert fits(node, hint | list[int]) and fits(node, Path)
 
 
@@ -36,11 +37,6 @@ def test_an_object_that_will_be_built_is_no_scalar(hint):
 )
 def test_a_value_is_judged_by_its_annotation(value, hint, right):
     assert fits(OmegaConf.create({"x": value}).x, hint) is right
-
-
-def test_nearest_prefers_the_closest_and_stays_silent_for_strangers():
-    assert nearest("widht", ["depth", "width", "weight"])[0] == "width"
-    assert nearest("zzz", ["depth", "width"]) == []
 
 
 @dataclass

@@ -1,0 +1,126 @@
+"""Time and memory of a call: seconds, with their spread, and the largest number of bytes alive at once."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of `count` measurements."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        v = torch.tensor(list(values), dtype=torch.float64)
+        low, median, high = v.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+        return cls(median, low, high, len(v))
+
+
+def stopwatch(fn: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call: between two events on a GPU, by the monotonic clock elsewhere."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        fn()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    fn()
+    return time.perf_counter() - begin
+
+
+def latency(fn: Callable[[], Any], device: str | torch.device = "cpu", rounds: int = 20, warmup: int = 3) -> Spread:
+    """Seconds per call after `warmup` calls that are thrown away."""
+    device = torch.device(device)
+    for _ in range(warmup):
+        fn()
+    return Spread.of(stopwatch(fn, device) for _ in range(rounds))
+
+
+def ratio(
+    fn: Callable[[], Any],
+    other: Callable[[], Any],
+    device: str | torch.device = "cpu",
+    rounds: int = 20,
+    warmup: int = 3,
+) -> Spread:
+    """How many times faster `fn` is than `other`: time of `other` / time of `fn`, pair by pair.
+
+    The two run in turns, and which one begins alternates: drift of clock speed or load falls on both.
+    """
+    device = torch.device(device)
+    for _ in range(warmup):
+        fn()
+        other()
+    quotients = []
+    for k in range(rounds):
+        first, second = (fn, other) if k % 2 == 0 else (other, fn)
+        a, b = stopwatch(first, device), stopwatch(second, device)
+        quotients.append(b / a if k % 2 == 0 else a / b)
+    return Spread.of(quotients)
+
+
+def peak_memory(fn: Callable[[], Any], device: str | torch.device = "cpu", resident: Iterable[Tensor] = ()) -> int:
+    """Largest number of bytes alive at once while `fn` runs.
+
+    On a GPU, of everything the caching allocator has handed out (`torch.cuda.max_memory_allocated`). Elsewhere, of the
+    distinct storages of `resident` and of all tensors that operators read or return, each from its first appearance
+    until it is freed; scratch memory inside one operator is not seen.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        fn()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    ledger = Ledger(resident)
+    with ledger:
+        fn()
+    return ledger.peak
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of the storages that are alive."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, resident: Iterable[Tensor]):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.alive: set[int] = set()
+        self.enter(resident)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.enter(tree_leaves((args, kwargs or {})))
+        out = func(*args, **(kwargs or {}))
+        self.enter(tree_leaves(out))
+        return out
+
+    def enter(self, values: Iterable[Any]) -> None:
+        for v in values:
+            if isinstance(v, Tensor) and (key := (storage := v.untyped_storage())._cdata) not in self.alive:
+                self.alive.add(key)
+                self.bytes += storage.nbytes()
+                self.peak = max(self.peak, self.bytes)
+                weakref.finalize(storage, self.leave, key, storage.nbytes()).atexit = False
+
+    def leave(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.bytes -= size

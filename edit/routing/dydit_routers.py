@@ -1,0 +1,221 @@
+"""The routers of DyDiT: which heads, channel groups and tokens are on, and the work that is left (see `dydit.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edit.backbones.flux import DoubleUnit, SingleUnit
+from edit.denoiser import Unit
+from edit.routing.batches import by_key
+from edit.routing.slices import heads, hidden
+from edit.stream import Layout, Stream
+
+WIDTHS, TOKENS = "dydit.widths", "dydit.tokens"  # names in the trace
+
+
+class Work(NamedTuple):
+    """Multiply-accumulates of a unit with everything on, by what they grow with; modulation and routers are left out.
+
+    Of t = text and image tokens, registers included, of which k are chosen (registers and in single units text always
+    are), with shares h of the heads and g of the channels:
+
+        text * l + h (token t + pair t^2) + k (h out + g feed)
+    """
+
+    channels: int  # hidden, of the image's feed-forward
+    token: int
+    pair: int
+    out: int
+    feed: int
+    text: int
+    joint: bool  # text tokens are chosen, too, all of them
+
+    def parts(self, n: int, registers: int, length: int) -> tuple[int, int, int]:
+        """Fixed work, the work of all heads before the choice, and how many tokens are always chosen.
+
+        Args:
+            n: image tokens
+            registers, length: further ones, of text
+        """
+        t, joint = n + registers + length, length if self.joint else 0
+        return length * self.text, t * self.token + t * t * self.pair, registers + joint
+
+
+def work(unit: Unit) -> Work:
+    """Read off the shapes of the unit's layers."""
+    u: Any = unit
+    inner, features = heads(unit).size, hidden(unit)
+    d = u.get_submodule(features.writers[0][0]).in_features
+    feed = (features.writers[0][1] + 1) * d * features.size
+    if isinstance(unit, SingleUnit):
+        return Work(features.size, 3 * d * inner, 2 * inner, inner * d, feed, 0, True)
+    text = 0
+    if isinstance(unit, DoubleUnit):
+        text = sum(m.in_features * m.out_features for m in u.ff_context.modules() if isinstance(m, nn.Linear))
+    return Work(features.size, 4 * d * inner, 2 * inner, 0, feed, text, False)
+
+
+class DyDiTRouters(nn.Module):
+    """The routers of all units, in fp32 whatever the units have, and where the run is, as `DyDiT.advance` sets it.
+
+    Under FSDP2 with bf16 a pass sees their weights rounded to bf16: 35 to 0.125, 15 to 0.03.
+
+    Args:
+        works: of the units
+        heads: h, of every unit
+        width: None: all are on
+        tokens: one per unit; None: all are kept
+        temperature: of the gradient
+    """
+
+    target: float
+    complete: bool
+
+    def __init__(
+        self,
+        works: Sequence[Work],
+        heads: int,
+        width: TimeRouter | None,
+        tokens: nn.ModuleList | None,
+        temperature: float,
+    ):
+        super().__init__()
+        self.works, self.heads, self.temperature = tuple(works), heads, temperature
+        self.width, self.tokens = width, tokens
+
+    def opened(self, logits: Tensor) -> Tensor:
+        """Gumbel-sigmoid: 1 where open, else 0, shaped as the logits; while training drawn, and with a gradient."""
+        logits = logits.float()
+        if not self.training:
+            return (logits > 0).float()
+        first, second = (torch.empty_like(logits).exponential_().log() for _ in range(2))  # Gumbel but for the sign
+        y = torch.sigmoid((logits + second - first) / self.temperature)
+        return (y > 0.5).float() + (y - y.detach())
+
+    def widths(self, time: Tensor) -> Tensor:
+        """Heads and channel groups of all units: b d -> b u 2 h, the first always on."""
+        if self.width is None:
+            return time.new_ones(len(time), len(self.works), 2, self.heads, dtype=torch.float32)
+        return F.pad(self.opened(self.width(time.detach())), (1, 0), value=1.0)
+
+    def plan(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """`widths`, and the same on the host, bool, for one sample where it holds for all.
+
+        All samples of an evaluation have one time, and a flow map's one end, which the time holds, too; so one transfer
+        serves all units and both branches. Another evaluation at the same time may have another end.
+        """
+        time, step = stream.time, stream.step
+        assert time is not None
+        if step is None:
+            widths = self.widths(time)
+            return widths, on_host(widths)
+        known = step.memory.setdefault(("dydit", "plans"), {})
+        evaluation = step.index, step.sigma
+        if evaluation not in known:
+            widths = self.widths(time[:1])
+            known[evaluation] = widths, on_host(widths)
+        widths, plan = known[evaluation]
+        return widths.expand(len(time), -1, -1, -1), plan
+
+    def ratio(self, trace: Mapping[str, Tensor], layout: Layout, n: int) -> Tensor:
+        """Of each sample, the share of the units' work that is run: b. `n` image tokens."""
+        spent, whole = torch.zeros((), device=trace[WIDTHS].device), 0
+        shares = trace[WIDTHS].mean(3)  # b u 2
+        for w, members in by_key(self.works).items():
+            fixed, attended, always = w.parts(n, layout.registers, layout.text_length)
+            h, g = torch.stack([shares[:, i] for i in members], 1).unbind(2)  # b units
+            kept: Tensor | int = n
+            if self.tokens is not None:
+                kept = torch.stack([trace[f"{TOKENS}.{i}"] for i in members], 1).sum(2)
+            spent = spent + (fixed + attended * h + (always + kept) * (w.out * h + w.feed * g)).sum(1)
+            whole += len(members) * (fixed + attended + (always + n) * (w.out + w.feed))
+        return spent / whole
+
+
+def on_host(widths: Tensor) -> Tensor:
+    """As booleans on the CPU; without weights there is no decision, and all is run."""
+    return torch.ones(widths.shape, dtype=torch.bool, device="cpu") if widths.is_meta else (widths > 0.5).cpu()
+
+
+class Logits(nn.Linear):
+    """A linear layer in fp32, under autocast too: bf16 has steps of 0.25 near 35, and would turn what is near 0."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        kind = "cpu" if input.is_meta else input.device.type
+        with torch.autocast(kind, enabled=False):
+            return F.linear(input.float(), self.weight.float(), self.bias.float())
+
+
+class TimeRouter(Logits):
+    """Logits of all units' heads and channel groups but the first: b d -> b u 2 (h - 1).
+
+    Args:
+        d: width of the embedded time
+        units, heads: u and h
+        bias: at the start
+        zero: start from the bias alone; otherwise each unit's two layers are drawn as Xavier has it
+    """
+
+    def __init__(self, d: int, units: int, heads: int, bias: float, zero: bool):
+        super().__init__(d, units * 2 * (heads - 1))
+        self.units = units
+        nn.init.constant_(self.bias, bias)
+        nn.init.zeros_(self.weight)
+        if not zero:
+            for part in self.weight.detach().view(2 * units, heads - 1, d):
+                nn.init.xavier_uniform_(part)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).unflatten(1, (self.units, 2, -1))
+
+
+class TokenRouter(nn.Module):
+    """Logits of the image tokens of a DiT, b n, from the residual stream as it is.
+
+    Args:
+        d: width of the tokens
+        bias: at the start
+    """
+
+    def __init__(self, d: int, bias: float):
+        super().__init__()
+        self.into, self.out = nn.Linear(d, max(1, d // 16)), Logits(max(1, d // 16), 1)
+        for layer in (self.into, self.out):
+            nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(self.into.bias)
+        nn.init.constant_(self.out.bias, bias)
+
+    def forward(self, stream: Stream) -> Tensor:
+        tokens = stream.image[:, stream.layout.registers :].detach()
+        return self.out(F.relu(self.into(tokens.to(self.into.weight.dtype))))[..., 0]
+
+
+class ModulatedTokenRouter(nn.Module):
+    """Logits of FLUX's image tokens, b n, from each of them and the mean of the text, normalised and modulated.
+
+    Args:
+        d: width of the tokens
+        bias: at the start
+    """
+
+    def __init__(self, d: int, bias: float):
+        super().__init__()
+        self.modulation, self.norm, self.out = nn.Linear(d, 4 * d), nn.LayerNorm(d, eps=1e-5), Logits(d, 1)
+        nn.init.xavier_uniform_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        nn.init.zeros_(self.out.weight)
+        nn.init.constant_(self.out.bias, bias)
+
+    def forward(self, stream: Stream) -> Tensor:
+        dtype, text = self.out.weight.dtype, stream.text
+        assert text is not None
+        modulation = self.modulation(F.silu(stream.cond.detach().to(dtype)))[:, None]
+        shift, scale, text_shift, text_scale = modulation.chunk(4, -1)
+        image = torch.addcmul(shift, self.norm(stream.image.detach().to(dtype)), 1 + scale)
+        text = torch.addcmul(text_shift, self.norm(text.detach().to(dtype)), 1 + text_scale)
+        return self.out(image + text.mean(1, keepdim=True))[..., 0]

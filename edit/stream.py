@@ -1,0 +1,255 @@
+"""The values that pass through a denoiser: condition, stream of tokens with its layout, sampling step, output.
+
+Letters in shape comments: b batch, n image tokens, l text tokens, d width, h heads, e head width, c channels,
+f frames, y x grid rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import register_pytree_node
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The inputs of a denoiser besides the noisy sample and the time. New conditioning is a new named field."""
+
+    label: Tensor | None = None  # b, int64; the family's null class for the unconditional pass
+    text: Tensor | None = None  # b l c, text-encoder states
+    text_mask: Tensor | None = None  # b l, bool, True = a real token
+    pooled: Tensor | None = None  # b c, pooled text embedding
+    guidance: Tensor | None = None  # b, the scale that a guidance-distilled model takes as an input
+    control: Tensor | None = None  # b c y x, control latents
+    end: Tensor | None = None  # b, the time at which the step of a flow map ends, at most t
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Condition:
+        """Apply `f` to every field that is present (move, slice, repeat)."""
+        values = {name: getattr(self, name) for name in _CONDITION_FIELDS}
+        return Condition(**{name: value if value is None else f(value) for name, value in values.items()})
+
+    def join(self, other: Condition) -> Condition:
+        """Both as one batch, so that two branches share a forward.
+
+        The shorter text is padded: see `_level`.
+
+        Raises:
+            ValueError: if a field is present in one of them only, or texts differ in length and have no mask
+            RuntimeError: if shapes differ otherwise beyond the batch
+        """
+        mine, other = _level(self, other)
+        both = {name: (getattr(mine, name), getattr(other, name)) for name in _CONDITION_FIELDS}
+        if lone := next((name for name, (a, b) in both.items() if (a is None) != (b is None)), None):
+            raise ValueError(f"only one of the two conditions to join has {lone}: give it to both, or to neither")
+        return Condition(**{name: None if pair == (None, None) else torch.cat(pair) for name, pair in both.items()})
+
+    def where(self, drop: Tensor, null: Condition) -> Condition:
+        """This condition with the samples marked in `drop` [b, bool] replaced by those of `null`.
+
+        One mask drops all fields of a sample together, as classifier-free guidance needs. The shorter text is padded:
+        see `_level`.
+
+        Raises:
+            ValueError: if texts differ in length and have no mask
+        """
+        mine, null = _level(self, null)
+
+        def choose(mine: Tensor | None, other: Tensor | None) -> Tensor | None:
+            if mine is None or other is None:
+                return mine
+            return torch.where(drop.view(-1, *[1] * (mine.ndim - 1)), other, mine)
+
+        return Condition(**{name: choose(getattr(mine, name), getattr(null, name)) for name in _CONDITION_FIELDS})
+
+
+_CONDITION_FIELDS = tuple(f.name for f in fields(Condition))
+
+
+def _level(a: Condition, b: Condition) -> tuple[Condition, Condition]:
+    """Both with texts of one length: the shorter text is padded with zeros, which its mask leaves out.
+
+    Raises:
+        ValueError: if the lengths differ and a text has no mask
+    """
+    if a.text is None or b.text is None or a.text.shape[1] == b.text.shape[1]:
+        return a, b
+    lengths = a.text.shape[1], b.text.shape[1]
+    if a.text_mask is None or b.text_mask is None:
+        raise ValueError(
+            f"texts of {lengths[0]} and {lengths[1]} tokens do not fit together without a text_mask, as the model "
+            "would attend to the padding and answer otherwise: encode both to one length"
+        )
+
+    def fill(c: Condition) -> Condition:
+        missing = (0, max(lengths) - c.text.shape[1])  # type: ignore[union-attr]
+        return replace(c, text=F.pad(c.text, (0, 0, *missing)), text_mask=F.pad(c.text_mask, missing))  # type: ignore
+
+    return fill(a), fill(b)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoiser evaluation of one generation. Only the sampler makes steps, so only the sampler counts.
+
+    `memory` lives exactly as long as the generation: caches and cross-step statistics go there and nowhere else.
+    """
+
+    index: int  # evaluations made so far in this generation
+    count: int  # evaluations the whole generation makes
+    sigma: float  # time in [0, 1], 1 = pure noise
+    branch: str = "cond"  # "cond", "uncond" or "perturbed": the guidance pass
+    memory: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def recall(self, owner: str, unit: int) -> dict:
+        """The memory of one edit at one unit in this guidance branch; empty at the start of a generation."""
+        return self.memory.setdefault((owner, unit, self.branch), {})
+
+
+@dataclass(frozen=True)
+class Maps:
+    """A request for query rows of one unit's attention map.
+
+    Each call of a unit has its own. Attention puts the map into `found`; the unit moves it into the trace, so that
+    checkpointing, compilation and FSDP2 see it.
+    """
+
+    rows: int
+    found: list[Tensor] = field(default_factory=list, repr=False, compare=False)
+
+    def see(self, q: Tensor, k: Tensor) -> None:
+        """Record the logarithms of evenly spread rows of softmax(q k' / sqrt(e)): b h s e each -> b h r s."""
+        s = q.shape[2]
+        rows = min(self.rows, s)
+        chosen = q[:, :, torch.arange(rows, device=q.device) * s // rows]
+        self.found.append((chosen * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).float().log_softmax(-1))
+
+
+@dataclass(frozen=True)
+class Routing:
+    """An edit's decisions for the next unit, as factors: 0 or 1, with a gradient while training. None: all are on."""
+
+    heads: Tensor | None = None  # b h, of attention heads
+    channels: Tensor | None = None  # b c, of hidden channels of the image's feed-forward
+    tokens: Tensor | None = None  # b n, of image tokens in the feed-forward
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The order and positions of tokens, for attention-like methods."""
+
+    grid: tuple[int, int, int]  # frames, rows, columns of the image tokens
+    registers: int = 0  # learned tokens in front of the image tokens
+    text_length: int = 0
+    text_mask: Tensor | None = None  # b l, bool
+    permutation: Tensor | None = None  # n, token order if not row-major
+    kept: Tensor | None = None  # b k, indices of the tokens still present
+    rope: Tensor | None = None  # (registers + n) e, position table: cosines then sines
+    maps: Maps | None = None  # request for the attention map of the next unit
+    routing: Routing | None = None  # an edit's decisions for the slots of the next unit
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The input and output of a unit. Replaced, never mutated (`dataclasses.replace`)."""
+
+    image: Tensor  # b n d
+    cond: Tensor  # b d, the input of adaLN
+    layout: Layout
+    text: Tensor | None = None  # b l d
+    time: Tensor | None = None  # b d, the timestep alone, without class or text
+    step: Step | None = None  # None while training
+    trace: Mapping[str, Tensor] = field(default_factory=dict)
+    tap: str | None = None  # prefix under which the next unit records its branches and maps; None: it records none
+
+    def record(self, name: str, value: Tensor) -> Stream:
+        """The same stream with one more auxiliary output, which the caller finds in `Output.trace`."""
+        return replace(self, trace={**self.trace, name: value})
+
+
+# FSDP2 finds the tensors of a unit's input and output by walking a pytree; layout and step are context, not children.
+def _flatten_stream(s: Stream):
+    return [s.image, s.text, s.cond, s.time, dict(s.trace)], (s.layout, s.step, s.tap)
+
+
+def _unflatten_stream(children, context) -> Stream:
+    image, text, cond, time, trace = children
+    layout, step, tap = context
+    return Stream(image=image, text=text, cond=cond, time=time, trace=trace, layout=layout, step=step, tap=tap)
+
+
+register_pytree_node(Stream, _flatten_stream, _unflatten_stream)
+
+
+class Output(NamedTuple):
+    """The output of a denoiser, always."""
+
+    sample: Tensor  # the prediction, shaped as x
+    variance: Tensor | None  # the learned-variance half, shaped as x, where the model has one
+    trace: Mapping[str, Tensor]  # taps as "unit.<index>", and the records of edits
+
+
+class Branch(NamedTuple):
+    """Image tokens and, in two-stream families, text tokens: a residual branch of a unit, its gates, its input."""
+
+    image: Tensor
+    text: Tensor | None = None
+
+
+class Forced(NamedTuple):
+    """The input of a unit on some samples, in place of its predecessor's output (teacher forcing)."""
+
+    tokens: Branch  # b n d image tokens without registers, b l d text tokens
+    where: Tensor  # b, bool
+
+
+def record_branch(stream: Stream, name: str, branch: Branch) -> Stream:
+    """Trace a pair of tokens as `name` (without registers) and, where there is text, `name`.text."""
+    stream = stream.record(name, branch.image[:, stream.layout.registers :])
+    return stream if branch.text is None else stream.record(f"{name}.text", branch.text)
+
+
+def force(stream: Stream, forced: Forced) -> Stream:
+    """The stream with the tokens of the marked samples replaced.
+
+    Raises:
+        ValueError: if there are more or fewer samples in the stream
+    """
+    if len(forced.where) != len(stream.image):
+        raise ValueError(
+            f"tokens of {len(forced.where)} samples were to be forced on a stream of {len(stream.image)}: if an edit "
+            "doubles the batch (DyDiT's complete), set complete=0"
+        )
+
+    def choose(own: Tensor, other: Tensor) -> Tensor:
+        return torch.where(forced.where.view(-1, 1, 1), other, own)
+
+    registers, image, text = stream.layout.registers, forced.tokens.image, stream.text
+    if registers:
+        image = torch.cat((stream.image[:, :registers], image), 1)
+    if text is not None and forced.tokens.text is not None:
+        text = choose(text, forced.tokens.text)
+    return replace(stream, image=choose(stream.image, image), text=text)
+
+
+def residual(stream: Stream, name: str, branch: Branch, gate: Branch) -> Stream:
+    """Add a branch; where the stream has a tap, record the branch as `name` of the unit, and its attention map."""
+    if stream.tap:
+        stream = record_branch(stream, f"{stream.tap}.{name}", branch)
+        if stream.layout.maps is not None and stream.layout.maps.found:
+            stream = stream.record(f"{stream.tap}.maps", stream.layout.maps.found.pop())
+    return add(stream, branch, gate)
+
+
+def add(stream: Stream, branch: Branch, gate: Branch) -> Stream:
+    """Join a residual branch: x + gate * branch, on image and, where there is one, text."""
+    s, text = stream, stream.text
+    image = torch.addcmul(s.image, gate.image, branch.image)
+    if branch.text is not None:
+        text = torch.addcmul(text, gate.text, branch.text)
+    # written out: `replace` would cost time here
+    return Stream(image, s.cond, s.layout, text, s.time, s.step, s.trace, s.tap)

@@ -1,0 +1,72 @@
+"""Cost and decisions of a model whose edits decide, image by image, which parts run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes.data_set import captions, null_condition
+from recipes.report.page import save_png
+from recipes.report.routing_map import SHOWN, Decisions, draw, groups, numbers
+from recipes.report.samples import Subject
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edit.measuring.cost import Cost
+
+ROUTED = 60  # images whose MACs are counted and whose decisions are drawn; classes are balanced
+
+
+def measure_decisions(subject: Subject, sampler: Any, counted: Cost, out: Path, stem: str) -> dict[str, Any]:
+    """Generate the first images once more; count what runs, and draw what the edits decide.
+
+    Args:
+        subject: the artifact
+        sampler: `adjusted` for it
+        counted: its cost at one image, whose times and memory are kept
+        out: folder of the report; pictures go to `out`/grids
+        stem: part of the pictures' file names
+
+    Returns:
+        cost: as `counted`, with MACs that are means over these images; `share`: of the MACs that the same model needs
+            without the edits that decide; `counted`: number of images. `activated` and `forward` are None: parameters
+            that run and the time of a forward differ between images
+        routing: numbers by edit and quantity
+        routing_maps: file of each edit's picture, below `out`
+    """
+    import torch
+
+    from edit.measuring.cost import count_generation, twin
+
+    artifact, space, chosen = subject.artifact, subject.space, subject.chosen
+    data, count = space.data, min(chosen.n, chosen.batch, ROUTED)
+    first = torch.arange(count)
+    told, negative = subject.condition(first), null_condition(data)
+    seen, samples = Decisions(artifact.denoiser), []
+
+    def generate(*what: Any) -> Tensor:
+        x = sampler(*what, seed=chosen.seed[0], negative=negative, shape=space.shape, watch=seen)
+        samples.append(x[:SHOWN])
+        return x
+
+    run = count_generation(artifact.denoiser, generate, artifact.objective, told, count)  # type: ignore[arg-type]
+    dense = partial(sampler, negative=negative, shape=space.shape)
+    whole = count_generation(twin(artifact.denoiser, decided=False), dense, artifact.objective, told, count)
+    macs, share = run.macs / count, run.macs / whole.macs
+    missed = tuple(sorted({*run.uncounted, *whole.uncounted}))
+    counted = replace(counted, macs=round(macs / run.forwards), macs_per_image=round(macs), uncounted=missed)
+    costs = replace(counted, forward=None).as_dict()
+    costs |= {"activated": None, "share": share, "counted": count}
+    costs["training_flops"] = round(6 * whole.macs / whole.forwards / count)  # in training every part runs
+
+    labels = first % data.num_classes if data.num_classes else None
+    whom = groups(labels, captions(space.checked or data, count), data.classes)
+    pictures, maps = {}, seen.maps()
+    for name, found in maps.items():
+        pictures[name] = f"grids/routing_{stem}_{name.replace('/', '_')}.png"
+        picture = draw(found, whom, lambda k: data.to_images(samples[0][k : k + 1])[0].cpu().numpy())
+        save_png(picture, out / pictures[name])
+    return {"cost": costs, "routing": {n: numbers(m) for n, m in maps.items()}, "routing_maps": pictures}
