@@ -247,8 +247,8 @@ def test_images_that_no_judge_can_see_are_measured_without_one(cli, make_dit, tm
 
 
 def test_what_a_teacher_made_of_an_embedded_world_is_measured_as_that_world(tmp_path):
-    from data.making.request import Request
     from data.making.generator import generate
+    from data.making.request import Request
     from data.sets.toy_text import LENGTH, ToyText
 
     world = {"_target_": "data.sets.shapes.Shapes", "count": 24, "held": 12}
