@@ -5,8 +5,8 @@
     python -m benchmarks.plan --cases digits --recipe      # our own recipe under Lightning instead of a bare loop
     python -m benchmarks.plan --cases digits --recipe --method distribution_matching   # with teacher and critic
 
-By tensors: the storages alive at once, counted after every operator (`edit.measuring.timing.peak_memory`). Resident:
-what the operating system counts, in a fresh process each, above what it held before the model was built.
+By tensors: the storages alive at once, counted after every operator (`edit.measuring.cost.peak_memory`). Resident: what
+the operating system counts, in a fresh process each, above what it held before the model was built.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from edit.few_step.distribution_matching import DistributionMatching
 from edit.few_step.ladd import LADD
 from edit.few_step.method import FewStepMethod
 from edit.few_step.progressive import Progressive
+from edit.measuring.memory import Draft
 from edit.measuring.probe import Probe
 from edit.measuring.timing import peak_memory
 from edit.measuring.turns import turns
-from recipes.plan import Draft
 
 STEPS = 3  # the first makes the optimiser's state, the second meets the gradients of the first
 
@@ -123,7 +123,7 @@ def recipe(case: Case, device: torch.device, checkpointing: bool, half: bool) ->
     from recipes.config.schema import OptimizerConfig, TrainerConfig
     from recipes.diffusion import Diffusion
     from recipes.few_step import FewStep
-    from recipes.recipe import Settings
+    from recipes.recipe import Training
     from recipes.roles import Teacher
     from recipes.runtime.callbacks import Metrics
     from recipes.runtime.loggers import CSVLogger
@@ -135,7 +135,7 @@ def recipe(case: Case, device: torch.device, checkpointing: bool, half: bool) ->
     kind = "gpu" if device.type == "cuda" else "cpu"
     config = TrainerConfig(max_steps=steps, accelerator=kind, precision="bf16-mixed" if half else "32-true")
     made = case.build, case.build, FlowMatching()
-    settings = Settings(OptimizerConfig(lr=1e-4), steps, gradient_checkpointing=checkpointing)
+    settings = Training(OptimizerConfig(lr=1e-4), steps, gradient_checkpointing=checkpointing)
     if case.matching is None:
         module = Diffusion(*made, settings)
     else:

@@ -54,7 +54,7 @@ def recipe_step(device: torch.device, batch: int, rounds: int, warmup: int, prec
     from edit.objectives import FlowMatching, LogitNormal
     from recipes.config.schema import OptimizerConfig, TrainerConfig
     from recipes.diffusion import Diffusion
-    from recipes.recipe import Settings
+    from recipes.recipe import Training
     from recipes.runtime.callbacks import Metrics
     from recipes.runtime.loggers import CSVLogger
     from recipes.runtime.trainer import make_trainer
@@ -80,7 +80,7 @@ def recipe_step(device: torch.device, batch: int, rounds: int, warmup: int, prec
             self.mark = clock(device)
             seconds["bare"].append(self.mark - now)
 
-    module = Diffusion(spec.build, spec.build, objective, Settings(settings, steps, ema_decay=0.995, ema_ramp=True))
+    module = Diffusion(spec.build, spec.build, objective, Training(settings, steps, ema_decay=0.995, ema_ramp=True))
     kind = "gpu" if device.type == "cuda" else "cpu"
     kinds = {"fp32": "32-true", "bf16": "bf16-mixed"}
     with tempfile.TemporaryDirectory() as folder:

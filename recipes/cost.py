@@ -31,12 +31,13 @@ from edit.inputs.limits import Limits
 from edit.measuring.cost import cost
 from edit.measuring.devices import find_device, mfu
 from edit.sampling import Sampler, default_sampler
+from recipes.config import composed
 
 GROUPS = ("backbone", "sampler", "edits")  # of configs/
 SHORT = {"sampler.steps": "sampler.solver.steps"}
 MOST_SAMPLES, MOST_ROUNDS = 100_000, 10_000
 EXAMPLES = """examples:
-  python -m recipes.cost backbone=dit_xl_2
+  python -m recipes.cost backbone=dit size=XL/2
   python -m recipes.cost backbone=dit_xl_2 edits=depth edits.depth.ratio=0.5 sampler=ddpm sampler.steps=50 guidance=1.5
   python -m recipes.cost backbone=dit_s_2 batch=8 --latency --device cuda
   python -m recipes.cost artifact=runs/digits --latency --json
@@ -48,7 +49,8 @@ class Words:
     """What to count.
 
     Args:
-        backbone: a file of configs/backbone; backbone.FIELD=VALUE changes it
+        backbone: a family of configs/backbone, or one of its sizes (dit_xl_2); backbone.FIELD=VALUE changes it
+        size: of the backbone's family, such as XL/2
         artifact: instead of a backbone: what a run has left
         edits: a file of configs/edits, applied to the backbone; edits.EDIT.FIELD=VALUE changes it
         sampler: a file of configs/sampler, else the artifact's, the stock pipeline's, or 50 steps of Euler or DDIM;
@@ -58,6 +60,7 @@ class Words:
     """
 
     backbone: str | None = None
+    size: str | None = None
     artifact: str | None = None
     edits: str | None = None
     sampler: str | None = None
@@ -108,11 +111,13 @@ def resolve(args: argparse.Namespace) -> dict[str, Any]:
     def group(name: str, default: Any = None) -> Any:
         mine = {k: v for k, v in changes.items() if k.startswith(f"{name}.")}
         file = getattr(asked, name)
-        value = default if file is None else from_file(args.configs, name, file)
+        size = asked.size if name == "backbone" else None
+        value = default if file is None else from_file(args.configs, name, file, size)
         return changed(value, name, mine)
 
     if asked.artifact is not None:
-        if fixed := ["edits"] * (asked.edits is not None) + [k for k in changes if not k.startswith("sampler.")]:
+        given = [k for k in ("edits", "size") if getattr(asked, k) is not None]
+        if fixed := given + [k for k in changes if not k.startswith("sampler.")]:
             raise ValueError(f"an artifact has its own backbone and edits: leave {fixed[0]} out, or count a backbone")
         artifact = load(asked.artifact, device)
         denoiser, objective, default = artifact.denoiser, artifact.objective, artifact.sampler
@@ -127,7 +132,7 @@ def resolve(args: argparse.Namespace) -> dict[str, Any]:
     counted = cost(
         denoiser, sampler, objective, batch=asked.batch, real=args.real, rounds=args.rounds if args.latency else 0
     )
-    what = {k: v for k in ("backbone", "artifact", "edits") if (v := getattr(asked, k)) is not None}
+    what = {k: v for k in ("backbone", "size", "artifact", "edits") if (v := getattr(asked, k)) is not None}
     return {**what, **changes, "sampler": editing.describe(sampler), **counted.as_dict()}
 
 
@@ -139,20 +144,21 @@ def parsed(text: str) -> Any:
         return text
 
 
-def from_file(configs: Path, group: str, name: str) -> Any:
-    """The object that a file of a configuration group describes.
+def from_file(configs: Path, group: str, name: str, size: str | None = None) -> Any:
+    """The object that a configuration of a group describes.
 
     Raises:
-        FileNotFoundError: if there is no such file, with the nearest names
+        FileNotFoundError: if there is none of that name, with the nearest names
+        ValueError: for a size that the backbone's family does not have
     """
-    path = configs / group / f"{name}.yaml"
-    if not path.is_file():
-        names = sorted(p.stem for p in path.parent.glob("*.yaml"))
+    node = composed.read(configs, group, name, size)
+    if node is None:
+        names = composed.names(configs, group)
         if not names:
-            raise FileNotFoundError(f"no {group} files in {path.parent}: give the folder with --configs")
+            raise FileNotFoundError(f"no {group} files in {configs / group}: give the folder with --configs")
         close = difflib.get_close_matches(name, names, 3) or names
         raise FileNotFoundError(f"no {group} named {name}: the nearest are {', '.join(close)}")
-    return built(group, OmegaConf.to_container(trust.load_yaml(path), resolve=True))
+    return built(group, OmegaConf.to_container(OmegaConf.create(node), resolve=True))
 
 
 def built(group: str, node: Any) -> Any:

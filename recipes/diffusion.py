@@ -12,19 +12,19 @@ from edit import noise
 from edit.denoiser import Denoiser
 from edit.objectives import Objective, Pass, Term, Weight, wanted, weight_at
 from edit.stream import Branch, Condition, Forced, Output
-from recipes.recipe import Recipe, Settings
+from recipes.recipe import Recipe, Training
 from recipes.roles import Teacher
 
 
 class Diffusion(Recipe):
-    """Train a denoiser on data, on what a teacher predicts at the same noisy samples, or on both.
+    """Train a denoiser on data, on a teacher's predictions at the same noisy samples, or on both.
 
     Args:
         build, structure, objective, settings, teacher, null: as of `Recipe`
         terms: further losses, by name
-        data_weight: of the objective's own losses, that is of the data beside the terms
-        strata: sample k of the run draws its time from part k mod strata of the time law, so that the batch of all
-            ranks spans all times
+        data_weight: weight of the objective's own losses, which compare with the data
+        strata: the time law is divided into so many parts of equal probability, and sample k of the run draws its time
+            from part k mod strata; so the batch of all ranks spans all times
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Diffusion(Recipe):
         build: Callable[[], Denoiser],
         structure: Callable[[], Denoiser],
         objective: Objective,
-        settings: Settings,
+        settings: Training,
         teacher: Teacher | None = None,
         null: Condition | None = None,
         terms: Mapping[str, Term] | None = None,
@@ -56,7 +56,7 @@ class Diffusion(Recipe):
         x_t = self.objective.corrupt(x, eps, t)
         with self.casting():
             taught = None
-            if self.teacher is not None:  # at the same noisy sample and time, told the same
+            if self.teacher is not None:  # at the same noisy sample, time and condition
                 scale = self.teacher.guidance.scale(noise.uniform(seed, draw, noise.GUIDANCE))
                 taught = self.teacher(self.denoiser, x_t, t, condition, null, scale)
                 condition = replace(condition, guidance=scale) if self.told else condition
@@ -88,7 +88,7 @@ class Diffusion(Recipe):
         return loss
 
     def _forced(self, taught: Output, draw: Tensor) -> dict[int, Forced]:
-        """Inputs of the units that terms want to see fed by the teacher."""
+        """Teacher tokens that replace the inputs of units, as loss terms ask, in a share of the samples."""
         forced = {}
         for term in self.terms.values():
             sources, share = term.forced(self.progress)
@@ -104,7 +104,7 @@ class Diffusion(Recipe):
         whole_teacher = None
         if self.teacher is not None:
             whole_teacher = self.teacher.configure(self.denoiser, *wanted(self.terms.values(), teacher=True))
-        torch.manual_seed(self.settings.seed)  # the same on every rank, also where only rank 0 has built the weights
+        torch.manual_seed(self.settings.seed)  # the same on every rank, also where rank 0 alone builds weights
         for name, term in self.terms.items():
             if (own := term.build(self.denoiser, whole_teacher)) is not None:
                 self.own[name] = self.whole_or_sharded(own)

@@ -1,8 +1,8 @@
 """Few-step distillation: a student learns to reach in a few steps what its teacher reaches in many.
 
-Student, teacher, and, where the method has one, a critic that learns the student's distribution. One optimiser holds
-what is trained; in each step the method says whose turn it is, and a parameter that gets no gradient is left alone.
-Specification: methods/distillation.md, D3.5-D3.10.
+Its models are the student, the teacher and, for some methods, a critic that learns the student's distribution. One
+optimiser holds all trained parameters. In each step the method says whose turn it is; parameters without a gradient
+stay unchanged. Specification: methods/distillation.md, D3.5-D3.10.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edit.few_step.method import FewStepMethod
 from edit.few_step.roles import Draws, Given, Roles
 from edit.objectives import Objective
 from edit.stream import Condition, Output
-from recipes.recipe import Recipe, Settings, local, share_frozen
+from recipes.recipe import Recipe, Training, local, share_frozen
 from recipes.roles import Teacher
 
 
@@ -29,11 +29,11 @@ class FewStep(Recipe):
 
     Args:
         build, structure, objective, settings, teacher, null: as of `Recipe`
-        matching: the method
+        matching: the few-step method
         critic: makes the critic with its starting weights, and its structure alone; None: the method has none
-        follow: implicit distribution alignment (SenseFlow, arXiv 2506.00523): after each of the student's steps the
-            critic moves this part of the way to the student, 0.03 there; 0: never
-        sight: frozen decoder of samples and vision model, where the method looks at images; no part of checkpoints
+        follow: implicit distribution alignment (SenseFlow, arXiv 2506.00523, with 0.03): the share of the way that the
+            critic moves to the student after each of the student's steps; 0: off
+        sight: frozen decoder and vision model of a method that looks at images; not in checkpoints
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class FewStep(Recipe):
         build: Callable[[], Denoiser],
         structure: Callable[[], Denoiser],
         objective: Objective,
-        settings: Settings,
+        settings: Training,
         matching: FewStepMethod,
         teacher: Teacher | None = None,
         null: Condition | None = None,
@@ -51,7 +51,7 @@ class FewStep(Recipe):
     ):
         super().__init__(build, structure, objective, settings, teacher, null)
         self.matching, self.build_critic, self.follow = matching, critic, follow
-        self.sight = sight  # a tuple, whose modules Lightning does not see
+        self.sight = sight  # a tuple hides its modules from Lightning
         self.critic: Denoiser | None = None
         self.own: nn.Module | None = None  # heads and weights of the method
 
@@ -59,7 +59,7 @@ class FewStep(Recipe):
         self._seed_dropout(batch_index)
         self.advance(self.denoiser, *([] if self.critic is None else [self.critic]))
         if self.device_mesh is not None:
-            self.reshard()  # roots stay gathered after a call without a graph: with the weights of before the last step
+            self.reshard()  # FSDP2 keeps root weights gathered after no-grad calls; without this they are stale
         given = self._given(batch, batch_index)
         roles, traces = self._roles(given)
         mine, theirs = self.matching.turns(self.trainer.global_step)
@@ -79,7 +79,7 @@ class FewStep(Recipe):
         loss = sum(means.values(), start=torch.zeros((), device=self.device))
         before = self.losses
         self._record(batch_index, {"loss": loss, **means})
-        self.losses = {**before, **self.losses}  # with those of the other role's last turn
+        self.losses = {**before, **self.losses}  # keeps those of the other role's last turn
         return loss
 
     def _given(self, batch: dict[str, Tensor], batch_index: int) -> Given:
@@ -97,7 +97,7 @@ class FewStep(Recipe):
         return Given(condition, null, scale, draws, self.progress, x, *path)
 
     def _roles(self, given: Given) -> tuple[Roles, dict[str, list[Mapping[str, Tensor]]]]:
-        """The models as velocity fields, and lists in which calls of student and critic with a graph leave traces."""
+        """The models as velocity fields, and lists that collect the traces of student and critic calls with a graph."""
         traces: dict[str, list[Mapping[str, Tensor]]] = {"student": [], "critic": []}
 
         def ask(denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) -> Output:
@@ -142,9 +142,9 @@ class FewStep(Recipe):
 
     @contextmanager
     def frozen(self, parameters: list[nn.Parameter]) -> Iterator[None]:
-        """What is computed inside gives these no gradient: no role is changed by the other's loss.
+        """Give these parameters no gradient: the loss of one role must not change the other.
 
-        FSDP2 would not notice; there gradients of the other role are computed, and dropped before the step.
+        FSDP2 ignores this: gradients of the other role are computed, and `configure_gradient_clipping` drops them.
         """
         parameters = parameters if self.device_mesh is None else []
         try:
@@ -161,7 +161,7 @@ class FewStep(Recipe):
         whole_teacher = None
         if self.teacher is not None:
             whole_teacher = self.teacher.configure(self.denoiser, self.matching.teacher_taps, ())
-            if self.matching.teacher_taps:  # through which gradients flow
+            if self.matching.teacher_taps:  # gradients flow through the teacher
                 whole_teacher.gradient_checkpointing = self.settings.gradient_checkpointing
         if self.build_critic is not None:
             (self.critic,) = self.make(*self.build_critic, 1)
@@ -219,11 +219,7 @@ class FewStep(Recipe):
 
 
 def _refuse_further(denoiser: Denoiser, out: Output) -> None:
-    """A method scores what it asked for: further predictions would be paid for and do nothing.
-
-    Raises:
-        ValueError: if an edit hands some out
-    """
+    """Raises ValueError if an edit makes further predictions of each sample: no few-step method scores them."""
     for name, edit in denoiser.applied.items():
         if further := edit.further(out):
             raise ValueError(
@@ -233,6 +229,6 @@ def _refuse_further(denoiser: Denoiser, out: Output) -> None:
 
 
 def _edit_losses(denoiser: Denoiser, traces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """What the edits of a role ask for, of the call that came last."""
+    """The losses of a role's edits, for its last call."""
     trace = traces[-1] if traces else {}
     return {f"{name}/{k}": v for name, edit in denoiser.applied.items() for k, v in edit.losses(trace).items()}

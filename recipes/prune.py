@@ -1,10 +1,10 @@
-"""Choose the units that stay, and write the model without the others: between a search and its recovery.
+"""Choose the units to keep, and write the model without the others: the step between a search and its recovery.
 
     python -m recipes.prune model=runs/dit_digits_deep by=learned search=runs/dit_digits_search out=runs/pruned
     python -m recipes.prune model=runs/dit_digits_deep by=calibration pattern=2:4 out=runs/least_loss
 
-The weights are those of `model`, whatever the search did with them. What `out` is made of is in its pruning.json, a
-picture of how it was chosen in pruning.png; the same command answers at once, one with other settings is refused.
+The weights are those of `model`; a search decides only which units stay. pruning.json in `out` tells how the choice was
+made, pruning.png shows it. A finished command answers at once; other settings for the same `out` are refused.
 """
 
 from __future__ import annotations
@@ -40,27 +40,26 @@ WAYS = ("learned", "random", "uniform", "influence", "sensitivity", "calibration
 
 
 @dataclass
-class Settings:
+class Pruning:
     model: str = MISSING  # artifact, run or diffusers folder, or hub id of the model to be pruned
-    out: str = MISSING  # run folder to write, with the artifact in it
+    out: str = MISSING  # run folder to write; the artifact is in it
     by: str = rule("learned", of=WAYS)
     search: str | None = None  # by=learned: run of the search
     pattern: str = "1:2"  # of the other ways: N:M, or several with commas between
     seed: int = rule(0, low=0, high=LAST_SEED)  # of by=random, candidates and calibration samples
-    candidates: int = rule(64, low=1, high=1_000_000)  # by=calibration: patterns that are tried
-    pick: str = rule("min", of=("min", "median", "max"))  # by=calibration: which of them is taken, by its loss
-    # training samples on which influence and losses are measured, in whole batches
-    samples: int = rule(256, low=1, high=100_000_000)
-    batch: int = rule(64, low=1, high=100_000)  # at a time
+    candidates: int = rule(64, low=1, high=1_000_000)  # by=calibration: patterns to try
+    pick: str = rule("min", of=("min", "median", "max"))  # by=calibration: the pattern with this loss is taken
+    samples: int = rule(256, low=1, high=100_000_000)  # training samples to measure on, in whole batches
+    batch: int = rule(64, low=1, high=100_000)  # samples at a time
     data: str | None = None  # run folder whose data set is used; null: that of the model
     device: str = "auto"
 
 
 @guarded
 def main(words: Sequence[str]) -> int:
-    """Exit code: 0, 1 for what could not be done, 2 for a mistake in the command, 130 after Ctrl-C."""
+    """The exit code: 0, 1 if pruning failed, 2 for a mistake in the command, 130 after Ctrl-C."""
     if not words or {"--help", "-h"} & set(words):
-        defaults = OmegaConf.to_yaml(OmegaConf.structured(Settings))
+        defaults = OmegaConf.to_yaml(OmegaConf.structured(Pruning))
         print(f"{__doc__}\nKeys and their defaults (by: {', '.join(WAYS)})\n\n{defaults}")
         return 0 if words else 2
     code = 2
@@ -77,15 +76,15 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def parse(words: Sequence[str]) -> Settings:
-    """`key=value` words as settings.
+def parse(words: Sequence[str]) -> Pruning:
+    """The settings that `key=value` words give.
 
     Raises:
         UserError: for an unknown key, a wrong value, or one that is missing
     """
-    cfg: Any = OmegaConf.structured(Settings)
+    cfg: Any = OmegaConf.structured(Pruning)
     try:
-        given = parsed(Settings, words)
+        given = parsed(Pruning, words)
     except ValueError as error:
         raise UserError(str(error)) from error
     for name, value in given.items():
@@ -93,20 +92,17 @@ def parse(words: Sequence[str]) -> Settings:
             cfg[name] = value
         except OmegaConfBaseException as error:  # of half an interpolation, ${
             raise UserError(f"{name}: expected plain text, got {value!r}") from error
-    if error := next(mistakes(cfg, "", ()), None):
+    if (error := next(mistakes(cfg, "", ()), None)) is not None:
         raise UserError(error)
     chosen = OmegaConf.to_object(cfg)
-    assert isinstance(chosen, Settings)
+    assert isinstance(chosen, Pruning)
     if (chosen.by == "learned") != (chosen.search is not None):
         raise UserError(f"by={chosen.by}, search={chosen.search}: give the run of a search exactly with by=learned")
     return chosen
 
 
-def run(chosen: Settings) -> Path:
-    """Prune.
-
-    Returns:
-        The run folder.
+def run(chosen: Pruning) -> Path:
+    """Prune. Returns the run folder.
 
     Raises:
         UserError: if the folder holds a model that was pruned otherwise, or the search was of another model
@@ -115,8 +111,9 @@ def run(chosen: Settings) -> Path:
     import edit
     from edit.artifacts.checkpoint import save
     from edit.artifacts.fingerprint import fingerprint
+    from edit.few_step.policy import segments
     from edit.pruning.depth import DepthPruning
-    from edit.pruning.patterns import groups_of, runs_of_one_kind
+    from edit.pruning.patterns import groups_of
     from edit.pruning.tinyfusion import Gates
 
     out = Path(chosen.out)
@@ -140,7 +137,7 @@ def run(chosen: Settings) -> Path:
     if chosen.search is not None:
         groups, choice = searched(chosen.search, denoiser)
     else:
-        groups = groups_of(chosen.pattern, runs_of_one_kind(denoiser))
+        groups = groups_of(chosen.pattern, segments(denoiser))
         choice = judged(chosen, artifact, groups)
     depth, name = len(denoiser.units), "depth"
     while name in denoiser.applied:  # of a model that was pruned before
@@ -159,20 +156,20 @@ def run(chosen: Settings) -> Path:
 
 @dataclass
 class Choice:
-    """What stays, and why."""
+    """The units that stay, and the measurements that decided it."""
 
     kept: list[int]
     scores: list[float] | None = None  # of every unit
-    losses: list[float] | None = None  # of the patterns that were tried
-    confidence: list[float] | None = None  # of every group of a search, at its end
+    losses: list[float] | None = None  # of every pattern tried
+    confidence: list[float] | None = None  # of every group, at the end of a search
 
 
 def searched(path: str, denoiser: Denoiser) -> tuple[Groups, Choice]:
-    """What a search decided, by its averaged logits.
+    """The choice of a search, by its averaged logits.
 
     Raises:
-        UserError: if it was no search, or one of other weights
-        ValueError: if it was one of another structure
+        UserError: if the run was no search, or its weights are not the model's
+        ValueError: if its structure is not the model's
     """
     import torch
 
@@ -190,7 +187,7 @@ def searched(path: str, denoiser: Denoiser) -> tuple[Groups, Choice]:
     check_layout(whole, theirs, f"search={path}")
     rules = list(found.applied.values())
     rule = next(e for e in rules if isinstance(e, TinyFusion))
-    if rule.frozen or any(isinstance(e, LoRA) for e in rules):  # then the search has left the weights alone
+    if rule.frozen or any(isinstance(e, LoRA) for e in rules):  # then the search did not change the weights
         begin = slice(0, 4096)
         same = (
             torch.equal(v.flatten()[begin].to(theirs[k].dtype), theirs[k].flatten()[begin]) for k, v in whole.items()
@@ -199,7 +196,7 @@ def searched(path: str, denoiser: Denoiser) -> tuple[Groups, Choice]:
             raise UserError(
                 f"search={path} was made with other weights than model=: give the model that it started from"
             )
-    gates.kappa.fill_(rule.kappa[1])  # the average, which is what was saved, has kept the first
+    gates.kappa.fill_(rule.kappa[1])  # the saved average has kept the first value
     confidence = gates.probabilities().amax(1).tolist()
     return gates.groups, Choice(gates.kept(), confidence=confidence)
 
@@ -207,8 +204,8 @@ def searched(path: str, denoiser: Denoiser) -> tuple[Groups, Choice]:
 # ---- without learning ------------------------------------------------------------------------------------------------
 
 
-def judged(chosen: Settings, artifact: Artifact, groups: Groups) -> Choice:
-    """What one of the criteria of `edit.pruning.importance` keeps."""
+def judged(chosen: Pruning, artifact: Artifact, groups: Groups) -> Choice:
+    """The choice of one of the criteria of `edit.pruning.importance`."""
     import torch
 
     from edit.pruning import importance
@@ -233,13 +230,13 @@ def judged(chosen: Settings, artifact: Artifact, groups: Groups) -> Choice:
 
 
 class Batches:
-    """Calibration: the same noisy training samples for every question that is asked of the model.
+    """Calibration samples: the same noisy training samples for every measurement.
 
     Raises:
-        UserError: if it is not known which data the model was trained on
+        UserError: if the artifact does not say which data the model was trained on
     """
 
-    def __init__(self, chosen: Settings, artifact: Artifact):
+    def __init__(self, chosen: Pruning, artifact: Artifact):
         import edit
         from data.loader import EndlessLoader
         from recipes.data_set import build_data
@@ -247,14 +244,14 @@ class Batches:
 
         source = artifact if chosen.data is None else edit.load(chosen.data)
         self.objective, self.seed = artifact.objective, chosen.seed
-        self.device = pick_device({"gpu": "cuda"}.get(chosen.device, chosen.device))  # as trainer.accelerator has it
+        self.device = pick_device({"gpu": "cuda"}.get(chosen.device, chosen.device))  # gpu: as trainer.accelerator says
         self.denoiser = artifact.denoiser.to(self.device)
         size = min(chosen.batch, chosen.samples)
         split = build_data(source).train()
         self.loader = EndlessLoader(split, size, -(-chosen.samples // size), chosen.seed)
 
     def mean(self, measure: Callable[[Tensor, Tensor, Tensor, Tensor, Condition], Tensor]) -> list[float]:
-        """Mean over all samples of what is measured of (x, noise, x_t, t, condition): ... b -> ..."""
+        """The mean over all samples of measure(x, noise, x_t, t, condition), whose last dimension is the batch."""
         import torch
 
         from edit import noise
@@ -272,7 +269,7 @@ class Batches:
         return torch.cat(found, -1).mean(-1).tolist()
 
     def losses(self, patterns: Sequence[Sequence[int]]) -> list[float]:
-        """Mean loss of the model with these units alone, for each of them."""
+        """For each pattern, the mean loss of the model with these units alone."""
         import torch
 
         from edit.pruning.importance import only
@@ -296,8 +293,8 @@ class Batches:
 # ---- the picture -----------------------------------------------------------------------------------------------------
 
 
-def picture(path: Path, chosen: Settings, depth: int, choice: Choice) -> None:
-    """How units were chosen: the confidence of a search over its steps, or scores of units, or losses of patterns."""
+def picture(path: Path, chosen: Pruning, depth: int, choice: Choice) -> None:
+    """Draw how units were chosen: confidence over the steps of a search, scores of units, or losses of patterns."""
     from io import BytesIO
 
     from matplotlib.figure import Figure
@@ -328,7 +325,7 @@ def picture(path: Path, chosen: Settings, depth: int, choice: Choice) -> None:
 
 
 def confidences(metrics: Path) -> list[tuple[list[int], list[float]]]:
-    """Steps and probabilities of every group, as a search has logged them; none where there is no log."""
+    """Steps and probabilities of every group, as a search has logged them; empty without a log."""
     if not metrics.is_file():
         return []
     with open(metrics, newline="") as file:

@@ -1,7 +1,7 @@
-"""What every training procedure shares: building and sharding models, the optimiser, the average, what is skipped.
+"""The base of all training procedures: models and their sharding, the optimiser, the average, skipped steps.
 
-Loop, devices, precision, accumulation, strategies are Lightning's (`runtime/trainer.py`). What is random in a step
-is a pure function of (seed, number of the sample in the run), so that resuming is exact, and the loss does not depend
+Lightning owns the loop, devices, precision, accumulation and strategies (`runtime/trainer.py`). Every random draw of a
+step is a pure function of (seed, number of the sample in the run). So resuming is exact, and the loss does not depend
 on how many ranks share a batch.
 """
 
@@ -34,23 +34,21 @@ CONDITIONS = tuple(f.name for f in fields(Condition))
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a recipe is trained, whatever it trains.
+class Training:
+    """The settings of training that all recipes share.
 
     Args:
-        optimizer: kind, lr, betas, weight_decay, eps, warmup, schedule, end, groups: a
-            `recipes.config.schema.OptimizerConfig`
+        optimizer: a `recipes.config.schema.OptimizerConfig`
         max_steps: optimiser steps of the whole run, for the schedule
         accumulate: batches per optimiser step
-        clip: largest gradient norm; None: no clipping
+        clip: largest norm of the gradient; None: no clipping
         label_drop: probability with which a sample's condition is replaced by the null condition
-        ema_decay: of the average; 0 keeps no history
-        ema_ramp: start the decay low, at most (1 + k) / (10 + k) after k updates; for short runs
+        ema_decay: decay of the moving average in [0, 1); 0 keeps no history
+        ema_ramp: limit the decay to (1 + k) / (10 + k) after k updates; for short runs
         compile: compile each unit
         gradient_checkpointing: recompute units in the backward pass
-        autocast: run the denoiser in bf16 here, where the trainer does not: DeepSpeed's own bf16 would round the
-            average away
-        patience: consecutive steps with a non-finite gradient after which the run stops; each is skipped
+        autocast: the recipe runs the denoiser in bf16, not the trainer: DeepSpeed's bf16 would round the average away
+        patience: the run stops after so many consecutive steps with a non-finite gradient; each of them is skipped
         seed: of times, noise, label drop and dropout
     """
 
@@ -69,15 +67,15 @@ class Settings:
 
 
 class Recipe(pl.LightningModule, ABC):
-    """Trains `denoiser` and keeps an exponential moving average of it in `ema`. Subclasses are the procedures.
+    """Train `denoiser` and keep an exponential moving average of it in `ema`. Subclasses are the procedures.
 
     Args:
         build: makes the denoiser with its starting weights and edits; called once, inside `configure_model`
         structure: the same without weights, for sharded training; called under `torch.device("meta")`
-        objective: what is predicted and how it is scored
-        settings: how it is trained
-        teacher: frozen model beside it; None: none is needed
-        null: one condition (batch of 1) that stands for no condition; None: the denoiser's own
+        objective: the path from data to noise, the predicted quantity, and its loss
+        settings: of training
+        teacher: a frozen model beside the student; None: there is none
+        null: the null condition, a batch of 1; None: the denoiser's own
     """
 
     denoiser: Denoiser
@@ -88,14 +86,14 @@ class Recipe(pl.LightningModule, ABC):
         build: Callable[[], Denoiser],
         structure: Callable[[], Denoiser],
         objective: Objective,
-        settings: Settings,
+        settings: Training,
         teacher: Teacher | None = None,
         null: Condition | None = None,
     ):
         super().__init__()
         self.build, self.structure, self.objective = build, structure, objective
         self.settings, self.teacher, self.null = settings, teacher, null
-        self.losses: dict[str, Tensor] = {}  # means over the optimiser step under way, for the log
+        self.losses: dict[str, Tensor] = {}  # means over the current optimiser step, for the log
         self.configured = False
 
     @abstractmethod
@@ -104,10 +102,10 @@ class Recipe(pl.LightningModule, ABC):
     # ---- a batch --------------------------------------------------------------------------------------------------
 
     def conditions(self, batch: dict[str, Tensor]) -> tuple[Condition, Condition]:
-        """What the samples of a batch are conditioned on, after label drop, and the null condition."""
+        """The condition of a batch, after label drop, and the null condition."""
         condition = Condition(**{k: batch[k] for k in CONDITIONS if k in batch})
         if not self.settings.label_drop and self.teacher is None:
-            return condition, condition  # nobody asks for the other
+            return condition, condition  # nothing uses the null condition
         null = self._null(condition, len(batch["draw"]))
         if self.settings.label_drop:
             drop = noise.uniform(self.settings.seed, batch["draw"], noise.DROP) < self.settings.label_drop
@@ -120,30 +118,30 @@ class Recipe(pl.LightningModule, ABC):
         return self.null.map(lambda v: v.to(self.device).expand(count, *v.shape[1:]))
 
     def casting(self) -> AbstractContextManager:
-        """bf16 without a cache, as Lightning's own: it would hold copies of all weights until the last unit is done."""
+        """Autocast to bf16 as Lightning's, without its cache, which would hold bf16 copies of all weights at once."""
         if not self.settings.autocast:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
     @property
     def progress(self) -> float:
-        """Part of the run that is done."""
+        """The part of the run that is done, in [0, 1]."""
         return self.trainer.global_step / self.settings.max_steps
 
     def micro(self, batch_index: int) -> int:
-        """Number of a batch in the run, the same on all ranks."""
+        """The number of a batch in the run, the same on all ranks."""
         accumulate = self.settings.accumulate
         return self.trainer.global_step * accumulate + batch_index % accumulate
 
     def _seed_dropout(self, batch_index: int) -> None:
-        """Of dropout and gates inside the model, the only uses of global generators."""
+        """Seed the global generators, which only dropout and gates inside the model use."""
         seed = (self.settings.seed * 1_000_003 + self.micro(batch_index)) * 4099 + self.global_rank
         torch.default_generator.manual_seed(seed)  # torch.manual_seed costs 1 % of a small step
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
     def advance(self, *denoisers: Denoiser) -> None:
-        """Tell the edits of what is trained how far the run is."""
+        """Tell the edits of trained models how far the run is."""
         for denoiser in denoisers:
             for name, edit in denoiser.applied.items():
                 edit.advance(self.progress, denoiser.edits[name] if name in denoiser.edits else None)
@@ -182,19 +180,19 @@ class Recipe(pl.LightningModule, ABC):
                 "teacher.guidance is a range, but the student has no guidance input that could be told the scale: give "
                 "one scale, or apply edit.tuning.guidance.GuidanceInput"
             )
-        # skipped steps in all, and the present run of them, on the device: reading them costs a synchronisation
+        # skipped steps: in all, and consecutive ones until now; on the device, as reading them costs a synchronisation
         self.register_buffer("skipped", torch.zeros(2))
         self.grad_norm: Tensor | None = None
         self.rate = 0.0  # learning rate of the last optimiser step
 
     @abstractmethod
     def configure_parts(self) -> None:
-        """Make what is beside the denoiser and its average: teacher, critic, parameters of terms."""
+        """Make the other parts of the run: teacher, critic, parameters of loss terms."""
 
     def make(self, build: Callable[[], Denoiser], structure: Callable[[], Denoiser], copies: int) -> list[Denoiser]:
-        """A model of the run, `copies` times; under FSDP2 sharded, with weights that rank 0 alone has made."""
+        """Make `copies` equal models. Under FSDP2 they are sharded, and rank 0 alone builds the weights."""
         if self.device_mesh is None:
-            with torch.device("cpu"):  # the same weights whatever the device
+            with torch.device("cpu"):  # the same weights on every device
                 first = build()
             return [first, *(deepcopy(first) for _ in range(copies - 1))]
         state = {}
@@ -205,13 +203,13 @@ class Recipe(pl.LightningModule, ABC):
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if half else None,
             reduce_dtype=torch.float32 if half else None,
-            cast_forward_inputs=False,  # times and noisy samples stay in fp32; autocast does the rest
+            cast_forward_inputs=False,  # times and noisy samples stay in fp32; autocast casts the rest
         )
         device = self.trainer.strategy.root_device
         return [shard(structure, state, device, self._mesh, policy) for _ in range(copies)]
 
     def prepare(self, denoiser: Denoiser) -> None:
-        """For training: what its edits leave open, checkpointed and compiled as the settings say."""
+        """Set up a model for training: gradients where its edits leave weights open, checkpointing, compilation."""
         for name, p in denoiser.named_parameters():
             p.requires_grad_(p.requires_grad and trains(denoiser, name))
         denoiser.train().gradient_checkpointing = self.settings.gradient_checkpointing
@@ -220,7 +218,7 @@ class Recipe(pl.LightningModule, ABC):
                 unit.compile()
 
     def whole_or_sharded(self, own: nn.Module) -> nn.Module:
-        """Further parameters of the run, where they belong."""
+        """Parameters of loss terms or of a method: sharded under FSDP2, else as they are."""
         if self.device_mesh is None or next(own.parameters(), None) is None:
             return own
         return fully_shard(own, mesh=self._mesh)  # type: ignore[return-value]
@@ -230,7 +228,7 @@ class Recipe(pl.LightningModule, ABC):
         return self.device_mesh["data_parallel"]
 
     def reshard(self) -> None:
-        """FSDP2 leaves the root gathered after a forward without backward; updates need the shards."""
+        """Shard all weights again: FSDP2 keeps root weights gathered after a no-grad call, and updates need shards."""
         for m in self.modules():
             if hasattr(m, "reshard") and m is not self:
                 m.reshard()
@@ -239,7 +237,7 @@ class Recipe(pl.LightningModule, ABC):
         if self.teacher is not None:
             self.teacher.place(self.device)
         both = zip(self.ema.parameters(), self.denoiser.parameters(), strict=True)
-        self.averaged = [(e, p) for e, p in both if p.requires_grad]  # walking the modules takes longer than averaging
+        self.averaged = [(e, p) for e, p in both if p.requires_grad]  # walking the modules is slower
         self.trained = [p for p in self.parameters() if p.requires_grad]
 
     # ---- optimiser ------------------------------------------------------------------------------------------------
@@ -253,7 +251,7 @@ class Recipe(pl.LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _groups(self) -> list[dict[str, Any]]:
-        """One optimiser group per pattern of `optimizer.groups`, the first that a name matches; the rest together."""
+        """One optimiser group per pattern of `optimizer.groups`, by the first that a name matches; one for the rest."""
         s = self.settings.optimizer
         groups = dict(s.groups or {})
         parts: dict[str, list[nn.Parameter]] = {pattern: [] for pattern in (*groups, "")}
@@ -274,7 +272,7 @@ class Recipe(pl.LightningModule, ABC):
         return out
 
     def _rate(self, step: int) -> float:
-        """Factor of the learning rate after `step` optimiser steps."""
+        """The factor on the learning rate after `step` optimiser steps: linear warmup, then constant or cosine."""
         s = self.settings.optimizer
         if step < s.warmup:
             return (step + 1) / s.warmup
@@ -284,9 +282,9 @@ class Recipe(pl.LightningModule, ABC):
         return 1.0
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clip by global norm, and mark a step with a non-finite gradient to be skipped, without a synchronisation.
+        """Clip by global norm; mark a step with a non-finite gradient to be skipped, without a synchronisation.
 
-        The optimiser skips the step when `found_inf` is set, as a fused one does under a gradient scaler.
+        A fused optimiser skips the step where `found_inf` is set, as under a gradient scaler.
         """
         limit = float("inf") if self.settings.clip is None else self.settings.clip
         norms = []
@@ -294,7 +292,7 @@ class Recipe(pl.LightningModule, ABC):
             if with_gradient := [p for p in parameters if p.grad is not None]:
                 norm = torch.nn.utils.clip_grad_norm_(with_gradient, limit)
                 norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if not norms:  # DeepSpeed keeps gradients, and clips them, out of sight
+        if not norms:  # DeepSpeed keeps and clips gradients elsewhere
             return
         norm = torch.stack(norms).norm()
         bad = (~norm.isfinite()).float()
@@ -304,12 +302,12 @@ class Recipe(pl.LightningModule, ABC):
         self.grad_norm = norm.detach()
 
     def clipped(self) -> list[list[nn.Parameter]]:
-        """Groups of parameters whose gradients are clipped together."""
+        """The parameters of each role, whose gradients are clipped together."""
         return [self.trained]
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         k = self.trainer.global_step
-        self.rate = self.trainer.optimizers[0].param_groups[0]["lr"]  # before the schedule goes on
+        self.rate = self.trainer.optimizers[0].param_groups[0]["lr"]  # before the schedule's next step
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if (n := self.updates(k)) is not None:
             decay = self.settings.ema_decay
@@ -319,15 +317,15 @@ class Recipe(pl.LightningModule, ABC):
                 torch._foreach_lerp_(averages, values, 1 - decay)
 
     def updates(self, step: int) -> int | None:
-        """How often the denoiser was changed before this optimiser step; None if it stays, and its average with it."""
+        """How many steps have changed the denoiser before this one; None: this step does not change it."""
         return step
 
     def check_progress(self) -> None:
-        """Called where values are read for the log anyway.
+        """Stop a run that diverges; called when values are read for the log anyway.
 
         Raises:
-            FloatingPointError: if the last `patience` steps all had a non-finite gradient; or at a loss that is not
-                finite where gradients are out of sight (DeepSpeed) and no step is skipped
+            FloatingPointError: if the last `patience` steps all had a non-finite gradient; under DeepSpeed, which skips
+                no steps, at the first non-finite loss
         """
         if self.grad_norm is None and not self.losses["loss"].isfinite():
             raise FloatingPointError(
@@ -343,7 +341,7 @@ class Recipe(pl.LightningModule, ABC):
 
 
 def optimizer_of(kind: str) -> Callable[..., torch.optim.Optimizer]:
-    """What makes the optimiser; a step is skipped where its `found_inf` is set."""
+    """The class of an optimiser that skips a step where its `found_inf` is set."""
     if kind == "adamw8bit":
         from recipes.runtime.adamw8bit import AdamW8bit  # an optional package
 
@@ -352,7 +350,7 @@ def optimizer_of(kind: str) -> Callable[..., torch.optim.Optimizer]:
 
 
 def share_frozen(copy: nn.Module, original: nn.Module) -> None:
-    """What is not trained is the same in both, and is kept once: with LoRA that is nearly everything."""
+    """Let a copy use the original's frozen parameters; with LoRA these are nearly all."""
     for name, p in original.named_parameters():
         if not p.requires_grad:
             owner, _, leaf = name.rpartition(".")
@@ -360,7 +358,7 @@ def share_frozen(copy: nn.Module, original: nn.Module) -> None:
 
 
 def local(p: Tensor) -> Tensor:
-    """This rank's part of a parameter."""
+    """The part of a parameter that this rank holds."""
     if isinstance(p, DTensor):
         return p.to_local()
     return p.ds_tensor if hasattr(p, "ds_tensor") else p  # DeepSpeed ZeRO-3

@@ -1,4 +1,4 @@
-"""The teacher beside the model that is trained: where its weights are, how it is guided, what it is asked for.
+"""The teacher beside the student: where its weights are, how it is guided, which outputs it gives.
 
 Specification: methods/distillation.md, roles (D2, D3.2, D6).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,19 +18,25 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from edit.denoiser import Denoiser, Unit
 from edit.distillation.guidance import TeacherGuidance
+from edit.measuring.memory import Placement
 from edit.stream import Condition, Output
 from edit.tuning.lora import without
 
-Placement = Literal["replicated", "sharded", "offloaded", "tied"]
+
+class Origin(NamedTuple):
+    """Two ways to make one model."""
+
+    build: Callable[[], Denoiser]  # with its weights
+    structure: Callable[[], Denoiser]  # without; called under `torch.device("meta")`
 
 
 class Teacher:
-    """A frozen model that is asked at the student's noisy samples. Not a module: it is no part of checkpoints.
+    """A frozen model that predicts at the student's noisy samples. Not a module: checkpoints leave it out.
 
     Args:
-        build: makes it with its weights; None for a tied teacher
-        structure: the same without weights, called under `torch.device("meta")`; for a sharded one
-        guidance: how it is guided
+        build: makes the teacher with its weights; None: it is tied
+        structure: the same without weights, called under `torch.device("meta")`; used when it is sharded
+        guidance: the scales of its classifier-free guidance
         placement: "replicated": whole on every device; "sharded": FSDP2 over all ranks; "offloaded": in main memory,
             each layer on the device only while it runs; "tied": the student without its LoRA, no memory at all
         dtype: of its weights
@@ -60,13 +66,19 @@ class Teacher:
         branches: tuple[int, ...],
         maps: Mapping[int, int] = MappingProxyType({}),
     ) -> Denoiser:
-        """Make the model; called where the student's is made.
+        """Make the model; called in `configure_model`, after the student.
+
+        Args:
+            student: the model that is trained, which is a tied teacher's model as well
+            taps: units whose tokens are wanted
+            branches: units whose attention and feed-forward branches are wanted
+            maps: units whose attention maps are wanted, and how many rows
 
         Returns:
-            The model that terms may look at.
+            The teacher's model, whose structure loss terms may read.
 
         Raises:
-            ValueError: if a term taps a unit the teacher does not have
+            ValueError: if a term taps a unit that the teacher does not have
         """
         self.taps, self.branches, self.maps = taps, branches, maps
         if self.placement == "tied":
@@ -103,7 +115,7 @@ class Teacher:
         )
 
     def place(self, device: torch.device) -> None:
-        """Move the weights to where they are used."""
+        """Move the weights to the device, or prepare their offloading."""
         if self.denoiser is None or self.placement == "sharded":
             return
         if self.placement == "offloaded":
@@ -115,15 +127,15 @@ class Teacher:
     def __call__(
         self, student: Denoiser, x_t: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor
     ) -> Output:
-        """What it predicts, with its taps in the trace; in fp32 where the student's autocast does not decide.
+        """The guided prediction, with taps in the trace; computed in fp32 outside of the student's autocast.
 
         Args:
             student: the model that is trained; a tied teacher is this model without its LoRA
-            x_t: b c y x
-            t: b
+            x_t: noisy samples, b c y x
+            t: their times in [0, 1], 1 = noise, b
             condition: after label drop
             null: the unconditional counterpart
-            scale: b, guidance
+            scale: guidance scales, b
         """
         wanted = self.taps, self.branches, self.maps
         if self.denoiser is not None:
@@ -134,10 +146,10 @@ class Teacher:
     def features(
         self, student: Denoiser, x_t: Tensor, t: Tensor, condition: Condition, scale: Tensor
     ) -> Mapping[str, Tensor]:
-        """Its taps without guidance, with a graph to x_t where gradients are on; arguments as above.
+        """The tapped tokens without guidance, with a graph to x_t where gradients are on; arguments as above.
 
         Raises:
-            ValueError: if its weights are not where a backward pass would find them
+            ValueError: if the weights do not stay in place until the backward pass
         """
         if self.placement in ("tied", "offloaded"):
             raise ValueError(
@@ -152,13 +164,13 @@ class Teacher:
 def offload(denoiser: Denoiser, device: torch.device) -> None:
     """Keep the weights in main memory; each layer is on the device only while it runs (`diffusers`' group offloading).
 
-    A GPU is sent the next layer while one runs.
+    On a GPU the next layer is copied while the present one runs.
     """
     from diffusers.hooks import apply_group_offloading
 
     model, memory = denoiser.model, torch.device("cpu")
     apply_group_offloading(model, device, memory, offload_type="leaf_level", use_stream=device.type == "cuda")
-    # the model's own forward, which would fetch what is directly on it, is never called
+    # hooks fetch parameters of the model itself in its own forward, which is never called
     for t in (*model.parameters(recurse=False), *model.buffers(recurse=False)):
         t.data = t.data.to(device)
     denoiser.edits.to(device)
@@ -171,7 +183,7 @@ def shard(
     mesh: DeviceMesh,
     policy: MixedPrecisionPolicy,
 ) -> Denoiser:
-    """FSDP2: a denoiser made on the meta device and sharded; rank 0 hands out `state`, which it alone holds."""
+    """A denoiser sharded by FSDP2. Rank 0 alone holds `state`, the whole state dict, and broadcasts it."""
     with torch.device("meta"):
         net = structure()
     for unit in units_of(net):
@@ -184,5 +196,5 @@ def shard(
 
 
 def units_of(denoiser: Denoiser) -> list[Unit]:
-    """The blocks that hold weights, whatever edits have wrapped around them."""
+    """The family's own units, which hold the weights, also where edits have wrapped them."""
     return [m for m in denoiser.model.modules() if isinstance(m, Unit)]

@@ -1,10 +1,10 @@
-"""Runs that another run needs first, and what is done with it at last: the stages of a method, from one command.
+"""The stages of a method, from one command: runs that come before a run, and commands that come after it.
 
-Each is a process of its own, `python train.py` with its own words, so that launchers, devices and memory start afresh;
-or, where the first word names a module of ours, `python -m` with what follows: `[data.generate, teacher=..., ...]`.
-A finished run answers at once; one that was stopped goes on where it was; any can be started by hand. Under torchrun
-the first of all ranks starts it, with as many processes as its own words ask for, while the others wait; under SLURM
-train.py is started by every task, as it was itself, and a module by the first.
+Each stage is a process of its own, so that launchers, devices and memory start afresh: `python train.py` with its own
+words or, where the first word names a module of ours, `python -m`: `[data.generate, teacher=..., ...]`. A finished run
+answers at once, a stopped one resumes, and each can be started by hand. Under torchrun the first of all ranks starts a
+stage, with as many processes as its own words ask for, while the others wait. Under SLURM every task starts train.py,
+and the first task starts a module.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from omegaconf import DictConfig, OmegaConf
 from data.names import setting, typed
 from edit.inputs.command import print_any_name
 
-# what all runs of train.py from one command share unless a run's own words say otherwise
+# settings that all runs of train.py from one command share unless a run's own words say otherwise
 SHARED = ("runs", "logger.kinds", "logger.wandb.mode", "logger.wandb.project", "debug")
-SHARED += ("trainer.accelerator", "trainer.threads")  # not devices: how many share a batch is part of what a run is
+SHARED += ("trainer.accelerator", "trainer.threads")  # not devices: their number decides the batch, and with it the run
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-CONNECTED = timedelta(minutes=10)  # for all ranks to come to the store
-OURS = Path(__file__).parents[1]  # where `data` and `edit` are
-# what torchrun tells its ranks, and Lightning those that it starts itself
+CONNECTED = timedelta(minutes=10)  # for all ranks to reach the store
+OURS = Path(__file__).parents[1]  # the folder of `data` and `edit`
+# variables that torchrun, or Lightning as a launcher, sets for its ranks
 LAUNCHER = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"}
 LAUNCHER |= {f"{group}_{what}" for group in ("LOCAL", "GROUP", "ROLE") for what in ("RANK", "WORLD_SIZE")} | {
     "ROLE_NAME"
@@ -40,7 +40,7 @@ LAUNCHER |= {f"{group}_{what}" for group in ("LOCAL", "GROUP", "ROLE") for what 
 
 
 def run_before(cfg: DictConfig, script: Path) -> None:
-    """Run what `cfg.before` lists, in order.
+    """Run the stages of `cfg.before`, in order.
 
     Args:
         cfg: the composed configuration
@@ -63,7 +63,7 @@ def run_before(cfg: DictConfig, script: Path) -> None:
 
 
 def run_after(cfg: DictConfig) -> None:
-    """Run what `cfg.after` lists, in order, on the first of all ranks, whenever the run itself is found complete.
+    """Run the stages of `cfg.after`, in order, on the first of all ranks, whenever the run itself is complete.
 
     Raises:
         SystemExit: with the exit code of the first that failed
@@ -77,8 +77,8 @@ def run_after(cfg: DictConfig) -> None:
 
 @contextmanager
 def launched() -> Iterator[None]:
-    """Afterwards the environment is what the launcher made it: of a run of several devices Lightning leaves rank and
-    port behind, by which what is started next would take itself for one of those ranks."""
+    """Restore the launcher's environment at the end: after a run on several devices, Lightning leaves rank and port
+    behind, and the next process would take itself for one of those ranks."""
     before = {name: os.environ.get(name) for name in LAUNCHER}
     try:
         yield
@@ -103,9 +103,9 @@ def _run_all(cfg: DictConfig, script: Path) -> int:
 
 
 def _slurm_tasks(number: int) -> str | None:
-    """Where the tasks of a SLURM launch meet for a stage, for `rendezvous`; None if this is none, or a single task.
+    """The address at which the tasks of a SLURM launch meet for a stage, for `rendezvous`; None: there are no others.
 
-    Each stage has a port of its own: a task that is ahead must not find the store that another is about to close.
+    Each stage has its own port, so that a fast task does not find the store that a slow one is about to close.
     """
     if "SLURM_PROCID" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         return None
@@ -119,8 +119,8 @@ def _slurm_tasks(number: int) -> str | None:
 
 
 def _while_others_wait(work: Callable[[], int], name: str, meeting: str) -> int:
-    """What `work` returns on rank 0 of a launch, on all its ranks; they talk through the launch's store, under a name
-    that is used once."""
+    """Do `work` on rank 0 of a launch and return its result on all ranks, through the launch's store; `name` must be
+    new."""
     from torch.distributed import PrefixStore, rendezvous
 
     store, rank, world = next(rendezvous(meeting, timeout=CONNECTED))
@@ -133,13 +133,13 @@ def _while_others_wait(work: Callable[[], int], name: str, meeting: str) -> int:
     code = int(store.get("code"))
     store.add("known", 1)
     patience = time.monotonic() + CONNECTED.total_seconds()  # a task may have died meanwhile
-    while rank == 0 and store.add("known", 0) < world and time.monotonic() < patience:  # it may host the store
+    while rank == 0 and store.add("known", 0) < world and time.monotonic() < patience:  # rank 0 may host the store
         time.sleep(0.01)
     return code
 
 
 def shared(cfg: DictConfig) -> list[str]:
-    """What the runs have in common, as words of a command line."""
+    """The settings that all runs share, as words of a command line."""
     words = []
     for key in SHARED:
         value = OmegaConf.select(cfg, key)
@@ -153,7 +153,7 @@ def shared(cfg: DictConfig) -> list[str]:
 
 
 def _readable(word: str) -> str:
-    """A word for train.py, quoted where Hydra cannot read it: with a path in it, perhaps of this run's folder."""
+    """A word for train.py, in quotes where Hydra cannot read it otherwise, such as a path with odd characters."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -166,7 +166,7 @@ def _readable(word: str) -> str:
 
 
 def _run(command: Sequence[str], when: str = "before") -> int:
-    """A child's exit code. What this process is told by a signal the child is told; it dies with this process."""
+    """Run a command and return its exit code. It gets the signals of this process, and dies with it."""
     print_any_name()
     print(f"{when:<10}" + typed(*command[1:]), flush=True)
     die = _die_with_parent if sys.platform == "linux" else None
@@ -186,8 +186,8 @@ def _run(command: Sequence[str], when: str = "before") -> int:
 
 
 def _environment() -> dict[str, str]:
-    """This process's, for a run of its own: our modules are found from any folder, and the rank, port and store that
-    torchrun gave to this one are left out."""
+    """The environment of a stage: our modules are found from any folder; rank, port and store of torchrun are left
+    out."""
     found = {"PYTHONPATH": os.pathsep.join(filter(None, (str(OURS), os.environ.get("PYTHONPATH"))))}
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return dict(os.environ) | found
@@ -196,5 +196,5 @@ def _environment() -> dict[str, str]:
 
 
 def _die_with_parent() -> None:
-    """A killed command must not leave a run behind that the same command would start a second time."""
+    """Die with the parent: a killed command must not leave a run behind, which the same command would start again."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -1,8 +1,8 @@
-"""What a training step adds to the weights: measured on the real structure, on tensors that have no memory.
+"""How much memory a training step needs besides the weights: measured on the real structure, without any memory.
 
-Forward and backward run on fake tensors, which know their shape and nothing else; the storages that are alive are
-added up after every operator. A unit that an edit skips, a tap or a frozen layer is in the sum as it is in the run.
-Not seen: workspaces of kernels, the allocator's fragmentation, and the temporaries of loss terms.
+Forward and backward run on fake tensors, which have a shape and no data; after every operator the live storages are
+added up. So skipped units, taps and frozen layers count as they do in the run. Not measured: workspaces of kernels, the
+allocator's fragmentation, temporaries of loss terms.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from edit.stream import Condition, Output
 class Activations:
     """Bytes above the weights at the worst moment of one forward and backward."""
 
-    forward: int  # of the forward, with all that it keeps for the backward
-    stored: int  # what it has kept when it ends
-    flowing: int  # of both, where gradients leave as they come
-    kept: int  # of both, where gradients stay from the moment that they are made
+    forward: int  # peak of the forward
+    stored: int  # kept for the backward when the forward ends
+    flowing: int  # peak of both, if each gradient is freed as soon as it is made
+    kept: int  # peak of both, if gradients stay
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Of a forward without gradient."""
+    """Bytes of a forward without gradient."""
 
-    peak: int  # bytes above the weights at its worst moment
-    kept: int  # bytes of the answer, with its taps
+    peak: int  # above the weights, at the worst moment
+    kept: int  # of the output, with its taps
 
 
 class Probe:
-    """Measures steps of a structure on tensors without memory; nothing is measured twice.
+    """Measure steps of a structure on tensors without memory; results are remembered.
 
-    Tensors are the CPU's, whose autocast keeps a few small tensors in bf16 that a GPU keeps in fp32.
+    The fake tensors are on the CPU, whose autocast keeps a few small tensors in bf16 that a GPU keeps in fp32.
 
     Args:
         structure: makes the denoiser; called under `torch.device("meta")`
@@ -68,9 +68,7 @@ class Probe:
         self.structure, self.shape, self.condition = structure, shape, condition
         self.taps, self.branches, self.maps = taps, branches, maps
         self.denoiser = self.build()
-        if not self.denoiser.accepts(shape):
-            given, wanted = ("x".join(map(str, s)) for s in (shape, self.denoiser.sample_shape))
-            raise ValueError(f"{self.denoiser.name} takes samples of {wanted}, got {given}: change image= or backbone")
+        refuse_shape(self.denoiser, shape)
         self.known: dict[tuple, Any] = {}
 
     def build(self) -> Denoiser:
@@ -82,7 +80,7 @@ class Probe:
         return self._on_meta()[0]
 
     def answer(self) -> Output:
-        """What is returned for one sample, on the meta device."""
+        """The output for one sample, on the meta device."""
         return self._on_meta()[1]
 
     def _on_meta(self) -> tuple[int, Output]:
@@ -109,11 +107,11 @@ class Probe:
         """Forward and backward of `batch` samples.
 
         Args:
-            half: under bf16 autocast, which keeps no cache. bf16 copies of fp32 weights count as activations: they live
-                as long as the graph that holds them.
-            checkpointing: units are computed again in the backward
+            half: under bf16 autocast without a cache. bf16 copies of fp32 weights count as activations: they live as
+                long as the graph that holds them.
+            checkpointing: the backward computes units again
             dtype: of the weights
-            frozen: the backward goes through the weights to the noisy sample and leaves them no gradient
+            frozen: the backward reaches the noisy sample, and the weights get no gradient
         """
         key = ("step", batch, half, checkpointing, dtype, frozen)
         if key not in self.known:
@@ -121,7 +119,7 @@ class Probe:
         return self.known[key]
 
     def ask(self, batch: int, half: bool, dtype: torch.dtype) -> Asked:
-        """A forward without gradient."""
+        """A forward of `batch` samples without gradient; arguments as of `step`."""
         key = ("ask", batch, half, dtype)
         if key not in self.known:
             self.known[key] = self._simulate(lambda d: self._ask(d, batch, half), dtype, False)
@@ -179,12 +177,19 @@ class Probe:
         return Asked(ledger.peak - base, sum(s.nbytes() for s in storages.values()))
 
 
+def refuse_shape(denoiser: Denoiser, shape: tuple[int, ...]) -> None:
+    """Raises ValueError if the denoiser takes no samples of this shape."""
+    if not denoiser.accepts(shape):
+        given, wanted = ("x".join(map(str, s)) for s in (shape, denoiser.sample_shape))
+        raise ValueError(f"{denoiser.name} takes samples of {wanted}, got {given}: change image= or backbone")
+
+
 def _copy(v: Tensor) -> Tensor:
     return torch.empty(v.shape, dtype=v.dtype)
 
 
 def without_memory(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """Put fake tensors on the CPU in the place of those on the meta device; called under FakeTensorMode."""
+    """Replace tensors on the meta device by fake ones on the CPU; called under FakeTensorMode."""
     for m in module.modules():
         for name, p in m._parameters.items():
             if p is not None:

@@ -1,15 +1,14 @@
-"""What a few-step method asks of its models in each step: found by running it on tensors without memory.
+"""How often a few-step method calls its models in each step: counted by running it on tensors without memory.
 
-Nothing is declared: a method's own losses are run on fake tensors, with models that answer in the right shapes and
-write down that they were asked. Costs of its heads, of a decoder and a vision model, and of what it computes itself are
-left out.
+The method declares nothing: its own losses run on fake tensors, with models that return the right shapes and count
+their calls. Not counted: its heads, a decoder, a vision model, and the method's own arithmetic.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal
@@ -33,19 +32,19 @@ class Call:
     """One forward."""
 
     role: str  # "student", "teacher" or "critic"
-    samples: float = 1.0  # in parts of the batch: 2 with classifier-free guidance
+    samples: float = 1.0  # in units of the batch: 2 with classifier-free guidance
     reach: Reach = "nothing"  # how far its backward goes
 
     def flops(self, macs: int, checkpointing: bool) -> float:
-        """Of the forward of one sample and its backward, which takes as much again for the input, for the weights, and
-        for what is computed a second time."""
+        """FLOPs for one sample: of the forward, as many again of the backward to the input, to the weights, and of
+        recomputation."""
         times = {"nothing": 1, "input": 2, "weights": 3}[self.reach]
         recomputed = checkpointing and self.reach != "nothing"
         return 2 * macs * self.samples * (times + recomputed)
 
 
 class Shapes(Draws):
-    """Draws without values but for those that decide how often a model is called."""
+    """Draws without values, except those that decide how often a model is called."""
 
     def uniform(self, stream: int) -> Tensor:
         return torch.full_like(self.samples, 0.5, dtype=torch.float32)
@@ -56,10 +55,20 @@ class Shapes(Draws):
 
 @dataclass(frozen=True)
 class Turn:
-    """Calls of one optimiser step in their order, and the share of the run's steps that are like it."""
+    """A kind of optimiser step: its calls in order, and its share of the run's steps."""
 
     share: float
     calls: tuple[Call, ...]
+
+
+def calls_of(turns: Sequence[Turn]) -> dict[str, dict[str, float]]:
+    """Forwards of one sample in a step, mean over the run: by role, and by how far their backward goes."""
+    found: dict[str, dict[str, float]] = {}
+    for turn in turns:
+        for call in turn.calls:
+            reaches = found.setdefault(call.role, {})
+            reaches[call.reach] = reaches.get(call.reach, 0.0) + turn.share * call.samples
+    return found
 
 
 def turns(
@@ -69,14 +78,14 @@ def turns(
 
     Args:
         matching: the method
-        student: its probe
-        teacher: likewise, with the method's taps; None: there is none, or it is tied to the student
-        own: what `matching.build` returned on the meta device
-        guided: parts of the batch that a call of the teacher takes: 2 with classifier-free guidance
-        rounds: student's turns that are counted, spread over the run; lengths of rollouts are drawn
+        student: the student's probe
+        teacher: the teacher's probe, with the method's taps; None: there is none, or it is tied to the student
+        own: the module of `matching.build` on the meta device
+        guided: batches that one call of the teacher takes: 2 with classifier-free guidance
+        rounds: number of student's turns to count, spread over the run; lengths of rollouts are random
 
     Raises:
-        ValueError: if the method needs values to decide what it asks
+        ValueError: if the method's calls depend on values
     """
     steps = rounds * matching.every
     eye = None if matching.vision is None else matching.vision.structure()

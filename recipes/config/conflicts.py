@@ -237,9 +237,9 @@ def _refused_by(module: str, words: Sequence[str]) -> str | None:
             told.error = refuse  # type: ignore[method-assign]
             told.parse_args(words)
         elif module == "recipes.export":
-            from recipes.cost import parsed
+            from recipes.export import parse as exported
 
-            parsed(list(words))
+            exported(words)
         else:
             from recipes.prune import parse as read
 

@@ -21,6 +21,7 @@ from omegaconf.errors import (
 )
 
 from edit.inputs.command import unexpected
+from recipes.config import composed
 from recipes.config.errors import one_line, suggest
 from recipes.config.schema import Root
 from recipes.config.values import spell
@@ -61,7 +62,7 @@ def explain(error: Exception, config_dir: Path, overrides: Sequence[str], primar
     if isinstance(cause, ValidationError):
         return prefix + _explain_value(cause)
     if group := re.search(r"Could not override '(.+?)'", str(error)):
-        return f"{prefix}there is no config group '{group[1]}'{suggest(group[1], _groups(config_dir))}"
+        return f"{prefix}there is no config group '{group[1]}'{suggest(group[1], composed.groups(config_dir))}"
     known = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError)
     if not isinstance(error, known):
         return unexpected(error)
@@ -88,15 +89,17 @@ def _explain_override(override: str) -> str:
 
 def _explain_choice(config_dir: Path, overrides: Sequence[str]) -> str:
     """Of words such as backbone=3, sampler=null or hydra=null, the first that chooses no file."""
-    plain = {f.name for f in fields(Root)} - set(_groups(config_dir))  # seed=3, evaluate=null: no choices, and right
+    plain = {f.name for f in fields(Root)} - set(
+        composed.groups(config_dir)
+    )  # seed=3, evaluate=null: no choices, and right
     for word in overrides:
         group, _, value = word.partition("=")
         group = group.lstrip("+")
         if "." in group or group in plain or re.match(r"(?!(null|true|false)$)[A-Za-z_\['\"]", value, re.IGNORECASE):
             continue
-        if group in _groups(config_dir):
-            return f"there is no {group} named '{value}'{suggest(value, _options(config_dir, group))}"
-        return f"'{word}' chooses no file: {group} is no group of ours{suggest(group, _groups(config_dir))}"
+        if group in composed.groups(config_dir):
+            return f"there is no {group} named '{value}'{suggest(value, composed.names(config_dir, group))}"
+        return f"'{word}' chooses no file: {group} is no group of ours{suggest(group, composed.groups(config_dir))}"
     return "a group is given something else than the name of one of its files"
 
 
@@ -111,9 +114,9 @@ def _explain_missing(error: MissingConfigException, config_dir: Path, overrides:
     group = next((k for k, _, v in (o.partition("=") for o in overrides) if f"{k}/{v}" == wanted), wanted.split("/")[0])
     value = wanted.removeprefix(f"{group}/")
     other, _, choice = value.partition("/")
-    if other in _groups(config_dir) and other != group:
+    if other in composed.groups(config_dir) and other != group:
         return f"in the defaults of a file in {group}/, write '/{other}: {choice}': without the slash it means {wanted}"
-    return f"there is no {group} named '{value}'{suggest(value, _options(config_dir, group))}"
+    return f"there is no {group} named '{value}'{suggest(value, composed.names(config_dir, group))}"
 
 
 def _explain_key(cause: OmegaConfBaseException, config_dir: Path, file: str) -> str:
@@ -124,7 +127,7 @@ def _explain_key(cause: OmegaConfBaseException, config_dir: Path, file: str) -> 
         return f"'{full}' cannot be set: {full.rpartition('.')[0]} is a single value"
     accepted = {str(k) for k in parent if k not in ("hydra", "_target_")}
     if "." not in full:
-        accepted |= set(_groups(config_dir))
+        accepted |= set(composed.groups(config_dir))
     hint = ""
     closed = is_dataclass(OmegaConf.get_type(parent)) or full.startswith("evaluate.")
     if not closed or not accepted:
@@ -149,12 +152,3 @@ def _explain_value(cause: OmegaConfBaseException) -> str:
     else:  # an item of a list or mapping
         hint = (*typing.get_args(cause.ref_type), Any)[-2 if typing.get_args(cause.ref_type) else -1]
     return f"{full}: expected {spell(hint)}, got {value}"
-
-
-def _groups(config_dir: Path) -> list[str]:
-    return [folder.name for folder in config_dir.iterdir() if folder.is_dir()] if config_dir.is_dir() else []
-
-
-def _options(config_dir: Path, group: str) -> list[str]:
-    folder = config_dir / group
-    return [file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml")]

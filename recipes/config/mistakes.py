@@ -75,7 +75,7 @@ BUILT = {
     "objective": "edit.objectives.Objective",
     "data_weight": "edit.objectives.Ramp",
     "terms.*": "edit.objectives.Term",
-    "matching": "edit.few_step.method.Matching",
+    "matching": "edit.few_step.method.FewStepMethod",
     "sampler": "edit.sampling.Sampler",
 }
 # pure functions that may stand in place of a value

@@ -109,10 +109,31 @@ class CriticConfig:
 
 
 @dataclass
+class WorldConfig:
+    """A world to try methods on, as a file of configs/world tells it: what the files of configs/method refer to."""
+
+    name: str | None = None  # of its file
+    teacher: str = "${world.name}/teacher"  # the experiment that trains its whole model
+    path: str = "${runs}/${world.name}_teacher"  # of that run
+    guidance: float = rule(1.0, low=0)  # scale at which the whole model is good
+    lr: float = rule(1e-3, low=0, high=100)  # rate that a model is trained at from scratch, or after surgery
+    tuned: float = rule(2.5e-4, low=0, high=100)  # rate that a trained model is trained on at
+    sigma: float = rule(1.0, above=0)  # standard deviation of the data
+    lengths: list[int] = field(default_factory=list)  # units of each kind, in order
+    kept: list[int] = field(default_factory=list)  # every second unit
+    pairs: list[Any] = field(default_factory=list)  # of these, each with the last unit of what it stands for
+    taps: list[int] = field(default_factory=list)  # a few units, evenly spread
+    middle: list[int] = field(default_factory=list)  # the unit half-way
+    linear: list[int] = field(default_factory=list)  # every second of the later units
+    linear_pairs: list[Any] = field(default_factory=list)  # each of these with itself
+
+
+@dataclass
 class Root:
     """The keys of train.py at the top level."""
 
     name: Any = MISSING  # text: the run lives in <runs>/<name>; a sweep puts each job in a folder below
+    world: WorldConfig = field(default_factory=WorldConfig)
     backbone: Any = MISSING
     data: DataConfig = field(default_factory=DataConfig)
     edits: dict[str, Any] = field(default_factory=dict)  # name -> node with _target_, applied in order
@@ -177,7 +198,7 @@ class Evaluation:
             if key not in hints:
                 raise UserError(f"unknown key '{key}'{suggest(key, hints)}")
             if isinstance(value, ListConfig):
-                value = OmegaConf.to_container(value)
+                value = OmegaConf.to_container(value, resolve=True)  # may refer to the run's world
             if str(hints[key]).startswith("list") and not isinstance(value, list | tuple):
                 value = [value]
             values = value if isinstance(value, list | tuple) else [value]

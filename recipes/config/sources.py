@@ -8,25 +8,44 @@ from typing import Any, NoReturn
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
+from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 
 from edit.inputs.trust import read_yaml
+from recipes.config import composed
 from recipes.config.schema import Root
 
 
 class Files(FileConfigSource):
-    """The YAML files of a folder, each checked before Hydra reads it."""
+    """The YAML files of a folder, each looked at before Hydra reads it, and the choices composed of them."""
 
     def load_config(self, config_path: str) -> ConfigResult:
         file = Path(self.path, self._normalize_file_name(config_path))
         try:
+            if (made := composed.made(Path(self.path), config_path)) is not None:
+                header = {"package": made.package}
+                return ConfigResult(self.provider, self.full_path(), OmegaConf.create(made.content), header)
             if file.exists():
                 read_yaml(file)
-            return super().load_config(config_path)
+            result = super().load_config(config_path)
         except RecursionError as error:
             raise ValueError(f"{file} is nested too deep: no settings need that") from error
+        composed.finish(config_path, result.config)
+        return result
+
+    def is_config(self, config_path: str) -> bool:
+        return super().is_config(config_path) or composed.made(Path(self.path), config_path) is not None
+
+    def is_group(self, config_path: str) -> bool:
+        return super().is_group(config_path) or config_path in composed.groups(Path(self.path))
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        own = super().list(config_path, results_filter) if super().is_group(config_path) else []
+        groups, choices = composed.below(Path(self.path), config_path)
+        kinds = {ObjectType.GROUP: groups, ObjectType.CONFIG: choices}
+        return sorted({*own, *(kinds[results_filter] if results_filter else [*groups, *choices])})
 
 
 def register() -> None:

@@ -1,8 +1,8 @@
 """AdamW whose moments take one byte each, in blocks of 256 with a scale of their own (arXiv 2110.02861).
 
-Tensors of fewer than 4096 elements, or of a number that 256 does not divide, keep moments in their own type. Weights
-in bf16 are rounded at random, which loses no small updates on average (methods/distillation.md, D6 rule 6). The update
-is compiled by torch, once per shape. Checkpoints hold codes and scales as plain tensors, so they are read everywhere.
+Moments of tensors with fewer than 4096 elements, or a number of elements that 256 does not divide, keep the tensor's
+type. bf16 weights are rounded stochastically, so that small updates survive on average (methods/distillation.md, D6
+rule 6). torch compiles the update once per shape. Checkpoints hold codes and scales as plain tensors.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torchao.optim.subclass_8bit import OptimState8bit
 
 
 class AdamW8bit(torchao.optim.AdamW8bit):
-    """`torchao`'s, with rates that are plain numbers between steps, and steps that can be skipped without waiting.
+    """`torchao`'s AdamW8bit, whose rates are plain numbers between steps and which can skip a step without waiting.
 
-    Where `found_inf` is 1, weights stay as they are, to the bit. Their moments decay as after a gradient of zero, where
-    those of a fused AdamW stay: leaving them would take a copy of all.
+    Where `found_inf` is 1, weights stay the same to the bit. Moments decay as after a zero gradient; those of a fused
+    AdamW would stay, but here that would need a copy of all of them.
 
     Args:
         params, lr, betas, eps, weight_decay: as of `torch.optim.AdamW`
@@ -34,7 +34,7 @@ class AdamW8bit(torchao.optim.AdamW8bit):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         rate = param_group.get("lr", self.defaults["lr"])
         super().add_param_group(param_group)
-        self.param_groups[-1]["lr"] = rate  # torchao has made it a tensor, which no log can write
+        self.param_groups[-1]["lr"] = rate  # torchao has made it a tensor, which logs cannot write
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -62,12 +62,12 @@ class AdamW8bit(torchao.optim.AdamW8bit):
 
     def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
         if isinstance(p, DTensor) and p.shape[0] % p.device_mesh.size():
-            return torch.zeros_like(p)  # unequal shards: a checkpoint could not tell whose a block is
+            return torch.zeros_like(p)  # unequal shards: a checkpoint could not tell which rank owns a block
         return super()._new_buffer(p, signed)
 
 
 def _plain(v: Tensor) -> Any:
-    """A state as a checkpoint holds it: codes of one byte, shaped as the weights, and a scale for each block."""
+    """A moment as a checkpoint holds it: one-byte codes, shaped as the weights, and a scale per block."""
     own = v.to_local() if isinstance(v, DTensor) else v
     if not isinstance(own, OptimState8bit):
         return v
@@ -77,7 +77,7 @@ def _plain(v: Tensor) -> Any:
 
 
 def _packed(v: Any, signed: bool) -> Any:
-    """The inverse."""
+    """The inverse of `_plain`."""
     if not isinstance(v, Mapping):
         return v
     codes, scale = (t.to_local() if isinstance(t, DTensor) else t for t in (v["codes"], v["scale"]))
@@ -88,6 +88,6 @@ def _packed(v: Any, signed: bool) -> Any:
 
 
 def _shared(part: Tensor, like: DTensor, shape: tuple[int, ...]) -> DTensor:
-    """The tensor of which each rank holds such a part, divided as `like` is."""
+    """The tensor whose parts the ranks hold, sharded as `like`."""
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)

@@ -1,4 +1,4 @@
-"""What happens around the optimiser steps: numbers, progress, pictures, checkpoints."""
+"""The callbacks of a run: numbers, progress, pictures and checkpoints between optimiser steps."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from recipes.report.routing_map import Decisions, decides, draw, groups
 from recipes.runtime.files import is_first, write
 from recipes.runtime.loggers import log_image
 
-WHOLE = "whole"  # marker inside a checkpoint folder (DeepSpeed), written when all ranks have finished: its checksums
-CHECKSUM = ".sha256"  # follows the name of a checkpoint file
+WHOLE = "whole"  # file of checksums in a checkpoint folder (DeepSpeed), written when all ranks have finished
+CHECKSUM = ".sha256"  # suffix to the name of a checkpoint file
 NAME = r"step_(\d+)\.ckpt"
-# what a run goes on from
+# parts of a checkpoint that resuming needs
 NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step")
 STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # SLURM warns by SIGUSR1 before its time limit
 
@@ -62,14 +62,14 @@ class StepCallback(Callback):
 
 
 class Metrics(StepCallback):
-    """Write a row of numbers every `every` optimiser steps, and stop a run whose gradients are no numbers.
+    """Write a row of numbers every `every` optimiser steps, and stop a run whose gradients stay non-finite.
 
     Losses are means over the optimiser step's batches and over all ranks.
 
     Args:
         every: optimiser steps
         batch: images per optimiser step, over all ranks
-        flops: training FLOPs per image, for the share of the device's peak; None: not known
+        flops: training FLOPs per image, for MFU, the share of the device's peak; None: not known
         peak: FLOP/s of one device; None: not known
     """
 
@@ -83,7 +83,7 @@ class Metrics(StepCallback):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside counts neither for images per second nor for MFU."""
+        """Leave the time inside out of images per second and MFU."""
         start = time.perf_counter()
         yield
         self.mark = (self.mark[0] + time.perf_counter() - start, self.mark[1])
@@ -121,7 +121,7 @@ def memory(module: Recipe) -> float:
 
 
 class ProgressBar(StepCallback):
-    """A live bar with loss, images/s and time left; on no terminal, a line every `interval` seconds."""
+    """A live bar with loss, images/s and time left; without a terminal, a line every `interval` seconds."""
 
     def __init__(self, metrics: Metrics, interval: float = 15.0):
         self.metrics, self.interval = metrics, interval
@@ -172,9 +172,9 @@ class ProgressBar(StepCallback):
 
 
 class Preview(StepCallback):
-    """Every `every` optimiser steps, a grid of samples from the average: always the same noise and labels.
+    """Every `every` optimiser steps, a grid of samples from the average, always with the same noise and labels.
 
-    Where edits decide, what they decided for these samples is drawn, too.
+    Where edits decide per sample, their decisions are drawn as well.
 
     Args:
         every: optimiser steps; 0: never
@@ -183,10 +183,10 @@ class Preview(StepCallback):
         folder: for `step_000500.png`, and `routing_<edit>_000500.png` where an edit decides
         grid: (denoised samples b c y x) -> picture, uint8 y x 3
         condition: makes the condition of `count` samples
-        captions: says in words what it is, for samples without classes
+        captions: describes the conditions in words, for samples without classes
         negative: one unconditional counterpart for all; None: the denoiser's own
         seed: of the noise
-        metrics: whose clock stands still meanwhile
+        metrics: its clock is paused meanwhile
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class Preview(StepCallback):
                 self._put(trainer, f"routing/{name}", file, picture, step)
 
     def _picture(self, x: torch.Tensor) -> np.ndarray | None:
-        """Samples as a grid; None where there is no way to look at them."""
+        """Samples as a grid; None: they cannot be decoded."""
         if self.grid is None:
             return None
         try:
@@ -241,7 +241,7 @@ class Preview(StepCallback):
             return None
 
     def _put(self, trainer: pl.Trainer, name: str, file: str, picture: np.ndarray, step: int) -> None:
-        """Into the folder and to the loggers."""
+        """Write a picture into the folder and send it to the loggers."""
         from PIL import Image
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -250,7 +250,7 @@ class Preview(StepCallback):
 
 
 class Hashed:
-    """A file that is written to, and the SHA-256 of what was."""
+    """A file to write to, and the SHA-256 of its content."""
 
     def __init__(self, file: IO[bytes]):
         self.file, self.sha256 = file, hashlib.sha256()
@@ -264,11 +264,11 @@ class Hashed:
 
 
 class AtomicIO(TorchCheckpointIO):
-    """A checkpoint is written beside its place and moved there when whole: a kill at any moment leaves the last one.
+    """Write a checkpoint to a temporary file and move it when whole, so that a kill leaves the previous one.
 
-    Lightning's own write is corrupted by a kill where TMPDIR is another file system. Its checksum is made from what is
-    written, 2 GB/s, and lies beside it. A write that fails is remembered in `error` and not raised: the other ranks are
-    waiting at a barrier, and `Checkpoints` tells them.
+    A kill corrupts Lightning's own write where TMPDIR is another file system. The checksum is computed while writing,
+    2 GB/s, and stored in a file of its own. A failed write is kept in `error` and not raised: other ranks wait at a
+    barrier, and `Checkpoints` tells them.
     """
 
     error: UserError | None = None
@@ -360,7 +360,7 @@ class Checkpoints(StepCallback):
 
 
 def leave_terminal() -> None:
-    """What is printed after the terminal was closed goes nowhere, where it would raise an error."""
+    """Drop further output: printing to a closed terminal would raise an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for output in (1, 2):
         try:
@@ -383,20 +383,20 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checksum_of(checkpoint: Path) -> Path:
-    """Where the checksum of a checkpoint file is, as `sha256sum -c` reads it."""
+    """The path of a checkpoint file's checksum, which `sha256sum -c` reads."""
     return checkpoint.with_name(checkpoint.name + CHECKSUM)
 
 
 def files_in(checkpoint: Path) -> list[str]:
-    """All files of a checkpoint folder but its marker."""
+    """All files of a checkpoint folder except WHOLE."""
     names = (str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file())
     return sorted(name for name in names if name != WHOLE)
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are named and passed over. None: there are no checkpoints.
+    """The newest whole checkpoint; damaged ones are named and skipped. None: there are no checkpoints.
 
-    Every rank reads and hashes it, and so comes to the same.
+    Every rank reads and hashes the files, and so all choose the same.
 
     Raises:
         UserError: if there are checkpoints, and all are damaged
@@ -417,12 +417,12 @@ def newest(folder: Path) -> Path | None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole.
+    """The damage of a checkpoint, in words; None: it is whole.
 
-    One without a checksum (of an earlier version, or from a kill before it was written) must be readable.
+    A checkpoint without a checksum (of an earlier version, or after a kill) must be readable.
 
     Raises:
-        PermissionError: if it may not be read, which says nothing about it
+        PermissionError: if it may not be read, which is no damage
     """
     try:
         if path.is_dir():
@@ -448,7 +448,7 @@ def damage(path: Path) -> str | None:
 
 
 def read_checksums(path: Path) -> dict[str, str]:
-    """SHA-256 by name of file, of a checkpoint file or folder; empty where there are none, or none that can be read."""
+    """SHA-256 of each file of a checkpoint, by name; empty: there are none, or they cannot be read."""
     text = path.read_text(errors="replace") if path.is_file() else ""
     if path.name == WHOLE:
         kept = json.loads(text or "{}")  # of an earlier version: empty
@@ -458,7 +458,7 @@ def read_checksums(path: Path) -> dict[str, str]:
 
 
 def torn_record(path: Path) -> str | None:
-    """The first part of a checkpoint file that differs from the zip archive's own checksums, which are weaker."""
+    """The first part of a checkpoint file that fails the zip archive's own, weaker checksums; None: there is none."""
     if not zipfile.is_zipfile(path):
         return None
     with zipfile.ZipFile(path) as archive:

@@ -1,8 +1,8 @@
-"""Where numbers and pictures go: `metrics.csv` always, W&B and TensorBoard when asked.
+"""The loggers of a run: `metrics.csv` always, W&B and TensorBoard on request.
 
-W&B never prompts, never hangs and never ends a run: without a key, a network or a server that lets it in, an online run
-becomes an offline one and says so; a network lost later costs at most `UPLOAD` seconds of waiting for the artifact and
-as many for the rest. A resumed run continues under the same id.
+W&B never prompts, hangs or ends a run. Without a key, a network or access to the server, an online run becomes an
+offline one and says so. A network lost later costs at most `UPLOAD` seconds of waiting for the artifact, and as many
+for the rest. A resumed run continues under the same id.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from recipes.runtime.files import write
 
 CONNECT = 5  # seconds to wait for an address to answer
 OPEN = 20  # seconds to wait for W&B to open a run, once it can be reached
-UPLOAD = 300  # seconds to wait for an upload; `wandb sync` sends later what was not sent by then
+UPLOAD = 300  # seconds to wait for an upload; `wandb sync` sends the rest later
 
 
 class CSVLogger(Logger):
@@ -52,7 +52,7 @@ class CSVLogger(Logger):
 
     @rank_zero_only
     def resume(self, step: int) -> None:
-        """Forget rows after `step`: they will be logged again. A row torn by a kill or a full disk is, too.
+        """Remove rows after `step`, which will be logged again, and rows torn by a kill or a full disk.
 
         Raises:
             UserError: if the file is damaged, or cannot be written
@@ -110,9 +110,9 @@ def make_loggers(settings: LoggerConfig, out: Path, name: str, config: Mapping[s
     """The run's loggers, csv first. Called on every rank; only rank 0 opens anything.
 
     Args:
-        settings: which loggers, and how W&B is used
+        settings: the kinds of loggers, and settings of W&B
         out: the run folder
-        name: what W&B calls the run: its path below the folder of all runs, so that a sweep's jobs are told apart
+        name: of the run in W&B: its path below the folder of all runs, which tells a sweep's jobs apart
         config: the resolved configuration, for W&B
 
     Raises:
@@ -130,7 +130,7 @@ def make_loggers(settings: LoggerConfig, out: Path, name: str, config: Mapping[s
 
 
 def make_wandb(settings: LoggerConfig, out: Path, name: str, config: Mapping[str, Any]) -> Logger:
-    """The W&B logger, its run already open on rank 0, where it may turn out that only an offline run can be had."""
+    """The W&B logger; on rank 0 its run is open already, offline if an online one cannot be opened."""
     try:
         import wandb
         from lightning.pytorch.loggers import WandbLogger
@@ -205,7 +205,7 @@ def reachable(url: str) -> bool:
 
 
 def run_id(out: Path) -> str:
-    """The W&B id of a run folder, made once. For rank 0 only: ranks making it at once would disagree."""
+    """The W&B id of a run folder, made once. Call on rank 0 only: several ranks would make different ids."""
     file = out / "wandb_id"
     if not file.exists():
         write(file, uuid.uuid4().hex[:12])
@@ -228,7 +228,7 @@ def log_image(loggers: list[Logger], name: str, image: np.ndarray, step: int) ->
 def log_artifact(loggers: list[Logger], folder: Path) -> None:
     """Upload the artifact folder with W&B, or queue it in an offline run. A failure is printed, not raised.
 
-    Online, this waits for the upload, `UPLOAD` seconds at most; a slower one goes on behind what follows.
+    Online, this waits for the upload, `UPLOAD` seconds at most; a slower one continues in the background.
     """
     for run in wandb_runs(loggers):
         import wandb

@@ -25,19 +25,19 @@ def accelerator_of(t: TrainerConfig) -> str:
 
 
 def precision_of(t: TrainerConfig) -> str:
-    """Of the run: fp32, or bf16 autocast over fp32 weights."""
+    """The precision of the run: fp32, or bf16 autocast over fp32 weights."""
     if t.precision == "auto":
         return "bf16-mixed" if accelerator_of(t) == "gpu" else "32-true"
     return t.precision
 
 
 def recipe_casts(t: TrainerConfig) -> bool:
-    """Under DeepSpeed the recipe casts: the engine's bf16 would turn weights and average into bf16."""
+    """Whether the recipe casts: DeepSpeed's own bf16 would round weights and average to bf16."""
     return t.strategy.startswith("zero") and precision_of(t) == "bf16-mixed"
 
 
 def count_devices(t: TrainerConfig) -> int:
-    """Devices per node.
+    """The number of devices per node.
 
     Raises:
         UserError: if there are fewer than asked for
@@ -65,7 +65,7 @@ def make_strategy(t: TrainerConfig, devices: int, turns: bool) -> Strategy | str
             find_unused_parameters=turns,
         )
     if t.strategy == "fsdp2":
-        # sizes are given: with "auto" all ranks of one node would train on the same batches
+        # with "auto" sizes all ranks of one node would train on the same batches
         return ModelParallelStrategy(
             data_parallel_size=devices * t.num_nodes,
             tensor_parallel_size=1,
@@ -91,7 +91,7 @@ def make_trainer(
         out: the run's folder
         loggers: the first writes metrics.csv
         callbacks: in this order
-        turns: roles take turns, so that in a step not every parameter gets a gradient
+        turns: roles take turns, so some parameters get no gradient in a step
 
     Raises:
         UserError: if devices, strategy or launch environment do not fit together
@@ -101,7 +101,7 @@ def make_trainer(
     deepspeed = t.strategy.startswith("zero")
     plugins: list[Any] = [] if deepspeed else [AtomicIO()]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        # Lightning's own requeue saves inside accumulation windows, and its file is picked up by other runs
+        # Lightning's requeue saves inside accumulation windows, and other runs would load its file
         plugins.append(SLURMEnvironment(auto_requeue=False))
     try:
         trainer = pl.Trainer(

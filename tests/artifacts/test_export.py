@@ -37,11 +37,12 @@ from edit.sampling import Sampler
 from edit.solvers import DDIMSolver, DPMSolver, Euler, Grid, Heun, StockEuler, times
 from edit.stream import Condition
 from edit.tuning.lora import LoRA
+from recipes.config.composed import names
 from recipes.cost import from_file
 from recipes.export import main as command
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-TINY = sorted(p.stem for p in (CONFIGS / "backbone").glob("*_tiny.yaml"))
+TINY = [name for name in names(CONFIGS, "backbone") if name.endswith("_tiny") and name != "sit_tiny"]
 ABSENT = {"text_encoder_2": None, "tokenizer": None, "tokenizer_2": None}  # of the tiny pipeline
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

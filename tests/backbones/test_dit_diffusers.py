@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -23,8 +22,9 @@ from edit.backbones.stock import attached
 from edit.objectives import DDPM
 from edit.pruning.depth import DepthPruning
 from edit.stream import Branch, Condition, Forced
+from recipes.config.composed import read
 
-CONFIGS = Path(__file__).parents[2] / "configs/backbone"
+CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = {
     "in_channels": 3,
     "out_channels": 6,
@@ -152,7 +152,7 @@ def test_names_are_the_stock_models_and_of_shares_its_storage():
 
 
 def configured(name: str) -> DiTDiffusersConfig:
-    values = yaml.safe_load((CONFIGS / f"dit_diffusers_{name}.yaml").read_text())
+    values = read(CONFIGS, "backbone", f"dit_diffusers_{name}")
     assert values.pop("_target_") == "edit.backbones.dit_diffusers.DiTDiffusersConfig"
     return DiTDiffusersConfig(**values)
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -24,8 +23,9 @@ from edit.denoiser import Denoiser
 from edit.objectives import DDPM
 from edit.pruning.depth import DepthPruning
 from edit.stream import Branch, Condition, Forced
+from recipes.config.composed import read
 
-CONFIGS = Path(__file__).parents[2] / "configs/backbone"
+CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = {
     "in_channels": 3,
     "out_channels": 6,
@@ -159,7 +159,7 @@ PUBLISHED = {"alpha_512": 610_856_096, "alpha_1024": 611_349_152, "sigma_512": 6
 
 
 def configured(name: str) -> PixArtConfig:
-    values = yaml.safe_load((CONFIGS / f"pixart_{name}.yaml").read_text())
+    values = read(CONFIGS, "backbone", f"pixart_{name}")
     assert values.pop("_target_") == "edit.backbones.pixart.PixArtConfig"
     return PixArtConfig(**values)
 

@@ -7,8 +7,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from diffusers import QwenImageTransformer2DModel as Stock
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from weights import randomise
 
 import edit
@@ -16,8 +14,9 @@ from edit.backbones.qwen_image import QwenImage, position_angles
 from edit.backbones.stock import attached, turn
 from edit.pruning.depth import DepthPruning
 from edit.stream import Condition, Layout
+from recipes.cost import from_file
 
-CONFIGS = Path(__file__).parents[2] / "configs/backbone"
+CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = {
     "in_channels": 48,
     "out_channels": 12,
@@ -180,7 +179,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 @torch.no_grad()
 def test_a_fresh_model_is_the_identity_and_predicts_zero():
-    ours = instantiate(OmegaConf.load(CONFIGS / "qwen_image_tiny.yaml"), _convert_="all").build()
+    ours = from_file(CONFIGS, "backbone", "qwen_image_tiny").build()
     x, t = torch.randn(2, 12, 8, 8), torch.tensor([0.2, 0.9])
     condition = Condition(text=torch.randn(2, 5, 64))
     assert ours.accepts((12, 8, 8)) and ours.sample_shape == (12, 8, 8)
@@ -252,7 +251,7 @@ def test_attention_reads_text_first_after_norm_and_positions():
 
 def test_the_real_model_is_described_without_allocating():
     with torch.device("meta"):
-        ours = instantiate(OmegaConf.load(CONFIGS / "qwen_image.yaml"), _convert_="all").build()
+        ours = from_file(CONFIGS, "backbone", "qwen_image").build()
         stock = Stock()
     assert {k: v.shape for k, v in ours.model.state_dict().items()} == {
         k: v.shape for k, v in stock.state_dict().items()

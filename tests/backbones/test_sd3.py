@@ -6,7 +6,6 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-import yaml
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 from weights import randomise
@@ -18,8 +17,9 @@ from edit.objectives import FlowMatching
 from edit.pruning.depth import DepthPruning
 from edit.stream import Branch, Condition, Forced
 from edit.tuning.lora import LoRA
+from recipes.config.composed import read
 
-CONFIGS = Path(__file__).parents[2] / "configs/backbone"
+CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = {  # as in SD3.5-medium: QK-norm, a second attention in the first units but not in all
     "sample_size": 8,
     "patch_size": 2,
@@ -116,7 +116,7 @@ def test_names_of_weights_are_those_of_the_stock_model_and_its_storage_is_shared
 
 
 def configured(name: str) -> SD3Config:
-    values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    values = read(CONFIGS, "backbone", name)
     assert values.pop("_target_") == "edit.backbones.sd3.SD3Config"
     return SD3Config(**values)
 

@@ -132,7 +132,7 @@ def test_what_is_no_data_set_is_not_called_as_one(path, artifact, tmp_path):
     [
         "edit.measuring.cost.Path",
         "edit.artifacts.checkpoint.Artifact",
-        "recipes.plan.Draft",
+        "edit.measuring.memory.Draft",
         "edit.artifacts.card.Card",
     ],
 )

@@ -12,6 +12,7 @@ from small_runs import SMALL, TWO_RANKS, config, losses, rows, train
 import edit
 from edit.denoiser import Edit
 from recipes.config.errors import UserError
+from recipes.roles import Origin
 from recipes.runtime.callbacks import newest
 
 MATCHING = "matching={_target_: edit.few_step.distribution_matching.DistributionMatching, every: 2}"
@@ -168,15 +169,15 @@ class Small(Edit):
 
 
 def test_edits_of_both_roles_ask_for_their_losses_each_on_its_turn(folder, monkeypatch):
-    from recipes import training
+    from recipes import models
 
-    made = training.builders
+    made = models.student_of
 
     def with_edit(*args):
-        build, structure, plan = made(*args)
-        return lambda: edit.apply(build(), {"small": Small()}), structure, plan
+        build, structure = made(*args)
+        return Origin(lambda: edit.apply(build(), {"small": Small()}), structure)
 
-    monkeypatch.setattr(training, "builders", with_edit)
+    monkeypatch.setattr(models, "student_of", with_edit)
     train(folder, *student(folder, "edited", "critic.start=student", "trainer.max_steps=3"))
     before, *after = rows(folder, "edited")
     assert float(before["train/small/size"]) > 0 and not before["train/critic/small/size"]
@@ -222,11 +223,11 @@ def test_what_does_not_fit_is_refused_in_one_sentence(folder, change, sentence):
 def test_deepspeed_which_moves_everything_in_every_step_takes_no_turns(folder):
     from hydra.utils import instantiate
 
-    from recipes.training import make_critic
+    from recipes.models import critic_of
 
     cfg = config(folder, *student(folder, "zero", "trainer=zero2", "trainer.accelerator=gpu"))
     with pytest.raises(UserError, match="roles cannot take turns"):
-        make_critic(cfg, instantiate(cfg.matching), None, None, None)
+        critic_of(cfg, instantiate(cfg.matching), None, None)
     with pytest.raises(UserError, match="weights that DeepSpeed keeps elsewhere"):
         config(folder, *student(folder, "zero", "trainer=zero2", "critic.follow=0.03"))
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from small_runs import config, losses, train
 
+from edit.measuring.turns import calls_of
 from recipes.config.errors import UserError
-from recipes.plan import Request, calls_of, draft_of
+from recipes.plan import Request, drafted
 from recipes.runtime.callbacks import newest
 
 GRID = ("sampler=grid", "sampler.solver.renoise=true", "label_drop=0.0", "optimizer.schedule=constant")
@@ -66,7 +67,7 @@ def test_what_cannot_be_looked_at_is_refused_before_anything_is_built(folder):
 def test_the_embedded_world_brings_its_decoder(tmp_path):
     from hydra.utils import instantiate
 
-    from recipes.training import make_sight
+    from recipes.assembly import make_sight
 
     path = dino.write(tmp_path / "dino")
     layers = ("matching.vision.layers=[1,3]", "data.set.count=4", "data.set.held=2", "before=[]")
@@ -81,7 +82,7 @@ def test_the_embedded_world_brings_its_decoder(tmp_path):
 
 def test_the_plan_counts_its_weights_and_says_what_it_leaves_out(folder):
     notes: list[str] = []
-    draft = draft_of(Request(), config(folder, *student(folder, "plan", "add.ADD"), "trainer.devices=1"), notes)
+    draft = drafted(Request(), config(folder, *student(folder, "plan", "add.ADD"), "trainer.devices=1"), notes)
     assert "neither the data set's decoder" in notes[0]
     calls = calls_of(draft.kinds)
     assert calls["student"] == {"weights": 0.5, "nothing": 0.5}

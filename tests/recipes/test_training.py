@@ -105,10 +105,10 @@ def test_optimizer_groups_have_betas_of_their_own(tmp_path):
 
 def test_bf16_without_a_cache_of_weights_has_the_losses_of_bf16_with_one(tmp_path, monkeypatch):
     """As under DeepSpeed, where the recipe casts: each weight is cast to the same numbers however often it is cast."""
-    from recipes import training
+    from recipes import assembly
     from recipes.recipe import Recipe
 
-    monkeypatch.setattr(training, "recipe_casts", lambda trainer: True)
+    monkeypatch.setattr(assembly, "recipe_casts", lambda trainer: True)
     words = ("trainer.gradient_checkpointing=true", "trainer.max_steps=4")
     train(tmp_path, "name=uncached", *words)
     monkeypatch.setattr(Recipe, "casting", lambda self: torch.autocast("cpu", torch.bfloat16, cache_enabled=True))

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from scripts import python
 
 from edit.inputs.trust import load_yaml
+from recipes.config import composed
 from recipes.config.check import check
 from recipes.config.errors import UserError
 from recipes.config.launch import launch
@@ -533,12 +534,9 @@ def test_cfg_shows_the_composed_configuration(project):
 # ---- the configurations we ship -------------------------------------------------------------------------------------
 
 CONFIGS = ROOT / "configs"
-GROUPS = [folder for folder in CONFIGS.iterdir() if folder.is_dir()] if (CONFIGS / "train.yaml").is_file() else []
-SHIPPED = [
-    f"{folder.name}={file.relative_to(folder).with_suffix('').as_posix()}"
-    for folder in GROUPS
-    for file in sorted(folder.rglob("*.yaml"))
-]
+CHOSEN = ("backbone", "data", "edits", "experiment", "logger", "objective", "sampler", "trainer")
+UNSIZED = [family.name for family in composed.families(CONFIGS).values() if not family.default]
+SHIPPED = [f"{group}={name}" for group in CHOSEN for name in composed.names(CONFIGS, group) if name not in UNSIZED]
 
 
 NEED_A_START = ("experiment=dit_digits/depth", "experiment=dit_digits/lora")

@@ -19,7 +19,7 @@ from edit.tuning.lora import LoRA
 from recipes.config.errors import UserError
 from recipes.runtime.callbacks import WHOLE, Checkpoints, checkpoints, checksum_of, files_in, newest
 from recipes.runtime.loggers import CSVLogger
-from recipes.training import read_config, refuse_other_run
+from recipes.runtime.run_folder import read_config, refuse_other_run
 
 
 def one_sentence(error: BaseException) -> bool:

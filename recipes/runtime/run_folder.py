@@ -1,0 +1,152 @@
+"""The folder of a run: where it is, whether this command may continue what is in it, what is written at the start.
+
+A run lives in `runs/<name>/`: config.yaml, env.json, metrics.csv, samples/, checkpoints/, artifact/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from edit.artifacts.fingerprint import fingerprint
+from edit.inputs.trust import load_yaml
+from recipes.config.errors import UserError
+from recipes.config.older import bring_up_to_date
+from recipes.config.schema import Root
+from recipes.runtime.callbacks import checkpoints
+from recipes.runtime.files import write
+from recipes.runtime.machine import environment
+
+# settings that may change between two attempts at one run; all others decide its numbers
+FREE = {"name", "runs", "logger", "checkpoint", "preview", "evaluate", "log_every", "debug", "trusted", "before"}
+FREE |= {"after", "world"} | {  # what refers to the world is compared by its value
+    f"trainer.{k}"
+    for k in ("max_steps", "accelerator", "strategy", "compile", "gradient_checkpointing", "threads", "memory")
+}
+BATCH = ("data.batch_size", "trainer.devices", "trainer.num_nodes")  # only their product counts
+FREE |= {*BATCH, "data.workers"}
+
+
+def folder_of(cfg: DictConfig) -> Path:
+    """The folder of a run.
+
+    Raises:
+        UserError: if a file is in its place
+    """
+    out = Path(cfg.runs) / cfg.name
+    if file := next((p for p in (out, *out.parents) if os.path.lexists(p) and not p.is_dir()), None):
+        raise UserError(f"the run cannot be written into {out}: {file} is no folder; choose another name= or runs=")
+    return out
+
+
+def refuse_other_run(cfg: DictConfig, out: Path) -> None:
+    """Continue a run only with unchanged settings, as far as they decide its numbers.
+
+    The number of ranks that share a batch may change, the size of the batch may not.
+
+    Raises:
+        UserError: naming the first setting that differs
+    """
+    if not (out / "config.yaml").exists() or not (checkpoints(out / "checkpoints") or (out / "artifact").exists()):
+        return
+    before, now = (dotted(OmegaConf.to_container(c)) for c in (read_config(out / "config.yaml"), cfg))
+    for settings_ in (before, now):
+        factors = [settings_.get(k) or 1 for k in BATCH]
+        whole = all(isinstance(v, int) for v in factors)  # not in a damaged file
+        settings_["data.batch_size x trainer.devices x trainer.num_nodes"] = prod(factors) if whole else factors
+    defaults = dotted(OmegaConf.to_container(OmegaConf.structured(Root)))  # an older run may not know every setting
+    for key in {**before, **now}:
+        free = key in FREE or key.split(".")[0] in FREE
+        if not free and (was := before.get(key, defaults.get(key))) != now.get(key):
+            raise UserError(
+                f"{out} holds a run with {key}={was}, this command says {now.get(key)}: give the new run "
+                f"another name=, or restore the setting to resume"
+            )
+
+
+def read_config(path: Path) -> DictConfig:
+    """The configuration that a run was started with.
+
+    Raises:
+        UserError: if the file is damaged
+    """
+    try:
+        config = load_yaml(path)
+        if isinstance(config, DictConfig) and "trainer" in config and "data" in config:
+            bring_up_to_date(config)
+            return config
+        reason = "it holds no trainer and data"
+    except (ValueError, OmegaConfBaseException) as error:
+        reason = str(error).split("\n")[0]
+    raise UserError(
+        f"{path} is damaged ({reason}), and with it what this run was started with: restore it, or delete it to go on "
+        "with the settings of this command"
+    )
+
+
+def refuse_overrun(cfg: DictConfig, out: Path, done: int) -> None:
+    """Raises UserError if the run is past its last step already."""
+    if done > cfg.trainer.max_steps:
+        raise UserError(
+            f"{out} is at step {done}, and trainer.max_steps={cfg.trainer.max_steps} ends before that: give at least "
+            f"{done} to go on, or the new run another name="
+        )
+
+
+def begin(cfg: DictConfig, out: Path, resumes: bool) -> None:
+    """Write down what the run is made from; called on the first rank, before its first step.
+
+    Raises:
+        UserError: if a run would be continued with another teacher
+    """
+    refuse_other_teacher(cfg, out, resumes)
+    write(out / "config.yaml", OmegaConf.to_yaml(cfg))
+    write(out / "env.json", json.dumps(here(), indent=2))
+    if cfg.optimizer.warmup > cfg.trainer.max_steps:
+        print(
+            f"warning: optimizer.warmup={cfg.optimizer.warmup} is longer than the run of {cfg.trainer.max_steps} "
+            "steps: optimizer.lr is never reached",
+            flush=True,
+        )
+
+
+def refuse_other_teacher(cfg: DictConfig, out: Path, resumes: bool) -> None:
+    """Continue a run only with the weights of the teacher that it began with; their fingerprint is in its folder.
+
+    Raises:
+        UserError: if other weights are under the same path by now
+    """
+    if cfg.teacher.path is None:
+        return
+    kept, now = out / "teacher.json", fingerprint(cfg.teacher.path)
+    try:
+        before = json.loads(kept.read_text())["fingerprint"] if resumes and kept.exists() else now
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{kept} is damaged: delete it if {cfg.teacher.path} is the run's teacher") from error
+    if before != now:
+        raise UserError(
+            f"{out} began with another teacher: the weights at {cfg.teacher.path} have changed since; give the new run "
+            "another name=, or restore them to resume"
+        )
+    write(kept, json.dumps({"path": str(cfg.teacher.path), "fingerprint": now}))
+
+
+def here() -> dict[str, Any]:
+    """Everything besides the configuration that the numbers of this run depend on: device, versions, revision."""
+    return environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")) | {"lightning": pl.__version__}
+
+
+def dotted(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping with dotted keys."""
+    if isinstance(node, Mapping) and node:
+        return {k: v for name, child in node.items() for k, v in dotted(child, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): node} if prefix else {}

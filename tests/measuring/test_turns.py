@@ -1,0 +1,52 @@
+"""What a few-step method asks of its models is found by running it."""
+
+import pytest
+from probes import small
+
+from edit.few_step.distribution_matching import DistributionMatching
+from edit.few_step.endpoint import CachedEndpoint
+from edit.few_step.ladd import LADD
+from edit.few_step.progressive import Progressive
+from edit.measuring.turns import Call, calls_of, turns
+
+
+def test_distilling_costs_a_teacher_forward_and_four_of_the_student():
+    asked, trained = Call("teacher"), Call("student", reach="weights")
+    assert asked.flops(30, False) + trained.flops(10, True) == 2 * (30 + 4 * 10)
+    assert trained.flops(10, False) == 2 * 3 * 10
+    assert Call("teacher", 2.0).flops(30, True) == 2 * 2 * 30  # classifier-free guidance; nothing to compute again
+    assert Call("teacher", reach="input").flops(30, False) == 2 * 2 * 30
+
+
+def counted(matching, guided: int = 1, rounds: int = 12) -> dict[str, dict[str, float]]:
+    student, teacher = small(), small(taps=tuple(matching.teacher_taps))
+    own = matching.build(student.denoiser, teacher.denoiser)
+    return calls_of(turns(matching, student, teacher, own, guided, rounds))
+
+
+def test_a_method_is_counted_by_what_it_asks():
+    assert counted(Progressive(4)) == {"student": {"weights": 1}, "teacher": {"nothing": 2}}
+    assert counted(Progressive(4), guided=2)["teacher"] == {"nothing": 4}
+
+
+@pytest.mark.parametrize("starts", [1, 7, 8])
+def test_students_of_stored_paths_are_counted_whatever_their_starts(starts):
+    assert counted(CachedEndpoint(starts)) == {"student": {"weights": 1}}
+
+
+def test_distribution_matching_trains_the_critic_on_its_turns_and_sees_rollouts_of_the_mean_length():
+    """From a grid of K times 0 to K - 1 steps are rolled out, then comes one more, with a graph or without."""
+    found = counted(DistributionMatching(grid=(1.0, 0.5), simulate=1.0, every=5), guided=2, rounds=20)
+    assert found["teacher"] == {"nothing": pytest.approx(2 / 5)}
+    assert found["critic"] == {"weights": pytest.approx(4 / 5), "nothing": pytest.approx(1 / 5)}
+    assert found["student"]["weights"] == pytest.approx(1 / 5)
+    # 100 fair draws of 0 or 1 steps: three standard errors
+    assert found["student"]["nothing"] == pytest.approx(4 / 5 + 0.5, abs=0.15)
+
+
+def test_a_judged_student_is_reached_through_the_frozen_teacher():
+    ladd = LADD(teacher_taps=(1, 3), hidden=8)
+    assert counted(ladd) == {
+        "student": {"weights": 0.5, "nothing": 0.5},
+        "teacher": {"input": 0.5, "nothing": 1.0},  # a fake on the student's turn; a real and a fake on the heads'
+    }
