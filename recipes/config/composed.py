@@ -255,23 +255,9 @@ def names(configs: Path, group: str) -> list[str]:
 
 
 def groups(configs: Path) -> list[str]:
-    """All groups of a configuration folder, and the worlds among experiments."""
-    if not configs.is_dir():
-        return []
-    folders = [folder.name for folder in configs.iterdir() if folder.is_dir()]
-    worlds = [f"experiment/{world}" for world in _stems(configs, "world")]
-    return [*folders, *worlds, *(["size"] if families(configs) else [])]
-
-
-def below(configs: Path, group: str) -> tuple[list[str], list[str]]:
-    """Groups and choices directly below a group that are no folders and files, as Hydra's help lists them."""
-    start = f"{group}/" if group else ""
-    inner = [name.removeprefix(start) for name in groups(configs) if name.startswith(start)]
-    choices = names(configs, "size") if group == "size" else []
-    if group in groups(configs) and group.startswith("experiment/"):
-        start = group.removeprefix("experiment/") + "/"
-        choices = [name.removeprefix(start) for name in names(configs, "experiment") if name.startswith(start)]
-    return [name for name in inner if "/" not in name], choices
+    """All groups of a configuration folder."""
+    folders = [folder.name for folder in configs.iterdir() if folder.is_dir()] if configs.is_dir() else []
+    return [*folders, *(["size"] if families(configs) else [])]
 
 
 def _stems(configs: Path, group: str) -> list[str]:
