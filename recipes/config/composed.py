@@ -74,7 +74,7 @@ class Family:
     def keys(self, size: str) -> dict[str, Any]:
         """The whole backbone of a size."""
         own = self.sizes[size]
-        left_out = (*RESERVED, *own.get("without", ()))
+        left_out = (*RESERVED, *map(str, own.get("without") or ()))
         return {k: v for k, v in {**self.base, **own}.items() if k not in left_out}
 
 
@@ -138,8 +138,8 @@ def _experiment(configs: Path, name: str) -> Made | None:
         raise ValueError(reason)
     base = about(configs, "method", method).get("base")
     defaults = [f"/experiment/{world}/{base}" if base else f"/world/{world}", f"/method/{method}", "_self_"]
-    name = {} if about(configs, "method", method).get("part") else {"name": f"{world}_{method}"}
-    return Made({"defaults": defaults, **name}, "_global_")
+    own = {} if about(configs, "method", method).get("part") else {"name": f"{world}_{method}"}
+    return Made({"defaults": defaults, **own}, "_global_")
 
 
 def unfit(configs: Path, world: str, method: str) -> str | None:
@@ -162,8 +162,8 @@ def unfit(configs: Path, world: str, method: str) -> str | None:
 def _needs(configs: Path, method: str) -> dict[str, str]:
     """What a method and those that it builds on need of a world, with the words for it."""
     told, needs = about(configs, "method", method), {}
-    defaults = _content(configs / "method" / f"{method}.yaml").get("defaults", ())
-    below = [entry.removeprefix("/method/") for entry in defaults if str(entry).startswith("/method/")]
+    defaults = _content(configs / "method" / f"{method}.yaml").get("defaults") or ()
+    below = [entry.removeprefix("/method/") for entry in map(str, defaults) if entry.startswith("/method/")]
     for base in (*below, *([told["base"]] if "base" in told else [])):
         needs |= _needs(configs, base)
     return needs | dict(told.get("needs") or {})
@@ -171,7 +171,8 @@ def _needs(configs: Path, method: str) -> dict[str, str]:
 
 def about(configs: Path, group: str, name: str) -> dict[str, Any]:
     """What a world's or a method's file says of itself."""
-    return _content(configs / group / f"{name}.yaml").get("about") or {}
+    told = _content(configs / group / f"{name}.yaml").get("about")
+    return told if isinstance(told, dict) else {}
 
 
 # ---- answers --------------------------------------------------------------------------------------------------------

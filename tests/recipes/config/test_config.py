@@ -538,7 +538,7 @@ CHOSEN = (
     "objective",
     "sampler",
     "trainer",
-)  # methods on worlds: test_composed.py
+)
 UNSIZED = [family.name for family in composed.families(CONFIGS).values() if not family.default]
 SHIPPED = [
     f"{group}={file.relative_to(CONFIGS / group).with_suffix('').as_posix()}"
