@@ -74,7 +74,7 @@ class Family:
     def keys(self, size: str) -> dict[str, Any]:
         """The whole backbone of a size."""
         own = self.sizes[size]
-        left_out = (*RESERVED, *own.get("without", ()))
+        left_out = (*RESERVED, *map(str, own.get("without") or ()))
         return {k: v for k, v in {**self.base, **own}.items() if k not in left_out}
 
 
@@ -138,8 +138,8 @@ def _experiment(configs: Path, name: str) -> Made | None:
         raise ValueError(reason)
     base = about(configs, "method", method).get("base")
     defaults = [f"/experiment/{world}/{base}" if base else f"/world/{world}", f"/method/{method}", "_self_"]
-    name = {} if about(configs, "method", method).get("part") else {"name": f"{world}_{method}"}
-    return Made({"defaults": defaults, **name}, "_global_")
+    own = {} if about(configs, "method", method).get("part") else {"name": f"{world}_{method}"}
+    return Made({"defaults": defaults, **own}, "_global_")
 
 
 def unfit(configs: Path, world: str, method: str) -> str | None:
@@ -162,8 +162,8 @@ def unfit(configs: Path, world: str, method: str) -> str | None:
 def _needs(configs: Path, method: str) -> dict[str, str]:
     """What a method and those that it builds on need of a world, with the words for it."""
     told, needs = about(configs, "method", method), {}
-    defaults = _content(configs / "method" / f"{method}.yaml").get("defaults", ())
-    below = [entry.removeprefix("/method/") for entry in defaults if str(entry).startswith("/method/")]
+    defaults = _content(configs / "method" / f"{method}.yaml").get("defaults") or ()
+    below = [entry.removeprefix("/method/") for entry in map(str, defaults) if entry.startswith("/method/")]
     for base in (*below, *([told["base"]] if "base" in told else [])):
         needs |= _needs(configs, base)
     return needs | dict(told.get("needs") or {})
@@ -171,7 +171,8 @@ def _needs(configs: Path, method: str) -> dict[str, str]:
 
 def about(configs: Path, group: str, name: str) -> dict[str, Any]:
     """What a world's or a method's file says of itself."""
-    return _content(configs / group / f"{name}.yaml").get("about") or {}
+    told = _content(configs / group / f"{name}.yaml").get("about")
+    return told if isinstance(told, dict) else {}
 
 
 # ---- answers --------------------------------------------------------------------------------------------------------
@@ -255,23 +256,9 @@ def names(configs: Path, group: str) -> list[str]:
 
 
 def groups(configs: Path) -> list[str]:
-    """All groups of a configuration folder, and the worlds among experiments."""
-    if not configs.is_dir():
-        return []
-    folders = [folder.name for folder in configs.iterdir() if folder.is_dir()]
-    worlds = [f"experiment/{world}" for world in _stems(configs, "world")]
-    return [*folders, *worlds, *(["size"] if families(configs) else [])]
-
-
-def below(configs: Path, group: str) -> tuple[list[str], list[str]]:
-    """Groups and choices directly below a group that are no folders and files, as Hydra's help lists them."""
-    start = f"{group}/" if group else ""
-    inner = [name.removeprefix(start) for name in groups(configs) if name.startswith(start)]
-    choices = names(configs, "size") if group == "size" else []
-    if group in groups(configs) and group.startswith("experiment/"):
-        start = group.removeprefix("experiment/") + "/"
-        choices = [name.removeprefix(start) for name in names(configs, "experiment") if name.startswith(start)]
-    return [name for name in inner if "/" not in name], choices
+    """All groups of a configuration folder."""
+    folders = [folder.name for folder in configs.iterdir() if folder.is_dir()] if configs.is_dir() else []
+    return [*folders, *(["size"] if families(configs) else [])]
 
 
 def _stems(configs: Path, group: str) -> list[str]:

@@ -61,7 +61,10 @@ def explain(error: Exception, config_dir: Path, overrides: Sequence[str], primar
         return prefix + _explain_key(cause, config_dir, file[1] if file else "")
     if isinstance(cause, ValidationError):
         return prefix + _explain_value(cause)
-    if group := re.search(r"Could not override '(.+?)'", str(error)):
+    group = re.search(r"Could not override '(.+?)'", str(error))
+    if group and group[1] in ("world", "method"):
+        return f"{group[1]}= chooses nothing by itself: write experiment=<world>/<method>"
+    if group:
         return f"{prefix}there is no config group '{group[1]}'{suggest(group[1], composed.groups(config_dir))}"
     known = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError)
     if not isinstance(error, known):

@@ -39,13 +39,14 @@ class Files(FileConfigSource):
         return super().is_config(config_path) or composed.made(Path(self.path), config_path) is not None
 
     def is_group(self, config_path: str) -> bool:
-        return super().is_group(config_path) or config_path in composed.groups(Path(self.path))
+        return super().is_group(config_path) or (config_path == "size" and bool(composed.families(Path(self.path))))
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        own = super().list(config_path, results_filter) if super().is_group(config_path) else []
-        groups, choices = composed.below(Path(self.path), config_path)
-        kinds = {ObjectType.GROUP: groups, ObjectType.CONFIG: choices}
-        return sorted({*own, *(kinds[results_filter] if results_filter else [*groups, *choices])})
+        if config_path == "size":
+            return [] if results_filter == ObjectType.GROUP else composed.names(Path(self.path), "size")
+        own = super().list(config_path, results_filter)
+        group = not config_path and results_filter != ObjectType.CONFIG and self.is_group("size")
+        return sorted({*own, *(["size"] if group else [])})
 
 
 def register() -> None:

@@ -173,3 +173,7 @@ def test_a_method_may_build_on_another_and_takes_what_a_world_changes_there():
 
 def test_a_name_of_neither_is_refused_with_the_nearest_of_both():
     assert "did you mean 'qwen_image_tiny/lcm'" in refusal("experiment=qwen_image_tiny/lmc")
+
+
+def test_a_world_by_itself_is_refused_with_how_it_is_chosen():
+    assert "write experiment=<world>/<method>" in refusal("world=flux_tiny")

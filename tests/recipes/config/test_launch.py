@@ -534,9 +534,22 @@ def test_cfg_shows_the_composed_configuration(project):
 # ---- the configurations we ship -------------------------------------------------------------------------------------
 
 CONFIGS = ROOT / "configs"
-CHOSEN = ("backbone", "data", "edits", "experiment", "logger", "objective", "sampler", "trainer")
+CHOSEN = (
+    "data",
+    "edits",
+    "experiment",
+    "logger",
+    "objective",
+    "sampler",
+    "trainer",
+)
 UNSIZED = [family.name for family in composed.families(CONFIGS).values() if not family.default]
-SHIPPED = [f"{group}={name}" for group in CHOSEN for name in composed.names(CONFIGS, group) if name not in UNSIZED]
+SHIPPED = [
+    f"{group}={file.relative_to(CONFIGS / group).with_suffix('').as_posix()}"
+    for group in CHOSEN
+    for file in sorted((CONFIGS / group).rglob("*.yaml"))
+]
+SHIPPED += [f"backbone={name}" for name in composed.names(CONFIGS, "backbone") if name not in UNSIZED]
 
 
 NEED_A_START = ("experiment=dit_digits/depth", "experiment=dit_digits/lora")
