@@ -31,12 +31,12 @@ class StandIns(Sources):
         self.cfg, self.image, self.text, self.notes = cfg, image, text, notes
 
     def start(self, spec: Any) -> Origin:
-        return self._read(self.cfg.init, "init", spec)
+        return self._read_model(self.cfg.init, "init", spec)
 
     def teacher(self, spec: Any, needy: Sequence[str]) -> Origin | None:
         path = OmegaConf.select(self.cfg, "teacher.path")  # None, too, while it has no value
         if path:
-            return self._read(path, "teacher.path", spec)
+            return self._read_model(path, "teacher.path", spec)
         if needy:
             self.notes.append("teacher.path is not given, so the backbone group's structure stands in")
             return Origin(spec.build, spec.build)
@@ -45,8 +45,11 @@ class StandIns(Sources):
     def data(self, start: Origin) -> Any:
         with torch.device("meta"):
             denoiser = start.structure()
-        if self.image is not None:
-            return self._of_size(self.image, denoiser)
+        data = self._read_data(denoiser) if self.image is None else self._of_size(self.image, denoiser)
+        refuse_shape(denoiser, tuple(data.shape))  # before training does: here image= is a cure
+        return data
+
+    def _read_data(self, denoiser: Denoiser) -> Any:
         try:
             data = made(self.cfg.data.set)
             conditions(data)(torch.arange(1))
@@ -54,7 +57,7 @@ class StandIns(Sources):
         except Exception as error:  # an absent data set raises anything, and is not needed
             return self._as_told(error, denoiser)
 
-    def _read(self, path: str | None, key: str, spec: Any) -> Origin:
+    def _read_model(self, path: str | None, key: str, spec: Any) -> Origin:
         """The model at a path, or the backbone group's."""
         if path and not is_official(path):
             trusted = tuple(self.cfg.trusted)
@@ -72,9 +75,7 @@ class StandIns(Sources):
         shrink = 8 if channels > 3 else 1
         if any(side % shrink for side in image):
             raise ValueError(f"image must be a multiple of {shrink} pixels, which its latents shrink it by")
-        shape = channels, image[0] // shrink, image[1] // shrink
-        refuse_shape(denoiser, shape)
-        return Sample(shape, denoiser, self.text)
+        return Sample((channels, image[0] // shrink, image[1] // shrink), denoiser, self.text)
 
     def _as_told(self, error: Exception, denoiser: Denoiser) -> Sample:
         """A sample as `before` makes the data set, or as the backbone takes it."""

@@ -29,7 +29,6 @@ def test_a_run_holds_what_its_configuration_names_and_builds_no_weights(tmp_path
     "words, sentence",
     [
         (("backbone.num_classes=5",), "the data has 10 classes, the backbone 5: set backbone.num_classes"),
-        (("backbone.input_size=16",), "the data has samples of 1x8x8, the backbone takes 1x16x16: change one of the"),
         ((LADD, "edits=lora", "teacher.placement=tied"), "LADD looks at the teacher's tokens, whose weights must stay"),
     ],
 )
