@@ -1,0 +1,135 @@
+"""The examples of CONTRIBUTING.md are complete: as the files that they name, they train, load and are measured."""
+
+import re
+import shutil
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+import data.sets
+import edit
+import edit.backbones
+import edit.distillation
+import edit.few_step
+import edit.pruning
+import recipes
+from data.loader import EndlessLoader
+from recipes.assembly import assemble
+from recipes.config.check import check
+from recipes.config.sources import register
+from recipes.training import run, settle
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "CONTRIBUTING.md").read_text()
+EXAMPLES = dict(re.findall(r"```(?:python|yaml)\n# ([\w/]+\.(?:py|yaml))\n(.*?)```", PAGE, re.DOTALL))
+PACKAGES = (data.sets, edit.backbones, edit.distillation, edit.few_step, edit.pruning, recipes)
+SHORT = ("trainer.max_steps=2", "trainer.accelerator=cpu", "evaluate=null", "preview.every=0", "optimizer.warmup=0")
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of the configurations with the examples in their places; our packages find the examples' modules."""
+    folder = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    for path, text in EXAMPLES.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    before = {package: list(package.__path__) for package in PACKAGES}
+    for package in PACKAGES:
+        package.__path__.append(str(folder / package.__name__.replace(".", "/")))
+    yield folder
+    for package, path in before.items():
+        package.__path__[:] = path
+
+
+def config(clone, *words):
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(clone / "configs")):
+        cfg = compose("train", [*words, f"runs={clone / 'runs'}", *SHORT])
+    assert check(cfg) == []
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def teacher(clone):
+    run(config(clone, "experiment=stripes/teacher"))
+    return clone / "runs/stripes_teacher"
+
+
+def rows(folder):
+    return (folder / "metrics.csv").read_text().splitlines()
+
+
+def test_every_kind_of_addition_has_an_example():
+    assert sorted(EXAMPLES) == [
+        "configs/method/skip.yaml",
+        "configs/world/stripes.yaml",
+        "data/sets/stripes.py",
+        "edit/backbones/plain.py",
+        "edit/distillation/small.py",
+        "edit/few_step/mimic.py",
+        "edit/pruning/skip.py",
+        "recipes/one_level.py",
+        "tests/pruning/test_skip.py",
+    ]
+
+
+def test_a_world_is_trained_and_a_method_of_three_files_works_on_it(clone, teacher):
+    run(config(clone, "experiment=stripes/skip", "before=[]"))
+    whole, half = (edit.load(folder).denoiser for folder in (teacher, clone / "runs/stripes_skip"))
+    assert (len(whole.units), len(half.units)) == (4, 2)
+
+
+def test_the_test_of_the_method_passes(clone, make_dit):
+    scope = {}
+    exec(compile(EXAMPLES["tests/pruning/test_skip.py"], "test_skip.py", "exec"), scope)  # our own page
+    (proved,) = (f for name, f in scope.items() if name.startswith("test_"))
+    proved(make_dit)
+
+
+def test_a_loss_is_put_beside_any_objective(clone):
+    run(
+        config(
+            clone,
+            "experiment=stripes/teacher",
+            "name=small",
+            "+terms.small._target_=edit.distillation.small.Small",
+            "log_every=1",
+        )
+    )
+    assert "train/small/small" in rows(clone / "runs/small")[0]
+
+
+def test_a_few_step_method_learns_from_a_teacher(clone, teacher):
+    words = ("name=mimic", f"init={teacher}", f"teacher.path={teacher}", "log_every=1")
+    run(config(clone, "experiment=stripes/teacher", "matching={_target_: edit.few_step.mimic.Mimic}", *words))
+    losses = [float(row.split(",")[1]) for row in rows(clone / "runs/mimic")[1:]]
+    assert losses[0] < 1e-9  # the student is the teacher still
+
+
+def test_a_backbone_trains_is_pruned_and_loads_again(clone):
+    backbone = (
+        "~backbone",
+        "+backbone={_target_: edit.backbones.plain.PlainConfig}",
+        "+edits.skip._target_=edit.pruning.skip.Skip",
+    )
+    run(config(clone, "experiment=stripes/teacher", "name=plain", *backbone))
+    assert len(edit.load(clone / "runs/plain").denoiser.units) == 1
+
+
+def test_a_recipe_is_a_step_on_what_all_recipes_share(clone):
+    from recipes.one_level import OneLevel
+
+    cfg = config(clone, "experiment=stripes/teacher", "name=one_level")
+    settle(cfg)
+    job = assemble(cfg)
+    module = OneLevel(*job.models.student, job.objective, job.training)
+    loader = EndlessLoader(job.models.data.train(), batch_size=8, total=2, seed=0)
+    trainer = pl.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    trainer.fit(module, loader)
+    assert trainer.global_step == 2 and torch.isfinite(module.losses["loss"])
