@@ -18,11 +18,10 @@ from edit.backbones.flux import FluxConfig
 from edit.backbones.pixart import PixArtConfig
 from edit.backbones.sd3 import SD3Config
 from edit.denoiser import Denoiser
-from edit.few_step.policy import segments
 from edit.measuring.cost import macs
 from edit.pruning.depth import DepthPruning
 from edit.pruning.importance import even
-from edit.pruning.patterns import groups_of
+from edit.pruning.patterns import groups_of, runs_of_one_kind
 
 WIDTH = {"num_attention_heads": 8, "attention_head_dim": 64}
 
@@ -57,7 +56,7 @@ def main() -> None:
             continue
         for pattern in args.patterns.split(","):
             pruned = type(dense).from_config(dense.config)
-            kept = even(groups_of(pattern, segments(dense)))
+            kept = even(groups_of(pattern, runs_of_one_kind(dense)))
             edit.apply(pruned, {"depth": DepthPruning(pattern="listed", units=tuple(kept))})
             x = torch.randn(args.batch, *dense.sample_shape, device=device)
             t = torch.full((args.batch,), 0.5, device=device)
