@@ -54,7 +54,7 @@ def models_of(cfg: DictConfig, sources: Sources) -> Models:
     """
     spec, edits = made(cfg.backbone), made(cfg.edits) or {}
     start = sources.start(spec)
-    data = sources.data(start)
+    data = sources.data(spec, start)
     student = student_of(settled(start, data.shape, spec), edits, cfg.seed)
     with torch.device("meta"):
         plan = student.structure()
@@ -84,7 +84,7 @@ class Sources(ABC):
         """The student before its edits."""
 
     @abstractmethod
-    def data(self, start: Origin) -> Any:
+    def data(self, spec: Any, start: Origin) -> Any:
         """The data set, or a stand-in that fits a model of this origin."""
 
     @abstractmethod
@@ -121,7 +121,7 @@ class Files(Sources):
 
         return Origin(build, spec.build)
 
-    def data(self, start: Origin) -> Any:
+    def data(self, spec: Any, start: Origin) -> Any:
         return made(self.cfg.data.set)
 
     def teacher(self, spec: Any, needy: Sequence[str]) -> Origin | None:

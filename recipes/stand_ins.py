@@ -42,11 +42,12 @@ class StandIns(Sources):
             return Origin(spec.build, spec.build)
         return None
 
-    def data(self, start: Origin) -> Any:
+    def data(self, spec: Any, start: Origin) -> Any:
         with torch.device("meta"):
             denoiser = start.structure()
         data = self._read_data(denoiser) if self.image is None else self._of_size(self.image, denoiser)
-        refuse_shape(denoiser, tuple(data.shape))  # before training does: here image= is a cure
+        denoiser.settle(data.shape, spec)
+        refuse_shape(denoiser, tuple(data.shape))  # before `models_of` does: here image= is a cure
         return data
 
     def _read_data(self, denoiser: Denoiser) -> Any:
