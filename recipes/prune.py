@@ -111,9 +111,8 @@ def run(chosen: Pruning) -> Path:
     import edit
     from edit.artifacts.checkpoint import save
     from edit.artifacts.fingerprint import fingerprint
-    from edit.few_step.policy import segments
     from edit.pruning.depth import DepthPruning
-    from edit.pruning.patterns import groups_of
+    from edit.pruning.patterns import groups_of, runs_of_one_kind
     from edit.pruning.tinyfusion import Gates
 
     out = Path(chosen.out)
@@ -137,7 +136,7 @@ def run(chosen: Pruning) -> Path:
     if chosen.search is not None:
         groups, choice = searched(chosen.search, denoiser)
     else:
-        groups = groups_of(chosen.pattern, segments(denoiser))
+        groups = groups_of(chosen.pattern, runs_of_one_kind(denoiser))
         choice = judged(chosen, artifact, groups)
     depth, name = len(denoiser.units), "depth"
     while name in denoiser.applied:  # of a model that was pruned before
