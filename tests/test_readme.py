@@ -190,12 +190,14 @@ def test_the_flux_commands_run_on_a_stand_in_of_its_depth(folder):
     assert student.dtype == torch.float32 and (folder / "student/README.md").exists()
 
 
-def test_the_table_of_methods_names_files_and_experiments_that_exist():
+def test_the_table_of_families_names_folders_and_experiments_that_exist():
     table = README.split("## What works")[1].split("##")[0]
-    files, experiments = re.findall(r"\]\((edit/[\w/]+\.py)\)", table), re.findall(r"experiment=([\w/]+)", table)
-    assert len(files) >= 4 and len(experiments) >= 4
-    assert all((ROOT / path).exists() for path in files)
+    folders, experiments = re.findall(r"\]\((edit/[\w/.]+)\)", table), re.findall(r"experiment=([\w/]+)", table)
+    assert len(folders) >= 8 and len(experiments) >= 7
+    assert all((ROOT / path).exists() for path in folders)
     assert set(experiments) <= set(names(ROOT / "configs", "experiment"))
+    worlds = {file.stem for file in (ROOT / "configs/world").glob("*.yaml")}
+    assert worlds <= set(re.findall(r"`(\w+)`", table)), "every world is named"
 
 
 def test_its_pictures_are_there():
@@ -205,4 +207,4 @@ def test_its_pictures_are_there():
 
 def test_the_map_names_what_is_there():
     for name in re.findall(r"^  ?(\w+\.py|\w+/)", README.split("## Map")[1].split("## Tests")[0], re.MULTILINE):
-        assert (ROOT / name).exists() or (ROOT / "edit" / name).exists(), name
+        assert any((ROOT / package / name).exists() for package in ("", "edit", "recipes", "data")), name

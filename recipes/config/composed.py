@@ -20,7 +20,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from edit.inputs.trust import cut, load_yaml
-from recipes.config.errors import nearest
+from recipes.config.suggestions import nearest
 
 SIZE = "size=${oc.select:size,None}"  # the choice of the group `size`, in a defaults list
 NONE = "None"  # no choice, or a primary file without that group

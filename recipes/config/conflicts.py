@@ -16,8 +16,9 @@ from omegaconf.errors import InterpolationResolutionError
 
 from edit.inputs.command import DEBUG
 from edit.inputs.trust import cut
-from recipes.config.errors import UserError, one_line, refuse, suggest
+from recipes.config.errors import UserError, one_line, refuse
 from recipes.config.schema import Evaluation
+from recipes.config.suggestions import suggest
 
 LONGEST = 200  # bytes of a run's name: file systems accept 255 for a folder
 # modules that may be run before or after a run

@@ -1,18 +1,15 @@
-"""A mistake as one sentence: the exception that carries it, how such a sentence ends, other exceptions in words."""
+"""A mistake as one sentence: the exception that carries it, and other exceptions in words."""
 
 from __future__ import annotations
 
-import difflib
 import errno
 import re
 import typing
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from hydra.errors import InstantiationException
-
-FEW, MANY = 12, 30  # names listed beside a near one, and where none is near
 
 
 class UserError(Exception):
@@ -22,26 +19,6 @@ class UserError(Exception):
 def refuse(message: str) -> NoReturn:
     """Replaces `ArgumentParser.error`, which prints the usage and ends the process."""
     raise UserError(message)
-
-
-# ---- ends of sentences ----------------------------------------------------------------------------------------------
-
-
-def nearest(word: str, options: Iterable[str]) -> list[str]:
-    """Up to three options that look like `word`, best first."""
-    return difflib.get_close_matches(word, list(options), n=3)
-
-
-def suggest(word: Any, options: Collection[str]) -> str:
-    """The end of a sentence: '; did you mean 'x'?' and, where they are few or none is near, the accepted names."""
-    options = sorted(str(option) for option in options)
-    close = nearest(str(word), options)
-    text = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-    if close and len(options) <= FEW:
-        return f"{text} (accepted: {', '.join(options)})"
-    if options and not close:
-        return "; accepted: " + ", ".join(options[:MANY]) + (", ..." if len(options) > MANY else "")
-    return text
 
 
 # ---- other exceptions -----------------------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ from omegaconf.errors import (
 
 from edit.inputs.command import unexpected
 from recipes.config import composed
-from recipes.config.errors import one_line, suggest
+from recipes.config.errors import one_line
 from recipes.config.schema import Root
+from recipes.config.suggestions import suggest
 from recipes.config.values import spell
 from recipes.config.words import KEY
 

@@ -20,7 +20,8 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from edit.inputs.trust import accepted, cut, is_kind, refuse_enormous, said
 from edit.inputs.trust import hints as annotations
-from recipes.config.errors import nearest, one_line, suggest
+from recipes.config.errors import one_line
+from recipes.config.suggestions import nearest, suggest
 from recipes.config.values import breaches, choices, fits, spell
 
 

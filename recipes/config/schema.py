@@ -14,8 +14,9 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from edit.inputs.limits import LAST_SEED
-from recipes.config.errors import UserError, suggest
+from recipes.config.errors import UserError
 from recipes.config.mistakes import mistakes
+from recipes.config.suggestions import suggest
 from recipes.config.values import accepts_text, rule, spell
 
 EVALUATION = Path(__file__).parents[2] / "configs" / "eval.yaml"  # the defaults of `Evaluation`

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union
 from omegaconf import DictConfig, ListConfig
 
 from edit.inputs.limits import Limits
-from recipes.config.errors import suggest
+from recipes.config.suggestions import suggest
 
 MOST = 1e9  # of a number without a limit of its own: a run that goes further never ends
 

@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.names import legible, matching
-from recipes.config.errors import UserError, suggest
+from recipes.config.errors import UserError
 from recipes.config.schema import Evaluation
+from recipes.config.suggestions import suggest
 
 OWN = ("artifact", "out", "reference", "debug")  # keys besides those of `Evaluation`
 PLACES = ("artifact", "out", "reference", "cache")  # keys whose values are paths

@@ -1,6 +1,6 @@
 """The ends of error sentences."""
 
-from recipes.config.errors import nearest
+from recipes.config.suggestions import nearest
 
 
 def test_nearest_prefers_the_closest_and_stays_silent_for_strangers():
