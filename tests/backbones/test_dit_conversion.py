@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from stock_dit import STOCK, stock_model
 from torch import Tensor
 
 import edit
@@ -14,33 +15,6 @@ MODERN = {"rope": True, "swiglu": True, "rms_norm": True, "qk_norm": True, "regi
 
 # fp32 against an independently written forward: the same sums in another order
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-STOCK = {
-    "num_attention_heads": 4,
-    "attention_head_dim": 8,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_layers": 3,
-    "sample_size": 8,
-    "patch_size": 2,
-    "num_embeds_ada_norm": 10,
-}
-
-
-def stock_model(**options):
-    """A stock DiTTransformer2DModel with random weights and, as published folders have, shared embedders."""
-    from diffusers import DiTTransformer2DModel
-
-    model = DiTTransformer2DModel(**{**STOCK, **options}).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    first = model.transformer_blocks[0].norm1.emb.state_dict()
-    for block in model.transformer_blocks:
-        block.norm1.emb.load_state_dict(first)
-    return model
 
 
 @torch.no_grad()

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
+from killed_runs import kill_at
 from PIL import Image
 from ranks import run_ranks
 from small_runs import TWO_RANKS, config, rows, train, train_ranks
-from test_resume import kill_at
 from test_tinyfusion_runs import run
 from weights import randomise
 
@@ -188,7 +188,7 @@ def check_decided(folder, name, previewed):
 @pytest.mark.slow  # DeepSpeed compiles an extension
 @pytest.mark.parametrize("name", METHODS)
 def test_zero_3_trains_as_one_process_and_leaves_what_its_last_preview_decided(folder, name):
-    from test_deepspeed import on_the_cpu
+    from cpu_deepspeed import on_the_cpu
 
     words = (f"name={name}_zero3", "trainer=zero3", *words_of(name, folder), *TWO, *PREVIEWED)
     (_, previewed), _ = run_ranks(_trained_by_zero, 2, args=(folder, words, on_the_cpu), timeout=300)

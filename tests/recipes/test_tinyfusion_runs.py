@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from killed_runs import kill_at
 from ranks import run_ranks
 from safetensors.torch import load_file
 from scripts import python
 from small_runs import SMALL, TWO_RANKS, rows, train, train_ranks
-from test_resume import kill_at
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -170,7 +170,7 @@ def test_the_decision_of_a_sharded_search_follows_its_logits():
 
 @pytest.mark.slow  # DeepSpeed compiles an extension
 def test_two_ranks_of_zero_3_search_with_the_same_logits(tmp_path, folder):
-    from test_deepspeed import on_the_cpu
+    from cpu_deepspeed import on_the_cpu
 
     words = (f"init={folder}/whole", *SEARCH, "trainer=zero3", *RANKS, "preview.every=2", "sampler.solver.steps=1")
     answers = run_ranks(_searched_by_zero, 2, args=(tmp_path, words, on_the_cpu), timeout=300)

@@ -3,11 +3,11 @@
 Lightning's strategy refuses a CPU; the subclass below lifts that and nothing else. DeepSpeed compiles an extension.
 """
 
-import os
 import shutil
 
 import pytest
 import torch
+from cpu_deepspeed import on_the_cpu
 from ranks import run_ranks
 from small_runs import TWO_RANKS, losses, train
 
@@ -17,30 +17,6 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("deepspeed")
 if shutil.which("g++") is None:
     pytest.skip("DeepSpeed needs a C++ compiler on a CPU", allow_module_level=True)
-
-
-def on_the_cpu(folder, stage, overrides):
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    from lightning.pytorch.strategies import DeepSpeedStrategy
-
-    import recipes.runtime.trainer
-
-    class CPUDeepSpeed(DeepSpeedStrategy):
-        def __init__(self):
-            super().__init__(stage=stage, zero_allow_untested_optimizer=True, process_group_backend="gloo")
-            self.config["zero_force_ds_cpu_optimizer"] = False
-
-        def setup_environment(self):
-            super(DeepSpeedStrategy, self).setup_environment()
-
-        def setup_distributed(self):
-            self.set_world_ranks()
-            self._init_deepspeed_distributed()
-
-        root_device = property(lambda self: torch.device("cpu", 0))
-
-    recipes.runtime.trainer.make_strategy = lambda t, devices, turns: CPUDeepSpeed()
-    train(folder, *overrides)
 
 
 @pytest.mark.parametrize(
