@@ -51,7 +51,7 @@ class Family:
     name: str
     base: Mapping[str, Any]
     sizes: Mapping[str, Mapping[str, Any]]
-    default: str | None = None
+    default: str
     names: Mapping[str, str] = field(init=False)  # of whole backbones, in file-name spelling -> size
 
     def __post_init__(self):
@@ -97,26 +97,25 @@ def _family(name: str, content: Mapping[str, Any], known: Mapping[str, Mapping[s
     sizes = content["sizes"]
     if isinstance(sizes, str):  # those of another family
         sizes = known.get(sizes, {}).get("sizes")
-    if not isinstance(sizes, Mapping) or not all(isinstance(keys, Mapping) for keys in sizes.values()):
+    if not sizes or not isinstance(sizes, Mapping) or not all(isinstance(keys, Mapping) for keys in sizes.values()):
         raise ValueError(f"backbone/{name}.yaml: sizes: expected a section of keys for each size, got {cut(sizes)}")
     base = {k: v for k, v in content.items() if k not in ("sizes", "size")}
-    return Family(name, base, {str(size): keys for size, keys in sizes.items()}, content.get("size"))
+    return Family(
+        name, base, {str(size): keys for size, keys in sizes.items()}, str(content.get("size") or next(iter(sizes)))
+    )
 
 
 def _backbone(configs: Path, choice: str, size: str) -> dict[str, Any] | None:
     """The keys of a backbone, by the name of a family or of one of its sizes; None if no family has that name.
 
     Raises:
-        ValueError: for a size that the family does not have, or for a family without a size
+        ValueError: for a size that the family does not have
     """
     for family in families(configs).values():
         if choice == family.name or choice in family.names:
             own = family.names.get(choice, family.default)
             if size != NONE:
                 own = family.size(size)
-            if own is None:
-                sizes = ", ".join(family.sizes)
-                raise ValueError(f"backbone={choice} comes in sizes: give one with size=... (accepted: {sizes})")
             return family.keys(own)
     return None
 

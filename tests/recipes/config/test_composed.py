@@ -77,7 +77,7 @@ def test_a_size_is_chosen_by_name_or_beside_the_family_and_single_keys_still_win
     assert composition("backbone=dit", "size=XL/2").backbone == whole == composition("size=xl_2").backbone
     assert composition("backbone=dit", "size=XL/2", "backbone.depth=12").backbone == {**whole, "depth": 12}
     assert composition("backbone=sd3", "size=3.5-large").backbone == composition("backbone=sd35_large").backbone
-    assert composition("backbone=qwen_image").backbone.num_layers == 60
+    assert composition("backbone=dit").backbone == whole  # the family's own `size`
 
 
 def test_a_size_alone_changes_that_of_an_experiment():
@@ -89,7 +89,6 @@ def test_a_size_alone_changes_that_of_an_experiment():
 @pytest.mark.parametrize(
     "words, parts",
     [
-        (["backbone=dit"], ["backbone=dit comes in sizes", "size=...", "S/2, S/4"]),
         (["backbone=dit", "size=XL/3"], ["dit has no size 'XL/3', did you mean 'XL/", "accepted: S/2, S/4"]),
         (["backbone=flux_dev", "size=XL/2"], ["flux has no size 'XL/2' (accepted: dev, schnell, tiny)"]),
         (["backbone=dit_xl_3"], ["no backbone named 'dit_xl_3'", "'dit_xl_2'"]),
@@ -111,6 +110,7 @@ def test_a_backbone_of_one_file_has_no_sizes(tmp_path):
     with initialize_config_dir(version_base="1.3", config_dir=str(tmp_path)):
         assert compose("train").backbone == {"_target_": "a.B", "depth": 3}
         assert compose("train", ["backbone=family_large"]).backbone.depth == 9
+        assert compose("train", ["backbone=family"]).backbone.depth == 1  # without `size`, the first
         with pytest.raises(ValueError, match="backbone=mine is of one size: leave out size=large"):
             compose("train", ["size=large"])
 

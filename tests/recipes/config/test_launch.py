@@ -543,13 +543,12 @@ CHOSEN = (
     "sampler",
     "trainer",
 )
-UNSIZED = [family.name for family in composed.families(CONFIGS).values() if not family.default]
 SHIPPED = [
     f"{group}={file.relative_to(CONFIGS / group).with_suffix('').as_posix()}"
     for group in CHOSEN
     for file in sorted((CONFIGS / group).rglob("*.yaml"))
 ]
-SHIPPED += [f"backbone={name}" for name in composed.names(CONFIGS, "backbone") if name not in UNSIZED]
+SHIPPED += [f"backbone={name}" for name in composed.names(CONFIGS, "backbone")]
 
 
 NEED_A_START = ("experiment=dit_digits/depth", "experiment=dit_digits/lora")
