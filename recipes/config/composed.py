@@ -100,9 +100,8 @@ def _family(name: str, content: Mapping[str, Any], known: Mapping[str, Mapping[s
     if not sizes or not isinstance(sizes, Mapping) or not all(isinstance(keys, Mapping) for keys in sizes.values()):
         raise ValueError(f"backbone/{name}.yaml: sizes: expected a section of keys for each size, got {cut(sizes)}")
     base = {k: v for k, v in content.items() if k not in ("sizes", "size")}
-    return Family(
-        name, base, {str(size): keys for size, keys in sizes.items()}, str(content.get("size") or next(iter(sizes)))
-    )
+    sizes = {str(size): keys for size, keys in sizes.items()}
+    return Family(name, base, sizes, default=str(content.get("size") or next(iter(sizes))))
 
 
 def _backbone(configs: Path, choice: str, size: str) -> dict[str, Any] | None:
