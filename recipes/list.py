@@ -151,12 +151,18 @@ def implemented() -> dict[str, dict[str, type]]:
         for module in list(sys.modules.values())
         if module.__name__.startswith("edit.backbones.")
         for name, value in vars(module).items()
-        if inspect.isclass(value) and value.__module__ == module.__name__ and "build" in vars(value)
+        if inspect.isclass(value) and value.__module__ == module.__name__ and "build" in vars(value) and is_ours(value)
     }
     return {"backbones": specs} | {
-        kind: {c.__name__: c for c in below(base) if not inspect.isabstract(c) and c.__module__.startswith("edit.")}
+        kind: {c.__name__: c for c in below(base) if not inspect.isabstract(c) and is_ours(c)}
         for kind, base in bases.items()
     }
+
+
+def is_ours(cls: type) -> bool:
+    """Whether a class is of a file of this repository: examples and tests derive from the same bases."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return file is not None and Path(file).is_relative_to(ROOT / "edit")
 
 
 def below(base: type) -> Iterator[type]:
