@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from edit.inputs import words
-from edit.inputs.command import guarded
+from edit.inputs.command import guarded, working
 from edit.inputs.limits import Count
 
 
@@ -67,11 +67,12 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
 
 @guarded
 def main(argv: list[str]) -> int:
-    if words.asks_help(argv):
+    if not argv or words.asks_help(argv):
         print(f"{__doc__}\n{words.explained(Words)}")
         return 0
     asked = words.read(Words, argv)
-    print(f"prompts and encoders: {write_world(Path(asked.out), asked.count).parent}")
+    with working(ValueError, OSError):
+        print(f"prompts and encoders: {write_world(Path(asked.out), asked.count).parent}")
     return 0
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from data.making.request import Request
 from data.names import setting, typed
 from edit.inputs import words
-from edit.inputs.command import guarded, number_of
+from edit.inputs.command import guarded, number_of, working
 
 SEVERAL = """On several machines, start the same command on each with RANK and WORLD_SIZE set: shards are divided among
 them, and the last to finish writes the manifest."""
@@ -28,18 +28,17 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     return words.parse(Request, argv)
 
 
-@guarded(
-    mistakes=(ValueError, OSError, RuntimeError),
-    interrupted="interrupted: the same command goes on after the last finished shard",
-)
+@guarded(interrupted="interrupted: the same command goes on after the last finished shard")
 def main(argv: list[str]) -> int:
-    if words.asks_help(argv):
+    if not argv or words.asks_help(argv):
         print(f"{__doc__}\n{words.explained(Request)}\n\n{SEVERAL}")
         return 0
     request = words.read(Request, argv, rank=number_of("RANK", 0), world=number_of("WORLD_SIZE", 1))
     from data.making.generator import generate  # after --help and mistyped keys were answered
 
-    if generate(request):
+    with working(ValueError, OSError, RuntimeError):
+        done = generate(request)
+    if done:
         told = (setting("data.set.path", request.out), setting("data.set.generated_by", request.teacher))
         print("next: " + typed("python", "train.py", "data=latents", *told))
     else:

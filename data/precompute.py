@@ -12,7 +12,7 @@ import argparse
 import sys
 
 from data.names import setting, typed
-from edit.inputs.command import Parser, guarded, number_of
+from edit.inputs.command import Parser, guarded, number_of, working
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,10 +73,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-@guarded(
-    mistakes=(ValueError, OSError, RuntimeError),
-    interrupted="interrupted: the same command goes on after the last finished shard",
-)
+@guarded(interrupted="interrupted: the same command goes on after the last finished shard")
 def main(argv: list[str]) -> int:
     options = vars(parser().parse_args(argv))
     import torch  # after --help and mistyped options were answered
@@ -86,8 +83,10 @@ def main(argv: list[str]) -> int:
     from edit.measuring.devices import find_device
 
     options["device"] = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    find_device(options["device"])
-    if precompute(Job(**options, rank=number_of("RANK", 0), world=number_of("WORLD_SIZE", 1))):
+    with working(ValueError, OSError, RuntimeError):
+        find_device(options["device"])
+        done = precompute(Job(**options, rank=number_of("RANK", 0), world=number_of("WORLD_SIZE", 1)))
+    if done:
         print("next: " + typed("python", "train.py", "data=latents", setting("data.set.path", options["out"])))
     else:
         print(f"{options['out']}: other ranks are still at work")

@@ -5,9 +5,6 @@ A row is added when a module or class moves, and never removed. No other file of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 CLASSES = {  # of modules that were divided
     "edit.distillation.student.FixedGuidance": "edit.tuning.guidance.FixedGuidance",
     "edit.distillation.student.GuidanceInput": "edit.tuning.guidance.GuidanceInput",
@@ -84,10 +81,3 @@ def current(path: str) -> str:
     """The import path of today for one that an older version wrote; any other path is returned as it is."""
     module, _, name = path.rpartition(".")
     return CLASSES.get(path) or f"{MODULES.get(module, module)}.{name}".lstrip(".")
-
-
-def renamed(node: Any) -> Any:
-    """A copy of nested mappings and lists in which each `_target_` is a path of today."""
-    if isinstance(node, Mapping):
-        return {k: current(v) if k == "_target_" and isinstance(v, str) else renamed(v) for k, v in node.items()}
-    return [renamed(v) for v in node] if isinstance(node, list | tuple) else node

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from edit.inputs.command import guarded
+from edit.inputs.command import guarded, working
 from edit.inputs.limits import LAST_SEED
 from edit.inputs.words import parse as parsed
 from recipes.config.errors import UserError
@@ -55,24 +55,16 @@ class Pruning:
     device: str = "auto"
 
 
-@guarded
-def main(words: Sequence[str]) -> int:
+@guarded(mistakes=(UserError, ValueError, OSError), interrupted="interrupted: nothing was written")
+def main(words: list[str]) -> int:
     """The exit code: 0, 1 if pruning failed, 2 for a mistake in the command, 130 after Ctrl-C."""
     if not words or {"--help", "-h"} & set(words):
         defaults = OmegaConf.to_yaml(OmegaConf.structured(Pruning))
         print(f"{__doc__}\nKeys and their defaults (by: {', '.join(WAYS)})\n\n{defaults}")
         return 0 if words else 2
-    code = 2
-    try:
-        chosen = parse(words)
-        code = 1
+    chosen = parse(words)
+    with working(UserError, ValueError, OSError):
         run(chosen)
-    except (UserError, ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return code
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
     return 0
 
 

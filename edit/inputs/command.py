@@ -7,7 +7,8 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn, overload
 
 DEBUG = ("debug=true", "debug=false")  # words of every command
@@ -45,6 +46,19 @@ def number_of(variable: str, default: int) -> int:
         raise ValueError(f"the environment says {variable}={text!r}, expected a whole number: unset it") from error
 
 
+class Failed(Exception):
+    """Work that could not be done; the sentence tells why. A command then has exit code 1, and 2 for its own words."""
+
+
+@contextmanager
+def working(*expected: type[Exception]) -> Iterator[None]:
+    """Turn the expected errors of the work inside into `Failed`."""
+    try:
+        yield
+    except expected as error:
+        raise Failed(str(error)) from error
+
+
 @overload
 def guarded(main: Main) -> Command: ...
 @overload
@@ -57,8 +71,8 @@ def guarded(
 ) -> Command | Callable[[Main], Command]:
     """Make a command of `main`: whatever goes wrong is one sentence on stderr and an exit code.
 
-    The code is 2 for an error that tells the user what to mend, 130 after Ctrl-C, and 1 for any other error. The word
-    debug=true, which `main` does not see, shows the traceback of an error.
+    The code is 2 for an error that tells the user what to mend, 130 after Ctrl-C, and 1 for `Failed` and any other
+    error. The word debug=true, which `main` does not see, shows the traceback of an error.
 
     Args:
         main: takes the words, returns the exit code
@@ -83,9 +97,9 @@ def _guard(main: Main, mistakes: tuple[type[Exception], ...], interrupted: str) 
         except Exception as error:
             if DEBUG[0] in map(str.lower, words):
                 traceback.print_exc()
-            known = isinstance(error, mistakes)
+            known = isinstance(error, (*mistakes, Failed))
             said = " ".join(str(error).split()) if known else unexpected(error)
             print(f"error: {said}", file=sys.stderr)
-            return 2 if known else 1
+            return 2 if isinstance(error, mistakes) else 1
 
     return command

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import edit
-from edit.inputs.command import guarded
+from edit.inputs.command import Failed, guarded
 from recipes.cost import main as cost
 
 
@@ -28,12 +28,14 @@ def test_a_mistake_of_the_user_an_interruption_and_an_unknown_error_have_codes_o
     def command(argv: list[str]) -> int:
         if not argv:
             return 0
-        raise {"a": KeyError("one\n two"), "b": ValueError("three"), "c": KeyboardInterrupt}[argv[0]]
+        errors = {"a": KeyError("one\n two"), "b": ValueError("three"), "c": KeyboardInterrupt, "d": Failed("four")}
+        raise errors[argv[0]]
 
     assert command(["DEBUG=false"]) == 0
     assert command(["a"]) == 2 and capsys.readouterr().err == "error: 'one\\n two'\n"
     assert command(["b"]) == 1 and capsys.readouterr().err.startswith("error: ValueError: three; debug=true")
     assert command(["c"]) == 130 and capsys.readouterr().err == "interrupted: nothing was written\n"
+    assert command(["d"]) == 1 and capsys.readouterr().err == "error: four\n"
     assert command(["a", "debug=true"]) == 2 and "Traceback" in capsys.readouterr().err
 
 
