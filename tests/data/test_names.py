@@ -164,7 +164,7 @@ def test_an_empty_folder_to_write_is_refused_before_any_work(folder, vae, capsys
     from data.making.request import Request
     from data.precompute import main
 
-    assert main(["--images", str(folder), "--out", "", "--vae", str(vae)]) == 2
+    assert main(["--images", str(folder), "--out", "", "--vae", str(vae)]) == 1
     assert generate(["teacher=nowhere", "prompts=nowhere", "out="]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert errors[0] == "error: out is empty: give a folder" and errors[1].startswith("error: out is missing: out=<")
