@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from edit.inputs.command import print_any_name, unexpected
+from edit.inputs.command import Failed, asks_traceback, guarded, working
+from edit.inputs.words import asks_help
 from recipes.config.errors import UserError
 from recipes.config.schema import EVALUATION, Evaluation
 from recipes.report.evaluate import run
@@ -34,48 +34,44 @@ and, with their defaults,
 """
 
 
-def main(words: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, 2 for a mistake in the command, 1 if an artifact could not be measured, 130 after Ctrl-C."""
-    if not words or {"--help", "-h"} & set(words):
+    words = sys.argv[1:] if argv is None else argv
+    debug = asks_traceback(words)
+
+    @guarded(mistakes=(UserError, ValueError, OSError), interrupted="interrupted: no report was written")
+    def command(words: list[str]) -> int:
+        return compare(words, debug)
+
+    return command(words)
+
+
+def compare(words: Sequence[str], debug: bool) -> int:
+    """Measure the artifacts that the words name.
+
+    Raises:
+        UserError, ValueError, OSError: for a mistake in the words
+        Failed: if an artifact could not be measured
+    """
+    if not words or asks_help(words):
         print(HELP + "".join(f"  {line}\n" for line in EVALUATION.read_text().splitlines() if not line.startswith("#")))
         return 0 if words else 2
-    print_any_name()
-    debug = any(word.lower() == "debug=true" for word in words)
-    code = 2
-    try:
-        given = parse(words)
-        chosen = Evaluation.of({k: v for k, v in given.items() if k not in OWN})
-        paths = folders(given["artifact"])
+    given = parse(words)
+    chosen = Evaluation.of({k: v for k, v in given.items() if k not in OWN})
+    paths = folders(given["artifact"])
 
-        from edit.artifacts.location import find  # brings torch: the mistakes above are answered without
+    from edit.artifacts.location import find  # brings torch: the mistakes above are answered without
 
-        reference = find(str(given["reference"])) if given.get("reference") else None
-        out = default_out(paths) if given.get("out") is None else Path(str(given["out"]))
-        if (there := next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))) and not there.is_dir():
-            raise UserError(f"out={out} cannot be written: {there} is no folder; give another out=")
-        code = 1
+    reference = find(given["reference"]) if given.get("reference") else None
+    out = default_out(paths) if given.get("out") is None else Path(given["out"])
+    if (there := next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))) and not there.is_dir():
+        raise UserError(f"out={out} cannot be written: {there} is no folder; give another out=")
+    with working(UserError, ValueError, OSError):
         report = run(paths, chosen, out, reference, debug)
-    except (UserError, OSError) as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return code
-    except KeyboardInterrupt:
-        print("interrupted: no report was written", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {unexpected(error)}", file=sys.stderr)
-        return 1
-    failed = [a["name"] for a in report["artifacts"] if "error" in a]
-    if failed:
-        print(
-            f"error: {len(failed)} of {len(paths)} artifacts could not be measured: {', '.join(failed)}",
-            file=sys.stderr,
-        )
-    return 1 if failed else 0
+    if failed := [a["name"] for a in report["artifacts"] if "error" in a]:
+        raise Failed(f"{len(failed)} of {len(paths)} artifacts could not be measured: {', '.join(failed)}")
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

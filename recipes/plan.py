@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from hydra.errors import InstantiationException
@@ -27,6 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from edit.inputs.command import Parser, guarded
+from edit.inputs.limits import Limits, Positive, check_numbers
+from edit.inputs.words import explained, keys, read
 from edit.measuring.devices import peak_flops
 from edit.measuring.memory import GB, OPTIMIZERS, STRATEGIES, Draft, changes, stored
 from edit.measuring.probe import Probe
@@ -48,73 +48,73 @@ EXAMPLES = """examples:
   python -m recipes.plan experiment=dit_xl_2/baseline devices=8 gpu=40
   python -m recipes.plan backbone=flux_dev trainer=fsdp2 devices=8 image=1024 data.batch_size=1 --json
 
-settings are those of train.py, in the same words, and:
-  devices=N       short for trainer.devices=N
-  gpu=GB          memory of a device (80)
-  image=PX        rows and columns of an image, or ROWSxCOLUMNS; a model of more than 3 channels reads latents of an
-                  eighth of that. Without it: the data set's, where it can be read here or before tells how it is
-                  made, or the backbone's own
-  text=N          tokens of a prompt (512), where the data set does not tell
-  peak=TFLOPS     of a device in bf16 (the GPU of this machine where it is known, else an H100's 989); on a CPU there
-                  is no estimate of time without it
-  mfu=SHARE       of the peak that a step reaches (0.45)
-Settings that are still missing, such as a path, do not matter here unless they decide the structure."""
-MOST_TOKENS = 100_000
-OWN = ("gpu", "image", "text", "peak", "mfu")
+Settings are those of train.py, in the same words, devices=N, short for trainer.devices=N, and those below. Settings
+that are still missing, such as a path, do not matter here unless they decide the structure.
+
+"""
 
 
 @dataclass(frozen=True)
-class Request:
-    """The settings of this command; `overrides` are those of train.py."""
+class Assumptions:
+    """The assumptions of a plan about devices, and about data that are not here yet.
 
-    gpu: float = 80
-    image: tuple[int, int] | None = None
-    text: int = 512
-    peak: float | None = None  # TFLOP/s
-    mfu: float = 0.45
-    overrides: tuple[str, ...] = field(default=())
+    Args:
+        gpu: GB of memory of a device
+        image: rows and columns of an image in pixels, or ROWSxCOLUMNS; a model of more than 3 channels reads latents
+            of an eighth of that. Without it: the data set's, where it can be read here or before tells how it is made,
+            or the backbone's own
+        text: tokens of a prompt, where the data set does not tell
+        peak: TFLOP/s of a device in bf16; without it: those of the GPU of this machine where it is known, else an
+            H100's 989. On a CPU there is no estimate of time without it
+        mfu: share of the peak that a step reaches
 
-    @classmethod
-    def of(cls, words: Sequence[str]) -> Request:
-        """Read the words of a command line.
+    Raises:
+        ValueError: for a number out of range, or an image that is no size
+    """
 
-        Raises:
-            ValueError: for a value of the wrong kind or out of range
-        """
-        values: dict[str, Any] = {}
-        overrides = []
-        for word in words:
-            key, _, text = word.partition("=")
-            if key == "devices":
-                overrides.append(f"trainer.devices={text}")
-            elif key not in OWN:
-                overrides.append(word)
-            elif key == "image":
-                parts = text.split("x") * (1 if "x" in text else 2)
-                if len(parts) != 2 or not all(re.fullmatch("[0-9]{1,5}", p) and int(p) for p in parts):
-                    raise ValueError(f"image is a number of pixels, or rows x columns as in 1024x768, got {text!r}")
-                values[key] = int(parts[0]), int(parts[1])
-            else:
-                kind = int if key == "text" else float
-                try:
-                    values[key] = kind(text)
-                except ValueError:
-                    usual = getattr(cls, key) or 989
-                    raise ValueError(f"{key} is a number, as in {key}={usual}, got {text!r}") from None
-                if not 0 < values[key] < math.inf:
-                    raise ValueError(f"{key} must be more than 0, got {text}")
-                if key == "text" and values[key] > MOST_TOKENS:
-                    raise ValueError(f"text must be at most {MOST_TOKENS} tokens, got {text}")
-        return cls(**values, overrides=tuple(overrides))
+    gpu: Positive = 80
+    image: str | None = None
+    text: Annotated[int, Limits(1, 100_000)] = 512
+    peak: Positive | None = None
+    mfu: Annotated[float, Limits(above=0, high=1)] = 0.45
+
+    def __post_init__(self):
+        check_numbers(self)
+        if self.image is not None and not re.fullmatch("[1-9][0-9]{0,4}(x[1-9][0-9]{0,4})?", self.image):
+            raise ValueError(f"image is a number of pixels, or rows x columns as in 1024x768, got {self.image!r}")
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """Rows and columns of an image; None: not told."""
+        if self.image is None:
+            return None
+        rows, _, columns = self.image.partition("x")
+        return int(rows), int(columns or rows)
 
 
-@guarded
+def parse(words: Sequence[str]) -> tuple[Assumptions, list[str]]:
+    """The assumptions and the settings of train.py that the words of a command line give.
+
+    Raises:
+        ValueError: for an assumption of the wrong kind or out of range
+    """
+    known, own, settings = keys(Assumptions), list[str](), list[str]()
+    for word in words:
+        key, _, text = word.partition("=")
+        if key == "devices":
+            settings.append(f"trainer.devices={text}")
+        else:
+            (own if key in known else settings).append(word)
+    return read(Assumptions, own), settings
+
+
+@guarded(mistakes=(UserError, ValueError, TypeError, OSError))
 def main(argv: list[str]) -> int:
     """The exit code: 0 if the run fits, 1 if it does not, 2 for a mistake, which is told in one sentence."""
     parser = Parser(
         prog="python -m recipes.plan",
         description="Memory per device and time of a training run, without weights, data or a GPU.",
-        epilog=EXAMPLES,
+        epilog=EXAMPLES + explained(Assumptions),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="the run, see below")
@@ -122,13 +122,9 @@ def main(argv: list[str]) -> int:
     configs = Path(__file__).parents[1] / "configs"
     parser.add_argument("--configs", type=Path, default=configs, help="folder of the configuration groups")
     args = parser.parse_intermixed_args(argv)
-    try:
-        with Console(stderr=True).status("planning"):
-            request = Request.of(args.settings)
-            report = resolve(request, compose(args.configs, request.overrides))
-    except (UserError, ValueError, TypeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    with Console(stderr=True).status("planning"):
+        assumed, settings = parse(args.settings)
+        report = resolve(assumed, compose(args.configs, settings))
     print(json.dumps(report, indent=2)) if args.json else show(report)
     return 0 if report["fits"] else 1
 
@@ -163,7 +159,7 @@ def compose(configs: Path, overrides: Sequence[str]) -> Any:
 # ---- from a configuration to a draft --------------------------------------------------------------------------------
 
 
-def drafted(request: Request, cfg: DictConfig, notes: list[str]) -> Draft:
+def drafted(assumed: Assumptions, cfg: DictConfig, notes: list[str]) -> Draft:
     """The draft of the run that a configuration describes; each assumption is appended to `notes`.
 
     Raises:
@@ -171,11 +167,11 @@ def drafted(request: Request, cfg: DictConfig, notes: list[str]) -> Draft:
     """
     cfg = on_its_machine(cfg)
     try:
-        models = models_of(cfg, StandIns(cfg, request.image, request.text, notes))
+        models = models_of(cfg, StandIns(cfg, assumed.shape, assumed.text, notes))
     except InstantiationException as error:
         raise ValueError(str(error.__cause__ or error).split("\nfull_key")[0]) from error
     known = None if cfg.trainer.accelerator == "cpu" else peak_here() or 989e12
-    return draft_of(models, cfg, notes, request.peak * 1e12 if request.peak else known, request.mfu)
+    return draft_of(models, cfg, notes, assumed.peak * 1e12 if assumed.peak else known, assumed.mfu)
 
 
 def draft_of(models: Models, cfg: DictConfig, notes: list[str], peak: float | None = None, mfu: float = 0.45) -> Draft:
@@ -271,11 +267,11 @@ def peak_here() -> float | None:
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
-def resolve(request: Request, cfg: Any) -> dict[str, Any]:
+def resolve(assumed: Assumptions, cfg: Any) -> dict[str, Any]:
     """Plan the run that a configuration describes."""
     notes: list[str] = []
-    draft = drafted(request, cfg, notes)
-    plan, capacity = draft.plan(), request.gpu * GB
+    draft = drafted(assumed, cfg, notes)
+    plan, capacity = draft.plan(), assumed.gpu * GB
     fits = plan.total <= capacity
     roles = draft.roles()
     condition = draft.student.condition

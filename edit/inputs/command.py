@@ -24,6 +24,10 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def asks_traceback(words: Sequence[str]) -> bool:
+    return DEBUG[0] in map(str.lower, words)
+
+
 def print_any_name() -> None:
     """Let this process print names of files that are no UTF-8, escaped, instead of ending with a UnicodeEncodeError."""
     for stream in (sys.stdout, sys.stderr):
@@ -95,7 +99,7 @@ def _guard(main: Main, mistakes: tuple[type[Exception], ...], interrupted: str) 
             print(interrupted, file=sys.stderr)
             return 130
         except Exception as error:
-            if DEBUG[0] in map(str.lower, words):
+            if asks_traceback(words):
                 traceback.print_exc()
             known = isinstance(error, (*mistakes, Failed))
             said = " ".join(str(error).split()) if known else unexpected(error)

@@ -48,7 +48,8 @@ def read(settings: type[T], words: Sequence[str], bare: str | None = None, **mor
 def parse(settings: type, words: Sequence[str], bare: str | None = None) -> dict[str, Any]:
     """The values that words give, by key; numbers are not yet compared with their limits.
 
-    A field of type `tuple[..., ...]` collects the values of a key that is repeated; no other key may be.
+    A field of type `tuple[..., ...]` collects the values of a key that is repeated; no other key may be. One of type
+    `list[...]` takes [a,b], and a for [a].
 
     Args:
         settings: dataclass
@@ -137,6 +138,13 @@ def explained(settings: type) -> str:
     return "\n".join(lines)
 
 
+def listed(text: str) -> list[str]:
+    """The parts of [a, b]; any other text is the only part."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return [text]
+    return [part.strip() for part in text[1:-1].split(",")] if text[1:-1].strip() else []
+
+
 def _wanted(settings: type, name: str) -> str:
     return f"{name}=<{helps(settings).get(name, 'value')}>"
 
@@ -148,6 +156,8 @@ def _value(name: str, text: str, hint: Any) -> Any:
         return _value(name, text, args[0])
     if origin in (Union, UnionType):
         return None if type(None) in args and text in NOTHING else _value(name, text, args[0])
+    if origin is list:
+        return [_value(name, part, args[0]) for part in listed(text)]
     try:
         return TRUTH[text.lower()] if hint is bool else hint(text)
     except (ValueError, KeyError) as error:

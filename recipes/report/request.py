@@ -1,77 +1,46 @@
-"""What a command asks eval.py for: its words, the artifacts that they name, and the folder of the report."""
+"""The request of an eval.py command: its words, the artifacts that they name, and the folder of the report."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from data.names import legible, matching
+from edit.inputs import words as command
 from recipes.config.errors import UserError
 from recipes.config.schema import Evaluation
-from recipes.config.suggestions import suggest
 
-OWN = ("artifact", "out", "reference", "debug")  # keys besides those of `Evaluation`
-PLACES = ("artifact", "out", "reference", "cache")  # keys whose values are paths
+
+@dataclass
+class Asked(Evaluation):
+    """The keys of eval.py: those of an evaluation, and where it reads and writes."""
+
+    artifact: tuple[str, ...] = ()  # each a folder, a list [a,b] of folders, or a pattern
+    out: str | None = None
+    reference: str | None = None
+
+
+OWN = tuple(f.name for f in fields(Asked) if f.name not in Evaluation.__dataclass_fields__)
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
-    """`key=value` words as a dict of YAML values; `artifact` may be given several times and is a list.
+    """The values that `key=value` words give, by key; `artifact` is a tuple, empty where no word names one.
 
     Raises:
-        UserError: for a word that is no setting, an unknown key or a key given twice
+        ValueError: for a word that is no setting, an unknown key, a value of another type or a key given twice
+        UserError: for a reference to another key, as only a configuration of train.py has
     """
-    keys = (*OWN, *(f.name for f in fields(Evaluation)))
-    given: dict[str, Any] = {"artifact": []}
     for word in words:
-        key, equals, text = word.partition("=")
-        key = key.lstrip("+")
-        if not equals:
-            raise UserError(f"'{word}' is not a setting; settings are written key=value, such as artifact=runs/digits")
-        if key not in keys:
-            raise UserError(f"unknown key '{key}'{suggest(key, keys)}")
-        if "${" in text and not os.path.lexists(text):
+        if "${" in word:
             raise UserError(f"'{word}' refers to something, as only a configuration of train.py can: write the value")
-        value = _path(word, key, text) if key in PLACES else _value(word, text)
-        if key == "artifact":
-            values = value if isinstance(value, list) else [value]
-            if not values or not all(isinstance(v, str | int | float) for v in values):
-                raise UserError(f"'{word}' names no folder; write artifact=runs/<name>")
-            given[key] += values
-        elif key in given:
-            raise UserError(f"{key} is given twice; only artifact may be")
-        else:
-            given[key] = value
-    return given
+    return {"artifact": ()} | command.parse(Asked, words)
 
 
-def _value(word: str, text: str) -> Any:
-    try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"the value of '{legible(word)}' cannot be read; put it in quotes") from error
-
-
-def _path(word: str, key: str, text: str) -> Any:
-    """A path as it was typed; only lists, quotes and null are read as YAML, which would change numbers and comments."""
-    if not text:
-        raise UserError(f"{word} is empty: give a folder")
-    if text in ("null", "~") and key != "artifact":
-        return None
-    if os.path.lexists(text):
-        return text
-    value = _value(word, text) if text[0] in "\"'[" else text
-    return value if isinstance(value, list) and key == "artifact" else str(value)
-
-
-def folders(given: Sequence[Any]) -> list[Path]:
-    """The folders of the given artifacts, each once; patterns are expanded.
+def folders(given: Sequence[str]) -> list[Path]:
+    """The folders of the given artifacts, each once; lists and patterns are expanded where no folder has such a name.
 
     Raises:
         UserError: if a pattern matches no artifact, or none is given
@@ -80,7 +49,8 @@ def folders(given: Sequence[Any]) -> list[Path]:
     from edit.artifacts.location import find
 
     found: list[Path] = []
-    for text in map(str, given):
+    parts = (part for text in given for part in ([text] if os.path.lexists(text) else command.listed(text)))
+    for text in parts:
         if os.path.lexists(text) or not any(c in text for c in "*?["):
             found.append(find(text))
             continue

@@ -1,6 +1,6 @@
 """One parser for the words of all commands: every mistake is a sentence, and help is made of the same fields."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import pytest
@@ -20,6 +20,7 @@ class Asked:
         sugar: share of the weight
         icing: write on it
         guests: may be given several times
+        layers: heights
         oven: where to bake
 
     Raises:
@@ -31,6 +32,7 @@ class Asked:
     sugar: Annotated[float, Limits(0, 1)] | None = 0.25
     icing: bool = False
     guests: tuple[str, ...] = ()
+    layers: list[int] = field(default_factory=list)
     oven: str | None = None
     rank: int = 0  # no key
 
@@ -44,6 +46,8 @@ class Plain:
 def test_words_are_values_of_the_annotated_types():
     given = parse(Asked, "cake=a=b eggs=5 sugar=none icing=True guests=ann guests=bob".split())
     assert given == {"cake": "a=b", "eggs": 5, "sugar": None, "icing": True, "guests": ("ann", "bob")}
+    for text, layers in (("[1, 2]", [1, 2]), ("3", [3]), ("[]", [])):
+        assert parse(Asked, ["cake=c", f"layers={text}"])["layers"] == layers
     assert read(Asked, ["cake=c"]) == Asked("c")
     assert read(Plain, ["speed=4"]) == Plain(4)
 
@@ -62,6 +66,7 @@ def test_words_are_values_of_the_annotated_types():
         ("cake=x cake=y", "cake is given twice: keep one of cake=x and cake=y"),
         ("cake=x eggs=many", "eggs: expected a whole number, got 'many'"),
         ("cake=x sugar=much", "sugar: expected a number, got 'much'"),
+        ("cake=x layers=[1,b]", "layers: expected a whole number, got 'b'"),
         ("cake=x icing=3", "icing: expected true or false, got '3'"),
         ("cake=", "cake is missing: cake=<name of the recipe>"),
         ("cake=x oven=", "oven is empty: write oven=<where to bake>, or leave it out"),
@@ -95,7 +100,7 @@ def test_a_bare_word_stands_for_one_key():
 
 def test_help_names_keys_defaults_and_nothing_else():
     said = explained(Asked)
-    assert keys(Asked) == ["cake", "eggs", "sugar", "icing", "guests", "oven"] and "rank" not in said
+    assert keys(Asked) == ["cake", "eggs", "sugar", "icing", "guests", "layers", "oven"] and "rank" not in said
     assert "cake=" in said and "how many;" in said and "bake for others (3)" in " ".join(said.split())
     assert "where to bake (null)" in said and max(map(len, said.splitlines())) <= 120
     assert "falls" not in said and "speed=" in explained(Plain)

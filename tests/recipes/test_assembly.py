@@ -5,7 +5,7 @@ from small_runs import config
 
 from recipes.assembly import assemble
 from recipes.config.errors import UserError
-from recipes.plan import Request, drafted
+from recipes.plan import Assumptions, drafted
 from recipes.training import settle
 
 LADD = "matching={_target_: edit.few_step.ladd.LADD, teacher_taps: [0], hidden: 8}"
@@ -35,7 +35,7 @@ def test_a_run_holds_what_its_configuration_names_and_builds_no_weights(tmp_path
 def test_training_and_planning_refuse_in_the_same_words(tmp_path, words, sentence):
     cfg = config(tmp_path, *words, "sampler=grid", "sampler.solver.renoise=true", "trainer.devices=1")
     with pytest.raises(UserError, match=sentence) as planned:
-        drafted(Request(), cfg, [])
+        drafted(Assumptions(), cfg, [])
     settle(cfg)
     with pytest.raises(UserError, match=sentence) as refused:
         assemble(cfg)
@@ -44,7 +44,7 @@ def test_training_and_planning_refuse_in_the_same_words(tmp_path, words, sentenc
 
 def test_a_teacher_that_training_needs_is_stood_in_for_by_planning_alone(tmp_path):
     cfg, notes = config(tmp_path, OUTPUT, "trainer.devices=1"), []
-    assert drafted(Request(), cfg, notes).teacher is not None and "stands in" in notes[0]
+    assert drafted(Assumptions(), cfg, notes).teacher is not None and "stands in" in notes[0]
     settle(cfg)
     with pytest.raises(UserError, match=r"terms.o compares with a teacher: give its folder with teacher.path=\.\.\."):
         assemble(cfg)

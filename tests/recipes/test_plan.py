@@ -98,23 +98,22 @@ def test_the_table_says_whether_it_fits_and_what_would_help(capsys):
         (["bakbone=dit_tiny"], "unknown key 'bakbone'; did you mean 'backbone'"),
         (["backbone=dit_digitz"], "there is no backbone named 'dit_digitz'"),
         (["backbone.depth=deep"], "backbone.depth: expected int at least 1 and at most 1024, got 'deep'"),
-        (["gpu=big"], "gpu is a number, as in gpu=80, got 'big'"),
-        (["gpu=-1"], "gpu must be more than 0, got -1"),
+        (["gpu=big"], "gpu: expected a number, got 'big'"),
+        (["gpu=-1"], "gpu must be positive, got -1.0; the default is 80"),
         (["image=big"], "image is a number of pixels, or rows x columns as in 1024x768, got 'big'"),
         (["image=16"], "takes samples of 1x8x8, got 1x16x16"),
         (["devices=2"], "uses 1 device, got 2: choose trainer=ddp or fsdp2"),
         (["devices=0"], "devices is a number from 1 to 1000000, or auto, got 0"),
         (["devices=true"], "devices is a number from 1 to 1000000, or auto, got True"),
-        (["peak=nan"], "peak must be more than 0, got nan"),
-        (["text=99999999999"], "text must be at most 100000 tokens, got 99999999999"),
-        (["image=99999999"], "image is a number of pixels, or rows x columns as in 1024x768, got '99999999'"),
+        (["peak=nan"], "peak must be a finite number or None, got nan"),
+        (["text=99999999999"], "text must be at most 100000, got 99999999999"),
         (["seed=-1"], "seed: expected a number from 0 to 4294967295, got -1"),
-        (["mfu=2"], "above 0 and at most 1, got 2"),
+        (["mfu=2"], "mfu must be at most 1, got 2"),
         (["teacher={path: x,placement: sharded}"], "teacher.placement=sharded needs several devices"),
     ],
 )
 def test_a_mistake_ends_in_one_sentence(settings, sentence, capsys):
-    assert main([*settings, *(["peak=1"] if settings[0] == "mfu=2" else [])]) == 2
+    assert main(settings) == 2
     err = capsys.readouterr().err.strip().splitlines()
     assert len(err) == 1 and err[0].startswith("error: ") and sentence in err[0]
 

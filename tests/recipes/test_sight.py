@@ -10,7 +10,7 @@ from small_runs import config, losses, train
 
 from edit.measuring.turns import calls_of
 from recipes.config.errors import UserError
-from recipes.plan import Request, drafted
+from recipes.plan import Assumptions, drafted
 from recipes.runtime.callbacks import newest
 
 GRID = ("sampler=grid", "sampler.solver.renoise=true", "label_drop=0.0", "optimizer.schedule=constant")
@@ -82,7 +82,7 @@ def test_the_embedded_world_brings_its_decoder(tmp_path):
 
 def test_the_plan_counts_its_weights_and_says_what_it_leaves_out(folder):
     notes: list[str] = []
-    draft = drafted(Request(), config(folder, *student(folder, "plan", "add.ADD"), "trainer.devices=1"), notes)
+    draft = drafted(Assumptions(), config(folder, *student(folder, "plan", "add.ADD"), "trainer.devices=1"), notes)
     assert "neither the data set's decoder" in notes[0]
     calls = calls_of(draft.kinds)
     assert calls["student"] == {"weights": 0.5, "nothing": 0.5}

@@ -27,14 +27,14 @@ def test_paths_are_taken_as_they_are_typed_and_patterns_only_where_there_is_no_s
         return [str(p.parent) for p in folders(parse([f"artifact={word}" for word in words])["artifact"])]
 
     for name in ("run[1]", "a,b", "x #1", "1_0", "[1]", "null"):
-        assert found(name) == [name] == found(f'"{name}"')
+        assert found(name) == [name]
     Path("empty[1]").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no artifact at empty\[1\]: neither it nor"):
         found("empty[1]")
     assert found("[run1,run2]") == ["run1", "run2"] == found("run[12]")
     assert found("run*", "run1") == ["run1", "run2", "run[1]"]
-    assert found("[run1,'run[1]']") == ["run1", "run[1]"]
+    assert found("[run1, run[1]]") == ["run1", "run[1]"]
     Path("same").symlink_to("run1")
     assert found("run1", "same") == ["run1"]
     assert parse(["artifact=run1", "out=1_0 #2"])["out"] == "1_0 #2"
-    assert parse(["artifact=run1", "out=null", "cache=~"]) == {"artifact": ["run1"], "out": None, "cache": None}
+    assert parse(["artifact=run1", "out=null", "cache=null"]) == {"artifact": ("run1",), "out": None, "cache": None}
