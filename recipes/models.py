@@ -23,6 +23,7 @@ from edit.denoiser import Denoiser, Edit
 from edit.distillation.guidance import TeacherGuidance
 from edit.few_step.method import FewStepMethod
 from edit.objectives import Term
+from recipes.config.conflicts import unplaceable
 from recipes.config.errors import UserError
 from recipes.data_set import check_told
 from recipes.roles import Origin, Teacher
@@ -182,7 +183,8 @@ def teacher_of(
     origin = sources.teacher(spec, needy)
     if origin is None:
         return None
-    refuse_placement(placement, cfg.trainer.strategy)
+    if sentence := unplaceable(placement, cfg.trainer.strategy):
+        raise UserError(sentence)
     origin = settled(origin, data.shape, spec)
     with torch.device("meta"):
         plan = origin.structure()
@@ -277,18 +279,6 @@ def refuse_unfit_teacher(path: str | None, teacher: Denoiser, student: Denoiser,
         check_told(teacher, data)
     except ValueError as error:
         raise UserError(f"teacher.path={path} cannot be told what this data tells: {error}") from error
-
-
-def refuse_placement(placement: str, strategy: str) -> None:
-    """Raises UserError if the strategy has no shards for a teacher."""
-    if placement == "sharded" and strategy == "single":
-        raise UserError(
-            "teacher.placement=sharded needs several devices: use trainer=ddp or fsdp2, or placement=replicated"
-        )
-    if placement == "sharded" and strategy.startswith("zero"):
-        raise UserError(
-            "teacher.placement=sharded is FSDP2's, not DeepSpeed's: use trainer=fsdp2, or placement=replicated"
-        )
 
 
 def sizes(shape: Sequence[int]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from data.sets.captioned import PALETTE, PLACES
 
 KINDS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
+FAMILIES = ("one", "several", "related")
 COUNTS = ("a", "two", "three")
 SIZES = ("small", "large")
 RELATIONS = {"above": (0, 1), "below": (0, -1), "left of": (1, 0), "right of": (-1, 0)}  # from the first to the second
@@ -61,20 +62,20 @@ class Scene:
 
 
 @cache
-def grammar() -> tuple[dict[str, Scene], ...]:
-    """All captions and their scenes: of one thing, of several alike, of two in a relation."""
+def grammar() -> dict[str, dict[str, Scene]]:
+    """All captions and their scenes, by family."""
     plain = [Thing(colour, kind) for colour, kind in product(PALETTE, KINDS)]
     sized = [Thing(t.colour, t.kind, size) for t in plain for size in (None, *SIZES)]
     one = [Scene((t,), place) for t in sized for place in (None, *PLACES)]
     # three large things do not fit
     many = [Scene((t,) * n) for n in (2, 3) for t in sized if (n, t.size) != (3, "large")]
     related = [Scene(pair, relation=r) for pair in permutations(plain, 2) for r in RELATIONS]
-    return tuple({str(s): s for s in scenes} for scenes in (one, many, related))
+    return {name: {str(s): s for s in scenes} for name, scenes in zip(FAMILIES, (one, many, related), strict=True)}
 
 
 def meaning(caption: str) -> Scene:
     """The scene of a caption. Raises ValueError if the grammar lacks the sentence."""
-    for family in grammar():
+    for family in grammar().values():
         if caption in family:
             return family[caption]
     raise ValueError(f"'{caption}' is no sentence about shapes; expected such as 'a red circle above a blue square'")

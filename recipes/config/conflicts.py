@@ -168,13 +168,20 @@ def _check_teacher(cfg: DictConfig) -> Iterator[str]:
         yield f"teacher.placement=tied makes the student without its LoRA the teacher: leave out teacher.path={path}"
     if placement == "tied" and not any("LoRA" in str(node.get("_target_")) for node in cfg.edits.values()):
         yield "teacher.placement=tied needs a LoRA edit: without one the student is its own teacher"
-    if placement == "sharded" and cfg.trainer.strategy == "single":
-        yield "teacher.placement=sharded needs several devices: use trainer=ddp or fsdp2, or placement=replicated"
-    if placement == "sharded" and cfg.trainer.strategy.startswith("zero"):
-        yield "teacher.placement=sharded is FSDP2's, not DeepSpeed's: use trainer=fsdp2, or placement=replicated"
+    if sentence := unplaceable(placement, cfg.trainer.strategy):
+        yield sentence
     pair = OmegaConf.to_container(scale) if OmegaConf.is_list(scale) else [scale, scale]
     if not (isinstance(pair, list) and len(pair) == 2 and all(map(number, pair)) and pair[0] <= pair[1]):
         yield f"teacher.guidance: expected a number of at least 0 or [low, high], got {scale}"
+
+
+def unplaceable(placement: str, strategy: str) -> str:
+    """The sentence that refuses a teacher's placement under a strategy; empty if there are such."""
+    if placement == "sharded" and strategy == "single":
+        return "teacher.placement=sharded needs several devices: use trainer=ddp or fsdp2, or placement=replicated"
+    if placement == "sharded" and strategy.startswith("zero"):
+        return "teacher.placement=sharded is FSDP2's, not DeepSpeed's: use trainer=fsdp2, or placement=replicated"
+    return ""
 
 
 def _check_matching(cfg: DictConfig) -> Iterator[str]:

@@ -12,7 +12,7 @@ from edit.measuring.quality import psnr
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
     """400 scenes of each family."""
-    scenes = [family[caption] for family in grammar() for caption in (shuffled(list(family)) * 4)[:400]]
+    scenes = [family[caption] for family in grammar().values() for caption in (shuffled(list(family)) * 4)[:400]]
     return draw(scenes, torch.arange(len(scenes)), 32, seed=2)
 
 

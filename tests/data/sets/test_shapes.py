@@ -21,7 +21,7 @@ def shapes() -> Shapes:
 @pytest.fixture(scope="module")
 def rendered() -> tuple[torch.Tensor, list[str]]:
     """Held-out captions, 200 of each family at most, and their pictures."""
-    captions = [c for family in grammar() for c in (divided(list(family), gist)[1] * 20)[:200]]
+    captions = [c for family in grammar().values() for c in (divided(list(family), gist)[1] * 20)[:200]]
     return draw([meaning(c) for c in captions], torch.arange(len(captions)), 32, seed=0), captions
 
 
@@ -44,15 +44,25 @@ def test_a_sample_depends_on_seed_and_index_alone(shapes):
 
 
 def test_held_out_captions_have_no_training_image_but_their_words_and_pairs_have():
-    parts = [divided(list(family), gist) for family in grammar()]
+    parts = [divided(list(family), gist) for family in grammar().values()]
     train, held = ([c for p in parts for c in p[k]] for k in (0, 1))
-    assert not set(train) & set(held) and len(train) + len(held) == sum(map(len, grammar()))
+    assert not set(train) & set(held) and len(train) + len(held) == sum(map(len, grammar().values()))
     assert 0.07 < len(held) / len(train) < 0.13 and all(p[1] for p in parts)
 
     def pairs(captions: list[str]) -> set[tuple[str, str]]:
         return {pair for c in captions for pair in zip(c.split(), c.split()[1:], strict=False)}
 
     assert pairs(held) <= pairs(train)
+
+
+def test_scenes_choose_the_families_of_captions():
+    one = Shapes(count=24, held=12, scenes=["one"])
+    families = grammar()
+    assert {*one.train().captions, *one.heldout().captions} <= set(families["one"])
+    assert len(set(one.train().captions)) == 24  # none twice while there are others
+    for wrong in (["two"], [], ["one", "one"]):
+        with pytest.raises(ValueError, match="scenes are some of one, several, related, each once, got"):
+            Shapes(count=24, held=12, scenes=wrong)
 
 
 def converse(caption: str) -> str:
@@ -77,7 +87,7 @@ def test_no_held_out_caption_has_an_equal_that_is_trained_on():
 
 
 def test_the_default_size_has_room_for_every_training_caption():
-    families = [len(divided(list(f), gist)[0]) for f in grammar()]
+    families = [len(divided(list(f), gist)[0]) for f in grammar().values()]
     count = Shapes.__init__.__defaults__[1]
     assert max(families) <= count / 3
 
@@ -110,10 +120,10 @@ def test_settings_that_make_no_sense_are_refused(options, message):
 
 
 def test_captions_and_scenes_are_one_to_one():
-    for family in grammar():
+    for family in grammar().values():
         for caption, scene in family.items():
             assert meaning(caption) == scene and str(scene) == caption
-    assert len({str(s) for f in grammar() for s in f.values()}) == sum(map(len, grammar()))
+    assert len({str(s) for f in grammar().values() for s in f.values()}) == sum(map(len, grammar().values()))
 
 
 # ---- the checker ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ def text() -> ToyText:
 
 @pytest.fixture(scope="module")
 def captions() -> list[str]:
-    return [c for family in shapes.grammar() for c in family] + list(captioned_digits.grammar())
+    return [c for family in shapes.grammar().values() for c in family] + list(captioned_digits.grammar())
 
 
 def test_the_vocabulary_is_the_words_of_both_worlds(captions):
