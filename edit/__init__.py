@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from edit.artifacts.checkpoint import save as save
     from edit.denoiser import Denoiser as Denoiser
     from edit.denoiser import Edit as Edit
-    from edit.denoiser import Unit as Unit
     from edit.edits import apply as apply
     from edit.edits import fold as fold
     from edit.sampling import Sampler as Sampler
     from edit.stream import Condition as Condition
     from edit.stream import Step as Step
     from edit.stream import Stream as Stream
+    from edit.unit import Unit as Unit
 
 _HOMES = {
     "apply": "edit.edits",
@@ -40,7 +40,7 @@ _HOMES = {
     "Condition": "edit.stream",
     "Stream": "edit.stream",
     "Step": "edit.stream",
-    "Unit": "edit.denoiser",
+    "Unit": "edit.unit",
     "Sampler": "edit.sampling",
 }
 

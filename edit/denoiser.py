@@ -1,5 +1,4 @@
-"""The contracts: a `Denoiser` is `embed -> units -> readout`, a `Unit` maps a `Stream` to a `Stream`, an `Edit` changes
-a denoiser.
+"""The contracts: a `Denoiser` is `embed -> units -> readout`, an `Edit` changes a denoiser.
 
 Letters in shape comments: b batch, n image tokens, l text tokens, d width, h heads, e head width, c channels,
 f frames, y x grid rows and columns.
@@ -15,11 +14,11 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from edit.stream import Branch, Condition, Forced, Layout, Maps, Output, Step, Stream, force, record_branch, residual
+from edit.stream import Branch, Condition, Forced, Output, Step, Stream, force, permuted, record_branch, restored
+from edit.unit import Unit
 
 
 def check_layout(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
@@ -46,59 +45,16 @@ def first_names(names: Sequence[str]) -> str:
 
 
 _NOTHING: Mapping[int, Any] = MappingProxyType({})
-SLOTS = ("attention", "mixer", "ffn", "text_ffn")
-
-
-class Unit(nn.Module, ABC):
-    """One transformer block written out as its equations.
-
-    Slots are methods that an edit may replace on one unit by assigning to them (`unit.ffn = moe`); `del unit.ffn`
-    brings the block's own back. The new value is *not* registered as a sub-module: an edit's parameters live in
-    `denoiser.edits`, so that the weights of the block keep their names.
-
-    | slot        | signature                                                                                 |
-    |-------------|-------------------------------------------------------------------------------------------|
-    | `attention` | `(q, k, v, layout, step) -> o`, all b h s e, after QK-norm and RoPE, in the joint order    |
-    | `mixer`     | `(stream, tokens) -> tokens`: the whole attention module on normalised tokens              |
-    | `ffn`       | `(tokens, routing=None) -> tokens`, `routing` as in the layout                             |
-    | `text_ffn`  | the same for the text tokens of two-stream families                                        |
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in SLOTS:
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, step: Step | None) -> Tensor:
-        """Softmax attention over all tokens: b h s e each -> b h s e."""
-        if layout.maps is not None:
-            layout.maps.see(q, k)
-        return F.scaled_dot_product_attention(q, k, v)
-
-    @abstractmethod
-    def modulate(self, stream: Stream) -> Any:
-        """Shifts, scales and gates of this unit, computed once per call and handed to the branches."""
-
-    @abstractmethod
-    def attend(self, stream: Stream, modulation: Any) -> Branch:
-        """The attention branch before its gate."""
-
-    @abstractmethod
-    def feed(self, stream: Stream, modulation: Any) -> Branch:
-        """The feed-forward branch before its gate."""
-
-    def forward(self, stream: Stream) -> Stream:
-        modulation = self.modulate(stream)
-        stream = residual(stream, "attention", self.attend(stream, modulation), modulation.attention_gate)
-        return residual(stream, "feed", self.feed(stream, modulation), modulation.feed_gate)
 
 
 class Edit(ABC):
     """One method's change to a denoiser. A subclass is a dataclass; its fields are the paper's hyper-parameters.
 
-    `apply` may be called on the meta device: it must not read weights.
+    `apply` may be called on the meta device: it must not read weights. From `apply` on, `name` is the edit's own. Its
+    records in the trace and its memory of a generation carry it, so that two edits of one class stay apart.
     """
+
+    name: ClassVar[str] = ""
 
     perturbs: ClassVar[bool] = False  # changes the prediction in the guidance branch "perturbed"
     # The work depends on samples or times, so the cost is counted on real samples. Apply last: this edit copies units,
@@ -318,7 +274,7 @@ class Denoiser(nn.Module, ABC):
             taps: units whose output tokens are returned as trace["unit.<index>"], b n d, and in two-stream families
                 trace["unit.<index>.text"], b l d. Negative indices count from the end.
             branches: units whose branches before the gate are returned as trace["unit.<index>.attention"] and
-                trace["unit.<index>.feed"], each with ".text" in two-stream families
+                trace["unit.<index>.feed"] (or as the family names them), each with ".text" in two-stream families
             forced: replacements for the input tokens of units
             maps: number r of evenly spread query rows per unit whose attention map is returned as
                 trace["unit.<index>.maps"]: b h r s, natural logarithms, over all tokens s in the joint order
@@ -345,8 +301,15 @@ class Denoiser(nn.Module, ABC):
         forced: Mapping[int, Forced] = _NOTHING,
         maps: Mapping[int, int] = _NOTHING,
     ) -> Stream:
-        """All units in order; arguments as of `forward`."""
+        """All units in order; arguments as of `forward`.
+
+        Where the layout has a permutation, units see image tokens and positions in that order; the stream that comes
+        back, and what was traced, are row-major again. Further tokens of an edit are gone.
+        """
         depth = len(self.units)
+        if stream.layout.permutation is not None and maps:
+            raise ValueError("attention maps are wanted of permuted tokens: leave one of the two out")
+        stream = permuted(stream)
         taps, branches = {i % depth for i in taps}, {i % depth for i in branches}
         maps = {i % depth: rows for i, rows in maps.items()}
         for i, unit in enumerate(self.units):
@@ -355,7 +318,7 @@ class Denoiser(nn.Module, ABC):
             if branches or maps:
                 stream = replace(stream, tap=f"unit.{i}" if i in branches or i in maps else None)
             if i in maps:
-                stream = replace(stream, layout=replace(stream.layout, maps=Maps(maps[i])))
+                stream = replace(stream, layout=replace(stream.layout, maps=maps[i]))
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 stream = checkpoint(unit, stream, use_reentrant=False)
             else:
@@ -364,7 +327,7 @@ class Denoiser(nn.Module, ABC):
                 stream = self._mapped(stream, i, i in branches)
             if i in taps:
                 stream = record_branch(stream, f"unit.{i}", Branch(stream.image, stream.text))
-        return stream
+        return restored(stream)
 
     def _mapped(self, stream: Stream, i: int, branches: bool) -> Stream:
         """The stream after a unit with a map: its branches leave the trace unless `branches` are wanted."""

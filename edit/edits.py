@@ -46,6 +46,9 @@ def apply(denoiser: Denoiser, edits: Mapping[str, Edit], fresh: bool = True) -> 
                     f"{name} ({type(new).__name__}) cannot be applied after {other_name} ({type(other).__name__}), "
                     "which decides what is run of the units as they are: put it before"
                 )
+        if new.name not in ("", name):
+            raise ValueError(f"this {type(new).__name__} is applied as {new.name!r} already: make another for {name!r}")
+        object.__setattr__(new, "name", name)
         own = new.apply(denoiser)
         if own is not None:
             denoiser.edits[name] = own

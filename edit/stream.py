@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,6 @@ class Condition:
     text_mask: Tensor | None = None  # b l, bool, True = a real token
     pooled: Tensor | None = None  # b c, pooled text embedding
     guidance: Tensor | None = None  # b, the scale that a guidance-distilled model takes as an input
-    control: Tensor | None = None  # b c y x, control latents
     end: Tensor | None = None  # b, the time at which the step of a flow map ends, at most t
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Condition:
@@ -110,23 +109,12 @@ class Step:
         return self.memory.setdefault((owner, unit, self.branch), {})
 
 
-@dataclass(frozen=True)
-class Maps:
-    """A request for query rows of one unit's attention map.
-
-    Each call of a unit has its own. Attention puts the map into `found`; the unit moves it into the trace, so that
-    checkpointing, compilation and FSDP2 see it.
-    """
-
-    rows: int
-    found: list[Tensor] = field(default_factory=list, repr=False, compare=False)
-
-    def see(self, q: Tensor, k: Tensor) -> None:
-        """Record the logarithms of evenly spread rows of softmax(q k' / sqrt(e)): b h s e each -> b h r s."""
-        s = q.shape[2]
-        rows = min(self.rows, s)
-        chosen = q[:, :, torch.arange(rows, device=q.device) * s // rows]
-        self.found.append((chosen * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).float().log_softmax(-1))
+def map_rows(q: Tensor, k: Tensor, rows: int) -> Tensor:
+    """The logarithms of evenly spread rows of softmax(q k' / sqrt(e)): b h s e each -> b h r s, r at most `rows`."""
+    s = q.shape[2]
+    rows = min(rows, s)
+    chosen = q[:, :, torch.arange(rows, device=q.device) * s // rows]
+    return (chosen * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).float().log_softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -140,17 +128,59 @@ class Routing:
 
 @dataclass(frozen=True)
 class Layout:
-    """The order and positions of tokens, for attention-like methods."""
+    """The order and positions of tokens, for attention-like methods.
+
+    Image tokens stand in the stream as registers, image, further tokens; a joint sequence has the text in front of them
+    or behind them.
+    """
 
     grid: tuple[int, int, int]  # frames, rows, columns of the image tokens
     registers: int = 0  # learned tokens in front of the image tokens
+    further: int = 0  # tokens of an edit behind the image tokens; `run` takes them off after the last unit
     text_length: int = 0
     text_mask: Tensor | None = None  # b l, bool
-    permutation: Tensor | None = None  # n, token order if not row-major
-    kept: Tensor | None = None  # b k, indices of the tokens still present
-    rope: Tensor | None = None  # (registers + n) e, position table: cosines then sines
-    maps: Maps | None = None  # request for the attention map of the next unit
-    routing: Routing | None = None  # an edit's decisions for the slots of the next unit
+    side: Literal["front", "back"] = "front"  # of the text in joint sequences
+    permutation: Tensor | None = (
+        None  # n, int64: which image token each place has; None: row-major
+    )
+    rope: Tensor | None = None  # ... s e, position table, of all tokens or of all but the text
+    maps: int | None = None  # query rows of the next unit's attention map that are wanted
+    routing: Routing | None = None  # an edit's decisions for the parts of the next unit
+    notes: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)  # of the unit's call under way
+
+    def note(self, name: str, value: Tensor) -> None:
+        """Hand a value to the trace, from a slot that sees tokens alone.
+
+        Raises:
+            RuntimeError: outside of a unit's call
+        """
+        if self.notes is None:
+            raise RuntimeError(f"{name} was noted outside of a unit's call, so nobody would find it: call the unit")
+        self.notes[name] = value
+
+    def of_image(self, tokens: Tensor) -> Tensor:
+        """The image tokens among those of the stream: b (registers + n + further) d -> b n d."""
+        return tokens[:, self.registers : tokens.shape[1] - self.further]
+
+    def joined(self, text: Tensor, image: Tensor) -> Tensor:
+        """Text and image tokens in the joint order: b l d, b n d -> b (l + n) d."""
+        return torch.cat((text, image) if self.side == "front" else (image, text), 1)
+
+    def split(self, joint: Tensor) -> Branch:
+        """The inverse of `joined`, along the second axis."""
+        length, others = self.text_length, joint.shape[1] - self.text_length
+        if self.side == "front":
+            text, image = joint.split_with_sizes((length, others), 1)
+        else:
+            image, text = joint.split_with_sizes((others, length), 1)
+        return Branch(image, text)
+
+    def joint_mask(self, tokens: int) -> Tensor | None:
+        """Which of `tokens` keys in the joint order are no padding: b s, bool; None: all."""
+        if self.text_mask is None:
+            return None
+        others = tokens - self.text_length
+        return F.pad(self.text_mask, (0, others) if self.side == "front" else (others, 0), value=True)
 
 
 @dataclass(frozen=True)
@@ -158,10 +188,11 @@ class Stream:
     """The input and output of a unit. Replaced, never mutated (`dataclasses.replace`)."""
 
     image: Tensor  # b n d
-    cond: Tensor  # b d, the input of adaLN
+    cond: Tensor  # the input of the family's own modulation, of a shape that only its units know
     layout: Layout
     text: Tensor | None = None  # b l d
     time: Tensor | None = None  # b d, the timestep alone, without class or text
+    signal: Tensor | None = None  # b d, all that modulates the units: time, class, pooled text, guidance; for routers
     step: Step | None = None  # None while training
     trace: Mapping[str, Tensor] = field(default_factory=dict)
     tap: str | None = None  # prefix under which the next unit records its branches and maps; None: it records none
@@ -173,13 +204,13 @@ class Stream:
 
 # FSDP2 finds the tensors of a unit's input and output by walking a pytree; layout and step are context, not children.
 def _flatten_stream(s: Stream):
-    return [s.image, s.text, s.cond, s.time, dict(s.trace)], (s.layout, s.step, s.tap)
+    return [s.image, s.text, s.cond, s.time, s.signal, dict(s.trace)], (s.layout, s.step, s.tap)
 
 
 def _unflatten_stream(children, context) -> Stream:
-    image, text, cond, time, trace = children
+    image, text, cond, time, signal, trace = children
     layout, step, tap = context
-    return Stream(image=image, text=text, cond=cond, time=time, trace=trace, layout=layout, step=step, tap=tap)
+    return Stream(image, cond, layout, text, time, signal, step, trace, tap)
 
 
 register_pytree_node(Stream, _flatten_stream, _unflatten_stream)
@@ -209,7 +240,7 @@ class Forced(NamedTuple):
 
 def record_branch(stream: Stream, name: str, branch: Branch) -> Stream:
     """Trace a pair of tokens as `name` (without registers) and, where there is text, `name`.text."""
-    stream = stream.record(name, branch.image[:, stream.layout.registers :])
+    stream = stream.record(name, stream.layout.of_image(branch.image))
     return stream if branch.text is None else stream.record(f"{name}.text", branch.text)
 
 
@@ -228,28 +259,63 @@ def force(stream: Stream, forced: Forced) -> Stream:
     def choose(own: Tensor, other: Tensor) -> Tensor:
         return torch.where(forced.where.view(-1, 1, 1), other, own)
 
-    registers, image, text = stream.layout.registers, forced.tokens.image, stream.text
-    if registers:
-        image = torch.cat((stream.image[:, :registers], image), 1)
+    layout, image, text = stream.layout, forced.tokens.image, stream.text
+    if layout.permutation is not None:
+        image = image[:, layout.permutation]
+    if layout.registers or layout.further:
+        behind = stream.image[:, stream.image.shape[1] - layout.further :]
+        image = torch.cat((stream.image[:, : layout.registers], image, behind), 1)
     if text is not None and forced.tokens.text is not None:
         text = choose(text, forced.tokens.text)
     return replace(stream, image=choose(stream.image, image), text=text)
 
 
-def residual(stream: Stream, name: str, branch: Branch, gate: Branch) -> Stream:
-    """Add a branch; where the stream has a tap, record the branch as `name` of the unit, and its attention map."""
-    if stream.tap:
-        stream = record_branch(stream, f"{stream.tap}.{name}", branch)
-        if stream.layout.maps is not None and stream.layout.maps.found:
-            stream = stream.record(f"{stream.tap}.maps", stream.layout.maps.found.pop())
-    return add(stream, branch, gate)
+def permuted(stream: Stream) -> Stream:
+    """Image tokens and their positions in the order of the layout's permutation; without one, the stream as it is."""
+    layout, order = stream.layout, stream.layout.permutation
+    if order is None:
+        return stream
+    image, rope, n = stream.image, layout.rope, len(order)
+    if rope is not None:
+        start = layout.registers
+        if rope.shape[-2] > layout.registers + n + layout.further and layout.side == "front":
+            start += layout.text_length
+        rope = rope.index_select(-2, moved(order, start, rope.shape[-2]))
+    image = image.index_select(1, moved(order, layout.registers, image.shape[1]))
+    return replace(stream, image=image, layout=replace(layout, rope=rope))
 
 
-def add(stream: Stream, branch: Branch, gate: Branch) -> Stream:
-    """Join a residual branch: x + gate * branch, on image and, where there is one, text."""
+def moved(order: Tensor, start: int, total: int) -> Tensor:
+    """The positions 0 .. total - 1 with those from `start` on in the given order."""
+    places = torch.arange(total, device=order.device)
+    places[start : start + len(order)] = order + start
+    return places
+
+
+def restored(stream: Stream) -> Stream:
+    """After the last unit: image tokens and the units' traces row-major again, further tokens taken off."""
+    layout, image, trace = stream.layout, stream.image, stream.trace
+    if layout.further:
+        image = image[:, : image.shape[1] - layout.further]
+    if layout.permutation is not None:
+        back = layout.permutation.argsort()
+        image = image.index_select(1, moved(back, layout.registers, image.shape[1]))
+        tokens = {k for k in trace if k.startswith("unit.") and not k.endswith(".text")}
+        trace = {k: v.index_select(1, back) if k in tokens else v for k, v in trace.items()}
+    elif not layout.further:
+        return stream
+    return replace(stream, image=image, trace=trace, layout=replace(layout, further=0, permutation=None))
+
+
+def add(stream: Stream, branch: Branch, gate: Branch | None) -> Stream:
+    """Join a residual branch: x + gate * branch, on image and, where there is one, text; None: a gate of 1."""
     s, text = stream, stream.text
-    image = torch.addcmul(s.image, gate.image, branch.image)
-    if branch.text is not None:
-        text = torch.addcmul(text, gate.text, branch.text)
+    if gate is None:
+        image = s.image + branch.image
+        text = text if branch.text is None else text + branch.text  # type: ignore[operator]
+    else:
+        image = torch.addcmul(s.image, gate.image, branch.image)
+        if branch.text is not None:
+            text = torch.addcmul(text, gate.text, branch.text)
     # written out: `replace` would cost time here
-    return Stream(image, s.cond, s.layout, text, s.time, s.step, s.trace, s.tap)
+    return Stream(image, s.cond, s.layout, text, s.time, s.signal, s.step, s.trace, s.tap)

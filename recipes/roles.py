@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from edit.denoiser import Denoiser, Unit
+from edit.denoiser import Denoiser
 from edit.distillation.guidance import TeacherGuidance
 from edit.measuring.memory import Placement
 from edit.stream import Condition, Output
 from edit.tuning.lora import without
+from edit.unit import Unit
 
 
 class Origin(NamedTuple):
@@ -188,6 +189,8 @@ def shard(
         net = structure()
     for unit in units_of(net):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
+        for name in unit.apart:
+            register_fsdp_forward_method(unit, name)
     fully_shard(net, mesh=mesh, mp_policy=policy)
     net.to_empty(device=device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)

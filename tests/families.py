@@ -15,8 +15,9 @@ from edit.backbones.flux import FluxConfig
 from edit.backbones.pixart import PixArtConfig
 from edit.backbones.qwen_image import QwenImageConfig
 from edit.backbones.sd3 import SD3Config
-from edit.denoiser import Denoiser, Unit
+from edit.denoiser import Denoiser
 from edit.stream import Condition, Stream
+from edit.unit import Unit
 
 HEADS = {"attention_head_dim": 16, "num_attention_heads": 4}
 TEXT = {"joint_attention_dim": 24, "pooled_projection_dim": 20}

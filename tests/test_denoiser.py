@@ -86,7 +86,7 @@ def test_the_step_reaches_the_attention_slot(dit, batch):
         seen.append(step)
         return F.scaled_dot_product_attention(q, k, v)
 
-    dit.units[1].attention = attention
+    dit.units[1].slots.attention = attention
     step = Step(2, 5, 0.4, "uncond")
     with torch.no_grad():
         dit(*batch, step=step)
@@ -164,8 +164,8 @@ class Routed(torch.nn.Linear):
 def test_a_module_in_a_slot_is_not_registered_there(dit, batch):
     own = torch.nn.Linear(32, 32)
     before = set(dit.state_dict())
-    dit.units[0].ffn = lambda tokens, routing=None: own(tokens)
-    dit.units[1].ffn = Routed(32, 32)
+    dit.units[0].slots.ffn = lambda tokens, routing=None: own(tokens)
+    dit.units[1].slots.ffn = Routed(32, 32)
     assert set(dit.state_dict()) == before and len(list(dit.units[1].children())) == 5
     dit.edits["mine"] = own  # where an edit's parameters belong
     assert set(dit.state_dict()) - before == {"edits.mine.weight", "edits.mine.bias"}
@@ -175,9 +175,9 @@ def test_a_module_in_a_slot_is_not_registered_there(dit, batch):
 
 def test_a_slot_shares_its_module_with_the_edits_after_a_deepcopy(dit, batch):
     dit.edits["mine"] = torch.nn.Linear(32, 32)
-    dit.units[1].mixer = Mixer(dit.edits["mine"])
+    dit.units[1].slots.mixer = Mixer(dit.edits["mine"])
     twin = deepcopy(dit)
-    assert twin.units[1].mixer.own is twin.edits["mine"] is not dit.edits["mine"]
+    assert twin.units[1].slots.mixer.own is twin.edits["mine"] is not dit.edits["mine"]
 
 
 class Mixer(torch.nn.Module):
@@ -262,13 +262,13 @@ def test_a_branch_of_no_unit_is_refused(dit, batch):
 
 def watched(dit, unit: int) -> dict:
     """Queries and keys of one unit, kept while its attention stays what it is."""
-    seen, own = {}, dit.units[unit].attention
+    seen, own = {}, dit.units[unit].slots.attention
 
     def attention(q, k, v, layout, step):
         seen.update(q=q, k=k)
         return own(q, k, v, layout, step)
 
-    dit.units[unit].attention = attention
+    dit.units[unit].slots.attention = attention
     return seen
 
 

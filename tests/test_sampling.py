@@ -190,7 +190,7 @@ class IdentityAttention(Edit):
                 return v
             return F.scaled_dot_product_attention(q, k, v)
 
-        denoiser.units[1].attention = attention
+        denoiser.units[1].slots.attention = attention
 
 
 @torch.no_grad()

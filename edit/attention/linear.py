@@ -21,12 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edit.denoiser import Denoiser, Edit, Unit
+from edit.denoiser import Denoiser, Edit
 from edit.distillation.attention import head_count
 from edit.distillation.pairs import width
 from edit.edits import chosen
 from edit.inputs.limits import check_numbers
 from edit.stream import Layout, Step
+from edit.unit import Unit, core
 
 PROJECTIONS = re.compile(r"\.attn1?\.(qkv|proj|to_q|to_k|to_v|to_out)\.")
 
@@ -48,13 +49,13 @@ class LinearAttention(Edit):
     def apply(self, denoiser: Denoiser) -> nn.ModuleDict:
         heads, own = head_count(denoiser), nn.ModuleDict()
         for i in chosen("LinearAttention", self.units, denoiser):
-            unit = denoiser.units[i]
-            if not isinstance(unit, Unit) or {"attention", "mixer"} & vars(unit).keys():
+            unit = core(denoiser.units[i])
+            if "attention" in unit.slots or "mixer" in unit.slots:
                 raise ValueError(f"LinearAttention: another edit has replaced the attention of unit {i}: leave it out")
             # a family that leaves out masked text does so in an attention of its own
-            masks = type(unit).attention is not Unit.attention
+            masks = type(unit).own_attention is not Unit.own_attention
             with next(unit.parameters()).device:
-                own[str(i)] = unit.attention = Linearised(heads, width(denoiser) // heads, masks)
+                own[str(i)] = unit.slots.attention = Linearised(heads, width(denoiser) // heads, masks)
         return own
 
     def trainable(self, name: str) -> bool:
@@ -79,7 +80,8 @@ class Linearised(nn.Module):
         """b h s e each, text first -> b h s e."""
         q, k = features(self.sharpness * q), features(self.sharpness * k) / k.shape[2]
         if self.masks and layout.text_mask is not None:
-            mask = nn.functional.pad(layout.text_mask, (0, k.shape[2] - layout.text_length), value=True)
+            mask = layout.joint_mask(k.shape[2])
+            assert mask is not None
             k = k * mask[:, None, :, None]
         v = torch.cat((v, torch.ones_like(v[..., :1])), -1)  # the last channel sums the weights
         o = q.to(v.dtype) @ (k.to(v.dtype).transpose(-1, -2) @ v)  # b h s (e + 1)

@@ -19,9 +19,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from edit.backbones.dit_conversion import config_from_diffusers, from_diffusers, to_diffusers, why_not_diffusers
-from edit.denoiser import Denoiser, Unit
+from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, Limits, Units, check_numbers
 from edit.stream import Branch, Condition, Layout, Output, Stream
+from edit.unit import Anatomy, Features, Unit
 
 NORM_EPS = 1e-6
 FREQUENCIES = 256  # channels of the time sinusoid
@@ -142,7 +143,7 @@ class LabelEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Weights of multi-head self-attention; `DiTBlock.mixer` runs them."""
+    """Weights of multi-head self-attention; `DiTBlock.own_mixer` runs them."""
 
     def __init__(self, c: DiTConfig):
         super().__init__()
@@ -155,13 +156,20 @@ class Attention(nn.Module):
         self.k_norm = norm(head, eps=NORM_EPS) if c.qk_norm else None
 
 
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
 class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+    def expand(self, x: Tensor) -> Tensor:
+        return gelu(self.fc1(x))
+
+    def contract(self, features: Tensor) -> Tensor:
+        return self.fc2(features)
 
 
 class SwiGLU(nn.Module):
@@ -169,9 +177,12 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.w12, self.w3 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def expand(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+        return F.silu(gate) * value
+
+    def contract(self, features: Tensor) -> Tensor:
+        return self.w3(features)
 
 
 def make_norm(c: DiTConfig, eps: float = NORM_EPS) -> nn.Module:
@@ -211,15 +222,25 @@ class DiTBlock(Unit):
         s1, k1, g1, s2, k2, g2 = self.adaLN_modulation(stream.cond)[:, None].chunk(6, dim=-1)
         return DiTModulation(s1, 1 + k1, Branch(g1), s2, 1 + k2, Branch(g2))
 
+    @property
+    def anatomy(self) -> Anatomy:
+        a, m = self.attn, self.mlp
+        feed = Features(m.fc2.in_features, (("mlp.fc1", 1),), (("mlp.fc2", 0),), None, gelu)
+        if isinstance(m, SwiGLU):
+            feed = Features(m.w3.in_features, (("mlp.w12", 2),), (("mlp.w3", 0),))
+        size = a.proj.in_features
+        heads = Features(size, (("attn.qkv", 3),), (("attn.proj", 0),), ("attn", "num_heads"))
+        return Anatomy(a.num_heads, heads, feed)
+
     def attend(self, stream: Stream, modulation: DiTModulation) -> Branch:
         x = torch.addcmul(modulation.attention_shift, self.norm1(stream.image), modulation.attention_scale)
-        return Branch(self.mixer(stream, x))
+        return Branch(self.part("mixer")(stream, x))
 
     def feed(self, stream: Stream, modulation: DiTModulation) -> Branch:
         x = torch.addcmul(modulation.feed_shift, self.norm2(stream.image), modulation.feed_scale)
-        return Branch(self.ffn(x, stream.layout.routing))
+        return Branch(self.part("ffn")(x, stream.layout))
 
-    def mixer(self, stream: Stream, tokens: Tensor) -> Tensor:  # b n d -> b n d
+    def own_mixer(self, stream: Stream, tokens: Tensor) -> Tensor:  # b n d -> b n d
         a, rope = self.attn, stream.layout.rope
         # chunks, not a permuted stack: the backward pass joins them without a further copy
         heads = a.qkv(tokens).unflatten(-1, (3 * a.num_heads, -1))  # b n 3h e
@@ -228,11 +249,13 @@ class DiTBlock(Unit):
             q, k = a.q_norm(q), a.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        o = self.attention(q, k, v, stream.layout, stream.step)
-        return a.proj(o.transpose(1, 2).flatten(2))
+        return a.proj(self.attended(q, k, v, stream))
 
-    def ffn(self, tokens: Tensor, routing: Tensor | None = None) -> Tensor:
-        return self.mlp(tokens)
+    def expand(self, tokens: Tensor) -> Tensor:
+        return self.mlp.expand(tokens)
+
+    def contract(self, features: Tensor) -> Tensor:
+        return self.mlp.contract(features)
 
 
 class FinalLayer(nn.Module):
@@ -340,8 +363,9 @@ class DiT(Denoiser):
         if m.registers is not None:
             x = torch.cat((m.registers.expand(len(x), -1, -1), x), dim=1)
         time = m.t_embedder(timestep)
+        cond = time + m.y_embedder(label)
         layout = Layout(grid=(1, c.grid, c.grid), registers=c.registers, rope=m.rope)
-        return Stream(image=x, cond=time + m.y_embedder(label), time=time, layout=layout)
+        return Stream(image=x, cond=cond, time=time, signal=cond, layout=layout)
 
     def readout(self, stream: Stream) -> Output:
         c = self.spec

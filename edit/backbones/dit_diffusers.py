@@ -10,19 +10,21 @@ cross_attention_kwargs, samples that are not square, and numbers of output chann
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, zero_init
+from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, feed_forward, zero_init
 from edit.inputs.limits import Count, check_numbers
 from edit.sampling import Sampler
 from edit.solvers import DDIMSolver
 from edit.stream import Branch, Condition, Layout, Output, Stream
+from edit.unit import Anatomy, Features
 
 STEPS = 1000  # of the DDPM the published weights were trained on
 
@@ -62,29 +64,39 @@ class BasicUnit(StockUnit):
     """Self-attention `attn1` and MLP `ff` on image tokens."""
 
     attn1: Any
-    ff: nn.Module
+    ff: Any
 
-    def attend(self, stream: Stream, modulation: Modulation) -> Branch:
-        return Branch(self.mixer(stream, modulation.tokens.image))
+    @property
+    def anatomy(self) -> Anatomy:
+        a = self.attn1
+        writers = tuple((f"attn1.{name}", 1) for name in ("to_q", "to_k", "to_v"))
+        own = Features(a.to_out[0].in_features, writers, (("attn1.to_out.0", 0),), ("attn1", "heads"))
+        return Anatomy(a.heads, own, feed_forward(self, "ff"))
 
-    def mixer(self, stream: Stream, tokens: Tensor) -> Tensor:
+    def own_mixer(self, stream: Stream, tokens: Tensor) -> Tensor:
         """b n d -> b n d."""
         a = self.attn1
         q, k, v = (heads(to(tokens), a) for to in (a.to_q, a.to_k, a.to_v))
-        return join(self.attention(q, k, v, stream.layout, stream.step), a)
+        return a.to_out[1](a.to_out[0](self.attended(q, k, v, stream)))
 
-    def ffn(self, tokens: Tensor, routing: Any = None) -> Tensor:
-        return self.ff(tokens)
+    def attend(self, stream: Stream, modulation: Modulation) -> Branch:
+        x = torch.addcmul(modulation.shift.image, self.norm_in(stream.image), 1 + modulation.scale.image)
+        return Branch(self.part("mixer")(stream, x))
+
+    @abstractmethod
+    def norm_in(self, tokens: Tensor) -> Tensor:
+        """The norm before the self-attention."""
+
+    def expand(self, tokens: Tensor) -> Tensor:
+        return self.ff.net[0](tokens)
+
+    def contract(self, features: Tensor) -> Tensor:
+        return self.ff.net[2](self.ff.net[1](features))
 
 
 def heads(tokens: Tensor, attention: Any) -> Tensor:
     """b s (h e) -> b h s e."""
     return tokens.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-
-
-def join(o: Tensor, attention: Any) -> Tensor:
-    """b h s e -> b s d, through the attention's output layer."""
-    return attention.to_out[1](attention.to_out[0](o.transpose(1, 2).flatten(2)))
 
 
 class PatchDenoiser(StockDenoiser):
@@ -177,9 +189,11 @@ class Told(Layout):
 class ClassUnit(BasicUnit):
     """x + g1 * attention(norm(x) (1 + k1) + s1), then x + g2 * mlp(norm(x) (1 + k2) + s2).
 
-    Shifts, scales and gates come from the block's own embedding of time and label. The readout takes the embedding of
-    the first block that ran, which puts it into the stream.
+    Shifts, scales and gates come from the block's own embedding of time and label. The first block's is also the
+    stream's `time` and `signal`, and the readout's.
     """
+
+    apart = ("tell",)
 
     def tell(self, layout: Layout) -> tuple[Tensor, Tensor]:
         """Time embedding and label embedding: b d each."""
@@ -190,32 +204,19 @@ class ClassUnit(BasicUnit):
     def modulate(self, stream: Stream) -> Modulation:
         time, label = self.tell(stream.layout)
         norm: Any = self.norm1
-        s1, k1, g1, s2, k2, g2 = norm.linear(norm.silu(time + label))[:, None].chunk(6, dim=2)
-        return Modulation(
-            attention_gate=Branch(g1),
-            feed_gate=Branch(g2),
-            feed_shift=Branch(s2),
-            feed_scale=Branch(k2),
-            tokens=Branch(torch.addcmul(s1, norm.norm(stream.image), 1 + k1)),
-        )
+        return Modulation(*map(Branch, norm.linear(norm.silu(time + label))[:, None].chunk(6, dim=2)))
+
+    def norm_in(self, tokens: Tensor) -> Tensor:
+        return self.norm1.norm(tokens)
 
     def feed(self, stream: Stream, modulation: Modulation) -> Branch:
         shift, scale = modulation.feed_shift, modulation.feed_scale
         x = torch.addcmul(shift.image, self.norm3(stream.image), 1 + scale.image)
-        return Branch(self.ffn(x, stream.layout.routing))
-
-    def forward(self, stream: Stream) -> Stream:
-        if stream.time is None:
-            time, label = self.tell(stream.layout)
-            stream = replace(stream, cond=time + label, time=time)
-        return super().forward(stream)
+        return Branch(self.part("ffn")(x, stream.layout))
 
 
 class DiTDiffusers(PatchDenoiser):
-    """The class's DiT as `embed -> units -> readout`; a sample is a square latent of any size the patches divide.
-
-    Until the first unit has run, `Stream.time` is None and `Stream.cond` b 0: each block embeds for itself.
-    """
+    """The class's DiT as `embed -> units -> readout`; a sample is a square latent of any size the patches divide."""
 
     name = "dit_diffusers"
     stock = "DiTTransformer2DModel"
@@ -262,8 +263,11 @@ class DiTDiffusers(PatchDenoiser):
             missing = "timestep" if timestep is None else "class_labels"
             raise ValueError(f"{self.name} needs {missing}, one per sample")
         image, grid = self.patches(hidden_states)
-        sinusoid = self.model.transformer_blocks[0].norm1.emb.time_proj(timestep).to(image.dtype)
-        return Stream(image, image.new_empty(len(image), 0), Told(grid=grid, label=class_labels, sinusoid=sinusoid))
+        first = self.model.transformer_blocks[0]
+        sinusoid = first.norm1.emb.time_proj(timestep).to(image.dtype)
+        layout = Told(grid=grid, label=class_labels, sinusoid=sinusoid)
+        time, label = first.tell(layout)
+        return Stream(image=image, cond=time + label, time=time, signal=time + label, layout=layout)
 
     def native(self, stream: Stream) -> Tensor:
         m = self.model

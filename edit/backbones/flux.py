@@ -11,17 +11,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, finite, latent_of, tokens_of, turn, zero_init
+from edit.backbones.stock import (
+    Modulation,
+    StockDenoiser,
+    StockUnit,
+    feed_forward,
+    finite,
+    latent_of,
+    tokens_of,
+    turn,
+    zero_init,
+)
 from edit.inputs.limits import Count, check_numbers
 from edit.sampling import Sampler
 from edit.solvers import StockEuler, dynamic_shift
 from edit.stream import Branch, Condition, Layout, Output, Stream
+from edit.unit import Anatomy, Features, masked
 
+PROJECTIONS = (("attn.to_q", 1), ("attn.to_k", 1), ("attn.to_v", 1))
 SHIFT = (0.5, 1.15, 256, 4096)  # of FLUX.1-dev's scheduler, see StockEuler.dynamic
 
 
@@ -60,32 +73,33 @@ class DoubleUnit(StockUnit):
     """Two streams with one joint attention."""
 
     attn: Any
-    ff: nn.Module
+    ff: Any
     ff_context: nn.Module
 
+    @property
+    def anatomy(self) -> Anatomy:
+        a = self.attn
+        writers = (*PROJECTIONS, ("attn.add_q_proj", 1), ("attn.add_k_proj", 1), ("attn.add_v_proj", 1))
+        size = a.to_out[0].in_features
+        joint = Features(size, writers, (("attn.to_out.0", 0), ("attn.to_add_out", 0)))
+        feed, text = feed_forward(self, "ff"), feed_forward(self, "ff_context")
+        return Anatomy(size // a.head_dim, joint, feed, text, text="along")
+
     def modulate(self, stream: Stream) -> Modulation:
-        parts = []
-        for norm, tokens in ((self.norm1, stream.image), (self.norm1_context, stream.text)):
-            parts.append(norm(tokens, emb=stream.cond))
-        (image, gate, shift, scale, feed), (text, t_gate, t_shift, t_scale, t_feed) = parts
-        return Modulation(
-            attention_gate=Branch(gate[:, None], t_gate[:, None]),
-            feed_gate=Branch(feed[:, None], t_feed[:, None]),
-            feed_shift=Branch(shift[:, None], t_shift[:, None]),
-            feed_scale=Branch(scale[:, None], t_scale[:, None]),
-            tokens=Branch(image, text),
-        )
+        image, text = (vectors(norm, stream.cond, 6) for norm in (self.norm1, self.norm1_context))
+        return Modulation(*(Branch(*both) for both in zip(image, text, strict=True)))
 
     def attend(self, stream: Stream, modulation: Modulation) -> Branch:
-        tokens = modulation.tokens
-        joint = self.mixer(stream, torch.cat((tokens.text, tokens.image), 1))
-        text, image = joint.split_with_sizes((tokens.text.shape[1], tokens.image.shape[1]), 1)
-        return Branch(image, text)
+        shift, scale = modulation.shift, modulation.scale
+        image = self.norm1.norm(stream.image) * (1 + scale.image) + shift.image
+        text = self.norm1_context.norm(stream.text) * (1 + scale.text) + shift.text
+        layout = stream.layout
+        return layout.split(self.part("mixer")(stream, layout.joined(text, image)))
 
-    def mixer(self, stream: Stream, tokens: Tensor) -> Tensor:
+    def own_mixer(self, stream: Stream, tokens: Tensor) -> Tensor:
         """Joint attention: b (l + n) d, text first -> the same."""
-        a, length = self.attn, stream.layout.text_length
-        text, image = tokens[:, :length], tokens[:, length:]
+        a, layout = self.attn, stream.layout
+        image, text = layout.split(tokens)
         parts = (
             (a.to_q(image), a.to_k(image), a.to_v(image), a.norm_q, a.norm_k),
             (a.add_q_proj(text), a.add_k_proj(text), a.add_v_proj(text), a.norm_added_q, a.norm_added_k),
@@ -93,57 +107,85 @@ class DoubleUnit(StockUnit):
         (q, k, v), (tq, tk, tv) = (
             (norm_q(heads(q, a)), norm_k(heads(k, a)), heads(v, a)) for q, k, v, norm_q, norm_k in parts
         )
-        q, k = (turn(torch.cat(both, 2), stream.layout) for both in ((tq, q), (tk, k)))
-        o = self.attention(q, k, torch.cat((tv, v), 2), stream.layout, stream.step)
-        text, image = o.transpose(1, 2).flatten(2).split_with_sizes((length, image.shape[1]), 1)
-        return torch.cat((a.to_add_out(text), a.to_out[1](a.to_out[0](image))), 1)
+        q, k = (turn(torch.cat(both, 2), layout) for both in ((tq, q), (tk, k)))
+        image, text = layout.split(self.attended(q, k, torch.cat((tv, v), 2), stream))
+        return layout.joined(a.to_add_out(text), a.to_out[1](a.to_out[0](image)))
 
-    def ffn(self, tokens: Tensor, routing: Any = None) -> Tensor:
-        return self.ff(tokens)
+    def expand(self, tokens: Tensor) -> Tensor:
+        return self.ff.net[0](tokens)
 
-    def text_ffn(self, tokens: Tensor, routing: Any = None) -> Tensor:
+    def contract(self, features: Tensor) -> Tensor:
+        return self.ff.net[2](self.ff.net[1](features))
+
+    def own_text_ffn(self, tokens: Tensor, layout: Layout) -> Tensor:
         return self.ff_context(tokens)
 
     def feed(self, stream: Stream, modulation: Modulation) -> Branch:
         shift, scale = modulation.feed_shift, modulation.feed_scale
         image = self.norm2(stream.image) * (1 + scale.image) + shift.image
         text = self.norm2_context(stream.text) * (1 + scale.text) + shift.text
-        return Branch(self.ffn(image, stream.layout.routing), self.text_ffn(text))
+        return Branch(self.part("ffn")(image, stream.layout), self.part("text_ffn")(text, stream.layout))
 
-    def forward(self, stream: Stream) -> Stream:
-        stream = super().forward(stream)
+    def block(self, stream: Stream) -> Stream:
+        stream = super().block(stream)
         return replace(stream, text=finite(stream.text)) if stream.text.dtype == torch.float16 else stream
+
+
+class SingleModulation(NamedTuple):
+    """Of the joint sequence, b 1 d each."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Branch
 
 
 class SingleUnit(StockUnit):
     """One joint sequence; attention and MLP read the same tokens and share one output layer.
 
-    `proj_out` maps the concatenated [attention, MLP] of width d + 4d; a branch on its own uses its columns of it. The
-    bias belongs to the attention branch.
+    `proj_out` maps the concatenated [attention, MLP] of width d + 4d in one branch, "fused". Where the two are wanted
+    or replaced apart, they are the branches "attention" and "feed", and each uses its columns of it. The bias belongs
+    to the attention branch.
     """
 
     attn: Any
     proj_out: nn.Linear
 
-    def modulate(self, stream: Stream) -> Modulation:
-        joint, gate = self.norm(torch.cat((stream.text, stream.image), 1), emb=stream.cond)
-        gate = Branch(gate[:, None], gate[:, None])
-        return Modulation(attention_gate=gate, feed_gate=gate, tokens=Branch(joint))
+    @property
+    def anatomy(self) -> Anatomy:
+        width, columns = self.attn.inner_dim, self.proj_out.in_features
+        joint = Features(width, PROJECTIONS, (("proj_out", 0),))
+        feed = Features(columns - width, (("proj_mlp", 1),), (("proj_out", width),), None, self.act_mlp)
+        return Anatomy(width // self.attn.head_dim, joint, feed, text="along", fused=True)
+
+    def modulate(self, stream: Stream) -> SingleModulation:
+        shift, scale, gate = vectors(self.norm, stream.cond, 3)
+        return SingleModulation(shift, scale, Branch(gate, gate))
+
+    def tokens(self, stream: Stream, modulation: SingleModulation) -> Tensor:
+        """The joint sequence, normalised and modulated: b s d."""
+        joint = stream.layout.joined(stream.text, stream.image)
+        return self.norm.norm(joint) * (1 + modulation.scale) + modulation.shift
 
     def heads_of(self, stream: Stream, tokens: Tensor) -> Tensor:
-        """Attention before the output layer: b (l + n) d -> the same."""
+        """Attention before the output layer: b s d -> the same."""
         a = self.attn
         q, k = (
             turn(norm(heads(to(tokens), a)), stream.layout) for to, norm in ((a.to_q, a.norm_q), (a.to_k, a.norm_k))
         )
-        o = self.attention(q, k, heads(a.to_v(tokens), a), stream.layout, stream.step)
-        return o.transpose(1, 2).flatten(2)
+        return self.attended(q, k, heads(a.to_v(tokens), a), stream)
 
-    def mixer(self, stream: Stream, tokens: Tensor) -> Tensor:
+    def own_mixer(self, stream: Stream, tokens: Tensor) -> Tensor:
         return self._project(self.heads_of(stream, tokens), 0)
 
-    def ffn(self, tokens: Tensor, routing: Any = None) -> Tensor:
-        return self._project(self.act_mlp(self.proj_mlp(tokens)), self.attn.inner_dim)
+    def expand(self, tokens: Tensor) -> Tensor:
+        return self.act_mlp(self.proj_mlp(tokens))
+
+    def contract(self, features: Tensor) -> Tensor:
+        return self._project(features, self.attn.inner_dim)
+
+    def own_fused(self, attended: Tensor, tokens: Tensor, layout: Layout) -> Tensor:
+        """Output layer and MLP: b s d each -> b s d."""
+        return self.proj_out(torch.cat((attended, masked(self.expand(tokens), layout.routing)), 2))
 
     def _project(self, part: Tensor, first: int) -> Tensor:
         """The columns of `proj_out` from `first` on, with the bias where they are the first."""
@@ -156,33 +198,37 @@ class SingleUnit(StockUnit):
         whole[..., first : first + part.shape[-1]] = part
         return layer(whole) - (layer(whole.new_zeros(1, layer.in_features)) if first else 0)
 
-    def attend(self, stream: Stream, modulation: Modulation) -> Branch:
-        return split(self.mixer(stream, modulation.tokens.image), stream.layout)
+    def attend(self, stream: Stream, modulation: SingleModulation) -> Branch:
+        return stream.layout.split(self.part("mixer")(stream, self.tokens(stream, modulation)))
 
-    def feed(self, stream: Stream, modulation: Modulation) -> Branch:
-        return split(self.ffn(modulation.tokens.image, stream.layout.routing), stream.layout)
+    def feed(self, stream: Stream, modulation: SingleModulation) -> Branch:
+        return stream.layout.split(self.part("ffn")(self.tokens(stream, modulation), stream.layout))
 
-    def forward(self, stream: Stream) -> Stream:
-        if stream.tap or not {"mixer", "ffn"}.isdisjoint(vars(self)):
-            stream = super().forward(stream)  # a branch is wanted or replaced on its own
-            return replace(stream, image=finite(stream.image), text=finite(stream.text))
-        modulation = self.modulate(stream)
-        tokens = modulation.tokens.image
-        both = torch.cat((self.heads_of(stream, tokens), self.act_mlp(self.proj_mlp(tokens))), 2)
-        gate, out = modulation.attention_gate, split(self.proj_out(both), stream.layout)
-        image = torch.addcmul(stream.image, gate.image, out.image)
-        text = torch.addcmul(stream.text, gate.text, out.text)
-        image, text = finite(image), finite(text)
-        return Stream(image, stream.cond, stream.layout, text, stream.time, stream.step, stream.trace)
+    def fuse(self, stream: Stream, modulation: SingleModulation) -> Branch:
+        """Both branches before their gate."""
+        tokens = self.tokens(stream, modulation)
+        return stream.layout.split(self.part("fused")(self.heads_of(stream, tokens), tokens, stream.layout))
+
+    def block(self, stream: Stream) -> Stream:
+        m = self.modulate(stream)
+        if stream.tap or not {"mixer", "ffn"}.isdisjoint(self.filled):
+            stream = self.residual(stream, "attention", partial(self.attend, modulation=m), m.gate)
+            stream = self.residual(stream, "feed", partial(self.feed, modulation=m), m.gate)
+        else:
+            stream = self.residual(stream, "fused", partial(self.fuse, modulation=m), m.gate)
+        if stream.image.dtype == torch.float16:
+            stream = replace(stream, image=finite(stream.image), text=finite(stream.text))
+        return stream
+
+
+def vectors(norm: Any, cond: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Shifts, scales and gates that a modulated norm makes of the conditioning: `count` of b 1 d."""
+    return norm.linear(norm.silu(cond))[:, None].chunk(count, -1)
 
 
 def heads(tokens: Tensor, attention: Any) -> Tensor:
     """b s (h e) -> b h s e."""
     return tokens.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-
-
-def split(joint: Tensor, layout: Layout) -> Branch:
-    return Branch(joint[:, layout.text_length :], joint[:, : layout.text_length])
 
 
 class Flux(StockDenoiser):
@@ -274,7 +320,7 @@ class Flux(StockDenoiser):
             last = img_ids.amax(0).long().tolist()
             grid = (last[0] + 1, last[1] + 1, last[2] + 1)
         layout = Layout(grid=grid, text_length=text.shape[1], rope=torch.stack((cos[:, ::2], sin[:, ::2])))
-        return Stream(image=image, text=text, cond=cond, time=time, layout=layout)
+        return Stream(image=image, text=text, cond=cond, time=time, signal=cond, layout=layout)
 
     def native(self, stream: Stream) -> Tensor:
         return self.model.proj_out(self.model.norm_out(stream.image, stream.cond))

@@ -12,18 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.backbones.dit_diffusers import BasicUnit, PatchDenoiser, heads, join
+from edit.backbones.dit_diffusers import BasicUnit, PatchDenoiser, heads
 from edit.backbones.stock import Modulation, zero_init
 from edit.inputs.limits import Count, check_numbers
 from edit.sampling import Sampler
 from edit.solvers import DPMSolver
-from edit.stream import Branch, Condition, Layout, Stream, record_branch, residual
+from edit.stream import Branch, Condition, Layout, Step, Stream
+from edit.unit import Anatomy, Features
 
 
 @dataclass(frozen=True)
@@ -61,45 +63,51 @@ class PixArtConfig:
 class PixArtUnit(BasicUnit):
     """x + g1 * attention(norm(x) (1 + k1) + s1), then x + cross(x, caption), then x + g2 * mlp(norm(x) (1 + k2) + s2).
 
-    The slots `attention` and `mixer` are those of the self-attention. The cross-attention reads what it has written,
-    has neither norm nor gate and is a residual step of its own, traced as "unit.<index>.cross" beside the branches.
-    `Stream.text` is the projected caption, the same in all units.
+    The slots `attention` and `mixer` are those of the self-attention. The cross-attention reads what it has written and
+    is the branch "cross", without norm and gate. `Stream.text` is the projected caption, the same in all units.
     """
 
     attn2: Any
     scale_shift_table: nn.Parameter  # 6 d
 
-    def modulate(self, stream: Stream) -> Modulation:
-        s1, k1, g1, s2, k2, g2 = (self.scale_shift_table + stream.cond.unflatten(1, (6, -1))).chunk(6, dim=1)  # b 1 d
-        return Modulation(
-            attention_gate=Branch(g1),
-            feed_gate=Branch(g2),
-            feed_shift=Branch(s2),
-            feed_scale=Branch(k2),
-            tokens=Branch(torch.addcmul(s1, self.norm1(stream.image), 1 + k1)),
-        )
+    @property
+    def anatomy(self) -> Anatomy:
+        writers = tuple((f"attn2.{name}", 1) for name in ("to_q", "to_k", "to_v"))
+        a = self.attn2
+        cross = Features(a.to_out[0].in_features, writers, (("attn2.to_out.0", 0),), ("attn2", "heads"))
+        return replace(super().anatomy, cross=cross, text="aside")
 
-    def cross(self, stream: Stream) -> Tensor:
-        """The cross-attention of image tokens to the caption: b n d."""
-        a, image, text, mask = self.attn2, stream.image, stream.text, stream.layout.text_mask
+    def modulate(self, stream: Stream) -> Modulation:
+        rows = (self.scale_shift_table + stream.cond.unflatten(1, (6, -1))).chunk(6, dim=1)  # b 1 d
+        return Modulation(*map(Branch, rows))
+
+    def norm_in(self, tokens: Tensor) -> Tensor:
+        return self.norm1(tokens)
+
+    def read(self, stream: Stream) -> Branch:
+        """The cross-attention of image tokens to the caption."""
+        a, image, text = self.attn2, stream.image, stream.text
         q, k, v = heads(a.to_q(image), a), heads(a.to_k(text), a), heads(a.to_v(text), a)
+        o = self.part("cross")(q, k, v, stream.layout, stream.step)
+        return Branch(a.to_out[1](a.to_out[0](o.transpose(1, 2).flatten(2))))
+
+    def own_cross(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, step: Step | None) -> Tensor:
+        """Softmax attention to the caption: b h n e, b h l e twice -> b h n e."""
+        mask = layout.text_mask
         # the bias of the original, not -inf: a caption without any real token stays defined
         bias = None if mask is None else (1 - mask[:, None, None].to(q.dtype)) * -10000.0
-        return join(F.scaled_dot_product_attention(q, k, v, bias), a)
+        return F.scaled_dot_product_attention(q, k, v, bias)
 
     def feed(self, stream: Stream, modulation: Modulation) -> Branch:
         shift, scale = modulation.feed_shift, modulation.feed_scale
         x = torch.addcmul(shift.image, self.norm2(stream.image), 1 + scale.image)
-        return Branch(self.ffn(x, stream.layout.routing))
+        return Branch(self.part("ffn")(x, stream.layout))
 
-    def forward(self, stream: Stream) -> Stream:
-        modulation = self.modulate(stream)
-        stream = residual(stream, "attention", self.attend(stream, modulation), modulation.attention_gate)
-        crossed = self.cross(stream)
-        if stream.tap:
-            stream = record_branch(stream, f"{stream.tap}.cross", Branch(crossed))
-        stream = replace(stream, image=stream.image + crossed)
-        return residual(stream, "feed", self.feed(stream, modulation), modulation.feed_gate)
+    def block(self, stream: Stream) -> Stream:
+        m = self.modulate(stream)
+        stream = self.residual(stream, "attention", partial(self.attend, modulation=m), m.attention_gate)
+        stream = self.residual(stream, "cross", self.read, None)
+        return self.residual(stream, "feed", partial(self.feed, modulation=m), m.feed_gate)
 
 
 class PixArt(PatchDenoiser):
@@ -189,7 +197,7 @@ class PixArt(PatchDenoiser):
         if m.caption_projection is not None:
             text = m.caption_projection(text)
         layout = Layout(grid=grid, text_length=text.shape[1], text_mask=None if mask is None else mask.bool())
-        return Stream(image=image, text=text, cond=cond, time=time, layout=layout)
+        return Stream(image=image, text=text, cond=cond, time=time, signal=time, layout=layout)
 
     def native(self, stream: Stream) -> Tensor:
         m = self.model

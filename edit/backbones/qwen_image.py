@@ -21,11 +21,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, finite, latent_of, tokens_of, turn, zero_init
+from edit.backbones.stock import (
+    Modulation,
+    StockDenoiser,
+    StockUnit,
+    feed_forward,
+    finite,
+    latent_of,
+    tokens_of,
+    turn,
+    zero_init,
+)
 from edit.inputs.limits import Count, check_numbers
 from edit.sampling import Sampler
 from edit.solvers import StockEuler
 from edit.stream import Branch, Condition, Layout, Output, Step, Stream
+from edit.unit import Anatomy, Features
 
 
 @dataclass(frozen=True)
@@ -54,35 +65,33 @@ class QwenImageUnit(StockUnit):
     """Two streams with one joint attention, each with its own modulation and feed-forward."""
 
     attn: Any
-    img_mlp: nn.Module
+    img_mlp: Any
     txt_mlp: nn.Module
 
+    @property
+    def anatomy(self) -> Anatomy:
+        a, names = self.attn, ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+        writers = tuple((f"attn.{name}", 1) for name in names)
+        joint = Features(a.to_out[0].in_features, writers, (("attn.to_out.0", 0), ("attn.to_add_out", 0)))
+        return Anatomy(a.heads, joint, feed_forward(self, "img_mlp"), feed_forward(self, "txt_mlp"), text="along")
+
     def modulate(self, stream: Stream) -> Modulation:
-        shift, scale, gate, feed_shift, feed_scale, feed_gate = six(self.img_mod(stream.cond))
-        t_shift, t_scale, t_gate, t_feed_shift, t_feed_scale, t_feed_gate = six(self.txt_mod(stream.cond))
-        return Modulation(
-            attention_gate=Branch(gate, t_gate),
-            feed_gate=Branch(feed_gate, t_feed_gate),
-            feed_shift=Branch(feed_shift, t_feed_shift),
-            feed_scale=Branch(feed_scale, t_feed_scale),
-            tokens=Branch(
-                torch.addcmul(shift, self.img_norm1(stream.image), 1 + scale),
-                torch.addcmul(t_shift, self.txt_norm1(stream.text), 1 + t_scale),
-            ),
-        )
+        image, text = (layer(stream.cond)[:, None].chunk(6, -1) for layer in (self.img_mod, self.txt_mod))
+        shift, scale, gate, *feed = (Branch(*both) for both in zip(image, text, strict=True))
+        return Modulation(shift, scale, gate, *feed)
 
     def attend(self, stream: Stream, modulation: Modulation) -> Branch:
-        image, text = modulation.tokens.image, modulation.tokens.text
-        if "mixer" not in vars(self):  # the unit's own needs no joint tensor: two copies less
+        shift, scale = modulation.shift, modulation.scale
+        image = torch.addcmul(shift.image, self.img_norm1(stream.image), 1 + scale.image)
+        text = torch.addcmul(shift.text, self.txt_norm1(stream.text), 1 + scale.text)
+        if "mixer" not in self.filled:  # the unit's own needs no joint tensor: two copies less
             return self.mix(stream, image, text)
-        joint = self.mixer(stream, torch.cat((text, image), 1))
-        return Branch(joint[:, text.shape[1] :], joint[:, : text.shape[1]])
+        return stream.layout.split(self.filled["mixer"](stream, stream.layout.joined(text, image)))
 
-    def mixer(self, stream: Stream, tokens: Tensor) -> Tensor:
+    def own_mixer(self, stream: Stream, tokens: Tensor) -> Tensor:
         """Joint attention: b (l + n) d, text first -> the same."""
-        length = stream.layout.text_length
-        mixed = self.mix(stream, tokens[:, length:], tokens[:, :length])
-        return torch.cat((mixed.text, mixed.image), 1)
+        mixed = self.mix(stream, *stream.layout.split(tokens))
+        return stream.layout.joined(mixed.text, mixed.image)
 
     def mix(self, stream: Stream, image: Tensor, text: Tensor) -> Branch:
         """Joint attention of b n d image and b l d text tokens."""
@@ -95,39 +104,34 @@ class QwenImageUnit(StockUnit):
             turn(torch.cat((text_norm(heads(t, a)), norm(heads(i, a))), 2), layout) for text_norm, t, norm, i in parts
         )
         v = torch.cat((heads(a.add_v_proj(text), a), heads(a.to_v(image), a)), 2)
-        o = self.attention(q, k, v, layout, stream.step).transpose(1, 2).flatten(2)
-        text, image = o.split_with_sizes((text.shape[1], image.shape[1]), 1)
+        image, text = layout.split(self.attended(q, k, v, stream))
         return Branch(a.to_out[1](a.to_out[0](image)), a.to_add_out(text))
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, step: Step | None) -> Tensor:
+    def own_attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, step: Step | None) -> Tensor:
         """Softmax attention over all tokens but masked text: b h s e each, text first -> b h s e."""
-        mask = layout.text_mask
-        if mask is not None:
-            mask = F.pad(mask, (0, k.shape[2] - layout.text_length), value=True)[:, None, None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        mask = layout.joint_mask(k.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
 
-    def ffn(self, tokens: Tensor, routing: Any = None) -> Tensor:
-        return self.img_mlp(tokens)
+    def expand(self, tokens: Tensor) -> Tensor:
+        return self.img_mlp.net[0](tokens)
 
-    def text_ffn(self, tokens: Tensor, routing: Any = None) -> Tensor:
+    def contract(self, features: Tensor) -> Tensor:
+        return self.img_mlp.net[2](self.img_mlp.net[1](features))
+
+    def own_text_ffn(self, tokens: Tensor, layout: Layout) -> Tensor:
         return self.txt_mlp(tokens)
 
     def feed(self, stream: Stream, modulation: Modulation) -> Branch:
-        shift, scale = modulation.feed_shift, modulation.feed_scale
+        shift, scale, layout = modulation.feed_shift, modulation.feed_scale, stream.layout
         image = torch.addcmul(shift.image, self.img_norm2(stream.image), 1 + scale.image)
         text = torch.addcmul(shift.text, self.txt_norm2(stream.text), 1 + scale.text)
-        return Branch(self.ffn(image, stream.layout.routing), self.text_ffn(text))
+        return Branch(self.part("ffn")(image, layout), self.part("text_ffn")(text, layout))
 
-    def forward(self, stream: Stream) -> Stream:
-        stream = super().forward(stream)
+    def block(self, stream: Stream) -> Stream:
+        stream = super().block(stream)
         if stream.image.dtype is torch.float16:  # the published weights overflow here; clipping is part of the model
             stream = replace(stream, image=finite(stream.image), text=finite(stream.text))
         return stream
-
-
-def six(modulation: Tensor) -> tuple[Tensor, ...]:
-    """b 6d -> six of b 1 d."""
-    return modulation[:, None].chunk(6, -1)
 
 
 def heads(tokens: Tensor, attention: Any) -> Tensor:
@@ -272,7 +276,7 @@ class QwenImage(StockDenoiser):
             text_mask=None if mask is None else mask.bool(),
             rope=position_angles(grid, length, m.config.axes_dims_rope, image.device),
         )
-        return Stream(image=image, text=text, cond=time, time=time, layout=layout)
+        return Stream(image=image, text=text, cond=time, time=time, signal=time, layout=layout)
 
     def native(self, stream: Stream) -> Tensor:
         return self.model.proj_out(self.model.norm_out(stream.image, stream.cond))

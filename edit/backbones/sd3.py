@@ -15,17 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, zero_init
+from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, feed_forward, zero_init
 from edit.inputs.limits import Count, check_numbers
 from edit.sampling import Sampler
 from edit.solvers import StockEuler
-from edit.stream import Branch, Condition, Layout, Output, Stream, residual
+from edit.stream import Branch, Condition, Layout, Output, Stream
+from edit.unit import Anatomy, Features
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,10 @@ class SD3Config:
 
 @dataclass(frozen=True)
 class DualModulation(Modulation):
-    """With the input and the gate of the second attention: b n d, b 1 d."""
+    """With those of the second attention; all of them b 1 d, of the text None where it is read for the last time."""
 
-    second: Tensor | None = None
+    second_shift: Tensor | None = None
+    second_scale: Tensor | None = None
     second_gate: Tensor | None = None
 
 
@@ -70,12 +73,12 @@ class JointUnit(StockUnit):
 
     x + g1 * attention(norm(x) (1 + k1) + s1), then, where `dual`, x + g3 * attention(norm(x) (1 + k3) + s3) among image
     tokens, then x + g2 * mlp(norm(x) (1 + k2) + s2). Both attentions read the tokens the unit was given. The second is
-    a residual step of its own, traced as "unit.<index>.second"; the slots `attention` and `mixer` are the joint one's.
+    the branch "second"; the slots `attention` and `mixer` are the joint one's.
     """
 
     attn: Any
     attn2: Any
-    ff: nn.Module
+    ff: Any
     ff_context: nn.Module
 
     def __init__(self, block: Any):
@@ -83,73 +86,86 @@ class JointUnit(StockUnit):
         self.dual: bool = block.use_dual_attention
         self.last: bool = block.context_pre_only  # the text is read, not written
 
+    @property
+    def anatomy(self) -> Anatomy:
+        a, second = self.attn, None
+        size, out = a.to_out[0].in_features, ("attn.to_out.0", 0)
+        joint = (*projections("attn"), ("attn.add_q_proj", 1), ("attn.add_k_proj", 1), ("attn.add_v_proj", 1))
+        heads = Features(size, joint, (out,) if self.last else (out, ("attn.to_add_out", 0)), ("attn", "heads"))
+        if self.dual:
+            width = self.attn2.to_out[0].in_features
+            second = Features(width, projections("attn2"), (("attn2.to_out.0", 0),), ("attn2", "heads"))
+        text = None if self.last else feed_forward(self, "ff_context")
+        ends = "ends" if self.last else "along"
+        return Anatomy(a.heads, heads, feed_forward(self, "ff"), text, second=second, text=ends)
+
     def modulate(self, stream: Stream) -> DualModulation:
-        image, gate, shift, scale, feed, *second = self.norm1(stream.image, emb=stream.cond)
-        t_gate = t_shift = t_scale = t_feed = None
+        first, text = self.norm1, self.norm1_context
+        image = first.linear(first.silu(stream.cond))[:, None].chunk(9 if self.dual else 6, -1)
+        told: Any = text.linear(text.silu(stream.cond))[:, None]
         if self.last:
-            text = self.norm1_context(stream.text, stream.cond)
+            scale, shift = told.chunk(2, -1)
+            told = (shift, scale, None, None, None, None)
         else:
-            text, *parts = self.norm1_context(stream.text, emb=stream.cond)
-            t_gate, t_shift, t_scale, t_feed = (p[:, None] for p in parts)
-        return DualModulation(
-            attention_gate=Branch(gate[:, None], t_gate),
-            feed_gate=Branch(feed[:, None], t_feed),
-            feed_shift=Branch(shift[:, None], t_shift),
-            feed_scale=Branch(scale[:, None], t_scale),
-            tokens=Branch(image, text),
-            second=second[0] if self.dual else None,
-            second_gate=second[1][:, None] if self.dual else None,
-        )
+            told = told.chunk(6, -1)
+        both = (Branch(*pair) for pair in zip(image[:6], told, strict=True))
+        return DualModulation(*both, *image[6:])
 
     def attend(self, stream: Stream, modulation: Modulation) -> Branch:
-        image, text = modulation.tokens.image, modulation.tokens.text
-        if "mixer" not in vars(self):
+        shift, scale = modulation.shift, modulation.scale
+        image = self.norm1.norm(stream.image) * (1 + scale.image) + shift.image
+        text = self.norm1_context.norm(stream.text) * (1 + scale.text) + shift.text
+        if "mixer" not in self.filled:
             return self.attend_jointly(stream, image, text)  # spares joining the tokens and splitting them again
-        joint = self.mixer(stream, torch.cat((text, image), 1))
-        return Branch(joint[:, -image.shape[1] :], None if self.last else joint[:, : text.shape[1]])
+        joint = self.filled["mixer"](stream, stream.layout.joined(text, image))
+        return Branch(joint[:, -image.shape[1] :]) if self.last else stream.layout.split(joint)
 
-    def mixer(self, stream: Stream, tokens: Tensor) -> Tensor:
+    def own_mixer(self, stream: Stream, tokens: Tensor) -> Tensor:
         """Joint attention: b (l + n) d, text first -> the same; of the last unit b n d."""
-        length = stream.layout.text_length
-        image, text = self.attend_jointly(stream, tokens[:, length:], tokens[:, :length])
-        return image if text is None else torch.cat((text, image), 1)
+        image, text = stream.layout.split(tokens)
+        image, text = self.attend_jointly(stream, image, text)
+        return image if text is None else stream.layout.joined(text, image)
 
     def attend_jointly(self, stream: Stream, image: Tensor, text: Tensor) -> Branch:
-        a, length = self.attn, text.shape[1]
+        a = self.attn
         q = torch.cat((normed(a.add_q_proj(text), a.norm_added_q, a), normed(a.to_q(image), a.norm_q, a)), 2)
         k = torch.cat((normed(a.add_k_proj(text), a.norm_added_k, a), normed(a.to_k(image), a.norm_k, a)), 2)
         v = torch.cat((heads(a.add_v_proj(text), a), heads(a.to_v(image), a)), 2)
-        o = self.attention(q, k, v, stream.layout, stream.step).transpose(1, 2).flatten(2)
-        return Branch(a.to_out[1](a.to_out[0](o[:, length:])), None if self.last else a.to_add_out(o[:, :length]))
+        image, text = stream.layout.split(self.attended(q, k, v, stream))
+        return Branch(a.to_out[1](a.to_out[0](image)), None if self.last else a.to_add_out(text))
 
-    def attend_again(self, tokens: Tensor) -> Tensor:
-        """Attention among image tokens: b n d -> b n d."""
-        a = self.attn2
+    def attend_again(self, image: Tensor, modulation: DualModulation) -> Branch:
+        """The second attention, among image tokens: b n d, before the norm."""
+        a, m = self.attn2, modulation
+        tokens = self.norm1.norm(image) * (1 + m.second_scale) + m.second_shift
         q, k = normed(a.to_q(tokens), a.norm_q, a), normed(a.to_k(tokens), a.norm_k, a)
         o = F.scaled_dot_product_attention(q, k, heads(a.to_v(tokens), a))
-        return a.to_out[1](a.to_out[0](o.transpose(1, 2).flatten(2)))
+        return Branch(a.to_out[1](a.to_out[0](o.transpose(1, 2).flatten(2))))
 
-    def ffn(self, tokens: Tensor, routing: Any = None) -> Tensor:
-        return self.ff(tokens)
+    def expand(self, tokens: Tensor) -> Tensor:
+        return self.ff.net[0](tokens)
 
-    def text_ffn(self, tokens: Tensor, routing: Any = None) -> Tensor:
+    def contract(self, features: Tensor) -> Tensor:
+        return self.ff.net[2](self.ff.net[1](features))
+
+    def own_text_ffn(self, tokens: Tensor, layout: Layout) -> Tensor:
         return self.ff_context(tokens)
 
     def feed(self, stream: Stream, modulation: Modulation) -> Branch:
-        shift, scale = modulation.feed_shift, modulation.feed_scale
+        shift, scale, layout = modulation.feed_shift, modulation.feed_scale, stream.layout
         image = torch.addcmul(shift.image, self.norm2(stream.image), 1 + scale.image)
-        image = self.ffn(image, stream.layout.routing)
+        image = self.part("ffn")(image, layout)
         if self.last:
             return Branch(image)
-        return Branch(image, self.text_ffn(torch.addcmul(shift.text, self.norm2_context(stream.text), 1 + scale.text)))
+        text = torch.addcmul(shift.text, self.norm2_context(stream.text), 1 + scale.text)
+        return Branch(image, self.part("text_ffn")(text, layout))
 
-    def forward(self, stream: Stream) -> Stream:
-        modulation = self.modulate(stream)
-        stream = residual(stream, "attention", self.attend(stream, modulation), modulation.attention_gate)
+    def block(self, stream: Stream) -> Stream:
+        m, given = self.modulate(stream), stream.image
+        stream = self.residual(stream, "attention", partial(self.attend, modulation=m), m.attention_gate)
         if self.dual:
-            second = Branch(self.attend_again(modulation.second))
-            stream = residual(stream, "second", second, Branch(modulation.second_gate))
-        stream = residual(stream, "feed", self.feed(stream, modulation), modulation.feed_gate)
+            stream = self.residual(stream, "second", lambda _: self.attend_again(given, m), Branch(m.second_gate))
+        stream = self.residual(stream, "feed", partial(self.feed, modulation=m), m.feed_gate)
         return replace(stream, text=None) if self.last else stream
 
     def end(self) -> None:
@@ -175,6 +191,10 @@ class JointUnit(StockUnit):
         self.norm1_context = norm.train(self.training)
         self.attn.to_add_out = self.ff_context = self.norm2_context = None
         self.last = True
+
+
+def projections(name: str) -> tuple[tuple[str, int], ...]:
+    return tuple((f"{name}.{part}", 1) for part in ("to_q", "to_k", "to_v"))
 
 
 def heads(tokens: Tensor, attention: Any) -> Tensor:
@@ -295,7 +315,7 @@ class SD3(StockDenoiser):
         cond = time + e.text_embedder(pooled_projections.to(dtype))
         rows, columns = (s // patch for s in hidden_states.shape[2:])
         layout = Layout(grid=(1, rows, columns), text_length=text.shape[1])
-        return Stream(image=image, text=text, cond=cond, time=time, layout=layout)
+        return Stream(image=image, text=text, cond=cond, time=time, signal=cond, layout=layout)
 
     def native(self, stream: Stream) -> Tensor:
         """b (y x) (p q c) -> b c (y p) (x q)."""

@@ -16,19 +16,21 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from edit.denoiser import Denoiser, Unit
+from edit.denoiser import Denoiser
 from edit.stream import Branch, Condition, Layout, Step, Stream
+from edit.unit import Features, Unit
 
 
 @dataclass(frozen=True)
 class Modulation:
-    """Gates of a unit's branches, and the tokens both branches read where they run in parallel."""
+    """Shifts, scales and gates of a unit's branches, each b 1 d for image and, where there is such, text."""
 
+    shift: Branch
+    scale: Branch
     attention_gate: Branch
+    feed_shift: Branch
+    feed_scale: Branch
     feed_gate: Branch
-    feed_shift: Branch | None = None
-    feed_scale: Branch | None = None
-    tokens: Branch | None = None  # normalised and modulated, as the attention reads them
 
 
 class StockUnit(Unit):
@@ -42,6 +44,17 @@ class StockUnit(Unit):
             self.register_parameter(name, p)
         for name, b in block.named_buffers(recurse=False):
             self.register_buffer(name, b, persistent=name not in block._non_persistent_buffers_set)
+
+
+def feed_forward(unit: nn.Module, name: str) -> Features | None:
+    """The hidden channels of a `diffusers` FeedForward; None: it is not two linear layers any more."""
+    net = getattr(unit.get_submodule(name), "net", ())
+    if len(net) < 3 or not hasattr(net[2], "in_features") or not hasattr(net[0], "proj"):
+        return None
+    size, act = net[2].in_features, net[0]
+    parts = act.proj.out_features // size
+    activation = getattr(act, "gelu", None) if parts == 1 else None
+    return Features(size, ((f"{name}.net.0.proj", parts),), ((f"{name}.net.2", 0),), None, activation)
 
 
 class StockDenoiser(Denoiser):

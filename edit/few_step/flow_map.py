@@ -67,10 +67,12 @@ class IntervalInput(Edit):
     def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
         if condition.end is None:
             return stream
-        assert own is not None
+        assert own is not None and stream.time is not None
+        if stream.cond is not stream.signal:
+            raise ValueError("IntervalInput adds to one vector that modulates all units, and this family has none")
         length = own(self.scale * (t.float() - condition.end.float())).to(stream.cond.dtype)
-        time = None if stream.time is None else stream.time + length
-        return replace(stream, cond=stream.cond + length, time=time)
+        cond = stream.cond + length
+        return replace(stream, cond=cond, time=stream.time + length, signal=cond)
 
 
 def need_interval(method: str, student: Denoiser) -> None:

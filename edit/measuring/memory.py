@@ -16,10 +16,11 @@ from typing import Literal
 
 import torch
 
-from edit.denoiser import Denoiser, Unit
+from edit.denoiser import Denoiser
 from edit.edits import trains
 from edit.measuring.probe import Probe
 from edit.measuring.turns import Call, Turn
+from edit.unit import Unit
 
 Placement = Literal["replicated", "sharded", "offloaded", "tied"]  # of a frozen model
 GB = 1e9

@@ -100,7 +100,7 @@ class ModulationApproximator(Edit):
 
     def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
         assert own is not None
-        return replace(stream, cond=own(stream.cond), time=None)
+        return replace(stream, cond=own(stream.cond), time=None, signal=None)
 
     @torch.enable_grad()
     def fit(self, own: Approximator, taught: Taught, pooled: Tensor) -> float:
@@ -215,15 +215,22 @@ class Approximator(nn.Module):
 
 
 class Slots(nn.Module):
-    """A norm whose shift and scale are two of the vectors in `emb`; the others it hands on, as FLUX's norms do."""
+    """A norm whose shift, scale and gates are vectors of the conditioning, b k d: as FLUX's norms, without weights."""
 
     def __init__(self, norm: nn.Module, first: int, count: int):
         super().__init__()
-        self.norm, self.first, self.count = norm, first, count
+        self.norm, self.silu, self.linear = norm, nn.Identity(), Pick(first, count)
 
-    def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:  # b s d, b k d -> b s d, b d ...
-        shift, scale, *rest = emb[:, self.first : self.first + self.count].unbind(1)
-        return self.norm(x) * (1 + scale[:, None]) + shift[:, None], *rest
+
+class Pick(nn.Module):
+    """Some of the vectors, side by side: b k d -> b (count d)."""
+
+    def __init__(self, first: int, count: int):
+        super().__init__()
+        self.first, self.count = first, count
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return vectors[:, self.first : self.first + self.count].flatten(1)
 
 
 class LastSlots(nn.Module):

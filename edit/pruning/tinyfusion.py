@@ -27,6 +27,7 @@ from edit.denoiser import Denoiser, Edit
 from edit.inputs.limits import NotNegative, check_numbers
 from edit.pruning.patterns import Groups, Pattern, groups_of, options, runs_of_one_kind
 from edit.stream import Condition, Stream
+from edit.unit import Wrapper
 
 MASK, CONFIDENCE, CHOICE = "tinyfusion.mask", "tinyfusion.confidence", "tinyfusion.choice"
 
@@ -161,11 +162,12 @@ class Gates(nn.Module):
         return ways.flatten()[self.places].nonzero()[:, 0].tolist()
 
 
-class Gated:
+class Gated(Wrapper):
     """A unit with its gate: mixed with its input while the search draws, run or skipped afterwards."""
 
     def __init__(self, unit: Any, gates: Gates, index: int):
-        self.unit, self.gates, self.index = unit, gates, index
+        super().__init__(unit)
+        self.gates, self.index = gates, index
 
     def __call__(self, stream: Stream) -> Stream:
         mask = stream.trace.get(MASK)

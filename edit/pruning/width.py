@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edit.backbones.dit import DiTBlock, Mlp
-from edit.backbones.flux import SingleUnit
 from edit.denoiser import Denoiser, Edit
 from edit.edits import chosen
 from edit.inputs.limits import check_numbers
+from edit.unit import Unit, core
 
-FEED_FORWARDS = ("ff", "ff_context", "img_mlp", "txt_mlp")  # of image and text, in the stock classes' blocks
 TEXT = ("ff_context", "txt_mlp")
 NODES = 1025  # of the integrals over a Gaussian
 
@@ -47,7 +44,7 @@ class FeedForwardWidth(Edit):
             raise ValueError(f"FeedForwardWidth: ratio is the share to drop, in (0, 1), got {self.ratio}")
 
     def apply(self, denoiser: Denoiser) -> None:
-        found = [(i, feed_forwards(denoiser.units[i])) for i in chosen("FeedForwardWidth", self.units, denoiser)]
+        found = [(i, feed_forwards(core(denoiser.units[i]))) for i in chosen("FeedForwardWidth", self.units, denoiser)]
         for i, layers in found:  # all are looked at before the first is cut
             if not layers or any(type(layer) is not nn.Linear for into, out, _ in layers for layer in (into, out)):
                 raise ValueError(
@@ -60,17 +57,13 @@ class FeedForwardWidth(Edit):
                 shrink(into, out, first, max(1, round(hidden * (1 - self.ratio))))
 
 
-def feed_forwards(unit: Any) -> list[tuple[nn.Linear, nn.Linear, int]]:
+def feed_forwards(unit: Unit) -> list[tuple[nn.Module, nn.Module, int]]:
     """Each network of a unit: the layer into it, the layer out of it, that one's first column that reads it."""
-    if {"ffn", "text_ffn"} & vars(unit).keys():
+    if "ffn" in unit.slots or "text_ffn" in unit.slots:
         return []
-    if isinstance(unit, DiTBlock):
-        mlp: Any = unit.mlp
-        return [(mlp.fc1, mlp.fc2, 0) if isinstance(mlp, Mlp) else (mlp.w12, mlp.w3, 0)]
-    if isinstance(unit, SingleUnit):
-        return [(unit.proj_mlp, unit.proj_out, unit.attn.inner_dim)]  # type: ignore[list-item]
-    parts = [getattr(unit, name, None) for name in FEED_FORWARDS]
-    return [(p.net[0].proj, p.net[2], 0) for p in parts if hasattr(p, "net")]
+    found = (f for f in (unit.anatomy.feed, unit.anatomy.text_feed) if f is not None)
+    parts = ((f.writers[0][0], *f.readers[0]) for f in found)
+    return [(unit.get_submodule(into), unit.get_submodule(out), first) for into, out, first in parts]
 
 
 @torch.no_grad()
@@ -119,21 +112,20 @@ class TextFeedForwardLinear(Edit):
             raise ValueError("TextFeedForwardLinear: name at least one unit, counted from 0")
 
     def apply(self, denoiser: Denoiser) -> None:
-        from diffusers.models.activations import GELU
-
         found = []
         for i in chosen("TextFeedForwardLinear", self.units, denoiser):
-            unit: Any = denoiser.units[i]
-            name = next((n for n in TEXT if hasattr(getattr(unit, n, None), "net")), None)
-            if name is None or "text_ffn" in vars(unit) or not isinstance(getattr(unit, name).net[0], GELU):
+            unit = core(denoiser.units[i])
+            network = unit.anatomy.text_feed
+            if network is None or "text_ffn" in unit.slots or network.activation is None:
                 raise ValueError(
                     f"TextFeedForwardLinear: unit {i} of this {denoiser.name} has no text feed-forward network with a "
                     "GELU: name two-stream units (FLUX, SD3, Qwen-Image), and no other edit on the same network"
                 )
-            found.append((unit, name))
-        for unit, name in found:
-            network = getattr(unit, name).net
-            setattr(unit, name, linearised(network[0].proj, network[0].gelu, network[2]))
+            found.append((unit, network))
+        for unit, network in found:
+            (into, _), (out, _) = network.writers[0], network.readers[0]
+            new = linearised(unit.get_submodule(into), network.activation, unit.get_submodule(out))
+            setattr(unit, into.partition(".")[0], new)
 
     def stock_key(self, key: str) -> str | None:
         return None if self._new(key) else key

@@ -71,9 +71,10 @@ def take(stream: Stream, rows: Tensor) -> Stream:
     def of(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.index_select(0, rows)
 
-    layout = replace(stream.layout, text_mask=of(stream.layout.text_mask), kept=of(stream.layout.kept))
+    layout = replace(stream.layout, text_mask=of(stream.layout.text_mask))
     image, cond = stream.image.index_select(0, rows), stream.cond.index_select(0, rows)
-    return replace(stream, image=image, cond=cond, text=of(stream.text), time=of(stream.time), layout=layout, trace={})
+    told = {"text": of(stream.text), "time": of(stream.time), "signal": of(stream.signal)}
+    return replace(stream, image=image, cond=cond, layout=layout, trace={}, **told)
 
 
 def mean_over_ranks(local: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ Decisions are hard at inference. A generation reads all units' widths once per e
 slices of their weights, kept until the widths change, and chosen tokens are gathered. The host waits for the device
 once per evaluation for the widths, and once in each unit for the number of its tokens.
 
-FLUX follows DyFLUX: a modulated router chooses tokens, in single units from their input; tokens left out are only keys
-and values, and neither attention nor MLP changes them; text always runs. Ours: width by time in double units as well,
-and routers whose last layer starts at zero, since a random one with a bias of 5 closes some parts at once.
+Families with text in the joint sequence follow DyFLUX: a modulated router chooses tokens, in fused units (FLUX's single
+ones) from their input; tokens left out are only keys and values, and neither attention nor MLP changes them; text
+always runs. Ours: width by time in double units as well; families other than DiT, SiT and FLUX; and routers beside text
+whose last layer starts at zero, since a random one with a bias of 5 closes some parts at once.
 
 Specification: methods/dydit.md, without its TD-LoRA. Ours: routers read detached streams, so that the budget moves no
 backbone weight; costs come from shapes, text and registers included; large gradients are clipped (the release skips
@@ -33,26 +34,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from edit.backbones.dit import DiTBlock
-from edit.backbones.flux import DoubleUnit, SingleUnit
-from edit.denoiser import Denoiser, Edit, Unit
+from edit.denoiser import Denoiser, Edit
 from edit.inputs.limits import check_numbers
 from edit.objectives import Ramp, Weight, weight_at
 from edit.routing.batches import mean_over_ranks, run_grouped, sharded, uploaded
 from edit.routing.dydit_routers import TOKENS, WIDTHS, DyDiTRouters, ModulatedTokenRouter, TimeRouter, TokenRouter, work
 from edit.routing.ranking import check_order, order_channels, order_heads
-from edit.routing.slices import (
-    MaskedFeed,
-    MaskedHeads,
-    compiled_as,
-    heads_of,
-    hidden_of,
-    narrowed,
-    number_of_heads,
-    variant,
-)
-from edit.routing.tokens import Run, choosing, gathered, multiplied
+from edit.routing.slices import compiled_as, narrowed, variant
+from edit.routing.tokens import Pointwise, choosing, gathered, multiplied
 from edit.stream import Condition, Output, Routing, Stream
+from edit.unit import Unit, Wrapper, heads_of, hidden_of
 
 RATIO, TARGET, PLAN, WHOLE = "dydit.ratio", "dydit.target", "dydit.plan", "dydit.whole"
 SAMPLE, VARIANCE = "dydit.complete.sample", "dydit.complete.variance"
@@ -68,8 +59,9 @@ class DyDiT(Edit):
             1 up to step 100 of 200k, then down to its end at step 1100
         weight: of the budget's squared error; 1 in the paper, 2 in its code
         temperature: tau, of the gradient alone; draws do not depend on it
-        bias: of fresh width routers, so that everything is open; None: the family's, 15 or in FLUX 5
-        token_bias: likewise of the token routers; None: 35 or in FLUX 5
+        bias: of fresh width routers, so that everything is open; None: 15 or, with text in the joint
+            sequence (FLUX), 5
+        token_bias: likewise of the token routers; None: 35 or 5
         complete: fraction of the run, from its start, that also trains the complete network, at about twice the cost
         width: choose heads and channel groups by time
         tokens: choose the tokens of the feed-forward
@@ -105,17 +97,18 @@ class DyDiT(Edit):
     def apply(self, denoiser: Denoiser) -> DyDiTRouters:
         units = denoiser.units
         for unit in units:
-            if not isinstance(unit, (DiTBlock, DoubleUnit, SingleUnit)):
+            if not isinstance(unit, Unit):
                 raise ValueError(
-                    f"DyDiT chooses within the units of DiT, SiT and FLUX, this {denoiser.name} has a "
-                    f"{type(unit).__name__}: use another backbone, or leave out the edit that wraps units"
+                    f"DyDiT chooses within units, but a {type(unit).__name__} wraps one of this {denoiser.name}: put "
+                    "DyDiT in the place of the edit that does"
                 )
             if self.order and self.width:
                 check_order(unit)
-        flux, weight = not isinstance(units[0], DiTBlock), next(denoiser.parameters())
-        bias, token_bias = (5.0, 5.0) if flux else (15.0, 35.0)
+        first, weight = units[0].anatomy, next(denoiser.parameters())
+        beside = first.joint  # text: as in DyFLUX
+        bias, token_bias = (5.0, 5.0) if beside else (15.0, 35.0)
         works = [work(unit) for unit in units]
-        d, h = heads_of(units[0]).size, number_of_heads(units[0])
+        d, h = heads_of(units[0]).size, first.heads
         if self.width and (h == 1 or any(w.channels % h for w in works)):
             raise ValueError(
                 f"DyDiT: hidden channels form as many groups as there are heads, at least two, but this {denoiser.name}"
@@ -123,9 +116,9 @@ class DyDiT(Edit):
             )
         bias = bias if self.bias is None else self.bias
         token_bias = token_bias if self.token_bias is None else self.token_bias
-        router = ModulatedTokenRouter if flux else TokenRouter
+        router = ModulatedTokenRouter if beside else TokenRouter
         with weight.device:
-            width = TimeRouter(d, len(units), h, bias, zero=flux) if self.width else None
+            width = TimeRouter(d, len(units), h, bias, zero=beside) if self.width else None
             tokens = nn.ModuleList(router(d, token_bias) for _ in units) if self.tokens else None
             own = DyDiTRouters(works, h, width, tokens, self.temperature).float()
         self.advance(0.0, own)
@@ -163,7 +156,7 @@ class DyDiT(Edit):
             sample, trace[SAMPLE] = sample[:b], sample[b:]
             if variance is not None:
                 variance, trace[VARIANCE] = variance[:b], variance[b:]
-        trace[RATIO] = own.ratio(trace, stream.layout, stream.image.shape[1] - stream.layout.registers)
+        trace[RATIO] = own.ratio(trace, stream.layout, stream.layout.of_image(stream.image).shape[1])
         return Output(sample, variance, trace)
 
     def further(self, output: Output) -> dict[str, Output]:
@@ -199,14 +192,14 @@ def doubled(stream: Stream) -> Stream:
         return None if x is None else torch.cat((x, x))
 
     layout = stream.layout
-    layout = replace(layout, text_mask=twice(layout.text_mask), kept=twice(layout.kept))
+    layout = replace(layout, text_mask=twice(layout.text_mask))
     image, cond = torch.cat((stream.image, stream.image)), torch.cat((stream.cond, stream.cond))
+    told = {"text": twice(stream.text), "time": twice(stream.time), "signal": twice(stream.signal)}
     whole = torch.arange(len(image), device=image.device) >= len(stream.image)
-    stream = replace(stream, image=image, cond=cond, text=twice(stream.text), time=twice(stream.time), layout=layout)
-    return stream.record(WHOLE, whole)
+    return replace(stream, image=image, cond=cond, layout=layout, **told).record(WHOLE, whole)
 
 
-class Routed:
+class Routed(Wrapper):
     """A unit with its decisions: masked while training, sliced to the open parts afterwards.
 
     Masks replace slices, with equal outputs and full cost, while training and when (a) taps are requested, (b) under
@@ -215,13 +208,13 @@ class Routed:
     """
 
     def __init__(self, unit: Unit, own: DyDiTRouters, index: int):
+        super().__init__(unit)
         self.own, self.index = own, index
         self.plain = variant(unit, {})  # source of narrow copies
         self.whole = self.choosing(variant(unit, {}), gathered)
-        unit.attention, unit.ffn = MaskedHeads(unit), MaskedFeed(unit)  # type: ignore[method-assign]
-        self.unit = self.choosing(unit, multiplied)
+        self.choosing(unit, multiplied)
 
-    def choosing(self, unit: Unit, run: Run) -> Unit:
+    def choosing(self, unit: Unit, run: Pointwise) -> Unit:
         """The unit with its choice of tokens, where there is one."""
         if self.own.tokens is None:
             return unit
@@ -301,14 +294,12 @@ class Routed:
 
 
 class TokenChoice:
-    """A router's choice of image tokens, for the trace and for the layers that run on them."""
+    """A router's choice of image tokens."""
 
     def __init__(self, own: DyDiTRouters, router: nn.Module):
         self.own, self.router = own, router
 
-    def __call__(self, stream: Stream) -> Stream:
+    def __call__(self, stream: Stream) -> Tensor:
+        """b n, 0 or 1."""
         mask = self.own.opened(self.router(stream))
-        if WHOLE in stream.trace:  # the complete network takes all
-            mask = torch.where(stream.trace[WHOLE][:, None], 1.0, mask)
-        routing = replace(stream.layout.routing or Routing(), tokens=mask)
-        return replace(stream, layout=replace(stream.layout, routing=routing)).record(TOKENS, mask)
+        return torch.where(stream.trace[WHOLE][:, None], 1.0, mask) if WHOLE in stream.trace else mask  # it takes all

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.backbones.flux import DoubleUnit, SingleUnit
-from edit.denoiser import Unit
 from edit.routing.batches import by_key
-from edit.routing.slices import heads_of, hidden_of
 from edit.stream import Layout, Stream
+from edit.unit import Features, Unit, heads_of, hidden_of
 
 WIDTHS, TOKENS = "dydit.widths", "dydit.tokens"  # names in the trace
 
@@ -21,10 +19,12 @@ WIDTHS, TOKENS = "dydit.widths", "dydit.tokens"  # names in the trace
 class Work(NamedTuple):
     """Multiply-accumulates of a unit with everything on, by what they grow with; modulation and routers are left out.
 
-    Of t = text and image tokens, registers included, of which k are chosen (registers and in single units text always
-    are), with shares h of the heads and g of the channels:
+    Of t = tokens of the attention, registers and, in joint sequences, text included, of which k are chosen (registers
+    and in fused units text always are), with shares h of the heads and g of the channels:
 
-        text * l + h (token t + pair t^2) + k (h out + g feed)
+        text * l + (i + l) read + i l reads + i more + i^2 mores + h (token t + pair t^2) + k (h out + g feed)
+
+    where i = image tokens and registers.
     """
 
     channels: int  # hidden, of the image's feed-forward
@@ -32,8 +32,13 @@ class Work(NamedTuple):
     pair: int
     out: int
     feed: int
-    text: int
-    joint: bool  # text tokens are chosen, too, all of them
+    text: int  # of the text's own feed-forward
+    fused: bool  # text tokens are chosen, too, all of them
+    along: bool  # text tokens are tokens of the attention
+    read: int = 0  # of a cross-attention: each token's projections
+    reads: int = 0
+    more: int = 0  # of a second attention among image tokens
+    mores: int = 0
 
     def parts(self, n: int, registers: int, length: int) -> tuple[int, int, int]:
         """Fixed work, the work of all heads before the choice, and how many tokens are always chosen.
@@ -42,22 +47,29 @@ class Work(NamedTuple):
             n: image tokens
             registers, length: further ones, of text
         """
-        t, joint = n + registers + length, length if self.joint else 0
-        return length * self.text, t * self.token + t * t * self.pair, registers + joint
+        i = n + registers
+        t, always = i + (length if self.along else 0), registers + (length if self.fused else 0)
+        fixed = length * self.text + (i + length) * self.read + i * length * self.reads + i * self.more
+        return fixed + i * i * self.mores, t * self.token + t * t * self.pair, always
 
 
 def work(unit: Unit) -> Work:
-    """Read off the shapes of the unit's layers."""
-    u: Any = unit
-    inner, features = heads_of(unit).size, hidden_of(unit)
-    d = u.get_submodule(features.writers[0][0]).in_features
-    feed = (features.writers[0][1] + 1) * d * features.size
-    if isinstance(unit, SingleUnit):
-        return Work(features.size, 3 * d * inner, 2 * inner, inner * d, feed, 0, True)
-    text = 0
-    if isinstance(unit, DoubleUnit):
-        text = sum(m.in_features * m.out_features for m in u.ff_context.modules() if isinstance(m, nn.Linear))
-    return Work(features.size, 4 * d * inner, 2 * inner, 0, feed, text, False)
+    """Read off the unit's anatomy."""
+    a, inner, features = unit.anatomy, heads_of(unit).size, hidden_of(unit)
+    d = unit.get_submodule(features.writers[0][0]).in_features
+
+    def feed(f: Features | None) -> int:
+        return 0 if f is None else (f.writers[0][1] + 1) * d * f.size
+
+    further: dict[str, int] = {}
+    if a.cross is not None:
+        further |= {"read": 2 * d * a.cross.size, "reads": 2 * a.cross.size}
+    if a.second is not None:
+        further |= {"more": 4 * d * a.second.size, "mores": 2 * a.second.size}
+    token, out = (3, inner * d) if a.fused else (4, 0)
+    return Work(
+        features.size, token * d * inner, 2 * inner, out, feed(features), feed(a.text_feed), a.fused, a.joint, **further
+    )
 
 
 class DyDiTRouters(nn.Module):
@@ -175,7 +187,7 @@ class TimeRouter(Logits):
 
 
 class TokenRouter(nn.Module):
-    """Logits of the image tokens of a DiT, b n, from the residual stream as it is.
+    """Logits of image tokens, b n, from the residual stream as it is.
 
     Args:
         d: width of the tokens
@@ -191,12 +203,12 @@ class TokenRouter(nn.Module):
         nn.init.constant_(self.out.bias, bias)
 
     def forward(self, stream: Stream) -> Tensor:
-        tokens = stream.image[:, stream.layout.registers :].detach()
+        tokens = stream.layout.of_image(stream.image).detach()
         return self.out(F.relu(self.into(tokens.to(self.into.weight.dtype))))[..., 0]
 
 
 class ModulatedTokenRouter(nn.Module):
-    """Logits of FLUX's image tokens, b n, from each of them and the mean of the text, normalised and modulated.
+    """Logits of image tokens beside text, b n, from each of them and the mean of the text, normalised and modulated.
 
     Args:
         d: width of the tokens
@@ -212,10 +224,11 @@ class ModulatedTokenRouter(nn.Module):
         nn.init.constant_(self.out.bias, bias)
 
     def forward(self, stream: Stream) -> Tensor:
-        dtype, text = self.out.weight.dtype, stream.text
-        assert text is not None
-        modulation = self.modulation(F.silu(stream.cond.detach().to(dtype)))[:, None]
+        dtype, text, signal = self.out.weight.dtype, stream.text, stream.signal
+        assert text is not None and signal is not None
+        modulation = self.modulation(F.silu(signal.detach().to(dtype)))[:, None]
         shift, scale, text_shift, text_scale = modulation.chunk(4, -1)
-        image = torch.addcmul(shift, self.norm(stream.image.detach().to(dtype)), 1 + scale)
+        image = stream.layout.of_image(stream.image).detach().to(dtype)
+        image = torch.addcmul(shift, self.norm(image), 1 + scale)
         text = torch.addcmul(text_shift, self.norm(text.detach().to(dtype)), 1 + text_scale)
         return self.out(image + text.mean(1, keepdim=True))[..., 0]

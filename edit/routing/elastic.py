@@ -35,17 +35,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.backbones.dit_diffusers import BasicUnit, ClassUnit
-from edit.backbones.pixart import PixArtUnit
-from edit.backbones.sd3 import JointUnit
-from edit.denoiser import Denoiser, Edit, Unit
+from edit.denoiser import Denoiser, Edit
 from edit.inputs.limits import Count, check_numbers
 from edit.objectives import Ramp, Weight, weight_at
 from edit.pruning.tinyfusion import mix
 from edit.routing.batches import mean_over_ranks, rows_on, run_grouped, sharded
 from edit.routing.ranking import check_order, order_channels
-from edit.routing.slices import MaskedFeed, compiled_as, hidden_of, narrowed, variant
+from edit.routing.slices import compiled_as, narrowed
 from edit.stream import Condition, Routing, Stream
+from edit.unit import Unit, Wrapper, hidden_of
 
 GATE, WIDTH = "elastic.gate", "elastic.width"  # the budgets of a training pass
 WIDTHS = 4  # of an MLP: 1/4, 1/2, 3/4 and 1 of its hidden channels
@@ -124,11 +122,6 @@ class Elastic(Edit):
 
     def apply(self, denoiser: Denoiser) -> ElasticRouters:
         units: list = list(denoiser.units)
-        if any(isinstance(unit, ClassUnit) for unit in units):
-            raise ValueError(
-                f"Elastic: every block of a {denoiser.name} embeds time and class for itself and for the readout, so "
-                "none can be closed: use a dit"
-            )
         first: list = [unit.get_submodule(hidden_of(unit).writers[0][0]) for unit in units]
         for unit in units if self.order else ():
             check_order(unit, hidden_of(unit))
@@ -137,10 +130,7 @@ class Elastic(Edit):
                 [Router(layer.in_features, self.router, self.width is not None) for layer in first]
             ).float()
         self.advance(0.0, own)
-        wrapped: list = [ElasticUnit(unit, own, i, self) for i, unit in enumerate(units)]
-        for unit in units if self.width is not None else ():  # after all copies are made: none was refused
-            unit.ffn = MaskedFeed(unit)
-        denoiser.units = wrapped
+        denoiser.units = [ElasticUnit(unit, own, i, self) for i, unit in enumerate(units)]
         return own
 
     def initialise(self, denoiser: Denoiser) -> None:
@@ -275,17 +265,17 @@ class Router(nn.Module):
         if self.width is not None:
             nn.init.constant_(self.width.bias[-1:], WHOLE)
 
-    def forward(self, cond: Tensor, image: Tensor, text: Tensor | None, mask: Tensor | None):
+    def forward(self, signal: Tensor, image: Tensor, text: Tensor | None, mask: Tensor | None):
         """p [b] and q [b 4], fp32; q is None where MLPs stay whole.
 
         Args:
-            cond: b d, input of the unit's adaLN
+            signal: b d, all that modulates the units
             image: b n d
             text: b l d, where the unit writes it
             mask: b l, bool, text that is no padding; None: all
         """
         dtype = self.trunk.weight.dtype
-        shift, scale = self.modulation(F.silu(cond.to(dtype)))[:, None].chunk(2, 2)
+        shift, scale = self.modulation(F.silu(signal.to(dtype)))[:, None].chunk(2, 2)
 
         def features(tokens: Tensor) -> Tensor:
             x = torch.addcmul(shift, F.layer_norm(tokens, tokens.shape[2:], eps=EPS), 1 + scale)
@@ -314,21 +304,20 @@ class SmallLinear(nn.Linear):
 # ---- units ----------------------------------------------------------------------------------------------------------
 
 
-class ElasticUnit:
+class ElasticUnit(Wrapper):
     """A unit behind its router: with factors while training, afterwards run at the width that each sample needs, if at
     all."""
 
     def __init__(self, unit: Unit, own: ElasticRouters, index: int, edit: Elastic):
-        self.unit, self.own, self.index, self.edit = unit, own, index, edit
+        super().__init__(unit)
+        self.own, self.index, self.edit = own, index, edit
         features = hidden_of(unit)
-        self.size = features.size
-        self.joint = not isinstance(unit, BasicUnit)  # PixArt's text is no token of the stream that units write
-        self.last = isinstance(unit, JointUnit) and unit.last  # SD3's, after which there is no text
+        self.size, self.joint = features.size, unit.anatomy.joint
+        self.last = unit.anatomy.text == "ends"
         self.widths: dict[int, Unit] = {WIDTHS: unit}
         if edit.width is not None:
             parts = {k: slice(0, -(-k * self.size // WIDTHS)) for k in range(1, WIDTHS)}
-            self.widths = {k: narrowed(unit, [(features, part)]) for k, part in parts.items()}
-            self.widths[WIDTHS] = variant(unit, {})  # without the slot, FLUX's single units stay fused
+            self.widths |= {k: narrowed(unit, [(features, part)]) for k, part in parts.items()}
 
     def __call__(self, stream: Stream) -> Stream:
         p, q = self.route(stream)
@@ -349,9 +338,8 @@ class ElasticUnit:
 
     def route(self, stream: Stream) -> tuple[Tensor, Tensor | None]:
         """p [b] and q [b 4]."""
-        cond = stream.time if isinstance(self.unit, PixArtUnit) else stream.cond  # there b 6d, the modulation itself
-        image, text = stream.image[:, stream.layout.registers :], stream.text if self.joint else None
-        return self.own[self.index](cond, image, text, stream.layout.text_mask)
+        image, text = stream.layout.of_image(stream.image), stream.text if self.joint else None
+        return self.own[self.index](stream.signal, image, text, stream.layout.text_mask)
 
     @property
     def narrows(self) -> bool:
@@ -409,7 +397,7 @@ class ElasticUnit:
         edit, step = self.edit, stream.step
         if step is None or edit.band < 0 or edit.reuse == 0 or step.index < edit.cache_from * step.count:
             return None
-        return step.recall("elastic", self.index).setdefault("residuals", Residuals(len(stream.image)))
+        return step.recall(self.edit.name, self.index).setdefault("residuals", Residuals(len(stream.image)))
 
     def run(self, width: int, stream: Stream) -> Stream:
         """The unit at a width, compiled where the unit is."""

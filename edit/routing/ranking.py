@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from edit.denoiser import Unit
-from edit.routing.slices import Adapted, Features, heads_of, hidden_of, number_of_heads
+from edit.routing.slices import Adapted
+from edit.unit import Features, Unit, heads_of, hidden_of
 
 
 def order_heads(unit: Unit) -> None:
@@ -21,7 +21,7 @@ def order_heads(unit: Unit) -> None:
     Raises:
         ValueError: if a layer is neither a plain linear one nor adapted
     """
-    order(unit, heads_of(unit), number_of_heads(unit))
+    order(unit, heads_of(unit), unit.anatomy.heads)
 
 
 def order_channels(unit: Unit) -> None:

@@ -1,9 +1,9 @@
 """Units with some of their heads and hidden channels: factors while training, slices of the weights afterwards.
 
-Features between two linear layers of a unit (heads of its attention, hidden channels of its feed-forward) are described
-by the layers that write them and the layers that read them. In every family, leaving features out means leaving out the
-writers' rows and the readers' columns. A copy of a unit shares all its weights and replaces some of its layers; it is a
-unit with its own static shape.
+Features between two linear layers of a unit (heads of its attention, hidden channels of its feed-forward) are told by
+its anatomy: the layers that write them and the layers that read them. In every family, leaving features out means
+leaving out the writers' rows and the readers' columns. A copy of a unit shares all its weights and replaces some of its
+layers; it is a unit with its own static shape.
 """
 
 from __future__ import annotations
@@ -19,98 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.backbones.dit import DiTBlock, Mlp
-from edit.backbones.dit_diffusers import BasicUnit
-from edit.backbones.flux import DoubleUnit, SingleUnit
-from edit.backbones.qwen_image import QwenImageUnit
-from edit.backbones.sd3 import JointUnit
-from edit.denoiser import Unit
-from edit.stream import Layout, Routing, Step, Stream
+from edit.stream import Stream
+from edit.unit import Features, Unit
 
 Part = slice | Tensor  # of features: a range, or int64 indices in order
-
-
-@dataclass(frozen=True)
-class Features:
-    """Hidden features of a unit, between the linear layers that write and those that read them, by path in the unit."""
-
-    size: int
-    writers: tuple[tuple[str, int], ...]  # with how many parts of `size` rows: 3 of a joint qkv, 2 of SwiGLU
-    readers: tuple[tuple[str, int], ...]  # with the first column that reads them
-    count: tuple[str, str] | None = None  # module and attribute that says how many heads there are
-
-
-def hidden_of(unit: Unit) -> Features:
-    """The hidden channels of a unit's (image) feed-forward.
-
-    Raises:
-        ValueError: if the unit has none that is known here, or an edit has put something else in its place
-    """
-    u: Any = unit
-    match unit:
-        case _ if "ffn" in vars(unit):
-            raise ValueError(
-                f"another edit replaced the feed-forward of this {type(unit).__name__}: leave one of them out"
-            )
-        case DiTBlock() if isinstance(unit.mlp, Mlp):
-            return Features(u.mlp.fc2.in_features, (("mlp.fc1", 1),), (("mlp.fc2", 0),))
-        case DiTBlock():
-            return Features(u.mlp.w3.in_features, (("mlp.w12", 2),), (("mlp.w3", 0),))
-        case SingleUnit():
-            width = u.attn.inner_dim
-            return Features(u.proj_out.in_features - width, (("proj_mlp", 1),), (("proj_out", width),))
-        case BasicUnit() | DoubleUnit() | JointUnit() | QwenImageUnit():
-            name = "img_mlp" if isinstance(unit, QwenImageUnit) else "ff"
-            net = getattr(getattr(u, name), "net", ())
-            if len(net) > 2 and hasattr(net[2], "in_features") and hasattr(net[0], "proj"):
-                size = net[2].in_features
-                parts = net[0].proj.out_features // size
-                return Features(size, ((f"{name}.net.0.proj", parts),), ((f"{name}.net.2", 0),))
-    raise ValueError(f"the feed-forward of a {type(unit).__name__} is not known here: two linear layers are expected")
-
-
-def heads_of(unit: Unit) -> Features:
-    """The heads' outputs of a unit's attention, in the (joint) order of its heads; PixArt's is the self-attention.
-
-    Raises:
-        ValueError: if the unit has none that is known here, or an edit has put something else in its place
-    """
-    u: Any = unit
-    joint = (("attn.to_q", 1), ("attn.to_k", 1), ("attn.to_v", 1))
-    added = (("attn.add_q_proj", 1), ("attn.add_k_proj", 1), ("attn.add_v_proj", 1))
-    out, text_out = ("attn.to_out.0", 0), ("attn.to_add_out", 0)
-    match unit:
-        case _ if "mixer" in vars(unit):
-            raise ValueError(
-                f"another edit replaced the attention of this {type(unit).__name__}: leave one of them out"
-            )
-        case DiTBlock():
-            return Features(u.attn.proj.in_features, (("attn.qkv", 3),), (("attn.proj", 0),), ("attn", "num_heads"))
-        case BasicUnit():
-            size = u.attn1.to_out[0].in_features
-            writers = tuple((name.replace("attn", "attn1"), parts) for name, parts in joint)
-            return Features(size, writers, (("attn1.to_out.0", 0),), ("attn1", "heads"))
-        case SingleUnit():
-            return Features(u.attn.inner_dim, joint, (("proj_out", 0),))
-        case JointUnit():
-            readers = (out,) if unit.last else (out, text_out)
-            return Features(u.attn.to_out[0].in_features, joint + added, readers, ("attn", "heads"))
-        case DoubleUnit() | QwenImageUnit():
-            return Features(u.attn.to_out[0].in_features, joint + added, (out, text_out))
-    raise ValueError(f"the attention of a {type(unit).__name__} is not known here")
-
-
-def number_of_heads(unit: Unit) -> int:
-    """Heads of a unit's attention."""
-    u: Any = unit
-    match unit:
-        case DiTBlock():
-            return u.attn.num_heads
-        case BasicUnit():
-            return u.attn1.heads
-        case SingleUnit() | DoubleUnit():
-            return u.attn.inner_dim // u.attn.head_dim
-    return u.attn.heads
 
 
 # ---- a unit whose layers are called otherwise -----------------------------------------------------------------------
@@ -119,8 +31,8 @@ def number_of_heads(unit: Unit) -> int:
 def variant(unit: Unit, layers: Mapping[str, nn.Module], counts: Mapping[tuple[str, str], int] | None = None) -> Unit:
     """A copy of a unit that shares all its weights and has other modules at some paths.
 
-    Made before the unit is sharded or compiled, and before its slots are replaced, it shares the hooks that gather
-    weights, and computes as the unit does now.
+    Made before the unit is sharded or compiled, it shares the hooks that gather weights. Its slots are its own: filled
+    as the unit's are now.
 
     Args:
         unit: stays as it is
@@ -139,6 +51,7 @@ def variant(unit: Unit, layers: Mapping[str, nn.Module], counts: Mapping[tuple[s
         return copied[path]
 
     other.__dict__["_modules"] = dict(other._modules)
+    other.__dict__["filled"] = dict(unit.filled)
     for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
         own(parent)._modules[name] = layer
@@ -379,57 +292,3 @@ def one_sequence(unit: Unit, samples: Tensor) -> Iterator[None]:
         yield
     finally:
         calls.open.pop()
-
-
-# ---- parts while training: factors that gradients reach -------------------------------------------------------------
-
-
-class MaskedFeed:
-    """The slot `ffn` of a unit whose hidden channels have factors, `Layout.routing.channels`; without, what it was.
-
-    Calls the unit's own layers, whatever wraps or shards them.
-
-    Args:
-        unit: before the slot is replaced
-    """
-
-    def __init__(self, unit: Unit):
-        hidden_of(unit)  # raises for an unknown unit
-        self.unit: Any = unit
-
-    def __call__(self, tokens: Tensor, routing: Routing | None = None) -> Tensor:
-        u = self.unit
-        if isinstance(u, DiTBlock):
-            mlp: Any = u.mlp
-            if isinstance(mlp, Mlp):
-                return mlp.fc2(masked(F.gelu(mlp.fc1(tokens), approximate="tanh"), routing))
-            gate, value = mlp.w12(tokens).chunk(2, dim=-1)
-            return mlp.w3(masked(F.silu(gate) * value, routing))
-        if isinstance(u, SingleUnit):
-            return u._project(masked(u.act_mlp(u.proj_mlp(tokens)), routing), u.attn.inner_dim)
-        net = u.img_mlp.net if isinstance(u, QwenImageUnit) else u.ff.net
-        return net[2](net[1](masked(net[0](tokens), routing)))
-
-
-def masked(features: Tensor, routing: Routing | None) -> Tensor:
-    """b n c, times the factors of its channels where there are any."""
-    if routing is None or routing.channels is None:
-        return features
-    return features * routing.channels[:, None].to(features.dtype)
-
-
-class MaskedHeads:
-    """The slot `attention` of a unit whose heads have factors, `Layout.routing.heads`; without, what it was.
-
-    Args:
-        unit: before the slot is replaced
-    """
-
-    def __init__(self, unit: Unit):
-        self.attention = unit.attention
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, step: Step | None) -> Tensor:
-        o = self.attention(q, k, v, layout, step)
-        if layout.routing is None or layout.routing.heads is None:
-            return o
-        return o * layout.routing.heads[:, :, None, None].to(o.dtype)

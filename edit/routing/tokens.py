@@ -1,27 +1,24 @@
 """Units that run their feed-forward on some of the image tokens: factors while training, fewer rows afterwards.
 
-A DiT's router chooses tokens between a unit's two branches, from the output of attention. FLUX's single units, whose
-branches read the same tokens, choose from their input and run their output layer on the chosen tokens.
+A router chooses tokens in front of the feed-forward, from the output of attention. Fused units, whose branches read the
+same tokens, choose from their input and run their output layer on the chosen tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import MethodType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edit.backbones.flux import SingleUnit, split
-from edit.backbones.stock import finite
-from edit.denoiser import Unit
-from edit.routing.slices import masked, one_sequence
-from edit.stream import Branch, Routing, Stream, add, residual
+from edit.routing.dydit_routers import TOKENS
+from edit.routing.slices import one_sequence
+from edit.stream import Branch, Layout, Routing, Stream
+from edit.unit import Run, Unit
 
-Run = Callable[..., Tensor]  # (unit, f, kept, *tokens) -> f(*tokens) where kept, else zero
+Pointwise = Callable[..., Tensor]  # (unit, f, kept, *tokens) -> f(*tokens) where kept, else zero
 
 
 def multiplied(unit: Unit, f: Callable[..., Tensor], kept: Tensor, *tokens: Tensor) -> Tensor:
@@ -40,69 +37,62 @@ def gathered(unit: Unit, f: Callable[..., Tensor], kept: Tensor, *tokens: Tensor
     return out.new_zeros(kept.numel(), out.shape[1]).index_copy(0, rows, out).unflatten(0, kept.shape)
 
 
-def with_others(routing: Routing | None, count: int) -> Tensor:
-    """Which of `count` tokens are kept, b count: those in front of the image's, registers and text, all are."""
-    assert routing is not None and routing.tokens is not None
-    return F.pad(routing.tokens, (count - routing.tokens.shape[1], 0), value=1.0)
+def with_others(layout: Layout, count: int) -> Tensor:
+    """Which of `count` tokens are kept, b count: registers, further tokens and text all are."""
+    assert layout.routing is not None and layout.routing.tokens is not None
+    image = layout.routing.tokens
+    stream = F.pad(image, (layout.registers, layout.further), value=1.0)
+    if (text := count - stream.shape[1]) == 0:
+        return stream
+    return F.pad(stream, (text, 0) if layout.side == "front" else (0, text), value=1.0)
 
 
-def choosing(unit: Unit, choose: Callable[[Stream], Stream], run: Run) -> Unit:
-    """The unit, changed in place. Its `forward` is replaced, not its call, where FSDP2 and compilation work; and by a
-    method of the unit, since `torch.compile` takes up no frame without a module in it.
+def choosing(unit: Unit, choose: Callable[[Stream], Tensor], run: Pointwise) -> Unit:
+    """The unit with its slots filled, in place.
 
     Args:
-        unit: of DiT, or FLUX's
-        choose: gives the stream `Layout.routing.tokens`
+        unit: of any family
+        choose: which image tokens of a stream are kept: b n
         run: `multiplied` or `gathered`
     """
-    u: Any = unit
-    u.choose, u.run = choose, run
-    if isinstance(unit, SingleUnit):
-        u.forward = MethodType(forward_single, unit)
-    else:
-        u.ffn, u.forward = ChosenFeed(unit, run), MethodType(forward, unit)
+    fused = unit.anatomy.fused
+    for name in ("ffn", "fused") if fused else ("ffn",):
+        setattr(unit.slots, name, OnChosen(unit, name, run))
+    unit.slots.branch = Choice(unit, choose, fused)
     return unit
 
 
-class ChosenFeed:
-    """The slot `ffn` on the chosen tokens."""
+class OnChosen:
+    """A slot of functions of single tokens, run on the chosen ones."""
 
-    def __init__(self, unit: Unit, run: Run):
-        self.unit, self.feed, self.run = unit, unit.ffn, run
+    def __init__(self, unit: Unit, name: str, run: Pointwise):
+        self.unit, self.part, self.run = unit, getattr(unit.slots, name), run
 
-    def __call__(self, tokens: Tensor, routing: Routing | None = None) -> Tensor:
-        return self.run(self.unit, lambda x: self.feed(x, routing), with_others(routing, tokens.shape[1]), tokens)
-
-
-def forward(unit: Any, stream: Stream) -> Stream:
-    """`Unit.forward` of DiT's and FLUX's double units, with the choice between its branches."""
-    modulation = unit.modulate(stream)
-    stream = residual(stream, "attention", unit.attend(stream, modulation), modulation.attention_gate)
-    stream = unit.choose(stream)
-    stream = residual(stream, "feed", unit.feed(stream, modulation), modulation.feed_gate)
-    return stream if stream.text is None else replace(stream, text=finite(stream.text))
+    def __call__(self, *given: Any) -> Tensor:
+        *tokens, layout = given
+        kept = with_others(layout, tokens[0].shape[1])
+        return self.run(self.unit, lambda *chosen: self.part(*chosen, layout), kept, *tokens)
 
 
-def forward_single(unit: Any, stream: Stream) -> Stream:
-    """`SingleUnit.forward` with the choice before it: the output layer and the MLP on chosen tokens, attention on all.
+class Choice:
+    """The slot `branch`: tells the layout which tokens are chosen, once per call of the unit, and notes it as TOKENS.
 
-    Of the branches it traces where they are wanted, tokens that were not chosen are zero.
+    Of branches that a fused unit traces apart, tokens that were not chosen are zero.
     """
-    stream = unit.choose(stream)
-    modulation, routing = unit.modulate(stream), stream.layout.routing
-    tokens, gate = modulation.tokens.image, modulation.attention_gate
-    kept = with_others(routing, tokens.shape[1])
 
-    def branch(f: Callable[..., Tensor], *inputs: Tensor) -> Branch:
-        return split(unit.run(unit, f, kept, *inputs), stream.layout)
+    def __init__(self, unit: Unit, choose: Callable[[Stream], Tensor], fused: bool):
+        self.before, self.choose, self.fused = unit.slots.branch, choose, fused
 
-    def both(attended: Tensor, tokens: Tensor) -> Tensor:
-        return unit.proj_out(torch.cat((attended, masked(unit.act_mlp(unit.proj_mlp(tokens)), routing)), 2))
-
-    if stream.tap:
-        attended = branch(lambda x: x, unit.mixer(stream, tokens))
-        stream = residual(stream, "attention", attended, gate)
-        stream = residual(stream, "feed", branch(lambda x: unit.ffn(x, routing), tokens), gate)
-    else:
-        stream = add(stream, branch(both, unit.heads_of(stream, tokens), tokens), gate)
-    return replace(stream, image=finite(stream.image), text=finite(stream.text))
+    def __call__(self, stream: Stream, name: str, run: Run) -> Branch:
+        if name != "feed" and not self.fused:
+            return self.before(stream, name, run)
+        layout = stream.layout
+        assert layout.notes is not None
+        if TOKENS not in layout.notes:
+            layout.note(TOKENS, self.choose(stream))
+        tokens = layout.notes[TOKENS]
+        routing = replace(layout.routing or Routing(), tokens=tokens)
+        branch = self.before(replace(stream, layout=replace(layout, routing=routing)), name, run)
+        if name != "attention":
+            return branch
+        return Branch(branch.image * tokens[..., None].to(branch.image.dtype), branch.text)

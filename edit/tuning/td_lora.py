@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.backbones.dit_diffusers import ClassUnit
-from edit.denoiser import SLOTS, Denoiser, Edit, Unit
+from edit.denoiser import Denoiser, Edit
 from edit.inputs.limits import Count, Positive, check_numbers
-from edit.routing.slices import Adapted, Pieces, UnitCalls, heads_of, hidden_of, merged, taken
+from edit.routing.slices import Adapted, Pieces, UnitCalls, merged, taken
+from edit.unit import Unit, heads_of, hidden_of
 
 MODULATIONS = ("adaLN_modulation.", "norm1.linear.", "norm1_context.linear.", "norm.linear.", "norm_out.linear.")
 MODULATIONS += ("adaln_single.linear.", "scale_shift_table", "img_mod.", "txt_mod.")
@@ -94,14 +94,9 @@ class TDLoRA(Edit):
 
     def _checked(self, denoiser: Denoiser, i: int) -> Unit:
         unit = denoiser.units[i]
-        if not isinstance(unit, Unit) or not vars(unit).keys().isdisjoint((*SLOTS, "forward", "calls")):
+        if not isinstance(unit, Unit) or unit.filled or "calls" in vars(unit):
             raise ValueError(
                 f"TDLoRA: another edit has changed unit {i} of this {denoiser.name} already: put TDLoRA before it"
-            )
-        if isinstance(unit, ClassUnit):
-            raise ValueError(
-                f"TDLoRA: every unit of a {denoiser.name} embeds the time for itself: use the backbone dit, which "
-                "reads such weights where the units agree"
             )
         return unit
 

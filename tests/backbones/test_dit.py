@@ -174,7 +174,7 @@ def test_registers_do_not_shift_pixels(make_dit, batch):
         assert with_ is not without
     torch.testing.assert_close(dit(*batch).sample, plain(*batch).sample, **CLOSE)
     for unit in dit.units:
-        del unit.attention
+        del unit.slots.attention
     assert not torch.allclose(dit(*batch).sample, plain(*batch).sample, atol=1e-3)  # registers do take part
 
 

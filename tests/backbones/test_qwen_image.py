@@ -230,7 +230,7 @@ def test_attention_reads_text_first_after_norm_and_positions():
 
     unit = ours.units[0]
     stream = ours.embed(**ours.pack(*make_inputs(PADDED)))
-    unit.attention = attention
+    unit.slots.attention = attention
     branch = unit.attend(stream, modulation := unit.modulate(stream))
     a = unit.attn
     assert seen["q"].shape == seen["k"].shape == seen["v"].shape == (3, 2, 5 + 24, 16)
@@ -374,11 +374,11 @@ def test_edits_work_inside_the_stock_pipeline(pipeline):
         steps.append((step.index, step.count, step.branch))
         return v
 
-    unit.attention = attention
+    unit.slots.attention = attention
     with attached(pipeline, ours):
         assert (paint(pipeline) - before).abs().max() > 1e-3
     assert steps == [(0, 2, "cond"), (0, 2, "uncond"), (1, 2, "cond"), (1, 2, "uncond")]
-    del unit.attention
+    del unit.slots.attention
     edit.apply(ours, {"prune": DepthPruning(ratio=0.34)})
     with attached(pipeline, ours):
         assert (paint(pipeline) - before).abs().max() > 1e-3

@@ -41,7 +41,7 @@ def test_the_loss_is_the_mean_square_difference_of_the_branches(flux, make_flux,
 def test_attention_teaches_another_operator_and_leaves_the_output_layers_alone_that_come_later(flux, told, see):
     student = deepcopy(flux)
     for unit in student.units:  # another operator with the same weights: the mean of the values, a uniform attention
-        unit.attention = lambda q, k, v, layout, step: v.mean(2, keepdim=True).expand_as(v)
+        unit.slots.attention = lambda q, k, v, layout, step: v.mean(2, keepdim=True).expand_as(v)
     term = AttentionKD(same(0, 6, every=2))
     term.losses(see(student, flux, told, term), None)["attention_kd"].sum().backward()
     assert student.units[6].attn.to_v.weight.grad.any()

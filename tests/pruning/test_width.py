@@ -164,8 +164,8 @@ def test_what_cannot_be_narrowed_is_refused_before_anything_is_cut():
     denoiser = make("dit")
     with pytest.raises(ValueError, match="this dit has units 0 to 1, got 7"):
         edit.apply(denoiser, {"narrow": FeedForwardWidth(units=(0, 7))})
-    own = denoiser.units[1].ffn
-    denoiser.units[1].ffn = own  # as another edit would replace it
+    own = denoiser.units[1].slots.ffn
+    denoiser.units[1].slots.ffn = own  # as another edit would replace it
     with pytest.raises(ValueError, match="unit 1 of this dit has no feed-forward network of plain linear layers"):
         edit.apply(denoiser, {"narrow": FeedForwardWidth()})
     assert hidden(denoiser) == [128]

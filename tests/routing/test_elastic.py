@@ -24,7 +24,7 @@ from edit.backbones.flux import FluxConfig
 from edit.backbones.pixart import PixArtConfig
 from edit.backbones.qwen_image import QwenImageConfig
 from edit.backbones.sd3 import SD3Config
-from edit.denoiser import Denoiser, Unit
+from edit.denoiser import Denoiser
 from edit.measuring.cost import count_forward, macs
 from edit.objectives import FlowMatching, Ramp
 from edit.pruning.modulation import ModulationApproximator
@@ -35,6 +35,7 @@ from edit.solvers import Euler
 from edit.stream import Condition, Routing, Step, Stream
 from edit.tuning.lora import LoRA
 from edit.tuning.td_lora import TDLoRA
+from edit.unit import Unit
 
 TEXT = {"joint_attention_dim": 24}
 SMALL = {"attention_head_dim": 16, "num_attention_heads": 2}
@@ -799,7 +800,7 @@ def test_what_cannot_be_forced_is_refused():
 @torch.no_grad()
 def test_blocks_alone_may_be_skipped():
     net = elastic(make("flux"), width=None)
-    assert not any("ffn" in vars(u.unit) for u in net.units)
+    assert not any("ffn" in u.unit.slots for u in net.units)
     for mode in (True, False):
         with forced(net.train(mode), lambda i, p, q: 4 * ((torch.arange(len(p)) + i) % 2)):
             out = net(*inputs("flux"))
@@ -972,7 +973,7 @@ def test_what_is_refused_changed_nothing():
         with pytest.raises(ValueError, match=complaint):
             elastic(net, order=order)
         assert set(net.state_dict()) == names and net.units == units and "elastic" not in net.applied
-        assert not any("ffn" in vars(unit) for unit in net.units)
+        assert not any("ffn" in unit.slots for unit in net.units)
     beside = edit.apply(make(), {"lora": LoRA(rank=2)})  # on the attention alone
     elastic(beside, order=True)
 
@@ -989,7 +990,7 @@ def test_it_is_alone_and_on_units_it_knows():
     with pytest.raises(ValueError, match="cannot be applied together"):
         edit.apply(net, {"more": Elastic()})
     taken = make()
-    taken.units[1].ffn = lambda tokens, routing=None: tokens
+    taken.units[1].slots.ffn = lambda tokens, routing=None: tokens
     with pytest.raises(ValueError, match="another edit replaced the feed-forward"):
         elastic(taken)
     stock = DiTDiffusersConfig(num_layers=2, sample_size=8, in_channels=4, out_channels=8, **SMALL).build()

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 import edit
 from edit.backbones.dit import DiTConfig
-from edit.denoiser import Unit
 from edit.pruning.width import FeedForwardWidth
 from edit.routing.ranking import check_order, order_channels, order_heads
 from edit.routing.slices import Features, heads_of, hidden_of, number_of_heads
 from edit.tuning.lora import LoRA
+from edit.unit import Unit
 
 families = pytest.mark.parametrize("name", CONFIGS)
 
@@ -111,6 +111,6 @@ def test_what_can_be_ordered_passes_the_check_unchanged(name):
 
 
 def test_a_replaced_feed_forward_is_not_ordered(dit):
-    dit.units[0].ffn = nn.Identity()
+    dit.units[0].slots.ffn = nn.Identity()
     with pytest.raises(ValueError, match="another edit replaced the feed-forward"):
         order_channels(dit.units[0])

@@ -50,7 +50,7 @@ def parts_of(unit) -> tuple[Tensor, Tensor]:
 
 def masking(unit) -> Callable[[Routing | None], Callable]:
     """The unit with masked slots, called under some factors; its narrow copies were made before."""
-    unit.ffn, unit.attention = MaskedFeed(unit), MaskedHeads(unit)
+    unit.slots.ffn, unit.slots.attention = MaskedFeed(unit), MaskedHeads(unit)
     return lambda routing: lambda stream: unit(replace(stream, layout=replace(stream.layout, routing=routing)))
 
 
@@ -137,8 +137,8 @@ def test_a_copy_computes_by_its_own_layers_and_keeps_its_slots_apart():
     unit, stream = next(walk(family("dit")))
     swapped = variant(unit, {"mlp.fc1": nn.Linear(64, 8).double(), "mlp.fc2": nn.Linear(8, 64).double()})
     before = unit(stream)
-    unit.ffn = MaskedFeed(unit)
-    assert "ffn" not in vars(swapped) and swapped.mlp.fc1.out_features == 8 and unit.mlp.fc1.out_features == 256
+    unit.slots.ffn = MaskedFeed(unit)
+    assert "ffn" not in swapped.slots and swapped.mlp.fc1.out_features == 8 and unit.mlp.fc1.out_features == 256
     assert difference(unit(stream), before) == 0 and difference(swapped(stream), before) > 1e-3
 
 
@@ -295,7 +295,7 @@ def test_a_layer_that_is_not_linear_is_refused():
 
 def test_features_that_another_edit_replaced_are_refused(dit):
     unit = dit.units[0]
-    unit.ffn, unit.mixer = F.silu, F.silu
+    unit.slots.ffn, unit.slots.mixer = F.silu, F.silu
     with pytest.raises(ValueError, match="replaced the feed-forward of this DiTBlock: leave one of them out"):
         hidden_of(unit)
     with pytest.raises(ValueError, match="replaced the feed-forward"):

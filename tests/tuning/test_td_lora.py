@@ -217,7 +217,7 @@ def test_checkpointing_gives_the_same_gradients_and_leaves_no_call_open(name):
 @torch.no_grad()
 def test_an_error_leaves_no_call_open():
     denoiser = adapted(family("dit"))
-    denoiser.units[1].ffn = None
+    denoiser.units[1].slots.ffn = None
     with pytest.raises(TypeError):
         denoiser(*inputs(denoiser))
     assert not any(layer.calls.open for _, layer in timed(denoiser))
@@ -367,7 +367,7 @@ def test_tokens_of_several_samples_run_as_one_sequence_where_it_is_said_whose_th
             layer(x.flatten(0, 1)[None, rows])
         return torch.zeros_like(tokens)
 
-    unit.ffn = ffn
+    unit.slots.ffn = ffn
     unit(stream)
     assert len(seen) == 2 and max(seen) < 1e-12  # float64
     with pytest.raises(RuntimeError, match="outside of its unit, which knows the time: call the unit"):
