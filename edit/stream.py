@@ -140,13 +140,15 @@ class Layout:
     text_length: int = 0
     text_mask: Tensor | None = None  # b l, bool
     side: Literal["front", "back"] = "front"  # of the text in joint sequences
-    permutation: Tensor | None = (
-        None  # n, int64: which image token each place has; None: row-major
-    )
+    permutation: Tensor | None = None  # n, int64: which image token each place has; None: row-major
     rope: Tensor | None = None  # ... s e, position table, of all tokens or of all but the text
     maps: int | None = None  # query rows of the next unit's attention map that are wanted
     routing: Routing | None = None  # an edit's decisions for the parts of the next unit
     notes: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)  # of the unit's call under way
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Layout:
+        """Apply `f` to every tensor with one row per sample (select, repeat), a family's own ones included."""
+        return replace(self, text_mask=None if self.text_mask is None else f(self.text_mask))
 
     def note(self, name: str, value: Tensor) -> None:
         """Hand a value to the trace, from a slot that sees tokens alone.
@@ -196,6 +198,12 @@ class Stream:
     step: Step | None = None  # None while training
     trace: Mapping[str, Tensor] = field(default_factory=dict)
     tap: str | None = None  # prefix under which the next unit records its branches and maps; None: it records none
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Stream:
+        """Apply `f` to every tensor with one row per sample but the trace (select, repeat)."""
+        parts = {"image": self.image, "cond": self.cond, "text": self.text, "time": self.time, "signal": self.signal}
+        parts = {name: None if value is None else f(value) for name, value in parts.items()}
+        return replace(self, layout=self.layout.map(f), **parts)
 
     def record(self, name: str, value: Tensor) -> Stream:
         """The same stream with one more auxiliary output, which the caller finds in `Output.trace`."""

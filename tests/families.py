@@ -62,7 +62,7 @@ def walk(denoiser: Denoiser) -> Iterator[tuple[Unit, Stream]]:
     stream = denoiser.embed(**denoiser.pack(*inputs(denoiser)))
     for unit in list(denoiser.units):
         assert isinstance(unit, Unit)
-        parts = {name: getattr(stream, name) for name in ("image", "text", "cond", "time")}
+        parts = {name: getattr(stream, name) for name in ("image", "text", "cond", "time", "signal")}
         stream = replace(stream, **{k: None if v is None else v.double() for k, v in parts.items()})
         with torch.no_grad():
             after = unit(stream)

@@ -139,32 +139,32 @@ def test_gradient_checkpointing_recomputes_and_changes_neither_gradients_nor_tra
     [
         ("attention", lambda q, k, v, layout, step: v),
         ("mixer", lambda stream, tokens: tokens),
-        ("ffn", lambda tokens, routing=None: tokens),
+        ("ffn", lambda tokens, layout: tokens),
     ],
 )
 @torch.no_grad()
 def test_a_slot_changes_one_unit_and_comes_back(dit, batch, slot, replacement):
     before, keys = dit(*batch, taps=range(3)), list(dit.state_dict())
-    setattr(dit.units[1], slot, replacement)
+    setattr(dit.units[1].slots, slot, replacement)
     changed = dit(*batch, taps=range(3))
     assert torch.equal(changed.trace["unit.0"], before.trace["unit.0"])
     assert not torch.allclose(changed.trace["unit.1"], before.trace["unit.1"])
     assert list(dit.state_dict()) == keys
-    delattr(dit.units[1], slot)
+    delattr(dit.units[1].slots, slot)
     assert torch.equal(dit(*batch).sample, before.sample)
 
 
 class Routed(torch.nn.Linear):
     """A linear layer with the signature of the slot `ffn`."""
 
-    def forward(self, tokens, routing=None):
+    def forward(self, tokens, layout):
         return super().forward(tokens)
 
 
 def test_a_module_in_a_slot_is_not_registered_there(dit, batch):
     own = torch.nn.Linear(32, 32)
     before = set(dit.state_dict())
-    dit.units[0].slots.ffn = lambda tokens, routing=None: own(tokens)
+    dit.units[0].slots.ffn = lambda tokens, layout: own(tokens)
     dit.units[1].slots.ffn = Routed(32, 32)
     assert set(dit.state_dict()) == before and len(list(dit.units[1].children())) == 5
     dit.edits["mine"] = own  # where an edit's parameters belong
@@ -322,7 +322,7 @@ def test_maps_are_the_same_under_gradient_checkpointing_and_so_are_their_gradien
 @pytest.mark.parametrize("slot", ["attention", "mixer"])
 def test_a_unit_that_attends_in_another_way_has_no_map(dit, batch, slot):
     replacement = {"attention": lambda q, k, v, layout, step: v, "mixer": lambda stream, tokens: tokens}[slot]
-    setattr(dit.units[1], slot, replacement)
+    setattr(dit.units[1].slots, slot, replacement)
     assert "unit.0.maps" in dit(*batch, maps={0: 4}).trace
     with pytest.raises(ValueError, match="unit 1 of this dit has another attention than plain softmax .* name other"):
         dit(*batch, maps={0: 4, 1: 4})

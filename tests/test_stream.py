@@ -15,7 +15,7 @@ def test_mapping_a_condition_touches_every_field_that_is_present():
     c = Condition(label=torch.arange(4), text=torch.zeros(4, 3, 2), text_mask=torch.ones(4, 3, dtype=torch.bool))
     half = c.map(lambda v: v[:2])
     assert half.label.tolist() == [0, 1] and half.text.shape == (2, 3, 2) and half.text_mask.shape == (2, 3)
-    assert half.pooled is half.guidance is half.control is None
+    assert half.pooled is half.guidance is half.end is None
     assert c.label.tolist() == [0, 1, 2, 3]
 
 

@@ -225,9 +225,10 @@ class DiTBlock(Unit):
     @property
     def anatomy(self) -> Anatomy:
         a, m = self.attn, self.mlp
-        feed = Features(m.fc2.in_features, (("mlp.fc1", 1),), (("mlp.fc2", 0),), None, gelu)
         if isinstance(m, SwiGLU):
             feed = Features(m.w3.in_features, (("mlp.w12", 2),), (("mlp.w3", 0),))
+        else:
+            feed = Features(m.fc2.in_features, (("mlp.fc1", 1),), (("mlp.fc2", 0),), None, gelu)
         size = a.proj.in_features
         heads = Features(size, (("attn.qkv", 3),), (("attn.proj", 0),), ("attn", "num_heads"))
         return Anatomy(a.num_heads, heads, feed)

@@ -11,8 +11,8 @@ cross_attention_kwargs, samples that are not square, and numbers of output chann
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -178,12 +178,17 @@ class PatchDenoiser(StockDenoiser):
 # ---- DiT ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Told(Layout):
-    """The layout, with the inputs of the embedders in the blocks."""
+    """The layout, with what the blocks embed: the label, b int64, and the sinusoid of the timestep, b 256."""
 
-    label: Tensor | None = None  # b, int64
-    sinusoid: Tensor | None = None  # b 256, of the timestep
+    label: Tensor
+    sinusoid: Tensor
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Told:
+        layout = super().map(f)
+        assert isinstance(layout, Told)
+        return replace(layout, label=f(self.label), sinusoid=f(self.sinusoid))
 
 
 class ClassUnit(BasicUnit):

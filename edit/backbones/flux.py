@@ -210,10 +210,10 @@ class SingleUnit(StockUnit):
         return stream.layout.split(self.part("fused")(self.heads_of(stream, tokens), tokens, stream.layout))
 
     def block(self, stream: Stream) -> Stream:
-        m = self.modulate(stream)
-        if stream.tap or not {"mixer", "ffn"}.isdisjoint(self.filled):
+        m, given = self.modulate(stream), {"image": stream.image, "text": stream.text}
+        if stream.tap or ("fused" not in self.filled and not {"mixer", "ffn"}.isdisjoint(self.filled)):
             stream = self.residual(stream, "attention", partial(self.attend, modulation=m), m.gate)
-            stream = self.residual(stream, "feed", partial(self.feed, modulation=m), m.gate)
+            stream = self.residual(stream, "feed", lambda s: self.feed(replace(s, **given), m), m.gate)
         else:
             stream = self.residual(stream, "fused", partial(self.fuse, modulation=m), m.gate)
         if stream.image.dtype == torch.float16:

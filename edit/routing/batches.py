@@ -67,14 +67,7 @@ def run_grouped(stream: Stream, keys: Sequence[Key | None], run: Callable[[Key, 
 
 def take(stream: Stream, rows: Tensor) -> Stream:
     """Some samples of a stream, without its trace."""
-
-    def of(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.index_select(0, rows)
-
-    layout = replace(stream.layout, text_mask=of(stream.layout.text_mask))
-    image, cond = stream.image.index_select(0, rows), stream.cond.index_select(0, rows)
-    told = {"text": of(stream.text), "time": of(stream.time), "signal": of(stream.signal)}
-    return replace(stream, image=image, cond=cond, layout=layout, trace={}, **told)
+    return replace(stream.map(lambda v: v.index_select(0, rows)), trace={})
 
 
 def mean_over_ranks(local: Tensor) -> Tensor:

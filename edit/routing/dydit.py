@@ -188,15 +188,8 @@ class DyDiT(Edit):
 def doubled(stream: Stream) -> Stream:
     """Every sample a second time, marked in the trace for the complete network."""
 
-    def twice(x: Tensor | None) -> Tensor | None:
-        return None if x is None else torch.cat((x, x))
-
-    layout = stream.layout
-    layout = replace(layout, text_mask=twice(layout.text_mask))
-    image, cond = torch.cat((stream.image, stream.image)), torch.cat((stream.cond, stream.cond))
-    told = {"text": twice(stream.text), "time": twice(stream.time), "signal": twice(stream.signal)}
-    whole = torch.arange(len(image), device=image.device) >= len(stream.image)
-    return replace(stream, image=image, cond=cond, layout=layout, **told).record(WHOLE, whole)
+    whole = torch.arange(2 * len(stream.image), device=stream.image.device) >= len(stream.image)
+    return stream.map(lambda v: torch.cat((v, v))).record(WHOLE, whole)
 
 
 class Routed(Wrapper):
@@ -209,7 +202,7 @@ class Routed(Wrapper):
 
     def __init__(self, unit: Unit, own: DyDiTRouters, index: int):
         super().__init__(unit)
-        self.own, self.index = own, index
+        self.own, self.index, self.fused = own, index, unit.anatomy.fused
         self.plain = variant(unit, {})  # source of narrow copies
         self.whole = self.choosing(variant(unit, {}), gathered)
         self.choosing(unit, multiplied)
@@ -218,7 +211,7 @@ class Routed(Wrapper):
         """The unit with its choice of tokens, where there is one."""
         if self.own.tokens is None:
             return unit
-        return choosing(unit, TokenChoice(self.own, self.own.tokens[self.index]), run)
+        return choosing(unit, TokenChoice(self.own, self.own.tokens[self.index]), run, self.fused)
 
     def __call__(self, stream: Stream) -> Stream:
         zero = hasattr(next(self.unit.parameters()), "ds_id")

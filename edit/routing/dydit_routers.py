@@ -39,6 +39,7 @@ class Work(NamedTuple):
     reads: int = 0
     more: int = 0  # of a second attention among image tokens
     mores: int = 0
+    unread: int = 0  # of each text token's output that is not computed, since no unit follows that would read it
 
     def parts(self, n: int, registers: int, length: int) -> tuple[int, int, int]:
         """Fixed work, the work of all heads before the choice, and how many tokens are always chosen.
@@ -50,7 +51,7 @@ class Work(NamedTuple):
         i = n + registers
         t, always = i + (length if self.along else 0), registers + (length if self.fused else 0)
         fixed = length * self.text + (i + length) * self.read + i * length * self.reads + i * self.more
-        return fixed + i * i * self.mores, t * self.token + t * t * self.pair, always
+        return fixed + i * i * self.mores, t * self.token + t * t * self.pair - length * self.unread, always
 
 
 def work(unit: Unit) -> Work:
@@ -66,6 +67,8 @@ def work(unit: Unit) -> Work:
         further |= {"read": 2 * d * a.cross.size, "reads": 2 * a.cross.size}
     if a.second is not None:
         further |= {"more": 4 * d * a.second.size, "mores": 2 * a.second.size}
+    if a.text == "ends":
+        further["unread"] = inner * d
     token, out = (3, inner * d) if a.fused else (4, 0)
     return Work(
         features.size, token * d * inner, 2 * inner, out, feed(features), feed(a.text_feed), a.fused, a.joint, **further

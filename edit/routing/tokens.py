@@ -47,15 +47,15 @@ def with_others(layout: Layout, count: int) -> Tensor:
     return F.pad(stream, (text, 0) if layout.side == "front" else (0, text), value=1.0)
 
 
-def choosing(unit: Unit, choose: Callable[[Stream], Tensor], run: Pointwise) -> Unit:
+def choosing(unit: Unit, choose: Callable[[Stream], Tensor], run: Pointwise, fused: bool) -> Unit:
     """The unit with its slots filled, in place.
 
     Args:
         unit: of any family
         choose: which image tokens of a stream are kept: b n
         run: `multiplied` or `gathered`
+        fused: as its anatomy tells, which a narrow copy cannot
     """
-    fused = unit.anatomy.fused
     for name in ("ffn", "fused") if fused else ("ffn",):
         setattr(unit.slots, name, OnChosen(unit, name, run))
     unit.slots.branch = Choice(unit, choose, fused)

@@ -167,7 +167,7 @@ def test_registers_do_not_shift_pixels(make_dit, batch):
     plain, dit = make_dit(rope=True), make_dit(rope=True, registers=3)
     dit.load_state_dict({**plain.state_dict(), "model.registers": dit.model.registers, "model.rope": dit.model.rope})
     for with_, without in zip(dit.units, plain.units, strict=True):  # attention among pixels only: nothing may change
-        with_.attention = lambda q, k, v, layout, step: F.pad(
+        with_.slots.attention = lambda q, k, v, layout, step: F.pad(
             F.scaled_dot_product_attention(*(z[:, :, layout.registers :] for z in (q, k, v))),
             (0, 0, layout.registers, 0),
         )
@@ -456,7 +456,7 @@ def test_a_unit_launches_no_more_kernels_than_a_plain_block(dit, batch):
         o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
         x = x + g1 * unit.attn.proj(o)
         u = F.layer_norm(x, (32,), eps=1e-6) * (1 + k2) + s2
-        return x + g2 * unit.mlp(u)
+        return x + g2 * unit.mlp.fc2(F.gelu(unit.mlp.fc1(u), approximate="tanh"))
 
     torch.testing.assert_close(unit(stream).image, plain(stream.image, stream.cond), **CLOSE)
     ours, theirs = kernels(unit, stream), kernels(plain, stream.image, stream.cond)

@@ -134,7 +134,7 @@ def test_branches_before_the_gate_add_up_to_the_unit():
     stream = ours.embed(**ours.pack(x, t, condition))
     for unit in ours.units[:2]:
         stream = unit(stream)
-    gate = ours.units[2].modulate(stream).attention_gate
+    gate = ours.units[2].modulate(stream).gate
     for end in ("", ".text"):
         branches = out.trace[f"unit.2.attention{end}"] + out.trace[f"unit.2.feed{end}"]
         change = out.trace[f"unit.2{end}"] - out.trace[f"unit.1{end}"]

@@ -211,11 +211,11 @@ def test_slots_replaced_by_the_units_own_equations_change_nothing():
     inputs = make_inputs(PADDED)
     before, unit = ours(*inputs).sample, ours.units[1]
     for slot in ("mixer", "attention", "ffn", "text_ffn"):
-        setattr(unit, slot, getattr(unit, slot))
+        setattr(unit.slots, slot, getattr(unit.slots, slot))
         close(ours(*inputs).sample, before)
-        setattr(unit, slot, lambda *arguments: torch.zeros_like(arguments[slot == "mixer"]))  # noqa: B023
+        setattr(unit.slots, slot, lambda *arguments: torch.zeros_like(arguments[slot == "mixer"]))  # noqa: B023
         assert (ours(*inputs).sample - before).abs().max() > 1e-3
-        delattr(unit, slot)
+        delattr(unit.slots, slot)
         assert torch.equal(ours(*inputs).sample, before)
 
 
@@ -231,16 +231,18 @@ def test_attention_reads_text_first_after_norm_and_positions():
     unit = ours.units[0]
     stream = ours.embed(**ours.pack(*make_inputs(PADDED)))
     unit.slots.attention = attention
-    branch = unit.attend(stream, modulation := unit.modulate(stream))
+    branch = unit.attend(stream, m := unit.modulate(stream))
+    image = torch.addcmul(m.shift.image, unit.img_norm1(stream.image), 1 + m.scale.image)
+    text = torch.addcmul(m.shift.text, unit.txt_norm1(stream.text), 1 + m.scale.text)
     a = unit.attn
     assert seen["q"].shape == seen["k"].shape == seen["v"].shape == (3, 2, 5 + 24, 16)
     assert seen["layout"].text_length == 5 and torch.equal(seen["layout"].text_mask, PADDED)
-    close(branch.text, a.to_add_out(a.add_v_proj(modulation.tokens.text)))
-    close(branch.image, a.to_out[0](a.to_v(modulation.tokens.image)))
+    close(branch.text, a.to_add_out(a.add_v_proj(text)))
+    close(branch.image, a.to_out[0](a.to_v(image)))
     # turning keeps lengths: those of the normalised queries and keys
     for name, norm, to, tokens in (
-        ("q", a.norm_added_q, a.add_q_proj, modulation.tokens.text),
-        ("k", a.norm_added_k, a.add_k_proj, modulation.tokens.text),
+        ("q", a.norm_added_q, a.add_q_proj, text),
+        ("k", a.norm_added_k, a.add_k_proj, text),
     ):
         expected = norm(to(tokens).unflatten(-1, (2, 16))).norm(dim=-1)
         close(seen[name][:, :, :5].norm(dim=-1).transpose(1, 2), expected)

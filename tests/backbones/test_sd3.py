@@ -292,13 +292,13 @@ def test_every_slot_reaches_the_output_and_comes_back():
     slots = {
         "attention": attention,
         "mixer": lambda stream, tokens: tokens,
-        "ffn": lambda tokens, routing=None: tokens,
-        "text_ffn": lambda tokens, routing=None: tokens,
+        "ffn": lambda tokens, layout: tokens,
+        "text_ffn": lambda tokens, layout: tokens,
     }
     for name, other in slots.items():
-        setattr(unit, name, other)
+        setattr(unit.slots, name, other)
         assert (ours(x, t, condition).sample - before).abs().max() > 1e-3, name
-        delattr(unit, name)
+        delattr(unit.slots, name)
         assert torch.equal(ours(x, t, condition).sample, before)
     shape = (3, 4, 5 + 4 * 6, 8)  # the joint attention alone, text and image
     assert seen == [(shape, shape, shape, 5, (1, 4, 6))]
@@ -447,7 +447,7 @@ def test_the_stock_pipeline_draws_the_same_picture_with_ours_attached():
             picture(pipe, skip_guidance_layers=[1], skip_layer_guidance_stop=1.0)
     assert pipe.transformer is stock
     assert torch.equal(picture(pipe), before)
-    ours.units[1].slots.ffn = lambda tokens, routing=None: tokens
+    ours.units[1].slots.ffn = lambda tokens, layout: tokens
     with attached(pipe, ours):
         assert (picture(pipe) - before).abs().max() > 1e-3
     del ours.units[1].slots.ffn

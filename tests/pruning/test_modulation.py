@@ -48,9 +48,9 @@ def test_flux_dev_loses_its_modulation_layers_for_a_twelfth_of_them(monkeypatch)
 
 def test_vectors_are_numbered_as_chroma_numbers_them(student):
     model = student.model
-    assert [u.norm.first for u in model.single_transformer_blocks] == [0, 3, 6, 9]
-    assert [u.norm1.first for u in model.transformer_blocks] == [12, 18, 24]
-    assert [u.norm1_context.first for u in model.transformer_blocks] == [30, 36, 42]
+    assert [u.norm.linear.first for u in model.single_transformer_blocks] == [0, 3, 6, 9]
+    assert [u.norm1.linear.first for u in model.transformer_blocks] == [12, 18, 24]
+    assert [u.norm1_context.linear.first for u in model.transformer_blocks] == [30, 36, 42]
     assert model.norm_out.first == 48 and student.edits["small"].slots == SLOTS == 50
 
 

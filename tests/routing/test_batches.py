@@ -13,9 +13,10 @@ from edit.stream import Layout, Stream
 
 def stream_of(count: int, text: bool = True) -> Stream:
     mask = torch.arange(3)[None] < torch.arange(1, count + 1)[:, None]
-    layout = Layout((1, 2, 2), text_length=3, text_mask=mask, kept=torch.arange(4).repeat(count, 1))
+    layout = Layout((1, 2, 2), text_length=3, text_mask=mask)
     words = torch.randn(count, 3, 8) if text else None
-    return Stream(torch.randn(count, 4, 8), torch.randn(count, 8), layout, words, torch.randn(count, 8))
+    time, signal = torch.randn(2, count, 8)
+    return Stream(torch.randn(count, 4, 8), torch.randn(count, 8), layout, words, time, signal)
 
 
 def shift(key: int, stream: Stream) -> Stream:
@@ -95,10 +96,9 @@ def test_branches_of_a_unit_that_is_not_run_alike_are_refused():
 def test_some_samples_have_all_that_is_theirs_and_no_trace():
     stream = stream_of(4).record("seen", torch.ones(4))
     part, rows = take(stream, torch.tensor([2, 0])), [2, 0]
-    for name in ("image", "text", "cond", "time"):
+    for name in ("image", "text", "cond", "time", "signal"):
         assert torch.equal(getattr(part, name), getattr(stream, name)[rows])
-    for name in ("text_mask", "kept"):
-        assert torch.equal(getattr(part.layout, name), getattr(stream.layout, name)[rows])
+    assert torch.equal(part.layout.text_mask, stream.layout.text_mask[rows])
     assert not part.trace and part.layout.grid == stream.layout.grid
 
 

@@ -14,7 +14,6 @@ from offload import offloaded
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.utils._pytree import tree_map
 from weights import randomise
 
 import edit
@@ -32,7 +31,7 @@ from edit.routing.dydit import DyDiT
 from edit.routing.elastic import GATE, WIDTH, Elastic, ElasticRouters, ElasticUnit, Residuals, Router, forced, stacked
 from edit.sampling import Sampler
 from edit.solvers import Euler
-from edit.stream import Condition, Routing, Step, Stream
+from edit.stream import Condition, Layout, Routing, Step, Stream
 from edit.tuning.lora import LoRA
 from edit.tuning.td_lora import TDLoRA
 from edit.unit import Unit
@@ -44,6 +43,9 @@ TINY = {"input_size": 8, "hidden_size": 32, "depth": 3, "num_heads": 4, "num_cla
 CONFIGS = {
     "dit": DiTConfig(**TINY),
     "modern": DiTConfig(**TINY, swiglu=True, rms_norm=True, qk_norm=True, rope=True, registers=2),
+    "stock": DiTDiffusersConfig(
+        num_layers=3, sample_size=8, in_channels=4, out_channels=8, num_embeds_ada_norm=10, **SMALL
+    ),
     "pixart": PixArtConfig(num_layers=3, sample_size=8, cross_attention_dim=32, caption_channels=24, **SMALL),
     "sd3": SD3Config(in_channels=4, num_layers=3, sample_size=8, pooled_projection_dim=20, **SMALL, **TEXT),
     "flux": FluxConfig(num_layers=1, num_single_layers=2, pooled_projection_dim=20, **LATENT, **SMALL, **TEXT),
@@ -66,7 +68,7 @@ def inputs(family: str = "dit") -> tuple[Tensor, Tensor, Condition]:
     generator = torch.Generator().manual_seed(1)
     x, text = torch.randn(4, 4, 8, 8, generator=generator), torch.randn(4, 5, 24, generator=generator)
     t, pooled = torch.tensor([0.1, 0.5, 0.7, 1.0]), torch.randn(4, 20, generator=generator)
-    if family in ("dit", "modern"):
+    if family in ("dit", "modern", "stock"):
         return x, t, Condition(label=torch.tensor([0, 3, 9, 10]))
     masked = family in ("pixart", "qwen")
     return x, t, Condition(text=text, text_mask=PADDED if masked else None, pooled=None if masked else pooled)
@@ -122,7 +124,7 @@ def entered(denoiser: Denoiser, family: str = "dit", dtype: torch.dtype = torch.
     denoiser.to(dtype)
     unit = denoiser.units[0]
     assert isinstance(unit, ElasticUnit)
-    return unit, tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) else v, stream)
+    return unit, stream.map(lambda v: v.to(dtype) if v.is_floating_point() else v)
 
 
 def one(batch: tuple, i: int) -> tuple:
@@ -191,7 +193,7 @@ def test_the_bias_of_the_second_layer_is_there_at_each_width():
         nn.init.zeros_(unit.unit.mlp.fc1.weight)
         nn.init.zeros_(unit.unit.mlp.fc1.bias)
         for narrow in unit.widths.values():
-            assert torch.equal(narrow.ffn(torch.randn(1, 1, 32))[0, 0], unit.unit.mlp.fc2.bias)
+            assert torch.equal(narrow.own_ffn(torch.randn(1, 1, 32), Layout((1, 1, 1)))[0, 0], unit.unit.mlp.fc2.bias)
 
 
 @torch.no_grad()
@@ -539,11 +541,10 @@ def test_a_router_sees_the_tokens_its_unit_writes_and_the_time(family):
     unit, stream = entered(net, family)
     router = routers_of(net)[0]
     tokens, real = stream.image[:, stream.layout.registers :], torch.ones(4, 16)
-    if family not in ("dit", "modern", "pixart"):
+    if unit.unit.anatomy.joint:
         tokens = torch.cat((stream.text, tokens), 1)
         real = torch.cat((PADDED.float() if family == "qwen" else torch.ones(4, 5), real), 1)
-    cond = stream.time if family == "pixart" else stream.cond
-    shift, scale = F.linear(F.silu(cond), router.modulation.weight, router.modulation.bias).chunk(2, 1)
+    shift, scale = F.linear(F.silu(stream.signal), router.modulation.weight, router.modulation.bias).chunk(2, 1)
     x = (1 + scale)[:, None] * F.layer_norm(tokens, (32,), eps=1e-6) + shift[:, None]
     h = F.relu(x @ router.trunk.weight.T)  # its bias is still 0
     logits, u = (((h @ head.weight.T + head.bias) * real[..., None]).sum(1) for head in (router.gate, router.width))
@@ -990,12 +991,9 @@ def test_it_is_alone_and_on_units_it_knows():
     with pytest.raises(ValueError, match="cannot be applied together"):
         edit.apply(net, {"more": Elastic()})
     taken = make()
-    taken.units[1].slots.ffn = lambda tokens, routing=None: tokens
+    taken.units[1].slots.ffn = lambda tokens, layout: tokens
     with pytest.raises(ValueError, match="another edit replaced the feed-forward"):
         elastic(taken)
-    stock = DiTDiffusersConfig(num_layers=2, sample_size=8, in_channels=4, out_channels=8, **SMALL).build()
-    with pytest.raises(ValueError, match="embeds time and class for itself"):
-        elastic(stock)
 
 
 @pytest.mark.parametrize(

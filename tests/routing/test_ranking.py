@@ -9,9 +9,8 @@ import edit
 from edit.backbones.dit import DiTConfig
 from edit.pruning.width import FeedForwardWidth
 from edit.routing.ranking import check_order, order_channels, order_heads
-from edit.routing.slices import Features, heads_of, hidden_of, number_of_heads
 from edit.tuning.lora import LoRA
-from edit.unit import Unit
+from edit.unit import Features, Unit, heads_of, hidden_of
 
 families = pytest.mark.parametrize("name", CONFIGS)
 
@@ -41,7 +40,7 @@ def test_an_ordered_unit_computes_what_it_did_and_its_magnitudes_fall(name):
         before, state = unit(stream), {k: v.clone() for k, v in unit.state_dict().items()}
         pointers = {k: p.data_ptr() for k, p in unit.named_parameters()}
         for order, features, groups in (
-            (order_heads, heads_of(unit), number_of_heads(unit)),
+            (order_heads, heads_of(unit), unit.anatomy.heads),
             (order_channels, hidden_of(unit), hidden_of(unit).size),
         ):
             sizes = magnitudes(unit, features, groups)

@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,20 +13,16 @@ from torch.profiler import ProfilerActivity, profile
 
 import edit
 from edit.routing.slices import (
-    MaskedFeed,
-    MaskedHeads,
     Narrow,
     Part,
-    heads_of,
-    hidden_of,
     joined_pieces,
     narrowed,
-    number_of_heads,
     taken,
     variant,
 )
 from edit.stream import Routing
 from edit.tuning.lora import LoRA, without
+from edit.unit import heads_of, hidden_of
 
 families = pytest.mark.parametrize("name", CONFIGS)
 LINEAR = {  # all that a unit's narrow copies touch, as LoRA names it
@@ -42,15 +39,14 @@ def factors(size: int, part: Part) -> Tensor:
 
 def parts_of(unit) -> tuple[Tensor, Tensor]:
     """Features of heads 0 and 2, and an arbitrary half of the hidden channels."""
-    width = heads_of(unit).size // number_of_heads(unit)
+    width = heads_of(unit).size // unit.anatomy.heads
     live = torch.cat([torch.arange(h * width, (h + 1) * width) for h in (0, 2)])
     size = hidden_of(unit).size
     return live, torch.cat((torch.arange(size // 4), torch.arange(size // 2, size // 2 + size // 4)))
 
 
 def masking(unit) -> Callable[[Routing | None], Callable]:
-    """The unit with masked slots, called under some factors; its narrow copies were made before."""
-    unit.slots.ffn, unit.slots.attention = MaskedFeed(unit), MaskedHeads(unit)
+    """The unit, called under some factors."""
     return lambda routing: lambda stream: unit(replace(stream, layout=replace(stream.layout, routing=routing)))
 
 
@@ -68,7 +64,7 @@ def test_masked_is_sliced(name):
         attention = narrowed(unit, ((h, live),), heads=2)
         same, before = variant(unit, {}), unit(stream)
         masked = masking(unit)
-        head_mask = factors(number_of_heads(unit), torch.tensor([0, 2]))
+        head_mask = factors(unit.anatomy.heads, torch.tensor([0, 2]))
         for copy, routing in (
             (both, Routing(heads=head_mask, channels=factors(f.size, channels))),
             (feed, Routing(channels=factors(f.size, prefix))),
@@ -137,7 +133,7 @@ def test_a_copy_computes_by_its_own_layers_and_keeps_its_slots_apart():
     unit, stream = next(walk(family("dit")))
     swapped = variant(unit, {"mlp.fc1": nn.Linear(64, 8).double(), "mlp.fc2": nn.Linear(8, 64).double()})
     before = unit(stream)
-    unit.slots.ffn = MaskedFeed(unit)
+    unit.slots.ffn = partial(unit.slots.ffn)
     assert "ffn" not in swapped.slots and swapped.mlp.fc1.out_features == 8 and unit.mlp.fc1.out_features == 256
     assert difference(unit(stream), before) == 0 and difference(swapped(stream), before) > 1e-3
 
@@ -298,16 +294,12 @@ def test_features_that_another_edit_replaced_are_refused(dit):
     unit.slots.ffn, unit.slots.mixer = F.silu, F.silu
     with pytest.raises(ValueError, match="replaced the feed-forward of this DiTBlock: leave one of them out"):
         hidden_of(unit)
-    with pytest.raises(ValueError, match="replaced the feed-forward"):
-        MaskedFeed(unit)
     with pytest.raises(ValueError, match="replaced the attention of this DiTBlock: leave one of them out"):
         heads_of(unit)
 
 
-def test_units_that_are_not_known_are_refused():
+def test_a_feed_forward_of_another_kind_is_refused():
     unit = family("flux").units[0]
     unit.ff = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="feed-forward of a DoubleUnit is not known here: two linear layers"):
         hidden_of(unit)
-    with pytest.raises(ValueError, match="the attention of a Linear is not known here"):
-        heads_of(nn.Linear(2, 2))

@@ -18,13 +18,13 @@ from edit.measuring.flops import Flops
 from edit.routing.dydit import DyDiT
 from edit.routing.elastic import Elastic, forced
 from edit.routing.ranking import order_channels, order_heads
-from edit.routing.slices import heads_of, hidden_of, narrowed, one_sequence
+from edit.routing.slices import narrowed, one_sequence
 from edit.stream import Step
 from edit.tuning.lora import LoRA, without
 from edit.tuning.td_lora import TDLoRA, Timed, merging_saves, timed, weights_at
+from edit.unit import heads_of, hidden_of
 
-NAMES = [name for name in CONFIGS if not name.startswith("dit_diffusers")]
-families = pytest.mark.parametrize("name", NAMES)
+families = pytest.mark.parametrize("name", CONFIGS)
 
 
 def adapted(denoiser: Denoiser, speak: bool = True, **options) -> Denoiser:
@@ -217,8 +217,8 @@ def test_checkpointing_gives_the_same_gradients_and_leaves_no_call_open(name):
 @torch.no_grad()
 def test_an_error_leaves_no_call_open():
     denoiser = adapted(family("dit"))
-    denoiser.units[1].slots.ffn = None
-    with pytest.raises(TypeError):
+    denoiser.units[1].slots.ffn = lambda tokens, layout: 1 / 0
+    with pytest.raises(ZeroDivisionError):
         denoiser(*inputs(denoiser))
     assert not any(layer.calls.open for _, layer in timed(denoiser))
 
@@ -358,7 +358,7 @@ def test_tokens_of_several_samples_run_as_one_sequence_where_it_is_said_whose_th
     x = torch.randn(2, 5, layer.in_features).double()
     seen = []
 
-    def ffn(tokens, routing=None):
+    def ffn(tokens, layout):
         wanted, rows = layer(x), torch.tensor([0, 3, 4, 6, 9])
         with one_sequence(unit, rows // 5):
             for tokens_of in (x.flatten(0, 1)[rows], x.flatten(0, 1)[None, rows]):
@@ -472,11 +472,6 @@ def test_under_a_lora_there_is_no_plain_weight_until_that_is_folded(dit, batch):
     edit.fold(dit, "lora")
     stock = dit.from_config(dit.config).model.state_dict()
     assert weights_at(dit, time).keys() == {k for k in stock if k.endswith("mlp.fc1.weight")}
-
-
-def test_units_that_embed_the_time_for_themselves_are_refused():
-    with pytest.raises(ValueError, match="every unit of a dit_diffusers embeds the time for itself: use the backbone"):
-        edit.apply(family("dit_diffusers geglu"), {"td": TDLoRA()})
 
 
 def test_lora_and_td_lora_both_train_and_are_both_switched_off(dit, batch):
