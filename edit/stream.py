@@ -102,7 +102,7 @@ class Step:
     index: int  # evaluations made so far in this generation
     count: int  # evaluations the whole generation makes
     sigma: float  # time in [0, 1], 1 = pure noise
-    branch: str = "cond"  # "cond", "uncond" or "perturbed": the guidance pass
+    branch: str = "cond"  # guidance pass: "cond", "uncond", "perturbed", or "joint": cond and uncond in one batch
     memory: dict = field(default_factory=dict, repr=False, compare=False)
 
     def recall(self, owner: str, unit: int) -> dict:

@@ -121,7 +121,7 @@ def test_edits_that_exclude_each_other_are_refused_in_either_order_naming_both(d
 
 @dataclass
 class Decides(Edit):
-    decides = True
+    last = True
 
     def apply(self, denoiser: Denoiser) -> None:
         """Changes nothing."""
@@ -131,7 +131,7 @@ def test_an_edit_that_decides_comes_last(dit):
     edit.apply(dit, {"shift": Shift(), "routers": Decides()})
     for late in (Scale(), Decides()):
         with pytest.raises(
-            ValueError, match=r"cannot be applied after routers \(Decides\), which decides .* put it before"
+            ValueError, match=r"cannot be applied after routers \(Decides\), which copies units .* put it before"
         ):
             edit.apply(dit, {"late": late})
     assert list(dit.applied) == ["shift", "routers"]

@@ -35,7 +35,7 @@ class Parity(Edit):
     """
 
     tokens: bool = False
-    decides = True
+    adaptive = True
 
     def apply(self, denoiser: Denoiser) -> None:
         denoiser.units = [Even(unit, u, self.tokens) for u, unit in enumerate(denoiser.units)]
@@ -235,7 +235,7 @@ def test_the_macs_of_elastic_are_what_its_map_says(make_dit, tmp_path):
 
     none, dense = all_at(0), all_at(4)  # units are alike, so each open one costs as much
     assert cost["macs_per_image"] == pytest.approx(none + found["open"]["mean"] * (dense - none), abs=1)  # rounded
-    bare = twin(denoiser, decided=False)  # without routers, too
+    bare = twin(denoiser, adaptive=False)  # without routers, too
     bare = count_generation(bare, Sampler(Euler(4)), FlowMatching(), labels(torch.arange(1)), 1).macs
     assert bare < dense and cost["share"] == pytest.approx(cost["macs_per_image"] / bare, rel=1e-6)  # fp32 means
     assert cost["training_flops"] == round(6 * bare / 4) and cost["activated"] is cost["forward"] is None
