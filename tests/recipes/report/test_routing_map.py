@@ -241,6 +241,33 @@ def test_the_macs_of_elastic_are_what_its_map_says(make_dit, tmp_path):
     assert cost["training_flops"] == round(6 * bare / 4) and cost["activated"] is cost["forward"] is None
 
 
+@dataclass
+class Silent(Parity):
+    """Does as much and tells nothing."""
+
+    decisions = Edit.decisions
+
+
+@dataclass
+class Told(Parity):
+    """Tells, and says that its work is the same for all."""
+
+    adaptive = False
+
+
+@pytest.mark.parametrize("make, counted, drawn", [(Silent, True, False), (Told, False, True)])
+def test_costs_are_counted_on_real_images_where_work_differs_and_drawn_is_who_tells(
+    make_dit, tmp_path, make, counted, drawn
+):
+    denoiser = edit.apply(make_dit(in_channels=1, patch_size=4), {"it": make()})
+    edit.save(denoiser, tmp_path / "run", sampler=Sampler(Euler(2)), data=DIGITS)
+    words = {"n": 8, "guidance": 1.0, "rounds": 0, "features": "none", "device": "cpu", "trusted": [__name__]}
+    result = run([tmp_path / "run"], Evaluation.of(words), tmp_path / "out")["artifacts"][0]["results"][0]
+    assert (result["cost"].get("counted") == 8) == ("share" in result["cost"]) == counted
+    assert bool(result["routing"]) == bool(result["routing_maps"]) == drawn
+    assert (len(twin(denoiser, adaptive=False).applied) == 0) == counted
+
+
 def test_a_model_without_deciding_edits_has_no_maps_and_its_costs_as_ever(make_dit, tmp_path, capsys):
     edit.save(make_dit(in_channels=1, patch_size=4), tmp_path / "run", sampler=Sampler(Euler(1)), data=DIGITS)
     words = {"n": 8, "guidance": 1.0, "rounds": 0, "features": "none", "device": "cpu"}
