@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from edit.attention.linear import LinearAttention
 from edit.denoiser import Denoiser, Edit
 from edit.few_step.flow_map import IntervalInput
 from edit.few_step.policy import MixtureHead, PolicySolver
-from edit.measuring.cost import count_generation
+from edit.measuring.cost import count_generation, macs, twin
 from edit.objectives import FlowMatching
 from edit.pruning.collapse import Collapse
 from edit.pruning.depth import DepthPruning
@@ -141,3 +142,19 @@ def test_a_joint_evaluation_counts_as_the_two_that_it_is(name, make_dit, make_fl
         return count_generation(denoiser, Sampler(Euler(4), guidance=2.0), FlowMatching(), told[0], 3)
 
     assert counted(False) == counted(True) and counted(False).forwards == 8
+
+
+def test_conditions_evaluated_apart_are_counted_by_the_lengths_of_their_texts(make_flux):
+    denoiser = twin(make_flux(sample_size=(8, 8)))
+    long, short = (denoiser.example(1, text=length) for length in (40, 2))
+    sampler = partial(Sampler(Euler(2), guidance=2.0), negative=short)
+    counted = count_generation(denoiser, sampler, FlowMatching(), long, 1)
+    assert counted.macs == 2 * (macs(denoiser, long) + macs(denoiser, short)) and counted.forwards == 4
+
+
+@pytest.mark.parametrize("routers", [DyDiT(), Elastic()], ids=["dydit", "elastic"])
+def test_routers_copy_units_and_their_work_differs(routers, dit):
+    edit.apply(dit, {"routers": routers})
+    with pytest.raises(ValueError, match="which copies units as they are: put it before"):
+        edit.apply(dit, {"lora": LoRA()})
+    assert not twin(dit, adaptive=False).applied

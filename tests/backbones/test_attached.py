@@ -206,6 +206,10 @@ def test_a_batch_of_both_branches_is_joint():
     pipe = sd3_pipeline(denoiser)
     assert counted(stepped(denoiser, pipe, lambda p: sd3_from_image(p, guidance_scale=3.0)))[0] == (0, 2, "joint")
     assert counted(stepped(denoiser, pipe, sd3_from_image))[0] == (0, 2, "cond")
+    told = prompts(2, True) | {"latents": torch.ones(2, 4, 8, 8)}
+    pipe = sd3_pipeline(denoiser, diffusers.StableDiffusion3Pipeline)
+    steps = stepped(denoiser, pipe, lambda p: sd3_from_text(p, **told))  # one noise, two prompts, and no guidance
+    assert counted(steps)[0] == (0, 3, "cond")
     # DiT's pipeline does not say whether it guides: the halves of its batch do
     denoiser = dit()
     pipe = dit_pipeline(denoiser)
