@@ -106,7 +106,10 @@ class Step:
     memory: dict = field(default_factory=dict, repr=False, compare=False)
 
     def recall(self, owner: str, unit: int) -> dict:
-        """The memory of one edit at one unit in this guidance branch; empty at the start of a generation."""
+        """The memory of one edit at one unit in this guidance branch.
+
+        It is empty at the start of a generation, and where the sampler begins or ends to join cond and uncond.
+        """
         return self.memory.setdefault((owner, unit, self.branch), {})
 
 
