@@ -57,9 +57,9 @@ class Edit(ABC):
     name: ClassVar[str] = ""
 
     perturbs: ClassVar[bool] = False  # changes the prediction in the guidance branch "perturbed"
-    # The work depends on samples or times, so the cost is counted on real samples. Apply last: this edit copies units,
-    # and later edits would miss the copies.
-    decides: ClassVar[bool] = False
+    separate: ClassVar[bool] = False  # treats guidance branches differently: each is an evaluation of its own
+    last: ClassVar[bool] = False  # copies units, and later edits would miss the copies: none is applied after it
+    adaptive: ClassVar[bool] = False  # the work depends on samples or times: its cost is counted on real samples
     leads: ClassVar[bool] = False  # the model becomes a flow map: it takes the time at which a step ends
     # With LoRA off and the same condition, the output equals the unedited model's (needed for placement=tied).
     keeps: ClassVar[bool] = False

@@ -41,10 +41,10 @@ def apply(denoiser: Denoiser, edits: Mapping[str, Edit], fresh: bool = True) -> 
                     f"{name} ({type(new).__name__}) cannot be applied together with {other_name} "
                     f"({type(other).__name__}): remove one of them"
                 )
-            if other.decides:
+            if other.last:
                 raise ValueError(
                     f"{name} ({type(new).__name__}) cannot be applied after {other_name} ({type(other).__name__}), "
-                    "which decides what is run of the units as they are: put it before"
+                    "which copies units as they are: put it before"
                 )
         if new.name not in ("", name):
             raise ValueError(f"this {type(new).__name__} is applied as {new.name!r} already: make another for {name!r}")

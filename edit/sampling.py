@@ -21,15 +21,15 @@ from edit.objectives import Objective
 from edit.solvers import DDIMSolver, DDPMSolver, Euler, Solver
 from edit.stream import Condition, Output, Step
 
-Watch = Callable[[Step, Output], None]  # sees every evaluation of a branch
+Watch = Callable[[Step, Output], None]  # sees every evaluation; of branch "joint", cond's samples come first
 
 
 @dataclass(frozen=True)
 class Sampler:
     """How to generate: the solver, and the weight of each guidance branch.
 
-    guided = uncond + guidance (cond - uncond) + perturbation (cond - perturbed). With edits each branch is its own
-    evaluation, so that an edit's memory of one branch never mixes with another; else cond and uncond share a batch. A
+    guided = uncond + guidance (cond - uncond) + perturbation (cond - perturbed). Cond and uncond share a batch, in this
+    order, as one evaluation of the branch "joint", unless an edit is `separate` or the conditions cannot be joined. A
     branch without weight is not run.
 
     With `norm_patch` p, each p x p patch of the guided prediction keeps the length of the conditional one: guidance
@@ -73,7 +73,7 @@ class Sampler:
             negative: the unconditional counterpart, b entries or one for all; None: the denoiser's own
             progress: called as (evaluations done, evaluations in all) after each prediction
             shape: of one sample; None: the denoiser's own
-            watch: called with each evaluation's step and output; branches that share a batch share an output
+            watch: called with each evaluation's step and output; of branch "joint", the first b samples are cond's
 
         Returns:
             b c y x float32, in the range of the training data.
@@ -145,7 +145,7 @@ class Guided:
         condition: b entries
         negative: b entries; None without guidance
         progress: called as (evaluations done, evaluations in all)
-        watch: called with each evaluation's step and output
+        watch: called with each evaluation's step and output; of branch "joint", the first b samples are cond's
     """
 
     def __init__(
@@ -159,8 +159,7 @@ class Guided:
     ):
         self.sampler, self.solver, self.denoiser = sampler, sampler.solver, denoiser
         self.condition, self.negative, self.progress, self.watch = condition, negative, progress, watch
-        # without edits no branch has a memory: both in one batch give the same prediction, faster
-        self.joint = condition.join(negative) if negative is not None and not denoiser.applied else None
+        self.joint = None if negative is None else joined(denoiser, condition, negative)
         self.leads = any(e.leads for e in denoiser.applied.values())
         self.device = next(denoiser.parameters()).device
         self.memory: dict = {}
@@ -175,7 +174,7 @@ class Guided:
             cond = guided = self.branch("cond", self.condition, x, t, end)
         else:
             if self.joint is not None:
-                cond, uncond = self.branch("cond", self.joint, torch.cat((x, x)), t, end).chunk(2)
+                cond, uncond = self.branch("joint", self.joint, torch.cat((x, x)), t, end).chunk(2)
             else:
                 cond = self.branch("cond", self.condition, x, t, end)
                 uncond = self.branch("uncond", self.negative, x, t, end)
@@ -202,6 +201,8 @@ class Guided:
         at = torch.full((len(x),), t, device=self.device, dtype=torch.float32)
         if self.leads:
             condition = replace(condition, end=at if end is None else torch.full_like(at, end))
+        if self.joint is not None and name in ALTERNATIVES:
+            self.forget(ALTERNATIVES[name])
         step = Step(self.done, self.solver.evaluations, t, name, self.memory)
         out = self.denoiser(x, at, condition, step=step)
         if self.watch is not None:
@@ -215,6 +216,26 @@ class Guided:
         if isinstance(self.solver, DDPMSolver) and out.variance is not None:
             maps.append(out.variance)
         return torch.cat([m.float() for m in maps], 1) if len(maps) > 1 else out.sample.float()
+
+    def forget(self, branch: str) -> None:
+        """Drop what edits remember of a branch: when it is evaluated again, its last evaluation is long ago."""
+        for key in [k for k in self.memory if isinstance(k, tuple) and k[-1] == branch]:
+            del self.memory[key]
+
+
+ALTERNATIVES = {"cond": "joint", "joint": "cond"}  # cond alone outside the interval, with uncond inside
+
+
+def joined(denoiser: Denoiser, condition: Condition, negative: Condition) -> Condition | None:
+    """Both conditions as one batch of 2b; None where that would change a prediction, or is impossible."""
+    if any(e.separate for e in denoiser.applied.values()):
+        return None
+    try:
+        both = condition.join(negative)
+    except ValueError:  # texts of two lengths without masks, a field in one only
+        return None
+    level = both.text is None or condition.text.shape[1] == negative.text.shape[1]  # type: ignore[union-attr]
+    return both if level or getattr(denoiser, "masks", True) else None  # some families attend to padding
 
 
 def lengths(x: Tensor, patch: int) -> Tensor:

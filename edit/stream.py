@@ -101,11 +101,14 @@ class Step:
     index: int  # evaluations made so far in this generation
     count: int  # evaluations the whole generation makes
     sigma: float  # time in [0, 1], 1 = pure noise
-    branch: str = "cond"  # "cond", "uncond" or "perturbed": the guidance pass
+    branch: str = "cond"  # guidance pass: "cond", "uncond", "perturbed", or "joint": cond and uncond in one batch
     memory: dict = field(default_factory=dict, repr=False, compare=False)
 
     def recall(self, owner: str, unit: int) -> dict:
-        """The memory of one edit at one unit in this guidance branch; empty at the start of a generation."""
+        """The memory of one edit at one unit in this guidance branch.
+
+        It is empty at the start of a generation, and where the sampler begins or ends to join cond and uncond.
+        """
         return self.memory.setdefault((owner, unit, self.branch), {})
 
 

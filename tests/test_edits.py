@@ -120,21 +120,26 @@ def test_edits_that_exclude_each_other_are_refused_in_either_order_naming_both(d
 
 
 @dataclass
-class Decides(Edit):
-    decides = True
+class Adapts(Edit):
+    adaptive = True
 
     def apply(self, denoiser: Denoiser) -> None:
         """Changes nothing."""
 
 
-def test_an_edit_that_decides_comes_last(dit):
-    edit.apply(dit, {"shift": Shift(), "routers": Decides()})
-    for late in (Scale(), Decides()):
+@dataclass
+class Copies(Adapts):
+    last = True
+
+
+def test_an_edit_that_copies_units_comes_last_and_one_whose_work_differs_need_not(dit):
+    edit.apply(dit, {"adapts": Adapts(), "shift": Shift(), "routers": Copies()})
+    for late in (Scale(), Copies()):
         with pytest.raises(
-            ValueError, match=r"cannot be applied after routers \(Decides\), which decides .* put it before"
+            ValueError, match=r"cannot be applied after routers \(Copies\), which copies units .* put it before"
         ):
             edit.apply(dit, {"late": late})
-    assert list(dit.applied) == ["shift", "routers"]
+    assert list(dit.applied) == ["adapts", "shift", "routers"]
 
 
 def test_an_edit_that_is_no_dataclass_is_refused(dit):

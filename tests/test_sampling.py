@@ -1,5 +1,5 @@
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -131,8 +131,10 @@ def test_guided_ddpm_keeps_the_conditional_variance():
 
 
 @dataclass
-class Nothing(Edit):
-    """Changes nothing; but where there is an edit, branches are evaluated apart."""
+class Apart(Edit):
+    """Changes nothing, but has branches evaluated apart."""
+
+    separate = True
 
     def apply(self, denoiser: Denoiser) -> None:
         pass
@@ -140,21 +142,44 @@ class Nothing(Edit):
 
 def apart() -> "Gaussian":
     denoiser = Gaussian()
-    edit.apply(denoiser, {"nothing": Nothing()})
+    edit.apply(denoiser, {"apart": Apart()})
     return denoiser
 
 
-def test_without_edits_both_branches_share_a_batch_and_nothing_changes(make_dit):
+def test_both_branches_share_a_batch_unless_an_edit_treats_them_differently_and_nothing_changes(make_dit):
     one = make_dit()
     two = deepcopy(one)
-    edit.apply(two, {"nothing": Nothing()})
+    edit.apply(two, {"apart": Apart()})
     options = {"guidance": 2.0, "interval": (0.2, 0.9), "channels": 3}
     together, separate = generate(one, Euler(5), **options), generate(two, Euler(5), **options)
     # the same products in a larger batch: other kernels may round the last bits of fp32 differently
     torch.testing.assert_close(together, separate, rtol=0, atol=1e-4 * separate.abs().max().item())
-    counted = Gaussian()
-    generate(counted, Euler(5), guidance=2.0)
-    assert len(counted.seen) == 5
+    for denoiser, expected in ((Gaussian(), ["joint"] * 5), (apart(), ["cond", "uncond"] * 5)):
+        generate(denoiser, Euler(5), guidance=2.0)
+        assert branches(denoiser) == expected
+
+
+@pytest.mark.parametrize("edits", [False, True])
+def test_conditions_that_cannot_be_joined_are_evaluated_apart(edits):
+    denoiser, seen = flux(), []
+    if edits:
+        edit.apply(denoiser, {"deaf": Deaf()})
+    denoiser.register_forward_hook(lambda m, args, out: seen.append(tuple(args[2].text.shape[:2])))
+
+    def evaluated(negative: Condition, **fields) -> list[tuple[int, int]]:
+        """Samples and length of text, padding included, of each evaluation."""
+        seen.clear()
+        condition = replace(denoiser.example(2, text=4), **fields)
+        Sampler(Euler(1), guidance=2.0)(denoiser, FlowMatching(), condition, torch.arange(2), negative=negative)
+        return list(seen)
+
+    whole, short = (denoiser.example(2, text=length) for length in (4, 3))
+    assert evaluated(whole) == [(4, 4)]
+    assert evaluated(short) == [(2, 4), (2, 3)]
+    assert evaluated(whole, end=torch.zeros(2)) == [(2, 4), (2, 4)]  # only one has this field
+    masks = [torch.ones(2, length, dtype=torch.bool) for length in (4, 3)]
+    # a FLUX attends to padding, whatever the mask says
+    assert evaluated(replace(short, text_mask=masks[1]), text_mask=masks[0]) == [(2, 4), (2, 3)]
 
 
 def test_outside_its_interval_guidance_is_not_evaluated():
@@ -227,15 +252,40 @@ class Diary(Edit):
         denoiser.units[0] = remembering
 
 
-def test_memory_lives_for_one_generation_and_one_branch(dit):
-    diary = Diary()
+@dataclass
+class Separate(Diary):
+    separate = True
+
+
+def remembered(dit: Denoiser, diary: Diary, **settings) -> dict[str, list]:
+    """By branch: (step, the step that was written down before) of each evaluation."""
     edit.apply(dit, {"diary": diary})
-    for _ in range(2):
+    for _ in range(2):  # nothing is left of the first generation
         diary.pages.clear()
-        Sampler(Euler(3), guidance=2.0)(dit, FlowMatching(), labels(1, 3), torch.arange(1))
-        for branch in ("cond", "uncond"):
-            remembered = [page for b, _, page in diary.pages if b == branch]
-            assert remembered == [{}, {"written": (branch, 0)}, {"written": (branch, 1)}]
+        Sampler(Euler(5), guidance=2.0, **settings)(dit, FlowMatching(), labels(1, 3), torch.arange(1))
+    found: dict[str, list] = {}
+    for branch, index, page in diary.pages:
+        found.setdefault(branch, []).append((index, page.get("written", (branch, None))))
+    assert all(before[0] == branch for branch, pages in found.items() for _, before in pages)
+    return {branch: [(index, before[1]) for index, before in pages] for branch, pages in found.items()}
+
+
+def test_memory_lives_for_one_generation_and_one_branch(make_dit):
+    every = [(0, None), (1, 0), (2, 1), (3, 2), (4, 3)]
+    assert remembered(make_dit(), Separate()) == {"cond": every, "uncond": every}
+    assert remembered(make_dit(), Diary()) == {"joint": every}
+
+
+def test_nothing_is_remembered_across_the_ends_of_the_guidance_interval_but_of_branches_that_go_on(make_dit):
+    inside = {"interval": (0.35, 0.85)}  # of times 1, 0.8, 0.6, 0.4 and 0.2
+    assert remembered(make_dit(), Diary(), **inside) == {
+        "cond": [(0, None), (4, None)],  # what step 0 left is too old
+        "joint": [(1, None), (2, 1), (3, 2)],
+    }
+    assert remembered(make_dit(), Separate(), **inside) == {
+        "cond": [(0, None), (1, 0), (2, 1), (3, 2), (4, 3)],
+        "uncond": [(1, None), (2, 1), (3, 2)],
+    }
 
 
 # ---- a few steps at given times --------------------------------------------------------------------------------------
@@ -281,7 +331,7 @@ def test_only_a_flow_map_is_told_where_a_step_ends():
     assert heard(Grid((1.0, 0.5), renoise=True), Ends()) == [(1, [0, 0]), (0.5, [0, 0])]  # each goes to data
     assert heard(Euler(2), Ends()) == [(1, [0.5, 0.5]), (0.5, [0, 0])]
     assert heard(Heun(2), Ends())[:2] == [(1, [1, 1]), (0.5, [0.5, 0.5])]  # instantaneous velocities
-    assert heard(Euler(1), Ends(), guidance=2.0) == 2 * [(1, [0, 0])]  # both branches
+    assert heard(Euler(1), Ends(), guidance=2.0) == [(1, [0, 0, 0, 0])]  # both branches
     assert heard(Grid((1.0, 0.5)), Deaf()) == [(1, None), (0.5, None)]
 
 

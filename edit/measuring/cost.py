@@ -144,19 +144,19 @@ def macs(denoiser: Denoiser, condition: Condition | None = None) -> int:
     return count_forward(twin(denoiser), condition or denoiser.example(), 1).macs
 
 
-def twin(denoiser: Denoiser, decided: bool = True) -> Denoiser:
+def twin(denoiser: Denoiser, adaptive: bool = True) -> Denoiser:
     """The same denoiser without weights: on the meta device and in eval mode.
 
     Args:
         denoiser: on any device
-        decided: keep the edits that decide the work per sample; without them all of it is run
+        adaptive: keep the edits whose work depends on samples or times; without them all of it is run
     """
-    if _device(denoiser).type == "meta" and decided:
+    if _device(denoiser).type == "meta" and adaptive:
         return denoiser.eval()
     live = {
         name: editing.rebuild(editing.describe(e), _homes(denoiser), editing.Edit)
         for name, e in denoiser.applied.items()
-        if decided or not e.decides
+        if adaptive or not e.adaptive
     }
     with torch.device("meta"):
         return editing.apply(denoiser.family.from_config(denoiser.base), live, fresh=False).eval()
@@ -186,14 +186,14 @@ def count_generation(
 class _Meter:
     """Stands before a denoiser, counts its calls, and lets the sampler run on the CPU where the model cannot run.
 
-    A denoiser without edits does the same work whenever its input has the same shape, so such a call is counted once.
+    A denoiser without edits does the same work whenever its inputs have the same shapes: such a call is counted once.
     """
 
     def __init__(self, denoiser: Denoiser):
         self.denoiser, self.device = denoiser, _device(denoiser)
         self.macs = self.samples = 0
         self.reads = _Reads()
-        self.known: dict[torch.Size, tuple[int, Output]] = {}
+        self.known: dict[tuple, tuple[int, Output]] = {}  # by the shapes of sample and text
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.denoiser, name)
@@ -203,7 +203,8 @@ class _Meter:
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition, step: Step | None = None) -> Output:
         self.samples += len(x)
-        if x.shape not in self.known:
+        shapes = x.shape, None if condition.text is None else condition.text.shape
+        if shapes not in self.known:
             executed, out = self._run(x, t, condition, step)
             if self.device.type != "meta":
                 self.macs += executed
@@ -213,8 +214,8 @@ class _Meter:
             if self.denoiser.applied:
                 self.macs += executed
                 return answer
-            self.known[x.shape] = executed, answer
-        executed, answer = self.known[x.shape]
+            self.known[shapes] = executed, answer
+        executed, answer = self.known[shapes]
         self.macs += executed
         return answer
 

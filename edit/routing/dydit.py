@@ -78,7 +78,7 @@ class DyDiT(Edit):
     tokens: bool = True
     order: bool = True
 
-    decides = True
+    last = adaptive = True
     excludes = ("DyDiT", "TinyFusion", "Elastic")
 
     def __post_init__(self):

@@ -95,7 +95,7 @@ class Elastic(Edit):
     cache_from: float = 0.5
     cache_on_closed: bool = False
 
-    decides = True
+    last = adaptive = True
     excludes = ("Elastic", "TinyFusion", "DyDiT")
 
     def __post_init__(self):

@@ -18,7 +18,7 @@ from recipes.config.schema import Evaluation
 from recipes.report.page import save_grid, show, write_report
 from recipes.report.request import short_names
 from recipes.report.routed import measure_decisions
-from recipes.report.routing_map import decides
+from recipes.report.routing_map import drawn
 from recipes.report.samples import Reference, Subject, adjusted, sample_and_measure
 from recipes.report.yardstick import progress
 from recipes.runtime.machine import environment, pick_device
@@ -144,7 +144,7 @@ def evaluate_at(guidance: float, subject: Subject, out: Path, reference: Referen
         rounds=chosen.rounds,
     )
     parts = {"cost": counted.as_dict(), "routing": {}, "routing_maps": {}}
-    if decides(artifact.denoiser):
+    if drawn(artifact.denoiser) or any(e.adaptive for e in artifact.denoiser.applied.values()):
         parts = measure_decisions(subject, sampler, counted, out, f"{subject.stem}_w{guidance:g}")
     return {
         "guidance": guidance,

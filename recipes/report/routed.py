@@ -1,4 +1,4 @@
-"""Cost and decisions of a model whose edits decide, image by image, which parts run."""
+"""Cost and decisions of a model whose work depends on the image, or whose edits tell decisions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from recipes.report.samples import Subject
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edit.measuring.cost import Cost
+    from edit.measuring.cost import Cost, Count
 
 ROUTED = 60  # images whose MACs are counted and whose decisions are drawn; classes are balanced
 
@@ -31,8 +31,8 @@ def measure_decisions(subject: Subject, sampler: Any, counted: Cost, out: Path, 
         stem: part of the pictures' file names
 
     Returns:
-        cost: as `counted`, with MACs that are means over these images; `share`: of the MACs that the same model needs
-            without the edits that decide; `counted`: number of images. `activated` and `forward` are None: parameters
+        cost: as `counted`; with adaptive edits, MACs are means over these images; `share`: of the MACs that the same
+            model needs without these edits; `counted`: number of images. `activated` and `forward` are None: parameters
             that run and the time of a forward differ between images
         routing: numbers by edit and quantity
         routing_maps: file of each edit's picture, below `out`
@@ -53,14 +53,11 @@ def measure_decisions(subject: Subject, sampler: Any, counted: Cost, out: Path, 
         return x
 
     run = count_generation(artifact.denoiser, generate, artifact.objective, told, count)  # type: ignore[arg-type]
-    dense = partial(sampler, negative=negative, shape=space.shape)
-    whole = count_generation(twin(artifact.denoiser, decided=False), dense, artifact.objective, told, count)
-    macs, share = run.macs / count, run.macs / whole.macs
-    missed = tuple(sorted({*run.uncounted, *whole.uncounted}))
-    counted = replace(counted, macs=round(macs / run.forwards), macs_per_image=round(macs), uncounted=missed)
-    costs = replace(counted, forward=None).as_dict()
-    costs |= {"activated": None, "share": share, "counted": count}
-    costs["training_flops"] = round(6 * whole.macs / whole.forwards / count)  # in training every part runs
+    costs = counted.as_dict()
+    if any(e.adaptive for e in artifact.denoiser.applied.values()):
+        dense = partial(sampler, negative=negative, shape=space.shape)
+        whole = count_generation(twin(artifact.denoiser, adaptive=False), dense, artifact.objective, told, count)
+        costs = means(counted, run, whole, count)
 
     labels = first % data.num_classes if data.num_classes else None
     whom = groups(labels, captions(space.checked or data, count), data.classes)
@@ -70,3 +67,19 @@ def measure_decisions(subject: Subject, sampler: Any, counted: Cost, out: Path, 
         picture = draw(found, whom, lambda k: data.to_images(samples[0][k : k + 1])[0].cpu().numpy())
         save_png(picture, out / pictures[name])
     return {"cost": costs, "routing": {n: numbers(m) for n, m in maps.items()}, "routing_maps": pictures}
+
+
+def means(counted: Cost, run: Count, whole: Count, count: int) -> dict[str, Any]:
+    """The cost of images whose work differs.
+
+    Args:
+        counted: at one image
+        run: a generation of `count` images
+        whole: the same, where all parts run
+    """
+    macs, missed = run.macs / count, tuple(sorted({*run.uncounted, *whole.uncounted}))
+    counted = replace(counted, macs=round(macs / run.forwards), macs_per_image=round(macs), uncounted=missed)
+    costs = replace(counted, forward=None).as_dict()
+    costs |= {"activated": None, "share": run.macs / whole.macs, "counted": count}
+    costs["training_flops"] = round(6 * whole.macs / whole.forwards / count)  # in training every part runs
+    return costs

@@ -1,6 +1,6 @@
 """The decisions of any edit over a generation: maps of units against time, and statistics.
 
-An edit with `decides = True` has `decisions`: shares in [0, 1] of each unit that run, per sample or per image token.
+An edit's `decisions` are shares in [0, 1] of each unit that run, per sample or per image token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from edit.denoiser import Denoiser
+    from edit.denoiser import Denoiser, Edit
     from edit.stream import Output, Step
 
 CLASSES, PROMPTS = 10, 6  # most small maps in a row
@@ -47,11 +47,11 @@ Look = Callable[[int], "ndarray | None"]
 class Decisions:
     """Records the decisions of a denoiser's edits at each evaluation of a sampler (`Sampler(..., watch=)`).
 
-    Samples of successive batches are joined in order.
+    Samples of successive batches are joined in order; an evaluation of the branch "joint" is one of cond and of uncond.
     """
 
     def __init__(self, denoiser: Denoiser):
-        self.edits = {name: edit for name, edit in denoiser.applied.items() if edit.decides}
+        self.edits = drawn(denoiser)
         self.times: dict[int, float] = {}
         self.shares: dict[tuple[str, str, str], dict[int, list[Tensor]]] = {}
         self.tokens: dict[tuple[str, str, str], dict[int, list[Tensor]]] = {}
@@ -60,13 +60,19 @@ class Decisions:
         self.times[step.index] = step.sigma
         for name, edit in self.edits.items():
             for quantity, value in edit.decisions(output.trace).items():
-                key, value = (name, quantity, step.branch), value.float()
-                if value.ndim == 3:
-                    kept = self.tokens.setdefault(key, {}).setdefault(step.index, [])
-                    room = SHOWN - sum(map(len, kept))
-                    kept.append(value[:, :room].mean(0).cpu())
-                    value = value.mean(2)
-                self.shares.setdefault(key, {}).setdefault(step.index, []).append(value.cpu())
+                parts = [(step.branch, value)]
+                if step.branch == "joint":
+                    parts = list(zip(("cond", "uncond"), value.chunk(2, 1), strict=True))
+                for branch, share in parts:
+                    self._keep((name, quantity, branch), step.index, share.float())
+
+    def _keep(self, key: tuple[str, str, str], index: int, value: Tensor) -> None:
+        if value.ndim == 3:
+            kept = self.tokens.setdefault(key, {}).setdefault(index, [])
+            room = SHOWN - sum(map(len, kept))
+            kept.append(value[:, :room].mean(0).cpu())
+            value = value.mean(2)
+        self.shares.setdefault(key, {}).setdefault(index, []).append(value.cpu())
 
     def maps(self) -> dict[str, Maps]:
         """The recorded decisions, by edit."""
@@ -83,9 +89,11 @@ class Decisions:
         return dict(found)
 
 
-def decides(denoiser: Denoiser) -> bool:
-    """Whether an edit decides by sample or time which parts run."""
-    return any(edit.decides for edit in denoiser.applied.values())
+def drawn(denoiser: Denoiser) -> dict[str, Edit]:
+    """The applied edits that tell decisions."""
+    from edit.denoiser import Edit
+
+    return {name: e for name, e in denoiser.applied.items() if type(e).decisions is not Edit.decisions}
 
 
 def groups(labels: Tensor | None, told: Sequence[str], classes: Sequence[str] | None = None) -> dict[str, list[int]]:

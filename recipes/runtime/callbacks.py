@@ -33,7 +33,7 @@ from edit.sampling import Sampler
 from edit.stream import Condition
 from recipes.config.errors import UserError
 from recipes.recipe import Recipe
-from recipes.report.routing_map import Decisions, decides, draw, groups
+from recipes.report.routing_map import Decisions, draw, drawn, groups
 from recipes.runtime.files import is_first, write
 from recipes.runtime.loggers import log_image
 
@@ -174,13 +174,13 @@ class ProgressBar(StepCallback):
 class Preview(StepCallback):
     """Every `every` optimiser steps, a grid of samples from the average, always with the same noise and labels.
 
-    Where edits decide per sample, their decisions are drawn as well.
+    Where edits tell decisions, these are drawn as well.
 
     Args:
         every: optimiser steps; 0: never
         count: images
         sampler: how to generate
-        folder: for `step_000500.png`, and `routing_<edit>_000500.png` where an edit decides
+        folder: for `step_000500.png`, and `routing_<edit>_000500.png` where an edit tells decisions
         grid: (denoised samples b c y x) -> picture, uint8 y x 3
         condition: makes the condition of `count` samples
         captions: describes the conditions in words, for samples without classes
@@ -214,7 +214,7 @@ class Preview(StepCallback):
 
     def _draw(self, trainer: pl.Trainer, module: Recipe, step: int) -> None:
         numbers, told = torch.arange(self.count), self.condition(self.count)
-        seen = Decisions(module.ema) if trainer.is_global_zero and decides(module.ema) else None
+        seen = Decisions(module.ema) if trainer.is_global_zero and drawn(module.ema) else None
         x = self.sampler(module.ema, module.objective, told, numbers, self.seed, self.negative, watch=seen)
         module.reshard()
         if not trainer.is_global_zero:

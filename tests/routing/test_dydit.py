@@ -606,11 +606,10 @@ def test_a_generation_decides_once_per_time_for_both_branches_and_keeps_the_late
     assert len(memory["it"]["dydit", "plans"]) == 4  # evaluations
     assert set(plans) == set(seen) and len({p.numpy().tobytes() for _, p in plans.values()}) > 1
     for sigma, branches in seen.items():
-        assert [name for name, _ in branches] == ["cond", "uncond"]
-        for _, trace in branches:
-            assert torch.equal(trace[WIDTHS] > 0.5, plans[sigma][1].expand(4, -1, -1, -1))
-    cond, uncond = (trace for _, trace in seen[1.0])  # the same noise, each branch with its own tokens
-    assert not torch.equal(cond[f"{TOKENS}.2"], uncond[f"{TOKENS}.2"])
+        ((branch, trace),) = branches
+        assert branch == "joint" and torch.equal(trace[WIDTHS] > 0.5, plans[sigma][1].expand(8, -1, -1, -1))
+    cond, uncond = seen[1.0][0][1][f"{TOKENS}.2"].chunk(2)  # the same noise, each branch with its own tokens
+    assert not torch.equal(cond, uncond)
     kept = {k[1]: v for k, v in memory["it"].items() if isinstance(k[1], int)}
     assert kept  # one narrow copy a unit at most, of the latest time that asked for one, with its slices made
     for i in range(3):

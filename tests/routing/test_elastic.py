@@ -581,7 +581,10 @@ def generated(net: Denoiser, samples=(0, 1, 2), guidance: float = 2.0, steps: in
     memory: dict = {}
 
     def watch(step, out):
-        found.setdefault(step.branch, []).append(net.applied["elastic"].decisions(out.trace))
+        told = net.applied["elastic"].decisions(out.trace)
+        halves = {"cond": slice(None, len(samples)), "uncond": slice(len(samples), None)}
+        for name in halves if step.branch == "joint" else (step.branch,):
+            found.setdefault(name, []).append({k: v[:, halves[name]] for k, v in told.items()})
         memory.update(step.memory)
 
     sampler, label = Sampler(Euler(steps), guidance=guidance), Condition(label=torch.tensor(samples) % 10)
@@ -666,6 +669,7 @@ def test_all_samples_and_some_are_kept_and_repeated_alike():
 
 def test_a_unit_near_the_threshold_is_run_once_per_branch_and_then_repeated():
     net = elastic(make(), band=0.5, reuse=10**9, cache_from=0.0)
+    net.applied["elastic"].separate = True
     calls = []
     for unit in net.units:
         unit.widths[4].register_forward_hook(lambda module, args, out: calls.append(args[0].step.branch))

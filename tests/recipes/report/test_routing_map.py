@@ -35,7 +35,7 @@ class Parity(Edit):
     """
 
     tokens: bool = False
-    decides = True
+    adaptive = True
 
     def apply(self, denoiser: Denoiser) -> None:
         denoiser.units = [Even(unit, u, self.tokens) for u, unit in enumerate(denoiser.units)]
@@ -235,10 +235,37 @@ def test_the_macs_of_elastic_are_what_its_map_says(make_dit, tmp_path):
 
     none, dense = all_at(0), all_at(4)  # units are alike, so each open one costs as much
     assert cost["macs_per_image"] == pytest.approx(none + found["open"]["mean"] * (dense - none), abs=1)  # rounded
-    bare = twin(denoiser, decided=False)  # without routers, too
+    bare = twin(denoiser, adaptive=False)  # without routers, too
     bare = count_generation(bare, Sampler(Euler(4)), FlowMatching(), labels(torch.arange(1)), 1).macs
     assert bare < dense and cost["share"] == pytest.approx(cost["macs_per_image"] / bare, rel=1e-6)  # fp32 means
     assert cost["training_flops"] == round(6 * bare / 4) and cost["activated"] is cost["forward"] is None
+
+
+@dataclass
+class Silent(Parity):
+    """Does as much and tells nothing."""
+
+    decisions = Edit.decisions
+
+
+@dataclass
+class Told(Parity):
+    """Tells, and says that its work is the same for all."""
+
+    adaptive = False
+
+
+@pytest.mark.parametrize("make, counted, drawn", [(Silent, True, False), (Told, False, True)])
+def test_costs_are_counted_on_real_images_where_work_differs_and_drawn_is_who_tells(
+    make_dit, tmp_path, make, counted, drawn
+):
+    denoiser = edit.apply(make_dit(in_channels=1, patch_size=4), {"it": make()})
+    edit.save(denoiser, tmp_path / "run", sampler=Sampler(Euler(2)), data=DIGITS)
+    words = {"n": 8, "guidance": 1.0, "rounds": 0, "features": "none", "device": "cpu", "trusted": [__name__]}
+    result = run([tmp_path / "run"], Evaluation.of(words), tmp_path / "out")["artifacts"][0]["results"][0]
+    assert (result["cost"].get("counted") == 8) == ("share" in result["cost"]) == counted
+    assert bool(result["routing"]) == bool(result["routing_maps"]) == drawn
+    assert (len(twin(denoiser, adaptive=False).applied) == 0) == counted
 
 
 def test_a_model_without_deciding_edits_has_no_maps_and_its_costs_as_ever(make_dit, tmp_path, capsys):
