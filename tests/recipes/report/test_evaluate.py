@@ -116,7 +116,7 @@ def test_a_run_of_any_name_is_evaluated_by_the_command_that_training_prints(
 @pytest.mark.parametrize(
     "words,sentence",
     {
-        "artifact=": "artifact= is empty: give a folder",
+        "artifact=": "artifact is empty: write artifact=<value>",
         "artifact=file": "no artifact at file: it is a file, expected a folder",
         "artifact=whole out=file": "out=file cannot be written: .*file is no folder",
         "artifact=whole out=file/below": "out=file/below cannot be written: .*file is no folder",
