@@ -1,6 +1,6 @@
 """The contract of a unit: one transformer block, written out as residual branches with replaceable parts.
 
-A family's file says how its blocks compute (`block` and the parts `own_...`) and what they are made of (`anatomy`).
+A family's file says how its blocks compute (`compute` and the parts `own_...`) and what they are made of (`anatomy`).
 Methods replace parts (`unit.slots`) and read the anatomy; none tests for a family's class.
 
 Letters in shape comments: b batch, n image tokens, l text tokens, s tokens in the joint order, d width, h heads,
@@ -142,7 +142,7 @@ class Unit(nn.Module, ABC):
     """One transformer block written out as its equations: `Stream -> Stream`.
 
     A family implements `anatomy`, `modulate`, `attend`, `feed`, `expand`, `contract`, the parts `own_mixer` and, where
-    it has them, `own_text_ffn`, `own_cross`, `own_fused`; and `block` where there are other branches than two. Their
+    it has them, `own_text_ffn`, `own_cross`, `own_fused`; and `compute` where there are other branches than two. Their
     names are no names of children of a stock block.
     """
 
@@ -222,7 +222,7 @@ class Unit(nn.Module, ABC):
     def contract(self, features: Tensor) -> Tensor:
         """The (image) feed-forward from its hidden channels on: b s c -> b s d."""
 
-    def block(self, stream: Stream) -> Stream:
+    def compute(self, stream: Stream) -> Stream:
         """All residual branches in order."""
         m = self.modulate(stream)
         stream = self.residual(stream, "attention", partial(self.attend, modulation=m), m.attention_gate)
@@ -232,9 +232,9 @@ class Unit(nn.Module, ABC):
 
     def forward(self, stream: Stream) -> Stream:
         if not self.filled and stream.layout.maps is None:
-            return self.block(stream)
+            return self.compute(stream)
         notes: dict[str, Tensor] = {}  # of this call alone: checkpointing makes another
-        stream = self.block(replace(stream, layout=replace(stream.layout, notes=notes)))
+        stream = self.compute(replace(stream, layout=replace(stream.layout, notes=notes)))
         if "maps" in notes:
             notes[f"{stream.tap}.maps"] = notes.pop("maps")
         return replace(stream, trace={**stream.trace, **notes}, layout=replace(stream.layout, notes=None))

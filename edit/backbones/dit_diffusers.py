@@ -80,11 +80,11 @@ class BasicUnit(StockUnit):
         return a.to_out[1](a.to_out[0](self.attended(q, k, v, stream)))
 
     def attend(self, stream: Stream, modulation: Modulation) -> Branch:
-        x = torch.addcmul(modulation.shift.image, self.norm_in(stream.image), 1 + modulation.scale.image)
+        x = torch.addcmul(modulation.shift.image, self.own_norm(stream.image), 1 + modulation.scale.image)
         return Branch(self.part("mixer")(stream, x))
 
     @abstractmethod
-    def norm_in(self, tokens: Tensor) -> Tensor:
+    def own_norm(self, tokens: Tensor) -> Tensor:
         """The norm before the self-attention."""
 
     def expand(self, tokens: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ class ClassUnit(BasicUnit):
         norm: Any = self.norm1
         return Modulation(*map(Branch, norm.linear(norm.silu(time + label))[:, None].chunk(6, dim=2)))
 
-    def norm_in(self, tokens: Tensor) -> Tensor:
+    def own_norm(self, tokens: Tensor) -> Tensor:
         return self.norm1.norm(tokens)
 
     def feed(self, stream: Stream, modulation: Modulation) -> Branch:

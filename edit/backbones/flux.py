@@ -126,8 +126,8 @@ class DoubleUnit(StockUnit):
         text = self.norm2_context(stream.text) * (1 + scale.text) + shift.text
         return Branch(self.part("ffn")(image, stream.layout), self.part("text_ffn")(text, stream.layout))
 
-    def block(self, stream: Stream) -> Stream:
-        stream = super().block(stream)
+    def compute(self, stream: Stream) -> Stream:
+        stream = super().compute(stream)
         return replace(stream, text=finite(stream.text)) if stream.text.dtype == torch.float16 else stream
 
 
@@ -209,7 +209,7 @@ class SingleUnit(StockUnit):
         tokens = self.tokens(stream, modulation)
         return stream.layout.split(self.part("fused")(self.heads_of(stream, tokens), tokens, stream.layout))
 
-    def block(self, stream: Stream) -> Stream:
+    def compute(self, stream: Stream) -> Stream:
         m, given = self.modulate(stream), {"image": stream.image, "text": stream.text}
         if stream.tap or ("fused" not in self.filled and not {"mixer", "ffn"}.isdisjoint(self.filled)):
             stream = self.residual(stream, "attention", partial(self.attend, modulation=m), m.gate)

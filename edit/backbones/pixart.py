@@ -81,7 +81,7 @@ class PixArtUnit(BasicUnit):
         rows = (self.scale_shift_table + stream.cond.unflatten(1, (6, -1))).chunk(6, dim=1)  # b 1 d
         return Modulation(*map(Branch, rows))
 
-    def norm_in(self, tokens: Tensor) -> Tensor:
+    def own_norm(self, tokens: Tensor) -> Tensor:
         return self.norm1(tokens)
 
     def read(self, stream: Stream) -> Branch:
@@ -103,7 +103,7 @@ class PixArtUnit(BasicUnit):
         x = torch.addcmul(shift.image, self.norm2(stream.image), 1 + scale.image)
         return Branch(self.part("ffn")(x, stream.layout))
 
-    def block(self, stream: Stream) -> Stream:
+    def compute(self, stream: Stream) -> Stream:
         m = self.modulate(stream)
         stream = self.residual(stream, "attention", partial(self.attend, modulation=m), m.attention_gate)
         stream = self.residual(stream, "cross", self.read, None)

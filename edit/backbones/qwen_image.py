@@ -127,8 +127,8 @@ class QwenImageUnit(StockUnit):
         text = torch.addcmul(shift.text, self.txt_norm2(stream.text), 1 + scale.text)
         return Branch(self.part("ffn")(image, layout), self.part("text_ffn")(text, layout))
 
-    def block(self, stream: Stream) -> Stream:
-        stream = super().block(stream)
+    def compute(self, stream: Stream) -> Stream:
+        stream = super().compute(stream)
         if stream.image.dtype is torch.float16:  # the published weights overflow here; clipping is part of the model
             stream = replace(stream, image=finite(stream.image), text=finite(stream.text))
         return stream

@@ -160,7 +160,7 @@ class JointUnit(StockUnit):
         text = torch.addcmul(shift.text, self.norm2_context(stream.text), 1 + scale.text)
         return Branch(image, self.part("text_ffn")(text, layout))
 
-    def block(self, stream: Stream) -> Stream:
+    def compute(self, stream: Stream) -> Stream:
         m, given = self.modulate(stream), stream.image
         stream = self.residual(stream, "attention", partial(self.attend, modulation=m), m.attention_gate)
         if self.dual:
