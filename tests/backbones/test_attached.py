@@ -185,6 +185,21 @@ class Pipeline:
         self.transformer, self.scheduler = transformer, scheduler
 
 
+def test_a_pipeline_may_tell_its_cache_context_where_it_is():
+    """As Wan's does; places are those of the scheduler all the same."""
+    denoiser, steps = sd3(), []
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe, own = Pipeline(denoiser.model, scheduler), denoiser.units[0]
+    denoiser.units[0] = lambda stream: steps.append(stream.step) or own(stream)
+    scheduler.set_timesteps(3)
+    told = {"encoder_hidden_states": torch.ones(1, 5, 24), "pooled_projections": torch.ones(1, 20)}
+    with attached(pipe, denoiser), torch.no_grad():
+        for name in ("cond", "uncond"):
+            with pipe.transformer.cache_context(name, step_index=2, sigma=0.25, num_inference_steps=9):
+                pipe.transformer(torch.ones(1, 4, 8, 8), timestep=scheduler.timesteps[:1], **told)
+    assert counted(steps) == [(0, 3, "cond"), (0, 3, "uncond")] and steps[0].sigma == 1
+
+
 # ---- guidance --------------------------------------------------------------------------------------------------------
 
 
