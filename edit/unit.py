@@ -36,6 +36,9 @@ class Features:
     readers: tuple[tuple[str, int], ...]  # with the first column that reads them
     count: tuple[str, str] | None = None  # module and attribute that says how many heads there are
     activation: Callable[[Tensor], Tensor] | None = None  # of each channel by itself; None: gated, or of heads
+    # Writers whose outputs one module normalises together, with its path (an RMSNorm across all heads): such a writer
+    # runs whole whichever features are left, for the others are in the mean.
+    norms: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ class Work(NamedTuple):
     Of t = tokens of the attention, registers and, in joint sequences, text included, of which k are chosen (registers
     and in fused units text always are), with shares h of the heads and g of the channels:
 
-        text * l + (i + l) read + i l reads + i more + i^2 mores + h (token t + pair t^2) + k (h out + g feed)
+        text * l + (i + l) read + i l reads + i more + i^2 mores + t whole
+            + h (token t + pair t^2) + k (h out + g feed)
 
     where i = image tokens and registers.
     """
@@ -39,6 +40,7 @@ class Work(NamedTuple):
     reads: int = 0
     more: int = 0  # of a second attention among image tokens
     mores: int = 0
+    whole: int = 0  # of queries and keys that are normalised across all heads, and made for all
     unread: int = 0  # of each text token's output that is not computed, since no unit follows that would read it
 
     def parts(self, n: int, registers: int, length: int) -> tuple[int, int, int]:
@@ -51,7 +53,8 @@ class Work(NamedTuple):
         i = n + registers
         t, always = i + (length if self.along else 0), registers + (length if self.fused else 0)
         fixed = length * self.text + (i + length) * self.read + i * length * self.reads + i * self.more
-        return fixed + i * i * self.mores, t * self.token + t * t * self.pair - length * self.unread, always
+        fixed += i * i * self.mores + t * self.whole
+        return fixed, t * self.token + t * t * self.pair - length * self.unread, always
 
 
 def work(unit: Unit) -> Work:
@@ -70,6 +73,8 @@ def work(unit: Unit) -> Work:
     if a.text == "ends":
         further["unread"] = inner * d
     token, out = (3, inner * d) if a.fused else (4, 0)
+    if a.attention.norms:
+        token, further["whole"] = token - 2, 2 * d * inner
     return Work(
         features.size, token * d * inner, 2 * inner, out, feed(features), feed(a.text_feed), a.fused, a.joint, **further
     )

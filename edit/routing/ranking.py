@@ -2,8 +2,8 @@
 
 The order matters if width is a prefix of the channels (E-DiT), or if the first head and group always run (DyDiT, arXiv
 2410.03456). Sorting is in place and keeps the unit's output: softmax attention treats its heads alike, an activation
-its channels, and QK-norm and positions are the same for every head. Layers with low-rank additions (TD-LoRA) are sorted
-by their weights alone; fold a LoRA first.
+its channels, positions are the same for every head, and so is QK-norm, or it is sorted along (across all heads). Layers
+with low-rank additions (TD-LoRA) are sorted by their weights alone; fold a LoRA first.
 """
 
 from __future__ import annotations
@@ -71,6 +71,9 @@ def order(unit: Unit, features: Features, groups: int) -> None:
     for layer, columns in readers:
         for p in (layer.weight, layer.factors()[1]) if isinstance(layer, Adapted) else (layer.weight,):
             p[:, columns] = p[:, columns][:, places]
+    for _, norm in features.norms:
+        for p in unit.get_submodule(norm).parameters():
+            p.copy_(p[places])
 
 
 def energy(rows: Tensor, groups: int, size: int) -> Tensor:

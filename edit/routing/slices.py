@@ -81,9 +81,13 @@ def narrowed(unit: Unit, parts: Sequence[tuple[Features, Part]], heads: int | No
     counts = {}
     cuts: dict[str, list[tuple[int, int, Part]]] = {}  # by reader: first column, how many, which are left
     for features, part in parts:
+        norms = dict(features.norms)
         for path, times in features.writers:
             rows = tuple(shifted(part, i * features.size) for i in range(times))
-            layers[path] = Narrow(unit.get_submodule(path), rows=rows, keep=keep)
+            if path in norms:
+                layers[norms[path]] = Taken(unit.get_submodule(norms[path]), rows)
+            else:
+                layers[path] = Narrow(unit.get_submodule(path), rows=rows, keep=keep)
         for path, first in features.readers:
             cuts.setdefault(path, []).append((first, features.size, part))
         if features.count is not None and heads is not None:
@@ -173,6 +177,17 @@ class Narrow(nn.Module):
             every = torch.arange(self.base.in_features, device=x.device)
             places = taken(every, self.columns, 0)
             x = x.new_zeros(*x.shape[:-1], len(every)).index_copy(-1, places, x)
+        return taken(self.layer(x), self.rows, -1)
+
+
+class Taken(nn.Module):
+    """Some outputs of a module that runs whole: of a norm of all features together."""
+
+    def __init__(self, layer: nn.Module, rows: Pieces):
+        super().__init__()
+        self.layer, self.rows = layer, joined_pieces(rows)
+
+    def forward(self, x: Tensor) -> Tensor:
         return taken(self.layer(x), self.rows, -1)
 
 

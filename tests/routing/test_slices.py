@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import edit
+from edit.routing.ranking import order
 from edit.routing.slices import (
     Narrow,
     Part,
@@ -22,7 +23,7 @@ from edit.routing.slices import (
 )
 from edit.stream import Routing
 from edit.tuning.lora import LoRA, without
-from edit.unit import heads_of, hidden_of
+from edit.unit import Features, heads_of, hidden_of
 
 families = pytest.mark.parametrize("name", CONFIGS)
 LINEAR = {  # all that a unit's narrow copies touch, as LoRA names it
@@ -136,6 +137,26 @@ def test_a_copy_computes_by_its_own_layers_and_keeps_its_slots_apart():
     unit.slots.ffn = partial(unit.slots.ffn)
     assert "ffn" not in swapped.slots and swapped.mlp.fc1.out_features == 8 and unit.mlp.fc1.out_features == 256
     assert difference(unit(stream), before) == 0 and difference(swapped(stream), before) > 1e-3
+
+
+@pytest.mark.parametrize("part", [slice(0, 4), torch.tensor([1, 4, 9])], ids=["range", "indices"])
+@torch.no_grad()
+def test_features_that_are_normalised_together_are_taken_behind_the_norm(part):
+    unit = family("dit").units[0]
+    unit.across = nn.RMSNorm(256, dtype=torch.float64)
+    nn.init.normal_(unit.across.weight)
+    f = Features(256, (("mlp.fc1", 1),), (("mlp.fc2", 0),), norms=(("mlp.fc1", "across"),))
+
+    def made(u) -> Tensor:
+        return u.across(u.mlp.fc1(x))
+
+    x = torch.randn(3, 64).double()
+    whole, narrow = made(unit), narrowed(unit, ((f, part),))
+    assert torch.equal(made(narrow), whole[:, part]) and narrow.mlp.fc1 is unit.mlp.fc1
+    before = unit.mlp.fc2(whole)
+    order(unit, f, 4)
+    assert not torch.allclose(made(unit), whole)
+    torch.testing.assert_close(unit.mlp.fc2(made(unit)), before, rtol=0, atol=1e-12)  # float64 sums in another order
 
 
 # ---- Narrow ----------------------------------------------------------------------------------------------------------
