@@ -25,7 +25,7 @@ class Condition:
     text_mask: Tensor | None = None  # b l, bool, True = a real token
     pooled: Tensor | None = None  # b c, pooled text embedding
     guidance: Tensor | None = None  # b, the scale that a guidance-distilled model takes as an input
-    control: Tensor | None = None  # b c y x, control latents
+    control: Tensor | None = None  # b c *sizes, control latents
     end: Tensor | None = None  # b, the time at which the step of a flow map ends, at most t
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Condition:
@@ -191,6 +191,7 @@ class Output(NamedTuple):
     sample: Tensor  # the prediction, shaped as x
     variance: Tensor | None  # the learned-variance half, shaped as x, where the model has one
     trace: Mapping[str, Tensor]  # taps as "unit.<index>", and the records of edits
+    grid: tuple[int, int, int] | None = None  # frames, rows, columns of the image tokens, set by `Denoiser.forward`
 
 
 class Branch(NamedTuple):

@@ -13,7 +13,7 @@ def world() -> CaptionedDigits:
 @pytest.fixture(scope="module")
 def real(world) -> tuple[torch.Tensor, list[str]]:
     split = world.heldout()
-    return world.to_images(torch.stack([split.sample(i, i)["x"] for i in range(len(split))])), split.captions
+    return world.to_frames(torch.stack([split.sample(i, i)["x"] for i in range(len(split))])), split.captions
 
 
 def written(world: CaptionedDigits, caption: str, seed: int = 5) -> torch.Tensor:
@@ -38,7 +38,7 @@ def test_held_out_captions_are_no_training_captions(world):
 def test_samples_are_those_of_the_shapes_in_form(world):
     sample = world.train().sample(0, 0)
     assert sample["x"].shape == world.shape == (12, 8, 8) and sample["text"].shape == (16, 64)
-    assert world.to_images(sample["x"][None]).shape == (1, 32, 32, 3)
+    assert world.to_frames(sample["x"][None]).shape == (1, 32, 32, 3)
     assert sample["kind"] == meaning(world.train().captions[0]).digit and world.judged == 10
 
 

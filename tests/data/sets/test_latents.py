@@ -160,7 +160,7 @@ def test_tar_shards_give_the_same_latents_as_a_folder(job, shards):
 def test_images_are_looked_at_through_the_vae(latents, vae):
     data = Latents(str(latents), flip=False)
     x = torch.stack([data.train().sample(i, i)["x"] for i in range(3)])
-    images = data.to_images(x)
+    images = data.to_frames(x)
     assert images.shape == (3, SIZE, SIZE, 3) and images.dtype == torch.uint8
     assert torch.equal(images, to_uint8(VAE(str(vae)).decode(x / 0.5 + 0.1)))
 
@@ -168,7 +168,7 @@ def test_images_are_looked_at_through_the_vae(latents, vae):
 def test_a_vae_that_is_gone_or_another_is_told(latents, vae, tmp_path):
     x = torch.zeros(1, 4, 8, 8)
     with pytest.raises(FileNotFoundError, match="data.set.vae=<folder>: .*nowhere is no folder here and no hub id"):
-        Latents(str(latents), vae=str(tmp_path / "nowhere")).to_images(x)
+        Latents(str(latents), vae=str(tmp_path / "nowhere")).to_frames(x)
     from diffusers import AutoencoderKL
 
     other = AutoencoderKL.from_pretrained(vae)
@@ -176,9 +176,9 @@ def test_a_vae_that_is_gone_or_another_is_told(latents, vae, tmp_path):
         other.decoder.conv_out.bias += 1e-3
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="other is not the VAE that made"):
-        Latents(str(latents), vae=str(tmp_path / "other")).to_images(x)
+        Latents(str(latents), vae=str(tmp_path / "other")).to_frames(x)
     shutil.copytree(vae, tmp_path / "moved")
-    Latents(str(latents), vae=str(tmp_path / "moved")).to_images(x)
+    Latents(str(latents), vae=str(tmp_path / "moved")).to_frames(x)
 
 
 def test_held_out_latents_must_be_of_the_same_encoders(latents, job, folder, t5, clip):
