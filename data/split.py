@@ -24,6 +24,7 @@ MOST = {
     "held": 100_000,
     "copies": 1_000,
     "size": 16_384,
+    "frames": 1_024,
 }  # that an artifact may ask for
 
 
