@@ -120,7 +120,7 @@ class StockDenoiser(Denoiser):
 
     def settle(self, shape: tuple[int, ...], spec: Any) -> None:
         values = {k: getattr(spec, k) for k in self.extras if hasattr(spec, k)}
-        if "sample_size" in self.extras:
+        if "sample_size" in self.extras and len(shape) == len(self.sample_shape):  # others are refused: `accepts`
             values["sample_size"] = tuple(shape[1:])
         for name, value in values.items():
             object.__setattr__(self, name, value)

@@ -16,13 +16,19 @@ from torch import Tensor, nn
 import edit
 import edit.backbones
 import eval as evaluation
+from data.making.generator import generate
+from data.making.request import Request
+from data.sets.latents import Latents
 from data.sets.moving_shapes import MovingShapes
+from data.sets.toy_text import ToyText
 from edit import noise
+from edit.backbones.flux import FluxConfig
 from edit.denoiser import Denoiser
 from edit.distillation.attention import RelationKD, cosines
 from edit.few_step.discriminator import Heads
 from edit.measuring.quality import Pretrained
 from edit.objectives import Pass
+from edit.sampling import lengths
 from recipes import plan
 from recipes.config.check import check
 from recipes.config.errors import UserError
@@ -32,15 +38,8 @@ from recipes.report.yardstick import Yardstick, real_features
 from recipes.training import run
 
 BACKBONE = "{_target_: edit.backbones.toy_video.ToyVideoConfig}"
-VIDEO = (
-    "data=moving_shapes",
-    "data.set.frames=4",
-    "data.set.count=16",
-    "data.set.held=8",
-    "data.batch_size=4",
-    "~backbone",
-    f"+backbone={BACKBONE}",
-)
+FAMILY = ("~backbone", f"+backbone={BACKBONE}")
+WORLD = ("data=moving_shapes", "data.set.frames=4", "data.set.count=16", "data.set.held=8", "data.batch_size=4")
 SHORT = (
     *("trainer.max_steps=4", "trainer.accelerator=cpu", "optimizer.warmup=0", "log_every=1", "checkpoint.every=2"),
     *("evaluate=null", "preview.every=0"),
@@ -56,10 +55,10 @@ def known():
     edit.backbones.__path__[:] = before
 
 
-def train(folder: Path, *words: str) -> None:
+def train(folder: Path, *words: str, data: Sequence[str] = WORLD) -> None:
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-        cfg = compose("train", [*VIDEO, f"runs={folder}", *SHORT, *words])
+        cfg = compose("train", [*data, *FAMILY, f"runs={folder}", *SHORT, *words])
     if errors := check(cfg):
         raise UserError(errors[0])
     run(cfg)
@@ -150,17 +149,17 @@ def test_a_policy_and_relations_are_learned_from_a_teacher(folder):
 
 def test_a_plan_counts_frames(capsys):
     def planned(*words: str) -> dict:
-        assert plan.main([*VIDEO, *words, "--json"]) == 0, capsys.readouterr().err
+        assert plan.main([*WORLD, *FAMILY, *words, "--json"]) == 0, capsys.readouterr().err
         return json.loads(capsys.readouterr().out)
 
     few, many = planned(), planned("frames=8", "+backbone.frames=8")
     assert few["sample"] == [12, 4, 8, 8] and many["sample"] == [12, 8, 8, 8]
     assert many["latent_per_image"] == 2 * few["latent_per_image"] and many["macs"] > 1.9 * few["macs"]
-    assert plan.main([*VIDEO, "frames=8"]) == 2
+    assert plan.main([*WORLD, *FAMILY, "frames=8"]) == 2
     assert "takes samples of 12x4x8x8, got 12x8x8x8" in capsys.readouterr().err
 
 
-def test_features_are_of_all_frames_and_classes_of_the_first(folder, tmp_path):
+def test_features_are_of_all_frames_and_distances_of_pairs_are_means_over_them(folder, tmp_path):
     data, none = MovingShapes(count=4, held=4, frames=4), Evaluation.of({"features": "none", "cache": str(tmp_path)})
     space = Yardstick.of(data, {}, none, torch.device("cpu"))
     eye = Pretrained(folder / "dino", torch.device("cpu"))
@@ -171,6 +170,32 @@ def test_features_are_of_all_frames_and_classes_of_the_first(folder, tmp_path):
     frames = measured["features"].unflatten(0, (4, 4))
     assert not torch.equal(frames[:, 0], frames[:, 1])
     assert all(measured[k].shape == (4,) for k in ("nearest", "psnr", "ssim", "perceptual", "prompt_motion"))
+
+
+def test_videos_of_a_teacher_are_stored_with_their_paths_looked_at_and_trained_on(folder, tmp_path, capsys):
+    words = ToyText().write(tmp_path / "text")
+    (tmp_path / "prompts.txt").write_text("a red circle moving up\na white cross bouncing left")
+    work = Request(
+        teacher=str(folder / "t/artifact"),
+        prompts=str(tmp_path / "prompts.txt"),
+        out=str(tmp_path / "videos"),
+        pooled_encoder=str(words["text_encoder"]),
+        steps=2,
+        points=1,
+        dtype="float32",
+        device="cpu",
+    )
+    data = Latents(str(generate(work, lambda told: None).parent), trajectories=True)
+    sample = data.train().sample(1, 0)
+    assert data.shape == sample["x"].shape == sample["z"].shape == (12, 4, 8, 8)
+    assert sample["trajectory"].shape == (1, 12, 4, 8, 8) and (tmp_path / "videos/samples.png").exists()
+    assert data.to_frames(sample["x"][None]).shape == (1, 4, 32, 32, 3)
+    train(
+        folder,
+        "name=cached",
+        data=("data=latents", f"data.set.path={tmp_path}/videos", "data.batch_size=2", "data.workers=0"),
+    )
+    assert torch.tensor([float(v) for v in losses(folder, "cached")]).isfinite().all()
 
 
 # ---- the grid -------------------------------------------------------------------------------------------------------
@@ -197,6 +222,24 @@ def test_heads_and_relations_use_the_grid_that_the_model_tells(video):
     assert mine.shape == (2, 8, 8)  # two frames of 2 x 2
     loss = RelationKD(((0, 1),), weight=1.0, size=2).losses(Pass(out, {}, t, 0.0, out), None)["relation_kd"]
     torch.testing.assert_close(loss, (mine - theirs.detach()).square().mean((1, 2)))
+
+
+def test_stock_families_take_samples_of_the_rank_that_their_size_has(make_flux):
+    image = make_flux()
+    film = image.from_config({**image.config, "sample_size": [3, 8, 12]})
+    assert film.sample_shape == (4, 3, 8, 12)
+    assert film.accepts((4, 5, 8, 10)) and not film.accepts((4, 8, 10)) and not film.accepts((4, 5, 8, 9))
+    film.settle((4, 7, 6, 2), FluxConfig())
+    assert film.sample_shape == (4, 7, 6, 2) and film.base["sample_size"] == [7, 6, 2]
+    image.settle((4, 7, 6, 2), FluxConfig())
+    assert len(image.sample_shape) == 3 and not image.accepts((4, 7, 6, 2))
+
+
+def test_lengths_of_guidance_are_those_of_patches_of_each_frame():
+    x = torch.randn(2, 3, 4, 6, 8)
+    found = lengths(x, 2)
+    assert found.shape == (2, 1, 4, 6, 8)
+    assert all(torch.equal(found[:, :, k], lengths(x[:, :, k], 2)) for k in range(4))
 
 
 def test_noise_of_a_video_depends_on_seed_and_number_alone():

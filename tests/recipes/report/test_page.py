@@ -69,6 +69,14 @@ def test_a_grid_enlarges_tiny_images_without_smoothing():
     assert image_grid(images.repeat_interleave(8, 2).repeat_interleave(8, 3), columns=5).size == (5 * 64 + 4 * 2, 64)
 
 
+def test_a_grid_shows_a_few_frames_of_a_video_from_first_to_last():
+    frames = torch.arange(2 * 10, dtype=torch.uint8).view(2, 10, 1, 1, 1).expand(-1, -1, 40, 40, 3)
+    grid = image_grid(frames, columns=8)
+    assert grid.size == (2 * 160 + 2, 40)  # four frames each
+    assert [grid.getpixel((40 * k + 20, 20))[0] for k in range(4)] == [0, 3, 6, 9]
+    assert grid.getpixel((160, 20)) == (255, 255, 255) and grid.getpixel((162, 20)) == (10, 10, 10)
+
+
 @pytest.mark.parametrize("images", [torch.zeros(2, 1, 8, 8, 3), torch.zeros(0, 1, 8, 8, 3, dtype=torch.uint8)])
 def test_a_grid_refuses_what_is_no_image(images):
     with pytest.raises(ValueError, match="uint8 frames b f y x 3"):
