@@ -208,7 +208,6 @@ def _small(seen: Map, groups: Mapping[str, Sequence[int]], part: Any) -> None:
 
 
 def _tokens(seen: Map, look: Look, part: Any) -> None:
-    """Tokens in their grid; frames side by side."""
     tokens, grid = seen.tokens, seen.grid
     assert tokens is not None and grid is not None
     labels, moments = list(seen.times.values()), spaced(len(seen.times), MOMENTS)
@@ -217,11 +216,16 @@ def _tokens(seen: Map, look: Look, part: Any) -> None:
         if (image := look(k)) is not None:
             left.imshow(image, interpolation="nearest")
         for axes, i in zip(right, moments, strict=True):
-            _heat(axes, tokens[i, k].view(grid).transpose(0, 1).flatten(1), "equal")
+            _heat(axes, side_by_side(tokens[i, k], grid), "equal")
             if k == 0:
                 axes.set_title(f"time {labels[i]:.2f}", fontsize=8)
         for axes in (left, *right):
             axes.set_axis_off()
+
+
+def side_by_side(tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Tokens in rows and columns, frames beside each other: n -> y (f x)."""
+    return tokens.view(grid).transpose(0, 1).flatten(1)
 
 
 def spaced(length: int, most: int) -> list[int]:

@@ -25,10 +25,12 @@ from edit import noise
 from edit.backbones.flux import FluxConfig
 from edit.denoiser import Denoiser
 from edit.distillation.attention import RelationKD, cosines
+from edit.distillation.guidance import TeacherGuidance
 from edit.few_step.discriminator import Heads
 from edit.measuring.quality import Pretrained
 from edit.objectives import Pass
 from edit.sampling import lengths
+from edit.solvers import tokens_in
 from recipes import plan
 from recipes.config.check import check
 from recipes.config.errors import UserError
@@ -119,7 +121,7 @@ def test_an_evaluation_measures_frames_pairs_and_what_captions_say(folder, tmp_p
     [
         "{_target_: edit.few_step.ladd.LADD, teacher_taps: [0, -1], hidden: 8}",
         "{_target_: edit.few_step.add.ADD, vision: {_target_: edit.few_step.vision.Vision, path: DINO, layers: [1],"
-        " hidden: 8, crop: 4}}",
+        " hidden: 8, crop: 6}}",
     ],
     ids=["tokens", "vision"],
 )
@@ -182,6 +184,7 @@ def test_videos_of_a_teacher_are_stored_with_their_paths_looked_at_and_trained_o
         pooled_encoder=str(words["text_encoder"]),
         steps=2,
         points=1,
+        size=8,
         dtype="float32",
         device="cpu",
     )
@@ -209,6 +212,8 @@ def test_an_output_tells_the_grid_of_its_tokens_whatever_edits_make_of_it(video,
     from edit.few_step.policy import MixtureHead
 
     assert video(*inputs(video)).grid == (2, 4, 4) and dit(*batch).grid == (1, 4, 4)
+    taught = TeacherGuidance(2.0, 2.0)(video, *inputs(video), video.example(2), torch.full((2,), 2.0), taps=(0,))
+    assert taught.grid == (2, 4, 4)
     out = edit.apply(video, {"policy": MixtureHead(components=2)})(*inputs(video))
     assert out.grid == (2, 4, 4) and out.trace["policy"].shape == (2, 2 * 12 + 2 + 1, 2, 8, 8)
 
@@ -233,6 +238,10 @@ def test_stock_families_take_samples_of_the_rank_that_their_size_has(make_flux):
     assert film.sample_shape == (4, 7, 6, 2) and film.base["sample_size"] == [7, 6, 2]
     image.settle((4, 7, 6, 2), FluxConfig())
     assert len(image.sample_shape) == 3 and not image.accepts((4, 7, 6, 2))
+
+
+def test_the_tokens_that_move_a_samplers_times_are_those_of_all_frames():
+    assert tokens_in((16, 5, 8, 12)) == 5 * tokens_in((16, 8, 12)) == 5 * 24
 
 
 def test_lengths_of_guidance_are_those_of_patches_of_each_frame():

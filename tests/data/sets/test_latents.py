@@ -24,7 +24,7 @@ from data.making.job import Job
 from data.making.precomputer import precompute
 from data.pixels import centre_crop, to_tensor, to_uint8
 from data.precompute import main
-from data.sets.latents import Latents
+from data.sets.latents import Latents, LatentSplit
 from data.tars import Tars
 from edit.noise import gaussian
 
@@ -483,3 +483,15 @@ def test_help_answers_at_once():
     done = subprocess.run([sys.executable, "-m", "data.precompute", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--text-encoder" in done.stdout and "torch" not in done.stderr
     assert time.monotonic() - begin < 2  # importing torch alone takes 1.5 s; 0.1 s on an idle machine
+
+
+def test_moments_of_videos_are_scaled_by_channel(tmp_path):
+    mean, shape = torch.randn(2, 3, 4, 5), (2, 3, 4, 5)
+    file = io.BytesIO()
+    np.save(file, torch.cat((mean, torch.zeros(shape))).numpy())
+    write_tar(tmp_path / "shard-000000.tar", [{"__key__": "000000000", "moments.npy": file.getvalue(), "json": b"{}"}])
+    described = {"latent_shape": list(shape), "vae": {"shift": [0.5, -1.0], "scale": [2.0, 3.0]}, "flips": False}
+    described |= {"text": None, "pooled": None, "num_classes": None}
+    tars = Tars([str(tmp_path / "shard-000000.tar")], Tolerance("refuse"), None)
+    x = LatentSplit(tars, described, False, 0, False).sample(0, 0)["x"]
+    torch.testing.assert_close(x, torch.stack(((mean[0] - 0.5) * 2, (mean[1] + 1) * 3)))

@@ -22,7 +22,7 @@ from edit.solvers import Euler, Heun
 from edit.stream import Condition, Stream
 from recipes.config.schema import Evaluation
 from recipes.report.evaluate import run
-from recipes.report.routing_map import Decisions, Map, draw, groups, numbers, spaced
+from recipes.report.routing_map import Decisions, Map, draw, groups, numbers, side_by_side, spaced
 
 DIGITS = {"_target_": "data.sets.digits.Digits"}
 
@@ -139,6 +139,10 @@ def test_small_maps_are_of_classes_or_prompts_evenly_from_all():
     assert groups(torch.tensor([1, 0]), [], ["cat", "dog"]) == {"dog": [0], "cat": [1]}
     found = groups(None, ["a", "b", "a", *"cdefg"])
     assert found == {"a": [0, 2], "b": [1], "c": [3], "e": [5], "f": [6], "g": [7]}
+
+
+def test_frames_of_tokens_lie_side_by_side():
+    assert side_by_side(torch.arange(12), (2, 2, 3)).tolist() == [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]]
 
 
 def test_steps_and_classes_are_shown_evenly():
