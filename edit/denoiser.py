@@ -159,7 +159,7 @@ class Denoiser(nn.Module, ABC):
 
     `model` holds the weights under their own names; `units` are ordered views on its blocks, which stay registered in
     `model` alone. `edits` holds the parameters that edits add. Every backbone has one calling convention: `x` is a
-    latent or pixels b c y x (b c f y x for video), `t` lies in [0, 1] with 1 = pure noise.
+    latent or pixels b c *sizes (b c y x for images, b c f y x for video), `t` lies in [0, 1] with 1 = pure noise.
 
     A family implements `config`, `from_config`, `sample_shape`, `pack`, `embed`, `readout`, `keep`, `null` and the two
     converters `to_stock` / `from_stock`; everything else is here.
@@ -192,7 +192,7 @@ class Denoiser(nn.Module, ABC):
     @property
     @abstractmethod
     def sample_shape(self) -> tuple[int, ...]:
-        """Shape of one sample without the batch: (c, y, x)."""
+        """Shape of one sample without the batch: (c, *sizes), (c, y, x) for images."""
 
     @property
     def prediction(self) -> Literal["velocity", "noise"]:
@@ -267,7 +267,7 @@ class Denoiser(nn.Module, ABC):
         """Predict from a noisy sample.
 
         Args:
-            x: b c y x, noisy
+            x: b c *sizes, noisy
             t: b, times in [0, 1], 1 = pure noise
             condition: labels, text, ... of the same batch
             step: the sampling step; None while training
@@ -291,7 +291,7 @@ class Denoiser(nn.Module, ABC):
         output = self.readout(stream)
         for name, edit in self.applied.items():
             output = edit.readout(output, stream, self.edits[name] if name in self.edits else None)
-        return output
+        return output._replace(grid=stream.layout.grid)
 
     def run(
         self,

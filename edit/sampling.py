@@ -239,9 +239,10 @@ def joined(denoiser: Denoiser, condition: Condition, negative: Condition) -> Con
 
 
 def lengths(x: Tensor, patch: int) -> Tensor:
-    """Euclidean length of each patch x patch square of all channels, at each of its pixels: b c y x -> b 1 y x."""
-    squares = F.avg_pool2d(x.square().sum(1, keepdim=True), patch) * patch**2
-    return squares.sqrt().repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    """Euclidean length of each patch x patch square of all channels at each of its pixels: b c *sizes -> b 1 *sizes."""
+    squares = x.square().sum(1, keepdim=True)
+    pooled = F.avg_pool2d(squares.flatten(1, -3), patch) * patch**2  # the frames of a video each by itself
+    return pooled.sqrt().repeat_interleave(patch, -2).repeat_interleave(patch, -1).view_as(squares)
 
 
 def default_sampler(denoiser: Denoiser, objective: Objective | None = None) -> Sampler:

@@ -41,7 +41,7 @@ def solver_of(request: Request, shift: float) -> Solver:
 
 
 class Recorded(Solver):
-    """A solver that keeps its states at some times: `states` by time, b c y x, of the last batch.
+    """A solver that keeps its states at some times: `states` by time, b c *sizes, of the last batch.
 
     A state is an input of the model. Heun's method evaluates its guess first and then the state, which is kept.
 
@@ -75,7 +75,7 @@ def stored_times(request: Request, shift: float) -> list[float]:
     return times(request.steps, shift)[:: request.steps // (request.points + 1)][1:-1]
 
 
-def check_text(request: Request, denoiser: Denoiser, encoders: PromptEncoders, shape: tuple[int, int, int]) -> None:
+def check_text(request: Request, denoiser: Denoiser, encoders: PromptEncoders, shape: tuple[int, ...]) -> None:
     """Raises ValueError if the teacher does not take the text of these encoders."""
     condition = condition_of(request, denoiser, encoders, encoders.embed([""]))[0]
     try:

@@ -62,13 +62,14 @@ class StockDenoiser(Denoiser):
 
     A family names the class, its lists of blocks with the configuration key that counts each, and the unit that takes
     a block's place. What is ours and not the stock model's configuration (`extras`) are plain attributes: the default
-    sample size and, for guidance-distilled models, the guidance scale they are told where nobody says another.
+    sizes of a sample (rows and columns, after the frames of a video) and, for guidance-distilled models, the guidance
+    scale they are told where nobody says another.
     """
 
     stock: ClassVar[str]  # the class in `diffusers`
     lists: ClassVar[Mapping[str, tuple[str, type[StockUnit]]]]  # model attribute -> (configuration key, unit)
     extras: ClassVar[Mapping[str, Any]] = {"sample_size": (128, 128)}  # with the defaults of a published folder
-    multiple: ClassVar[int] = 2  # rows and columns of a sample must be multiples of this
+    multiple: ClassVar[int] = 2  # rows and columns of a sample must be multiples of this; frames may be any number
     masks: ClassVar[bool] = True  # attention honours the text mask; else padding is attended to
 
     def __init__(self, model: nn.Module, **extras: Any):
@@ -118,7 +119,7 @@ class StockDenoiser(Denoiser):
         return cls(cls.stock_class()(**stock), **extras)
 
     @property
-    def sample_shape(self) -> tuple[int, int, int]:
+    def sample_shape(self) -> tuple[int, ...]:
         return self.channels, *self.sample_size  # type: ignore[attr-defined]
 
     @property
@@ -127,12 +128,13 @@ class StockDenoiser(Denoiser):
         return self.model.config.in_channels  # type: ignore[union-attr]
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
-        return len(shape) == 3 and shape[0] == self.channels and not any(s % self.multiple for s in shape[1:])
+        alike = len(shape) == len(self.sample_shape) and shape[0] == self.channels
+        return alike and not any(s % self.multiple for s in shape[-2:])
 
     def settle(self, shape: tuple[int, ...], spec: Any) -> None:
         values = {k: getattr(spec, k) for k in self.extras if hasattr(spec, k)}
-        if "sample_size" in self.extras:
-            values["sample_size"] = tuple(shape[-2:])
+        if "sample_size" in self.extras and len(shape) == len(self.sample_shape):  # others are refused: `accepts`
+            values["sample_size"] = tuple(shape[1:])
         for name, value in values.items():
             object.__setattr__(self, name, value)
         self.base = {**self.base, **{k: _plain(v) for k, v in values.items()}}

@@ -129,7 +129,7 @@ def derivative(
 
     Args:
         f: (x, t) -> shaped as x
-        x: b c y x
+        x: b c *sizes
         t: b
         dx: direction, shaped as x
         dt: likewise, b
@@ -164,7 +164,7 @@ def mean_velocity(
 
     Args:
         student: u
-        x_t: b c y x
+        x_t: b c *sizes
         t: b
         v: velocity at x_t, shaped as it
         condition: with its `end`

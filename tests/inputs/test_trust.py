@@ -60,7 +60,7 @@ class Sounds:
 
     def heldout(self): ...
 
-    def to_images(self, x): ...
+    def to_frames(self, x): ...
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_backbones_and_data_sets_are_known_by_their_shape_and_nothing_else_is():
     sets = {c.__name__ for c in ours(data, (Splits,)) if not getattr(c, "_is_protocol", False)}
     assert sets >= {"Digits", "MovedDigits", "Shapes", "CaptionedDigits", "ImageFolder", "ImageShards", "Latents"}
     assert sets <= {*(c.__name__ for c in (Digits, ImageFolder, ImageShards)), "MovedDigits", "DigitsAndShades"} | {
-        *("Shapes", "CaptionedDigits", "Latents", "World", "PictureSet")
+        *("Shapes", "CaptionedDigits", "MovingShapes", "Latents", "World", "PictureSet")
     }
 
 

@@ -236,15 +236,15 @@ def test_an_environment_that_makes_no_sense_is_one_sentence(command, monkeypatch
 
 def test_latents_can_be_looked_at_through_the_vae(order, vae, tmp_path):
     out = generate(order(vae=str(vae)), quiet).parent
-    images = Latents(str(out)).to_images(torch.stack([Latents(str(out)).train().sample(0, 0)["x"]]))
-    assert images.shape == (1, 16, 16, 3)
+    images = Latents(str(out)).to_frames(torch.stack([Latents(str(out)).train().sample(0, 0)["x"]]))
+    assert images.shape == (1, 1, 16, 16, 3)
     from PIL import Image
 
     with Image.open(out / "samples.png") as sheet:
         assert sheet.size == (2 * 18, 2 * 18)  # the first shard has three images
     assert not (generate(order("plain"), quiet).parent / "samples.png").exists()
     with pytest.raises(ValueError, match="to look at latents of .*plain, a VAE is needed"):
-        Latents(str(tmp_path / "plain")).to_images(torch.zeros(1, 4, 8, 8))
+        Latents(str(tmp_path / "plain")).to_frames(torch.zeros(1, 4, 8, 8))
 
 
 # ---- a teacher in its pipeline ---------------------------------------------------------------------------------------
@@ -624,7 +624,7 @@ def test_the_embedded_world_needs_no_downloads(tmp_path):
     assert data.null is not None and torch.equal(data.null["text_mask"], null["text_mask"])
     torch.testing.assert_close(data.null["text"], null["text"], rtol=1e-5, atol=1e-5)
     x = torch.stack([data.train().sample(k, 0)["x"] for k in range(2)])
-    assert data.to_images(x).shape == (2, 32, 32, 3)
+    assert data.to_frames(x).shape == (2, 1, 32, 32, 3)
     assert (tmp_path / "cache" / "samples.png").exists()
     assert isinstance(data.world, Shapes) and len(data.world.heldout().captions) == 4
     half = generate(replace(work, out=str(tmp_path / "half"), dtype="float16"), quiet).parent
