@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from edit.backbones.dit_conversion import config_from_diffusers, from_diffusers, to_diffusers, why_not_diffusers
 from edit.denoiser import Denoiser, Unit
+from edit.facts import Facts
 from edit.inputs.limits import Count, Limits, Units, check_numbers
 from edit.stream import Branch, Condition, Layout, Output, Stream
 
@@ -73,6 +74,10 @@ class DiTConfig:
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
+
+    def positions(self) -> Tensor:
+        """The table of the tokens' positions: n d."""
+        return position_table(self.hidden_size, self.grid)
 
     def build(self) -> DiT:
         return DiT(self)
@@ -289,6 +294,7 @@ class DiT(Denoiser):
     """Class-conditional DiT over latents or pixels b c y x."""
 
     name = "dit"
+    reads: ClassVar = {"DiTTransformer2DModel": {}, "Transformer2DModel": {"norm_type": "ada_norm_zero"}}
 
     def __init__(self, config: DiTConfig):
         self.spec = config
@@ -306,6 +312,11 @@ class DiT(Denoiser):
         return DiTConfig(**config).build()
 
     @property
+    def facts(self) -> Facts:
+        c = self.spec
+        return Facts(c.hidden_size, c.num_heads, classes=c.num_classes, lora=("attn.qkv", "attn.proj"))
+
+    @property
     def sample_shape(self) -> tuple[int, int, int]:
         return self.spec.in_channels, self.spec.input_size, self.spec.input_size
 
@@ -317,7 +328,7 @@ class DiT(Denoiser):
         c, m = self.spec, self.model
         if m.pos_embed.is_meta:
             return
-        m.pos_embed.copy_(position_table(c.hidden_size, c.grid)[None])
+        m.pos_embed.copy_(c.positions()[None])
         if c.rope:
             m.rope.copy_(rope_table(c.hidden_size // c.num_heads, c.grid, c.registers))
 
@@ -377,13 +388,13 @@ class DiT(Denoiser):
 
     @classmethod
     def from_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-        if config.get("_class_name") in ("DiTTransformer2DModel", "Transformer2DModel"):
+        if config.get("_class_name") in cls.reads:
             c = DiTConfig(**config_from_diffusers(config))
             state = from_diffusers(c.depth, state)
         else:
             c, state = DiTConfig(**{k: v for k, v in config.items() if not k.startswith("_")}), dict(state)
         dtype = state["x_embedder.proj.weight"].dtype
-        state["pos_embed"] = position_table(c.hidden_size, c.grid)[None].to(dtype)
+        state["pos_embed"] = c.positions()[None].to(dtype)
         if c.rope:
             state["rope"] = rope_table(c.hidden_size // c.num_heads, c.grid, c.registers).to(dtype)
         return asdict(c), state

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, zero_init
+from edit.facts import Facts
 from edit.inputs.limits import Count, check_numbers
 from edit.sampling import Sampler
 from edit.solvers import DDIMSolver
@@ -220,6 +221,11 @@ class DiTDiffusers(PatchDenoiser):
     name = "dit_diffusers"
     stock = "DiTTransformer2DModel"
     lists: ClassVar = {"transformer_blocks": ("num_layers", ClassUnit)}
+
+    @property
+    def facts(self) -> Facts:
+        c: Any = self.model.config
+        return replace(super().facts, classes=c.num_embeds_ada_norm)
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
         return super().accepts(shape) and shape[1] == shape[2]

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, zero_init
+from edit.backbones.stock import JOINT, Modulation, StockDenoiser, StockUnit, zero_init
+from edit.facts import Facts
 from edit.inputs.limits import Count, check_numbers
 from edit.sampling import Sampler
 from edit.solvers import StockEuler
@@ -196,6 +197,7 @@ class SD3(StockDenoiser):
 
     name = "sd3"
     stock = "SD3Transformer2DModel"
+    reads: ClassVar = {"SD3Transformer2DModel": {}}
     lists: ClassVar = {"transformer_blocks": ("num_layers", JointUnit)}
     extras: ClassVar = {"latent_size": None}
     masks = False
@@ -250,9 +252,10 @@ class SD3(StockDenoiser):
             self.units[-1].end()
 
     @property
-    def widths(self) -> dict[str, int]:
+    def facts(self) -> Facts:
         c: Any = self.model.config
-        return {"text": c.joint_attention_dim, "pooled": c.pooled_projection_dim}
+        text = {"text": c.joint_attention_dim, "pooled": c.pooled_projection_dim}
+        return replace(super().facts, text=text, lora=JOINT)
 
     def sampler(self) -> Sampler:
         return Sampler(StockEuler(28, shift=3.0, even=False), guidance=7.0)

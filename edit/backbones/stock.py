@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser, Unit
+from edit.facts import Facts
 from edit.stream import Branch, Condition, Layout, Step, Stream
 
 
@@ -29,6 +30,10 @@ class Modulation:
     feed_shift: Branch | None = None
     feed_scale: Branch | None = None
     tokens: Branch | None = None  # normalised and modulated, as the attention reads them
+
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # projections of a stock attention
+JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # with those of its text tokens
 
 
 class StockUnit(Unit):
@@ -52,7 +57,7 @@ class StockDenoiser(Denoiser):
     sample size and, for guidance-distilled models, the guidance scale they are told where nobody says another.
     """
 
-    stock: ClassVar[str]  # the class in `diffusers`
+    stock: ClassVar[str]  # type: ignore[misc] - every family of this kind has one
     lists: ClassVar[Mapping[str, tuple[str, type[StockUnit]]]]  # model attribute -> (configuration key, unit)
     extras: ClassVar[Mapping[str, Any]] = {"sample_size": (128, 128)}  # with the defaults of a published folder
     multiple: ClassVar[int] = 2  # rows and columns of a sample must be multiples of this
@@ -168,19 +173,20 @@ class StockDenoiser(Denoiser):
             return cls.from_config(given).config, dict(state)
 
     @property
-    def widths(self) -> dict[str, int]:
-        """Widths of the embeddings it is told, by their names in `Condition`; none: it is told classes."""
-        return {}
+    def facts(self) -> Facts:
+        """Of any stock class that counts heads and their channels; a family adds what the model is told."""
+        c: Any = self.model.config
+        return Facts(c.num_attention_heads * c.attention_head_dim, c.num_attention_heads, lora=ATTENTION)
 
     def example(self, batch: int = 1, text: int = 512) -> Condition:
-        if not self.widths:
+        widths = dict(self.facts.text)
+        if not widths:
             return super().example(batch)
-        widths = dict(self.widths)
         words = torch.zeros(batch, text, widths.pop("text"), device="cpu")
         return Condition(text=words, **{k: torch.zeros(batch, w, device="cpu") for k, w in widths.items()})
 
     def need_length(self, length: int | None) -> None:
-        """Refuse texts of no fixed length (None) where padding is attended to.
+        """Refuse texts of no fixed length (None) where `masks` is false.
 
         How far a text is padded would depend on what else is in the batch, and with it the prediction.
 
@@ -199,7 +205,7 @@ class StockDenoiser(Denoiser):
         Raises:
             ValueError: naming the field, the given and the expected shape
         """
-        for name, width in self.widths.items():
+        for name, width in self.facts.text.items():
             value = getattr(condition, name)
             if value is None:
                 raise ValueError(f"{self.name} needs condition.{name}, which is missing: use data with text embeddings")
