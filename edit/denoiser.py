@@ -309,7 +309,7 @@ class Denoiser(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def from_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-        """The inverse of `to_stock`: our configuration and the model's own state dict."""
+        """The inverse of `to_stock`: our configuration and the model's own state dict, empty for an empty state."""
 
     @property
     def family(self) -> type[Denoiser]:

@@ -10,8 +10,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from edit import backbones
 from edit.artifacts.location import find
 from edit.denoiser import Denoiser
@@ -129,12 +127,3 @@ def _describe_stock(config: Mapping[str, Any]) -> dict[str, Any]:
 def import_path(family: type[Denoiser]) -> str:
     """Where a family is found again."""
     return f"{family.__module__}.{family.__qualname__}"
-
-
-def stock_state(config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Names and shapes of the weights that a published configuration goes with; called on the meta device."""
-    import diffusers
-
-    cls = getattr(diffusers, next(iter(_reader(config).reads)))
-    known = inspect.signature(cls.__init__).parameters  # published ones carry fields of older versions, too
-    return cls(**{k: v for k, v in config.items() if k in known}).state_dict()

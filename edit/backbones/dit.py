@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from edit.backbones.dit_conversion import config_from_diffusers, from_diffusers, to_diffusers, why_not_diffusers
 from edit.denoiser import Denoiser, Unit
 from edit.facts import Facts
-from edit.inputs.limits import Count, Limits, Units, check_numbers
+from edit.inputs.limits import Count, Limits, Units, check_numbers, check_table
 from edit.stream import Branch, Condition, Layout, Output, Stream
 
 NORM_EPS = 1e-6
@@ -65,6 +65,7 @@ class DiTConfig:
             raise ValueError(
                 f"DiT: 2-D RoPE needs a head width divisible by 4, got {self.hidden_size // self.num_heads}"
             )
+        check_table("DiT", self.hidden_size, self.grid)
 
     @property
     def grid(self) -> int:
@@ -390,9 +391,11 @@ class DiT(Denoiser):
     def from_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
         if config.get("_class_name") in cls.reads:
             c = DiTConfig(**config_from_diffusers(config))
-            state = from_diffusers(c.depth, state)
+            state = from_diffusers(c.depth, state) if state else {}
         else:
             c, state = DiTConfig(**{k: v for k, v in config.items() if not k.startswith("_")}), dict(state)
+        if not state:
+            return asdict(c), {}
         dtype = state["x_embedder.proj.weight"].dtype
         state["pos_embed"] = c.positions()[None].to(dtype)
         if c.rope:

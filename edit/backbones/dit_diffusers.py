@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, zero_init
 from edit.facts import Facts
-from edit.inputs.limits import Count, check_numbers
+from edit.inputs.limits import Count, check_numbers, check_table
 from edit.sampling import Sampler
 from edit.solvers import DDIMSolver
 from edit.stream import Branch, Condition, Layout, Output, Stream
@@ -103,6 +103,12 @@ class PatchDenoiser(StockDenoiser):
                 f"got {c.out_channels}"
             )
         super().__init__(model, **extras)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> StockDenoiser:
+        c = cls.filled(config)
+        check_table(cls.name, c["num_attention_heads"] * c["attention_head_dim"], c["sample_size"] // c["patch_size"])
+        return super().from_config(config)
 
     @classmethod
     def of(cls, model: nn.Module, **extras: Any) -> StockDenoiser:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from edit.backbones.stock import JOINT, Modulation, StockDenoiser, StockUnit, zero_init
 from edit.facts import Facts
-from edit.inputs.limits import Count, check_numbers
+from edit.inputs.limits import Count, check_numbers, check_table
 from edit.sampling import Sampler
 from edit.solvers import StockEuler
 from edit.stream import Branch, Condition, Layout, Output, Stream, residual
@@ -215,6 +215,12 @@ class SD3(StockDenoiser):
         if not c.pos_embed_max_size:
             raise ValueError("sd3 crops a position table: pos_embed_max_size must be its size in patches, got none")
         super().__init__(model, **extras)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> StockDenoiser:
+        c = cls.filled(config)
+        check_table(cls.name, c["num_attention_heads"] * c["attention_head_dim"], c["pos_embed_max_size"] or 0)
+        return super().from_config(config)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:

@@ -109,6 +109,12 @@ class StockDenoiser(Denoiser):
         stock = {k: v for k, v in config.items() if k not in cls.extras and not k.startswith("_")}
         return cls(cls.stock_class()(**stock), **extras)
 
+    @classmethod
+    def filled(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A configuration with the stock class's defaults for what it leaves out."""
+        parameters = inspect.signature(cls.stock_class().__init__).parameters.values()
+        return {**{p.name: p.default for p in parameters if p.default is not p.empty}, **config}
+
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         return self.channels, *self.sample_size  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from edit.denoiser import Edit
 from edit.few_step.flow_map import IntervalInput
 from edit.pruning.depth import DepthPruning
 from edit.routing.elastic import Elastic
+from edit.solvers import dynamic_shift
 from edit.stream import Branch, Condition, Forced, Step
 from edit.tuning.lora import LoRA
 from edit.tuning.td_lora import TDLoRA

@@ -293,7 +293,7 @@ ENORMOUS = {
     "blocks": ({"depth": 99999999}, "depth is 99999999"),
     "millions of blocks": ({"depth": 10**6}, "depth is 1000000"),
     "negative": ({"depth": -(10**30)}, "depth is -1"),
-    "channels": ({"hidden_size": 2**40}, "in 1099511627776 channels"),
+    "channels": ({"hidden_size": 2**40}, "hidden_size is 1099511627776"),
     "classes": ({"num_classes": 2**40}, "num_classes is 1099511627776"),
     "a table": ({"input_size": 2**16, "patch_size": 1}, "more than a model here can hold"),
     "a list": ({"depth": [0] * 10**5}, "has 100000 items"),
