@@ -315,6 +315,8 @@ def test_a_published_folder_is_held_to_the_same(artifact):
     (artifact / "edits.json").unlink()
     rewrite(artifact / "config.json", _class_name="DiTTransformer2DModel", num_layers=10**8)
     assert "num_layers is 100000000" in refused(artifact)
+    rewrite(artifact / "config.json", num_layers=1, sample_size=2**16, patch_size=1)
+    assert "positions of 65536 x 65536 tokens in 1152 channels are more than a model here" in refused(artifact)
     rewrite(artifact / "config.json", _class_name=["x"])
     assert "no backbone here reads a ['x']" in refused(artifact)
 
