@@ -86,7 +86,7 @@ class Sampler:
             raise ValueError(
                 "perturbation guidance needs an edit that perturbs the model; none of the applied ones does"
             )
-        if self.told is not None and not denoiser.config.get("guidance_embeds"):
+        if self.told is not None and not denoiser.facts.told:
             raise ValueError(
                 f"Sampler: told={self.told:g}, but this {denoiser.name} has no guidance input: use guidance instead"
             )

@@ -152,7 +152,7 @@ def told_as_taught(
     Raises:
         UserError: if a student would be sampled at another guidance than it has learned, or guided twice
     """
-    takes = student.config.get("guidance_embeds")
+    takes = student.facts.told
     if sampler.told is not None and not takes:
         raise UserError(
             f"sampler.told={sampler.told:g}, but this {student.name} has no guidance input: use sampler.guidance"

@@ -101,7 +101,7 @@ class FewStep(Recipe):
         traces: dict[str, list[Mapping[str, Tensor]]] = {"student": [], "critic": []}
 
         def ask(denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) -> Output:
-            told = given.scale if denoiser.config.get("guidance_embeds") else None
+            told = given.scale if denoiser.facts.told else None
             out = denoiser(*self.objective.native(x_t, t), replace(condition, guidance=told))
             _refuse_further(denoiser, out)
             return out._replace(sample=self.objective.velocity(out.sample, x_t, t))

@@ -203,7 +203,7 @@ def draft_of(models: Models, cfg: DictConfig, notes: list[str], peak: float | No
     if models.critic is not None:
         critic = Probe(models.critic.structure, shape, condition)
     asked = (teacher or student).denoiser
-    if asked.config.get("guidance_embeds"):
+    if asked.facts.told:
         guided = 1  # the scale is an input
     with torch.device("meta"):
         makers = [*terms.values(), *([] if matching is None else [matching])]

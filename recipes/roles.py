@@ -158,7 +158,7 @@ class Teacher:
                 "use replicated or sharded"
             )
         assert self.denoiser is not None
-        told = scale if self.denoiser.config.get("guidance_embeds") else None
+        told = scale if self.denoiser.facts.told else None
         return self.denoiser(x_t, t, replace(condition, guidance=told), taps=self.taps)
 
 

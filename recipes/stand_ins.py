@@ -106,7 +106,7 @@ class Sample:
     """A data set of one sample without meaning: it has the shapes that a model takes."""
 
     def __init__(self, shape: tuple[int, ...], denoiser: Denoiser, text: int):
-        self.shape, self.num_classes = shape, denoiser.config.get("num_classes")
+        self.shape, self.num_classes = shape, denoiser.facts.classes
         self.told = {k: v[0] for k, v in vars(denoiser.example(text=text)).items() if v is not None}
 
     def train(self) -> Sample:

@@ -48,7 +48,7 @@ class SampleWriter:
         generated = self.settings["generated"]
         solver = solver_of(request, generated["shift"])
         self.recorded = Recorded(solver, generated["times"]) if request.points else None
-        distilled = self.denoiser.config.get("guidance_embeds")  # it has the scale as an input
+        distilled = self.denoiser.facts.told  # it has the scale as an input
         self.sampler = Sampler(self.recorded or solver, 1.0 if distilled else request.guidance)
         self.first: list[Tensor] = []  # c *sizes each, for the contact sheet
 

@@ -82,7 +82,7 @@ class MapKD(Term):
 
     def build(self, denoiser: Denoiser, teacher: Denoiser | None = None) -> None:
         teacher = check_pairs("MapKD", self.pairs, denoiser, teacher, widths=False)
-        mine, theirs = head_count(denoiser), head_count(teacher)
+        mine, theirs = denoiser.facts.heads, teacher.facts.heads
         if mine != theirs if self.heads is None else self.heads > min(mine, theirs):
             raise ValueError(
                 f"MapKD: the student has {mine} heads and the teacher {theirs}, and {self.heads or 'all'} are to be "
@@ -137,11 +137,6 @@ class RelationKD(Term):
             mine, theirs = (cosines(x, seen.output.grid, self.size) for x in both(seen, pair)[0])
             distances.append((mine - theirs).square().mean((1, 2)))
         return {"relation_kd": weight_at(self.weight, seen.progress) * torch.stack(distances).mean(0)}
-
-
-def head_count(denoiser: Denoiser) -> int:
-    config = denoiser.config
-    return config["num_heads"] if "num_heads" in config else config["num_attention_heads"]
 
 
 def cosines(tokens: Tensor, grid: tuple[int, int, int], size: int) -> Tensor:

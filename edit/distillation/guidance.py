@@ -70,7 +70,7 @@ class TeacherGuidance:
             sample: guided; variance and trace (taps, branches and maps, nothing else): of the conditional half.
         """
         ask = partial(teacher, taps=taps, branches=branches, maps=maps)
-        if teacher.config.get("guidance_embeds"):
+        if teacher.facts.told:
             return ask(x_t, t, replace(condition, guidance=scale))
         condition, null = replace(condition, guidance=None), replace(null, guidance=None)
         if self.low == self.high == 1:

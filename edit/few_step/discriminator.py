@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
-from edit.distillation.pairs import width
 from edit.few_step.roles import Roles
 from edit.paths import mean
 from edit.stream import Condition
@@ -54,7 +53,7 @@ class Heads(nn.Module):
         """For units of this model; negative ones count from its end."""
         told = model.example(text=1).pooled
         units = sorted({i % len(model.units) for i in taps})
-        return cls(units, width(model), 0 if told is None else told.shape[1], hidden, kernel)
+        return cls(units, model.facts.width, 0 if told is None else told.shape[1], hidden, kernel)
 
     def forward(
         self, features: Mapping[str, Tensor], t: Tensor, pooled: Tensor | None, grid: tuple[int, int, int]

@@ -56,10 +56,9 @@ class IntervalInput(Edit):
             )
         if any(e.leads for e in denoiser.applied.values()):
             raise ValueError(f"IntervalInput: this {denoiser.name} is told the end of its steps already: apply it once")
-        config, weight = denoiser.config, next(denoiser.parameters())
-        width = config.get("hidden_size") or config["num_attention_heads"] * config["attention_head_dim"]
+        weight = next(denoiser.parameters())
         with weight.device:
-            own = TimeEmbed(width, 0.0).to(weight.dtype)
+            own = TimeEmbed(denoiser.facts.width, 0.0).to(weight.dtype)
         nn.init.zeros_(own.mlp[2].weight)  # type: ignore[arg-type]
         nn.init.zeros_(own.mlp[2].bias)  # type: ignore[arg-type]
         return own

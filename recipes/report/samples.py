@@ -104,7 +104,7 @@ def adjusted(artifact: Artifact, guidance: float, steps: int | None) -> Any:
     Raises:
         UserError: if the solver has times of its own, and other steps are given
     """
-    told = artifact.denoiser.config.get("guidance_embeds")
+    told = artifact.denoiser.facts.told
     weight = {"guidance": 1.0, "told": float(guidance)} if told else {"guidance": float(guidance)}
     sampler = replace(artifact.sampler, **weight)
     if steps is None or steps == sampler.solver.steps:

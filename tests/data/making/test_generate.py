@@ -158,6 +158,14 @@ def qwen(folder: Path) -> Path:
     return edit.save(tiny.build(), folder, sampler=Sampler(Euler(4)))
 
 
+def test_a_published_teacher_without_a_scheduler_is_sampled_at_the_shift_of_its_family(order, tmp_path):
+    folder = qwen(tmp_path / "made").replace(tmp_path / "transformer")
+    (folder / "edits.json").unlink()
+    work = order(teacher=str(tmp_path), size=8)
+    log = 0.5 + 0.4 * (16 - 256) / (8192 - 256)  # Qwen-Image's, linear in the tokens
+    assert default_shift(work, skeleton(tmp_path), 16) == pytest.approx(math.exp(log))
+
+
 def test_with_masked_prompts_the_length_is_that_of_the_batch(order, tmp_path):
     work = order(padding="none", teacher=str(qwen(tmp_path / "qwen")), pooled_encoder=None)
     data = Latents(str(generate(work, quiet).parent))
