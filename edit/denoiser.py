@@ -168,6 +168,7 @@ class Denoiser(nn.Module, ABC):
 
     name: ClassVar[str]  # short family name for messages, e.g. "dit"
     stock: ClassVar[str | None] = None  # the class in `diffusers` that `model` is; None: its weights have other names
+    masks: ClassVar[bool] = True  # attention honours the text mask; else padding is attended to
     # Published folders that this family reads: name of their stock class -> settings that they must have. The class of
     # today comes first, former names follow. No two families read the same folder.
     reads: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})

@@ -235,7 +235,7 @@ def joined(denoiser: Denoiser, condition: Condition, negative: Condition) -> Con
     except ValueError:  # texts of two lengths without masks, a field in one only
         return None
     level = both.text is None or condition.text.shape[1] == negative.text.shape[1]  # type: ignore[union-attr]
-    return both if level or getattr(denoiser, "masks", True) else None  # some families attend to padding
+    return both if level or denoiser.masks else None  # some families attend to padding
 
 
 def lengths(x: Tensor, patch: int) -> Tensor:

@@ -75,7 +75,6 @@ class StockDenoiser(Denoiser):
     lists: ClassVar[Mapping[str, tuple[str, type[StockUnit]]]]  # model attribute -> (configuration key, unit)
     extras: ClassVar[Mapping[str, Any]] = {"sample_size": (128, 128)}  # with the defaults of a published folder
     multiple: ClassVar[int] = 2  # rows and columns of a sample must be multiples of this; frames may be any number
-    masks: ClassVar[bool] = True  # attention honours the text mask; else padding is attended to
 
     def __init__(self, model: nn.Module, **extras: Any):
         for name, value in {**self.extras, **extras}.items():

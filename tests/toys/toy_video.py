@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from edit.backbones.dit import DiTBlock, DiTConfig, FinalLayer, TimeEmbed
 from edit.denoiser import Denoiser
+from edit.facts import Facts
 from edit.inputs.limits import Count, Side, Units, check_numbers
 from edit.stream import Condition, Layout, Output, Stream
 
@@ -57,6 +58,11 @@ class ToyVideo(Denoiser):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ToyVideo":
         return ToyVideoConfig(**config).build()
+
+    @property
+    def facts(self) -> Facts:
+        s = self.settings
+        return Facts(s.hidden_size, s.num_heads, text={"pooled": s.pooled}, lora=("attn.qkv", "attn.proj"))
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
