@@ -106,8 +106,8 @@ class QwenImageUnit(StockUnit):
             turn(torch.cat((text_norm(heads(t, a)), norm(heads(i, a))), 2), layout) for text_norm, t, norm, i in parts
         )
         v = torch.cat((heads(a.add_v_proj(text), a), heads(a.to_v(image), a)), 2)
-        image, text = layout.split(self.attended(q, k, v, stream))
-        return Branch(a.to_out[1](a.to_out[0](image)), a.to_add_out(text))
+        attended = layout.split(self.attended(q, k, v, stream))
+        return Branch(a.to_out[1](a.to_out[0](attended.image)), a.to_add_out(attended.text))
 
     def own_attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, step: Step | None) -> Tensor:
         """Softmax attention over all tokens but masked text: b h s e each, text first -> b h s e."""

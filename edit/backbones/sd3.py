@@ -132,8 +132,9 @@ class JointUnit(StockUnit):
         q = torch.cat((normed(a.add_q_proj(text), a.norm_added_q, a), normed(a.to_q(image), a.norm_q, a)), 2)
         k = torch.cat((normed(a.add_k_proj(text), a.norm_added_k, a), normed(a.to_k(image), a.norm_k, a)), 2)
         v = torch.cat((heads(a.add_v_proj(text), a), heads(a.to_v(image), a)), 2)
-        image, text = stream.layout.split(self.attended(q, k, v, stream))
-        return Branch(a.to_out[1](a.to_out[0](image)), None if self.last else a.to_add_out(text))
+        attended = stream.layout.split(self.attended(q, k, v, stream))
+        read = None if self.last else a.to_add_out(attended.text)
+        return Branch(a.to_out[1](a.to_out[0](attended.image)), read)
 
     def attend_again(self, image: Tensor, modulation: DualModulation) -> Branch:
         """The second attention, among image tokens: b n d, before the norm."""
