@@ -7,17 +7,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from data import pixel_codec
+from edit.frames import folded, unfolded
 
 
 class Codec(nn.Module):
-    """The fixed transform: b 12 y x -> pixels b 3 4y 4x in about [-1, 1]."""
+    """The fixed transform: b 12 *frames y x -> pixels b 3 *frames 4y 4x in about [-1, 1]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return pixel_codec.pixels(x)
+        return unfolded(pixel_codec.pixels(folded(x)), x)
 
 
 class Decoder(nn.Module):
-    """A frozen VAE of `diffusers`: latents as trained on, b c y x -> pixels b 3 y x in about [-1, 1].
+    """A frozen image VAE of `diffusers`: latents as trained on, b c *sizes -> pixels b 3 *sizes in about [-1, 1].
+
+    The frames of a video are decoded each by itself.
 
     Args:
         model: the VAE
@@ -35,4 +38,4 @@ class Decoder(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model.decode(x.float() / self.scale + self.shift).sample
+        return unfolded(self.model.decode(folded(x).float() / self.scale + self.shift).sample, x)

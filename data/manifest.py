@@ -3,8 +3,8 @@
 settings.json         what the folder is made with; written first, so that a restart with other settings is refused
 shard-000000.tar      <key>.moments.npy, .moments_flip.npy, .text.npy, .pooled.npy, .json (label, caption, name);
                       generated: <key>.latent.npy, as a model sees it, .text.npy, .pooled.npy, .json (caption, prompt,
-                      number, seed), with points .trajectory.npy, k c y x, the solver's states at the manifest's k times
-                      (1 = noise); with buckets, <key> is <height>x<width>-<index>
+                      number, seed), with points .trajectory.npy, k c *sizes, the solver's states at the manifest's k
+                      times (1 = noise); with buckets, <key> is <height>x<width>-<index>
 records/000000.json   a finished shard: count, size, sha256
 null.safetensors      text and pooled of the empty prompt, for guidance
 manifest.json         settings, classes, all records, and a checksum of these; written last
@@ -150,7 +150,8 @@ def _hash(value: Any) -> bool:
 
 
 def _shape(value: Any) -> bool:
-    return _list(value, lambda n: _whole(n, 1)) and len(value) == 3 and math.prod(value) <= 2**31
+    """Channels and one to four sizes: c n of a sound, c y x of an image, c t y x of a video."""
+    return _list(value, lambda n: _whole(n, 1)) and 2 <= len(value) <= 5 and math.prod(value) <= 2**31
 
 
 def _object(**keys: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -173,7 +174,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "null, or name, sha256, and shift and scale as lists of numbers",
         _maybe(_object(name=_text, sha256=_hash, shift=lambda v: _list(v, _number), scale=lambda v: _list(v, _number))),
     ),
-    "latent_shape": ("three whole numbers above 0", _shape),
+    "latent_shape": ("two to five whole numbers above 0", _shape),
     "text": (
         "null, or the width and max_tokens of an encoder",
         _maybe(_object(width=lambda n: _whole(n, 1, 2**24), max_tokens=lambda n: _whole(n, 1, 2**24))),
@@ -215,7 +216,8 @@ def _misfit(manifest: Mapping[str, Any]) -> str | None:
     for key, (expected, fits) in _KINDS.items():
         if key in manifest and not fits(manifest[key]):
             return f"{key} is {json.dumps(manifest[key]):.60}, expected {expected}"
-    channels, shards, classes = manifest["latent_shape"][0], manifest["shards"], manifest["classes"]
+    shape, shards, classes = manifest["latent_shape"], manifest["shards"], manifest["classes"]
+    channels = shape[0]
     names = [shard["name"] for shard in shards]
     if len(set(names)) < len(names):
         return "it lists a shard twice"
@@ -229,6 +231,10 @@ def _misfit(manifest: Mapping[str, Any]) -> str | None:
     if (made := manifest.get("generated")) and not _list(made.get("times", []), _number):
         return "the times of the stored states are no numbers"
     buckets = manifest.get("buckets")
+    if buckets is not None and any(
+        len(b["latent_shape"]) != len(shape) or b["latent_shape"][0] != channels for b in buckets
+    ):
+        return "a bucket has latents of other channels, or of another number of sizes"
     if buckets is not None and sum(bucket["count"] for bucket in buckets) != sum(s["count"] for s in shards):
         return "its buckets and its shards count differently"
     return None

@@ -13,7 +13,7 @@ class OneSize:
 
     Args:
         split: `groups` and `shapes` are its buckets, where it has any
-        shape: c y x; None: of the bucket that has most samples
+        shape: (c, *sizes); None: of the bucket that has most samples
 
     Raises:
         ValueError: if no sample is of this shape

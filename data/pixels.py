@@ -18,6 +18,7 @@ from torch import Tensor
 from data.damage import Damaged, Tolerance
 from data.names import legible
 from data.split import Split, flipped
+from edit.frames import by_sample, folded
 
 T = TypeVar("T")
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")  # in any case of letters
@@ -227,6 +228,11 @@ def to_uint8(x: Tensor) -> Tensor:
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
 
 
+def frames_of(x: Tensor) -> Tensor:
+    """Pixels in [-1, 1], b c *sizes with 1 or 3 channels, as uint8 b f y x 3; f = 1 for images."""
+    return by_sample(to_uint8(folded(x)), x)
+
+
 class PictureSource(Protocol):
     """Where images come from: a folder, or tar shards."""
 
@@ -303,6 +309,6 @@ class PictureSet:
             return None
         return Pictures(self._held_source.load, self._held, self.size, False, self.captions, self.tolerance, self.seed)
 
-    def to_images(self, x: Tensor) -> Tensor:
-        """b 3 y x in [-1, 1] -> uint8 b y x 3."""
-        return to_uint8(x)
+    def to_frames(self, x: Tensor) -> Tensor:
+        """b 3 y x in [-1, 1] -> uint8 b 1 y x 3."""
+        return frames_of(x)

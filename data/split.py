@@ -24,6 +24,7 @@ MOST = {
     "held": 100_000,
     "copies": 1_000,
     "size": 16_384,
+    "frames": 1_024,
 }  # that an artifact may ask for
 
 
@@ -38,7 +39,7 @@ class Split(Protocol):
             draw: the running number of this sample in the run; all augmentation is a pure function of (seed, draw)
 
         Returns:
-            x: c y x float32, pixels in [-1, 1] or latents already scaled
+            x: c *sizes float32, pixels in [-1, 1] or latents already scaled: c y x of an image, c t y x of a video
             label: int64 scalar, where there are labels
             text, text_mask, pooled: l c float32, l bool, c float32, where there is text
             caption: a string, where the data set was asked for captions
@@ -55,17 +56,17 @@ class Splits(Protocol):
 
     def heldout(self) -> Split | None: ...
 
-    def to_images(self, x: Tensor) -> Tensor:
-        """Samples as trained on, b c y x -> images uint8 b y x 3."""
+    def to_frames(self, x: Tensor) -> Tensor:
+        """Samples as trained on, b c *sizes -> their frames as seen, uint8 b f y x 3; f = 1 for images."""
         ...
 
 
 class DataSet(Splits, Protocol):
-    shape: tuple[int, int, int]  # c y x of one training sample
+    shape: tuple[int, ...]  # (c, *sizes) of one training sample
     num_classes: int | None
     classes: list[str] | None  # their names, where known
     # a set with texts has `text_length`: the tokens they all have, with their padding; None if they differ
-    # a set of latents has `decoder()`: a frozen module, latents b c y x -> pixels b 3 y x in [-1, 1], with gradients
+    # a set of latents has `decoder()`: frozen, with gradients, latents b c *sizes -> pixels b 3 *sizes in [-1, 1]
 
 
 class CaptionedSplit(Split, Protocol):
@@ -74,17 +75,17 @@ class CaptionedSplit(Split, Protocol):
 
 @runtime_checkable
 class CheckedSet(DataSet, Protocol):
-    """A data set of captions and pictures that can tell whether a picture shows what a caption says."""
+    """A data set of captions that can tell whether a picture, or a video, shows what a caption says."""
 
     judged: int  # samples have a `kind` from 0 to judged - 1
 
     def heldout(self) -> CaptionedSplit: ...
 
-    def follows(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """Whether each image, uint8 b y x 3, shows what its caption says: b bool."""
+    def follows(self, frames: Tensor, captions: Sequence[str]) -> Tensor:
+        """Whether each sample's frames, uint8 b f y x 3, show what its caption says: b bool."""
         ...
 
-    def scores(self, images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+    def scores(self, frames: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
         """Parts of the caption that hold, b float32 each: 1, 0, or NaN where the caption does not name the part."""
         ...
 

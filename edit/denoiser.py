@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from edit.facts import Facts
 from edit.stream import Branch, Condition, Forced, Output, Step, Stream, force, permuted, record_branch, restored
 from edit.unit import Unit
 
@@ -159,13 +160,18 @@ class Denoiser(nn.Module, ABC):
 
     `model` holds the weights under their own names; `units` are ordered views on its blocks, which stay registered in
     `model` alone. `edits` holds the parameters that edits add. Every backbone has one calling convention: `x` is a
-    latent or pixels b c y x (b c f y x for video), `t` lies in [0, 1] with 1 = pure noise.
+    latent or pixels b c *sizes (b c y x for images, b c f y x for video), `t` lies in [0, 1] with 1 = pure noise.
 
-    A family implements `config`, `from_config`, `sample_shape`, `pack`, `embed`, `readout`, `keep`, `null` and the two
-    converters `to_stock` / `from_stock`; everything else is here.
+    A family implements `config`, `from_config`, `facts`, `sample_shape`, `pack`, `embed`, `readout`, `keep`, `null` and
+    the two converters `to_stock` / `from_stock`; everything else is here.
     """
 
     name: ClassVar[str]  # short family name for messages, e.g. "dit"
+    stock: ClassVar[str | None] = None  # the class in `diffusers` that `model` is; None: its weights have other names
+    masks: ClassVar[bool] = True  # attention honours the text mask; else padding is attended to
+    # Published folders that this family reads: name of their stock class -> settings that they must have. The class of
+    # today comes first, former names follow. No two families read the same folder.
+    reads: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
 
     def __init__(self, model: nn.Module, units: Sequence[Unit]):
         super().__init__()
@@ -191,8 +197,13 @@ class Denoiser(nn.Module, ABC):
 
     @property
     @abstractmethod
+    def facts(self) -> Facts:
+        """Width, heads, conditions: all that is asked of a model without knowing its family."""
+
+    @property
+    @abstractmethod
     def sample_shape(self) -> tuple[int, ...]:
-        """Shape of one sample without the batch: (c, y, x)."""
+        """Shape of one sample without the batch: (c, *sizes), (c, y, x) for images."""
 
     @property
     def prediction(self) -> Literal["velocity", "noise"]:
@@ -230,6 +241,17 @@ class Denoiser(nn.Module, ABC):
         """The `edit.sampling.Sampler` with the defaults of the family's stock pipeline; None: there is no pipeline."""
         return None
 
+    def need_length(self, length: int | None) -> None:  # noqa: B027 - most families mask padding, or read no text
+        """Refuse texts of no fixed length (None) if the family attends to their padding."""
+
+    def fix_guidance(self, who: str, scale: float) -> None:
+        """Fold one guidance scale into the weights and drop the input; raises ValueError, naming `who`, without one."""
+        raise ValueError(f"{who}: this {self.name} has no guidance input: there is nothing to fold")
+
+    def add_guidance(self, who: str) -> None:
+        """Add a guidance input that changes nothing at first; raises ValueError, naming `who`, where that cannot be."""
+        raise ValueError(f"{who}: this {self.name} cannot be given a guidance input, or has one")
+
     def settle(self, shape: tuple[int, ...], spec: Any) -> None:  # noqa: B027 - most families have nothing to do
         """Take over values that are no structure: the shape of a sample, settings of the backbone's configuration."""
 
@@ -244,7 +266,7 @@ class Denoiser(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def from_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-        """The inverse of `to_stock`: our configuration and the model's own state dict."""
+        """The inverse of `to_stock`: our configuration and the model's own state dict, empty for an empty state."""
 
     @property
     def family(self) -> type[Denoiser]:
@@ -267,7 +289,7 @@ class Denoiser(nn.Module, ABC):
         """Predict from a noisy sample.
 
         Args:
-            x: b c y x, noisy
+            x: b c *sizes, noisy
             t: b, times in [0, 1], 1 = pure noise
             condition: labels, text, ... of the same batch
             step: the sampling step; None while training
@@ -291,7 +313,7 @@ class Denoiser(nn.Module, ABC):
         output = self.readout(stream)
         for name, edit in self.applied.items():
             output = edit.readout(output, stream, self.edits[name] if name in self.edits else None)
-        return output
+        return output._replace(grid=stream.layout.grid)
 
     def run(
         self,

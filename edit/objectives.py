@@ -88,7 +88,7 @@ class Objective(ABC):
 
     @abstractmethod
     def corrupt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The noisy sample at times t [b]: b c y x -> b c y x."""
+        """The noisy sample at times t [b]: b c *sizes -> the same."""
 
     @abstractmethod
     def native(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

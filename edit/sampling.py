@@ -86,7 +86,7 @@ class Sampler:
             raise ValueError(
                 "perturbation guidance needs an edit that perturbs the model; none of the applied ones does"
             )
-        if self.told is not None and not denoiser.config.get("guidance_embeds"):
+        if self.told is not None and not denoiser.facts.told:
             raise ValueError(
                 f"Sampler: told={self.told:g}, but this {denoiser.name} has no guidance input: use guidance instead"
             )
@@ -235,13 +235,14 @@ def joined(denoiser: Denoiser, condition: Condition, negative: Condition) -> Con
     except ValueError:  # texts of two lengths without masks, a field in one only
         return None
     level = both.text is None or condition.text.shape[1] == negative.text.shape[1]  # type: ignore[union-attr]
-    return both if level or getattr(denoiser, "masks", True) else None  # some families attend to padding
+    return both if level or denoiser.masks else None  # some families attend to padding
 
 
 def lengths(x: Tensor, patch: int) -> Tensor:
-    """Euclidean length of each patch x patch square of all channels, at each of its pixels: b c y x -> b 1 y x."""
-    squares = F.avg_pool2d(x.square().sum(1, keepdim=True), patch) * patch**2
-    return squares.sqrt().repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    """Euclidean length of each patch x patch square of all channels at each of its pixels: b c *sizes -> b 1 *sizes."""
+    squares = x.square().sum(1, keepdim=True)
+    pooled = F.avg_pool2d(squares.flatten(1, -3), patch) * patch**2  # the frames of a video each by itself
+    return pooled.sqrt().repeat_interleave(patch, -2).repeat_interleave(patch, -1).view_as(squares)
 
 
 def default_sampler(denoiser: Denoiser, objective: Objective | None = None) -> Sampler:

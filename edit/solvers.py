@@ -172,8 +172,8 @@ FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 
 
 def tokens_in(shape: tuple[int, ...]) -> int:
-    """Image tokens of a latent c y x, of 2 x 2 pixels each."""
-    return (shape[-2] // 2) * (shape[-1] // 2)
+    """Image tokens of a latent (c, *sizes), of 2 x 2 pixels of a frame each."""
+    return math.prod(shape[1:-2]) * (shape[-2] // 2) * (shape[-1] // 2)
 
 
 def log_shift(dynamic: tuple[float, float, int, int], tokens: int) -> float:

@@ -233,6 +233,7 @@ class Output(NamedTuple):
     sample: Tensor  # the prediction, shaped as x
     variance: Tensor | None  # the learned-variance half, shaped as x, where the model has one
     trace: Mapping[str, Tensor]  # taps as "unit.<index>", and the records of edits
+    grid: tuple[int, int, int] | None = None  # frames, rows, columns of the image tokens, set by `Denoiser.forward`
 
 
 class Branch(NamedTuple):

@@ -115,7 +115,7 @@ def make_sight(data: Any, matching: FewStepMethod | None) -> tuple[nn.Module, nn
     if matching is None or matching.vision is None:
         return None
     crop, shapes = matching.vision.crop, getattr(data, "buckets", None) or [data.shape]
-    if crop is not None and crop > (least := min(side for shape in shapes for side in shape[1:])):
+    if crop is not None and crop > (least := min(side for shape in shapes for side in shape[-2:])):
         raise UserError(
             f"matching.vision.crop={crop} is more than the {least} rows of a sample: lower it, or leave it out"
         )
@@ -152,7 +152,7 @@ def told_as_taught(
     Raises:
         UserError: if a student would be sampled at another guidance than it has learned, or guided twice
     """
-    takes = student.config.get("guidance_embeds")
+    takes = student.facts.told
     if sampler.told is not None and not takes:
         raise UserError(
             f"sampler.told={sampler.told:g}, but this {student.name} has no guidance input: use sampler.guidance"

@@ -65,13 +65,11 @@ def check_told(denoiser: Denoiser, data: DataSet) -> None:
     """Raise a ValueError if the denoiser does not accept the conditions of this data set."""
     import torch
 
-    from edit.backbones.stock import StockDenoiser
-
     told = conditions(data)(torch.arange(1))
     device = next(denoiser.parameters()).device
     told = told.map(lambda v: v.to(device))
     denoiser.pack(torch.zeros(1, *data.shape, device=device), torch.ones(1, device=device), told)
-    if isinstance(denoiser, StockDenoiser) and hasattr(data, "text_length"):
+    if hasattr(data, "text_length"):
         denoiser.need_length(data.text_length)
 
 

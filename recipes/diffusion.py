@@ -45,7 +45,7 @@ class Diffusion(Recipe):
         self.own = nn.ModuleDict()  # trainable parameters of terms
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        x, draw = batch["x"], batch["draw"]  # b c y x, b
+        x, draw = batch["x"], batch["draw"]  # b c *sizes, b
         self._seed_dropout(batch_index)
         self.advance(self.denoiser)
         seed = self.settings.seed

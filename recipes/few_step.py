@@ -101,7 +101,7 @@ class FewStep(Recipe):
         traces: dict[str, list[Mapping[str, Tensor]]] = {"student": [], "critic": []}
 
         def ask(denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) -> Output:
-            told = given.scale if denoiser.config.get("guidance_embeds") else None
+            told = given.scale if denoiser.facts.told else None
             out = denoiser(*self.objective.native(x_t, t), replace(condition, guidance=told))
             _refuse_further(denoiser, out)
             return out._replace(sample=self.objective.velocity(out.sample, x_t, t))
@@ -131,7 +131,7 @@ class FewStep(Recipe):
             out = self._asked()(self.denoiser, *native, condition, given.null, given.scale)
             return self.objective.velocity(out.sample, x_t, t)
 
-        def features(x_t: Tensor, t: Tensor, condition: Condition) -> Mapping[str, Tensor]:
+        def features(x_t: Tensor, t: Tensor, condition: Condition) -> Output:
             return self._asked().features(self.denoiser, *self.objective.native(x_t, t), condition, given.scale)
 
         return Roles(student, output, average, teacher, features, critic, self.own, *(self.sight or ())), traces

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
 
@@ -114,13 +114,13 @@ def entries() -> list[Entry]:
     """
     told, uses, found = sayings(), used(), []
     classes = implemented()
-    names = {name for group in classes.values() for name in group}
+    names = {name for kind, group in classes.items() if kind != "backbones" for name in group}
     if odd := sorted(told.keys() ^ names):
         where = f"under about.rows in its file of configs/method, or in {CATALOGUE.name}"
         known = f"say {where}, as in {odd[0]}: {{change: drops units}}" if odd[0] in names else "there is no such class"
         raise ValueError(f"the catalogue and the code differ in {odd[0]}: {known}")
     for kind, group in classes.items():
-        rows = [entry(kind, cls, told[name], uses, group) for name, cls in group.items()]
+        rows = [entry(kind, cls, told.get(name) or of_family(cls), uses, group) for name, cls in group.items()]
         found += sorted(rows, key=lambda row: (row.file, row.name))
     return found
 
@@ -157,6 +157,12 @@ def implemented() -> dict[str, dict[str, type]]:
         kind: {c.__name__: c for c in below(base) if not inspect.isabstract(c) and is_ours(c)}
         for kind, base in bases.items()
     }
+
+
+def of_family(spec: type) -> dict[str, Any]:
+    """What a backbone's row says, read off its family: the class that `build` promises."""
+    family = get_type_hints(vars(spec)["build"])["return"]
+    return {"change": "over diffusers" if family.stock else "blocks written out"}
 
 
 def is_ours(cls: type) -> bool:

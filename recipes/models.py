@@ -188,7 +188,7 @@ def teacher_of(
     origin = settled(origin, data.shape, spec)
     with torch.device("meta"):
         plan = origin.structure()
-    refuse_unfit_teacher(OmegaConf.select(cfg, "teacher.path"), plan, student, spec, data)
+    refuse_unfit_teacher(OmegaConf.select(cfg, "teacher.path"), plan, student, data)
     half = "bf16" in cfg.trainer.precision if cfg.teacher.dtype == "auto" else cfg.teacher.dtype == "bf16"
     return Teacher(*origin, guidance, placement, torch.bfloat16 if half else torch.float32)
 
@@ -241,7 +241,7 @@ def refuse_unfit_data(student: Denoiser, data: Any) -> None:
     if refused := next((shape for shape in shapes if not student.accepts(shape)), None):
         given, taken = sizes(refused), sizes(student.sample_shape)
         raise UserError(f"the data has samples of {given}, the backbone takes {taken}: change one of the two groups")
-    classes = student.config.get("num_classes")
+    classes = student.facts.classes
     if classes is None:
         try:
             check_told(student, data)
@@ -252,10 +252,10 @@ def refuse_unfit_data(student: Denoiser, data: Any) -> None:
             f"the {student.name} backbone is class-conditional, the data has no labels: sort it into folders"
         )
     if data.num_classes is not None and classes is not None and data.num_classes > classes:
-        raise UserError(f"the data has {data.num_classes} classes, the backbone {classes}: set backbone.num_classes")
+        raise UserError(f"the data has {data.num_classes} classes, the backbone {classes}: build it for as many")
 
 
-def refuse_unfit_teacher(path: str | None, teacher: Denoiser, student: Denoiser, spec: Any, data: Any) -> None:
+def refuse_unfit_teacher(path: str | None, teacher: Denoiser, student: Denoiser, data: Any) -> None:
     """Raises UserError if the teacher is of another kind than the student, or does not fit the data."""
     if teacher.name != student.name:
         raise UserError(
@@ -267,7 +267,7 @@ def refuse_unfit_teacher(path: str | None, teacher: Denoiser, student: Denoiser,
             f"teacher.path={path} predicts a {teacher.prediction}, the student is trained on a {student.prediction}: "
             "choose a teacher of the same kind"
         )
-    classes, own = teacher.config.get("num_classes"), getattr(spec, "num_classes", None)
+    classes, own = teacher.facts.classes, student.facts.classes
     if classes is not None and own is not None and classes != own:
         raise UserError(f"teacher.path={path} knows {classes} classes, the backbone {own}: choose the same for both")
     if not teacher.accepts(tuple(data.shape)):

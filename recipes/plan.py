@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edit.inputs.command import Parser, guarded
-from edit.inputs.limits import Limits, Positive, check_numbers
+from edit.inputs.limits import Count, Limits, Positive, check_numbers
 from edit.inputs.words import explained, keys, read
 from edit.measuring.devices import peak_flops
 from edit.measuring.memory import GB, OPTIMIZERS, STRATEGIES, Draft, changes, stored
@@ -63,6 +63,8 @@ class Assumptions:
         image: rows and columns of an image in pixels, or ROWSxCOLUMNS; a model of more than 3 channels reads latents
             of an eighth of that. Without it: the data set's, where it can be read here or before tells how it is made,
             or the backbone's own
+        frames: of a video as the model sees it: those of a latent, where the VAE has fewer of them (81 are 21 to Wan).
+            Without it: like image
         text: tokens of a prompt, where the data set does not tell
         peak: TFLOP/s of a device in bf16; without it: those of the GPU of this machine where it is known, else an
             H100's 989. On a CPU there is no estimate of time without it
@@ -74,6 +76,7 @@ class Assumptions:
 
     gpu: Positive = 80
     image: str | None = None
+    frames: Count | None = None
     text: Annotated[int, Limits(1, 100_000)] = 512
     peak: Positive | None = None
     mfu: Annotated[float, Limits(above=0, high=1)] = 0.45
@@ -167,7 +170,7 @@ def drafted(assumed: Assumptions, cfg: DictConfig, notes: list[str]) -> Draft:
     """
     cfg = on_its_machine(cfg)
     try:
-        models = models_of(cfg, StandIns(cfg, assumed.shape, assumed.text, notes))
+        models = models_of(cfg, StandIns(cfg, assumed.shape, assumed.text, notes, assumed.frames))
     except InstantiationException as error:
         raise ValueError(str(error.__cause__ or error).split("\nfull_key")[0]) from error
     known = None if cfg.trainer.accelerator == "cpu" else peak_here() or 989e12
@@ -200,7 +203,7 @@ def draft_of(models: Models, cfg: DictConfig, notes: list[str], peak: float | No
     if models.critic is not None:
         critic = Probe(models.critic.structure, shape, condition)
     asked = (teacher or student).denoiser
-    if asked.config.get("guidance_embeds"):
+    if asked.facts.told:
         guided = 1  # the scale is an input
     with torch.device("meta"):
         makers = [*terms.values(), *([] if matching is None else [matching])]

@@ -166,7 +166,7 @@ class Recipe(pl.LightningModule, ABC):
             share_frozen(self.ema, self.denoiser)
         self.configure_parts()
         self.ema.requires_grad_(False).eval()
-        self.told = bool(self.denoiser.config.get("guidance_embeds"))  # its guidance scale, as an input
+        self.told = self.denoiser.facts.told  # its guidance scale, as an input
         if self.teacher is not None and self.teacher.placement == "tied":
             others = [name for name, e in self.denoiser.applied.items() if not e.keeps]
             if others or self.denoiser.config != self.denoiser.base:

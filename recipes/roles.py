@@ -132,7 +132,7 @@ class Teacher:
 
         Args:
             student: the model that is trained; a tied teacher is this model without its LoRA
-            x_t: noisy samples, b c y x
+            x_t: noisy samples, b c *sizes
             t: their times in [0, 1], 1 = noise, b
             condition: after label drop
             null: the unconditional counterpart
@@ -144,10 +144,10 @@ class Teacher:
         with without(student):
             return self.guidance(student, x_t, t, condition, null, scale, *wanted)
 
-    def features(
-        self, student: Denoiser, x_t: Tensor, t: Tensor, condition: Condition, scale: Tensor
-    ) -> Mapping[str, Tensor]:
-        """The tapped tokens without guidance, with a graph to x_t where gradients are on; arguments as above.
+    def features(self, student: Denoiser, x_t: Tensor, t: Tensor, condition: Condition, scale: Tensor) -> Output:
+        """The prediction without guidance, tapped tokens in its trace, with a graph to x_t where gradients are on.
+
+        Arguments are as above.
 
         Raises:
             ValueError: if the weights do not stay in place until the backward pass
@@ -158,8 +158,8 @@ class Teacher:
                 "use replicated or sharded"
             )
         assert self.denoiser is not None
-        told = scale if self.denoiser.config.get("guidance_embeds") else None
-        return self.denoiser(x_t, t, replace(condition, guidance=told), taps=self.taps).trace
+        told = scale if self.denoiser.facts.told else None
+        return self.denoiser(x_t, t, replace(condition, guidance=told), taps=self.taps)
 
 
 def offload(denoiser: Denoiser, device: torch.device) -> None:

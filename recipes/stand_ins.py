@@ -13,7 +13,7 @@ from edit.denoiser import Denoiser
 from edit.measuring.probe import refuse_shape
 from recipes.config.errors import one_line
 from recipes.data_set import conditions
-from recipes.models import Sources, is_official, made
+from recipes.models import Sources, is_official, made, sizes
 from recipes.roles import Origin
 
 
@@ -23,12 +23,15 @@ class StandIns(Sources):
     Args:
         cfg: of the run
         image: rows and columns in pixels, in place of the data set's; None: not given
+        frames: of a sample as the model sees it, likewise
         text: tokens of a prompt, if neither data set nor `before` tells
         notes: each stand-in appends a sentence
     """
 
-    def __init__(self, cfg: DictConfig, image: tuple[int, int] | None, text: int, notes: list[str]):
-        self.cfg, self.image, self.text, self.notes = cfg, image, text, notes
+    def __init__(
+        self, cfg: DictConfig, image: tuple[int, int] | None, text: int, notes: list[str], frames: int | None = None
+    ):
+        self.cfg, self.image, self.text, self.notes, self.frames = cfg, image, text, notes, frames
 
     def start(self, spec: Any) -> Origin:
         return self._read_model(self.cfg.init, "init", spec)
@@ -45,7 +48,8 @@ class StandIns(Sources):
     def data(self, spec: Any, start: Origin) -> Any:
         with torch.device("meta"):
             denoiser = start.structure()
-        data = self._read_data(denoiser) if self.image is None else self._of_size(self.image, denoiser)
+        told = self.image is not None or self.frames is not None
+        data = self._of_size(denoiser) if told else self._read_data(denoiser)
         denoiser.settle(data.shape, spec)
         refuse_shape(denoiser, tuple(data.shape))  # before `models_of` does: here image= is a cure
         return data
@@ -71,32 +75,38 @@ class StandIns(Sources):
                 )
         return Origin(spec.build, spec.build)
 
-    def _of_size(self, image: tuple[int, int], denoiser: Denoiser) -> Sample:
-        channels = denoiser.sample_shape[0]
-        shrink = 8 if channels > 3 else 1
-        if any(side % shrink for side in image):
-            raise ValueError(f"image must be a multiple of {shrink} pixels, which its latents shrink it by")
-        return Sample((channels, image[0] // shrink, image[1] // shrink), denoiser, self.text)
+    def _of_size(self, denoiser: Denoiser) -> Sample:
+        """A sample of the image's size and of so many frames; where one is not told, it is the backbone's own."""
+        channels, *sides = denoiser.sample_shape
+        if self.image is not None:
+            shrink = 8 if channels > 3 else 1
+            if any(side % shrink for side in self.image):
+                raise ValueError(f"image must be a multiple of {shrink} pixels, which its latents shrink it by")
+            sides[-2:] = (side // shrink for side in self.image)
+        if self.frames is not None:
+            sides[:-2] = [self.frames]
+        return Sample((channels, *sides), denoiser, self.text)
 
     def _as_told(self, error: Exception, denoiser: Denoiser) -> Sample:
         """A sample as `before` makes the data set, or as the backbone takes it."""
         told = told_before(self.cfg)
-        c, y, x = denoiser.sample_shape
-        y, x = told.get("size") or y, told.get("size") or x
+        shape = denoiser.sample_shape
+        if told.get("size"):
+            shape = (*shape[:-2], told["size"], told["size"])
         text = told.get("max_tokens", self.text)
         whose = "as data.generate is told in before" if told else "the backbone's own"
         self.notes.append(
-            f"the data set cannot be read here ({one_line(error)}), so samples are {whose}, {c}x{y}x{x}, and prompts "
-            f"have {text} tokens; image= and text= change that"
+            f"the data set cannot be read here ({one_line(error)}), so samples are {whose}, {sizes(shape)}, and "
+            f"prompts have {text} tokens; image= and text= change that"
         )
-        return Sample((c, y, x), denoiser, text)
+        return Sample(shape, denoiser, text)
 
 
 class Sample:
     """A data set of one sample without meaning: it has the shapes that a model takes."""
 
-    def __init__(self, shape: tuple[int, int, int], denoiser: Denoiser, text: int):
-        self.shape, self.num_classes = shape, denoiser.config.get("num_classes")
+    def __init__(self, shape: tuple[int, ...], denoiser: Denoiser, text: int):
+        self.shape, self.num_classes = shape, denoiser.facts.classes
         self.told = {k: v[0] for k, v in vars(denoiser.example(text=text)).items() if v is not None}
 
     def train(self) -> Sample:

@@ -235,13 +235,13 @@ def speed_limits(run: Run) -> tuple[float | None, float | None]:
 
 
 def picture(data: Any, x: torch.Tensor):
-    """Samples as one grid, uint8 y x 3."""
+    """Samples as one grid, uint8 y x 3; of a video some frames in a row."""
     import numpy as np
 
     from recipes.report.page import image_grid
 
     columns = data.num_classes if data.num_classes and data.num_classes <= 12 else 8
-    return np.asarray(image_grid(data.to_images(x), columns))
+    return np.asarray(image_grid(data.to_frames(x), columns))
 
 
 # ---- finishing ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from edit import noise
 from edit.denoiser import Denoiser
+from edit.facts import Facts
 from edit.objectives import DDPM, FlowMatching
 from edit.sampling import Sampler
 from edit.stream import Condition, Layout, Output, Stream
@@ -29,6 +30,10 @@ class Gaussian(Denoiser):
     @classmethod
     def from_config(cls, config):
         return cls(**config)
+
+    @property
+    def facts(self):
+        return Facts(width=4, heads=1, classes=11)
 
     @property
     def sample_shape(self):

@@ -119,9 +119,11 @@ def test_a_backbone_trains_is_pruned_and_loads_again(clone):
         "~backbone",
         "+backbone={_target_: edit.backbones.plain.PlainConfig}",
         "+edits.skip._target_=edit.pruning.skip.Skip",
+        "+edits.lora._target_=edit.tuning.lora.LoRA",
     )
     run(config(clone, "experiment=stripes/teacher", "name=plain", *backbone))
-    assert len(edit.load(clone / "runs/plain").denoiser.units) == 1
+    plain = edit.load(clone / "runs/plain").denoiser
+    assert len(plain.units) == 1 and plain.applied["lora"].targets == ("qkv", "out")
 
 
 def test_a_recipe_is_a_step_on_what_all_recipes_share(clone):

@@ -1,7 +1,5 @@
 """Guidance with edits: which branches share a batch, and that nothing depends on it."""
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from functools import partial
 
@@ -57,13 +55,6 @@ FLUX: dict[str, Callable[[], Edit]] = {
     CACHED: lambda: Elastic(router=8, band=0.5, reuse=1, cache_from=0.2),
 }
 CASES = [("dit", name) for name in DIT] + [("flux", name) for name in FLUX]
-
-
-def test_every_edit_of_the_house_is_here():
-    for module in pkgutil.walk_packages(edit.__path__, "edit."):
-        importlib.import_module(module.name)
-    house = {e for e in Edit.__subclasses__() if e.__module__.startswith("edit.")}
-    assert house == {type(make()) for make in (*DIT.values(), *FLUX.values())}
 
 
 @torch.no_grad()

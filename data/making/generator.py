@@ -140,20 +140,21 @@ def settings_of(request: Request, encoders: PromptEncoders, prompts: Sequence[Pr
         ValueError: if the teacher does not fit prompts, encoders, VAE, size or solver
     """
     denoiser = skeleton(request.teacher)
-    c, y, x = denoiser.sample_shape
-    y, x = (y, x) if request.size is None else (request.size, request.size)
-    if not denoiser.accepts((c, y, x)):
-        raise ValueError(f"{request.teacher} makes no latents of {c}x{y}x{x}: choose another size")
-    vae = None if request.vae is None else describe_vae(request.vae, request.teacher, c)
+    shape = denoiser.sample_shape
+    if request.size is not None:
+        shape = (*shape[:-2], request.size, request.size)
+    if not denoiser.accepts(shape):
+        raise ValueError(f"{request.teacher} makes no latents of {'x'.join(map(str, shape))}: choose another size")
+    vae = None if request.vae is None else describe_vae(request.vae, request.teacher, shape[0])
     text = encoders.describe()
-    check_text(request, denoiser, encoders, (c, y, x))
-    shift = default_shift(request, denoiser, y * x // 4) if request.shift is None else request.shift
+    check_text(request, denoiser, encoders, shape)
+    shift = default_shift(request, denoiser, math.prod(shape[1:]) // 4) if request.shift is None else request.shift
     solver_of(request, shift).check(default_objective(denoiser))
     return {
         "format": manifest.FORMAT,
         "vae": vae,
         **text,
-        "latent_shape": [c, y, x],
+        "latent_shape": list(shape),
         "flips": False,
         "dtype": request.dtype,
         "precision": request.precision,

@@ -39,8 +39,8 @@ class Request:
         guidance: scale; an input of a guidance-distilled teacher, else applied with the empty prompt
         steps: of the solver
         solver: euler, heun or dpm; for teachers that predict noise dpm, ddim or ddpm
-        shift: of the times towards noise; null: that of the artifact, else of its pipeline's scheduler, else by
-            FLUX.1-dev's rule for that model, else 1
+        shift: of the times towards noise; null: that of the artifact, else of its pipeline's scheduler, else that of
+            the sampler its family is published with, else 1
         seed: of the noise; image k of the file has noise number k of this seed
         images: per prompt
         points: states of each solve to store beside its latent, evenly between noise and sample: for students that

@@ -25,7 +25,8 @@ from data.making.prompts import Prompt, read_prompts
 from data.making.request import Request
 from data.making.teacher import Recorded, condition_of, solver_of
 from data.pixels import to_uint8
-from data.sets.latents import data_set
+from data.sets.latents import data_set, scaling
+from edit.frames import folded
 from edit.sampling import Sampler
 
 SHEET = 24  # images on samples.png
@@ -47,9 +48,9 @@ class SampleWriter:
         generated = self.settings["generated"]
         solver = solver_of(request, generated["shift"])
         self.recorded = Recorded(solver, generated["times"]) if request.points else None
-        distilled = self.denoiser.config.get("guidance_embeds")  # it has the scale as an input
+        distilled = self.denoiser.facts.told  # it has the scale as an input
         self.sampler = Sampler(self.recorded or solver, 1.0 if distilled else request.guidance)
-        self.first: list[Tensor] = []  # c y x each, for the contact sheet
+        self.first: list[Tensor] = []  # c *sizes each, for the contact sheet
 
     def __call__(self, shard: int, advance: Callable[[float], None]) -> None:
         out = Path(self.request.out)
@@ -77,7 +78,7 @@ class SampleWriter:
                 yield f"{n:09d}", self.members(n, prompt, arrays)
 
     def sampled(self, numbers: range, rows: Sequence[dict[str, Tensor]], count: Callable[[int, int], None]) -> Tensor:
-        """The samples of these numbers, b c y x in the stored type.
+        """The samples of these numbers, b c *sizes in the stored type.
 
         Raises:
             ValueError: if one is not finite, or does not fit the stored type
@@ -111,12 +112,13 @@ class SampleWriter:
 
 
 def contact_sheet(request: Request, settings: dict[str, Any], x: Tensor, device: str) -> None:
-    """The first images as samples.png, where there is a VAE or a data set that decodes them."""
+    """The first images, or first frames of videos, as samples.png, where a VAE or a data set decodes them."""
     if request.vae is not None:
-        shift, scale = (torch.tensor(settings["vae"][k]).view(-1, 1, 1) for k in ("shift", "scale"))
-        images = to_uint8(VAE(request.vae, device).decode(x / scale + shift)).cpu()
+        shift, scale = scaling(settings)
+        first = folded(x)[:: math.prod(x.shape[2:-2])]
+        images = to_uint8(VAE(request.vae, device).decode(first / scale + shift)).cpu()
     elif settings["sources"]["data"]:
-        images = data_set(settings["sources"]["data"], "for samples.png").to_images(x).cpu()
+        images = data_set(settings["sources"]["data"], "for samples.png").to_frames(x)[:, 0].cpu()
     else:
         return
     from PIL import Image

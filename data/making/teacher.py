@@ -15,7 +15,6 @@ from data.making.frozen import PromptEncoders
 from data.making.request import Request
 from data.sets.latents import padded, text_length
 from edit.artifacts.location import find, is_hub_id
-from edit.backbones.stock import StockDenoiser
 from edit.denoiser import Denoiser
 from edit.objectives import Objective
 from edit.solvers import (
@@ -41,7 +40,7 @@ def solver_of(request: Request, shift: float) -> Solver:
 
 
 class Recorded(Solver):
-    """A solver that keeps its states at some times: `states` by time, b c y x, of the last batch.
+    """A solver that keeps its states at some times: `states` by time, b c *sizes, of the last batch.
 
     A state is an input of the model. Heun's method evaluates its guess first and then the state, which is kept.
 
@@ -75,30 +74,26 @@ def stored_times(request: Request, shift: float) -> list[float]:
     return times(request.steps, shift)[:: request.steps // (request.points + 1)][1:-1]
 
 
-def check_text(request: Request, denoiser: Denoiser, encoders: PromptEncoders, shape: tuple[int, int, int]) -> None:
+def check_text(request: Request, denoiser: Denoiser, encoders: PromptEncoders, shape: tuple[int, ...]) -> None:
     """Raises ValueError if the teacher does not take the text of these encoders."""
     condition = condition_of(request, denoiser, encoders, encoders.embed([""]))[0]
     try:
         denoiser.pack(torch.zeros(1, *shape), torch.ones(1), condition)
-        if encoders.text is not None and isinstance(denoiser, StockDenoiser):
+        if encoders.text is not None:
             denoiser.need_length(text_length(encoders.text.description))
     except ValueError as error:
         raise ValueError(f"{request.teacher} cannot be given prompts with these encoders: {error}") from error
 
 
 def default_shift(request: Request, denoiser: Denoiser, tokens: int) -> float:
-    """The shift of the artifact's sampler, else of the pipeline's scheduler, else by FLUX.1-dev's rule, else 1."""
+    """The shift of the artifact's sampler, else of the pipeline's scheduler, else of the family's sampler, else 1."""
     sampler = description_of(request.teacher).get("sampler")
-    if sampler:
-        dynamic = sampler["solver"].get("dynamic")
-        return dynamic_shift(dynamic, tokens) if dynamic else float(sampler["solver"].get("shift", 1.0))
-    if shift := scheduler_shift(scheduler_of(request.teacher), tokens):
+    if not sampler and (shift := scheduler_shift(scheduler_of(request.teacher), tokens)):
         return shift
-    if denoiser.config.get("guidance_embeds"):
-        from edit.backbones.flux import flux_shift
-
-        return flux_shift(tokens)
-    return 1.0
+    own = denoiser.sampler()
+    solver = sampler["solver"] if sampler else vars(own.solver) if own else {}
+    dynamic = solver.get("dynamic")
+    return dynamic_shift(dynamic, tokens) if dynamic else float(solver.get("shift", 1.0))
 
 
 def scheduler_of(teacher: str) -> dict[str, Any]:
@@ -159,6 +154,6 @@ def condition_of(
         samples.append(sample)
     joined = collate(samples)  # together, so that both have the same length
     del joined["draw"]
-    told = torch.full((b,), request.guidance) if denoiser.config.get("guidance_embeds") else None
+    told = torch.full((b,), request.guidance) if denoiser.facts.told else None
     condition = Condition(**{k: v[:b] for k, v in joined.items()}, guidance=told)
     return condition, Condition(**{k: v[b:].expand(b, *v.shape[1:]) for k, v in joined.items()})

@@ -1,4 +1,4 @@
-"""Parts of the two embedded text-to-image worlds: colours, places, and splits that are held in memory.
+"""Parts of the embedded worlds with captions: colours, places, and splits that are held in memory.
 
 A world is a list of captions with a rule that draws each, and a reader that says whether a picture shows what its
 caption says. Lengths are shares of the image's side, from the top left corner.
@@ -16,6 +16,7 @@ from data.decoder import Codec
 from data.sets.toy_text import LENGTH, Embedded, ToyText
 from data.split import held_out
 from edit import noise
+from edit.frames import by_sample, folded
 
 BACKGROUND = (20, 20, 20)
 PALETTE = {
@@ -82,8 +83,8 @@ class Captioned:
     """A split held in memory.
 
     Args:
-        images: uint8 n y x 3
-        captions: n sentences, one per image
+        images: uint8 n y x 3; of videos n f y x 3, whose samples are c f y x, each frame encoded by itself
+        captions: n sentences, one per sample
         kind: n int64, class of the main thing in the picture: for a feature space, never a condition
         encoders: of the sentences
         told: samples have their captions as strings
@@ -91,7 +92,8 @@ class Captioned:
 
     def __init__(self, images: Tensor, captions: Sequence[str], kind: Tensor, encoders: ToyText, told: bool):
         self.captions, self.kind, self.told = list(captions), kind, told
-        self._x = torch.cat([pixel_codec.encode(part) for part in images.split(512)])
+        x = torch.cat([pixel_codec.encode(part) for part in images.flatten(0, -4).split(512)])
+        self._x = x.unflatten(0, images.shape[:-3]).movedim(-3, 1).contiguous()
         distinct = list(dict.fromkeys(captions))
         self._embedded: Embedded = encoders(distinct)
         place = {caption: i for i, caption in enumerate(distinct)}
@@ -131,9 +133,9 @@ class World:
     def heldout(self) -> Captioned:
         return self._heldout
 
-    def to_images(self, x: Tensor) -> Tensor:
-        """Latents b c y x -> uint8 b 4y 4x 3."""
-        return pixel_codec.decode(x)
+    def to_frames(self, x: Tensor) -> Tensor:
+        """Latents b c *sizes -> uint8 b f 4y 4x 3."""
+        return by_sample(pixel_codec.decode(folded(x)), x)
 
     def decoder(self) -> Codec:
         """The same with a graph."""

@@ -108,20 +108,20 @@ class CaptionedDigits(World):
             splits.append(Captioned(images, sentences, torch.tensor([s.digit for s in said]), self.encoders, captions))
         self._train, self._heldout = splits
 
-    def follows(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """Whether each image, uint8 b y x 3, shows what its caption says: b bool."""
-        return torch.stack([s.nan_to_num(1) for s in self.scores(images, captions).values()]).amin(0) > 0
+    def follows(self, frames: Tensor, captions: Sequence[str]) -> Tensor:
+        """Whether each picture, uint8 b 1 y x 3, shows what its caption says: b bool."""
+        return torch.stack([s.nan_to_num(1) for s in self.scores(frames, captions).values()]).amin(0) > 0
 
-    def scores(self, images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+    def scores(self, frames: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
         """Parts of the caption that hold, b float32 each: 1, 0, or NaN where the caption does not name the part.
 
         Raises:
             ValueError: for a caption outside the grammar, or unequal numbers of images and captions
         """
-        if len(images) != len(captions):
-            raise ValueError(f"got {len(images)} images and {len(captions)} captions: expected one caption for each")
+        if len(frames) != len(captions):
+            raise ValueError(f"got {len(frames)} images and {len(captions)} captions: expected one caption for each")
         said = [meaning(caption) for caption in captions]
-        colour, height, centre, glance = look(images.cpu())
+        colour, height, centre, glance = look(frames[:, 0].cpu())
         distance, nearest = torch.cdist(glance, self._known[0]).min(1)
         column, row = cells(centre).T
         right = {"digit": torch.where(distance <= UNLIKE, self._known[1][nearest], -1).eq(_tensor(said, "digit"))}

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.pixels import to_uint8
+from data.pixels import frames_of
 from data.split import Split
 from edit import noise
 
@@ -48,9 +48,9 @@ class Digits:
     def heldout(self) -> Split:
         return self._heldout
 
-    def to_images(self, x: Tensor) -> Tensor:
-        """b 1 8 8 in [-1, 1] -> uint8 b 8 8 3."""
-        return to_uint8(x)
+    def to_frames(self, x: Tensor) -> Tensor:
+        """b 1 8 8 in [-1, 1] -> uint8 b 1 8 8 3."""
+        return frames_of(x)
 
 
 class MovedDigits(Digits):

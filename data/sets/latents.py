@@ -24,6 +24,7 @@ from data.split import CheckedSet, Split, flipped, opened
 from data.tar_index import ABSENT
 from data.tars import Tars
 from edit import noise
+from edit.frames import by_sample, folded
 
 
 class Latents:
@@ -76,8 +77,7 @@ class Latents:
         flip = flip and not self.manifest.get("generated")
         if flip and not self.manifest["flips"]:
             raise ValueError(f"{path} has no flipped latents: set flip=false, or precompute with --flips")
-        c, y, x = self.manifest["latent_shape"]
-        self.shape: tuple[int, int, int] = (c, y, x)
+        self.shape: tuple[int, ...] = tuple(self.manifest["latent_shape"])
         self.buckets: list[tuple[int, ...]] | None = None
         if "buckets" in self.manifest:
             self.buckets = [tuple(b["latent_shape"]) for b in self.manifest["buckets"]]
@@ -105,8 +105,8 @@ class Latents:
         """Never flipped."""
         return self._heldout
 
-    def to_images(self, x: Tensor) -> Tensor:
-        """b c y x as trained on -> uint8 b y x 3, through the VAE that made the latents.
+    def to_frames(self, x: Tensor) -> Tensor:
+        """b c *sizes as trained on -> uint8 b f y x 3, through the VAE that made the latents, frame by frame.
 
         Samples of a teacher without a VAE are decoded by the data set that the teacher was trained on.
 
@@ -115,14 +115,14 @@ class Latents:
             ValueError: if the VAE is another one, or no decoder is known
         """
         if self.manifest["vae"] is None:
-            return self._origin.to_images(x)
+            return self._origin.to_frames(x)
         shift, scale = scaling(self.manifest)
         vae = self._own()
         vae.to(x.device)
-        return to_uint8(vae.decode(x.float() / scale.to(x.device) + shift.to(x.device)))
+        return by_sample(to_uint8(vae.decode(folded(x).float() / scale.to(x.device) + shift.to(x.device))), x)
 
     def decoder(self) -> nn.Module:
-        """The same with a graph: b c y x -> pixels b 3 y x in about [-1, 1]; raises likewise."""
+        """The same with a graph: b c *sizes -> pixels b 3 *sizes in about [-1, 1]; raises likewise."""
         if self.manifest["vae"] is None:
             return getattr(self._origin, "decoder", nn.Identity)()
         return Decoder(self._own().model, *scaling(self.manifest))
@@ -271,7 +271,7 @@ def misfits(tars: Tars, described: dict) -> Iterator[Damaged]:
     width = np.dtype(described["dtype"]).itemsize
     for name, count in wanted.items():
         size = tars.size(f"{name}.npy")
-        head = size - count * width  # of an npy file; numpy writes at most 256 bytes for three numbers
+        head = size - count * width  # of an npy file; numpy writes at most 256 bytes for so few numbers
         yield from _first(tars, name, size, (head <= 0) | (head > 256) | (head % 16 != 0))
     if described["text"]:
         size = tars.size("text.npy")
@@ -285,9 +285,9 @@ def _first(tars: Tars, name: str, size: np.ndarray, wrong: np.ndarray) -> Iterat
         yield Damaged(f"{tars.name(i)}.{name}.npy {said}")
 
 
-def scaling(described: dict) -> tuple[Tensor, Tensor]:
-    """Shift and scale, c 1 1 or 1 1 1: the model sees (z - shift) * scale."""
-    return tuple(torch.tensor(described["vae"][k]).view(-1, 1, 1) for k in ("shift", "scale"))  # type: ignore
+def scaling(described: dict, sizes: int = 2) -> tuple[Tensor, Tensor]:
+    """Shift and scale for latents of so many sizes, c 1 1 or 1 1 1 for two: the model sees (z - shift) * scale."""
+    return tuple(torch.tensor(described["vae"][k]).view(-1, *[1] * sizes) for k in ("shift", "scale"))  # type: ignore
 
 
 class LatentSplit:
@@ -295,9 +295,9 @@ class LatentSplit:
 
     With aspect-ratio buckets `groups` is the bucket of each sample, n int64, by the manifest's order; else None.
 
-    With `trajectories` a sample has its teacher's path, too: `z` c y x, the noise; `trajectory` k c y x, the stored
-    states, and their `times` k, from noise to data without both ends; `scale`, the guidance. The noise equals the
-    teacher's bit for bit; on another kind of device, to a unit in the last place.
+    With `trajectories` a sample has its teacher's path, too: `z` c *sizes, the noise; `trajectory` k c *sizes, the
+    stored states, and their `times` k, from noise to data without both ends; `scale`, the guidance. The noise equals
+    the teacher's bit for bit; on another kind of device, to a unit in the last place.
 
     Raises:
         ValueError: for trajectories of samples that were not generated, or by a solver that adds noise of its own
@@ -321,7 +321,7 @@ class LatentSplit:
                 "follow from theirs: set trajectories=false, or generate with another solver"
             )
         if not self.generated:
-            self.shift, self.scale = scaling(described)
+            self.shift, self.scale = scaling(described, len(self.shape) - 1)
         self.groups = None
         if "buckets" in described:
             self.shapes = [b["latent_shape"] for b in described["buckets"]]
@@ -379,12 +379,12 @@ class LatentSplit:
         return {"z": z, "trajectory": states, "times": times, "scale": torch.tensor(float(made["guidance"]))}
 
     def _latent(self, index: int, draw: int, shape: Sequence[int]) -> Tensor:
-        c, y, x = shape
+        c, *sizes = shape
         if self.generated:
-            return self._array(index, "latent.npy", (c, y, x))
+            return self._array(index, "latent.npy", (c, *sizes))
         member = "moments_flip.npy" if self.flip and flipped(self.seed, draw) else "moments.npy"
-        mean, std = self._array(index, member, (2 * c, y, x)).chunk(2)
-        eps = noise.gaussian(self.seed, torch.tensor([draw]), noise.RESAMPLE, (c, y, x))[0]
+        mean, std = self._array(index, member, (2 * c, *sizes)).chunk(2)
+        eps = noise.gaussian(self.seed, torch.tensor([draw]), noise.RESAMPLE, (c, *sizes))[0]
         return (mean + std * eps - self.shift) * self.scale
 
     def _array(self, index: int, member: str, shape: tuple[int | None, ...]) -> Tensor:

@@ -20,7 +20,11 @@ AREAS = (torch.pi, 4.0, 2.0, 8 * ARM - 4 * ARM**2)  # by kind, of radius 1
 
 def draw(scenes: Sequence[Scene], numbers: Tensor, size: int, seed: int) -> Tensor:
     """Pictures of scenes: uint8 n size size 3, each a pure function of (seed, number, scene)."""
-    centre, radius = arrange(scenes, numbers, seed)
+    return paint(scenes, *arrange(scenes, numbers, seed), size)
+
+
+def paint(scenes: Sequence[Scene], centre: Tensor, radius: Tensor, size: int) -> Tensor:
+    """Pictures of scenes whose things have these places n k 2 and sizes n k (0: no such thing): uint8 n size size 3."""
     colour, kind = list(PALETTE), list(KINDS)
     picture = background().expand(len(scenes), size, size, 3).clone()
     owner = torch.tensor([i for i, s in enumerate(scenes) for _ in s.things])

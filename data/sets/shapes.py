@@ -64,10 +64,10 @@ class Shapes(World):
         scenes = [meaning(caption) for caption in captions]
         return Captioned(draw(scenes, numbers, size, seed), captions, kinds(scenes), self.encoders, told)
 
-    def follows(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """Whether each image, uint8 b y x 3, shows what its caption says, and nothing else: b bool."""
-        return shape_reader.follows(images, captions)
+    def follows(self, frames: Tensor, captions: Sequence[str]) -> Tensor:
+        """Whether each picture, uint8 b 1 y x 3, shows what its caption says, and nothing else: b bool."""
+        return shape_reader.follows(frames[:, 0], captions)
 
-    def scores(self, images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+    def scores(self, frames: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
         """Parts of the caption that hold, b float32 each: 1, 0, or NaN where the caption does not speak of it."""
-        return shape_reader.scores(images, captions)
+        return shape_reader.scores(frames[:, 0], captions)

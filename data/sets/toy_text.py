@@ -22,7 +22,8 @@ PAD, END, START, UNKNOWN = "<pad>", "</s>", "<s>", "<unk>"
 WORDS = tuple(
     "a two three small large red green blue yellow purple white circle circles square squares triangle triangles "
     "cross crosses at in the top bottom left right centre above below of "
-    "zero one two three four five six seven eight nine".split()
+    "zero one two three four five six seven eight nine "
+    "moving bouncing up down".split()
 )
 VOCABULARY = tuple(dict.fromkeys((PAD, END, START, UNKNOWN, *WORDS)))
 SIZE = 64  # of the vocabulary, with room for more words

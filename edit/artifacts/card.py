@@ -261,7 +261,7 @@ class Card:
         from huggingface_hub import ModelCardData
 
         base = [o.hub for o in self.bases if o.hub]
-        text = {"pipeline_tag": "text-to-image"} if takes_text(self.artifact) else {}
+        text = {"pipeline_tag": "text-to-image"} if self.artifact.denoiser.facts.text else {}
         return ModelCardData(
             base_model=base[0] if len(base) == 1 else base or None,
             library_name="diffusers",
@@ -334,10 +334,6 @@ def method(artifact: Artifact) -> list[str]:
         renoised = ", each step but the first from fresh noise" if grid.renoise else ""
         lines.append(f"- trained for the times {', '.join(f'{t:.4g}' for t in grid.grid[:-1])} (1 is noise){renoised}")
     return lines
-
-
-def takes_text(artifact: Artifact) -> bool:
-    return not {"joint_attention_dim", "caption_channels"}.isdisjoint(artifact.denoiser.config)
 
 
 FOREIGN = "Parts of `report.json` were not written by `edit` and are left out."

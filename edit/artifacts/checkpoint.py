@@ -28,7 +28,7 @@ from torch import Tensor
 
 from edit import edits as editing
 from edit.artifacts import checksums
-from edit.artifacts.description import FORMAT, family_of, read_description, stock_state
+from edit.artifacts.description import FORMAT, family_of, import_path, read_description
 from edit.artifacts.location import find, is_hub_id
 from edit.artifacts.weights import Headers, check_weights, load_weights, split_state, to_store
 from edit.artifacts.whole import replacing
@@ -88,7 +88,7 @@ def save(
     config, stock = denoiser.to_stock(denoiser.config, stock)
     description = {
         "format": FORMAT,
-        "backbone": f"{denoiser.family.__module__}.{denoiser.family.__qualname__}",
+        "backbone": import_path(denoiser.family),
         "base": denoiser.base,
         "edits": {name: editing.describe(e) for name, e in denoiser.applied.items()},
         "folded": denoiser.folded,
@@ -203,7 +203,7 @@ def skeleton(path: str | os.PathLike, trusted: tuple[str, ...] = (), verify: boo
     with torch.device("meta"):
         if base is None:
             with _naming(path / "config.json", f"the configuration does not fit this version of {family.name}"):
-                base = family.from_stock(config, stock_state(config) if published else Headers(path))[0]
+                base = family.from_stock(config, {} if published else Headers(path))[0]
         with _naming(path / "edits.json", f"the artifact's base does not fit this version of {family.name}"):
             denoiser = family.from_config(base)
         with _naming(path / "edits.json", "the artifact's edits do not fit its base"):

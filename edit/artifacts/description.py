@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import os
+import pkgutil
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from edit import backbones
 from edit.artifacts.location import find
 from edit.denoiser import Denoiser
 from edit.inputs import trust
@@ -78,38 +79,51 @@ def family_of(target: str) -> type[Denoiser]:
         raise ValueError(str(error).replace("the artifact's backbone asks for", "the artifact's backbone")) from error
 
 
-_STOCK_CLASSES = {
-    "DiTTransformer2DModel": "edit.backbones.dit.DiT",
-    "FluxTransformer2DModel": "edit.backbones.flux.Flux",
-    "PixArtTransformer2DModel": "edit.backbones.pixart.PixArt",
-    "QwenImageTransformer2DModel": "edit.backbones.qwen_image.QwenImage",
-    "SD3Transformer2DModel": "edit.backbones.sd3.SD3",
-}
+def families() -> list[type[Denoiser]]:
+    """The families, which are the classes with a `name` in modules of `edit.backbones`; by module and order therein."""
+    modules = [import_module(m.name) for m in pkgutil.iter_modules(backbones.__path__, f"{backbones.__name__}.")]
+    return [
+        value
+        for module in modules
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, Denoiser) and value.__module__ == module.__name__
+        if "name" in vars(value)
+    ]
 
 
-def _stock_name(config: Mapping[str, Any]) -> str:
-    """The stock class of a folder without edits.json: a published `diffusers` model."""
+def readers(config: Mapping[str, Any]) -> list[type[Denoiser]]:
+    """The families that read a published `diffusers` folder of this configuration, by `Denoiser.reads`."""
     name = config.get("_class_name")
-    if name == "Transformer2DModel":  # former name of PixArt and DiT, which their published folders have
-        name = {"ada_norm_single": "PixArtTransformer2DModel", "ada_norm_zero": "DiTTransformer2DModel"}.get(
-            str(config.get("norm_type")), name
-        )
-    if not isinstance(name, str) or name not in _STOCK_CLASSES:
-        shown = trust.cut(name, quoted=False)
-        raise ValueError(f"no backbone here reads a {shown}; known are {', '.join(_STOCK_CLASSES)}")
-    return name
+    return [
+        family
+        for family in families()
+        for stock, settings in family.reads.items()
+        if stock == name and all(config.get(k) == v for k, v in settings.items())
+    ]
+
+
+def _reader(config: Mapping[str, Any]) -> type[Denoiser]:
+    """The one family that reads a folder without edits.json.
+
+    Raises:
+        ValueError: if none does, or several do
+    """
+    shown, found = trust.cut(config.get("_class_name"), quoted=False), readers(config)
+    if not found:
+        known = [next(iter(family.reads)) for family in families() if family.reads]
+        raise ValueError(f"no backbone here reads a {shown}; known are {', '.join(known)}")
+    if len(found) > 1:
+        names = " and ".join(family.name for family in found)
+        raise ValueError(f"the backbones {names} both read a {shown}: leave it out of `reads` of one of them")
+    return found[0]
 
 
 def _describe_stock(config: Mapping[str, Any]) -> dict[str, Any]:
     """A description for a folder without edits.json."""
     empty: dict[str, Any] = {"base": None, "edits": {}, "folded": [], "objective": None, "sampler": None}
-    return {"format": FORMAT, "backbone": _STOCK_CLASSES[_stock_name(config)], **empty, "data": {}, "run": {}}
+    return {"format": FORMAT, "backbone": import_path(_reader(config)), **empty, "data": {}, "run": {}}
 
 
-def stock_state(config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Names and shapes of the weights that a published configuration goes with; called on the meta device."""
-    import diffusers
-
-    cls = getattr(diffusers, _stock_name(config))
-    known = inspect.signature(cls.__init__).parameters  # published ones carry fields of older versions, too
-    return cls(**{k: v for k, v in config.items() if k in known}).state_dict()
+def import_path(family: type[Denoiser]) -> str:
+    """Where a family is found again."""
+    return f"{family.__module__}.{family.__qualname__}"

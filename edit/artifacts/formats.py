@@ -19,6 +19,7 @@ from edit.artifacts.flux_single_file import AXES, to_original
 from edit.artifacts.steps import steps_of
 from edit.artifacts.usage import Usage, calling, dtype_name, imports, scheduling
 from edit.artifacts.weights import check_weights
+from edit.backbones.flux import Flux
 from edit.denoiser import Denoiser
 
 
@@ -49,11 +50,10 @@ def write_single_file(denoiser: Denoiser, file: Path, dtype: torch.dtype | None)
     Raises:
         ValueError: if the model is not a FLUX.1
     """
-    if denoiser.name != "flux":
+    if not isinstance(denoiser, Flux):
         raise ValueError(f"format=single_file is the original layout of FLUX.1, this is {denoiser.name}: leave it out")
-    config, stock = denoiser.to_stock(denoiser.config, denoiser.model.state_dict())
-    metadata = {"format": "pt", AXES: json.dumps(config["axes_dims_rope"])}
-    save_file(cast(to_original(stock), dtype), file, metadata)
+    metadata = {"format": "pt", AXES: json.dumps(denoiser.axes)}
+    save_file(cast(to_original(denoiser.model.state_dict()), dtype), file, metadata)
 
     def usage(export: str, base: str | None) -> str:
         lines = ["# place it where your tool keeps diffusion models, for instance ComfyUI/models/diffusion_models", ""]

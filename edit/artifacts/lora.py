@@ -15,7 +15,6 @@ from edit.artifacts.formats import cast, stock_config
 from edit.artifacts.steps import steps_of
 from edit.artifacts.usage import Usage, calling, imports, scheduling
 from edit.artifacts.weights import split_state
-from edit.backbones.stock import StockDenoiser
 from edit.edits import describe
 from edit.tuning.lora import ADAPTER, LoRA
 
@@ -88,6 +87,6 @@ def _only_lora(artifact: Artifact, base: Origin | None) -> LoRA:
             f"format=lora takes an artifact with a LoRA as its only live edit, this one has {there}: leave format=lora "
             "out to export the whole model"
         )
-    if not isinstance(denoiser, StockDenoiser):
+    if denoiser.stock is None:
         raise ValueError(f"stock diffusers has other layers than our {denoiser.name}: leave format=lora out to fold it")
     return lora

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edit.backbones.dit import DiT, DiTConfig, DiTWeights, position_table
+from edit.backbones.dit import DiT, DiTConfig, DiTWeights
 from edit.denoiser import Denoiser, check_layout
 
 
@@ -58,7 +58,6 @@ def from_official(checkpoint: Mapping[str, Any], config: DiTConfig) -> dict[str,
     with torch.device("meta"):
         wanted = DiTWeights(config).state_dict()
     check_layout(wanted, state, "the official checkpoint")
-    table = position_table(config.hidden_size, config.grid)
-    if not torch.allclose(state["pos_embed"][0].float(), table, atol=1e-4):
+    if not torch.allclose(state["pos_embed"][0].float(), config.positions(), atol=1e-4):
         raise ValueError("the checkpoint's pos_embed is not the 2-D sin-cos table of this model: another input_size?")
     return state

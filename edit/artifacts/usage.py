@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 
-from edit.artifacts.card import takes_text
 from edit.artifacts.checkpoint import Artifact
 from edit.artifacts.steps import Steps
 from edit.denoiser import Denoiser
@@ -33,16 +32,15 @@ def scheduling(steps: Steps) -> list[str]:
 
 def calling(artifact: Artifact, steps: Steps) -> list[str]:
     """Lines that generate, with the artifact's own sampler settings."""
-    denoiser, sampler = artifact.denoiser, artifact.sampler
+    facts, sampler = artifact.denoiser.facts, artifact.sampler
     settings = [f"num_inference_steps={sampler.solver.steps}"]
     if steps.sigmas:
         settings.append(f"sigmas=[{', '.join(f'{t:.8g}' for t in steps.sigmas)}]")
-    told = sampler.told if sampler.told is not None else getattr(denoiser, "guidance", None)
-    if "guidance_embeds" not in denoiser.config:
+    if facts.scale is not None:
+        settings.append(f"guidance_scale={facts.scale if sampler.told is None else sampler.told:g}")
+    if facts.guided_by == "guidance_scale":
         settings.append(f"guidance_scale={sampler.guidance:g}")
-    elif denoiser.config["guidance_embeds"] and told is not None:
-        settings.append(f"guidance_scale={told:g}")
-    if "guidance_embeds" in denoiser.config and sampler.guidance != 1:  # the pipelines' name for two evaluations
-        settings += ['negative_prompt=""', f"true_cfg_scale={sampler.guidance:g}"]
-    what = '"a photo of a cat"' if takes_text(artifact) else "class_labels=[0]"
+    elif sampler.guidance != 1:  # such pipelines guide only where they are given a negative prompt
+        settings += ['negative_prompt=""', f"{facts.guided_by}={sampler.guidance:g}"]
+    what = '"a photo of a cat"' if facts.text else "class_labels=[0]"
     return [*steps.remarks, f"image = pipe({', '.join([what, *settings])}).images[0]"]

@@ -22,8 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser, Edit
-from edit.distillation.attention import head_count
-from edit.distillation.pairs import width
 from edit.edits import chosen
 from edit.inputs.limits import check_numbers
 from edit.stream import Layout, Step
@@ -47,7 +45,7 @@ class LinearAttention(Edit):
         self.units = tuple(self.units)
 
     def apply(self, denoiser: Denoiser) -> nn.ModuleDict:
-        heads, own = head_count(denoiser), nn.ModuleDict()
+        heads, own = denoiser.facts.heads, nn.ModuleDict()
         for i in chosen("LinearAttention", self.units, denoiser):
             unit = core(denoiser.units[i])
             if "attention" in unit.slots or "mixer" in unit.slots:
@@ -55,7 +53,7 @@ class LinearAttention(Edit):
             # a family that leaves out masked text does so in an attention of its own
             masks = type(unit).own_attention is not Unit.own_attention
             with next(unit.parameters()).device:
-                own[str(i)] = unit.slots.attention = Linearised(heads, width(denoiser) // heads, masks)
+                own[str(i)] = unit.slots.attention = Linearised(heads, denoiser.facts.width // heads, masks)
         return own
 
     def trainable(self, name: str) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from edit.backbones.dit_conversion import config_from_diffusers, from_diffusers, to_diffusers, why_not_diffusers
 from edit.denoiser import Denoiser
-from edit.inputs.limits import Count, Limits, Units, check_numbers
+from edit.facts import Facts
+from edit.inputs.limits import Count, Limits, Units, check_numbers, check_table
 from edit.stream import Branch, Condition, Layout, Output, Stream
 from edit.unit import Anatomy, Features, Unit
 
@@ -65,6 +66,7 @@ class DiTConfig:
             raise ValueError(
                 f"DiT: 2-D RoPE needs a head width divisible by 4, got {self.hidden_size // self.num_heads}"
             )
+        check_table("DiT", self.hidden_size, self.grid)
 
     @property
     def grid(self) -> int:
@@ -74,6 +76,10 @@ class DiTConfig:
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
+
+    def positions(self) -> Tensor:
+        """The table of the tokens' positions: n d."""
+        return position_table(self.hidden_size, self.grid)
 
     def build(self) -> DiT:
         return DiT(self)
@@ -313,6 +319,7 @@ class DiT(Denoiser):
     """Class-conditional DiT over latents or pixels b c y x."""
 
     name = "dit"
+    reads: ClassVar = {"DiTTransformer2DModel": {}, "Transformer2DModel": {"norm_type": "ada_norm_zero"}}
 
     def __init__(self, config: DiTConfig):
         self.spec = config
@@ -330,6 +337,11 @@ class DiT(Denoiser):
         return DiTConfig(**config).build()
 
     @property
+    def facts(self) -> Facts:
+        c = self.spec
+        return Facts(c.hidden_size, c.num_heads, classes=c.num_classes, lora=("attn.qkv", "attn.proj"))
+
+    @property
     def sample_shape(self) -> tuple[int, int, int]:
         return self.spec.in_channels, self.spec.input_size, self.spec.input_size
 
@@ -341,7 +353,7 @@ class DiT(Denoiser):
         c, m = self.spec, self.model
         if m.pos_embed.is_meta:
             return
-        m.pos_embed.copy_(position_table(c.hidden_size, c.grid)[None])
+        m.pos_embed.copy_(c.positions()[None])
         if c.rope:
             m.rope.copy_(rope_table(c.hidden_size // c.num_heads, c.grid, c.registers))
 
@@ -402,13 +414,15 @@ class DiT(Denoiser):
 
     @classmethod
     def from_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-        if config.get("_class_name") in ("DiTTransformer2DModel", "Transformer2DModel"):
+        if config.get("_class_name") in cls.reads:
             c = DiTConfig(**config_from_diffusers(config))
-            state = from_diffusers(c.depth, state)
+            state = from_diffusers(c.depth, state) if state else {}
         else:
             c, state = DiTConfig(**{k: v for k, v in config.items() if not k.startswith("_")}), dict(state)
+        if not state:
+            return asdict(c), {}
         dtype = state["x_embedder.proj.weight"].dtype
-        state["pos_embed"] = position_table(c.hidden_size, c.grid)[None].to(dtype)
+        state["pos_embed"] = c.positions()[None].to(dtype)
         if c.rope:
             state["rope"] = rope_table(c.hidden_size // c.num_heads, c.grid, c.registers).to(dtype)
         return asdict(c), state

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, feed_forward, zero_init
-from edit.inputs.limits import Count, check_numbers
+from edit.facts import Facts
+from edit.inputs.limits import Count, check_numbers, check_table
 from edit.sampling import Sampler
 from edit.solvers import DDIMSolver
 from edit.stream import Branch, Condition, Layout, Output, Stream
@@ -114,6 +115,12 @@ class PatchDenoiser(StockDenoiser):
                 f"got {c.out_channels}"
             )
         super().__init__(model, **extras)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> StockDenoiser:
+        c = cls.filled(config)
+        check_table(cls.name, c["num_attention_heads"] * c["attention_head_dim"], c["sample_size"] // c["patch_size"])
+        return super().from_config(config)
 
     @classmethod
     def of(cls, model: nn.Module, **extras: Any) -> StockDenoiser:
@@ -226,6 +233,11 @@ class DiTDiffusers(PatchDenoiser):
     name = "dit_diffusers"
     stock = "DiTTransformer2DModel"
     lists: ClassVar = {"transformer_blocks": ("num_layers", ClassUnit)}
+
+    @property
+    def facts(self) -> Facts:
+        c: Any = self.model.config
+        return replace(super().facts, classes=c.num_embeds_ada_norm)
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
         return super().accepts(shape) and shape[1] == shape[2]

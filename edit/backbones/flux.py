@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from edit.backbones.stock import (
+    JOINT,
     Modulation,
     StockDenoiser,
     StockUnit,
@@ -28,9 +29,10 @@ from edit.backbones.stock import (
     turn,
     zero_init,
 )
+from edit.facts import Facts
 from edit.inputs.limits import Count, check_numbers
 from edit.sampling import Sampler
-from edit.solvers import StockEuler, dynamic_shift
+from edit.solvers import StockEuler
 from edit.stream import Branch, Condition, Layout, Output, Stream
 from edit.unit import Anatomy, Features, masked
 
@@ -236,12 +238,14 @@ class Flux(StockDenoiser):
 
     name = "flux"
     stock = "FluxTransformer2DModel"
+    reads: ClassVar = {"FluxTransformer2DModel": {}}
     lists: ClassVar = {
         "transformer_blocks": ("num_layers", DoubleUnit),
         "single_transformer_blocks": ("num_single_layers", SingleUnit),
     }
     extras: ClassVar = {"sample_size": (128, 128), "guidance": 3.5}
     masks = False
+    guidance: float
 
     @property
     def channels(self) -> int:
@@ -249,9 +253,17 @@ class Flux(StockDenoiser):
         return c.in_channels // 4
 
     @property
-    def widths(self) -> dict[str, int]:
+    def facts(self) -> Facts:
         c: Any = self.model.config
-        return {"text": c.joint_attention_dim, "pooled": c.pooled_projection_dim}
+        text = {"text": c.joint_attention_dim, "pooled": c.pooled_projection_dim}
+        scale = self.guidance if c.guidance_embeds else None
+        return replace(super().facts, text=text, scale=scale, guided_by="true_cfg_scale", lora=JOINT)
+
+    @property
+    def axes(self) -> list[int]:
+        """Channels of a head that turn with frames, rows and columns."""
+        c: Any = self.model.config
+        return list(c.axes_dims_rope)
 
     def initialise(self) -> Flux:
         m: Any = self.model
@@ -328,7 +340,51 @@ class Flux(StockDenoiser):
     def readout(self, stream: Stream) -> Output:
         return Output(latent_of(self.native(stream), stream.layout.grid), None, stream.trace)
 
+    # ---- the guidance input ------------------------------------------------------------------------------------------
 
-def flux_shift(tokens: int) -> float:
-    """How far FLUX.1-dev moves its steps towards noise at this many image tokens: exp(mu), mu linear in tokens."""
-    return dynamic_shift(SHIFT, tokens)
+    @torch.no_grad()
+    def fix_guidance(self, who: str, scale: float) -> None:
+        """The guidance embedder's output at the scale is added to the bias of the timestep MLP's last layer."""
+        from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
+
+        if not self.facts.told:
+            super().fix_guidance(who, scale)  # refuses
+        old, last = self._embedders(who)
+        told = torch.tensor([scale], dtype=last.bias.dtype, device=last.bias.device)
+        last.bias += old.guidance_embedder(old.time_proj(told * 1000).to(last.bias.dtype))[0]
+        with torch.device("meta"):  # stock calls a module without guidance with other arguments
+            new = CombinedTimestepTextProjEmbeddings(len(last.bias), self.facts.text["pooled"])
+        self._replace_embedders(new, told=False)
+
+    def add_guidance(self, who: str) -> None:
+        """The new embedder's last layer is zero."""
+        from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddings
+
+        if self.facts.told:
+            super().add_guidance(who)  # refuses
+        weight = self._embedders(who)[1].weight
+        with weight.device:
+            new = CombinedTimestepGuidanceTextProjEmbeddings(len(weight), self.facts.text["pooled"])
+        new.guidance_embedder.to(weight.dtype)
+        zero_init(new.guidance_embedder.linear_2)
+        self._replace_embedders(new, told=True)
+
+    def _embedders(self, who: str) -> tuple[Any, Any]:
+        """The embedder of time, guidance and pooled text, and the last layer of its timestep MLP.
+
+        Raises:
+            ValueError: if another edit has replaced them
+        """
+        old: Any = self.model.time_text_embed
+        last = getattr(getattr(old, "timestep_embedder", None), "linear_2", None)
+        if last is None:
+            raise ValueError(f"{who}: another edit has replaced the embedder of the time: apply {who} before it")
+        return old, last
+
+    def _replace_embedders(self, new: nn.Module, told: bool) -> None:
+        """Put a module with the weights of the present one in its place; `told`: it embeds the guidance."""
+        model: Any = self.model
+        for name in ("time_proj", "timestep_embedder", "text_embedder"):
+            setattr(new, name, getattr(model.time_text_embed, name))
+        model.time_text_embed = new
+        model.register_to_config(guidance_embeds=told)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from edit.backbones.dit_diffusers import BasicUnit, PatchDenoiser, heads
 from edit.backbones.stock import Modulation, zero_init
+from edit.facts import Facts
 from edit.inputs.limits import Count, check_numbers
 from edit.sampling import Sampler
 from edit.solvers import DPMSolver
@@ -119,6 +120,7 @@ class PixArt(PatchDenoiser):
 
     name = "pixart"
     stock = "PixArtTransformer2DModel"
+    reads: ClassVar = {"PixArtTransformer2DModel": {}, "Transformer2DModel": {"norm_type": "ada_norm_single"}}
     lists: ClassVar = {"transformer_blocks": ("num_layers", PixArtUnit)}
     extras: ClassVar = {"pixels": 8}
 
@@ -142,9 +144,9 @@ class PixArt(PatchDenoiser):
         return self
 
     @property
-    def widths(self) -> dict[str, int]:
+    def facts(self) -> Facts:
         c: Any = self.model.config
-        return {"text": c.caption_channels or c.cross_attention_dim}
+        return replace(super().facts, text={"text": c.caption_channels or c.cross_attention_dim})
 
     def sampler(self) -> Sampler:
         return Sampler(DPMSolver(20), guidance=4.5)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.backbones.stock import (
+    JOINT,
     Modulation,
     StockDenoiser,
     StockUnit,
@@ -32,6 +33,7 @@ from edit.backbones.stock import (
     turn,
     zero_init,
 )
+from edit.facts import Facts
 from edit.inputs.limits import Count, check_numbers
 from edit.sampling import Sampler
 from edit.solvers import StockEuler
@@ -104,8 +106,8 @@ class QwenImageUnit(StockUnit):
             turn(torch.cat((text_norm(heads(t, a)), norm(heads(i, a))), 2), layout) for text_norm, t, norm, i in parts
         )
         v = torch.cat((heads(a.add_v_proj(text), a), heads(a.to_v(image), a)), 2)
-        image, text = layout.split(self.attended(q, k, v, stream))
-        return Branch(a.to_out[1](a.to_out[0](image)), a.to_add_out(text))
+        attended = layout.split(self.attended(q, k, v, stream))
+        return Branch(a.to_out[1](a.to_out[0](attended.image)), a.to_add_out(attended.text))
 
     def own_attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, step: Step | None) -> Tensor:
         """Softmax attention over all tokens but masked text: b h s e each, text first -> b h s e."""
@@ -172,6 +174,7 @@ class QwenImage(StockDenoiser):
 
     name = "qwen_image"
     stock = "QwenImageTransformer2DModel"
+    reads: ClassVar = {"QwenImageTransformer2DModel": {}}
     lists: ClassVar = {"transformer_blocks": ("num_layers", QwenImageUnit)}
 
     def __init__(self, model: nn.Module, **extras: Any):
@@ -205,9 +208,9 @@ class QwenImage(StockDenoiser):
         return self
 
     @property
-    def widths(self) -> dict[str, int]:
+    def facts(self) -> Facts:
         c: Any = self.model.config
-        return {"text": c.joint_attention_dim}
+        return replace(super().facts, text={"text": c.joint_attention_dim}, guided_by="true_cfg_scale", lora=JOINT)
 
     def sampler(self) -> Sampler:
         steps = StockEuler(50, dynamic=(0.5, 0.9, 256, 8192), terminal=0.02)

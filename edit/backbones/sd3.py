@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, feed_forward, zero_init
-from edit.inputs.limits import Count, check_numbers
+from edit.backbones.stock import JOINT, Modulation, StockDenoiser, StockUnit, feed_forward, zero_init
+from edit.facts import Facts
+from edit.inputs.limits import Count, check_numbers, check_table
 from edit.sampling import Sampler
 from edit.solvers import StockEuler
 from edit.stream import Branch, Condition, Layout, Output, Stream
@@ -131,8 +132,9 @@ class JointUnit(StockUnit):
         q = torch.cat((normed(a.add_q_proj(text), a.norm_added_q, a), normed(a.to_q(image), a.norm_q, a)), 2)
         k = torch.cat((normed(a.add_k_proj(text), a.norm_added_k, a), normed(a.to_k(image), a.norm_k, a)), 2)
         v = torch.cat((heads(a.add_v_proj(text), a), heads(a.to_v(image), a)), 2)
-        image, text = stream.layout.split(self.attended(q, k, v, stream))
-        return Branch(a.to_out[1](a.to_out[0](image)), None if self.last else a.to_add_out(text))
+        attended = stream.layout.split(self.attended(q, k, v, stream))
+        read = None if self.last else a.to_add_out(attended.text)
+        return Branch(a.to_out[1](a.to_out[0](attended.image)), read)
 
     def attend_again(self, image: Tensor, modulation: DualModulation) -> Branch:
         """The second attention, among image tokens: b n d, before the norm."""
@@ -216,6 +218,7 @@ class SD3(StockDenoiser):
 
     name = "sd3"
     stock = "SD3Transformer2DModel"
+    reads: ClassVar = {"SD3Transformer2DModel": {}}
     lists: ClassVar = {"transformer_blocks": ("num_layers", JointUnit)}
     extras: ClassVar = {"latent_size": None}
     masks = False
@@ -233,6 +236,12 @@ class SD3(StockDenoiser):
         if not c.pos_embed_max_size:
             raise ValueError("sd3 crops a position table: pos_embed_max_size must be its size in patches, got none")
         super().__init__(model, **extras)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> StockDenoiser:
+        c = cls.filled(config)
+        check_table(cls.name, c["num_attention_heads"] * c["attention_head_dim"], c["pos_embed_max_size"] or 0)
+        return super().from_config(config)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -270,9 +279,10 @@ class SD3(StockDenoiser):
             self.units[-1].end()
 
     @property
-    def widths(self) -> dict[str, int]:
+    def facts(self) -> Facts:
         c: Any = self.model.config
-        return {"text": c.joint_attention_dim, "pooled": c.pooled_projection_dim}
+        text = {"text": c.joint_attention_dim, "pooled": c.pooled_projection_dim}
+        return replace(super().facts, text=text, lora=JOINT)
 
     def sampler(self) -> Sampler:
         return Sampler(StockEuler(28, shift=3.0, even=False), guidance=7.0)

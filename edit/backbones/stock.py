@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
+from edit.facts import Facts
 from edit.stream import Branch, Condition, Layout, Step, Stream
 from edit.unit import Features, Unit
 
@@ -31,6 +32,10 @@ class Modulation:
     feed_shift: Branch
     feed_scale: Branch
     feed_gate: Branch
+
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # projections of a stock attention
+JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # with those of its text tokens
 
 
 class StockUnit(Unit):
@@ -62,14 +67,14 @@ class StockDenoiser(Denoiser):
 
     A family names the class, its lists of blocks with the configuration key that counts each, and the unit that takes
     a block's place. What is ours and not the stock model's configuration (`extras`) are plain attributes: the default
-    sample size and, for guidance-distilled models, the guidance scale they are told where nobody says another.
+    sizes of a sample (rows and columns, after the frames of a video) and, for guidance-distilled models, the guidance
+    scale they are told where nobody says another.
     """
 
-    stock: ClassVar[str]  # the class in `diffusers`
+    stock: ClassVar[str]  # type: ignore[misc] - every family of this kind has one
     lists: ClassVar[Mapping[str, tuple[str, type[StockUnit]]]]  # model attribute -> (configuration key, unit)
     extras: ClassVar[Mapping[str, Any]] = {"sample_size": (128, 128)}  # with the defaults of a published folder
-    multiple: ClassVar[int] = 2  # rows and columns of a sample must be multiples of this
-    masks: ClassVar[bool] = True  # attention honours the text mask; else padding is attended to
+    multiple: ClassVar[int] = 2  # rows and columns of a sample must be multiples of this; frames may be any number
 
     def __init__(self, model: nn.Module, **extras: Any):
         for name, value in {**self.extras, **extras}.items():
@@ -117,8 +122,14 @@ class StockDenoiser(Denoiser):
         stock = {k: v for k, v in config.items() if k not in cls.extras and not k.startswith("_")}
         return cls(cls.stock_class()(**stock), **extras)
 
+    @classmethod
+    def filled(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A configuration with the stock class's defaults for what it leaves out."""
+        parameters = inspect.signature(cls.stock_class().__init__).parameters.values()
+        return {**{p.name: p.default for p in parameters if p.default is not p.empty}, **config}
+
     @property
-    def sample_shape(self) -> tuple[int, int, int]:
+    def sample_shape(self) -> tuple[int, ...]:
         return self.channels, *self.sample_size  # type: ignore[attr-defined]
 
     @property
@@ -127,12 +138,13 @@ class StockDenoiser(Denoiser):
         return self.model.config.in_channels  # type: ignore[union-attr]
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
-        return len(shape) == 3 and shape[0] == self.channels and not any(s % self.multiple for s in shape[1:])
+        alike = len(shape) == len(self.sample_shape) and shape[0] == self.channels
+        return alike and not any(s % self.multiple for s in shape[-2:])
 
     def settle(self, shape: tuple[int, ...], spec: Any) -> None:
         values = {k: getattr(spec, k) for k in self.extras if hasattr(spec, k)}
-        if "sample_size" in self.extras:
-            values["sample_size"] = tuple(shape[-2:])
+        if "sample_size" in self.extras and len(shape) == len(self.sample_shape):  # others are refused: `accepts`
+            values["sample_size"] = tuple(shape[1:])
         for name, value in values.items():
             object.__setattr__(self, name, value)
         self.base = {**self.base, **{k: _plain(v) for k, v in values.items()}}
@@ -181,19 +193,20 @@ class StockDenoiser(Denoiser):
             return cls.from_config(given).config, dict(state)
 
     @property
-    def widths(self) -> dict[str, int]:
-        """Widths of the embeddings it is told, by their names in `Condition`; none: it is told classes."""
-        return {}
+    def facts(self) -> Facts:
+        """Of any stock class that counts heads and their channels; a family adds what the model is told."""
+        c: Any = self.model.config
+        return Facts(c.num_attention_heads * c.attention_head_dim, c.num_attention_heads, lora=ATTENTION)
 
     def example(self, batch: int = 1, text: int = 512) -> Condition:
-        if not self.widths:
+        widths = dict(self.facts.text)
+        if not widths:
             return super().example(batch)
-        widths = dict(self.widths)
         words = torch.zeros(batch, text, widths.pop("text"), device="cpu")
         return Condition(text=words, **{k: torch.zeros(batch, w, device="cpu") for k, w in widths.items()})
 
     def need_length(self, length: int | None) -> None:
-        """Refuse texts of no fixed length (None) where padding is attended to.
+        """Refuse texts of no fixed length (None) where `masks` is false.
 
         How far a text is padded would depend on what else is in the batch, and with it the prediction.
 
@@ -212,7 +225,7 @@ class StockDenoiser(Denoiser):
         Raises:
             ValueError: naming the field, the given and the expected shape
         """
-        for name, width in self.widths.items():
+        for name, width in self.facts.text.items():
             value = getattr(condition, name)
             if value is None:
                 raise ValueError(f"{self.name} needs condition.{name}, which is missing: use data with text embeddings")

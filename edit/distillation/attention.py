@@ -82,7 +82,7 @@ class MapKD(Term):
 
     def build(self, denoiser: Denoiser, teacher: Denoiser | None = None) -> None:
         teacher = check_pairs("MapKD", self.pairs, denoiser, teacher, widths=False)
-        mine, theirs = head_count(denoiser), head_count(teacher)
+        mine, theirs = denoiser.facts.heads, teacher.facts.heads
         if mine != theirs if self.heads is None else self.heads > min(mine, theirs):
             raise ValueError(
                 f"MapKD: the student has {mine} heads and the teacher {theirs}, and {self.heads or 'all'} are to be "
@@ -107,10 +107,13 @@ class MapKD(Term):
 class RelationKD(Term):
     """Mean square difference of the cosines between all image tokens of a pooled grid, mean over pairs.
 
+    The frames of a video are a dimension of the grid like rows and columns: cosines are those within and between
+    frames. 16 frames of 16 x 16 tokens have 67 MB of them per sample and pair.
+
     Args:
         pairs: (student unit, teacher unit)
         weight: of the term
-        size: rows and columns of the grid at most; a smaller grid of tokens is not pooled
+        size: frames, rows and columns of the grid at most; a smaller grid of tokens is not pooled
     """
 
     pairs: Pairs
@@ -128,30 +131,30 @@ class RelationKD(Term):
         check_pairs("RelationKD", self.pairs, denoiser, teacher, widths=False)
 
     def losses(self, seen: Pass, own: None = None) -> dict[str, Tensor]:
-        rows, columns = seen.batch["x_t"].shape[-2:]
+        assert seen.output.grid is not None, "every forward tells it"
         distances = []
         for pair in self.pairs:
-            mine, theirs = (cosines(x, rows / columns, self.size) for x in both(seen, pair)[0])
+            mine, theirs = (cosines(x, seen.output.grid, self.size) for x in both(seen, pair)[0])
             distances.append((mine - theirs).square().mean((1, 2)))
         return {"relation_kd": weight_at(self.weight, seen.progress) * torch.stack(distances).mean(0)}
 
 
-def head_count(denoiser: Denoiser) -> int:
-    config = denoiser.config
-    return config["num_heads"] if "num_heads" in config else config["num_attention_heads"]
-
-
-def cosines(tokens: Tensor, aspect: float, size: int) -> Tensor:
-    """Cosines between tokens of a grid, pooled to at most `size` rows and columns: b n d -> b m m, m <= size^2.
+def cosines(tokens: Tensor, grid: tuple[int, int, int], size: int) -> Tensor:
+    """Cosines between tokens of a grid, pooled to at most `size` frames, rows and columns: b n d -> b m m, m <= size^3.
 
     Raises:
-        ValueError: if the tokens make no grid of this aspect (rows / columns)
+        ValueError: if the tokens are no such grid
     """
-    n = tokens.shape[1]
-    rows = max(1, round((n * aspect) ** 0.5))
-    if n % rows:
-        raise ValueError(f"RelationKD: {n} image tokens make no grid with {aspect:g} times as many rows as columns")
-    grid = tokens.transpose(1, 2).unflatten(2, (rows, n // rows))  # b d y x
-    pooled = F.adaptive_avg_pool2d(grid, (min(size, rows), min(size, n // rows)))
+    frames, rows, columns = grid
+    if tokens.shape[1] != frames * rows * columns:
+        raise ValueError(
+            f"RelationKD: {tokens.shape[1]} image tokens are no grid of {frames} x {rows} x {columns}: compare units "
+            "that have all of them"
+        )
+    maps = tokens.transpose(1, 2).unflatten(2, grid)  # b d f y x
+    pooled = F.adaptive_avg_pool2d(maps.flatten(1, 2), (min(size, rows), min(size, columns)))  # each frame by itself
+    pooled = pooled.unflatten(1, (-1, frames))
+    if frames > size:
+        pooled = F.adaptive_avg_pool3d(pooled, (size, *pooled.shape[-2:]))
     unit = F.normalize(pooled.flatten(2), dim=1)  # b d m
     return unit.transpose(1, 2) @ unit

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
-from edit.distillation.pairs import Pairs, as_pairs, both, check_pairs, width
+from edit.distillation.pairs import Pairs, as_pairs, both, check_pairs
 from edit.inputs.limits import NotNegative, check_numbers
 from edit.objectives import Pass, Term, Weight, weight_at
 
@@ -77,7 +77,8 @@ class FeatureKD(Term):
 
     def build(self, denoiser: Denoiser, teacher: Denoiser | None = None) -> FeatureState | None:
         teacher = check_pairs("FeatureKD", self.pairs, denoiser, teacher, widths=self.projector == "none")
-        maps = [projector(width(denoiser), width(teacher)) for _ in self.pairs] if self.projector == "linear" else []
+        mine, theirs = denoiser.facts.width, teacher.facts.width
+        maps = [projector(mine, theirs) for _ in self.pairs] if self.projector == "linear" else []
         return FeatureState(maps, len(self.pairs), self.momentum) if maps or self.norm == "relative" else None
 
     def losses(self, seen: Pass, own: FeatureState | None) -> dict[str, Tensor]:

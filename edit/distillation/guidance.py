@@ -57,7 +57,7 @@ class TeacherGuidance:
 
         Args:
             teacher: frozen
-            x_t: b c y x, noisy
+            x_t: b c *sizes, noisy
             t: b, times in [0, 1], 1 = noise
             condition: of the same batch
             null: its unconditional counterpart
@@ -70,7 +70,7 @@ class TeacherGuidance:
             sample: guided; variance and trace (taps, branches and maps, nothing else): of the conditional half.
         """
         ask = partial(teacher, taps=taps, branches=branches, maps=maps)
-        if teacher.config.get("guidance_embeds"):
+        if teacher.facts.told:
             return ask(x_t, t, replace(condition, guidance=scale))
         condition, null = replace(condition, guidance=None), replace(null, guidance=None)
         if self.low == self.high == 1:
@@ -82,4 +82,5 @@ class TeacherGuidance:
             sample=torch.lerp(uncond, cond, scale.float().view(-1, *[1] * (x_t.ndim - 1))),
             variance=None if both.variance is None else both.variance[:b],
             trace={name: v[:b] for name, v in both.trace.items() if name.startswith("unit.")},
+            grid=both.grid,
         )

@@ -111,17 +111,9 @@ def check_pairs(who: str, pairs: Pairs, denoiser: Denoiser, teacher: Denoiser | 
         depth = len(model.units)
         if bad := [p for p in pairs if not 0 <= p[i] < depth]:
             raise ValueError(f"{who}: the {role} of pair {bad[0]} has units 0 to {depth - 1} only")
-    if widths and (mine := width(denoiser)) != (theirs := width(teacher)):
+    if widths and (mine := denoiser.facts.width) != (theirs := teacher.facts.width):
         raise ValueError(f"{who}: tokens of the student are {mine} wide, those of the teacher {theirs}: not comparable")
     return teacher
-
-
-def width(denoiser: Denoiser) -> int:
-    """Channels d of a token between units."""
-    config = denoiser.config
-    if "hidden_size" in config:
-        return config["hidden_size"]
-    return config["num_attention_heads"] * config["attention_head_dim"]
 
 
 def both(seen: Pass, pair: tuple[int, int], part: str = "") -> list[tuple[Tensor, Tensor]]:

@@ -80,7 +80,7 @@ class ADD(FewStepMethod):
         return self.vision
 
     def generate(self, roles: Roles, given: Given) -> Tensor:
-        """The student's sample from data noised to one of its times, in one step: b c y x."""
+        """The student's sample from data noised to one of its times, in one step: b c *sizes."""
         place = given.draws.uniform(START) * len(self.times)
         t = torch.full_like(place, self.times[0])
         for k, time in enumerate(self.times):  # scalars alone: a table would be copied from the host in each step

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
-from edit.distillation.pairs import width
 from edit.few_step.roles import Roles
 from edit.paths import mean
 from edit.stream import Condition
@@ -25,7 +24,9 @@ FREQUENCIES = 32  # of the time sinusoid
 
 
 class Heads(nn.Module):
-    """Logits for tokens of a frozen model, one of each token and head. Image tokens in row-major order alone.
+    """Logits for tokens of a frozen model, one of each token and head. Image tokens alone, in the order of their grid.
+
+    The frames of a video are convolved each by itself.
 
     Args:
         units: that are tapped, counted from 0
@@ -52,30 +53,42 @@ class Heads(nn.Module):
         """For units of this model; negative ones count from its end."""
         told = model.example(text=1).pooled
         units = sorted({i % len(model.units) for i in taps})
-        return cls(units, width(model), 0 if told is None else told.shape[1], hidden, kernel)
+        return cls(units, model.facts.width, 0 if told is None else told.shape[1], hidden, kernel)
 
-    def forward(self, features: Mapping[str, Tensor], t: Tensor, pooled: Tensor | None, size: Sequence[int]) -> Tensor:
+    def forward(
+        self, features: Mapping[str, Tensor], t: Tensor, pooled: Tensor | None, grid: tuple[int, int, int]
+    ) -> Tensor:
         """Score features of noisy latents.
 
         Args:
             features: its taps "unit.<index>", b n d
             t: b, times of the noisy latents in [0, 1]
             pooled: b c, pooled text; ignored if the model has none
-            size: rows and columns y x of the latents
+            grid: frames, rows and columns of the tokens, as the model's `Output` tells
 
         Returns:
             Logits, fp32: b k with k = heads x tokens, positive for real.
+
+        Raises:
+            ValueError: if the tokens are no such grid
         """
         dtype = self.code.weight.dtype
         told = waves(t)
         if self.pooled:
             assert pooled is not None, "the model was built for pooled text, and refuses to go without"
             told = torch.cat((told, pooled.float()), 1)
-        codes = self.code(told.to(dtype)).chunk(len(self.units), 1)
+        frames, rows, columns = grid
+        codes = self.code(told.to(dtype)).repeat_interleave(frames, 0).chunk(len(self.units), 1)
         logits = []
         for unit, head, code in zip(self.units, self.heads, codes, strict=True):
             tokens = features[f"unit.{unit}"].to(dtype)
-            logits.append(head(tokens.transpose(1, 2).unflatten(2, token_grid(tokens.shape[1], size)), code))
+            if tokens.shape[1] != frames * rows * columns:
+                raise ValueError(
+                    f"unit {unit} has {tokens.shape[1]} tokens, its model's grid {frames} x {rows} x {columns}: tap a "
+                    "unit that has all of them"
+                )
+            images = tokens.unflatten(1, (frames, rows * columns)).flatten(0, 1)  # (b f) n d
+            logits.append(head(images.transpose(1, 2).unflatten(2, (rows, columns)), code).view(len(tokens), -1))
         return torch.cat(logits, 1).float()
 
 
@@ -99,7 +112,8 @@ class Head(nn.Module):
 def judge(roles: Roles, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
     """Logits of noisy latents: teacher's taps, then the heads in `Roles.own`; gradients reach x_t through both."""
     assert roles.own is not None
-    return roles.own(roles.features(x_t, t, condition), t, condition.pooled, x_t.shape[-2:])
+    seen = roles.features(x_t, t, condition)
+    return roles.own(seen.trace, t, condition.pooled, seen.grid)
 
 
 def waves(t: Tensor) -> Tensor:
@@ -107,19 +121,6 @@ def waves(t: Tensor) -> Tensor:
     rates = torch.exp(torch.arange(FREQUENCIES, device=t.device) * (-math.log(10_000.0) / FREQUENCIES))
     angle = 1000 * t.float()[:, None] * rates
     return torch.cat((angle.cos(), angle.sin()), 1)
-
-
-def token_grid(tokens: int, size: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of the tokens of a latent of y x: the square patch follows from their number.
-
-    Raises:
-        ValueError: if no square patch makes this number
-    """
-    y, x = size
-    patch = math.isqrt(y * x // tokens)
-    if patch == 0 or (y // patch) * (x // patch) != tokens:
-        raise ValueError(f"{tokens} tokens do not cover {y} x {x} by square patches: tap a unit that has all of them")
-    return y // patch, x // patch
 
 
 # ---- losses: of logits b k, one number per sample [b] ----------------------------------------------------------------

@@ -211,7 +211,7 @@ class DistributionMatching(FewStepMethod):
     # ---- parts ----------------------------------------------------------------------------------------------------
 
     def begin(self, student: Field, given: Given) -> tuple[Tensor, Tensor, Tensor]:
-        """Where the student's step begins, its time and that of the next: x_t b c y x, t [b], end [b]."""
+        """Where the student's step begins, its time and that of the next: x_t b c *sizes, t [b], end [b]."""
         draws, ts = given.draws, self.solver.grid
         k = int(draws.shared(STEP) * len(self.grid))
         t, end = (torch.full_like(given.scale, ts[j]) for j in (k, k + 1))
@@ -241,7 +241,7 @@ class DistributionMatching(FewStepMethod):
 
 
 def rollout(student: Field, given: Given, times: tuple[float, ...], renoise: bool) -> Tensor:
-    """The sampler's state at the last of these times, from noise at the first: b c y x, without a graph."""
+    """The sampler's state at the last of these times, from noise at the first: b c *sizes, without a graph."""
     draws, x = given.draws, given.draws.gaussian(START)
     with torch.no_grad():
         for j, (here, there) in enumerate(zip(times, times[1:], strict=False)):
@@ -257,7 +257,7 @@ def direction(x: Tensor, x_tau: Tensor, tau: Tensor, teacher: Tensor, critic: Te
     """Difference between the data predictions of teacher and critic at x_tau, over the teacher's mean distance to x.
 
     Args:
-        x: b c y x, the student's sample
+        x: b c *sizes, the student's sample
         x_tau: the same, noised
         tau: b
         teacher: velocity at x_tau, guided

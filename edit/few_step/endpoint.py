@@ -128,9 +128,9 @@ def regress(roles: Roles, given: Given, states: Tensor, at: Tensor, x: Tensor) -
 
     Args:
         roles, given: of the method
-        states: b k c y x, on the teacher's paths
+        states: b k c *sizes, on the teacher's paths
         at: b k, their times
-        x: b c y x, where the paths end
+        x: b c *sizes, where the paths end
     """
     k = (given.draws.uniform(1) * at.shape[1]).long()
     one = torch.arange(len(k), device=k.device)

@@ -107,7 +107,7 @@ class Flash(FewStepMethod):
         return Heads.on(teacher, self.teacher_taps, self.hidden)
 
     def begin(self, given: Given) -> tuple[Tensor, Tensor]:
-        """Noised data where the student starts, and its time: b c y x, [b]."""
+        """Noised data where the student starts, and its time: b c *sizes, [b]."""
         odds = self.stages[min(int(given.progress * len(self.stages)), len(self.stages) - 1)]
         u = given.draws.uniform(MODE)
         t = torch.full_like(u, self.modes[-1])
@@ -117,7 +117,7 @@ class Flash(FewStepMethod):
         return corrupt(given.x, given.draws.gaussian(START), t), t
 
     def solve(self, roles: Roles, given: Given, x: Tensor, t: Tensor) -> Tensor:
-        """The teacher's sample from x at times t [b], in all its steps: b c y x."""
+        """The teacher's sample from x at times t [b], in all its steps: b c *sizes."""
         grid = t * time_grid(self.steps, self.shift, x.device)[:, None]
         for now, end in zip(grid, grid[1:], strict=False):
             x = move(x, roles.teacher(x, now, given.condition), now, end)
@@ -152,7 +152,7 @@ class Flash(FewStepMethod):
         return {"heads": square_real_fake(real, fake)}
 
     def apart(self, roles: Roles, given: Given, x: Tensor, target: Tensor) -> Tensor:
-        """How far a sample is from the teacher's: b c y x, b c y x -> [b]."""
+        """How far a sample is from the teacher's: b c *sizes, b c *sizes -> [b]."""
         if self.vision is None:
             return mean((x - target).square())
         with torch.no_grad():

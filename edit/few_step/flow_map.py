@@ -56,10 +56,9 @@ class IntervalInput(Edit):
             )
         if any(e.leads for e in denoiser.applied.values()):
             raise ValueError(f"IntervalInput: this {denoiser.name} is told the end of its steps already: apply it once")
-        config, weight = denoiser.config, next(denoiser.parameters())
-        width = config.get("hidden_size") or config["num_attention_heads"] * config["attention_head_dim"]
+        weight = next(denoiser.parameters())
         with weight.device:
-            own = TimeEmbed(width, 0.0).to(weight.dtype)
+            own = TimeEmbed(denoiser.facts.width, 0.0).to(weight.dtype)
         nn.init.zeros_(own.mlp[2].weight)  # type: ignore[arg-type]
         nn.init.zeros_(own.mlp[2].bias)  # type: ignore[arg-type]
         return own
@@ -129,7 +128,7 @@ def derivative(
 
     Args:
         f: (x, t) -> shaped as x
-        x: b c y x
+        x: b c *sizes
         t: b
         dx: direction, shaped as x
         dt: likewise, b
@@ -164,7 +163,7 @@ def mean_velocity(
 
     Args:
         student: u
-        x_t: b c y x
+        x_t: b c *sizes
         t: b
         v: velocity at x_t, shaped as it
         condition: with its `end`

@@ -114,7 +114,7 @@ class LADD(FewStepMethod):
         return Heads.on(teacher, self.teacher_taps, self.hidden, self.kernel)
 
     def generate(self, roles: Roles, given: Given) -> Tensor:
-        """The student's sample from data noised to one of its times, in one step: b c y x."""
+        """The student's sample from data noised to one of its times, in one step: b c *sizes."""
         odds = self.first if given.progress < self.warm else self.p
         u = given.draws.uniform(0)
         t = torch.full_like(u, self.times[-1])

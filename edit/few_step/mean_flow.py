@@ -109,7 +109,7 @@ class MeanFlow(FewStepMethod):
 
     @torch.no_grad()
     def guide(self, v: Tensor, x_t: Tensor, t: Tensor, roles: Roles, given: Given) -> Tensor:
-        """The velocity of a sample, guided by the student itself: b c y x."""
+        """The velocity of a sample, guided by the student itself: b c *sizes."""
         if not self.guided:
             return v
         if given.null is given.condition:

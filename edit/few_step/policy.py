@@ -14,8 +14,9 @@ a step trains one segment, drawn by its length (the release: all, weighted by it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, log
+from math import ceil, log, prod
 from typing import ClassVar
 
 import torch
@@ -31,7 +32,7 @@ from edit.paths import column, corrupt, mean, move
 from edit.solvers import Draw, Predict, Solver
 from edit.stream import Output, Stream
 
-TRACE = "policy"  # b (k c + k + 1) y x: offsets of the velocities, logits, log std
+TRACE = "policy"  # b (k c + k + 1) *sizes: offsets of the velocities, logits, log std
 SMALLEST = 1e-4  # smallest time of a velocity
 
 
@@ -42,23 +43,23 @@ SMALLEST = 1e-4  # smallest time of a velocity
 class Policy:
     """The student's distribution of the data at (x_s, s), in fp32."""
 
-    x: Tensor  # b c y x, where the segment starts
+    x: Tensor  # b c *sizes, where the segment starts
     s: Tensor  # b, when, in (0, 1]
-    u: Tensor  # b c y x, the model's velocity there
-    offsets: Tensor  # b k c y x, of the components' velocities from u
-    logits: Tensor  # b k y x
-    std: Tensor  # b 1 y x, in units of s
+    u: Tensor  # b c *sizes, the model's velocity there
+    offsets: Tensor  # b k c *sizes, of the components' velocities from u
+    logits: Tensor  # b k *sizes
+    std: Tensor  # b 1 *sizes, in units of s
 
     @staticmethod
     def of(mixture: Tensor, u: Tensor, x: Tensor, s: Tensor) -> Policy:
-        """From the head's map b (k c + k + 1) y x and the velocity at x_s."""
+        """From the head's map b (k c + k + 1) *sizes and the velocity at x_s."""
         c, count = x.shape[1], mixture.shape[1]
         k = (count - 1) // (c + 1)
         offsets, logits, log_std = mixture.float().split((k * c, k, 1), 1)
         return Policy(x.float(), s, u.float(), offsets.unflatten(1, (k, c)), logits, log_std.exp())
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        """At the point x [b c y x] of the path, at times t [b] with 0 < t <= s: the mean over the mixture, given x."""
+        """At the point x [b c *sizes] of the path, at times t [b], 0 < t <= s: the mean over the mixture, given x."""
         t, s, r2 = column(t, x), column(self.s, x), self.std.square()
         q = (t / s).square()
         zeta = ((1 - t).square() - q * (1 - s).square()).clamp_min(0)  # t^2 times that of the specification; so nu
@@ -140,16 +141,27 @@ class MixtureHead(Edit):
         x, t = torch.zeros(1, *denoiser.sample_shape, device=device), torch.ones(1, device=device)
         condition = denoiser.example(1, text=1).map(lambda v: v.to(device))
         stream = denoiser.embed(**denoiser.pack(x, t, condition))
-        _, rows, columns = stream.layout.grid
-        return stream.image.shape[-1], (x.shape[-2] // rows) * (x.shape[-1] // columns)
+        return stream.image.shape[-1], prod(patch_of(denoiser.sample_shape[1:], stream.layout.grid))
 
     def readout(self, output: Output, stream: Stream, own: nn.Module | None) -> Output:
         assert own is not None
-        _, rows, columns = stream.layout.grid
+        (frames, rows, columns), sizes = stream.layout.grid, output.sample.shape[2:]
         tokens = own(stream.image[:, stream.layout.registers :])
-        p, q = output.sample.shape[-2] // rows, output.sample.shape[-1] // columns
-        mixture = rearrange(tokens, "b (y x) (p q m) -> b m (y p) (x q)", y=rows, x=columns, p=p, q=q)
-        return output._replace(trace={**output.trace, TRACE: mixture})
+        o, p, q = patch_of(sizes, stream.layout.grid)
+        told = {"f": frames, "y": rows, "x": columns, "o": o, "p": p, "q": q}
+        mixture = rearrange(tokens, "b (f y x) (o p q m) -> b m (f o) (y p) (x q)", **told)
+        return output._replace(trace={**output.trace, TRACE: mixture.flatten(2, -len(sizes))})
+
+
+def patch_of(sizes: Sequence[int], grid: tuple[int, int, int]) -> tuple[int, ...]:
+    """Frames, rows and columns of a token's patch, in samples of one to three sizes.
+
+    Raises:
+        ValueError: if there are more sizes, which no grid of tokens tells apart
+    """
+    if len(sizes) > 3:
+        raise ValueError(f"MixtureHead: samples have at most frames, rows and columns, got {len(sizes)} sizes")
+    return tuple(s // g for s, g in zip((*[1] * (3 - len(sizes)), *sizes), grid, strict=True))
 
 
 # ---- training and sampling ------------------------------------------------------------------------------------------

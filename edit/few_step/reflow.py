@@ -48,7 +48,7 @@ class Reflow(FewStepMethod):
         check_followed("Reflow", solver)
 
     def pairs(self, roles: Roles, given: Given) -> tuple[Tensor, Tensor]:
-        """Noise and the teacher's sample from it: b c y x each."""
+        """Noise and the teacher's sample from it: b c *sizes each."""
         z = given.draws.gaussian(0)
         return z, solve(roles, given, z, self.steps, self.shift)[-1]
 
@@ -93,7 +93,7 @@ def check_followed(who: str, solver: Solver) -> None:
 def straighten(
     roles: Roles, given: Given, z: Tensor, x: Tensor, echoes: Steps, law: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """Flow matching between noise and sample, b c y x each: the mean over `echoes` times, of streams 1 on."""
+    """Flow matching between noise and sample, b c *sizes each: the mean over `echoes` times, of streams 1 on."""
     losses = []
     for echo in range(echoes):
         t = law(given.draws.uniform(1 + echo))
@@ -102,7 +102,7 @@ def straighten(
 
 
 def stored_noise(who: str, given: Given) -> Tensor:
-    """The noise that the data were generated from: b c y x. Raises ValueError if the data do not tell."""
+    """The noise that the data were generated from: b c *sizes. Raises ValueError if the data do not tell."""
     if given.noise is None:
         raise ValueError(
             f"{who} needs to know the noise of each sample, and this data set does not tell it: set "
@@ -112,7 +112,7 @@ def stored_noise(who: str, given: Given) -> Tensor:
 
 
 def solve(roles: Roles, given: Given, z: Tensor, steps: int, shift: Positive) -> list[Tensor]:
-    """The teacher's path from noise by Euler's method: steps + 1 points b c y x, from z to data."""
+    """The teacher's path from noise by Euler's method: steps + 1 points b c *sizes, from z to data."""
     path, grid = [z], time_grid(steps, shift, z.device)[:, None].expand(-1, len(z))
     for t, end in zip(grid, grid[1:], strict=False):
         path.append(move(path[-1], roles.teacher(path[-1], t, given.condition), t, end))

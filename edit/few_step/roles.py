@@ -16,7 +16,7 @@ from edit import noise
 from edit.stream import Condition, Output
 
 Field = Callable[[Tensor, Tensor, Condition], Tensor]  # (x_t, t, condition) -> velocity in fp32, shaped as x_t
-Features = Callable[[Tensor, Tensor, Condition], Mapping[str, Tensor]]  # the same -> taps as "unit.<index>"
+Features = Callable[[Tensor, Tensor, Condition], Output]  # the same -> taps "unit.<index>" in its trace, grid
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Draws:
         return noise.uniform(self.seed, self.samples, noise.MATCHING + stream)
 
     def gaussian(self, stream: int) -> Tensor:
-        """Standard normal noise: b c y x."""
+        """Standard normal noise: b *shape."""
         return noise.gaussian(self.seed, self.samples, noise.MATCHING + stream, self.shape)
 
     def shared(self, stream: int) -> float:
@@ -54,10 +54,10 @@ class Given:
     scale: Tensor  # b, guidance scale of the teacher
     draws: Draws
     progress: float  # fraction of the run that is done, for schedules
-    x: Tensor | None = None  # b c y x, data; None if there are only conditions
+    x: Tensor | None = None  # b c *sizes, data; None if there are only conditions
     # the teacher's path to x, where the data set has it; else None
-    noise: Tensor | None = None  # b c y x
-    trajectory: Tensor | None = None  # b k c y x, from noise to data, without either; k may be 0
+    noise: Tensor | None = None  # b c *sizes
+    trajectory: Tensor | None = None  # b k c *sizes, from noise to data, without either; k may be 0
     times: Tensor | None = None  # b k, of the trajectory
 
     @property
@@ -77,5 +77,5 @@ class Roles:
     critic: Field  # learns the student's distribution; with a graph, except under no_grad
     own: nn.Module | None = None  # returned by `FewStepMethod.build`
     # of a method with `vision`; both are frozen, and gradients reach their inputs
-    decode: Callable[[Tensor], Tensor] | None = None  # samples b c y x, or crops of them -> pixels b 3 y x in [-1, 1]
-    look: Callable[[Tensor], Mapping[str, Tensor]] | None = None  # pixels -> hidden states as "unit.<layer>", b n d
+    decode: Callable[[Tensor], Tensor] | None = None  # samples b c *sizes, or crops -> pixels b 3 *sizes in [-1, 1]
+    look: Callable[[Tensor], Mapping[str, Tensor]] | None = None  # images b 3 y x -> states "unit.<layer>", b n d

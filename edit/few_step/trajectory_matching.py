@@ -97,7 +97,7 @@ class TrajectoryMatching(FewStepMethod):
             time: the stream that tau is drawn from
 
         Returns:
-            x, eps b c y x, with the student's graph unless it is off; tau, rho [b]
+            x, eps b c *sizes, with the student's graph unless it is off; tau, rho [b]
         """
         draws, ts = given.draws, self.solver.grid
         k = int(draws.shared(STEP) * len(self.grid))

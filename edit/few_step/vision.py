@@ -7,7 +7,7 @@ methods/distillation.md, D3.7, D3.8.
 
 Inferred: which seven of DINOv2-L's 24 layers SenseFlow looks at; images become squares of the side that the
 preprocessor crops to, whatever their aspect, so that no part is left out; heads are those of LADD, told the student's
-pooled text, and time 0, as nothing is noised here.
+pooled text, and time 0, as nothing is noised here. The frames of a video are looked at each by itself.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from edit.denoiser import Denoiser
 from edit.few_step.discriminator import Heads
 from edit.few_step.roles import Given, Roles
+from edit.frames import by_sample, folded
 from edit.inputs.limits import Count, check_numbers
 from edit.paths import mean
 
@@ -92,20 +93,23 @@ class Vision:
         return Heads(eye.layers, eye.width, 0 if pooled is None else pooled.shape[1], self.hidden, self.kernel)
 
     def see(self, roles: Roles, given: Given, x: Tensor) -> Mapping[str, Tensor]:
-        """Hidden states for samples b c y x, "unit.<layer>": b n d; gradients reach the samples."""
+        """Hidden states for samples b c *sizes, "unit.<layer>": b f n d; gradients reach the samples."""
         assert roles.decode is not None and roles.look is not None, "a method that looks at images declares its vision"
         if self.crop is not None:
             x = cropped(x, given.draws.uniform(ROW), given.draws.uniform(COLUMN), self.crop)
-        return roles.look(roles.decode(x))
+        pixels = roles.decode(x)
+        return {name: by_sample(states, pixels) for name, states in roles.look(folded(pixels)).items()}
 
     def score(self, roles: Roles, given: Given, seen: Mapping[str, Tensor]) -> Tensor:
         """Logits b k of hidden states, by the heads in `Roles.own`; positive for real."""
         assert roles.own is not None
-        side = math.isqrt(next(iter(seen.values())).shape[1])
-        return roles.own(seen, torch.zeros_like(given.scale), given.condition.pooled, (side, side))
+        _, frames, patches, _ = next(iter(seen.values())).shape
+        side = math.isqrt(patches)  # the eye makes squares of all images
+        tokens = {name: states.flatten(1, 2) for name, states in seen.items()}
+        return roles.own(tokens, torch.zeros_like(given.scale), given.condition.pooled, (frames, side, side))
 
     def judge(self, roles: Roles, given: Given, x: Tensor) -> Tensor:
-        """Logits of samples b c y x -> b k."""
+        """Logits of samples b c *sizes -> b k."""
         return self.score(roles, given, self.see(roles, given, x))
 
     def _described(self) -> tuple[Any, dict[str, Any]]:
@@ -155,12 +159,13 @@ class Eye(nn.Module):
 
 
 def cropped(x: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
-    """A square of each sample, at a place given by numbers in (0, 1): b c y x -> b c size size.
+    """A square of each sample, at one place in all of its frames given by numbers in (0, 1): b c *sizes -> the same
+    with `size` rows and columns.
 
     Raises:
         ValueError: if the samples are smaller
     """
-    height, width = x.shape[2:]
+    height, width = x.shape[-2:]
     if size > min(height, width):
         raise ValueError(
             f"vision.crop={size} is more than the {height} x {width} of a sample: lower it, or leave it out"
@@ -168,7 +173,8 @@ def cropped(x: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
     steps = torch.arange(size, device=x.device)
     rows = (row * (height - size + 1)).long()[:, None] + steps
     columns = (column * (width - size + 1)).long()[:, None] + steps
-    return x.take_along_dim(rows[:, None, :, None], 2).take_along_dim(columns[:, None, None, :], 3)
+    ones = [1] * (x.ndim - 3)
+    return x.take_along_dim(rows.view(-1, *ones, size, 1), -2).take_along_dim(columns.view(-1, *ones, 1, size), -1)
 
 
 def late(t: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from types import SimpleNamespace, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 LARGEST = {int: 10**9, float: 1e9}  # in size, where an annotation has no limits of its own
+TABLE = 2**30  # elements of a table of positions, which is computed on the CPU when a model is built, always
 LAST_SEED = 2**32 - 1  # numpy's; recipes multiply a run's seed by 4.1e9, which torch takes up to 2^64 - 1
 
 
@@ -65,6 +66,23 @@ def check_numbers(settings: Any) -> None:
         if expected := _expected(value, hint_of(type(settings), f.name)):
             usual = "" if f.default is MISSING else f"; the default is {f.default}"
             raise ValueError(f"{type(settings).__name__}: {f.name} must be {expected}, got {value!r}{usual}")
+
+
+def check_table(who: str, width: int, side: int) -> None:
+    """Refuse a table of positions that is larger than any model's; a family calls it before it computes one.
+
+    Args:
+        who: the family
+        width: of a token
+        side: rows = columns of tokens
+
+    Raises:
+        ValueError: naming both
+    """
+    if width * side**2 > TABLE:
+        raise ValueError(
+            f"{who}: positions of {side} x {side} tokens in {width} channels are more than a model here can hold"
+        )
 
 
 @cache

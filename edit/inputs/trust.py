@@ -32,8 +32,6 @@ LONG = 2**16  # items of a list
 LARGE = 2**24  # any whole number but a seed: classes, channels, hidden units
 UNITS = 1024  # blocks, layers
 STEPS = 10_000  # of a solver
-TABLE = 2**30  # elements of a table of positions, which is computed on the CPU
-SIDES = ("input_size", "sample_size", "pos_embed_max_size")  # rows and columns that such a table has
 
 Kinds = tuple[type, ...]
 
@@ -176,20 +174,6 @@ def refuse_enormous(node: Any, who: str) -> None:
                 limit = STEPS
             if abs(value) > limit:
                 raise ValueError(f"{who}: {place} is {cut(value)}, expected at most {limit}")
-        if isinstance(value, Mapping):
-            _refuse_large_table(value, who)
-
-
-def _refuse_large_table(config: Mapping[str, Any], who: str) -> None:
-    def whole(key: str, default: int = 0) -> int:
-        value = config.get(key)
-        return value if isinstance(value, int) and value > 0 else default
-
-    side = max(whole(key) for key in SIDES)
-    width = whole("hidden_size") or whole("num_attention_heads") * whole("attention_head_dim")
-    if width * (side // whole("patch_size", 1)) ** 2 > TABLE:
-        what = f"samples of {cut(side)} x {cut(side)} in {cut(width)} channels"
-        raise ValueError(f"{who}: {what} are more than a model here can hold")
 
 
 def refuse_deep(node: Any, who: str = "the artifact") -> None:

@@ -210,7 +210,7 @@ class _Meter:
                 self.macs += executed
                 return out
             trace = {name: torch.zeros(v.shape) for name, v in out.trace.items()}
-            answer = Output(*(None if v is None else torch.zeros(v.shape) for v in out[:2]), trace)
+            answer = Output(*(None if v is None else torch.zeros(v.shape) for v in out[:2]), trace, out.grid)
             if self.denoiser.applied:
                 self.macs += executed
                 return answer

@@ -272,7 +272,7 @@ def generate(
         negative: one unconditional counterpart for all samples; None: the denoiser's own
 
     Yields:
-        b c y x float32, in the order of `numbers`
+        b c *sizes float32, in the order of `numbers`
 
     Raises:
         ValueError: if an image has values that are no numbers

@@ -140,9 +140,10 @@ def _calls(
         shapes = {k: v.shape[1:] for k, v in probe.answer().trace.items()}
         return {k: sample.new_zeros(len(sample), *shape) + link for k, shape in shapes.items()}
 
-    def features(x_t: Tensor, t: Tensor, condition: Condition) -> Mapping[str, Tensor]:
+    def features(x_t: Tensor, t: Tensor, condition: Condition) -> Output:
         assert teacher is not None, "features are those of a teacher with weights of its own"
-        return trace(teacher, ask("teacher", False, 1, x_t))
+        sample = ask("teacher", False, 1, x_t)
+        return Output(sample, None, trace(teacher, sample), teacher.answer().grid)
 
     def look(pixels: Tensor) -> Mapping[str, Tensor]:
         assert eye is not None, "a method that looks at images declares its vision"
@@ -152,7 +153,7 @@ def _calls(
     def roles(mine: bool) -> Roles:
         def output(x_t: Tensor, t: Tensor, condition: Condition) -> Output:
             sample = ask("student", mine, 1, x_t)
-            return Output(sample, None, trace(student, sample))
+            return Output(sample, None, trace(student, sample), student.answer().grid)
 
         average, taught = (torch.no_grad()(f) for f in (field("student"), field("teacher", parts=guided)))
         asked = field("student", mine), output, average, taught, features, field("critic", not mine)

@@ -94,7 +94,7 @@ class ModulationApproximator(Edit):
             first += count
         model.time_text_embed = Scalars()
         if self.steps and not weight.is_meta:  # here, for `initialise` would come after the layers have gone
-            pooled = self._pooled(model.config.pooled_projection_dim)
+            pooled = self._pooled(denoiser.facts.text["pooled"])
             self.fit(own, taught, pooled)
         return own
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,8 @@ class Work(NamedTuple):
 def work(unit: Unit) -> Work:
     """Read off the unit's anatomy."""
     a, inner, features = unit.anatomy, heads_of(unit).size, hidden_of(unit)
-    d = unit.get_submodule(features.writers[0][0]).in_features
+    into: Any = unit.get_submodule(features.writers[0][0])
+    d: int = into.in_features
 
     def feed(f: Features | None) -> int:
         return 0 if f is None else (f.writers[0][1] + 1) * d * f.size

@@ -28,13 +28,14 @@ class LoRA(Edit):
         rank: of the addition
         alpha: scale numerator; the paper keeps it fixed while the rank is tuned
         dropout: on the addition's input
-        targets: name endings inside a model, e.g. "attn.qkv", or "all-linear"
+        targets: name endings inside a model, e.g. "attn.qkv", or "all-linear"; none given: those of the family's
+            `facts` that the model has, which are written down here when the edit is applied
     """
 
     rank: Count = 16
     alpha: Positive = 16.0
     dropout: Annotated[float, Limits(0, below=1)] = 0.0
-    targets: tuple[str, ...] = ("attn.qkv", "attn.proj")
+    targets: tuple[str, ...] = ()
 
     keeps = True
 
@@ -48,8 +49,11 @@ class LoRA(Edit):
 
         if any(isinstance(m, LoraLayer) for m in denoiser.model.modules()):
             raise ValueError("LoRA: the model already has one; fold it before adding another")
-        targets = "all-linear" if self.targets == ("all-linear",) else list(self.targets)
         linear = [n for n, m in denoiser.model.named_modules() if isinstance(m, nn.Linear)]
+        self.targets = self.targets or tuple(t for t in denoiser.facts.lora if any(n.endswith(t) for n in linear))
+        if not self.targets:
+            raise ValueError(f"LoRA: no layer of this {denoiser.name} is adapted by default: give targets")
+        targets = "all-linear" if self.targets == ("all-linear",) else list(self.targets)
         if targets != "all-linear" and (unmet := [t for t in self.targets if not any(n.endswith(t) for n in linear)]):
             raise ValueError(
                 f"LoRA: no linear layer's name ends in {unmet[0]!r}; there are {', '.join(linear[:8])}, ..."

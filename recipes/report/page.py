@@ -20,15 +20,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+STRIP = 4  # frames of a video that a grid shows
 Row = Mapping[str, Any]  # one result of one artifact, with "label" and "reference" added by `rows`
 
 
-def image_grid(images: Tensor, columns: int = 8, scale: int | None = None) -> Image:
-    """Images side by side on white.
+def image_grid(frames: Tensor, columns: int = 8, scale: int | None = None) -> Image:
+    """Samples side by side on white; of a video at most `STRIP` frames in a row, evenly spaced from first to last.
 
     Args:
-        images: uint8 b y x 3
-        columns: of the grid; rows follow
+        frames: uint8 b f y x 3, f = 1 for images
+        columns: of the grid, less where a row would hold more than twice as many pictures; rows follow
         scale: nearest-neighbour magnification; None: each side has at least 40 pixels
 
     Raises:
@@ -37,8 +38,10 @@ def image_grid(images: Tensor, columns: int = 8, scale: int | None = None) -> Im
     import numpy as np
     from PIL import Image
 
-    if images.ndim != 4 or images.shape[-1] != 3 or str(images.dtype) != "torch.uint8" or not len(images):
-        raise ValueError(f"a grid is made of uint8 images b y x 3, got {images.dtype} of {tuple(images.shape)}")
+    if frames.ndim != 5 or frames.shape[-1] != 3 or str(frames.dtype) != "torch.uint8" or not len(frames):
+        raise ValueError(f"a grid is made of uint8 frames b f y x 3, got {frames.dtype} of {tuple(frames.shape)}")
+    images = strip(frames)
+    columns = max(1, min(columns, 2 * columns // min(frames.shape[1], STRIP)))
     height, width = images.shape[1:3]
     scale = scale or max(1, -(-40 // min(height, width)))
     height, width, gap = height * scale, width * scale, 2
@@ -52,8 +55,15 @@ def image_grid(images: Tensor, columns: int = 8, scale: int | None = None) -> Im
     return Image.fromarray(canvas)
 
 
-def save_grid(images: Tensor, path: Path, columns: int) -> Path:
-    return save_png(image_grid(images, columns), path)
+def strip(frames: Tensor) -> Tensor:
+    """At most `STRIP` frames of each sample in one picture, left to right: uint8 b f y x 3 -> b y (f x) 3."""
+    count = min(frames.shape[1], STRIP)
+    shown = [round(i * (frames.shape[1] - 1) / max(1, count - 1)) for i in range(count)]
+    return frames[:, shown].transpose(1, 2).flatten(2, 3)
+
+
+def save_grid(frames: Tensor, path: Path, columns: int) -> Path:
+    return save_png(image_grid(frames, columns), path)
 
 
 def save_png(image: Image, path: Path) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import log
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +32,13 @@ class Map:
         times: in [0, 1], 1 = noise, of the s evaluations, by their number in the generation
         shares: s u b; means over tokens where the edit chooses tokens
         tokens: s k n, means over units, of the first k samples; None where the edit chooses no tokens
+        grid: frames, rows and columns of the n tokens
     """
 
     times: Mapping[int, float]
     shares: Tensor
     tokens: Tensor | None = None
+    grid: tuple[int, int, int] | None = None
 
 
 Maps = Mapping[str, Mapping[str, Map]]  # of one edit, by quantity and guidance branch
@@ -53,11 +54,12 @@ class Decisions:
     def __init__(self, denoiser: Denoiser):
         self.edits = drawn(denoiser)
         self.times: dict[int, float] = {}
+        self.grid: tuple[int, int, int] | None = None
         self.shares: dict[tuple[str, str, str], dict[int, list[Tensor]]] = {}
         self.tokens: dict[tuple[str, str, str], dict[int, list[Tensor]]] = {}
 
     def __call__(self, step: Step, output: Output) -> None:
-        self.times[step.index] = step.sigma
+        self.times[step.index], self.grid = step.sigma, output.grid
         for name, edit in self.edits.items():
             for quantity, value in edit.decisions(output.trace).items():
                 parts = [(step.branch, value)]
@@ -85,6 +87,7 @@ class Decisions:
                 {i: self.times[i] for i in order},
                 torch.stack([torch.cat(seen[i], 1) for i in order]),
                 None if tokens is None else torch.stack([torch.cat(tokens[i]) for i in order]),
+                self.grid,
             )
         return dict(found)
 
@@ -176,7 +179,7 @@ def draw(maps: Maps, groups: Mapping[str, Sequence[int]], look: Look = lambda k:
         first = next(iter(branches.values()))
         rows.append((1.5, partial(_small, first, groups)))
         if first.tokens is not None:
-            rows.append((0.4 + 1.2 * first.tokens.shape[1], partial(_tokens, first.times, first.tokens, look)))
+            rows.append((0.4 + 1.2 * first.tokens.shape[1], partial(_tokens, first, look)))
     heights = [height for height, _ in rows]
     figure = Figure(figsize=(11, sum(heights)), dpi=110, layout="constrained")
     parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -212,26 +215,25 @@ def _small(seen: Map, groups: Mapping[str, Sequence[int]], part: Any) -> None:
         axes.set_title(shorten(title, 150 // len(groups), placeholder=" …"), fontsize=8, parse_math=False)
 
 
-def _tokens(times: Mapping[int, float], tokens: Tensor, look: Look, part: Any) -> None:
-    labels, moments = list(times.values()), spaced(len(times), MOMENTS)
+def _tokens(seen: Map, look: Look, part: Any) -> None:
+    tokens, grid = seen.tokens, seen.grid
+    assert tokens is not None and grid is not None
+    labels, moments = list(seen.times.values()), spaced(len(seen.times), MOMENTS)
     places = part.subplots(tokens.shape[1], 1 + len(moments), squeeze=False)
     for k, (left, *right) in enumerate(places):
-        image = look(k)
-        height, width = (1, 1) if image is None else image.shape[:2]
-        if image is not None:
+        if (image := look(k)) is not None:
             left.imshow(image, interpolation="nearest")
         for axes, i in zip(right, moments, strict=True):
-            _heat(axes, tokens[i, k].view(grid(tokens.shape[2], height, width)), "equal")
+            _heat(axes, side_by_side(tokens[i, k], grid), "equal")
             if k == 0:
                 axes.set_title(f"time {labels[i]:.2f}", fontsize=8)
         for axes in (left, *right):
             axes.set_axis_off()
 
 
-def grid(n: int, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns for n tokens, as near as possible to the aspect ratio of the image."""
-    rows = min((r for r in range(1, n + 1) if n % r == 0), key=lambda r: abs(log(r * r * width / (n * height))))
-    return rows, n // rows
+def side_by_side(tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Tokens in rows and columns, frames beside each other: n -> y (f x)."""
+    return tokens.view(grid).transpose(0, 1).flatten(1)
 
 
 def spaced(length: int, most: int) -> list[int]:

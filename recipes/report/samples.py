@@ -72,7 +72,7 @@ class Reference:
         self.known: dict[str, list[Tensor]] = {}
 
     def pictures(self, guidance: float, subject: Subject, common: Sequence[Any]) -> Iterator[Tensor]:
-        """uint8 b y x 3 for each batch.
+        """uint8 b f y x 3 for each batch.
 
         Args:
             guidance: weight at which the reference is sampled
@@ -92,7 +92,7 @@ class Reference:
         own = sized(adjusted(artifact, guidance, None), space.shape)
         kept: list[Tensor] = []
         for x in generate(artifact.denoiser, artifact.objective, own, *common):
-            kept.append(space.data.to_images(x).cpu())
+            kept.append(space.data.to_frames(x).cpu())
             if sum(map(len, kept)) == chosen.n and chosen.n * kept[0][0].numel() <= self.KEPT:
                 self.known[key] = kept
             yield kept[-1]
@@ -104,7 +104,7 @@ def adjusted(artifact: Artifact, guidance: float, steps: int | None) -> Any:
     Raises:
         UserError: if the solver has times of its own, and other steps are given
     """
-    told = artifact.denoiser.config.get("guidance_embeds")
+    told = artifact.denoiser.facts.told
     weight = {"guidance": 1.0, "told": float(guidance)} if told else {"guidance": float(guidance)}
     sampler = replace(artifact.sampler, **weight)
     if steps is None or steps == sampler.solver.steps:
@@ -132,8 +132,8 @@ def sample_and_measure(
         done: called with the number of images in each finished batch
 
     Returns:
-        Measures by name, each with one number or vector per image; the first images for a grid, uint8 b y x 3; the
-        seconds that sampling took.
+        Measures by name, each with one number per sample and one vector per frame; the first samples for a grid, uint8
+        b f y x 3; the seconds that sampling took.
     """
     import torch
 
@@ -152,10 +152,10 @@ def sample_and_measure(
     for start in range(0, chosen.n, chosen.batch):
         begin = time.perf_counter()
         x = next(samples)
-        images = space.data.to_images(x).cpu()  # waits for the device, so the clock is right
+        frames = space.data.to_frames(x).cpu()  # waits for the device, so the clock is right
         seconds += time.perf_counter() - begin
         other = None if others is None else next(others)
-        measured.append(space.measure(x.cpu(), images, numbers[start : start + chosen.batch], other))
+        measured.append(space.measure(x.cpu(), frames, numbers[start : start + chosen.batch], other))
         if sum(map(len, first)) < GRID:
-            first.append(images[: GRID - sum(map(len, first))])
+            first.append(frames[: GRID - sum(map(len, first))])
     return joined(measured), torch.cat(first), seconds

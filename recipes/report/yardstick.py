@@ -1,5 +1,8 @@
 """The yardstick of one data set: the feature space, the judge and the real images that samples are compared with.
 
+A video is measured by its frames. Distances between sets are over the frames of all samples; the judge learns from all
+frames and says the class of the first; distances between pairs are means over frames; a checker sees whole samples.
+
 Torch is imported inside: settings are checked before anything heavy is loaded.
 """
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
 GRID = 60  # images in a grid
 NEAREST_NUMBERS = 2**28  # float32 numbers of training images kept for the search of copies: 1 GiB
-ROUNDING = "the data set's to_images: clamp, uint8, before any resizing"
+ROUNDING = "the data set's to_images: clamp, uint8, before any resizing"  # by an older name, as reports have it
 
 
 @dataclass
@@ -32,13 +35,13 @@ class Yardstick:
     """Feature space, judge, real features and training samples of one data set."""
 
     data: DataSet
-    shape: tuple[int, ...]  # c y x of the compared samples; with aspect-ratio buckets, of the largest
+    shape: tuple[int, ...]  # (c, *sizes) of the compared samples; with aspect-ratio buckets, of the largest
     space: FeatureSpace | None
     judge: Judge | None
-    real: Tensor | None  # n d, features of real images
+    real: Tensor | None  # n d, features of real images, or of all frames of real videos
     moments: Gaussian | None  # of `real`
-    train_x: Tensor  # n c y x, for the search of copies
-    some_real: Tensor  # uint8, for a grid
+    train_x: Tensor  # n c *sizes, for the search of copies
+    some_real: Tensor  # uint8 n f y x 3, for a grid
     checked: CheckedSet | None  # the data set, if it can check its captions
     description: dict[str, Any]
 
@@ -65,9 +68,9 @@ class Yardstick:
         x, labels = stack(real, spread(len(real), fitting(real, chosen.references)))
         train_x, _ = stack(train, spread(len(train), fitting(train, chosen.references)))
         if checked:  # in the order of the generated grid: image k has caption k
-            some = data.to_images(stack(real, range(min(GRID, len(real))))[0]).cpu()
+            some = data.to_frames(stack(real, range(min(GRID, len(real))))[0]).cpu()
         else:
-            some = data.to_images(x[for_grid(labels, data.num_classes, len(x))]).cpu()
+            some = data.to_frames(x[for_grid(labels, data.num_classes, len(x))]).cpu()
         description: dict[str, Any] = {
             "split": ("held-out" if heldout else "training set") + real.part,
             "n": min(len(real), chosen.references),
@@ -78,7 +81,7 @@ class Yardstick:
             "prompts": checked and prompts(checked),
         }
         if judge is not None and labels is not None:
-            guessed = judge.classify(judge(data.to_images(x))).cpu()
+            guessed = judge.classify(judge(data.to_frames(x)[:, 0])).cpu()
             right = (guessed == labels).double().mean().item()
             description["judge"] = {"hash": judge.hash, "accuracy": right, "n": len(labels)}
         features, moments = None, None
@@ -104,32 +107,35 @@ class Yardstick:
         s = self.space
         return {"name": s.name, "hash": s.hash, "width": self.real.shape[1], "rule": s.rule, "rounding": ROUNDING}
 
-    def measure(self, x: Tensor, images: Tensor, numbers: Tensor, other: Tensor | None) -> dict[str, Tensor]:
-        """One number or feature vector per image, on the CPU.
+    def measure(self, x: Tensor, frames: Tensor, numbers: Tensor, other: Tensor | None) -> dict[str, Tensor]:
+        """One number per sample, and one feature vector per frame, on the CPU.
 
         Args:
-            x: b c y x, samples
-            images: uint8 b y x 3, the same as pictures
+            x: b c *sizes, samples
+            frames: uint8 b f y x 3, the same as seen
             numbers: b, sample numbers, which determine classes or captions
-            other: uint8 b y x 3, the reference's images from the same noise
+            other: uint8 b f y x 3, the reference's from the same noise
         """
+        from edit.frames import by_sample
         from edit.measuring.quality import nearest, perceptual, psnr, ssim
 
         measured = {"nearest": nearest(x, self.train_x)}
         if self.space is not None:
-            measured["features"] = self.space(images).cpu()
+            measured["features"] = self.space(frames.flatten(0, 1)).cpu()
         if self.checked is not None:
             captions = self.checked.heldout().captions
             told = [captions[int(k) % len(captions)] for k in numbers]
-            measured["prompt_accuracy"] = self.checked.follows(images, told).float()
-            measured |= {f"prompt_{part}": score for part, score in self.checked.scores(images, told).items()}
+            measured["prompt_accuracy"] = self.checked.follows(frames, told).float()
+            measured |= {f"prompt_{part}": score for part, score in self.checked.scores(frames, told).items()}
         elif self.judge is not None:
-            guessed = self.judge.classify(self.judge(images)).cpu()
+            guessed = self.judge.classify(self.judge(frames[:, 0])).cpu()
             measured["right"] = (guessed == numbers % self.data.num_classes).float()
         if other is not None:
-            measured |= {"psnr": psnr(images, other), "ssim": ssim(images, other)}
+            pairs = frames.flatten(0, 1), other.flatten(0, 1)
+            apart = {"psnr": psnr(*pairs), "ssim": ssim(*pairs)}
             if self.space is not None:
-                measured["perceptual"] = perceptual(self.space, images, other).cpu()
+                apart["perceptual"] = perceptual(self.space, *pairs).cpu()
+            measured |= {name: by_sample(value, x).mean(1) for name, value in apart.items()}
         return measured
 
     def quality(self, sets: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
@@ -168,13 +174,13 @@ def prompts(data: CheckedSet, rounds: int = 4) -> dict[str, Any]:
 
     split = data.heldout()
     indices = spread(len(split), 1000)
-    images, told = data.to_images(stack(split, indices)[0]), [split.captions[i] for i in indices]
+    frames, told = data.to_frames(stack(split, indices)[0]), [split.captions[i] for i in indices]
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(len(told), generator=generator).tolist() for _ in range(rounds)]
-    chance = [data.follows(images, [told[i] for i in order]).double().mean() for order in orders]
+    chance = [data.follows(frames, [told[i] for i in order]).double().mean() for order in orders]
     return {
         "count": len(set(split.captions)),
-        "real": data.follows(images, told).double().mean().item(),
+        "real": data.follows(frames, told).double().mean().item(),
         "chance": torch.stack(chance).mean().item(),
         "shown": split.captions[:GRID],
     }
@@ -200,12 +206,13 @@ def make_judge(data: DataSet, train: Split, chosen: Evaluation, cache: Path, dev
     """The judge of a labelled data set; None if its images are too large for one."""
     from edit.measuring.quality import Judge, train_judge
 
-    first = data.to_images(stack(train, [0])[0])
-    if max(first.shape[1:3]) > Judge.LARGEST:
+    first = data.to_frames(stack(train, [0])[0])
+    if max(first.shape[2:4]) > Judge.LARGEST:
         return None
-    x, labels = stack(train, spread(len(train), fitting(train, 50_000)))
+    x, labels = stack(train, spread(len(train), fitting(train, 50_000 // first.shape[1])))
     assert labels is not None
-    return train_judge(data.to_images(x).cpu(), labels, cache).to(device)
+    frames = data.to_frames(x).cpu()
+    return train_judge(frames.flatten(0, 1), labels.repeat_interleave(frames.shape[1]), cache).to(device)
 
 
 def real_features(
@@ -217,7 +224,7 @@ def real_features(
     chosen: Evaluation,
     cache: Path,
 ) -> Tensor:
-    """Features n d of evenly spaced images of a split; the cache's key is some images, the config and the extractor."""
+    """Features n d of all frames of evenly spaced samples; the cache's key is some of these, config and extractor."""
     import torch
 
     from edit.measuring.quality import cached, digest
@@ -231,7 +238,7 @@ def real_features(
         with progress(f"features of real images ({name})", len(indices)) as done:
             out = []
             for part in parts:
-                out.append(space(data.to_images(stack(split, part)[0])).cpu())
+                out.append(space(data.to_frames(stack(split, part)[0]).flatten(0, 1)).cpu())
                 done(len(part))
         return {"features": torch.cat(out)}
 
@@ -239,7 +246,7 @@ def real_features(
 
 
 def stack(split: Split, indices: Iterable[int]) -> tuple[Tensor, Tensor | None]:
-    """Samples b c y x and, where there are labels or kinds, b int64."""
+    """Samples b c *sizes and, where there are labels or kinds, b int64."""
     import torch
 
     samples = [split.sample(i, i) for i in indices]

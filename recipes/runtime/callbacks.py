@@ -181,7 +181,7 @@ class Preview(StepCallback):
         count: images
         sampler: how to generate
         folder: for `step_000500.png`, and `routing_<edit>_000500.png` where an edit tells decisions
-        grid: (denoised samples b c y x) -> picture, uint8 y x 3
+        grid: (denoised samples b c *sizes) -> picture, uint8 y x 3
         condition: makes the condition of `count` samples
         captions: describes the conditions in words, for samples without classes
         negative: one unconditional counterpart for all; None: the denoiser's own

@@ -5,6 +5,8 @@ A run lives in `runs/<name>/`: config.yaml, env.json, metrics.csv, samples/, che
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -66,11 +68,29 @@ def refuse_other_run(cfg: DictConfig, out: Path) -> None:
     defaults = dotted(OmegaConf.to_container(OmegaConf.structured(Root)))  # an older run may not know every setting
     for key in {**before, **now}:
         free = key in FREE or key.split(".")[0] in FREE
-        if not free and (was := before.get(key, defaults.get(key))) != now.get(key):
+        was = before[key] if key in before else defaults.get(key, default_of(key, now))
+        if not free and was != now.get(key):
             raise UserError(
                 f"{out} holds a run with {key}={was}, this command says {now.get(key)}: give the new run "
                 f"another name=, or restore the setting to resume"
             )
+
+
+def default_of(key: str, settings: Mapping[str, Any]) -> Any:
+    """A setting's default, by the class that its section names; None: there is no such class, or no default.
+
+    Args:
+        key: with dots
+        settings: of this run, whose classes are trusted
+    """
+    section, _, name = key.rpartition(".")
+    target = settings.get(f"{section}._target_")
+    if not isinstance(target, str):
+        return None
+    module, _, cls = target.rpartition(".")
+    known = inspect.signature(getattr(importlib.import_module(module), cls)).parameters
+    value = known[name].default if name in known else None
+    return list(value) if isinstance(value, tuple) else value
 
 
 def read_config(path: Path) -> DictConfig:

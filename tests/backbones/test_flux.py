@@ -10,12 +10,13 @@ from diffusers import FluxTransformer2DModel
 from ranks import run_ranks
 
 import edit
-from edit.backbones.flux import Flux, FluxConfig, flux_shift
+from edit.backbones.flux import SHIFT, Flux, FluxConfig
 from edit.backbones.stock import attached, latent_of, tokens_of
 from edit.denoiser import Edit
 from edit.few_step.flow_map import IntervalInput
 from edit.pruning.depth import DepthPruning
 from edit.routing.elastic import Elastic
+from edit.solvers import dynamic_shift
 from edit.stream import Branch, Condition, Forced, Step
 from edit.tuning.lora import LoRA
 from edit.tuning.td_lora import TDLoRA
@@ -205,9 +206,9 @@ def test_what_does_not_fit_is_refused_in_one_sentence():
 
 def test_the_shift_of_the_steps_is_the_published_one():
     """mu 0.63 at 1024 tokens, 1.15 at 4096; shift exp(mu) (D0 of the specification)."""
-    assert flux_shift(1024) == pytest.approx(1.878, abs=1e-3)
-    assert flux_shift(2304) == pytest.approx(2.332, abs=1e-3)
-    assert flux_shift(4096) == pytest.approx(3.158, abs=1e-3)
+    assert dynamic_shift(SHIFT, 1024) == pytest.approx(1.878, abs=1e-3)
+    assert dynamic_shift(SHIFT, 2304) == pytest.approx(2.332, abs=1e-3)
+    assert dynamic_shift(SHIFT, 4096) == pytest.approx(3.158, abs=1e-3)
 
 
 # ---- inside the stock pipeline ---------------------------------------------------------------------------------------

@@ -62,25 +62,28 @@ def test_a_student_of_other_depth_and_width_can_match_relations(make_dit, batch,
 
 def test_relations_are_cosines_and_large_grids_are_pooled():
     x = torch.randn(2, 6 * 8, 5)
-    full, unit = cosines(x, 6 / 8, 16), F.normalize(x, dim=-1)
+    full, unit = cosines(x, (1, 6, 8), 16), F.normalize(x, dim=-1)
     torch.testing.assert_close(full, unit @ unit.mT, rtol=1e-4, atol=1e-5)  # fp32, sums in another order
     square = torch.randn(2, 6, 4, 5)
     pooled = F.normalize(square.view(2, 3, 2, 2, 2, 5).mean((2, 4)).flatten(1, 2), dim=-1)  # to 3 x 2
-    rows = cosines(square.flatten(1, 2), 6 / 4, 3)  # to 3 x 3, of columns 0-1, 1-2, 2-3
+    rows = cosines(square.flatten(1, 2), (1, 6, 4), 3)  # to 3 x 3, of columns 0-1, 1-2, 2-3
     ends = [0, 2, 3, 5, 6, 8]
     torch.testing.assert_close(rows[:, ends][:, :, ends], pooled @ pooled.mT, rtol=1e-4, atol=1e-5)
 
 
+def test_frames_are_a_dimension_of_the_grid_and_are_pooled_like_rows_and_columns():
+    x = torch.randn(2, 4, 4, 6, 5)  # b f y x d
+    unit = F.normalize(x.flatten(1, 3), dim=-1)
+    torch.testing.assert_close(cosines(x.flatten(1, 3), (4, 4, 6), 6), unit @ unit.mT, rtol=1e-4, atol=1e-5)
+    pooled = F.normalize(x.view(2, 2, 2, 2, 2, 2, 3, 5).mean((2, 4, 6)).flatten(1, 3), dim=-1)
+    found = cosines(x.flatten(1, 3), (4, 4, 6), 2)
+    torch.testing.assert_close(found, pooled @ pooled.mT, rtol=1e-4, atol=1e-5)
+
+
 def test_tokens_that_make_no_grid_are_refused():
-    seen = Pass(
-        Output(torch.zeros(1, 1, 2, 2), None, {"unit.0": torch.randn(1, 7, 4)}),
-        {"x_t": torch.zeros(1, 1, 2, 2)},
-        torch.zeros(1),
-        0.0,
-        Output(torch.zeros(1, 1, 2, 2), None, {"unit.0": torch.randn(1, 7, 4)}),
-    )
-    with pytest.raises(ValueError, match="7 image tokens make no grid with 1 times as many rows as columns"):
-        RelationKD(((0, 0),)).losses(seen, None)
+    out = Output(torch.zeros(1, 1, 2, 2), None, {"unit.0": torch.randn(1, 7, 4)}, (1, 2, 4))
+    with pytest.raises(ValueError, match="7 image tokens are no grid of 1 x 2 x 4"):
+        RelationKD(((0, 0),)).losses(Pass(out, {}, torch.zeros(1), 0.0, out), None)
     with pytest.raises(ValueError, match="RelationKD: size must be at least 1, got 0"):
         RelationKD(((0, 0),), size=0)
 

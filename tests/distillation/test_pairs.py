@@ -12,7 +12,6 @@ from edit.distillation.pairs import (
     grouped,
     interval_ends,
     same,
-    width,
 )
 
 
@@ -46,10 +45,6 @@ def test_a_collapsed_interval_ends_at_its_last_unit_and_the_rest_stays():
 
 def test_every_fourth_unit_is_compared_with_itself():
     assert same(19, 56, every=4)[:2] == ((19, 19), (23, 23)) and len(same(19, 56, every=4)) == 10
-
-
-def test_widths_are_read_off_the_model(dit, flux):
-    assert width(dit) == 32 and width(flux) == 32
 
 
 @pytest.mark.parametrize(

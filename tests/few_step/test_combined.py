@@ -18,7 +18,7 @@ from edit.few_step.vision import Vision
 from edit.objectives import Ramp
 from edit.paths import mean
 from edit.solvers import Euler, Grid
-from edit.stream import Condition
+from edit.stream import Condition, Output
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ def roles_of(own=None) -> Roles:
         absent,
         half,
         lambda x_t, t, c: 0.25 * x_t,
-        lambda x_t, t, c: {unit: x_t.flatten(2).transpose(1, 2) for unit in features},
+        lambda x_t, t, c: Output(
+            x_t, None, {unit: x_t.flatten(2).transpose(1, 2) for unit in features}, (1, *x_t.shape[2:])
+        ),
         absent,
         own,
     )

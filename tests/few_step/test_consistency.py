@@ -12,6 +12,7 @@ from edit.few_step.method import pseudo_huber
 from edit.objectives import FlowMatching
 from edit.paths import column, mean
 from edit.solvers import Euler, Grid, Heun, times
+from edit.stream import Output
 
 ALL = (Consistency(average=False), PhasedConsistency(), TruncatedConsistency())
 
@@ -172,7 +173,7 @@ class Gain(nn.Module):
         super().__init__()
         self.gain = gain
 
-    def forward(self, features, t, pooled, size):
+    def forward(self, features, t, pooled, grid):
         return self.gain * features["unit.0"][:, :, 0]
 
 
@@ -182,7 +183,7 @@ def judged(student, gain: float = 1.0, seen: list | None = None):
     def features(x_t, t, condition):
         if seen is not None:
             seen.append((x_t, t))
-        return {"unit.0": x_t.flatten(2).transpose(1, 2)}
+        return Output(x_t, None, {"unit.0": x_t.flatten(2).transpose(1, 2)})
 
     return replace(roles(student, velocity), features=features, own=Gain(gain))
 
@@ -243,7 +244,7 @@ def test_each_side_of_the_discriminator_learns_from_its_own_loss_through_frozen_
             return teacher(x_t, t, condition).sample
 
     def features(x_t, t, condition):
-        return teacher(x_t, t, condition, taps=method.teacher_taps).trace
+        return teacher(x_t, t, condition, taps=method.teacher_taps)
 
     plain = roles(lambda x_t, t, condition: student(x_t, t, condition).sample, asked)
     who, batch = replace(plain, features=features, own=heads), given(3, (4, 8, 8), label=torch.tensor([0, 3, 9]))

@@ -14,7 +14,6 @@ from edit.few_step.discriminator import (
     judge,
     softplus_generator,
     softplus_real_fake,
-    token_grid,
 )
 from edit.few_step.roles import Roles
 
@@ -23,7 +22,7 @@ def roles_of(denoiser, taps) -> Roles:
     """A frozen model and heads on it, as the recipe hands them to a method."""
 
     def features(x_t, t, condition):
-        return denoiser(x_t, t, condition, taps=taps).trace
+        return denoiser(x_t, t, condition, taps=taps)
 
     def absent(*_):
         raise AssertionError("a judgement asks the features alone")
@@ -90,7 +89,7 @@ def test_fresh_heads_do_not_hear_time_and_text_and_learn_to(told):
     t, pooled = told[1], told[2].pooled
 
     def answers():
-        return [heads(tokens, *told, (8, 8)) for told in ((t, pooled), (t.flip(0), pooled), (t, pooled.flip(0)))]
+        return [heads(tokens, *told, (1, 4, 4)) for told in ((t, pooled), (t.flip(0), pooled), (t, pooled.flip(0)))]
 
     plain, later, other = answers()
     assert torch.equal(plain, later) and torch.equal(plain, other)
@@ -102,7 +101,7 @@ def test_fresh_heads_do_not_hear_time_and_text_and_learn_to(told):
 def test_pooled_text_is_left_out_where_the_model_is_told_none():
     heads, tokens = Heads((0,), 32), {"unit.0": torch.randn(2, 16, 32)}
     t = torch.tensor([0.1, 0.9])
-    assert torch.equal(heads(tokens, t, torch.randn(2, 20), (8, 8)), heads(tokens, t, None, (8, 8)))
+    assert torch.equal(heads(tokens, t, torch.randn(2, 20), (1, 4, 4)), heads(tokens, t, None, (1, 4, 4)))
 
 
 def test_tokens_lie_in_rows_and_columns_of_the_latent():
@@ -112,7 +111,7 @@ def test_tokens_lie_in_rows_and_columns_of_the_latent():
         inner.weight += inner.weight.flip(3)  # sees left and right alike
     t, tokens = torch.tensor([0.5]), torch.randn(1, 4 * 6, 32)
     mirrored = tokens.unflatten(1, (4, 6)).flip(2).flatten(1, 2)
-    plain, other = (heads({"unit.0": v}, t, None, (8, 12)).view(4, 6) for v in (tokens, mirrored))
+    plain, other = (heads({"unit.0": v}, t, None, (1, 4, 6)).view(4, 6) for v in (tokens, mirrored))
     assert torch.allclose(plain, other.flip(1), atol=1e-5)  # sums in another order
 
 
@@ -120,23 +119,28 @@ def test_a_kernel_of_one_does_not_care_where_tokens_are():
     t, tokens, order = torch.tensor([0.5]), torch.randn(1, 16, 32), torch.randperm(16)
     for kernel, same in ((1, True), (3, False)):
         heads = Heads((0,), 32, hidden=8, kernel=kernel)
-        plain, moved = (heads({"unit.0": v}, t, None, (8, 8)) for v in (tokens, tokens[:, order]))
+        plain, moved = (heads({"unit.0": v}, t, None, (1, 4, 4)) for v in (tokens, tokens[:, order]))
         assert torch.allclose(plain[:, order], moved, atol=1e-5) == same
 
 
 def test_samples_are_judged_one_by_one():
     heads, tokens, t = Heads((0,), 32, hidden=8), torch.randn(3, 16, 32), torch.rand(3)
-    together = heads({"unit.0": tokens}, t, None, (8, 8))
-    alone = heads({"unit.0": tokens[1:2]}, t[1:2], None, (8, 8))
+    together = heads({"unit.0": tokens}, t, None, (1, 4, 4))
+    alone = heads({"unit.0": tokens[1:2]}, t[1:2], None, (1, 4, 4))
     assert torch.allclose(together[1:2], alone, atol=1e-5)  # convolutions may sum in another order
 
 
-def test_the_grid_follows_from_the_number_of_tokens():
-    assert token_grid(16, (8, 8)) == (4, 4) and token_grid(24, (8, 12)) == (4, 6) and token_grid(64, (8, 8)) == (8, 8)
-    with pytest.raises(ValueError, match="15 tokens do not cover 8 x 8"):
-        token_grid(15, (8, 8))
-    with pytest.raises(ValueError, match="65 tokens"):
-        token_grid(65, (8, 8))
+def test_the_frames_of_a_video_are_judged_each_by_itself():
+    heads, tokens, t = Heads((0,), 32, hidden=8), torch.randn(3, 2 * 16, 32), torch.rand(3)
+    nn.init.normal_(heads.code.weight)
+    together = heads({"unit.0": tokens}, t, None, (2, 4, 4))
+    alone = [heads({"unit.0": frame}, t, None, (1, 4, 4)) for frame in tokens.chunk(2, 1)]
+    assert torch.allclose(together, torch.cat(alone, 1), atol=1e-5)
+
+
+def test_tokens_that_are_not_all_there_are_refused():
+    with pytest.raises(ValueError, match="unit 0 has 15 tokens, its model's grid 1 x 4 x 4"):
+        Heads((0,), 32)({"unit.0": torch.randn(1, 15, 32)}, torch.rand(1), None, (1, 4, 4))
 
 
 def test_heads_are_built_on_the_meta_device(flux):

@@ -287,7 +287,7 @@ def models(make_dit):
         return lambda x_t, t, condition: denoiser(x_t, t, condition).sample.float()
 
     def features(x_t, t, condition):
-        return teacher(x_t, t, condition, taps=(1,)).trace
+        return teacher(x_t, t, condition, taps=(1,))
 
     told = roles(field(student), torch.no_grad()(field(teacher)), field(critic), features, own)
     return student, teacher, critic, own, told

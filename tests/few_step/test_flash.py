@@ -16,17 +16,18 @@ from edit.few_step.vision import Vision, feature_distance
 from edit.objectives import Ramp
 from edit.paths import column, corrupt, mean
 from edit.solvers import Grid
+from edit.stream import Output
 
 
 class Linear(nn.Module):
     """A head that can be written down: logits are the tokens' first channel."""
 
-    def forward(self, features, t, pooled, size):
+    def forward(self, features, t, pooled, grid):
         return features["unit.0"][:, :, 0]
 
 
 def tokens(x_t, t, condition):
-    return {"unit.0": x_t.flatten(2).transpose(1, 2)}
+    return Output(x_t, None, {"unit.0": x_t.flatten(2).transpose(1, 2)})
 
 
 def absent(*_):

@@ -11,7 +11,7 @@ from edit.few_step.ladd import LADD
 from edit.few_step.roles import Draws, Given, Roles
 from edit.paths import corrupt, mean
 from edit.solvers import Euler, Grid, Heun
-from edit.stream import Condition
+from edit.stream import Condition, Output
 
 
 def given_of(x, condition=None, progress=1.0, seed=0) -> Given:
@@ -30,13 +30,13 @@ def zero(x_t, t, condition):
 
 def tokens(x_t, t, condition):
     """The elements themselves, as a model with one token per place and one unit."""
-    return {"unit.0": x_t.flatten(2).transpose(1, 2)}
+    return Output(x_t, None, {"unit.0": x_t.flatten(2).transpose(1, 2)}, (1, *x_t.shape[2:]))
 
 
 class Linear(nn.Module):
     """A head that can be written down: logits are the tokens' first channel."""
 
-    def forward(self, features, t, pooled, size):
+    def forward(self, features, t, pooled, grid):
         return features["unit.0"][:, :, 0]
 
 
@@ -139,7 +139,7 @@ def test_each_side_learns_from_its_own_loss_alone(family, make_dit, make_flux, b
     heads = method.build(student, teacher)
 
     def features(x_t, t, condition):
-        return teacher(x_t, t, condition, taps=method.teacher_taps).trace
+        return teacher(x_t, t, condition, taps=method.teacher_taps)
 
     roles = Roles(lambda *a: student(*a).sample, absent, absent, absent, features, absent, heads)
     heads.requires_grad_(False)  # as the recipe does

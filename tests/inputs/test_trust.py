@@ -60,7 +60,7 @@ class Sounds:
 
     def heldout(self): ...
 
-    def to_images(self, x): ...
+    def to_frames(self, x): ...
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_backbones_and_data_sets_are_known_by_their_shape_and_nothing_else_is():
     sets = {c.__name__ for c in ours(data, (Splits,)) if not getattr(c, "_is_protocol", False)}
     assert sets >= {"Digits", "MovedDigits", "Shapes", "CaptionedDigits", "ImageFolder", "ImageShards", "Latents"}
     assert sets <= {*(c.__name__ for c in (Digits, ImageFolder, ImageShards)), "MovedDigits", "DigitsAndShades"} | {
-        *("Shapes", "CaptionedDigits", "Latents", "World", "PictureSet")
+        *("Shapes", "CaptionedDigits", "MovingShapes", "Latents", "World", "PictureSet")
     }
 
 
@@ -293,7 +293,7 @@ ENORMOUS = {
     "blocks": ({"depth": 99999999}, "depth is 99999999"),
     "millions of blocks": ({"depth": 10**6}, "depth is 1000000"),
     "negative": ({"depth": -(10**30)}, "depth is -1"),
-    "channels": ({"hidden_size": 2**40}, "in 1099511627776 channels"),
+    "channels": ({"hidden_size": 2**40}, "hidden_size is 1099511627776"),
     "classes": ({"num_classes": 2**40}, "num_classes is 1099511627776"),
     "a table": ({"input_size": 2**16, "patch_size": 1}, "more than a model here can hold"),
     "a list": ({"depth": [0] * 10**5}, "has 100000 items"),
@@ -315,6 +315,8 @@ def test_a_published_folder_is_held_to_the_same(artifact):
     (artifact / "edits.json").unlink()
     rewrite(artifact / "config.json", _class_name="DiTTransformer2DModel", num_layers=10**8)
     assert "num_layers is 100000000" in refused(artifact)
+    rewrite(artifact / "config.json", num_layers=1, sample_size=2**16, patch_size=1)
+    assert "positions of 65536 x 65536 tokens in 1152 channels are more than a model here" in refused(artifact)
     rewrite(artifact / "config.json", _class_name=["x"])
     assert "no backbone here reads a ['x']" in refused(artifact)
 

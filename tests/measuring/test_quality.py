@@ -33,7 +33,7 @@ def digits() -> dict[str, tuple[Tensor, Tensor]]:
     """Images uint8 and labels of both splits."""
     data = Digits()
     splits = {"train": data.train(), "heldout": data.heldout()}
-    return {name: (data.to_images(split.x), split.label) for name, split in splits.items()}
+    return {name: (data.to_frames(split.x)[:, 0], split.label) for name, split in splits.items()}
 
 
 @pytest.fixture(scope="module")

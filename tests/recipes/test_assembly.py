@@ -28,7 +28,7 @@ def test_a_run_holds_what_its_configuration_names_and_builds_no_weights(tmp_path
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (("backbone.num_classes=5",), "the data has 10 classes, the backbone 5: set backbone.num_classes"),
+        (("backbone.num_classes=5",), "the data has 10 classes, the backbone 5: build it for as many"),
         ((LADD, "edits=lora", "teacher.placement=tied"), "LADD looks at the teacher's tokens, whose weights must stay"),
     ],
 )

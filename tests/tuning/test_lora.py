@@ -82,6 +82,11 @@ def test_dropout_acts_in_training_alone(dit, batch):
         assert not torch.equal(dit(*batch).sample, dit(*batch).sample)
 
 
+def test_without_targets_those_of_the_family_are_adapted_that_a_pruned_model_still_has(make_flux):
+    single = edit.apply(make_flux(num_layers=0), {"lora": LoRA(rank=2)})
+    assert single.applied["lora"].targets == ("to_q", "to_k", "to_v")
+
+
 def test_a_fold_in_training_mode_is_the_same_fold(dit):
     edit.apply(dit, {"lora": LoRA(rank=2, dropout=0.5)})
     randomise_lora(dit)

@@ -158,6 +158,14 @@ def qwen(folder: Path) -> Path:
     return edit.save(tiny.build(), folder, sampler=Sampler(Euler(4)))
 
 
+def test_a_published_teacher_without_a_scheduler_is_sampled_at_the_shift_of_its_family(order, tmp_path):
+    folder = qwen(tmp_path / "made").replace(tmp_path / "transformer")
+    (folder / "edits.json").unlink()
+    work = order(teacher=str(tmp_path), size=8)
+    log = 0.5 + 0.4 * (16 - 256) / (8192 - 256)  # Qwen-Image's, linear in the tokens
+    assert default_shift(work, skeleton(tmp_path), 16) == pytest.approx(math.exp(log))
+
+
 def test_with_masked_prompts_the_length_is_that_of_the_batch(order, tmp_path):
     work = order(padding="none", teacher=str(qwen(tmp_path / "qwen")), pooled_encoder=None)
     data = Latents(str(generate(work, quiet).parent))
@@ -236,15 +244,15 @@ def test_an_environment_that_makes_no_sense_is_one_sentence(command, monkeypatch
 
 def test_latents_can_be_looked_at_through_the_vae(order, vae, tmp_path):
     out = generate(order(vae=str(vae)), quiet).parent
-    images = Latents(str(out)).to_images(torch.stack([Latents(str(out)).train().sample(0, 0)["x"]]))
-    assert images.shape == (1, 16, 16, 3)
+    images = Latents(str(out)).to_frames(torch.stack([Latents(str(out)).train().sample(0, 0)["x"]]))
+    assert images.shape == (1, 1, 16, 16, 3)
     from PIL import Image
 
     with Image.open(out / "samples.png") as sheet:
         assert sheet.size == (2 * 18, 2 * 18)  # the first shard has three images
     assert not (generate(order("plain"), quiet).parent / "samples.png").exists()
     with pytest.raises(ValueError, match="to look at latents of .*plain, a VAE is needed"):
-        Latents(str(tmp_path / "plain")).to_images(torch.zeros(1, 4, 8, 8))
+        Latents(str(tmp_path / "plain")).to_frames(torch.zeros(1, 4, 8, 8))
 
 
 # ---- a teacher in its pipeline ---------------------------------------------------------------------------------------
@@ -624,7 +632,7 @@ def test_the_embedded_world_needs_no_downloads(tmp_path):
     assert data.null is not None and torch.equal(data.null["text_mask"], null["text_mask"])
     torch.testing.assert_close(data.null["text"], null["text"], rtol=1e-5, atol=1e-5)
     x = torch.stack([data.train().sample(k, 0)["x"] for k in range(2)])
-    assert data.to_images(x).shape == (2, 32, 32, 3)
+    assert data.to_frames(x).shape == (2, 1, 32, 32, 3)
     assert (tmp_path / "cache" / "samples.png").exists()
     assert isinstance(data.world, Shapes) and len(data.world.heldout().captions) == 4
     half = generate(replace(work, out=str(tmp_path / "half"), dtype="float16"), quiet).parent

@@ -13,11 +13,11 @@ def world() -> CaptionedDigits:
 @pytest.fixture(scope="module")
 def real(world) -> tuple[torch.Tensor, list[str]]:
     split = world.heldout()
-    return world.to_images(torch.stack([split.sample(i, i)["x"] for i in range(len(split))])), split.captions
+    return world.to_frames(torch.stack([split.sample(i, i)["x"] for i in range(len(split))])), split.captions
 
 
 def written(world: CaptionedDigits, caption: str, seed: int = 5) -> torch.Tensor:
-    return draw([meaning(caption)], world._ink, world._label, torch.tensor([0]), 32, seed)
+    return draw([meaning(caption)], world._ink, world._label, torch.tensor([0]), 32, seed)[:, None]
 
 
 def test_a_sample_depends_on_seed_and_index_alone(world):
@@ -38,7 +38,7 @@ def test_held_out_captions_are_no_training_captions(world):
 def test_samples_are_those_of_the_shapes_in_form(world):
     sample = world.train().sample(0, 0)
     assert sample["x"].shape == world.shape == (12, 8, 8) and sample["text"].shape == (16, 64)
-    assert world.to_images(sample["x"][None]).shape == (1, 32, 32, 3)
+    assert world.to_frames(sample["x"][None]).shape == (1, 1, 32, 32, 3)
     assert sample["kind"] == meaning(world.train().captions[0]).digit and world.judged == 10
 
 
@@ -72,8 +72,8 @@ def test_one_wrong_word_is_enough_to_be_refused(world, wrong):
 
 def test_blank_and_random_pictures_follow_nothing(world, real):
     captions = real[1][:50]
-    blank = torch.full((50, 32, 32, 3), 20, dtype=torch.uint8)
-    chaos = torch.randint(0, 256, (50, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    blank = torch.full((50, 1, 32, 32, 3), 20, dtype=torch.uint8)
+    chaos = torch.randint(0, 256, (50, 1, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert not world.follows(blank, captions).any() and not world.follows(chaos, captions).any()
 
 

@@ -38,7 +38,7 @@ def test_samples_are_1x8x8_in_minus_one_to_one_with_a_label():
 def test_images_go_back_to_sixteen_grey_levels():
     digits = Digits()
     x = digits.train().x[:50]
-    images = digits.to_images(x)
+    images = digits.to_frames(x)[:, 0]
     assert images.shape == (50, 8, 8, 3) and images.dtype == torch.uint8
     assert torch.equal((images[..., 0].float() / 15.9375).round(), (x[:, 0] + 1) * 8)  # 255 / 16 per level
 

@@ -24,7 +24,7 @@ from data.making.job import Job
 from data.making.precomputer import precompute
 from data.pixels import centre_crop, to_tensor, to_uint8
 from data.precompute import main
-from data.sets.latents import Latents
+from data.sets.latents import Latents, LatentSplit
 from data.tars import Tars
 from edit.noise import gaussian
 
@@ -160,7 +160,7 @@ def test_tar_shards_give_the_same_latents_as_a_folder(job, shards):
 def test_images_are_looked_at_through_the_vae(latents, vae):
     data = Latents(str(latents), flip=False)
     x = torch.stack([data.train().sample(i, i)["x"] for i in range(3)])
-    images = data.to_images(x)
+    images = data.to_frames(x)[:, 0]
     assert images.shape == (3, SIZE, SIZE, 3) and images.dtype == torch.uint8
     assert torch.equal(images, to_uint8(VAE(str(vae)).decode(x / 0.5 + 0.1)))
 
@@ -168,7 +168,7 @@ def test_images_are_looked_at_through_the_vae(latents, vae):
 def test_a_vae_that_is_gone_or_another_is_told(latents, vae, tmp_path):
     x = torch.zeros(1, 4, 8, 8)
     with pytest.raises(FileNotFoundError, match="data.set.vae=<folder>: .*nowhere is no folder here and no hub id"):
-        Latents(str(latents), vae=str(tmp_path / "nowhere")).to_images(x)
+        Latents(str(latents), vae=str(tmp_path / "nowhere")).to_frames(x)
     from diffusers import AutoencoderKL
 
     other = AutoencoderKL.from_pretrained(vae)
@@ -176,9 +176,9 @@ def test_a_vae_that_is_gone_or_another_is_told(latents, vae, tmp_path):
         other.decoder.conv_out.bias += 1e-3
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="other is not the VAE that made"):
-        Latents(str(latents), vae=str(tmp_path / "other")).to_images(x)
+        Latents(str(latents), vae=str(tmp_path / "other")).to_frames(x)
     shutil.copytree(vae, tmp_path / "moved")
-    Latents(str(latents), vae=str(tmp_path / "moved")).to_images(x)
+    Latents(str(latents), vae=str(tmp_path / "moved")).to_frames(x)
 
 
 def test_held_out_latents_must_be_of_the_same_encoders(latents, job, folder, t5, clip):
@@ -483,3 +483,15 @@ def test_help_answers_at_once():
     done = subprocess.run([sys.executable, "-m", "data.precompute", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--text-encoder" in done.stdout and "torch" not in done.stderr
     assert time.monotonic() - begin < 2  # importing torch alone takes 1.5 s; 0.1 s on an idle machine
+
+
+def test_moments_of_videos_are_scaled_by_channel(tmp_path):
+    mean, shape = torch.randn(2, 3, 4, 5), (2, 3, 4, 5)
+    file = io.BytesIO()
+    np.save(file, torch.cat((mean, torch.zeros(shape))).numpy())
+    write_tar(tmp_path / "shard-000000.tar", [{"__key__": "000000000", "moments.npy": file.getvalue(), "json": b"{}"}])
+    described = {"latent_shape": list(shape), "vae": {"shift": [0.5, -1.0], "scale": [2.0, 3.0]}, "flips": False}
+    described |= {"text": None, "pooled": None, "num_classes": None}
+    tars = Tars([str(tmp_path / "shard-000000.tar")], Tolerance("refuse"), None)
+    x = LatentSplit(tars, described, False, 0, False).sample(0, 0)["x"]
+    torch.testing.assert_close(x, torch.stack(((mean[0] - 0.5) * 2, (mean[1] + 1) * 3)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data.making.encoders import TextEncoder
-from data.sets import captioned_digits, shapes
+from data.sets import captioned_digits, moving_shapes, shapes
 from data.sets.toy_text import LENGTH, WIDTH, WORDS, ToyText
 
 
@@ -15,10 +15,13 @@ def text() -> ToyText:
 
 @pytest.fixture(scope="module")
 def captions() -> list[str]:
-    return [c for family in shapes.grammar().values() for c in family] + list(captioned_digits.grammar())
+    return [c for family in shapes.grammar().values() for c in family] + [
+        *captioned_digits.grammar(),
+        *moving_shapes.grammar(),
+    ]
 
 
-def test_the_vocabulary_is_the_words_of_both_worlds(captions):
+def test_the_vocabulary_is_the_words_of_all_worlds(captions):
     assert {w for c in captions for w in c.split()} == set(WORDS)
     assert max(len(c.split()) for c in captions) <= LENGTH - 2
 

@@ -46,7 +46,7 @@ def entry(name: str, distances: dict[float, float], macs: int, real: str = "abc"
 @pytest.fixture
 def report(tmp_path) -> dict:
     for name in ("a", "real"):
-        save_grid(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), tmp_path / f"grids/{name}.png", 2)
+        save_grid(torch.zeros(4, 1, 8, 8, 3, dtype=torch.uint8), tmp_path / f"grids/{name}.png", 2)
     return {
         "format": 1,
         "created": "2026-01-01T00:00:00+00:00",
@@ -61,17 +61,25 @@ def report(tmp_path) -> dict:
 
 
 def test_a_grid_enlarges_tiny_images_without_smoothing():
-    images = torch.randint(0, 256, (5, 8, 8, 3), dtype=torch.uint8)
+    images = torch.randint(0, 256, (5, 1, 8, 8, 3), dtype=torch.uint8)
     grid = image_grid(images, columns=3)
     assert grid.size == (3 * 40 + 2 * 2, 2 * 40 + 2)  # 5 pixels per pixel, gaps of 2
-    assert grid.getpixel((42 + 5 * 3 + 2, 5 * 6 + 1)) == tuple(images[1, 6, 3].tolist())
+    assert grid.getpixel((42 + 5 * 3 + 2, 5 * 6 + 1)) == tuple(images[1, 0, 6, 3].tolist())
     assert grid.getpixel((2 * 42 + 7, 42 + 7)) == (255, 255, 255)  # the missing sixth
-    assert image_grid(images.repeat_interleave(8, 1).repeat_interleave(8, 2), columns=5).size == (5 * 64 + 4 * 2, 64)
+    assert image_grid(images.repeat_interleave(8, 2).repeat_interleave(8, 3), columns=5).size == (5 * 64 + 4 * 2, 64)
 
 
-@pytest.mark.parametrize("images", [torch.zeros(2, 8, 8, 3), torch.zeros(0, 8, 8, 3, dtype=torch.uint8)])
+def test_a_grid_shows_a_few_frames_of_a_video_from_first_to_last():
+    frames = torch.arange(2 * 10, dtype=torch.uint8).view(2, 10, 1, 1, 1).expand(-1, -1, 40, 40, 3)
+    grid = image_grid(frames, columns=8)
+    assert grid.size == (2 * 160 + 2, 40)  # four frames each
+    assert [grid.getpixel((40 * k + 20, 20))[0] for k in range(4)] == [0, 3, 6, 9]
+    assert grid.getpixel((160, 20)) == (255, 255, 255) and grid.getpixel((162, 20)) == (10, 10, 10)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 1, 8, 8, 3), torch.zeros(0, 1, 8, 8, 3, dtype=torch.uint8)])
 def test_a_grid_refuses_what_is_no_image(images):
-    with pytest.raises(ValueError, match="uint8 images b y x 3"):
+    with pytest.raises(ValueError, match="uint8 frames b f y x 3"):
         image_grid(images)
 
 

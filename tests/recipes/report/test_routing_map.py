@@ -22,7 +22,7 @@ from edit.solvers import Euler, Heun
 from edit.stream import Condition, Stream
 from recipes.config.schema import Evaluation
 from recipes.report.evaluate import run
-from recipes.report.routing_map import Decisions, Map, draw, grid, groups, numbers, spaced
+from recipes.report.routing_map import Decisions, Map, draw, groups, numbers, side_by_side, spaced
 
 DIGITS = {"_target_": "data.sets.digits.Digits"}
 
@@ -141,8 +141,11 @@ def test_small_maps_are_of_classes_or_prompts_evenly_from_all():
     assert found == {"a": [0, 2], "b": [1], "c": [3], "e": [5], "f": [6], "g": [7]}
 
 
-def test_token_grids_have_the_shape_of_their_image():
-    assert [grid(16, 8, 8), grid(32, 16, 32), grid(32, 32, 16), grid(7, 8, 16)] == [(4, 4), (4, 8), (8, 4), (1, 7)]
+def test_frames_of_tokens_lie_side_by_side():
+    assert side_by_side(torch.arange(12), (2, 2, 3)).tolist() == [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]]
+
+
+def test_steps_and_classes_are_shown_evenly():
     assert spaced(50, 3) == [0, 24, 49] and spaced(2, 8) == [0, 1] and spaced(1, 8) == [0]
 
 
@@ -160,7 +163,7 @@ def test_a_picture_shows_each_share_in_its_place_and_the_image_beside_its_tokens
     places = np.argwhere((pixels == dark).all(-1) & (np.arange(pixels.shape[1]) < pixels.shape[1] * 0.8)[:, None].T)
     large = places[places[:, 0] < pixels.shape[0] * 2.7 / 4.2]  # the first row of the picture
     assert large[:, 1].max() < pixels.shape[1] / 2 and large[:, 0].max() < pixels.shape[0] * 2.7 / 4.2 / 2  # top left
-    tokens = Map(times, shares, torch.ones(2, 1, 16))
+    tokens = Map(times, shares, torch.ones(2, 1, 16), (1, 4, 4))
     both = draw({"tokens": {"cond": tokens}}, {"class 0": [0]}, lambda k: red)
     assert both.height > plain.height and area(both, (255, 0, 0)) > 1000 and area(plain, (255, 0, 0)) == 0
     assert draw({"tokens": {"cond": tokens}}, {"class 0": [0]}).size == both.size  # where nothing can be looked at

@@ -33,7 +33,7 @@ def held_out(shapes: Shapes, numbers: torch.Tensor) -> torch.Tensor:
 def test_real_images_follow_their_prompts_round_and_round(shapes, space):
     numbers = torch.arange(120)  # more than there are held-out images
     x = held_out(shapes, numbers)
-    quality = space.quality([space.measure(x, shapes.to_images(x), numbers, None)])
+    quality = space.quality([space.measure(x, shapes.to_frames(x), numbers, None)])
     assert quality["prompt_accuracy"]["value"] > 0.97
     parts = {"count", "colour", "kind", "size", "place", "relation"}
     assert {f"prompt_{p}" for p in parts} < set(quality) and "accuracy" not in quality
@@ -43,7 +43,7 @@ def test_real_images_follow_their_prompts_round_and_round(shapes, space):
 def test_images_of_other_prompts_follow_by_chance(shapes, space):
     numbers = torch.arange(90)
     x = held_out(shapes, numbers.flip(0))
-    quality = space.quality([space.measure(x, shapes.to_images(x), numbers, None)] * 2)
+    quality = space.quality([space.measure(x, shapes.to_frames(x), numbers, None)] * 2)
     assert quality["prompt_accuracy"]["value"] < 0.1 and "2 seeds" in quality["prompt_accuracy"]["over"]
 
 
@@ -56,7 +56,7 @@ def test_the_reference_states_chance_and_the_real_images_own_accuracy(shapes, sp
 
 
 def test_the_real_grid_shows_what_the_generated_one_is_to_show(shapes, space):
-    assert torch.equal(space.some_real, shapes.to_images(held_out(shapes, torch.arange(GRID))))
+    assert torch.equal(space.some_real, shapes.to_frames(held_out(shapes, torch.arange(GRID))))
 
 
 def test_a_checked_data_set_is_known_by_what_it_offers(shapes):
@@ -71,7 +71,7 @@ def test_the_page_prints_the_captions_once_and_the_notes_the_chance(shapes, spac
     x = held_out(shapes, numbers)
     result = {
         "guidance": 1.0,
-        "quality": space.quality([space.measure(x, shapes.to_images(x), numbers, None)]),
+        "quality": space.quality([space.measure(x, shapes.to_frames(x), numbers, None)]),
         "compared": None,
         "cost": {},
         "grid": "real.png",

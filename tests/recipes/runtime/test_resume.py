@@ -208,11 +208,15 @@ def test_what_decides_the_numbers_of_a_step_cannot_change(tmp_path, change):
 def test_a_run_from_before_a_setting_existed_goes_on_if_its_default_is_meant(tmp_path, capsys):
     train(tmp_path, "name=a", "trainer.max_steps=4")
     path = tmp_path / "a" / "config.yaml"
-    path.write_text("".join(line for line in path.read_text().splitlines(True) if line.strip() != "end: 0.0"))
+    lines = path.read_text().splitlines(True)
+    gone = ("end: 0.0", "std: 1.0")  # of a section without a class, and of one whose class tells it
+    path.write_text("".join(line for line in lines if line.strip() not in gone))
     train(tmp_path, "name=a", "trainer.max_steps=4")
     assert "is complete" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds a run with optimizer.end=0.0, this command says 0.5"):
         train(tmp_path, "name=a", "trainer.max_steps=4", "optimizer.end=0.5")
+    with pytest.raises(UserError, match="holds a run with objective.time.std=1.0, this command says 2.0"):
+        train(tmp_path, "name=a", "trainer.max_steps=4", "objective.time.std=2.0")
 
 
 def test_without_checkpoints_a_finished_run_is_not_overwritten_by_another(tmp_path):

@@ -1,0 +1,35 @@
+"""Facts of a model that the rest of the code asks for, whatever its family calls them in a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of a model in its present state, as `Denoiser.facts` tells them.
+
+    Args:
+        width: channels d of a token between units
+        heads: h of an attention over all tokens
+        classes: labels are 0 to classes - 1; None: the model is told no labels
+        text: widths c of the embeddings that the model is told, by their names in `Condition`; empty: it is told none
+        scale: the guidance scale that the model, which has it as an input, is told where nobody says another; None: the
+            model has no such input
+        guided_by: the stock pipeline's argument for guidance by two predictions
+        lora: name endings of the layers that a LoRA adapts where nobody names others
+    """
+
+    width: int
+    heads: int
+    classes: int | None = None
+    text: Mapping[str, int] = field(default_factory=dict)
+    scale: float | None = None
+    guided_by: str = "guidance_scale"
+    lora: tuple[str, ...] = ()
+
+    @property
+    def told(self) -> bool:
+        """Whether the model has its guidance scale as an input, `Condition.guidance`."""
+        return self.scale is not None
