@@ -15,6 +15,7 @@ from edit.backbones.flux import FluxConfig
 from edit.backbones.pixart import PixArtConfig
 from edit.backbones.qwen_image import QwenImageConfig
 from edit.backbones.sd3 import SD3Config
+from edit.backbones.wan import WanConfig
 from edit.denoiser import Denoiser
 from edit.stream import Condition, Stream
 from edit.unit import Unit
@@ -33,6 +34,7 @@ CONFIGS = {
     "sd3": SD3Config(in_channels=4, num_layers=2, sample_size=8, pos_embed_max_size=8, **HEADS, **TEXT),
     "pixart": PixArtConfig(num_layers=1, sample_size=8, cross_attention_dim=64, caption_channels=24, **HEADS),
     "qwen_image": QwenImageConfig(num_layers=1, joint_attention_dim=24, **AXES, **HEADS),
+    "wan": WanConfig(4, num_layers=1, ffn_dim=128, text_dim=24, freq_dim=32, sample_size=(2, 8, 8), **HEADS),
 }
 # float64 sums in another order; stock RoPE is fp32, where the last bit of a float64 can turn a rounding
 TOLERANCE = {name: 1e-7 if name in ("flux", "qwen_image") else 1e-12 for name in CONFIGS}

@@ -17,7 +17,8 @@ from edit.stream import Branch, Stream
 from edit.unit import SLOTS, Unit, Wrapper, core
 
 families = pytest.mark.parametrize("name", CONFIGS)
-BRANCHES = {"flux": ("attention", "feed", "fused"), "pixart": ("attention", "cross", "feed")}
+CROSS = ("attention", "cross", "feed")
+BRANCHES = {"flux": ("attention", "feed", "fused"), "pixart": CROSS, "wan": CROSS}
 
 
 def units_of_all_families() -> list[type[Unit]]:
