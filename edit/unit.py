@@ -147,7 +147,7 @@ class Unit(nn.Module, ABC):
     """
 
     filled: dict[str, Any]  # slots that are replaced; `slots` reads and writes it
-    apart: ClassVar[tuple[str, ...]] = ()  # methods besides `forward` that a denoiser calls, which read weights
+    apart: ClassVar[tuple[str, ...]] = ()  # methods that a denoiser calls, and no unit, which read weights
 
     def __init__(self):
         super().__init__()
