@@ -7,7 +7,6 @@ import pytest
 import torch
 from ranks import run_ranks
 from small_runs import losses, rows, train, train_ranks
-from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from weights import randomise
@@ -281,7 +280,7 @@ def test_a_flux_learns_captions_and_its_half_learns_from_it(tmp_path):
 # ---- sharded by FSDP2 ------------------------------------------------------------------------------------------------
 
 
-def _embedded_by_the_first_block() -> tuple[Tensor, Tensor]:
+def _embedded_by_the_first_block() -> float:
     torch.distributed.init_process_group("gloo")
     spec = DiTDiffusersConfig(4, 8, 2, 2, 8, 8, 2, 10)
 
@@ -295,9 +294,8 @@ def _embedded_by_the_first_block() -> tuple[Tensor, Tensor]:
     batch = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8]), Condition(label=torch.tensor([1, 7]))
     sharded = shard(build, build().state_dict(), torch.device("cpu"), mesh, MixedPrecisionPolicy())
     with torch.no_grad():
-        return sharded(*batch).sample, build()(*batch).sample
+        return (sharded(*batch).sample - build()(*batch).sample).abs().max().item()
 
 
 def test_what_a_denoiser_calls_apart_from_a_units_forward_gathers_its_weights_too():
-    for sharded, whole in run_ranks(_embedded_by_the_first_block):
-        torch.testing.assert_close(sharded, whole)
+    assert max(run_ranks(_embedded_by_the_first_block)) < 1e-6
