@@ -150,7 +150,7 @@ class Unit(nn.Module, ABC):
     """
 
     filled: dict[str, Any]  # slots that are replaced; `slots` reads and writes it
-    apart: ClassVar[tuple[str, ...]] = ()  # methods besides `forward` that a denoiser calls, which read weights
+    apart: ClassVar[tuple[str, ...]] = ()  # methods that a denoiser calls, and no unit, which read weights
 
     def __init__(self):
         super().__init__()
@@ -169,7 +169,8 @@ class Unit(nn.Module, ABC):
         if name in SLOTS and name not in self._modules:
             raise AttributeError(f"{name} is a slot: assign to unit.slots.{name}")
         owner = next((c for c in type(self).__mro__ if name in vars(c)), None)
-        if owner is not None and issubclass(owner, Unit) and callable(vars(owner)[name]) and name != "forward":
+        hooked = ("forward", *self.apart)  # FSDP2 and offloading stand before these
+        if owner is not None and issubclass(owner, Unit) and callable(vars(owner)[name]) and name not in hooked:
             raise AttributeError(
                 f"{name} is a method of {type(self).__name__}, so a value assigned to it would never run: fill a slot "
                 f"({', '.join(SLOTS)}), or wrap the unit"

@@ -205,13 +205,17 @@ class ClassUnit(BasicUnit):
     stream's `time` and `signal`, and the readout's.
     """
 
-    apart = ("tell",)
+    apart = ("tell_all",)
 
     def tell(self, layout: Layout) -> tuple[Tensor, Tensor]:
         """Time embedding and label embedding: b d each."""
         assert isinstance(layout, Told)
         emb: Any = self.norm1.emb
         return emb.timestep_embedder(layout.sinusoid), emb.class_embedder.embedding_table(layout.label)
+
+    def tell_all(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """`tell`, for the denoiser: a sharded unit gathers its weights for this call, and frees them after it."""
+        return self.tell(layout)
 
     def modulate(self, stream: Stream) -> Modulation:
         time, label = self.tell(stream.layout)
@@ -283,7 +287,7 @@ class DiTDiffusers(PatchDenoiser):
         first = self.model.transformer_blocks[0]
         sinusoid = first.norm1.emb.time_proj(timestep).to(image.dtype)
         layout = Told(grid=grid, label=class_labels, sinusoid=sinusoid)
-        time, label = first.tell(layout)
+        time, label = first.tell_all(layout)
         return Stream(image=image, cond=time + label, time=time, signal=time + label, layout=layout)
 
     def native(self, stream: Stream) -> Tensor:

@@ -5,12 +5,18 @@ from math import prod
 
 import pytest
 import torch
+from ranks import run_ranks
 from small_runs import losses, rows, train, train_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from weights import randomise
 
+from edit.backbones.dit_diffusers import DiTDiffusersConfig
+from edit.denoiser import Denoiser
 from edit.distillation.guidance import TeacherGuidance
+from edit.stream import Condition
 from recipes.config.errors import UserError
-from recipes.roles import Teacher
+from recipes.roles import Teacher, shard
 
 OUTPUT = "+terms.kd._target_=edit.distillation.output.OutputKD"
 PIXART = {"caption_channels": 16, "sample_size": 8, "cross_attention_dim": 16}
@@ -269,3 +275,27 @@ def test_a_flux_learns_captions_and_its_half_learns_from_it(tmp_path):
     run_text(tmp_path, *TEXT[:4], *small, *told, "name=student")
     config_ = (tmp_path / "student" / "artifact" / "config.json").read_text()
     assert '"num_layers": 0' in config_ and '"num_single_layers": 1' in config_
+
+
+# ---- sharded by FSDP2 ------------------------------------------------------------------------------------------------
+
+
+def _embedded_by_the_first_block() -> float:
+    torch.distributed.init_process_group("gloo")
+    spec = DiTDiffusersConfig(4, 8, 2, 2, 8, 8, 2, 10)
+
+    def build() -> Denoiser:
+        torch.manual_seed(0)
+        denoiser = spec.build()
+        randomise(denoiser)
+        return denoiser.eval()
+
+    mesh = init_device_mesh("cpu", (2,))
+    batch = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8]), Condition(label=torch.tensor([1, 7]))
+    sharded = shard(build, build().state_dict(), torch.device("cpu"), mesh, MixedPrecisionPolicy())
+    with torch.no_grad():
+        return (sharded(*batch).sample - build()(*batch).sample).abs().max().item()
+
+
+def test_what_a_denoiser_calls_apart_from_a_units_forward_gathers_its_weights_too():
+    assert max(run_ranks(_embedded_by_the_first_block)) < 1e-6
