@@ -18,6 +18,7 @@ class Facts:
         scale: the guidance scale that the model, which has it as an input, is told where nobody says another; None: the
             model has no such input
         guided_by: the stock pipeline's argument for guidance by two predictions
+        modulation: parts of the names of the parameters that make shifts, scales and gates
         lora: name endings of the layers that a LoRA adapts where nobody names others
     """
 
@@ -27,6 +28,7 @@ class Facts:
     text: Mapping[str, int] = field(default_factory=dict)
     scale: float | None = None
     guided_by: str = "guidance_scale"
+    modulation: tuple[str, ...] = ()
     lora: tuple[str, ...] = ()
 
     @property

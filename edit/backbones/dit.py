@@ -339,7 +339,8 @@ class DiT(Denoiser):
     @property
     def facts(self) -> Facts:
         c = self.spec
-        return Facts(c.hidden_size, c.num_heads, classes=c.num_classes, lora=("attn.qkv", "attn.proj"))
+        parts = {"modulation": ("adaLN_modulation.",), "lora": ("attn.qkv", "attn.proj")}
+        return Facts(c.hidden_size, c.num_heads, classes=c.num_classes, **parts)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:

@@ -241,7 +241,7 @@ class DiTDiffusers(PatchDenoiser):
     @property
     def facts(self) -> Facts:
         c: Any = self.model.config
-        return replace(super().facts, classes=c.num_embeds_ada_norm)
+        return replace(super().facts, classes=c.num_embeds_ada_norm, modulation=("norm1.linear.",))
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
         return super().accepts(shape) and shape[1] == shape[2]

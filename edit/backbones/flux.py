@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from edit.backbones.stock import (
     JOINT,
+    MODULATION,
     Modulation,
     StockDenoiser,
     StockUnit,
@@ -257,7 +258,8 @@ class Flux(StockDenoiser):
         c: Any = self.model.config
         text = {"text": c.joint_attention_dim, "pooled": c.pooled_projection_dim}
         scale = self.guidance if c.guidance_embeds else None
-        return replace(super().facts, text=text, scale=scale, guided_by="true_cfg_scale", lora=JOINT)
+        parts = {"modulation": (*MODULATION, "norm.linear."), "lora": JOINT}
+        return replace(super().facts, text=text, scale=scale, guided_by="true_cfg_scale", **parts)
 
     @property
     def axes(self) -> list[int]:

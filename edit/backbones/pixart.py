@@ -146,7 +146,8 @@ class PixArt(PatchDenoiser):
     @property
     def facts(self) -> Facts:
         c: Any = self.model.config
-        return replace(super().facts, text={"text": c.caption_channels or c.cross_attention_dim})
+        parts = ("adaln_single.linear.", "scale_shift_table")
+        return replace(super().facts, text={"text": c.caption_channels or c.cross_attention_dim}, modulation=parts)
 
     def sampler(self) -> Sampler:
         return Sampler(DPMSolver(20), guidance=4.5)

@@ -210,7 +210,8 @@ class QwenImage(StockDenoiser):
     @property
     def facts(self) -> Facts:
         c: Any = self.model.config
-        return replace(super().facts, text={"text": c.joint_attention_dim}, guided_by="true_cfg_scale", lora=JOINT)
+        parts = {"modulation": ("img_mod.", "txt_mod.", "norm_out.linear."), "lora": JOINT}
+        return replace(super().facts, text={"text": c.joint_attention_dim}, guided_by="true_cfg_scale", **parts)
 
     def sampler(self) -> Sampler:
         steps = StockEuler(50, dynamic=(0.5, 0.9, 256, 8192), terminal=0.02)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.backbones.stock import JOINT, Modulation, StockDenoiser, StockUnit, feed_forward, zero_init
+from edit.backbones.stock import JOINT, MODULATION, Modulation, StockDenoiser, StockUnit, feed_forward, zero_init
 from edit.facts import Facts
 from edit.inputs.limits import Count, check_numbers, check_table
 from edit.sampling import Sampler
@@ -282,7 +282,7 @@ class SD3(StockDenoiser):
     def facts(self) -> Facts:
         c: Any = self.model.config
         text = {"text": c.joint_attention_dim, "pooled": c.pooled_projection_dim}
-        return replace(super().facts, text=text, lora=JOINT)
+        return replace(super().facts, text=text, modulation=MODULATION, lora=JOINT)
 
     def sampler(self) -> Sampler:
         return Sampler(StockEuler(28, shift=3.0, even=False), guidance=7.0)

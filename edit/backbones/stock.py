@@ -36,6 +36,7 @@ class Modulation:
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # projections of a stock attention
 JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # with those of its text tokens
+MODULATION = ("norm1.linear.", "norm1_context.linear.", "norm_out.linear.")  # of an adaLN and the last layer
 
 
 class StockUnit(Unit):

@@ -173,7 +173,7 @@ class Wan(StockDenoiser):
     @property
     def facts(self) -> Facts:
         c: Any = self.model.config
-        return replace(super().facts, text={"text": c.text_dim})
+        return replace(super().facts, text={"text": c.text_dim}, modulation=("time_proj.", "scale_shift_table"))
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
         c: Any = self.model.config

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +28,6 @@ from edit.denoiser import Denoiser, Edit
 from edit.inputs.limits import Count, Positive, check_numbers
 from edit.routing.slices import Adapted, Pieces, UnitCalls, merged, taken
 from edit.unit import Unit, heads_of, hidden_of
-
-MODULATIONS = ("adaLN_modulation.", "norm1.linear.", "norm1_context.linear.", "norm.linear.", "norm_out.linear.")
-MODULATIONS += ("adaln_single.linear.", "scale_shift_table", "img_mod.", "txt_mod.")
 
 
 @dataclass
@@ -51,11 +49,14 @@ class TDLoRA(Edit):
     alpha: Positive = 4.0
     modulation: bool = False
 
+    _modulates: ClassVar[tuple[str, ...]] = ()  # from `apply` on, as the family's facts have it
+
     def __post_init__(self):
         check_numbers(self)
         self.targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
 
     def apply(self, denoiser: Denoiser) -> None:
+        object.__setattr__(self, "_modulates", denoiser.facts.modulation)
         units = [self._checked(denoiser, i) for i in range(len(denoiser.units))]
         found = [self._paths(unit) for unit in units]
         if unmet := [t for t in self.targets if not any(path.endswith(t) for paths in found for path in paths)]:
@@ -84,7 +85,8 @@ class TDLoRA(Edit):
         return not self.modulation
 
     def trainable(self, name: str) -> bool:
-        return self.owns(name) or name.startswith("edits.") or (self.modulation and any(m in name for m in MODULATIONS))
+        modulates = self.modulation and any(part in name for part in self._modulates)
+        return self.owns(name) or name.startswith("edits.") or modulates
 
     def owns(self, name: str) -> bool:
         return ".td_" in name

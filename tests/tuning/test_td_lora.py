@@ -183,8 +183,10 @@ def test_modulations_train_where_they_are_asked_for(name):
         "scale_shift",
         "img_mod",
         "txt_mod",
+        "time_proj",
     )
     assert trained and all(any(m in n for m in marks) for n in trained)
+    assert {part for part in denoiser.facts.modulation if not any(part in n for n in trained)} == set()
     for i, _ in enumerate(denoiser.units):
         prefix = next(n for n, m in denoiser.named_modules() if m is denoiser.units[i])
         assert any(n.startswith(prefix + ".") for n in trained)
