@@ -261,7 +261,9 @@ class Card:
         from huggingface_hub import ModelCardData
 
         base = [o.hub for o in self.bases if o.hub]
-        text = {"pipeline_tag": "text-to-image"} if self.artifact.denoiser.facts.text else {}
+        denoiser = self.artifact.denoiser
+        made = "video" if len(denoiser.sample_shape) == 4 else "image"
+        text = {"pipeline_tag": f"text-to-{made}"} if denoiser.facts.text else {}
         return ModelCardData(
             base_model=base[0] if len(base) == 1 else base or None,
             library_name="diffusers",

@@ -43,4 +43,6 @@ def calling(artifact: Artifact, steps: Steps) -> list[str]:
     elif sampler.guidance != 1:  # such pipelines guide only where they are given a negative prompt
         settings += ['negative_prompt=""', f"{facts.guided_by}={sampler.guidance:g}"]
     what = '"a photo of a cat"' if facts.text else "class_labels=[0]"
-    return [*steps.remarks, f"image = pipe({', '.join([what, *settings])}).images[0]"]
+    call = f"pipe({', '.join([what, *settings])})"
+    video = len(artifact.denoiser.sample_shape) == 4
+    return [*steps.remarks, f"video = {call}.frames[0]" if video else f"image = {call}.images[0]"]

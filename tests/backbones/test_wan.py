@@ -20,6 +20,7 @@ from weights import randomise
 import edit
 from edit import noise
 from edit.artifacts.description import readers
+from edit.artifacts.export import ExportSettings, export
 from edit.attention.linear import LinearAttention
 from edit.backbones.stock import attached
 from edit.backbones.wan import Wan, WanConfig
@@ -258,6 +259,15 @@ def test_a_saved_folder_is_read_by_us_and_by_stock_diffusers(tmp_path):
     model.save_pretrained(tmp_path / "stock")  # a published folder
     close(ours(edit.load(tmp_path / "stock").denoiser, a), model(**a).sample)
     assert readers({"_class_name": "WanTransformer3DModel"}) == [Wan]
+
+
+def test_an_export_makes_videos_and_says_so(tmp_path):
+    edit.save(made(), tmp_path / "wan")
+    export(ExportSettings(str(tmp_path / "wan"), str(tmp_path / "out"), format="diffusers"))
+    page = (tmp_path / "out/README.md").read_text()
+    assert "WanTransformer3DModel.from_pretrained" in page and "pipeline_tag: text-to-video" in page
+    assert "video = pipe(" in page and "guidance_scale=5).frames[0]" in page
+    assert WanTransformer3DModel.from_pretrained(tmp_path / "out").config.num_layers == 3
 
 
 def test_gradient_checkpointing_changes_no_gradient():
