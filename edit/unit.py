@@ -10,7 +10,7 @@ e head width, c hidden channels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -238,10 +238,12 @@ class Unit(nn.Module, ABC):
         if not self.filled and stream.layout.maps is None:
             return self.compute(stream)
         notes: dict[str, Tensor] = {}  # of this call alone: checkpointing makes another
-        stream = self.compute(replace(stream, layout=replace(stream.layout, notes=notes)))
+        given, noted = stream.layout, replace(stream.layout, notes=notes)
+        stream = self.compute(laid(stream, noted, stream.trace))
         if "maps" in notes:
             notes[f"{stream.tap}.maps"] = notes.pop("maps")
-        return replace(stream, trace={**stream.trace, **notes}, layout=replace(stream.layout, notes=None))
+        layout = given if stream.layout is noted else replace(stream.layout, notes=None)
+        return laid(stream, layout, {**stream.trace, **notes} if notes else stream.trace)
 
     def residual(self, stream: Stream, name: str, run: Run, gate: Branch | None) -> Stream:
         """x + gate * branch. Every branch of every family passes here.
@@ -256,6 +258,11 @@ class Unit(nn.Module, ABC):
         if stream.tap:
             stream = record_branch(stream, f"{stream.tap}.{name}", branch)
         return add(stream, branch, gate)
+
+
+def laid(s: Stream, layout: Layout, trace: Mapping[str, Tensor]) -> Stream:
+    """The stream with another layout and trace, written out: `replace` would cost time in every unit."""
+    return Stream(s.image, s.cond, layout, s.text, s.time, s.signal, s.step, trace, s.tap)
 
 
 def masked(features: Tensor, routing: Routing | None) -> Tensor:

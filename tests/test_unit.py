@@ -145,6 +145,8 @@ def test_a_slot_that_sees_tokens_alone_hands_values_to_the_trace(dit, batch, che
     out.trace["load"].sum().backward()
     assert dit.model.x_embedder.proj.weight.grad.abs().max() > 0  # of the trace, not of a copy
     stream = dit.embed(**dit.pack(*batch))
+    after = unit(stream)
+    assert all(getattr(after, name) is getattr(stream, name) for name in ("cond", "time", "signal", "layout", "step"))
     assert dit.run(stream).layout.notes is None
     with pytest.raises(RuntimeError, match="load was noted outside of a unit's call"):
         ffn(stream.image, stream.layout)
