@@ -65,7 +65,6 @@ class BasicUnit(StockUnit):
     """Self-attention `attn1` and MLP `ff` on image tokens."""
 
     attn1: Any
-    ff: Any
 
     @property
     def anatomy(self) -> Anatomy:
@@ -87,12 +86,6 @@ class BasicUnit(StockUnit):
     @abstractmethod
     def own_norm(self, tokens: Tensor) -> Tensor:
         """The norm before the self-attention."""
-
-    def expand(self, tokens: Tensor) -> Tensor:
-        return self.ff.net[0](tokens)
-
-    def contract(self, features: Tensor) -> Tensor:
-        return self.ff.net[2](self.ff.net[1](features))
 
 
 def heads(tokens: Tensor, attention: Any) -> Tensor:

@@ -76,7 +76,6 @@ class DoubleUnit(StockUnit):
     """Two streams with one joint attention."""
 
     attn: Any
-    ff: Any
     ff_context: nn.Module
 
     @property
@@ -113,12 +112,6 @@ class DoubleUnit(StockUnit):
         q, k = (turn(torch.cat(both, 2), layout) for both in ((tq, q), (tk, k)))
         image, text = layout.split(self.attended(q, k, torch.cat((tv, v), 2), stream))
         return layout.joined(a.to_add_out(text), a.to_out[1](a.to_out[0](image)))
-
-    def expand(self, tokens: Tensor) -> Tensor:
-        return self.ff.net[0](tokens)
-
-    def contract(self, features: Tensor) -> Tensor:
-        return self.ff.net[2](self.ff.net[1](features))
 
     def own_text_ffn(self, tokens: Tensor, layout: Layout) -> Tensor:
         return self.ff_context(tokens)

@@ -67,7 +67,7 @@ class QwenImageUnit(StockUnit):
     """Two streams with one joint attention, each with its own modulation and feed-forward."""
 
     attn: Any
-    img_mlp: Any
+    network = "img_mlp"
     txt_mlp: nn.Module
 
     @property
@@ -113,12 +113,6 @@ class QwenImageUnit(StockUnit):
         """Softmax attention over all tokens but masked text: b h s e each, text first -> b h s e."""
         mask = layout.joint_mask(k.shape[2])
         return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
-
-    def expand(self, tokens: Tensor) -> Tensor:
-        return self.img_mlp.net[0](tokens)
-
-    def contract(self, features: Tensor) -> Tensor:
-        return self.img_mlp.net[2](self.img_mlp.net[1](features))
 
     def own_text_ffn(self, tokens: Tensor, layout: Layout) -> Tensor:
         return self.txt_mlp(tokens)

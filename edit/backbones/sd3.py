@@ -79,7 +79,6 @@ class JointUnit(StockUnit):
 
     attn: Any
     attn2: Any
-    ff: Any
     ff_context: nn.Module
 
     def __init__(self, block: Any):
@@ -143,12 +142,6 @@ class JointUnit(StockUnit):
         q, k = normed(a.to_q(tokens), a.norm_q, a), normed(a.to_k(tokens), a.norm_k, a)
         o = F.scaled_dot_product_attention(q, k, heads(a.to_v(tokens), a))
         return Branch(a.to_out[1](a.to_out[0](o.transpose(1, 2).flatten(2))))
-
-    def expand(self, tokens: Tensor) -> Tensor:
-        return self.ff.net[0](tokens)
-
-    def contract(self, features: Tensor) -> Tensor:
-        return self.ff.net[2](self.ff.net[1](features))
 
     def own_text_ffn(self, tokens: Tensor, layout: Layout) -> Tensor:
         return self.ff_context(tokens)

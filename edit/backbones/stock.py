@@ -42,6 +42,8 @@ MODULATION = ("norm1.linear.", "norm1_context.linear.", "norm_out.linear.")  # o
 class StockUnit(Unit):
     """A unit that stands where a block of a stock model stood, with the same children and parameters."""
 
+    network: ClassVar[str] = "ff"  # the child that is the (image) feed-forward, a `diffusers` FeedForward
+
     def __init__(self, block: nn.Module):
         super().__init__()
         for name, child in block.named_children():
@@ -50,6 +52,13 @@ class StockUnit(Unit):
             self.register_parameter(name, p)
         for name, b in block.named_buffers(recurse=False):
             self.register_buffer(name, b, persistent=name not in block._non_persistent_buffers_set)
+
+    def expand(self, tokens: Tensor) -> Tensor:
+        return getattr(self, self.network).net[0](tokens)
+
+    def contract(self, features: Tensor) -> Tensor:
+        net = getattr(self, self.network).net
+        return net[2](net[1](features))
 
 
 def feed_forward(unit: nn.Module, name: str) -> Features | None:

@@ -63,6 +63,7 @@ class WanUnit(StockUnit):
     has no gate. `Stream.cond` is the shared modulation, b 6 d; `Stream.text` is the same in all units.
     """
 
+    network = "ffn"
     attn1: Any
     attn2: Any
     scale_shift_table: nn.Parameter  # 1 6 d
@@ -102,12 +103,6 @@ class WanUnit(StockUnit):
     def feed(self, stream: Stream, modulation: Modulation) -> Branch:
         shift, scale = modulation.feed_shift.image, modulation.feed_scale.image
         return Branch(self.part("ffn")(modulated(self.norm3, stream.image, shift, scale), stream.layout))
-
-    def expand(self, tokens: Tensor) -> Tensor:
-        return self.ffn.net[0](tokens)
-
-    def contract(self, features: Tensor) -> Tensor:
-        return self.ffn.net[2](self.ffn.net[1](features))
 
     def compute(self, stream: Stream) -> Stream:
         m, dtype = self.modulate(stream), stream.image.dtype

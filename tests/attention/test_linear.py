@@ -171,6 +171,11 @@ def test_what_cannot_be_is_refused_in_a_sentence(flux, told):
         edit.apply(flux, {"linear": LinearAttention((0, 5))})
     with pytest.raises(ValueError, match=r"name each unit once, got \[1, 1\]"):
         edit.apply(flux, {"linear": LinearAttention((1, 1))})
+    unit = flux.units[2]
+    unit.add_module("attending", unit._modules.pop("attn"))
+    with pytest.raises(ValueError, match="the projections of unit 2 have names that it does not know to train"):
+        edit.apply(flux, {"linear": LinearAttention((2,))})
+    unit.add_module("attn", unit._modules.pop("attending"))
     edit.apply(flux, {"linear": LinearAttention((1,))})
     with pytest.raises(ValueError, match="another edit has replaced the attention of unit 1: leave it out"):
         edit.apply(flux, {"again": LinearAttention()})
