@@ -51,7 +51,7 @@ class LinearAttention(Edit):
             if "attention" in unit.slots or "mixer" in unit.slots:
                 raise ValueError(f"LinearAttention: another edit has replaced the attention of unit {i}: leave it out")
             if not any(PROJECTIONS.search(f".{name}") for name, _ in unit.named_parameters()):
-                raise ValueError(f"LinearAttention: the projections of unit {i} have names that it does not know to train")
+                raise ValueError(f"LinearAttention: the projections of unit {i} have names that it cannot train")
             # a family that leaves out masked text does so in an attention of its own
             masks = type(unit).own_attention is not Unit.own_attention
             with next(unit.parameters()).device:

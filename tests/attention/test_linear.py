@@ -173,7 +173,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(flux, told):
         edit.apply(flux, {"linear": LinearAttention((1, 1))})
     unit = flux.units[2]
     unit.add_module("attending", unit._modules.pop("attn"))
-    with pytest.raises(ValueError, match="the projections of unit 2 have names that it does not know to train"):
+    with pytest.raises(ValueError, match="the projections of unit 2 have names that it cannot train"):
         edit.apply(flux, {"linear": LinearAttention((2,))})
     unit.add_module("attn", unit._modules.pop("attending"))
     edit.apply(flux, {"linear": LinearAttention((1,))})
