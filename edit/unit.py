@@ -12,7 +12,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
@@ -229,8 +228,8 @@ class Unit(nn.Module, ABC):
     def compute(self, stream: Stream) -> Stream:
         """All residual branches in order."""
         m = self.modulate(stream)
-        stream = self.residual(stream, "attention", partial(self.attend, modulation=m), m.attention_gate)
-        return self.residual(stream, "feed", partial(self.feed, modulation=m), m.feed_gate)
+        stream = self.residual(stream, "attention", lambda s: self.attend(s, m), m.attention_gate)
+        return self.residual(stream, "feed", lambda s: self.feed(s, m), m.feed_gate)
 
     # ---- a call -----------------------------------------------------------------------------------------------
 
@@ -251,7 +250,8 @@ class Unit(nn.Module, ABC):
         Args:
             stream: before the branch
             name: "attention", "feed", "fused", "cross" or "second"
-            run: computes the branch, its norm included; not called if the slot `branch` has an answer of its own
+            run: computes the branch, its norm included; not called if the slot `branch` has an answer of its own. A
+                closure: compiled, torch 2.11 takes one `functools.partial` for another
             gate: of image and, where the branch writes it, text; None: the branch has none
         """
         branch = self.part("branch")(stream, name, run)

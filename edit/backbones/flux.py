@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -208,10 +207,10 @@ class SingleUnit(StockUnit):
     def compute(self, stream: Stream) -> Stream:
         m, given = self.modulate(stream), {"image": stream.image, "text": stream.text}
         if stream.tap or ("fused" not in self.filled and not {"mixer", "ffn"}.isdisjoint(self.filled)):
-            stream = self.residual(stream, "attention", partial(self.attend, modulation=m), m.gate)
+            stream = self.residual(stream, "attention", lambda s: self.attend(s, m), m.gate)
             stream = self.residual(stream, "feed", lambda s: self.feed(replace(s, **given), m), m.gate)
         else:
-            stream = self.residual(stream, "fused", partial(self.fuse, modulation=m), m.gate)
+            stream = self.residual(stream, "fused", lambda s: self.fuse(s, m), m.gate)
         if stream.image.dtype == torch.float16:
             stream = replace(stream, image=finite(stream.image), text=finite(stream.text))
         return stream

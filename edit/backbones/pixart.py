@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -106,9 +105,9 @@ class PixArtUnit(BasicUnit):
 
     def compute(self, stream: Stream) -> Stream:
         m = self.modulate(stream)
-        stream = self.residual(stream, "attention", partial(self.attend, modulation=m), m.attention_gate)
+        stream = self.residual(stream, "attention", lambda s: self.attend(s, m), m.attention_gate)
         stream = self.residual(stream, "cross", self.read, None)
-        return self.residual(stream, "feed", partial(self.feed, modulation=m), m.feed_gate)
+        return self.residual(stream, "feed", lambda s: self.feed(s, m), m.feed_gate)
 
 
 class PixArt(PatchDenoiser):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -157,10 +156,10 @@ class JointUnit(StockUnit):
 
     def compute(self, stream: Stream) -> Stream:
         m, given = self.modulate(stream), stream.image
-        stream = self.residual(stream, "attention", partial(self.attend, modulation=m), m.attention_gate)
+        stream = self.residual(stream, "attention", lambda s: self.attend(s, m), m.attention_gate)
         if self.dual:
             stream = self.residual(stream, "second", lambda _: self.attend_again(given, m), Branch(m.second_gate))
-        stream = self.residual(stream, "feed", partial(self.feed, modulation=m), m.feed_gate)
+        stream = self.residual(stream, "feed", lambda s: self.feed(s, m), m.feed_gate)
         return replace(stream, text=None) if self.last else stream
 
     def end(self) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -106,10 +105,10 @@ class WanUnit(StockUnit):
 
     def compute(self, stream: Stream) -> Stream:
         m, dtype = self.modulate(stream), stream.image.dtype
-        stream = self.residual(stream, "attention", partial(self.attend, modulation=m), m.attention_gate)
+        stream = self.residual(stream, "attention", lambda s: self.attend(s, m), m.attention_gate)
         stream = rounded(stream, dtype)
         stream = self.residual(stream, "cross", self.read, None)
-        return rounded(self.residual(stream, "feed", partial(self.feed, modulation=m), m.feed_gate), dtype)
+        return rounded(self.residual(stream, "feed", lambda s: self.feed(s, m), m.feed_gate), dtype)
 
 
 def heads_between(name: str, attention: Any) -> Features:
