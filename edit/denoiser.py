@@ -307,6 +307,19 @@ class Denoiser(nn.Module, ABC):
         """
         self._check(x, t, (*taps, *branches, *forced, *maps))
         stream = replace(self.embed(**self.pack(x, t, condition)), step=step)
+        return self.follow(stream, t, condition, taps, branches, forced, maps)
+
+    def follow(
+        self,
+        stream: Stream,
+        t: Tensor,
+        condition: Condition,
+        taps: Collection[int] = (),
+        branches: Collection[int] = (),
+        forced: Mapping[int, Forced] = _NOTHING,
+        maps: Mapping[int, int] = _NOTHING,
+    ) -> Output:
+        """The prediction from the embedded stream on, with the hooks of edits; arguments as of `forward`."""
         for name, edit in self.applied.items():
             stream = edit.embed(stream, t, condition, self.edits[name] if name in self.edits else None)
         stream = self.run(stream, taps, branches, forced, maps)

@@ -1,15 +1,14 @@
 """The contract of a unit, on every family: slots, the seam of residual branches, notes, orders of tokens, wrappers."""
 
 import ast
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from families import CONFIGS, family, inputs, walk
+from operators import Operators
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import edit
 from edit.denoiser import Denoiser, Edit
@@ -65,18 +64,6 @@ def test_a_slot_is_assigned_in_its_namespace_alone(dit):
 # ---- the seam of residual branches ----------------------------------------------------------------------------------
 
 
-class Ops(TorchDispatchMode):
-    """Counts operations by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @families
 @torch.no_grad()
 def test_every_branch_passes_the_slot_and_adds_up_to_the_unit(name):
@@ -118,9 +105,9 @@ def test_a_branch_that_is_not_run_costs_neither_norm_nor_matmul_of_tokens(name):
             answers.get(branch) or (answers.setdefault(branch, run(stream)))
         )
         unit(stream)
-        with Ops() as modulation:
+        with Operators() as modulation:
             unit.modulate(stream)
-        with Ops() as repeated:
+        with Operators() as repeated:
             unit(stream)
         for op in ("native_layer_norm", "_fused_rms_norm", "rsqrt", "mm", "addmm", "bmm", "gelu"):
             assert repeated.seen[op] == modulation.seen[op], op

@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, feed_forward, zero_init
+from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, feed_forward, heads, heads_between, zero_init
 from edit.facts import Facts
 from edit.inputs.limits import Count, check_numbers, check_table
 from edit.sampling import Sampler
 from edit.solvers import DDIMSolver
 from edit.stream import Branch, Condition, Layout, Output, Stream
-from edit.unit import Anatomy, Features
+from edit.unit import Anatomy
 
 STEPS = 1000  # of the DDPM the published weights were trained on
 
@@ -68,10 +68,7 @@ class BasicUnit(StockUnit):
 
     @property
     def anatomy(self) -> Anatomy:
-        a = self.attn1
-        writers = tuple((f"attn1.{name}", 1) for name in ("to_q", "to_k", "to_v"))
-        own = Features(a.to_out[0].in_features, writers, (("attn1.to_out.0", 0),), ("attn1", "heads"))
-        return Anatomy(a.heads, own, feed_forward(self, "ff"))
+        return Anatomy(self.attn1.heads, heads_between("attn1", self.attn1), feed_forward(self, "ff"))
 
     def own_mixer(self, stream: Stream, tokens: Tensor) -> Tensor:
         """b n d -> b n d."""
@@ -86,11 +83,6 @@ class BasicUnit(StockUnit):
     @abstractmethod
     def own_norm(self, tokens: Tensor) -> Tensor:
         """The norm before the self-attention."""
-
-
-def heads(tokens: Tensor, attention: Any) -> Tensor:
-    """b s (h e) -> b h s e."""
-    return tokens.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
 
 
 class PatchDenoiser(StockDenoiser):

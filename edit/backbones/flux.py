@@ -24,6 +24,8 @@ from edit.backbones.stock import (
     StockUnit,
     feed_forward,
     finite,
+    heads,
+    heads_between,
     latent_of,
     tokens_of,
     turn,
@@ -36,7 +38,6 @@ from edit.solvers import StockEuler
 from edit.stream import Branch, Condition, Layout, Output, Stream
 from edit.unit import Anatomy, Features, masked
 
-PROJECTIONS = (("attn.to_q", 1), ("attn.to_k", 1), ("attn.to_v", 1))
 SHIFT = (0.5, 1.15, 256, 4096)  # of FLUX.1-dev's scheduler, see StockEuler.dynamic
 
 
@@ -79,12 +80,9 @@ class DoubleUnit(StockUnit):
 
     @property
     def anatomy(self) -> Anatomy:
-        a = self.attn
-        writers = (*PROJECTIONS, ("attn.add_q_proj", 1), ("attn.add_k_proj", 1), ("attn.add_v_proj", 1))
-        size = a.to_out[0].in_features
-        joint = Features(size, writers, (("attn.to_out.0", 0), ("attn.to_add_out", 0)))
+        joint = heads_between("attn", self.attn, "written")
         feed, text = feed_forward(self, "ff"), feed_forward(self, "ff_context")
-        return Anatomy(size // a.head_dim, joint, feed, text, text="along")
+        return Anatomy(self.attn.heads, joint, feed, text, text="along")
 
     def modulate(self, stream: Stream) -> Modulation:
         image, text = (vectors(norm, stream.cond, 6) for norm in (self.norm1, self.norm1_context))
@@ -148,9 +146,10 @@ class SingleUnit(StockUnit):
     @property
     def anatomy(self) -> Anatomy:
         width, columns = self.attn.inner_dim, self.proj_out.in_features
-        joint = Features(width, PROJECTIONS, (("proj_out", 0),))
+        writers = tuple((f"attn.{part}", 1) for part in ("to_q", "to_k", "to_v"))
+        joint = Features(width, writers, (("proj_out", 0),), ("attn", "heads"))
         feed = Features(columns - width, (("proj_mlp", 1),), (("proj_out", width),), None, self.act_mlp)
-        return Anatomy(width // self.attn.head_dim, joint, feed, text="along", fused=True)
+        return Anatomy(self.attn.heads, joint, feed, text="along", fused=True)
 
     def modulate(self, stream: Stream) -> SingleModulation:
         shift, scale, gate = vectors(self.norm, stream.cond, 3)
@@ -219,11 +218,6 @@ class SingleUnit(StockUnit):
 def vectors(norm: Any, cond: Tensor, count: int) -> tuple[Tensor, ...]:
     """Shifts, scales and gates that a modulated norm makes of the conditioning: `count` of b 1 d."""
     return norm.linear(norm.silu(cond))[:, None].chunk(count, -1)
-
-
-def heads(tokens: Tensor, attention: Any) -> Tensor:
-    """b s (h e) -> b h s e."""
-    return tokens.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
 
 class Flux(StockDenoiser):

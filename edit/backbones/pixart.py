@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.backbones.dit_diffusers import BasicUnit, PatchDenoiser, heads
-from edit.backbones.stock import Modulation, zero_init
+from edit.backbones.dit_diffusers import BasicUnit, PatchDenoiser
+from edit.backbones.stock import Modulation, heads, heads_between, zero_init
 from edit.facts import Facts
 from edit.inputs.limits import Count, check_numbers
 from edit.sampling import Sampler
 from edit.solvers import DPMSolver
 from edit.stream import Branch, Condition, Layout, Step, Stream
-from edit.unit import Anatomy, Features
+from edit.unit import Anatomy
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,7 @@ class PixArtUnit(BasicUnit):
 
     @property
     def anatomy(self) -> Anatomy:
-        writers = tuple((f"attn2.{name}", 1) for name in ("to_q", "to_k", "to_v"))
-        a = self.attn2
-        cross = Features(a.to_out[0].in_features, writers, (("attn2.to_out.0", 0),), ("attn2", "heads"))
-        return replace(super().anatomy, cross=cross, text="aside")
+        return replace(super().anatomy, cross=heads_between("attn2", self.attn2), text="aside")
 
     def modulate(self, stream: Stream) -> Modulation:
         rows = (self.scale_shift_table + stream.cond.unflatten(1, (6, -1))).chunk(6, dim=1)  # b 1 d

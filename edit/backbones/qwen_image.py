@@ -28,6 +28,8 @@ from edit.backbones.stock import (
     StockUnit,
     feed_forward,
     finite,
+    heads,
+    heads_between,
     latent_of,
     tokens_of,
     turn,
@@ -38,7 +40,7 @@ from edit.inputs.limits import Count, check_numbers
 from edit.sampling import Sampler
 from edit.solvers import StockEuler
 from edit.stream import Branch, Condition, Layout, Output, Step, Stream
-from edit.unit import Anatomy, Features
+from edit.unit import Anatomy
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,10 @@ class QwenImageUnit(StockUnit):
 
     @property
     def anatomy(self) -> Anatomy:
-        a, names = self.attn, ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-        writers = tuple((f"attn.{name}", 1) for name in names)
-        joint = Features(a.to_out[0].in_features, writers, (("attn.to_out.0", 0), ("attn.to_add_out", 0)))
-        return Anatomy(a.heads, joint, feed_forward(self, "img_mlp"), feed_forward(self, "txt_mlp"), text="along")
+        joint = heads_between("attn", self.attn, "written")
+        return Anatomy(
+            self.attn.heads, joint, feed_forward(self, "img_mlp"), feed_forward(self, "txt_mlp"), text="along"
+        )
 
     def modulate(self, stream: Stream) -> Modulation:
         image, text = (layer(stream.cond)[:, None].chunk(6, -1) for layer in (self.img_mod, self.txt_mod))
@@ -128,11 +130,6 @@ class QwenImageUnit(StockUnit):
         if stream.image.dtype is torch.float16:  # the published weights overflow here; clipping is part of the model
             stream = replace(stream, image=finite(stream.image), text=finite(stream.text))
         return stream
-
-
-def heads(tokens: Tensor, attention: Any) -> Tensor:
-    """b s (h e) -> b h s e."""
-    return tokens.unflatten(-1, (-1, attention.inner_dim // attention.heads)).transpose(1, 2)
 
 
 def position_angles(grid: Sequence[int], length: int, axes: Sequence[int], device: torch.device) -> Tensor:

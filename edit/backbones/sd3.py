@@ -21,13 +21,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.backbones.stock import JOINT, MODULATION, Modulation, StockDenoiser, StockUnit, feed_forward, zero_init
+from edit.backbones.stock import (
+    JOINT,
+    MODULATION,
+    Modulation,
+    StockDenoiser,
+    StockUnit,
+    feed_forward,
+    heads,
+    heads_between,
+    zero_init,
+)
 from edit.facts import Facts
 from edit.inputs.limits import Count, check_numbers, check_table
 from edit.sampling import Sampler
 from edit.solvers import StockEuler
 from edit.stream import Branch, Condition, Layout, Output, Stream
-from edit.unit import Anatomy, Features
+from edit.unit import Anatomy
 
 
 @dataclass(frozen=True)
@@ -87,16 +97,11 @@ class JointUnit(StockUnit):
 
     @property
     def anatomy(self) -> Anatomy:
-        a, second = self.attn, None
-        size, out = a.to_out[0].in_features, ("attn.to_out.0", 0)
-        joint = (*projections("attn"), ("attn.add_q_proj", 1), ("attn.add_k_proj", 1), ("attn.add_v_proj", 1))
-        heads = Features(size, joint, (out,) if self.last else (out, ("attn.to_add_out", 0)), ("attn", "heads"))
-        if self.dual:
-            width = self.attn2.to_out[0].in_features
-            second = Features(width, projections("attn2"), (("attn2.to_out.0", 0),), ("attn2", "heads"))
+        joint = heads_between("attn", self.attn, "read" if self.last else "written")
+        second = heads_between("attn2", self.attn2) if self.dual else None
         text = None if self.last else feed_forward(self, "ff_context")
         ends = "ends" if self.last else "along"
-        return Anatomy(a.heads, heads, feed_forward(self, "ff"), text, second=second, text=ends)
+        return Anatomy(self.attn.heads, joint, feed_forward(self, "ff"), text, second=second, text=ends)
 
     def modulate(self, stream: Stream) -> DualModulation:
         first, text = self.norm1, self.norm1_context
@@ -185,15 +190,6 @@ class JointUnit(StockUnit):
         self.norm1_context = norm.train(self.training)
         self.attn.to_add_out = self.ff_context = self.norm2_context = None
         self.last = True
-
-
-def projections(name: str) -> tuple[tuple[str, int], ...]:
-    return tuple((f"{name}.{part}", 1) for part in ("to_q", "to_k", "to_v"))
-
-
-def heads(tokens: Tensor, attention: Any) -> Tensor:
-    """b s (h e) -> b h s e."""
-    return tokens.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
 
 
 def normed(tokens: Tensor, norm: nn.Module | None, attention: Any) -> Tensor:

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -59,6 +59,25 @@ class StockUnit(Unit):
     def contract(self, features: Tensor) -> Tensor:
         net = getattr(self, self.network).net
         return net[2](net[1](features))
+
+
+def heads(tokens: Tensor, attention: Any) -> Tensor:
+    """Of a `diffusers` attention: b s (h e) -> b h s e."""
+    return tokens.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+
+
+def heads_between(name: str, attention: Any, text: Literal["none", "read", "written"] = "none") -> Features:
+    """The heads of a `diffusers` attention.
+
+    Args:
+        name: of the attention in its unit
+        attention: with an output layer of its own
+        text: none; text tokens of the joint sequence that are read; or that are also written
+    """
+    own, added = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+    writers = tuple((f"{name}.{part}", 1) for part in (own if text == "none" else own + added))
+    readers = ((f"{name}.to_out.0", 0), (f"{name}.to_add_out", 0))[: 2 if text == "written" else 1]
+    return Features(attention.to_out[0].in_features, writers, readers, (name, "heads"))
 
 
 def feed_forward(unit: nn.Module, name: str) -> Features | None:
@@ -413,11 +432,5 @@ class _Calls:
         assert step is not None
         t = torch.full((len(stream.image),), step.sigma, device=stream.image.device)
         condition = Condition(**{field: native[name] for name, field in TOLD.items() if name in native})
-        hooks = [(edit, d.edits[name] if name in d.edits else None) for name, edit in d.applied.items()]
-        for edit, own in hooks:
-            stream = edit.embed(stream, t, condition, own)
-        stream = d.run(stream)
-        output = d.readout(stream)
-        for edit, own in hooks:
-            output = edit.readout(output, stream, own)
+        output = d.follow(stream, t, condition)
         return output.sample if output.variance is None else torch.cat((output.sample, output.variance), 1)

@@ -19,7 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, feed_forward, turn, zero_init
+from edit.backbones.stock import (
+    Modulation,
+    StockDenoiser,
+    StockUnit,
+    feed_forward,
+    heads,
+    heads_between,
+    turn,
+    zero_init,
+)
 from edit.facts import Facts
 from edit.inputs.limits import Count, check_numbers
 from edit.sampling import Sampler
@@ -69,7 +78,7 @@ class WanUnit(StockUnit):
 
     @property
     def anatomy(self) -> Anatomy:
-        own, cross = (heads_between(name, getattr(self, name)) for name in ("attn1", "attn2"))
+        own, cross = (normed_heads(name, getattr(self, name)) for name in ("attn1", "attn2"))
         return Anatomy(self.attn1.heads, own, feed_forward(self, "ffn"), cross=cross, text="aside")
 
     def modulate(self, stream: Stream) -> Modulation:
@@ -111,17 +120,10 @@ class WanUnit(StockUnit):
         return rounded(self.residual(stream, "feed", lambda s: self.feed(s, m), m.feed_gate), dtype)
 
 
-def heads_between(name: str, attention: Any) -> Features:
+def normed_heads(name: str, attention: Any) -> Features:
     """The heads of one attention; queries and keys are normalised across all of them."""
-    writers = tuple((f"{name}.{part}", 1) for part in ("to_q", "to_k", "to_v"))
     norms = ((f"{name}.to_q", f"{name}.norm_q"), (f"{name}.to_k", f"{name}.norm_k"))
-    size = attention.to_out[0].in_features
-    return Features(size, writers, ((f"{name}.to_out.0", 0),), (name, "heads"), norms=norms)
-
-
-def heads(tokens: Tensor, attention: Any) -> Tensor:
-    """b s (h e) -> b h s e."""
-    return tokens.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+    return replace(heads_between(name, attention), norms=norms)
 
 
 def modulated(norm: Any, tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from operators import Operators
 from ranks import run_ranks
 from stock_dit import stock_model
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import edit
 from edit.artifacts.official import from_official, load_official
@@ -407,25 +407,12 @@ _NO_KERNEL = {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "un
 _NO_KERNEL |= {"split", "split_with_sizes", "chunk", "unbind", "alias", "detach", "as_strided", "reshape", "unflatten"}
 
 
-class Kernels(TorchDispatchMode):
-    """Counts operations that launch a kernel: all but views."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name not in _NO_KERNEL:
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @torch.no_grad()
 def kernels(f, *inputs) -> Counter[str]:
-    with Kernels() as mode:
+    """Operations that launch a kernel: all but views."""
+    with Operators() as mode:
         f(*inputs)
-    return mode.counts
+    return Counter({name: n for name, n in mode.seen.items() if name not in _NO_KERNEL})
 
 
 @torch.no_grad()

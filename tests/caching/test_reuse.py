@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from families import CONFIGS
+from operators import Operators
 from ranks import run_ranks
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
 from weights import randomise
 
 import edit
@@ -72,18 +72,6 @@ def executed(denoiser: Denoiser, steps: int = 4, name: str = "reuse", **options:
 
     paint(denoiser, steps, watch, **options)
     return seen
-
-
-class Ops(TorchDispatchMode):
-    """Names of the operators that are run, counted."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 # ---- what is repeated ------------------------------------------------------------------------------------------------
@@ -210,9 +198,9 @@ def test_a_repeated_branch_runs_neither_norm_nor_product(name):
         units, seen = list(net.units), []
 
         def recorded(stream, unit, seen=seen):
-            with Ops() as modulation:
+            with Operators() as modulation:
                 core(unit).modulate(stream)
-            with Ops() as ops:
+            with Operators() as ops:
                 stream = unit(stream)
             seen.append((ops.seen, modulation.seen))
             return stream
