@@ -76,7 +76,7 @@ class Sampler:
             watch: called with each evaluation's step and output; of branch "joint", the first b samples are cond's
 
         Returns:
-            b c y x float32, in the range of the training data.
+            b c *sizes float32, in the range of the training data.
 
         Raises:
             ValueError: if the solver does not fit the objective, if no edit perturbs the branch "perturbed", or if
@@ -166,7 +166,7 @@ class Guided:
         self.done = 0  # evaluations
 
     def __call__(self, x: Tensor, t: float, end: float | None = None) -> Tensor:
-        """Predict at time t: b c y x -> b c y x, behind it the maps that the solver takes, as channels."""
+        """Predict at time t: b c *sizes -> the same, behind it the maps that the solver takes, as channels."""
         s = self.sampler
         c = x.shape[1] if s.channels is None else s.channels
         inside = s.interval[0] <= t <= s.interval[1]

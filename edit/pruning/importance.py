@@ -69,7 +69,7 @@ def influence(denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) 
 
     Args:
         denoiser: the model to be pruned
-        x_t: b c y x, noisy samples
+        x_t: b c *sizes, noisy samples
         t: b, times
         condition: of the same batch
 
