@@ -19,6 +19,7 @@ MATCHING, SHARED = 200, 100  # MATCHING + k: uses of a few-step method; + SHARED
 RESAMPLE, SHUFFLE = 101, 102  # latents from their moments; the order of an epoch
 MOVE, GRAIN = 103, 104  # where a picture is moved; the grain of one that shows nothing
 SOLVER = 1000  # SOLVER + k: noise of the sampler's k-th step
+TERMS = 1 << 20  # TERMS + a number of 42 bits: uses of a loss term
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed 64-bit
 _M1 = 0xBF58476D1CE4E5B9 - (1 << 64)

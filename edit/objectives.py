@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, Inside, Limits, NotNegative, Positive, check_numbers
 from edit.paths import column, corrupt, mean, noise_to_velocity
 from edit.stream import Output
@@ -253,7 +250,7 @@ def discretised_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
     return -mass.clamp_min(1e-12).log()
 
 
-# ---- additional terms -----------------------------------------------------------------------------------------------
+# ---- weights of losses ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -286,71 +283,3 @@ Weight = NotNegative | Ramp
 
 def weight_at(weight: Weight, progress: float) -> float:
     return weight(progress) if isinstance(weight, Ramp) else float(weight)
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One training forward: the input of a term."""
-
-    output: Output  # of the trained denoiser, with the tapped tokens in its trace
-    batch: Mapping[str, Tensor]  # of the data set, plus "noise" and "x_t"
-    t: Tensor  # b, times in [0, 1]
-    progress: float = 0.0  # fraction of the run that is done, for schedules
-    teacher: Output | None = None  # of the frozen teacher at the same x_t, t and condition; None: no term needs it
-
-
-class Term(ABC):
-    """An additional loss beside the objective's, on tapped tokens, branches or maps of student and teacher.
-
-    Subclasses are dataclasses. Units are counted from 0.
-    """
-
-    taps: tuple[int, ...] = ()  # units whose tokens arrive in output.trace as "unit.<index>"
-    branches: tuple[int, ...] = ()  # units whose branches arrive as "unit.<index>.attention" and "unit.<index>.feed"
-    maps: Mapping[int, int] = MappingProxyType({})  # units whose attention maps arrive as "unit.<index>.maps": rows
-    needs_teacher: bool = False
-    teacher_taps: tuple[int, ...] = ()  # the same of the teacher
-    teacher_branches: tuple[int, ...] = ()
-    teacher_maps: Mapping[int, int] = MappingProxyType({})
-
-    def build(self, denoiser: Denoiser, teacher: Denoiser | None = None) -> nn.Module | None:
-        """Parameters of the term itself (a projector), trained and saved with the run but not with the artifact.
-
-        May be called on the meta device. Raises ValueError if the term does not fit the two models.
-        """
-        return None
-
-    def forced(self, progress: float) -> tuple[Mapping[int, int], float]:
-        """Student units with the teacher unit whose output they take as input, and the fraction of the samples."""
-        return {}, 0.0
-
-    @abstractmethod
-    def losses(self, seen: Pass, own: nn.Module | None) -> dict[str, Tensor]:
-        """Named, already weighted loss terms, one number per sample [b].
-
-        Args:
-            seen: the pass to score
-            own: the module that `build` returned
-        """
-
-
-def wanted(terms: Iterable[Term], teacher: bool = False) -> tuple[tuple[int, ...], tuple[int, ...], dict[int, int]]:
-    """The taps, branches and maps that all terms need, as arguments of `Denoiser.forward`.
-
-    Args:
-        terms: of a run
-        teacher: of the teacher's forward, not the trained model's
-
-    Raises:
-        ValueError: if two terms want different numbers of rows of one unit's attention map
-    """
-    taps, branches, maps = set(), set(), {}
-    for term in terms:
-        taps.update(term.teacher_taps if teacher else term.taps)
-        branches.update(term.teacher_branches if teacher else term.branches)
-        for unit, rows in (term.teacher_maps if teacher else term.maps).items():
-            if maps.setdefault(unit, rows) != rows:
-                raise ValueError(
-                    f"terms want {maps[unit]} and {rows} rows of unit {unit}'s attention map: give them one number"
-                )
-    return tuple(sorted(taps)), tuple(sorted(branches)), maps

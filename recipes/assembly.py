@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from edit.denoiser import Denoiser
 from edit.distillation.guidance import TeacherGuidance
 from edit.few_step.method import FewStepMethod
+from edit.losses import Loss
 from edit.objectives import Objective
 from edit.sampling import Sampler
 from edit.stream import Condition
 from recipes.config.errors import UserError
 from recipes.data_set import conditions, null_condition
-from recipes.models import Files, Models, made, models_of
+from recipes.models import Files, Models, losses_of, made, models_of
 from recipes.recipe import Training
 from recipes.roles import Teacher
 from recipes.runtime.trainer import recipe_casts
+from recipes.seen import Sight
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Run:
     training: Training
     condition: Callable[[Tensor], Condition]  # numbers of samples [b] -> what they are conditioned on
     null: Condition | None  # the data set's own condition of no text; None: the denoiser's
-    sight: tuple[nn.Module, nn.Module] | None  # decoder and vision model, where the method looks at images
+    sight: Sight  # frozen models of losses
 
 
 def assemble(cfg: DictConfig) -> Run:
@@ -59,7 +61,7 @@ def assemble(cfg: DictConfig) -> Run:
     stored = getattr(data, "stored", None)  # how a teacher made the data, where a method must know
     if matching is not None:
         matching.check(sampler.solver)
-    sight = make_sight(data, matching)
+    sight = make_sight(data, losses_of(models))
     if matching is not None and stored is not None:
         matching.check_stored(stored.get("times", []))
     sampler = told_as_taught(sampler, taught_at(models.teacher, stored), models.skeleton, matching)
@@ -106,23 +108,29 @@ def refuse_unrecorded(sampler: Sampler, student: Denoiser) -> None:
         )
 
 
-def make_sight(data: Any, matching: FewStepMethod | None) -> tuple[nn.Module, nn.Module] | None:
-    """The data set's decoder and the method's vision model; None: the method looks at no images.
+def make_sight(data: Any, losses: Mapping[str, Loss]) -> Sight:
+    """The frozen models of losses, and the data set's decoder where one asks for pixels.
+
+    Args:
+        data: the data set
+        losses: by their places in the configuration
 
     Raises:
-        UserError: if one of the two cannot be had, or a crop is larger than the samples
+        UserError: if one of them cannot be had, or does not take the samples
     """
-    if matching is None or matching.vision is None:
-        return None
-    crop, shapes = matching.vision.crop, getattr(data, "buckets", None) or [data.shape]
-    if crop is not None and crop > (least := min(side for shape in shapes for side in shape[-2:])):
-        raise UserError(
-            f"matching.vision.crop={crop} is more than the {least} rows of a sample: lower it, or leave it out"
-        )
-    try:
-        return getattr(data, "decoder", nn.Identity)(), matching.vision.load()
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"matching.vision looks at decoded images: {error}") from error
+    shapes = [tuple(shape) for shape in getattr(data, "buckets", None) or [data.shape]]
+    sight = Sight(None, {})
+    for place, loss in losses.items():
+        try:
+            for frozen in loss.frozen.values():
+                frozen.check(shapes)
+                if frozen not in sight.models:
+                    sight.models[frozen] = frozen.load()
+            if loss.decodes and sight.decoder is None:
+                sight.decoder = getattr(data, "decoder", nn.Identity)()
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(f"{place} looks with a frozen model: {error}") from error
+    return sight
 
 
 # ---- guidance -------------------------------------------------------------------------------------------------------

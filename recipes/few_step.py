@@ -7,9 +7,8 @@ stay unchanged. Specification: methods/distillation.md, D3.5-D3.10.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +16,23 @@ from torch import Tensor, nn
 from edit import noise
 from edit.denoiser import Denoiser, check_layout
 from edit.few_step.method import FewStepMethod
-from edit.few_step.roles import Draws, Given, Roles
+from edit.losses import Draws, Seen
 from edit.objectives import Objective
-from edit.stream import Condition, Output
+from edit.stream import Condition
 from recipes.recipe import Recipe, Training, local, share_frozen
 from recipes.roles import Teacher
+from recipes.seen import Asked, Sight, edit_losses
 
 
 class FewStep(Recipe):
     """Train a denoiser by a few-step method.
 
     Args:
-        build, structure, objective, settings, teacher, null: as of `Recipe`
+        build, structure, objective, settings, teacher, null, sight: as of `Recipe`
         matching: the few-step method
         critic: makes the critic with its starting weights, and its structure alone; None: the method has none
         follow: implicit distribution alignment (SenseFlow, arXiv 2506.00523, with 0.03): the share of the way that the
             critic moves to the student after each of the student's steps; 0: off
-        sight: frozen decoder and vision model of a method that looks at images; not in checkpoints
     """
 
     def __init__(
@@ -47,33 +46,29 @@ class FewStep(Recipe):
         null: Condition | None = None,
         critic: tuple[Callable[[], Denoiser], Callable[[], Denoiser]] | None = None,
         follow: float = 0.0,
-        sight: tuple[nn.Module, nn.Module] | None = None,
+        sight: Sight | None = None,
     ):
-        super().__init__(build, structure, objective, settings, teacher, null)
+        super().__init__(build, structure, objective, settings, teacher, null, sight)
         self.matching, self.build_critic, self.follow = matching, critic, follow
-        self.sight = sight  # a tuple hides its modules from Lightning
         self.critic: Denoiser | None = None
         self.own: nn.Module | None = None  # heads and weights of the method
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         self._seed_dropout(batch_index)
         self.advance(self.denoiser, *([] if self.critic is None else [self.critic]))
-        if self.device_mesh is not None:
-            self.reshard()  # FSDP2 keeps root weights gathered after no-grad calls; without this they are stale
-        given = self._given(batch, batch_index)
-        roles, traces = self._roles(given)
+        asked, seen = self._see(batch, batch_index)
         mine, theirs = self.matching.turns(self.trainer.global_step)
         losses: dict[str, Tensor] = {}
         with self.casting():
             if mine:
                 with self.frozen(self.critics):
-                    losses |= self.matching.student_losses(roles, given)
-                losses |= _edit_losses(self.denoiser, traces["student"])
+                    losses |= self.matching.student_losses(seen)
+                losses |= edit_losses(self.denoiser, asked.traces["student"])
             if theirs:
                 with self.frozen(self.students):
-                    found = self.matching.critic_losses(roles, given)
+                    found = self.matching.critic_losses(seen)
                 if self.critic is not None:
-                    found = {**found, **_edit_losses(self.critic, traces["critic"])}
+                    found = {**found, **edit_losses(self.critic, asked.traces["critic"])}
                 losses |= {f"critic/{k}": v for k, v in found.items()}
         means = {name: loss.mean() for name, loss in losses.items()}
         loss = sum(means.values(), start=torch.zeros((), device=self.device))
@@ -82,9 +77,9 @@ class FewStep(Recipe):
         self.losses = {**before, **self.losses}  # keeps those of the other role's last turn
         return loss
 
-    def _given(self, batch: dict[str, Tensor], batch_index: int) -> Given:
+    def _see(self, batch: dict[str, Tensor], batch_index: int) -> tuple[Asked, Seen]:
         seed, samples = self.settings.seed, batch["draw"]
-        condition, null = self.conditions(batch)
+        whole, condition, null = self.conditions(batch)
         scale = batch.get("scale", torch.ones(len(samples), device=self.device))
         if self.teacher is not None:
             scale = self.teacher.guidance.scale(noise.uniform(seed, samples, noise.GUIDANCE))
@@ -92,53 +87,22 @@ class FewStep(Recipe):
         if x is None and self.matching.needs_data:
             raise ValueError(f"{type(self.matching).__name__} starts from data, and this data set has conditions only")
         shape = self.denoiser.sample_shape if x is None else tuple(x.shape[1:])
-        draws = Draws(seed, samples, self.micro(batch_index), shape)
-        path = (batch.get(name) for name in ("z", "trajectory", "times"))
-        return Given(condition, null, scale, draws, self.progress, x, *path)
-
-    def _roles(self, given: Given) -> tuple[Roles, dict[str, list[Mapping[str, Tensor]]]]:
-        """The models as velocity fields, and lists that collect the traces of student and critic calls with a graph."""
-        traces: dict[str, list[Mapping[str, Tensor]]] = {"student": [], "critic": []}
-
-        def ask(denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) -> Output:
-            told = given.scale if denoiser.facts.told else None
-            out = denoiser(*self.objective.native(x_t, t), replace(condition, guidance=told))
-            _refuse_further(denoiser, out)
-            return out._replace(sample=self.objective.velocity(out.sample, x_t, t))
-
-        def output(x_t: Tensor, t: Tensor, condition: Condition) -> Output:
-            out = ask(self.denoiser, x_t, t, condition)
-            if torch.is_grad_enabled():
-                traces["student"].append(out.trace)
-            return out
-
-        def student(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            return output(x_t, t, condition).sample
-
-        @torch.no_grad()
-        def average(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            return ask(self.ema, x_t, t, condition).sample
-
-        def critic(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            assert self.critic is not None, "a method that asks a critic declares it (has_critic)"
-            out = ask(self.critic, x_t, t, condition)
-            if torch.is_grad_enabled():
-                traces["critic"].append(out.trace)
-            return out.sample
-
-        def teacher(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            native = self.objective.native(x_t, t)
-            out = self._asked()(self.denoiser, *native, condition, given.null, given.scale)
-            return self.objective.velocity(out.sample, x_t, t)
-
-        def features(x_t: Tensor, t: Tensor, condition: Condition) -> Output:
-            return self._asked().features(self.denoiser, *self.objective.native(x_t, t), condition, given.scale)
-
-        return Roles(student, output, average, teacher, features, critic, self.own, *(self.sight or ())), traces
-
-    def _asked(self) -> Teacher:
-        assert self.teacher is not None, "a method that asks a teacher declares it (needs_teacher)"
-        return self.teacher
+        asked = Asked(self.objective, self.denoiser, self.ema, self.teacher, self.critic, null, scale, scale)
+        return asked, Seen(
+            condition,
+            null,
+            scale,
+            Draws(seed, samples, self.micro(batch_index), shape),
+            self.progress,
+            x,
+            *(batch.get(name) for name in ("z", "trajectory", "times")),
+            step=self.trainer.global_step,
+            whole=whole,
+            batch=batch,
+            own=self.own,
+            **self.sight.of(self.matching),
+            **asked.callables(),
+        )
 
     @contextmanager
     def frozen(self, parameters: list[nn.Parameter]) -> Iterator[None]:
@@ -186,8 +150,6 @@ class FewStep(Recipe):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        for module in self.sight or ():
-            module.to(self.device)
         judges = [] if self.own is None else self.matching.judges(self.own)
         theirs = [*(() if self.critic is None else self.critic.parameters()), *judges]
         self.critics = [p for p in theirs if p.requires_grad]
@@ -216,19 +178,3 @@ class FewStep(Recipe):
             theirs, ours = zip(*((local(c), local(p)) for c, p in pairs if p.requires_grad), strict=True)
             with torch.no_grad():
                 torch._foreach_lerp_(theirs, ours, self.follow)
-
-
-def _refuse_further(denoiser: Denoiser, out: Output) -> None:
-    """Raises ValueError if an edit makes further predictions of each sample: no few-step method scores them."""
-    for name, edit in denoiser.applied.items():
-        if further := edit.further(out):
-            raise ValueError(
-                f"edit {name!r} predicts every sample a second time ({', '.join(further)}), which few-step methods do "
-                f"not score: set edits.{name}.complete=0"
-            )
-
-
-def _edit_losses(denoiser: Denoiser, traces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The losses of a role's edits, for its last call."""
-    trace = traces[-1] if traces else {}
-    return {f"{name}/{k}": v for name, edit in denoiser.applied.items() for k, v in edit.losses(trace).items()}

@@ -28,7 +28,7 @@ from edit.denoiser import Edit
 from edit.few_step.method import FewStepMethod
 from edit.inputs.command import Parser, guarded
 from edit.inputs.trust import load_yaml
-from edit.objectives import Term
+from edit.losses import Term
 from edit.solvers import Solver
 from recipes.config import composed
 

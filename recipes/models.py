@@ -22,7 +22,7 @@ from edit.artifacts.official import load_official
 from edit.denoiser import Denoiser, Edit
 from edit.distillation.guidance import TeacherGuidance
 from edit.few_step.method import FewStepMethod
-from edit.objectives import Term
+from edit.losses import Loss, Term
 from recipes.config.conflicts import unplaceable
 from recipes.config.errors import UserError
 from recipes.data_set import check_told
@@ -62,11 +62,18 @@ def models_of(cfg: DictConfig, sources: Sources) -> Models:
     refuse_unfit_start(cfg, plan, spec, data.shape)
     refuse_unfit_data(plan, data)
     terms, matching = made(cfg.terms) or {}, made(cfg.matching)
+    refuse_unending(cfg.trainer.strategy, terms)
     needy = [f"terms.{name}" for name, term in terms.items() if term.needs_teacher]
     needy += ["matching"] if matching is not None and matching.needs_teacher else []
     teacher = teacher_of(cfg, sources, spec, needy, plan, data)
     critic = None if matching is None else critic_of(cfg, matching, teacher, student)
     return Models(data, student, plan, terms, matching, teacher, critic)
+
+
+def losses_of(models: Models) -> dict[str, Loss]:
+    """Terms, or the few-step method, by their places in the configuration."""
+    terms: dict[str, Loss] = {f"terms.{name}": term for name, term in models.terms.items()}
+    return terms if models.matching is None else {"matching": models.matching}
 
 
 def made(node: Any) -> Any:
@@ -232,6 +239,17 @@ def refuse_unfit_start(cfg: DictConfig, student: Denoiser, spec: Any, shape: tup
         raise UserError(
             f"init={cfg.init} holds a {student.name} with {key}={student.base.get(key)}, the backbone group says "
             f"{wanted.config[key]}: choose the backbone that the artifact was made with"
+        )
+
+
+def refuse_unending(strategy: str, terms: Mapping[str, Term]) -> None:
+    """Raises UserError if a term ends under a strategy that keeps its parameters to the end."""
+    ends = {name: term.ends for name, term in terms.items() if term.ends is not None}
+    if ends and strategy.startswith("zero"):
+        name, step = next(iter(ends.items()))
+        raise UserError(
+            f"terms.{name} ends at step {step}, and trainer={strategy} keeps its parameters in flat pieces: use "
+            "trainer=fsdp2 or ddp"
         )
 
 

@@ -27,15 +27,15 @@ from rich.table import Table
 from edit.inputs.command import Parser, guarded
 from edit.inputs.limits import Count, Limits, Positive, check_numbers
 from edit.inputs.words import explained, keys, read
+from edit.losses import Loss, wanted
 from edit.measuring.devices import peak_flops
 from edit.measuring.memory import GB, OPTIMIZERS, STRATEGIES, Draft, changes, stored
 from edit.measuring.probe import Probe
-from edit.measuring.turns import calls_of, turns
-from edit.objectives import wanted
+from edit.measuring.turns import calls_of, phases, turns
 from recipes.config.errors import UserError
 from recipes.cost import short
 from recipes.data_set import conditions
-from recipes.models import Models, models_of
+from recipes.models import Models, losses_of, models_of
 from recipes.stand_ins import StandIns
 
 MOST_DEVICES = 1_000_000
@@ -205,9 +205,14 @@ def draft_of(models: Models, cfg: DictConfig, notes: list[str], peak: float | No
     asked = (teacher or student).denoiser
     if asked.facts.told:
         guided = 1  # the scale is an input
+    losses = losses_of(models)
     with torch.device("meta"):
-        makers = [*terms.values(), *([] if matching is None else [matching])]
-        own = [m.build(student.denoiser, asked if placement else None) for m in makers]
+        own = {place: loss.build(student.denoiser, asked if placement else None) for place, loss in losses.items()}
+    if matching is not None:
+        kinds = turns(matching, student, teacher, own["matching"], guided)
+    else:
+        built = {name: own[f"terms.{name}"] for name in terms}
+        kinds = phases(terms, student, teacher, built, guided, trainer.max_steps, placement is not None)
     return Draft(
         student=student,
         strategy=STRATEGIES[trainer.strategy],
@@ -222,24 +227,24 @@ def draft_of(models: Models, cfg: DictConfig, notes: list[str], peak: float | No
         calls=guided,
         critic=critic,
         based=cfg.critic.start == "student",
-        turns=() if matching is None else turns(matching, student, teacher, own[-1], guided),
-        own=sum(p.numel() for o in own if o is not None for p in o.parameters()),
+        turns=kinds,
+        own=sum(p.numel() for o in own.values() if o is not None for p in o.parameters()),
         optimizer=OPTIMIZERS[cfg.optimizer.kind],
-        vision=vision_weights(models, notes),
+        frozen=frozen_weights(losses, notes),
         peak=peak,
         mfu=mfu,
     )
 
 
-def vision_weights(models: Models, notes: list[str]) -> int:
-    """Parameters of the method's vision model; 0: it has none."""
-    if models.matching is None or models.matching.vision is None:
-        return 0
-    notes.append(
-        "the vision model's weights are counted, but neither the data set's decoder nor what both keep for the "
-        "backward pass: 8 to 10 GB for an image of 1024 px, in proportion to its pixels with matching.vision.crop"
-    )
-    return sum(p.numel() for p in models.matching.vision.structure().parameters())
+def frozen_weights(losses: Mapping[str, Loss], notes: list[str]) -> int:
+    """Parameters of the frozen models that losses look with, each model once."""
+    models = {spec for loss in losses.values() for spec in loss.frozen.values()}
+    if models:
+        notes.append(
+            "weights of frozen models that losses look with are counted, but neither the data set's decoder nor what "
+            "these keep for the backward pass: 8 to 10 GB for an image of 1024 px, in proportion to a crop's pixels"
+        )
+    return sum(p.numel() for spec in models for p in spec.structure().parameters())
 
 
 def on_its_machine(cfg: DictConfig) -> DictConfig:

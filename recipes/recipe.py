@@ -29,6 +29,7 @@ from edit.edits import trains
 from edit.objectives import Objective
 from edit.stream import Condition
 from recipes.roles import Teacher, shard, units_of
+from recipes.seen import Sight
 
 CONDITIONS = tuple(f.name for f in fields(Condition))
 
@@ -76,6 +77,7 @@ class Recipe(pl.LightningModule, ABC):
         settings: of training
         teacher: a frozen model beside the student; None: there is none
         null: the null condition, a batch of 1; None: the denoiser's own
+        sight: frozen models that losses look with; None: there are none
     """
 
     denoiser: Denoiser
@@ -89,10 +91,13 @@ class Recipe(pl.LightningModule, ABC):
         settings: Training,
         teacher: Teacher | None = None,
         null: Condition | None = None,
+        sight: Sight | None = None,
     ):
         super().__init__()
         self.build, self.structure, self.objective = build, structure, objective
         self.settings, self.teacher, self.null = settings, teacher, null
+        self.sight = Sight(None, {}) if sight is None else sight
+        self.begun = 0  # optimiser steps that the checkpoint holds which this run goes on from
         self.losses: dict[str, Tensor] = {}  # means over the current optimiser step, for the log
         self.configured = False
 
@@ -101,16 +106,16 @@ class Recipe(pl.LightningModule, ABC):
 
     # ---- a batch --------------------------------------------------------------------------------------------------
 
-    def conditions(self, batch: dict[str, Tensor]) -> tuple[Condition, Condition]:
-        """The condition of a batch, after label drop, and the null condition."""
-        condition = Condition(**{k: batch[k] for k in CONDITIONS if k in batch})
+    def conditions(self, batch: dict[str, Tensor]) -> tuple[Condition, Condition, Condition]:
+        """The condition of a batch before and after label drop, and the null condition."""
+        whole = Condition(**{k: batch[k] for k in CONDITIONS if k in batch})
         if not self.settings.label_drop and self.teacher is None:
-            return condition, condition  # nothing uses the null condition
-        null = self._null(condition, len(batch["draw"]))
-        if self.settings.label_drop:
-            drop = noise.uniform(self.settings.seed, batch["draw"], noise.DROP) < self.settings.label_drop
-            condition = condition.where(drop, null)
-        return condition, null
+            return whole, whole, whole  # nothing uses the null condition
+        null = self._null(whole, len(batch["draw"]))
+        if not self.settings.label_drop:
+            return whole, whole, null
+        drop = noise.uniform(self.settings.seed, batch["draw"], noise.DROP) < self.settings.label_drop
+        return whole, whole.where(drop, null), null
 
     def _null(self, condition: Condition, count: int) -> Condition:
         if self.null is None:
@@ -233,9 +238,14 @@ class Recipe(pl.LightningModule, ABC):
             if hasattr(m, "reshard") and m is not self:
                 m.reshard()
 
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        if self.device_mesh is not None:
+            self.reshard()  # the last step may have asked the average, whose gathered weights are stale by now
+
     def on_train_start(self) -> None:
         if self.teacher is not None:
             self.teacher.place(self.device)
+        self.sight.place(self.device)
         both = zip(self.ema.parameters(), self.denoiser.parameters(), strict=True)
         self.averaged = [(e, p) for e, p in both if p.requires_grad]  # walking the modules is slower
         self.trained = [p for p in self.parameters() if p.requires_grad]

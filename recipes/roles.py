@@ -124,6 +124,10 @@ class Teacher:
         else:
             self.denoiser.to(device)
 
+    def release(self) -> None:
+        """Free the weights, for good."""
+        self.denoiser = None
+
     @torch.no_grad()
     def __call__(
         self, student: Denoiser, x_t: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor

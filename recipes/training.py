@@ -148,7 +148,8 @@ def module_of(run: Run) -> Recipe:
         roles = models.teacher, run.null, models.critic
         return FewStep(*shared, models.matching, *roles, follow=cfg.critic.follow, sight=run.sight)
     weight = made(cfg.data_weight) if OmegaConf.is_config(cfg.data_weight) else cfg.data_weight
-    return Diffusion(*shared, models.teacher, run.null, terms=models.terms, data_weight=weight, strata=cfg.strata)
+    roles = models.teacher, run.null, models.terms
+    return Diffusion(*shared, *roles, data_weight=weight, strata=cfg.strata, sight=run.sight)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -174,6 +175,7 @@ def fit(run: Run, module: Recipe, out: Path, resume: Path | None, done: int) -> 
     loggers = make_loggers(cfg.logger, out, cfg.name, OmegaConf.to_container(cfg))
     assert isinstance(loggers[0], CSVLogger)
     loggers[0].resume(done)
+    module.begun = done
     trainer = trainer_of(run, out, loggers)
     split = run.models.data.train()
     if resume and trainer.is_global_zero:

@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor
+from views import Models
 
-from edit.few_step.roles import Draws, Field, Given, Roles
+from edit.losses import Draws, Field, Seen
 from edit.paths import column
 from edit.stream import Condition
 
@@ -40,7 +41,7 @@ def given(count: int = 8, shape: tuple[int, ...] = (1, 2, 2), progress: float = 
     """A batch of the samples from number `first` on, with data that depend on these numbers alone."""
     draws = Draws(seed=3, samples=torch.arange(first, first + count), moment=0, shape=shape)
     told = Condition(**condition)
-    return Given(told, told, torch.ones(count), draws, progress, x=STD * draws.gaussian(99))
+    return Seen(told, told, torch.ones(count), draws, progress, x=STD * draws.gaussian(99))
 
 
 def average(lam: float, seen: list | None = None) -> Field:
@@ -56,8 +57,8 @@ def average(lam: float, seen: list | None = None) -> Field:
     return u
 
 
-def roles(student: Field, teacher: Field | None = None, average: Field | None = None) -> Roles:
+def roles(student: Field, teacher: Field | None = None, average: Field | None = None) -> Models:
     def nobody(*asked):
         raise AssertionError("a role that this method does not ask")
 
-    return Roles(student, nobody, average or nobody, teacher or nobody, nobody, nobody)
+    return Models(student, nobody, average or nobody, teacher or nobody, nobody, nobody)

@@ -11,12 +11,13 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
+from views import passed  # noqa: E402
 from weights import randomise  # noqa: E402
 
 from edit.backbones.dit import DiT, DiTConfig  # noqa: E402
 from edit.backbones.flux import Flux, FluxConfig  # noqa: E402
 from edit.denoiser import Denoiser  # noqa: E402
-from edit.objectives import Pass, Term  # noqa: E402
+from edit.losses import Seen, Term  # noqa: E402
 from edit.stream import Branch, Condition, Forced
 
 torch.set_num_threads(1)
@@ -114,10 +115,10 @@ def told() -> tuple[Tensor, Tensor, Condition]:
 
 
 @pytest.fixture
-def see() -> Callable[..., Pass]:
+def see() -> Callable[..., Seen]:
     """One pass of a student and its teacher, with everything one term asks for."""
 
-    def see(student: Denoiser, teacher: Denoiser, batch, term: Term, progress: float = 0.0) -> Pass:
+    def see(student: Denoiser, teacher: Denoiser, batch, term: Term, progress: float = 0.0) -> Seen:
         x, t, _ = batch
         with torch.no_grad():
             taught = teacher(*batch, taps=term.teacher_taps, branches=term.teacher_branches)
@@ -128,6 +129,6 @@ def see() -> Callable[..., Pass]:
             for unit, s in sources.items()
         }
         out = student(*batch, taps=term.taps, branches=term.branches, forced=forced)
-        return Pass(out, {"x_t": x}, t, progress, taught)
+        return passed(out, t, progress, taught)
 
     return see

@@ -20,7 +20,8 @@ from torch import Tensor
 from edit.denoiser import Denoiser
 from edit.distillation.pairs import Pairs, as_pairs, both, check_pairs
 from edit.inputs.limits import Count, Limits, check_numbers
-from edit.objectives import Pass, Term, Weight, weight_at
+from edit.losses import Seen, Term
+from edit.objectives import Weight, weight_at
 
 
 @dataclass
@@ -42,10 +43,10 @@ class AttentionKD(Term):
         self.pairs = as_pairs("AttentionKD", self.pairs)
         self.branches, self.teacher_branches = (tuple(p[i] for p in self.pairs) for i in (0, 1))
 
-    def build(self, denoiser: Denoiser, teacher: Denoiser | None = None) -> None:
-        check_pairs("AttentionKD", self.pairs, denoiser, teacher)
+    def build(self, student: Denoiser, teacher: Denoiser | None = None) -> None:
+        check_pairs("AttentionKD", self.pairs, student, teacher)
 
-    def losses(self, seen: Pass, own: None = None) -> dict[str, Tensor]:
+    def losses(self, seen: Seen) -> dict[str, Tensor]:
         distances = [
             (mine - theirs).square().mean((1, 2))
             for pair in self.pairs
@@ -80,19 +81,19 @@ class MapKD(Term):
         self.pairs = as_pairs("MapKD", self.pairs)
         self.maps, self.teacher_maps = ({p[i]: self.rows for p in self.pairs} for i in (0, 1))
 
-    def build(self, denoiser: Denoiser, teacher: Denoiser | None = None) -> None:
-        teacher = check_pairs("MapKD", self.pairs, denoiser, teacher, widths=False)
-        mine, theirs = denoiser.facts.heads, teacher.facts.heads
+    def build(self, student: Denoiser, teacher: Denoiser | None = None) -> None:
+        teacher = check_pairs("MapKD", self.pairs, student, teacher, widths=False)
+        mine, theirs = student.facts.heads, teacher.facts.heads
         if mine != theirs if self.heads is None else self.heads > min(mine, theirs):
             raise ValueError(
                 f"MapKD: the student has {mine} heads and the teacher {theirs}, and {self.heads or 'all'} are to be "
                 f"compared: say heads={min(mine, theirs)} or fewer"
             )
 
-    def losses(self, seen: Pass, own: None = None) -> dict[str, Tensor]:
+    def losses(self, seen: Seen) -> dict[str, Tensor]:
         distances = []
         for s, t in self.pairs:
-            mine, theirs = seen.output.trace[f"unit.{s}.maps"], seen.teacher.trace[f"unit.{t}.maps"].detach()
+            mine, theirs = seen.output.trace[f"unit.{s}.maps"], seen.taught.trace[f"unit.{t}.maps"].detach()
             mine, theirs = mine[:, : self.heads], theirs[:, : self.heads]  # b h r s
             if mine.shape != theirs.shape:
                 raise ValueError(
@@ -127,10 +128,10 @@ class RelationKD(Term):
         self.pairs = as_pairs("RelationKD", self.pairs)
         self.taps, self.teacher_taps = (tuple(p[i] for p in self.pairs) for i in (0, 1))
 
-    def build(self, denoiser: Denoiser, teacher: Denoiser | None = None) -> None:
-        check_pairs("RelationKD", self.pairs, denoiser, teacher, widths=False)
+    def build(self, student: Denoiser, teacher: Denoiser | None = None) -> None:
+        check_pairs("RelationKD", self.pairs, student, teacher, widths=False)
 
-    def losses(self, seen: Pass, own: None = None) -> dict[str, Tensor]:
+    def losses(self, seen: Seen) -> dict[str, Tensor]:
         assert seen.output.grid is not None, "every forward tells it"
         distances = []
         for pair in self.pairs:

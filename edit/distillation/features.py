@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from edit.denoiser import Denoiser
 from edit.distillation.pairs import Pairs, as_pairs, both, check_pairs
 from edit.inputs.limits import NotNegative, check_numbers
-from edit.objectives import Pass, Term, Weight, weight_at
+from edit.losses import Seen, Term
+from edit.objectives import Weight, weight_at
 
 NORMS = ("raw", "unit", "layer", "relative")
 
@@ -75,13 +76,13 @@ class FeatureKD(Term):
             raise ValueError(f"FeatureKD: momentum must be in [0, 1), got {self.momentum}")
         self.taps, self.teacher_taps = (tuple(p[i] for p in self.pairs) for i in (0, 1))
 
-    def build(self, denoiser: Denoiser, teacher: Denoiser | None = None) -> FeatureState | None:
-        teacher = check_pairs("FeatureKD", self.pairs, denoiser, teacher, widths=self.projector == "none")
-        mine, theirs = denoiser.facts.width, teacher.facts.width
+    def build(self, student: Denoiser, teacher: Denoiser | None = None) -> FeatureState | None:
+        teacher = check_pairs("FeatureKD", self.pairs, student, teacher, widths=self.projector == "none")
+        mine, theirs = student.facts.width, teacher.facts.width
         maps = [projector(mine, theirs) for _ in self.pairs] if self.projector == "linear" else []
         return FeatureState(maps, len(self.pairs), self.momentum) if maps or self.norm == "relative" else None
 
-    def losses(self, seen: Pass, own: FeatureState | None) -> dict[str, Tensor]:
+    def losses(self, seen: Seen) -> dict[str, Tensor]:
         compared = [
             (j, k, mine, theirs)
             for j, pair in enumerate(self.pairs)
@@ -91,7 +92,7 @@ class FeatureKD(Term):
         if self.norm == "layer":
             students, teachers = ([F.layer_norm(x, x.shape[-1:]) for x in side] for side in (students, teachers))
         if self.projector == "linear":
-            students = own(students, of)
+            students = seen.own(students, of)
         if self.sigma is not None:
             sides = [self.masked(s, t) for s, t in zip(students, teachers, strict=True)]
             students, teachers = (list(v) for v in zip(*sides, strict=True))
@@ -100,7 +101,7 @@ class FeatureKD(Term):
         else:
             distances = [(s - t).square().mean((1, 2)) for s, t in zip(students, teachers, strict=True)]
         if self.norm == "relative":
-            scale = own.update([t.square().mean() for t in teachers], of, streams)
+            scale = seen.own.update([t.square().mean() for t in teachers], of, streams)
             distances = [d / scale[j, k] for d, j, k in zip(distances, of, streams, strict=True)]
         weights = [self.weights[j] * (self.text if k else 1) for j, k in zip(of, streams, strict=True)]
         mean = torch.stack([w * d for w, d in zip(weights, distances, strict=True)]).mean(0)

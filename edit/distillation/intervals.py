@@ -17,7 +17,8 @@ from edit.denoiser import Denoiser
 from edit.distillation.features import unit_distance
 from edit.distillation.pairs import Pairs, as_intervals, both, check_pairs, collapsed
 from edit.inputs.limits import NotNegative, check_numbers
-from edit.objectives import Pass, Ramp, Term, Weight, weight_at
+from edit.losses import Seen, Term
+from edit.objectives import Ramp, Weight, weight_at
 
 
 @dataclass
@@ -49,19 +50,19 @@ class IntervalKD(Term):
         self.taps = tuple(s for s, _ in self.pairs)
         self.teacher_taps = tuple(sorted({t for _, t in self.pairs} | set(self.sources.values())))
 
-    def build(self, denoiser: Denoiser, teacher: Denoiser | None = None) -> None:
-        teacher = check_pairs("IntervalKD", self.pairs, denoiser, teacher)
+    def build(self, student: Denoiser, teacher: Denoiser | None = None) -> None:
+        teacher = check_pairs("IntervalKD", self.pairs, student, teacher)
         wanted = len(collapsed(self.intervals, len(teacher.units)))
-        if len(denoiser.units) != wanted:
+        if len(student.units) != wanted:
             raise ValueError(
                 f"IntervalKD: collapsing these intervals of {len(teacher.units)} teacher units leaves {wanted}, the "
-                f"student has {len(denoiser.units)}: apply Collapse with the same intervals"
+                f"student has {len(student.units)}: apply Collapse with the same intervals"
             )
 
     def forced(self, progress: float) -> tuple[Mapping[int, int], float]:
         return self.sources, weight_at(self.forcing, progress)
 
-    def losses(self, seen: Pass, own: None = None) -> dict[str, Tensor]:
+    def losses(self, seen: Seen) -> dict[str, Tensor]:
         compared = [tokens for pair in self.pairs for tokens in both(seen, pair)]
         distances = torch.stack([unit_distance(s, t) + self.magnitude * magnitude(s, t) for s, t in compared])
         return {"interval_kd": weight_at(self.weight, seen.progress) / len(self.pairs) * distances.sum(0)}

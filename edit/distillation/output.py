@@ -17,7 +17,8 @@ from torch import Tensor
 
 from edit.denoiser import Denoiser
 from edit.inputs.limits import check_numbers
-from edit.objectives import DDPM, Pass, Term, Weight, schedule_tables, weight_at
+from edit.losses import Seen, Term
+from edit.objectives import DDPM, Weight, schedule_tables, weight_at
 from edit.stream import Output
 
 
@@ -52,19 +53,19 @@ class OutputKD(Term):
         if self.c is not None and self.c <= 0:
             raise ValueError(f"OutputKD: c must be positive, got {self.c}; leave it out for 0.00054 sqrt(d)")
 
-    def build(self, denoiser: Denoiser, teacher: Denoiser | None = None) -> None:
+    def build(self, student: Denoiser, teacher: Denoiser | None = None) -> None:
         if teacher is None:
             raise ValueError("OutputKD compares with a teacher and there is none: give one (teacher.path)")
-        if denoiser.prediction != teacher.prediction:
+        if student.prediction != teacher.prediction:
             raise ValueError(
-                f"OutputKD: the student predicts {denoiser.prediction}, the teacher {teacher.prediction}: "
+                f"OutputKD: the student predicts {student.prediction}, the teacher {teacher.prediction}: "
                 "they cannot be compared"
             )
-        if self.space == "data" and denoiser.prediction != "velocity":
-            raise ValueError(f"OutputKD: space=data compares velocities, this model predicts {denoiser.prediction}")
+        if self.space == "data" and student.prediction != "velocity":
+            raise ValueError(f"OutputKD: space=data compares velocities, this model predicts {student.prediction}")
 
-    def losses(self, seen: Pass, own: None = None) -> dict[str, Tensor]:
-        student, teacher = seen.output, seen.teacher
+    def losses(self, seen: Seen) -> dict[str, Tensor]:
+        student, teacher = seen.output, seen.taught
         delta = (student.sample.float() - teacher.sample.detach().float()).flatten(1)  # b d
         if self.space == "data":
             delta = seen.t[:, None] * delta

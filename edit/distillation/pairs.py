@@ -13,7 +13,7 @@ from itertools import accumulate
 from torch import Tensor
 
 from edit.denoiser import Denoiser
-from edit.objectives import Pass
+from edit.losses import Seen
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -116,7 +116,7 @@ def check_pairs(who: str, pairs: Pairs, denoiser: Denoiser, teacher: Denoiser | 
     return teacher
 
 
-def both(seen: Pass, pair: tuple[int, int], part: str = "") -> list[tuple[Tensor, Tensor]]:
+def both(seen: Seen, pair: tuple[int, int], part: str = "") -> list[tuple[Tensor, Tensor]]:
     """Tokens of the student and the teacher, fp32: of the image, b n d, and of the text, b l d, where both have it.
 
     Args:
@@ -130,7 +130,7 @@ def both(seen: Pass, pair: tuple[int, int], part: str = "") -> list[tuple[Tensor
     found = []
     for stream in ("", ".text"):
         mine = seen.output.trace.get(f"unit.{pair[0]}{part}{stream}")
-        theirs = seen.teacher.trace.get(f"unit.{pair[1]}{part}{stream}")
+        theirs = seen.taught.trace.get(f"unit.{pair[1]}{part}{stream}")
         if mine is None or theirs is None:
             if stream:
                 continue

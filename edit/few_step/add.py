@@ -19,9 +19,9 @@ from torch import Tensor
 from edit.denoiser import Denoiser
 from edit.few_step.discriminator import Heads, approximate_r1, hinge_generator, hinge_real_fake
 from edit.few_step.method import FewStepMethod, check_times, decreasing, need_turns
-from edit.few_step.roles import Given, Roles
 from edit.few_step.vision import Vision
 from edit.inputs.limits import Count, check_numbers
+from edit.losses import Seen
 from edit.paths import corrupt, mean, move
 from edit.solvers import Solver
 
@@ -71,7 +71,7 @@ class ADD(FewStepMethod):
     def check(self, solver: Solver) -> None:
         check_times("ADD", self.times, solver)
 
-    def build(self, student: Denoiser, teacher: Denoiser | None) -> Heads:
+    def build(self, student: Denoiser, teacher: Denoiser | None = None) -> Heads:
         return self.looks.heads(student)
 
     @property
@@ -79,35 +79,35 @@ class ADD(FewStepMethod):
         assert self.vision is not None, "refused before"
         return self.vision
 
-    def generate(self, roles: Roles, given: Given) -> Tensor:
+    def generate(self, seen: Seen) -> Tensor:
         """The student's sample from data noised to one of its times, in one step: b c *sizes."""
-        place = given.draws.uniform(START) * len(self.times)
+        place = seen.draws.uniform(START) * len(self.times)
         t = torch.full_like(place, self.times[0])
         for k, time in enumerate(self.times):  # scalars alone: a table would be copied from the host in each step
             t = t.masked_fill(place >= k, time)
-        x_t, end = corrupt(given.x, given.draws.gaussian(NOISE), t), torch.zeros_like(t)
-        return move(x_t, roles.student(x_t, t, replace(given.condition, end=end)), t, end)
+        x_t, end = corrupt(seen.x, seen.draws.gaussian(NOISE), t), torch.zeros_like(t)
+        return move(x_t, seen.student(x_t, t, replace(seen.condition, end=end)), t, end)
 
-    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
-        fake = self.generate(roles, given)
-        losses = {"generator": hinge_generator(self.looks.judge(roles, given, fake))}
+    def student_losses(self, seen: Seen) -> dict[str, Tensor]:
+        fake = self.generate(seen)
+        losses = {"generator": hinge_generator(self.looks.judge(seen, fake))}
         if self.distill:
-            t = given.draws.uniform(AGAIN)
-            x_t = corrupt(fake.detach(), given.draws.gaussian(AGAIN_NOISE), t)
-            target = move(x_t, roles.teacher(x_t, t, given.condition), t, torch.zeros_like(t))
+            t = seen.draws.uniform(AGAIN)
+            x_t = corrupt(fake.detach(), seen.draws.gaussian(AGAIN_NOISE), t)
+            target = move(x_t, seen.teacher(x_t, t, seen.condition), t, torch.zeros_like(t))
             losses["distill"] = self.distill * (1 - t) * mean((fake - target).square())
         return losses
 
-    def critic_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
+    def critic_losses(self, seen: Seen) -> dict[str, Tensor]:
         with torch.no_grad():
-            seen, imagined = (self.looks.see(roles, given, x) for x in (given.x, self.generate(roles, given)))
-        real = self.looks.score(roles, given, seen)
-        losses = {"heads": hinge_real_fake(real, self.looks.score(roles, given, imagined))}
+            found, imagined = (self.looks.see(seen, x) for x in (seen.x, self.generate(seen)))
+        real = self.looks.score(seen, found)
+        losses = {"heads": hinge_real_fake(real, self.looks.score(seen, imagined))}
         if self.r1:
             near = {
-                name: v + self.r1_noise * replace(given.draws, shape=tuple(v.shape[1:])).gaussian(NEAR + k)
-                for k, (name, v) in enumerate(seen.items())
+                name: v + self.r1_noise * replace(seen.draws, shape=tuple(v.shape[1:])).gaussian(NEAR + k)
+                for k, (name, v) in enumerate(found.items())
             }
-            penalty = approximate_r1(real, self.looks.score(roles, given, near))
+            penalty = approximate_r1(real, self.looks.score(seen, near))
             losses["r1"] = self.r1 / self.r1_noise**2 * penalty
         return losses

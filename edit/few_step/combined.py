@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
 from edit.few_step.method import FewStepMethod
-from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import check_numbers
+from edit.losses import Frozen, Seen
 from edit.objectives import Weight, weight_at
 from edit.solvers import Solver
 
@@ -52,20 +52,30 @@ class Combined(FewStepMethod):
             )
         every, together = next(iter(plans), (1, False))
         taps = sorted({i for p in self.parts.values() for i in p.teacher_taps})
-        sights = {name: p.vision for name, p in self.parts.items() if p.vision is not None}
-        if other := next((name for name, v in sights.items() if v != next(iter(sights.values()))), None):
-            raise ValueError(f"Combined: {next(iter(sights))} and {other} look with two vision models: give both one")
+        looks: dict[str, tuple[str, Frozen]] = {}
+        for name, part in self.parts.items():
+            for model, frozen in part.frozen.items():
+                first, other = looks.setdefault(model, (name, frozen))
+                if frozen != other:
+                    raise ValueError(f"Combined: {first} and {name} look with two {model} models: give both one")
         derived = {
             "needs_teacher": any(p.needs_teacher for p in self.parts.values()),
             "needs_data": any(p.needs_data for p in self.parts.values()),
             "has_critic": any(p.has_critic for p in self.parts.values()),
             "teacher_taps": tuple(taps),
-            "vision": next(iter(sights.values()), None),
             "every": every,
             "together": together,
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def frozen(self) -> Mapping[str, Frozen]:
+        return {model: frozen for part in self.parts.values() for model, frozen in part.frozen.items()}
+
+    @property
+    def decodes(self) -> bool:
+        return any(part.decodes for part in self.parts.values())
 
     @property
     def adversarial(self) -> bool:
@@ -79,7 +89,7 @@ class Combined(FewStepMethod):
         for part in self.parts.values():
             part.check_stored(stored)
 
-    def build(self, student: Denoiser, teacher: Denoiser | None) -> Parts | None:
+    def build(self, student: Denoiser, teacher: Denoiser | None = None) -> Parts | None:
         built = {name: part.build(student, teacher) for name, part in self.parts.items()}
         own = {name: module for name, module in built.items() if module is not None}
         return Parts(own) if own else None
@@ -87,28 +97,28 @@ class Combined(FewStepMethod):
     def judges(self, own: Parts) -> list[nn.Parameter]:  # type: ignore[override] - returned by `build`
         return [p for name, module in own.parts.items() for p in self.parts[name].judges(module)]
 
-    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
+    def student_losses(self, seen: Seen) -> dict[str, Tensor]:
         losses = {}
-        for name, part, *mine in self._each(roles, given):
-            weight = weight_at(self.weights.get(name, 1.0), given.progress)
-            losses |= {f"{name}/{k}": weight * v for k, v in part.student_losses(*mine).items()}
+        for name, part, mine in self._each(seen):
+            weight = weight_at(self.weights.get(name, 1.0), seen.progress)
+            losses |= {f"{name}/{k}": weight * v for k, v in part.student_losses(mine).items()}
         return losses
 
-    def critic_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
+    def critic_losses(self, seen: Seen) -> dict[str, Tensor]:
         losses = {}
-        for name, part, *mine in self._each(roles, given):
+        for name, part, mine in self._each(seen):
             if part.adversarial:
-                weight = weight_at(self.critic_weights.get(name, 1.0), given.progress)
-                losses |= {f"{name}/{k}": weight * v for k, v in part.critic_losses(*mine).items()}
+                weight = weight_at(self.critic_weights.get(name, 1.0), seen.progress)
+                losses |= {f"{name}/{k}": weight * v for k, v in part.critic_losses(mine).items()}
         return losses
 
-    def _each(self, roles: Roles, given: Given) -> Iterator[tuple[str, FewStepMethod, Roles, Given]]:
-        """Parts, and roles and batch as each of them sees it."""
-        modules = _parts(roles)
+    def _each(self, seen: Seen) -> Iterator[tuple[str, FewStepMethod, Seen]]:
+        """Parts, and what each of them sees."""
+        modules = _parts(seen)
         for k, (name, part) in enumerate(self.parts.items()):
-            own = Own(roles.own, name) if name in modules else None
-            draws = replace(given.draws, seed=given.draws.seed + k * APART)
-            yield name, part, replace(roles, own=own), replace(given, draws=draws)
+            own = Own(seen.own, name) if name in modules else None
+            draws = replace(seen.draws, seed=seen.draws.seed + k * APART)
+            yield name, part, replace(seen, own=own, draws=draws)
 
 
 class Parts(nn.Module):
@@ -135,5 +145,5 @@ class Own:
         return getattr(self.parts.parts[self.name], attribute)
 
 
-def _parts(roles: Roles) -> Mapping[str, nn.Module]:
-    return dict(roles.own.parts.items()) if isinstance(roles.own, Parts) else {}
+def _parts(seen: Seen) -> Mapping[str, nn.Module]:
+    return dict(seen.own.parts.items()) if isinstance(seen.own, Parts) else {}

@@ -6,7 +6,7 @@ phased consistency models (2405.18407): `PhasedConsistency`; truncated consisten
 
 From t to an end e the prediction is f(x_t, t -> e) = x_t + (e - t) v(x_t, t), which is x_t itself at t = e: boundaries
 hold by construction. The pseudo-Huber distance is taken element by element and averaged, as the published code of LCM
-and PCM has it, and their c of 1e-3 means that. Guidance is the teacher's: `Given.scale`, drawn from teacher.guidance in
+and PCM has it, and their c of 1e-3 means that. Guidance is the teacher's: `Seen.scale`, drawn from teacher.guidance in
 our convention, one more than the w that both papers write; PCM's code ignores the range it is given, here it counts.
 """
 
@@ -21,8 +21,8 @@ from edit.denoiser import Denoiser
 from edit.few_step.discriminator import Heads, hinge_generator, hinge_real_fake, judge
 from edit.few_step.method import FewStepMethod, pseudo_huber
 from edit.few_step.progressive import check_steps, time_grid
-from edit.few_step.roles import Field, Given, Roles
 from edit.inputs.limits import Count, Positive, Steps, check_numbers
+from edit.losses import Field, Seen
 from edit.paths import column, corrupt, move
 from edit.solvers import Grid, Solver, times
 
@@ -60,19 +60,19 @@ class Consistency(FewStepMethod):
     def check(self, solver: Solver) -> None:
         _check_renoised("Consistency", solver)
 
-    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
+    def student_losses(self, seen: Seen) -> dict[str, Tensor]:
         def data(field: Field, x: Tensor, t: Tensor) -> Tensor:
-            found = move(x, field(x, t, given.condition), t, torch.zeros_like(t))
+            found = move(x, field(x, t, seen.condition), t, torch.zeros_like(t))
             if self.scaling is None:
                 return found
             r = 1000 * self.scaling * t / 0.5
             return column(1 / (1 + r * r), x) * x + column(r / (1 + r * r).sqrt(), x) * found
 
-        grid = time_grid(self.steps, self.shift, given.x.device)
-        k, x_t, x_next = _teacher_step(roles, given, grid)
+        grid = time_grid(self.steps, self.shift, seen.x.device)
+        k, x_t, x_next = _teacher_step(seen, grid)
         with torch.no_grad():
-            target = data(roles.average if self.average else roles.student, x_next, grid[k + 1])
-        return {"consistency": pseudo_huber(data(roles.student, x_t, grid[k]) - target, self.c)}
+            target = data(seen.average if self.average else seen.student, x_next, grid[k + 1])
+        return {"consistency": pseudo_huber(data(seen.student, x_t, grid[k]) - target, self.c)}
 
 
 @dataclass(frozen=True)
@@ -131,43 +131,43 @@ class PhasedConsistency(FewStepMethod):
     def check(self, solver: Solver) -> None:
         check_steps("PhasedConsistency", self.phases[-1], self.shift, solver)
 
-    def build(self, student: Denoiser, teacher: Denoiser | None) -> Heads | None:
+    def build(self, student: Denoiser, teacher: Denoiser | None = None) -> Heads | None:
         if not self.taps:
             return None
         assert teacher is not None, "this method needs a teacher"
         return Heads.on(teacher, self.taps)
 
-    def predictions(self, roles: Roles, given: Given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def predictions(self, seen: Seen) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The student's point at the end of a phase (with a graph), where it should be, and the times [b] at which that
-        phase starts and ends. All belong to `Given.x` noised to a random time of the grid.
+        phase starts and ends. All belong to `Seen.x` noised to a random time of the grid.
         """
-        condition, grid = given.condition, time_grid(self.steps, self.shift, given.x.device)
-        length = self.steps // self.phases[min(int(given.progress * len(self.phases)), len(self.phases) - 1)]
-        k, x_t, x_next = _teacher_step(roles, given, grid)
+        condition, grid = seen.condition, time_grid(self.steps, self.shift, seen.x.device)
+        length = self.steps // self.phases[min(int(seen.progress * len(self.phases)), len(self.phases) - 1)]
+        k, x_t, x_next = _teacher_step(seen, grid)
         t, after, start, end = grid[k], grid[k + 1], grid[k // length * length], grid[(k // length + 1) * length]
         with torch.no_grad():
-            target = move(x_next, roles.student(x_next, after, condition), after, end)
-        return move(x_t, roles.student(x_t, t, condition), t, end), target, start, end
+            target = move(x_next, seen.student(x_next, after, condition), after, end)
+        return move(x_t, seen.student(x_t, t, condition), t, end), target, start, end
 
-    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
-        prediction, target, start, end = self.predictions(roles, given)
+    def student_losses(self, seen: Seen) -> dict[str, Tensor]:
+        prediction, target, start, end = self.predictions(seen)
         losses = {"phased": pseudo_huber(prediction - target, self.c)}
         if self.taps:
-            logits = self.verdict(roles, given, prediction, start, end, 3)
+            logits = self.verdict(seen, prediction, start, end, 3)
             losses["generator"] = self.adversarial_weight * hinge_generator(logits)
         return losses
 
-    def critic_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
+    def critic_losses(self, seen: Seen) -> dict[str, Tensor]:
         with torch.no_grad():
-            fake, real, start, end = self.predictions(roles, given)
-        real, fake = (self.verdict(roles, given, x, start, end, stream) for x, stream in ((real, 4), (fake, 3)))
+            fake, real, start, end = self.predictions(seen)
+        real, fake = (self.verdict(seen, x, start, end, stream) for x, stream in ((real, 4), (fake, 3)))
         return {"heads": hinge_real_fake(real, fake)}
 
-    def verdict(self, roles: Roles, given: Given, x_e: Tensor, start: Tensor, end: Tensor, stream: int) -> Tensor:
+    def verdict(self, seen: Seen, x_e: Tensor, start: Tensor, end: Tensor, stream: int) -> Tensor:
         """Logits b k of points at the end of a phase, noised to a time within it that is one for real and fake."""
-        t = torch.lerp(end, start, given.draws.uniform(2))
-        x_t = corrupt(x_e, given.draws.gaussian(stream), (t - end) / (1 - end))
-        return judge(roles, x_t, t, given.condition)
+        t = torch.lerp(end, start, seen.draws.uniform(2))
+        x_t = corrupt(x_e, seen.draws.gaussian(stream), (t - end) / (1 - end))
+        return judge(seen, x_t, t, seen.condition)
 
 
 @dataclass(frozen=True)
@@ -208,31 +208,31 @@ class TruncatedConsistency(FewStepMethod):
                 "leave such times out of sampler.solver.times"
             )
 
-    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
+    def student_losses(self, seen: Seen) -> dict[str, Tensor]:
         def data(field: Field, x: Tensor, t: Tensor) -> Tensor:
-            return move(x, field(x, t, given.condition), t, torch.zeros_like(t))
+            return move(x, field(x, t, seen.condition), t, torch.zeros_like(t))
 
-        draws, grid = given.draws, time_grid(self.steps, self.shift, given.x.device)
+        draws, grid = seen.draws, time_grid(self.steps, self.shift, seen.x.device)
         inside = sum(t > self.until for t in times(self.steps, self.shift)[:-1])  # grid times that are trained
         k = (draws.uniform(0) * inside).long()
         k = k.masked_fill(draws.uniform(2) < self.share, inside - 1)
         t, after, eps = grid[k], grid[k + 1], draws.gaussian(1)
-        x_t, x_next = corrupt(given.x, eps, t), corrupt(given.x, eps, after)
+        x_t, x_next = corrupt(seen.x, eps, t), corrupt(seen.x, eps, after)
         with torch.no_grad():
-            kept, own = data(roles.teacher, x_next, after), data(roles.student, x_next, after)
+            kept, own = data(seen.teacher, x_next, after), data(seen.student, x_next, after)
             target = torch.where(column(k == inside - 1, own), kept, own)
-        return {"truncated": pseudo_huber(data(roles.student, x_t, t) - target, self.c)}
+        return {"truncated": pseudo_huber(data(seen.student, x_t, t) - target, self.c)}
 
 
 # ---- shared ----------------------------------------------------------------------------------------------------------
 
 
-def _teacher_step(roles: Roles, given: Given, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _teacher_step(seen: Seen, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Data noised to a random time grid[k], and where the teacher's step to grid[k + 1] leads: k [b], x_t, x_next."""
-    k = (given.draws.uniform(0) * (len(grid) - 1)).long()
+    k = (seen.draws.uniform(0) * (len(grid) - 1)).long()
     t = grid[k]
-    x_t = corrupt(given.x, given.draws.gaussian(1), t)
-    return k, x_t, move(x_t, roles.teacher(x_t, t, given.condition), t, grid[k + 1])
+    x_t = corrupt(seen.x, seen.draws.gaussian(1), t)
+    return k, x_t, move(x_t, seen.teacher(x_t, t, seen.condition), t, grid[k + 1])
 
 
 def _check_renoised(who: str, solver: Solver) -> tuple[float, ...]:

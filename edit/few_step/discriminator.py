@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
-from edit.few_step.roles import Roles
+from edit.losses import Seen
 from edit.paths import mean
 from edit.stream import Condition
 
@@ -109,11 +109,11 @@ class Head(nn.Module):
         return (self.outer(h)[:, 0] + projected).flatten(1)
 
 
-def judge(roles: Roles, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """Logits of noisy latents: teacher's taps, then the heads in `Roles.own`; gradients reach x_t through both."""
-    assert roles.own is not None
-    seen = roles.features(x_t, t, condition)
-    return roles.own(seen.trace, t, condition.pooled, seen.grid)
+def judge(seen: Seen, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    """Logits of noisy latents: teacher's taps, then the heads in `Seen.own`; gradients reach x_t through both."""
+    assert seen.own is not None
+    out = seen.features(x_t, t, condition)
+    return seen.own(out.trace, t, condition.pooled, out.grid)
 
 
 def waves(t: Tensor) -> Tensor:

@@ -31,9 +31,9 @@ from edit.few_step.discriminator import (
 )
 from edit.few_step.divergence import DIVERGENCES, Divergence, WeighedHeads
 from edit.few_step.method import FewStepMethod, need_turns, pseudo_huber
-from edit.few_step.roles import Field, Given, Roles
 from edit.few_step.vision import Vision, late
 from edit.inputs.limits import Count, NotNegative, Positive, check_numbers
+from edit.losses import Seen
 from edit.objectives import TimeLaw, Uniform
 from edit.paths import column, corrupt, mean, move
 from edit.solvers import Grid, Solver
@@ -146,7 +146,7 @@ class DistributionMatching(FewStepMethod):
     def check(self, solver: Solver) -> None:
         check_grid("DistributionMatching", self.solver, solver)
 
-    def build(self, student: Denoiser, teacher: Denoiser | None) -> WeighedHeads | Heads | None:
+    def build(self, student: Denoiser, teacher: Denoiser | None = None) -> WeighedHeads | Heads | None:
         if self.segment and any(e.leads for e in student.applied.values()):
             raise ValueError(
                 "DistributionMatching: segment guides velocities, this student is a flow map: set segment=0, or leave "
@@ -166,66 +166,66 @@ class DistributionMatching(FewStepMethod):
 
     # ---- losses ---------------------------------------------------------------------------------------------------
 
-    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
-        draws, condition = given.draws, given.condition
-        x_t, t, end = self.begin(roles.student, given)
-        v = roles.student(x_t, t, replace(condition, end=torch.zeros_like(t)))
+    def student_losses(self, seen: Seen) -> dict[str, Tensor]:
+        draws, condition = seen.draws, seen.condition
+        x_t, t, end = self.begin(seen)
+        v = seen.student(x_t, t, replace(condition, end=torch.zeros_like(t)))
         x = x_t - column(t, x_t) * v
         tau = self.low + (self.high - self.low) * self.times(draws.uniform(TIME))
         x_tau = corrupt(x, draws.gaussian(NOISE), tau)
         with torch.no_grad():
-            teacher, critic = roles.teacher(x_tau, tau, condition), roles.critic(x_tau, tau, condition)
+            teacher, critic = seen.teacher(x_tau, tau, condition), seen.critic(x_tau, tau, condition)
             gradient = direction(x, x_tau, tau, teacher, critic)
         losses = {}
         if self.taps:
-            logits = judge(roles, x_tau, tau, condition)
+            logits = judge(seen, x_tau, tau, condition)
             losses["realism"] = self.realism * softplus_generator(logits)
-            gradient = column(self.weight(logits.detach(), tau, cast(WeighedHeads, roles.own)), x) * gradient
+            gradient = column(self.weight(logits.detach(), tau, cast(WeighedHeads, seen.own)), x) * gradient
         # written with x - x, so that the gradient is exact: in x - (x - gradient) its last digits would be lost
         losses["distribution"] = 0.5 * mean((x - x.detach() + gradient).square())
         if self.vision is not None:
-            losses["vision"] = late(t) * hinge_generator(self.vision.judge(roles, given, x))
+            losses["vision"] = late(t) * hinge_generator(self.vision.judge(seen, x))
         if self.segment:
-            losses["segment"] = self.segment * self.inside(roles, given, x_t, v, t, end)
+            losses["segment"] = self.segment * self.inside(seen, x_t, v, t, end)
         return losses
 
-    def critic_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
-        draws, condition = given.draws, given.condition
+    def critic_losses(self, seen: Seen) -> dict[str, Tensor]:
+        draws, condition = seen.draws, seen.condition
         with torch.no_grad():
-            x_t, t, _ = self.begin(roles.student, given)
+            x_t, t, _ = self.begin(seen)
             end = torch.zeros_like(t)
-            x = move(x_t, roles.student(x_t, t, replace(condition, end=end)), t, end)
+            x = move(x_t, seen.student(x_t, t, replace(condition, end=end)), t, end)
         tau, eps = self.times(draws.uniform(CRITIC_TIME)), draws.gaussian(CRITIC_NOISE)
         x_tau = corrupt(x, eps, tau)
-        error = roles.critic(x_tau, tau, condition) - (eps - x)
+        error = seen.critic(x_tau, tau, condition) - (eps - x)
         on_data = self.critic_weight == "data"
         losses = {self.critic_weight: capped(error, tau, self.cap) if on_data else mean(error.square())}
         if self.taps:
-            real = judge(roles, corrupt(given.x, draws.gaussian(REAL_NOISE), tau), tau, condition)
-            losses["judgement"] = self.judgement * softplus_real_fake(real, judge(roles, x_tau, tau, condition))
+            real = judge(seen, corrupt(seen.x, draws.gaussian(REAL_NOISE), tau), tau, condition)
+            losses["judgement"] = self.judgement * softplus_real_fake(real, judge(seen, x_tau, tau, condition))
         if self.vision is not None:
-            real, fake = (self.vision.judge(roles, given, sample) for sample in (given.x, x))
+            real, fake = (self.vision.judge(seen, sample) for sample in (seen.x, x))
             losses["judgement"] = self.judgement * hinge_real_fake(real, fake)
         return losses
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 
-    def begin(self, student: Field, given: Given) -> tuple[Tensor, Tensor, Tensor]:
+    def begin(self, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
         """Where the student's step begins, its time and that of the next: x_t b c *sizes, t [b], end [b]."""
-        draws, ts = given.draws, self.solver.grid
+        draws, ts = seen.draws, self.solver.grid
         k = int(draws.shared(STEP) * len(self.grid))
-        t, end = (torch.full_like(given.scale, ts[j]) for j in (k, k + 1))
+        t, end = (torch.full_like(seen.scale, ts[j]) for j in (k, k + 1))
         if draws.shared(SOURCE) < self.simulate:
-            return rollout(student, given, ts[: k + 1], self.renoise), t, end
-        return corrupt(given.x, draws.gaussian(START), t), t, end
+            return rollout(seen, ts[: k + 1], self.renoise), t, end
+        return corrupt(seen.x, draws.gaussian(START), t), t, end
 
-    def inside(self, roles: Roles, given: Given, x_t: Tensor, v: Tensor, t: Tensor, end: Tensor) -> Tensor:
+    def inside(self, seen: Seen, x_t: Tensor, v: Tensor, t: Tensor, end: Tensor) -> Tensor:
         """Intra-segment guidance: one step of the student against a step of the teacher and one of its own: [b]."""
         low, high = end + self.margin, t - self.margin
-        middle = low + (high - low) * given.draws.uniform(MIDDLE)
+        middle = low + (high - low) * seen.draws.uniform(MIDDLE)
         with torch.no_grad():
-            x = move(x_t, roles.teacher(x_t, t, given.condition), t, middle)
-            x = move(x, roles.student(x, middle, replace(given.condition, end=end)), middle, end)
+            x = move(x_t, seen.teacher(x_t, t, seen.condition), t, middle)
+            x = move(x, seen.student(x, middle, replace(seen.condition, end=end)), middle, end)
         delta = move(x_t, v, t, end) - x
         return mean(delta.square()) if self.charbonnier is None else pseudo_huber(delta, self.charbonnier)
 
@@ -240,14 +240,14 @@ class DistributionMatching(FewStepMethod):
 # ---- shared with trajectory matching --------------------------------------------------------------------------------
 
 
-def rollout(student: Field, given: Given, times: tuple[float, ...], renoise: bool) -> Tensor:
+def rollout(seen: Seen, times: tuple[float, ...], renoise: bool) -> Tensor:
     """The sampler's state at the last of these times, from noise at the first: b c *sizes, without a graph."""
-    draws, x = given.draws, given.draws.gaussian(START)
+    draws, x = seen.draws, seen.draws.gaussian(START)
     with torch.no_grad():
         for j, (here, there) in enumerate(zip(times, times[1:], strict=False)):
-            t, end = torch.full_like(given.scale, here), torch.full_like(given.scale, there)
+            t, end = torch.full_like(seen.scale, here), torch.full_like(seen.scale, there)
             target = torch.zeros_like(t) if renoise else end
-            x = move(x, student(x, t, replace(given.condition, end=target)), t, target)
+            x = move(x, seen.student(x, t, replace(seen.condition, end=target)), t, target)
             if renoise:
                 x = corrupt(x, draws.gaussian(FRESH + j), end)
     return x

@@ -20,8 +20,8 @@ from torch import Tensor
 from edit.few_step.method import FewStepMethod
 from edit.few_step.progressive import time_grid
 from edit.few_step.reflow import solve, stored_noise
-from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import Positive, Steps, check_numbers
+from edit.losses import Seen
 from edit.paths import mean, move
 from edit.solvers import Euler, Grid, Solver, times
 
@@ -50,11 +50,11 @@ class Endpoint(FewStepMethod):
     def check(self, solver: Solver) -> None:
         check_starts("Endpoint", self.starts, self.shift, solver)
 
-    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
-        path = solve(roles, given, given.draws.gaussian(0), self.steps, self.shift)
+    def student_losses(self, seen: Seen) -> dict[str, Tensor]:
+        path = solve(seen, seen.draws.gaussian(0), self.steps, self.shift)
         states = torch.stack(path[: -1 : self.steps // self.starts], 1)
-        at = time_grid(self.starts, self.shift, states.device)[:-1].expand(given.count, -1)
-        return regress(roles, given, states, at, path[-1])
+        at = time_grid(self.starts, self.shift, states.device)[:-1].expand(seen.count, -1)
+        return regress(seen, states, at, path[-1])
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,12 @@ class CachedEndpoint(FewStepMethod):
             )
         return every
 
-    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
-        z = stored_noise("CachedEndpoint", given)
-        states = torch.cat((z[:, None], given.trajectory), 1)
-        at = torch.cat((torch.ones_like(given.scale)[:, None], given.times), 1)
+    def student_losses(self, seen: Seen) -> dict[str, Tensor]:
+        z = stored_noise("CachedEndpoint", seen)
+        states = torch.cat((z[:, None], seen.trajectory), 1)
+        at = torch.cat((torch.ones_like(seen.scale)[:, None], seen.times), 1)
         every = self.apart(at.shape[1])
-        return regress(roles, given, states[:, ::every], at[:, ::every], given.x)
+        return regress(seen, states[:, ::every], at[:, ::every], seen.x)
 
 
 def check_starts(who: str, starts: Steps, shift: Positive, solver: Solver) -> None:
@@ -123,18 +123,18 @@ def check_starts(who: str, starts: Steps, shift: Positive, solver: Solver) -> No
         )
 
 
-def regress(roles: Roles, given: Given, states: Tensor, at: Tensor, x: Tensor) -> dict[str, Tensor]:
+def regress(seen: Seen, states: Tensor, at: Tensor, x: Tensor) -> dict[str, Tensor]:
     """The loss of one step to data from one of the states, drawn for each sample by stream 1.
 
     Args:
-        roles, given: of the method
+        seen: of the method
         states: b k c *sizes, on the teacher's paths
         at: b k, their times
         x: b c *sizes, where the paths end
     """
-    k = (given.draws.uniform(1) * at.shape[1]).long()
+    k = (seen.draws.uniform(1) * at.shape[1]).long()
     one = torch.arange(len(k), device=k.device)
     x_t, t = states[one, k], at[one, k]
     end = torch.zeros_like(t)
-    found = move(x_t, roles.student(x_t, t, replace(given.condition, end=end)), t, end)
+    found = move(x_t, seen.student(x_t, t, replace(seen.condition, end=end)), t, end)
     return {"endpoint": 0.5 * mean((found - x).square())}

@@ -25,9 +25,9 @@ from edit.few_step.discriminator import Heads, judge, square_generator, square_r
 from edit.few_step.distribution_matching import direction
 from edit.few_step.method import FewStepMethod, check_times, decreasing, need_turns
 from edit.few_step.progressive import time_grid
-from edit.few_step.roles import Given, Roles
 from edit.few_step.vision import Vision, feature_distance
 from edit.inputs.limits import Count, Steps, check_numbers
+from edit.losses import Seen
 from edit.objectives import Ramp, TimeLaw, Uniform, Weight, weight_at
 from edit.paths import corrupt, mean, move
 from edit.solvers import Solver
@@ -101,64 +101,64 @@ class Flash(FewStepMethod):
     def check(self, solver: Solver) -> None:
         check_times("Flash", self.modes, solver)
 
-    def build(self, student: Denoiser, teacher: Denoiser | None) -> Heads:
+    def build(self, student: Denoiser, teacher: Denoiser | None = None) -> Heads:
         if teacher is None:
             raise ValueError("Flash judges by a teacher's tokens and there is none: give one (teacher.path)")
         return Heads.on(teacher, self.teacher_taps, self.hidden)
 
-    def begin(self, given: Given) -> tuple[Tensor, Tensor]:
+    def begin(self, seen: Seen) -> tuple[Tensor, Tensor]:
         """Noised data where the student starts, and its time: b c *sizes, [b]."""
-        odds = self.stages[min(int(given.progress * len(self.stages)), len(self.stages) - 1)]
-        u = given.draws.uniform(MODE)
+        odds = self.stages[min(int(seen.progress * len(self.stages)), len(self.stages) - 1)]
+        u = seen.draws.uniform(MODE)
         t = torch.full_like(u, self.modes[-1])
         for mode, edge in [*zip(self.modes, accumulate(odds), strict=True)][-2::-1]:
             t = t.masked_fill(u <= edge, mode)
-        t = (t + self.spread * torch.special.ndtri(given.draws.uniform(JITTER))).clamp(LEAST, 1)
-        return corrupt(given.x, given.draws.gaussian(START), t), t
+        t = (t + self.spread * torch.special.ndtri(seen.draws.uniform(JITTER))).clamp(LEAST, 1)
+        return corrupt(seen.x, seen.draws.gaussian(START), t), t
 
-    def solve(self, roles: Roles, given: Given, x: Tensor, t: Tensor) -> Tensor:
+    def solve(self, seen: Seen, x: Tensor, t: Tensor) -> Tensor:
         """The teacher's sample from x at times t [b], in all its steps: b c *sizes."""
         grid = t * time_grid(self.steps, self.shift, x.device)[:, None]
         for now, end in zip(grid, grid[1:], strict=False):
-            x = move(x, roles.teacher(x, now, given.condition), now, end)
+            x = move(x, seen.teacher(x, now, seen.condition), now, end)
         return x
 
-    def generate(self, roles: Roles, given: Given, x_t: Tensor, t: Tensor) -> Tensor:
+    def generate(self, seen: Seen, x_t: Tensor, t: Tensor) -> Tensor:
         end = torch.zeros_like(t)
-        return move(x_t, roles.student(x_t, t, replace(given.condition, end=end)), t, end)
+        return move(x_t, seen.student(x_t, t, replace(seen.condition, end=end)), t, end)
 
-    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
-        condition, (x_t, t) = given.condition, self.begin(given)
-        target, x = self.solve(roles, given, x_t, t), self.generate(roles, given, x_t, t)
-        losses = {"distill": self.apart(roles, given, x, target)}
-        tau = self.times(given)
-        x_tau = corrupt(x, given.draws.gaussian(NOISE), tau)
-        if weight := weight_at(self.match, given.progress):
+    def student_losses(self, seen: Seen) -> dict[str, Tensor]:
+        condition, (x_t, t) = seen.condition, self.begin(seen)
+        target, x = self.solve(seen, x_t, t), self.generate(seen, x_t, t)
+        losses = {"distill": self.apart(seen, x, target)}
+        tau = self.times(seen)
+        x_tau = corrupt(x, seen.draws.gaussian(NOISE), tau)
+        if weight := weight_at(self.match, seen.progress):
             with torch.no_grad():
-                teacher = roles.teacher(x_tau, tau, condition)
-                own = roles.student(x_tau, tau, replace(condition, end=torch.zeros_like(tau)))
+                teacher = seen.teacher(x_tau, tau, condition)
+                own = seen.student(x_tau, tau, replace(condition, end=torch.zeros_like(tau)))
                 gradient = direction(x, x_tau, tau, teacher, own)
             losses["distribution"] = weight * 0.5 * mean((x - x.detach() + gradient).square())
-        if weight := weight_at(self.realism, given.progress):
-            losses["generator"] = weight * square_generator(judge(roles, x_tau, tau, condition))
+        if weight := weight_at(self.realism, seen.progress):
+            losses["generator"] = weight * square_generator(judge(seen, x_tau, tau, condition))
         return losses
 
-    def critic_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
+    def critic_losses(self, seen: Seen) -> dict[str, Tensor]:
         with torch.no_grad():
-            x = self.generate(roles, given, *self.begin(given))
-        tau, draws, condition = self.times(given), given.draws, given.condition
-        real = judge(roles, corrupt(given.x, draws.gaussian(REAL_NOISE), tau), tau, condition)
-        fake = judge(roles, corrupt(x, draws.gaussian(NOISE), tau), tau, condition)
+            x = self.generate(seen, *self.begin(seen))
+        tau, draws, condition = self.times(seen), seen.draws, seen.condition
+        real = judge(seen, corrupt(seen.x, draws.gaussian(REAL_NOISE), tau), tau, condition)
+        fake = judge(seen, corrupt(x, draws.gaussian(NOISE), tau), tau, condition)
         return {"heads": square_real_fake(real, fake)}
 
-    def apart(self, roles: Roles, given: Given, x: Tensor, target: Tensor) -> Tensor:
+    def apart(self, seen: Seen, x: Tensor, target: Tensor) -> Tensor:
         """How far a sample is from the teacher's: b c *sizes, b c *sizes -> [b]."""
         if self.vision is None:
             return mean((x - target).square())
         with torch.no_grad():
-            wanted = self.vision.see(roles, given, target)
-        return feature_distance(self.vision.see(roles, given, x), wanted)
+            wanted = self.vision.see(seen, target)
+        return feature_distance(self.vision.see(seen, x), wanted)
 
-    def times(self, given: Given) -> Tensor:
+    def times(self, seen: Seen) -> Tensor:
         """At which samples are matched and judged: [b]."""
-        return LEAST + (1 - 2 * LEAST) * self.law(given.draws.uniform(TIME))
+        return LEAST + (1 - 2 * LEAST) * self.law(seen.draws.uniform(TIME))

@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edit.backbones.dit import TimeEmbed
 from edit.denoiser import Denoiser, Edit
-from edit.few_step.roles import Field
 from edit.inputs.limits import check_numbers
+from edit.losses import Field
 from edit.paths import column
 from edit.solvers import Euler, Grid, Solver
 from edit.stream import Condition, Stream

@@ -31,8 +31,8 @@ from edit.few_step.discriminator import (
     softplus_real_fake,
 )
 from edit.few_step.method import FewStepMethod, decreasing, need_turns
-from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import Count, check_numbers
+from edit.losses import Seen
 from edit.objectives import LogitNormal, TimeLaw
 from edit.paths import corrupt, mean, move
 from edit.solvers import Euler, Grid, Solver, times
@@ -108,41 +108,41 @@ class LADD(FewStepMethod):
                 "edit.solvers.Grid with times among these"
             )
 
-    def build(self, student: Denoiser, teacher: Denoiser | None) -> Heads:
+    def build(self, student: Denoiser, teacher: Denoiser | None = None) -> Heads:
         if teacher is None:
             raise ValueError("LADD judges by a teacher's tokens and there is none: give one (teacher.path)")
         return Heads.on(teacher, self.teacher_taps, self.hidden, self.kernel)
 
-    def generate(self, roles: Roles, given: Given) -> Tensor:
+    def generate(self, seen: Seen) -> Tensor:
         """The student's sample from data noised to one of its times, in one step: b c *sizes."""
-        odds = self.first if given.progress < self.warm else self.p
-        u = given.draws.uniform(0)
+        odds = self.first if seen.progress < self.warm else self.p
+        u = seen.draws.uniform(0)
         t = torch.full_like(u, self.times[-1])
         for time, edge in [*zip(self.times, accumulate(odds), strict=True)][-2::-1]:
             t = t.masked_fill(u <= edge, time)  # scalars alone: a table would be copied from the host in each step
-        x_t, end = corrupt(given.x, given.draws.gaussian(1), t), torch.zeros_like(t)
-        return move(x_t, roles.student(x_t, t, replace(given.condition, end=end)), t, end)
+        x_t, end = corrupt(seen.x, seen.draws.gaussian(1), t), torch.zeros_like(t)
+        return move(x_t, seen.student(x_t, t, replace(seen.condition, end=end)), t, end)
 
-    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
-        draws, condition = given.draws, given.condition
-        fake, t = self.generate(roles, given), self.law(draws.uniform(2))
-        losses = {"generator": LOSSES[self.loss][1](judge(roles, corrupt(fake, draws.gaussian(3), t), t, condition))}
+    def student_losses(self, seen: Seen) -> dict[str, Tensor]:
+        draws, condition = seen.draws, seen.condition
+        fake, t = self.generate(seen), self.law(draws.uniform(2))
+        losses = {"generator": LOSSES[self.loss][1](judge(seen, corrupt(fake, draws.gaussian(3), t), t, condition))}
         if self.distill:
             t = draws.uniform(4)
             x_t = corrupt(fake.detach(), draws.gaussian(5), t)
-            target = move(x_t, roles.teacher(x_t, t, condition), t, torch.zeros_like(t))
+            target = move(x_t, seen.teacher(x_t, t, condition), t, torch.zeros_like(t))
             losses["distill"] = self.distill * (1 - t) * mean((fake - target).square())
         return losses
 
-    def critic_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
-        draws, condition = given.draws, given.condition
+    def critic_losses(self, seen: Seen) -> dict[str, Tensor]:
+        draws, condition = seen.draws, seen.condition
         with torch.no_grad():
-            fake = self.generate(roles, given)
+            fake = self.generate(seen)
         t = self.law(draws.uniform(2))
-        x_t = corrupt(given.x, draws.gaussian(6), t)
-        real = judge(roles, x_t, t, condition)
-        losses = {"heads": LOSSES[self.loss][0](real, judge(roles, corrupt(fake, draws.gaussian(3), t), t, condition))}
+        x_t = corrupt(seen.x, draws.gaussian(6), t)
+        real = judge(seen, x_t, t, condition)
+        losses = {"heads": LOSSES[self.loss][0](real, judge(seen, corrupt(fake, draws.gaussian(3), t), t, condition))}
         if self.r1:
-            near = judge(roles, x_t + self.r1_noise * draws.gaussian(7), t, condition)
+            near = judge(seen, x_t + self.r1_noise * draws.gaussian(7), t, condition)
             losses["r1"] = self.r1 * approximate_r1(real, near)
         return losses

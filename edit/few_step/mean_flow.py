@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from edit.denoiser import Denoiser
 from edit.few_step.flow_map import How, check_difference, check_solver, mean_velocity, need_interval
 from edit.few_step.method import FewStepMethod
-from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import Inside, Share, check_numbers
+from edit.losses import Seen
 from edit.objectives import LogitNormal, TimeLaw
 from edit.paths import column, corrupt
 from edit.solvers import Solver
@@ -86,37 +86,37 @@ class MeanFlow(FewStepMethod):
     def check(self, solver: Solver) -> None:
         check_solver("MeanFlow", solver)
 
-    def build(self, student: Denoiser, teacher: Denoiser | None) -> nn.Module | None:
+    def build(self, student: Denoiser, teacher: Denoiser | None = None) -> nn.Module | None:
         need_interval("MeanFlow", student)
         return None
 
-    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
-        draws = given.draws
+    def student_losses(self, seen: Seen) -> dict[str, Tensor]:
+        draws = seen.draws
         t, r = self.time(draws.uniform(0)), self.time(draws.uniform(1))
         t, r = torch.maximum(t, r), torch.minimum(t, r)
         r = torch.where(draws.uniform(2) < self.apart, r, t)
-        assert given.x is not None
+        assert seen.x is not None
         eps = draws.gaussian(3)
-        x_t = corrupt(given.x, eps, t)
+        x_t = corrupt(seen.x, eps, t)
         if self.target == "teacher":
-            v = roles.teacher(x_t, t, given.condition)
+            v = seen.teacher(x_t, t, seen.condition)
         else:
-            v = self.guide(eps - given.x, x_t, t, roles, given)
-        condition = replace(given.condition, end=r)
-        target = mean_velocity(roles.student, x_t, t, v, condition, self.how, self.step)
-        square = (roles.student(x_t, t, condition) - target).flatten(1).square().sum(1)
+            v = self.guide(eps - seen.x, x_t, t, seen)
+        condition = replace(seen.condition, end=r)
+        target = mean_velocity(seen.student, x_t, t, v, condition, self.how, self.step)
+        square = (seen.student(x_t, t, condition) - target).flatten(1).square().sum(1)
         return {"mean_flow": square / (square.detach() + self.c) ** self.p}
 
     @torch.no_grad()
-    def guide(self, v: Tensor, x_t: Tensor, t: Tensor, roles: Roles, given: Given) -> Tensor:
+    def guide(self, v: Tensor, x_t: Tensor, t: Tensor, seen: Seen) -> Tensor:
         """The velocity of a sample, guided by the student itself: b c *sizes."""
         if not self.guided:
             return v
-        if given.null is given.condition:
+        if seen.null is seen.condition:
             raise ValueError("MeanFlow: guidance in the target needs an unconditional student: set label_drop=0.1")
         out = self.omega * v
-        out += (1 - self.omega - self.kappa) * roles.student(x_t, t, replace(given.null, end=t))
+        out += (1 - self.omega - self.kappa) * seen.student(x_t, t, replace(seen.null, end=t))
         if self.kappa:
-            out += self.kappa * roles.student(x_t, t, replace(given.condition, end=t))
+            out += self.kappa * seen.student(x_t, t, replace(seen.condition, end=t))
         low, high = self.interval
         return torch.where(column((low <= t) & (t <= high), v), out, v)

@@ -7,21 +7,20 @@ this one. Velocities are those of the linear path (`edit.paths`). Specification:
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from edit.denoiser import Denoiser
-from edit.few_step.roles import Given, Roles
-from edit.few_step.vision import Vision
+from edit.few_step.vision import VISION, Vision
+from edit.losses import Frozen, Loss, Seen
 from edit.paths import mean
 from edit.solvers import Grid, Solver
 
 
-class FewStepMethod(ABC):
-    """One few-step method. Subclasses are dataclasses whose defaults are the paper's.
+class FewStepMethod(Loss):
+    """One few-step method, in place of the objective's losses.
 
     A step is the student's turn, the critic's, or both (`turns`). The losses of a turn are minimised over the
     parameters of that role alone: detach the other role's outputs.
@@ -30,10 +29,17 @@ class FewStepMethod(ABC):
     needs_teacher: bool = True
     needs_data: bool = True
     has_critic: ClassVar[bool] = False  # a second model of the teacher's or student's structure
-    teacher_taps: tuple[int, ...] = ()  # of `Roles.features`; negative ones count from the end
     vision: Vision | None = None  # the model that looks at decoded samples
     every: int = 1  # the student's turn is every n-th step; the others are the critic's
     together: bool = False  # the critic is trained on the student's turns as well
+
+    @property
+    def frozen(self) -> Mapping[str, Frozen]:
+        return {} if self.vision is None else {VISION: self.vision}
+
+    @property
+    def decodes(self) -> bool:  # type: ignore[override] - here a consequence
+        return self.vision is not None
 
     def check(self, solver: Solver) -> None:  # noqa: B027 - many accept every solver
         """Refuse a solver whose steps this method does not train.
@@ -52,15 +58,6 @@ class FewStepMethod(ABC):
             ValueError: naming both
         """
 
-    def build(self, student: Denoiser, teacher: Denoiser | None) -> nn.Module | None:
-        """The method's own parameters: a discriminator's heads, a learned weight. They are trained (`judges`) and saved
-        with the run, not with the artifact. May be called on the meta device.
-
-        Raises:
-            ValueError: if the method does not fit the two models
-        """
-        return None
-
     def judges(self, own: nn.Module) -> list[nn.Parameter]:
         """The parameters of `own` that are trained on the critic's turns; the rest on the student's."""
         return list(own.parameters()) if self.adversarial else []
@@ -76,10 +73,10 @@ class FewStepMethod(ABC):
         return self.has_critic
 
     @abstractmethod
-    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
+    def student_losses(self, seen: Seen) -> dict[str, Tensor]:
         """Named, already weighted losses of the student, one number per sample [b]."""
 
-    def critic_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
+    def critic_losses(self, seen: Seen) -> dict[str, Tensor]:
         """The same of critic and heads."""
         raise NotImplementedError(f"{type(self).__name__} has no critic")
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from edit.denoiser import Denoiser, Edit
 from edit.few_step.method import FewStepMethod
-from edit.few_step.roles import Draws, Given, Roles
 from edit.inputs.limits import Count, NotNegative, Steps, check_numbers
+from edit.losses import Draws, Seen
 from edit.objectives import Objective, Ramp, Weight, shift_times, weight_at
 from edit.paths import column, corrupt, mean, move
 from edit.solvers import Draw, Predict, Solver
@@ -208,25 +208,25 @@ class PolicyImitation(FewStepMethod):
                 f"policy.PolicySolver, steps: {self.steps}, last: {self.last:g}, shift: {self.shift:g}}}"
             )
 
-    def build(self, student: Denoiser, teacher: Denoiser | None) -> None:
+    def build(self, student: Denoiser, teacher: Denoiser | None = None) -> None:
         if not any(isinstance(e, MixtureHead) for e in student.applied.values()):
             raise ValueError(
                 "PolicyImitation trains a mixture that this student does not have: use edits=policy, or add "
                 "+edits.policy={_target_: edit.few_step.policy.MixtureHead}"
             )
 
-    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
-        condition, share = given.condition, weight_at(self.mixing, given.progress)
-        x, start, end = self._start(roles, given)
-        policy = self._policy(roles, given, x, start)
-        own, taught = (self._ways(given.draws, 2 + i * self.points) for i in (0, 1))  # points b, parts of the segment
+    def student_losses(self, seen: Seen) -> dict[str, Tensor]:
+        condition, share = seen.condition, weight_at(self.mixing, seen.progress)
+        x, start, end = self._start(seen)
+        policy = self._policy(seen, x, start)
+        own, taught = (self._ways(seen.draws, 2 + i * self.points) for i in (0, 1))  # points b, parts of the segment
         own, taught = (1 - share) * own, share * torch.cat((taught[1:], torch.ones_like(taught[:1])))
         losses, now = [], start
         for i in range(self.points):
             there = torch.lerp(start, end, own[i] + (taught[i - 1] if i else 0)).clamp_min(SMALLEST)
             x = policy.follow(x, now, there, ceil(self.solver().each / self.points), self.shift)
             t = shift_times(there, self.shift)
-            v = roles.teacher(x, t, condition)
+            v = seen.teacher(x, t, condition)
             losses.append(mean((policy.velocity(x, t) - v).square()))
             now = torch.lerp(start, end, own[i] + taught[i]).clamp_min(SMALLEST)
             x = move(x, v, t, shift_times(now, self.shift))
@@ -236,24 +236,24 @@ class PolicyImitation(FewStepMethod):
         """Increasing uniform numbers of each sample: points b."""
         return torch.stack([draws.uniform(stream + i) for i in range(self.points)]).sort(0).values
 
-    def _policy(self, roles: Roles, given: Given, x: Tensor, start: Tensor) -> Policy:
+    def _policy(self, seen: Seen, x: Tensor, start: Tensor) -> Policy:
         s = shift_times(start, self.shift)
-        out = roles.output(x, s, given.condition)
+        out = seen.predict(x, s, seen.condition)
         return Policy.of(out.trace[TRACE], out.sample, x, s)
 
-    def _start(self, roles: Roles, given: Given) -> tuple[Tensor, Tensor, Tensor]:
+    def _start(self, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
         """x_s, and the times [b] before the shift at which a segment starts and ends; drawn by its length."""
-        draws, eps = given.draws, given.draws.gaussian(0)
+        draws, eps = seen.draws, seen.draws.gaussian(0)
         grid = segments(self.steps, self.last, eps.device)
         if self.needs_data:
-            assert given.x is not None, "needs_data is declared"
+            assert seen.x is not None, "needs_data is declared"
             k = torch.searchsorted(-grid, -draws.uniform(1)) - 1  # the segment that a uniform time falls into
-            return corrupt(given.x, eps, shift_times(grid[k], self.shift)), grid[k], grid[k + 1]
+            return corrupt(seen.x, eps, shift_times(grid[k], self.shift)), grid[k], grid[k + 1]
         moment, x, k = draws.shared(1), eps, 0
-        starts, ends = grid[:, None].expand(-1, given.count), segments(self.steps, self.last).tolist()[1:]
+        starts, ends = grid[:, None].expand(-1, seen.count), segments(self.steps, self.last).tolist()[1:]
         with torch.no_grad():
             while ends[k] > moment:  # on all ranks the same
-                policy = self._policy(roles, given, x, starts[k])
+                policy = self._policy(seen, x, starts[k])
                 x = policy.follow(x, starts[k], starts[k + 1], self.solver().each, self.shift)
                 k += 1
         return x, starts[k], starts[k + 1]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from edit.few_step.method import FewStepMethod
-from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import Positive, Steps, check_numbers
+from edit.losses import Seen
 from edit.objectives import shift_times
 from edit.paths import column, corrupt, mean, move
 from edit.solvers import Euler, Grid, Solver, times
@@ -46,16 +46,16 @@ class Progressive(FewStepMethod):
     def check(self, solver: Solver) -> None:
         check_steps("Progressive", self.steps, self.shift, solver)
 
-    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
-        draws, condition = given.draws, given.condition
-        grid = time_grid(2 * self.steps, self.shift, given.x.device)
+    def student_losses(self, seen: Seen) -> dict[str, Tensor]:
+        draws, condition = seen.draws, seen.condition
+        grid = time_grid(2 * self.steps, self.shift, seen.x.device)
         k = 2 * (draws.uniform(0) * self.steps).long()  # where the student's step begins
         t, middle, end = grid[k], grid[k + 1], grid[k + 2]
-        x_t = corrupt(given.x, draws.gaussian(1), t)
-        x = move(x_t, roles.teacher(x_t, t, condition), t, middle)
-        x = move(x, roles.teacher(x, middle, condition), middle, end)
+        x_t = corrupt(seen.x, draws.gaussian(1), t)
+        x = move(x_t, seen.teacher(x_t, t, condition), t, middle)
+        x = move(x, seen.teacher(x, middle, condition), middle, end)
         target = (x - x_t) / column(end - t, x)
-        loss = mean((roles.student(x_t, t, condition) - target).square())
+        loss = mean((seen.student(x_t, t, condition) - target).square())
         return {"progressive": loss if self.weighting == "none" else torch.maximum(t, 1 - t).square() * loss}
 
 

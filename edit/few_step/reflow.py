@@ -17,8 +17,8 @@ from torch import Tensor
 
 from edit.few_step.method import FewStepMethod
 from edit.few_step.progressive import time_grid
-from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import Positive, Steps, check_numbers
+from edit.losses import Seen
 from edit.objectives import TimeLaw, Uniform
 from edit.paths import corrupt, mean, move
 from edit.solvers import Grid, Solver
@@ -47,13 +47,13 @@ class Reflow(FewStepMethod):
     def check(self, solver: Solver) -> None:
         check_followed("Reflow", solver)
 
-    def pairs(self, roles: Roles, given: Given) -> tuple[Tensor, Tensor]:
+    def pairs(self, seen: Seen) -> tuple[Tensor, Tensor]:
         """Noise and the teacher's sample from it: b c *sizes each."""
-        z = given.draws.gaussian(0)
-        return z, solve(roles, given, z, self.steps, self.shift)[-1]
+        z = seen.draws.gaussian(0)
+        return z, solve(seen, z, self.steps, self.shift)[-1]
 
-    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
-        return straighten(roles, given, *self.pairs(roles, given), self.echoes, self.time)
+    def student_losses(self, seen: Seen) -> dict[str, Tensor]:
+        return straighten(seen, *self.pairs(seen), self.echoes, self.time)
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class CachedReflow(FewStepMethod):
     def check(self, solver: Solver) -> None:
         check_followed("CachedReflow", solver)
 
-    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
-        return straighten(roles, given, stored_noise("CachedReflow", given), given.x, self.echoes, self.time)
+    def student_losses(self, seen: Seen) -> dict[str, Tensor]:
+        return straighten(seen, stored_noise("CachedReflow", seen), seen.x, self.echoes, self.time)
 
 
 def check_followed(who: str, solver: Solver) -> None:
@@ -90,30 +90,28 @@ def check_followed(who: str, solver: Solver) -> None:
         )
 
 
-def straighten(
-    roles: Roles, given: Given, z: Tensor, x: Tensor, echoes: Steps, law: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
+def straighten(seen: Seen, z: Tensor, x: Tensor, echoes: Steps, law: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """Flow matching between noise and sample, b c *sizes each: the mean over `echoes` times, of streams 1 on."""
     losses = []
     for echo in range(echoes):
-        t = law(given.draws.uniform(1 + echo))
-        losses.append(mean((roles.student(corrupt(x, z, t), t, given.condition) - (z - x)).square()))
+        t = law(seen.draws.uniform(1 + echo))
+        losses.append(mean((seen.student(corrupt(x, z, t), t, seen.condition) - (z - x)).square()))
     return {"reflow": torch.stack(losses).mean(0)}
 
 
-def stored_noise(who: str, given: Given) -> Tensor:
+def stored_noise(who: str, seen: Seen) -> Tensor:
     """The noise that the data were generated from: b c *sizes. Raises ValueError if the data do not tell."""
-    if given.noise is None:
+    if seen.noise is None:
         raise ValueError(
             f"{who} needs to know the noise of each sample, and this data set does not tell it: set "
             "data.set.trajectories=true, on samples made by python -m data.generate"
         )
-    return given.noise
+    return seen.noise
 
 
-def solve(roles: Roles, given: Given, z: Tensor, steps: int, shift: Positive) -> list[Tensor]:
+def solve(seen: Seen, z: Tensor, steps: int, shift: Positive) -> list[Tensor]:
     """The teacher's path from noise by Euler's method: steps + 1 points b c *sizes, from z to data."""
     path, grid = [z], time_grid(steps, shift, z.device)[:, None].expand(-1, len(z))
     for t, end in zip(grid, grid[1:], strict=False):
-        path.append(move(path[-1], roles.teacher(path[-1], t, given.condition), t, end))
+        path.append(move(path[-1], seen.teacher(path[-1], t, seen.condition), t, end))
     return path

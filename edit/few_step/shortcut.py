@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from edit.denoiser import Denoiser
 from edit.few_step.flow_map import check_difference, check_solver, mean_velocity, need_interval
 from edit.few_step.method import FewStepMethod
-from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import Inside, check_numbers
+from edit.losses import Seen
 from edit.objectives import TimeLaw, Uniform
 from edit.paths import corrupt, mean
 from edit.solvers import Solver
@@ -62,20 +62,20 @@ class Shortcut(FewStepMethod):
     def check(self, solver: Solver) -> None:
         check_solver("Shortcut", solver)
 
-    def build(self, student: Denoiser, teacher: Denoiser | None) -> nn.Module | None:
+    def build(self, student: Denoiser, teacher: Denoiser | None = None) -> nn.Module | None:
         need_interval("Shortcut", student)
         return None
 
-    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
-        draws = given.draws
+    def student_losses(self, seen: Seen) -> dict[str, Tensor]:
+        draws = seen.draws
         kind, t, r = draws.uniform(0), self.time(draws.uniform(1)), self.time(draws.uniform(2))
         between = kind >= self.diffusion + self.consistency
         t, r = torch.where(between, torch.maximum(t, r), t), torch.minimum(t, r).masked_fill(~between, 0)
         r = torch.where(kind < self.diffusion, t, r)
-        assert given.x is not None
+        assert seen.x is not None
         eps = draws.gaussian(3)
-        x_t = corrupt(given.x, eps, t)
-        v = roles.teacher(x_t, t, given.condition) if self.target == "teacher" else eps - given.x
-        condition = replace(given.condition, end=r)
-        target = mean_velocity(roles.student, x_t, t, v, condition, "difference", self.step)
-        return {"shortcut": mean((roles.student(x_t, t, condition) - target).square())}
+        x_t = corrupt(seen.x, eps, t)
+        v = seen.teacher(x_t, t, seen.condition) if self.target == "teacher" else eps - seen.x
+        condition = replace(seen.condition, end=r)
+        target = mean_velocity(seen.student, x_t, t, v, condition, "difference", self.step)
+        return {"shortcut": mean((seen.student(x_t, t, condition) - target).square())}

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from edit.few_step.distribution_matching import capped, check_grid, data_distance, rollout
 from edit.few_step.method import FewStepMethod, need_turns, pseudo_huber
-from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import Count, check_numbers
+from edit.losses import Seen
 from edit.paths import column, corrupt, mean
 from edit.solvers import Grid, Solver
 
@@ -69,41 +69,40 @@ class TrajectoryMatching(FewStepMethod):
     def check(self, solver: Solver) -> None:
         check_grid("TrajectoryMatching", self.solver, solver)
 
-    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
-        x, eps, tau, rho = self.step(roles, given, TIME)
+    def student_losses(self, seen: Seen) -> dict[str, Tensor]:
+        x, eps, tau, rho = self.step(seen, TIME)
         with torch.no_grad():
-            x_tau, _ = renoise(x, eps, given.draws.gaussian(NOISE), tau, rho)
-            teacher, critic = roles.teacher(x_tau, tau, given.condition), roles.critic(x_tau, tau, given.condition)
+            x_tau, _ = renoise(x, eps, seen.draws.gaussian(NOISE), tau, rho)
+            teacher, critic = seen.teacher(x_tau, tau, seen.condition), seen.critic(x_tau, tau, seen.condition)
             apart = column(tau, x) * (teacher - critic)  # x_critic - x_teacher
             scale = data_distance(x, x_tau, tau, teacher)
         # the target is x - apart, taken from x without rounding
         return {"trajectory": pseudo_huber(x - x.detach() + apart, self.c) / scale}
 
-    def critic_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
-        noise = given.draws.gaussian(CRITIC_NOISE)
+    def critic_losses(self, seen: Seen) -> dict[str, Tensor]:
+        noise = seen.draws.gaussian(CRITIC_NOISE)
         with torch.no_grad():
-            x, eps, tau, rho = self.step(roles, given, CRITIC_TIME)
+            x, eps, tau, rho = self.step(seen, CRITIC_TIME)
             x_tau, n = renoise(x, eps, noise, tau, rho)
             importance = (0.5 * (mean(noise.square()) - mean(n.square()))).exp()
-        error = roles.critic(x_tau, tau, given.condition) - (n - x)
+        error = seen.critic(x_tau, tau, seen.condition) - (n - x)
         return {"data": importance * capped(error, tau, self.cap)}
 
-    def step(self, roles: Roles, given: Given, time: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def step(self, seen: Seen, time: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The student's view after its rollout, and where in the segment below it is noised to.
 
         Args:
-            roles: of which the student is asked
-            given: the batch
+            seen: the batch, and the student that is asked
             time: the stream that tau is drawn from
 
         Returns:
             x, eps b c *sizes, with the student's graph unless it is off; tau, rho [b]
         """
-        draws, ts = given.draws, self.solver.grid
+        draws, ts = seen.draws, self.solver.grid
         k = int(draws.shared(STEP) * len(self.grid))
-        x_t = rollout(roles.student, given, ts[: k + 1], renoise=False)
-        t, end = (torch.full_like(given.scale, ts[j]) for j in (k, k + 1))
-        v = roles.student(x_t, t, replace(given.condition, end=end))
+        x_t = rollout(seen, ts[: k + 1], renoise=False)
+        t, end = (torch.full_like(seen.scale, ts[j]) for j in (k, k + 1))
+        v = seen.student(x_t, t, replace(seen.condition, end=end))
         tau = torch.lerp(end, t, draws.uniform(time))
         return x_t - column(t, x_t) * v, x_t + column(1 - t, x_t) * v, tau, end * (1 - tau) / (tau * (1 - end))
 

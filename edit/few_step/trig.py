@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from edit.denoiser import Denoiser
 from edit.few_step.flow_map import How, check_difference, derivative
 from edit.few_step.method import FewStepMethod
-from edit.few_step.roles import Given, Roles
 from edit.inputs.limits import Inside, check_numbers
+from edit.losses import Seen
 from edit.objectives import LogitNormal, TimeLaw
 from edit.paths import column, corrupt, mean
 from edit.solvers import Euler, Grid, Solver
@@ -106,7 +106,7 @@ class SCM(FewStepMethod):
                 "'sampler.solver.times=[1.0,0.5]' sampler.solver.renoise=true"
             )
 
-    def build(self, student: Denoiser, teacher: Denoiser | None) -> nn.Module:
+    def build(self, student: Denoiser, teacher: Denoiser | None = None) -> nn.Module:
         if student.prediction != "velocity":
             raise ValueError(
                 f"SCM differentiates by time, which is discrete where noise is predicted, as by this {student.name}: "
@@ -114,30 +114,30 @@ class SCM(FewStepMethod):
             )
         return LossWeight()
 
-    def student_losses(self, roles: Roles, given: Given) -> dict[str, Tensor]:
-        draws, sigma = given.draws, self.sigma
-        assert given.x is not None
+    def student_losses(self, seen: Seen) -> dict[str, Tensor]:
+        draws, sigma = seen.draws, self.sigma
+        assert seen.x is not None
         t, eps = self.time(draws.uniform(0)), draws.gaussian(1)
-        x_t = corrupt(given.x, eps, t)
+        x_t = corrupt(seen.x, eps, t)
         x, tau = to_trig(x_t, t, sigma)
         both = tau.cos() * tau.sin()
         cos, sin, cos_sin = (column(a, x) for a in (tau.cos(), tau.sin(), both))
 
-        def seen(x: Tensor, tau: Tensor) -> Tensor:
+        def asked(x: Tensor, tau: Tensor) -> Tensor:
             x_t, t = from_trig(x, tau, sigma)
-            return trig_velocity(roles.student(x_t, t, given.condition), x_t, t, sigma)
+            return trig_velocity(seen.student(x_t, t, seen.condition), x_t, t, sigma)
 
         if self.target == "teacher":
-            dx = sigma * trig_velocity(roles.teacher(x_t, t, given.condition), x_t, t, sigma)
+            dx = sigma * trig_velocity(seen.teacher(x_t, t, seen.condition), x_t, t, sigma)
         else:
-            dx = cos * sigma * eps - sin * given.x
+            dx = cos * sigma * eps - sin * seen.x
         # the direction carries the factor of the slope, which is unbounded without it
-        slope = derivative(seen, x, tau, cos_sin * dx, both, self.how, self.step)
-        student = seen(x, tau)
+        slope = derivative(asked, x, tau, cos_sin * dx, both, self.how, self.step)
+        student = asked(x, tau)
         old = student.detach()
-        r = min(1.0, given.progress / self.warmup) if self.warmup else 1.0
+        r = min(1.0, seen.progress / self.warmup) if self.warmup else 1.0
         g = cos**2 * (dx - sigma * old) - r * (cos_sin * x + sigma * slope)
         g = g / (column(g.flatten(1).norm(dim=1), g) + self.c)
-        assert roles.own is not None
-        u = roles.own(tau)
+        assert seen.own is not None
+        u = seen.own(tau)
         return {"scm": mean((student - old - g).square()) * (-u).exp() + u}

@@ -23,17 +23,18 @@ from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
 from edit.few_step.discriminator import Heads
-from edit.few_step.roles import Given, Roles
 from edit.frames import by_sample, folded
 from edit.inputs.limits import Count, check_numbers
+from edit.losses import Frozen, Seen
 from edit.paths import mean
 
 KINDS = ("dinov2", "dinov2_with_registers")
 ROW, COLUMN = 90, 91  # streams of `Draws`: where the crop lies
+VISION = "vision"  # the name of the model in `Seen.frozen`
 
 
 @dataclass(frozen=True)
-class Vision:
+class Vision(Frozen):
     """A frozen vision model, and the heads on it where a method has some.
 
     Args:
@@ -87,30 +88,36 @@ class Vision:
         with torch.device("meta"):
             return Eye(AutoModel.from_config(config), self.layers, preparation)
 
+    def check(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        least = min(side for shape in shapes for side in shape[-2:])
+        if self.crop is not None and self.crop > least:
+            raise ValueError(
+                f"vision.crop={self.crop} is more than the {least} rows of a sample: lower it, or leave it out"
+            )
+
     def heads(self, student: Denoiser) -> Heads:
         """New heads on the chosen layers."""
         eye, pooled = self.structure(), student.example(text=1).pooled if self.told else None
         return Heads(eye.layers, eye.width, 0 if pooled is None else pooled.shape[1], self.hidden, self.kernel)
 
-    def see(self, roles: Roles, given: Given, x: Tensor) -> Mapping[str, Tensor]:
+    def see(self, seen: Seen, x: Tensor) -> Mapping[str, Tensor]:
         """Hidden states for samples b c *sizes, "unit.<layer>": b f n d; gradients reach the samples."""
-        assert roles.decode is not None and roles.look is not None, "a method that looks at images declares its vision"
         if self.crop is not None:
-            x = cropped(x, given.draws.uniform(ROW), given.draws.uniform(COLUMN), self.crop)
-        pixels = roles.decode(x)
-        return {name: by_sample(states, pixels) for name, states in roles.look(folded(pixels)).items()}
+            x = cropped(x, seen.draws.uniform(ROW), seen.draws.uniform(COLUMN), self.crop)
+        pixels = seen.decode(x)
+        return {name: by_sample(states, pixels) for name, states in seen.frozen[VISION](folded(pixels)).items()}
 
-    def score(self, roles: Roles, given: Given, seen: Mapping[str, Tensor]) -> Tensor:
-        """Logits b k of hidden states, by the heads in `Roles.own`; positive for real."""
-        assert roles.own is not None
-        _, frames, patches, _ = next(iter(seen.values())).shape
+    def score(self, seen: Seen, states: Mapping[str, Tensor]) -> Tensor:
+        """Logits b k of hidden states, by the heads in `Seen.own`; positive for real."""
+        assert seen.own is not None
+        _, frames, patches, _ = next(iter(states.values())).shape
         side = math.isqrt(patches)  # the eye makes squares of all images
-        tokens = {name: states.flatten(1, 2) for name, states in seen.items()}
-        return roles.own(tokens, torch.zeros_like(given.scale), given.condition.pooled, (frames, side, side))
+        tokens = {name: v.flatten(1, 2) for name, v in states.items()}
+        return seen.own(tokens, torch.zeros_like(seen.scale), seen.condition.pooled, (frames, side, side))
 
-    def judge(self, roles: Roles, given: Given, x: Tensor) -> Tensor:
+    def judge(self, seen: Seen, x: Tensor) -> Tensor:
         """Logits of samples b c *sizes -> b k."""
-        return self.score(roles, given, self.see(roles, given, x))
+        return self.score(seen, self.see(seen, x))
 
     def _described(self) -> tuple[Any, dict[str, Any]]:
         """The configurations of the model and of its preprocessor."""

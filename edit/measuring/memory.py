@@ -236,7 +236,7 @@ class Draft:
     turns: tuple[Turn, ...] = ()  # kinds of steps; empty: the teacher is asked, then the student is trained
     own: int = 0  # parameters of loss terms, or of a few-step method
     optimizer: Optimizer = ADAMW  # of every trained parameter; DeepSpeed adds to it
-    vision: int = 0  # parameters of a frozen vision model, in fp32 and whole on each device
+    frozen: int = 0  # parameters of frozen models that losses look with, in fp32 and whole on each device
     peak: float | None = 989e12  # FLOP/s of a device
     mfu: float = 0.45
 
@@ -350,7 +350,7 @@ class Draft:
         sample = stored(self.student.shape, 4)
         told = sum(v.nbytes for v in vars(self.student.condition).values() if v is not None)
         return Plan(
-            weights=mine.weights + own.weights + 4 * self.vision,
+            weights=mine.weights + own.weights + 4 * self.frozen,
             gradients=max(both) if self.alternates else sum(both),
             optimizer=mine.optimizer + own.optimizer,
             average=mine.average,

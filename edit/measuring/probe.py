@@ -83,6 +83,14 @@ class Probe:
         """The output for one sample, on the meta device."""
         return self._on_meta()[1]
 
+    def tapped(self, taps: tuple[int, ...]) -> Mapping[str, Tensor]:
+        """The trace of one sample with these taps, on the meta device."""
+        key = ("tapped", taps)
+        if key not in self.known:
+            other = Probe(self.structure, self.shape, self.condition, taps)
+            self.known[key] = other.answer().trace
+        return self.known[key]
+
     def _on_meta(self) -> tuple[int, Output]:
         if ("meta",) not in self.known:
             flops = Flops()

@@ -1,25 +1,24 @@
-"""How often a few-step method calls its models in each step: counted by running it on tensors without memory.
+"""How often losses call the models of a run in each step: counted by running them on tensors without memory.
 
-The method declares nothing: its own losses run on fake tensors, with models that return the right shapes and count
-their calls. Not counted: its heads, a decoder, a vision model, and the method's own arithmetic.
+Losses declare nothing: they run on fake tensors, with models that return the right shapes and count their calls. Not
+counted: heads and projectors, a decoder, frozen models, and the losses' own arithmetic.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edit.few_step.method import FewStepMethod
-from edit.few_step.roles import Draws, Field, Given, Roles
-from edit.few_step.vision import Eye
+from edit.losses import Draws, Loss, Seen, Term
 from edit.measuring.probe import Probe, without_memory
 from edit.stream import Condition, Output
 
@@ -31,7 +30,7 @@ BATCH = 2  # samples of the run that is counted: methods average over no fewer
 class Call:
     """One forward."""
 
-    role: str  # "student", "teacher" or "critic"
+    role: str  # "student", which stands for its average too, "teacher" or "critic"
     samples: float = 1.0  # in units of the batch: 2 with classifier-free guidance
     reach: Reach = "nothing"  # how far its backward goes
 
@@ -41,16 +40,6 @@ class Call:
         times = {"nothing": 1, "input": 2, "weights": 3}[self.reach]
         recomputed = checkpointing and self.reach != "nothing"
         return 2 * macs * self.samples * (times + recomputed)
-
-
-class Shapes(Draws):
-    """Draws without values, except those that decide how often a model is called."""
-
-    def uniform(self, stream: int) -> Tensor:
-        return torch.full_like(self.samples, 0.5, dtype=torch.float32)
-
-    def gaussian(self, stream: int) -> Tensor:
-        return self.samples.new_zeros(len(self.samples), *self.shape, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -71,10 +60,13 @@ def calls_of(turns: Sequence[Turn]) -> dict[str, dict[str, float]]:
     return found
 
 
+# ---- two kinds of losses --------------------------------------------------------------------------------------------
+
+
 def turns(
     matching: FewStepMethod, student: Probe, teacher: Probe | None, own: nn.Module | None, guided: int, rounds: int = 12
 ) -> tuple[Turn, ...]:
-    """The kinds of steps of a run.
+    """The kinds of steps of a few-step run.
 
     Args:
         matching: the method
@@ -88,80 +80,172 @@ def turns(
         ValueError: if the method's calls depend on values
     """
     steps = rounds * matching.every
-    eye = None if matching.vision is None else matching.vision.structure()
-    fake = FakeTensorMode(allow_non_fake_inputs=True)  # not entered: a method's own constants keep their values
-    own = deepcopy(own)
-    with fake, torch.device("cpu"):
-        if own is not None:
-            without_memory(own)
-        condition = student.condition.map(lambda v: torch.zeros(BATCH, *v.shape[1:], dtype=v.dtype))
-        x, samples = torch.zeros(BATCH, *student.shape), torch.arange(BATCH)
-        scale = torch.ones(BATCH)
-        parts = getattr(matching, "parts", {"": matching}).values()
-        states = math.lcm(*(getattr(part, "starts", 1) for part in parts)) - 1  # of a stored path, noise left out
-        path = x, x[:, None].expand(-1, states, *x.shape[1:]), torch.ones(BATCH, states)
-
-    def given(step: int) -> Given:
-        draws = Shapes(0, samples, step, student.shape)
-        data = (x, *path) if matching.needs_data else ()
-        return Given(condition, condition, scale, draws, step / steps, *data)
-
-    try:
-        seen = Counter(_calls(matching, student, teacher, own, eye, guided, k, given(k)) for k in range(steps))
-    except (RuntimeError, NotImplementedError) as error:  # torch's, for what cannot be decided without values
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{type(matching).__name__} cannot be counted without values: {reason}") from error
-    return tuple(Turn(n / steps, calls) for calls, n in seen.items())
+    stand_in = StandIn(student, teacher, guided)
+    parts = getattr(matching, "parts", {"": matching}).values()
+    states = math.lcm(*(getattr(part, "starts", 1) for part in parts)) - 1  # of a stored path, noise left out
+    declared = stand_in.declared(matching, own)
+    found = []
+    for k in range(steps):
+        seen = replace(stand_in.seen(k, k / steps, matching.needs_data, states), **declared)
+        mine, theirs = matching.turns(k)
+        calls: list[Call] = []
+        if mine:
+            calls += stand_in.count(matching, matching.student_losses, seen, "student")
+        if theirs:
+            calls += stand_in.count(matching, matching.critic_losses, seen, "critic")
+        found.append(tuple(calls))
+    return tuple(Turn(n / steps, calls) for calls, n in Counter(found).items())
 
 
-def _calls(
-    matching: FewStepMethod,
+def phases(
+    terms: Mapping[str, Term],
     student: Probe,
     teacher: Probe | None,
-    own: nn.Module | None,
-    eye: Eye | None,
+    own: Mapping[str, nn.Module | None],
     guided: int,
-    step: int,
-    given: Given,
-) -> tuple[Call, ...]:
-    calls: list[Call] = []
+    steps: int,
+    asks: bool,
+) -> tuple[Turn, ...]:
+    """The kinds of steps of diffusion training: one forward, and the models that terms ask until they end.
 
-    def ask(role: str, trained: bool, parts: int, x_t: Tensor) -> Tensor:
-        graph = torch.is_grad_enabled() and (trained or x_t.requires_grad)
-        reach: Reach = "nothing" if not graph else "weights" if trained else "input"
-        calls.append(Call(role, parts * len(x_t) / BATCH, reach))
-        return x_t.float() + x_t.new_zeros((), dtype=torch.float32, requires_grad=trained)
+    Args:
+        terms: by name
+        student: the student's probe, with all taps, branches and maps
+        teacher: likewise; None: there is none, or it is tied to the student
+        own: modules of `Term.build` on the meta device
+        guided: batches that one call of the teacher takes: 2 with classifier-free guidance
+        steps: optimiser steps of the run
+        asks: whether the run has a teacher
 
-    def field(role: str, trained: bool = False, parts: int = 1) -> Field:
-        return lambda x_t, t, condition: ask(role, trained, parts, x_t)
+    Raises:
+        ValueError: if a term's calls depend on values
+    """
+    stand_in = StandIn(student, teacher, guided)
+    ends = sorted({min(term.ends, steps) for term in terms.values() if term.ends is not None} | {steps})
+    needed = [term for term in terms.values() if term.needs_teacher]
+    found, begin = [], 0
+    for end in ends:
+        live = {name: term for name, term in terms.items() if term.ends is None or term.ends > begin}
+        taught = asks and (not needed or any(term in live.values() for term in needed))
+        calls = [Call("teacher", guided)] if taught else []
+        calls.append(Call("student", reach="weights"))
+        for name, term in live.items():
+            seen = replace(stand_in.passed(begin, begin / steps), **stand_in.declared(term, own[name]))
+            calls += stand_in.count(term, term.losses, seen, "student")
+        found.append(Turn((end - begin) / steps, tuple(calls)))
+        begin = end
+    return tuple(found)
 
-    def trace(probe: Probe, sample: Tensor) -> Mapping[str, Tensor]:
-        link = sample.sum() * 0  # a graph to the sample, where it has one
-        shapes = {k: v.shape[1:] for k, v in probe.answer().trace.items()}
-        return {k: sample.new_zeros(len(sample), *shape) + link for k, shape in shapes.items()}
 
-    def features(x_t: Tensor, t: Tensor, condition: Condition) -> Output:
-        assert teacher is not None, "features are those of a teacher with weights of its own"
-        sample = ask("teacher", False, 1, x_t)
-        return Output(sample, None, trace(teacher, sample), teacher.answer().grid)
+# ---- models without values ------------------------------------------------------------------------------------------
 
-    def look(pixels: Tensor) -> Mapping[str, Tensor]:
-        assert eye is not None, "a method that looks at images declares its vision"
-        link = pixels.sum() * 0
-        return {f"unit.{i}": pixels.new_zeros(len(pixels), eye.tokens, eye.width) + link for i in eye.layers}
 
-    def roles(mine: bool) -> Roles:
-        def output(x_t: Tensor, t: Tensor, condition: Condition) -> Output:
-            sample = ask("student", mine, 1, x_t)
-            return Output(sample, None, trace(student, sample), student.answer().grid)
+class Shapes(Draws):
+    """Draws without values, except those that decide how often a model is called."""
 
-        average, taught = (torch.no_grad()(f) for f in (field("student"), field("teacher", parts=guided)))
-        asked = field("student", mine), output, average, taught, features, field("critic", not mine)
-        return Roles(*asked, own, nn.Identity(), look)
+    def uniform(self, stream: int) -> Tensor:
+        return torch.full_like(self.samples, 0.5, dtype=torch.float32)
 
-    mine, theirs = matching.turns(step)
-    if mine:
-        matching.student_losses(roles(True), given)
-    if theirs:
-        matching.critic_losses(roles(False), given)
-    return tuple(calls)
+    def gaussian(self, stream: int) -> Tensor:
+        return self.samples.new_zeros(len(self.samples), *self.shape, dtype=torch.float32)
+
+
+class StandIn:
+    """The batch and the models of a run without values; calls are counted.
+
+    Fake tensors are made under a mode that is not entered afterwards: a loss's own constants keep their values.
+
+    Args:
+        student: the student's probe
+        teacher: None: there is none, or it is tied to the student
+        guided: batches that one call of the teacher takes
+    """
+
+    def __init__(self, student: Probe, teacher: Probe | None, guided: int):
+        self.student, self.teacher, self.guided = student, teacher, guided
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with self.fake, torch.device("cpu"):
+            self.condition = student.condition.map(lambda v: torch.zeros(BATCH, *v.shape[1:], dtype=v.dtype))
+            self.x, self.samples = torch.zeros(BATCH, *student.shape), torch.arange(BATCH)
+            self.ones = torch.ones(BATCH)
+
+    def declared(self, loss: Loss, own: nn.Module | None) -> dict[str, Any]:
+        """The loss's own parameters, frozen models and decoder; `own` on the meta device."""
+        frozen = {name: spec.structure() for name, spec in loss.frozen.items()}
+        own = deepcopy(own)
+        with self.fake, torch.device("cpu"):
+            for module in (*frozen.values(), *([] if own is None else [own])):
+                without_memory(module)
+        return {"own": own, "frozen": frozen, "decode": pixels}
+
+    def seen(self, step: int, progress: float, data: bool = True, states: int = 0) -> Seen:
+        """The batch of a step; `states` of a stored path to the data."""
+        draws = Shapes(0, self.samples, step, self.student.shape)
+        seen = Seen(self.condition, self.condition, self.ones, draws, progress, step=step, whole=self.condition)
+        if not data:
+            return seen
+        path = self.x[:, None].expand(-1, states, *self.x.shape[1:])
+        times = self.ones[:, None].expand(-1, states)
+        return replace(seen, x=self.x, noise=self.x, trajectory=path, times=times)
+
+    def passed(self, step: int, progress: float) -> Seen:
+        """The batch of a step of diffusion training, after its forward."""
+        taught = None if self.teacher is None else self._output(self.teacher, self.x)
+        sample = self.x + self.x.new_zeros((), requires_grad=True)
+        output = self._output(self.student, sample)
+        seen = replace(self.seen(step, progress), output=output, taught=taught or output)
+        return replace(seen, x_t=self.x, t=self.ones, batch={"x": self.x, "draw": self.samples})
+
+    def count(self, loss: Loss, losses: Any, seen: Seen, trained: str) -> list[Call]:
+        """The calls that `losses(seen)` makes, where the role `trained` has trained weights."""
+        calls: list[Call] = []
+        try:
+            losses(replace(seen, **self._callables(calls, trained)))
+        except (RuntimeError, NotImplementedError) as error:  # torch's, for what cannot be decided without values
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{type(loss).__name__} cannot be counted without values: {reason}") from error
+        return calls
+
+    def _callables(self, calls: list[Call], trained: str) -> dict[str, Any]:
+        def ask(role: str, graph: bool, parts: int, x_t: Tensor) -> Tensor:
+            weights = graph and role == trained
+            reaches = torch.is_grad_enabled() and graph and (weights or x_t.requires_grad)
+            reach: Reach = "nothing" if not reaches else "weights" if weights else "input"
+            calls.append(Call(role, parts * len(x_t) / BATCH, reach))
+            sample = x_t.float() + x_t.new_zeros((), dtype=torch.float32, requires_grad=weights)
+            return sample if graph else sample.detach()
+
+        def predict(x_t: Tensor, t: Tensor, condition: Condition, taps: Collection[int] = ()) -> Output:
+            return self._output(self.student, ask("student", True, 1, x_t), taps)
+
+        def averaged(x_t: Tensor, t: Tensor, condition: Condition, taps: Collection[int] = ()) -> Output:
+            return self._output(self.student, ask("student", False, 1, x_t), taps)
+
+        def features(x_t: Tensor, t: Tensor, condition: Condition) -> Output:
+            assert self.teacher is not None, "features are those of a teacher with weights of its own"
+            return self._output(self.teacher, ask("teacher", True, 1, x_t))
+
+        return {
+            "student": lambda x_t, t, condition: ask("student", True, 1, x_t),
+            "predict": predict,
+            "average": lambda x_t, t, condition: ask("student", False, 1, x_t),
+            "averaged": averaged,
+            "teacher": lambda x_t, t, condition: ask("teacher", False, self.guided, x_t),
+            "features": features,
+            "critic": lambda x_t, t, condition: ask("critic", True, 1, x_t),
+        }
+
+    def _output(self, probe: Probe, sample: Tensor, taps: Collection[int] = ()) -> Output:
+        """The prediction with the probe's trace, and taps; a graph leads to the sample, where it has one."""
+        link, answer = sample.sum() * 0, probe.answer()
+        shapes = {k: v.shape[1:] for k, v in answer.trace.items()}
+        if taps:
+            shapes |= {k: v.shape[1:] for k, v in probe.tapped(tuple(taps)).items()}
+        trace = {k: sample.new_zeros(len(sample), *shape) + link for k, shape in shapes.items()}
+        variance = None if answer.variance is None else torch.zeros_like(sample)
+        return Output(sample, variance, trace, answer.grid)
+
+
+def pixels(x: Tensor) -> Tensor:
+    """Stands in for a decoder: b c *sizes -> b 3 *sizes."""
+    return x[:, :1].expand(-1, 3, *x.shape[2:])

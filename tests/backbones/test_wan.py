@@ -15,6 +15,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from torch import Tensor, nn
+from views import passed
 from weights import randomise
 
 import edit
@@ -30,9 +31,10 @@ from edit.distillation.features import FeatureKD
 from edit.distillation.output import OutputKD
 from edit.distillation.pairs import same
 from edit.edits import trains
+from edit.losses import wanted
 from edit.measuring.cost import count_generation, macs
 from edit.measuring.flops import Flops
-from edit.objectives import FlowMatching, Pass, wanted
+from edit.objectives import FlowMatching
 from edit.pruning.depth import DepthPruning
 from edit.pruning.tinyfusion import TinyFusion
 from edit.pruning.width import FeedForwardWidth
@@ -519,7 +521,7 @@ def test_terms_teach_a_shallower_student_for_two_steps(term):
             for m, (taps, branches, maps) in zip((student, teacher), asked, strict=True)
         )
         taught = taught._replace(sample=taught.sample.detach(), trace={k: v.detach() for k, v in taught.trace.items()})
-        (loss,) = term.losses(Pass(out, {"x_t": x, "x": x, "eps": x}, t, 0.0, taught), own).values()
+        (loss,) = term.losses(replace(passed(out, t, 0.0, taught), own=own)).values()
         assert loss.shape == (2,) and (loss > 0).all()
         optimizer.zero_grad()
         loss.mean().backward()

@@ -4,12 +4,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from views import passed
 
 import edit
 from edit.distillation.attention import AttentionKD, MapKD, RelationKD, cosines
 from edit.distillation.guidance import TeacherGuidance
 from edit.distillation.pairs import same
-from edit.objectives import Pass, Ramp, wanted
+from edit.losses import Seen, wanted
+from edit.objectives import Ramp
 from edit.pruning.depth import DepthPruning
 from edit.stream import Output
 
@@ -18,7 +20,7 @@ from edit.stream import Output
 def test_a_copy_of_the_teacher_has_no_loss_and_no_gradient(term, flux, told, see):
     student = deepcopy(flux)
     assert term.build(student, flux) is None
-    (loss,) = term.losses(see(student, flux, told, term), None).values()
+    (loss,) = term.losses(see(student, flux, told, term)).values()
     loss.sum().backward()
     assert loss.tolist() == [0, 0, 0]
     assert all(p.grad is None or not p.grad.any() for p in student.parameters())
@@ -32,10 +34,10 @@ def test_the_loss_is_the_mean_square_difference_of_the_branches(flux, make_flux,
         for stream in ("", ".text"):
             mine, theirs = (
                 seen.output.trace[f"unit.{s}.attention{stream}"],
-                seen.teacher.trace[f"unit.{t}.attention{stream}"],
+                seen.taught.trace[f"unit.{t}.attention{stream}"],
             )
             expected = expected + ((mine - theirs) ** 2).mean((1, 2)) / 4
-    torch.testing.assert_close(term.losses(seen, None)["attention_kd"], 0.3 * expected)
+    torch.testing.assert_close(term.losses(seen)["attention_kd"], 0.3 * expected)
 
 
 def test_attention_teaches_another_operator_and_leaves_the_output_layers_alone_that_come_later(flux, told, see):
@@ -43,7 +45,7 @@ def test_attention_teaches_another_operator_and_leaves_the_output_layers_alone_t
     for unit in student.units:  # another operator with the same weights: the mean of the values, a uniform attention
         unit.slots.attention = lambda q, k, v, layout, step: v.mean(2, keepdim=True).expand_as(v)
     term = AttentionKD(same(0, 6, every=2))
-    term.losses(see(student, flux, told, term), None)["attention_kd"].sum().backward()
+    term.losses(see(student, flux, told, term))["attention_kd"].sum().backward()
     assert student.units[6].attn.to_v.weight.grad.any()
     assert student.model.proj_out.weight.grad is None
 
@@ -53,7 +55,7 @@ def test_a_student_of_other_depth_and_width_can_match_relations(make_dit, batch,
     student = edit.apply(make_dit(), {"deep": DepthPruning(pattern="listed", units=(0, 2))})
     term = RelationKD(((0, 1), (1, 2)))
     term.build(student, teacher)
-    loss = term.losses(see(student, teacher, batch, term), None)["relation_kd"]
+    loss = term.losses(see(student, teacher, batch, term))["relation_kd"]
     loss.sum().backward()
     assert loss.shape == (4,) and (loss > 0).all() and student.model.blocks[0].attn.qkv.weight.grad.any()
     with pytest.raises(ValueError, match="AttentionKD: tokens of the student are 32 wide, those of the teacher 64"):
@@ -83,7 +85,7 @@ def test_frames_are_a_dimension_of_the_grid_and_are_pooled_like_rows_and_columns
 def test_tokens_that_make_no_grid_are_refused():
     out = Output(torch.zeros(1, 1, 2, 2), None, {"unit.0": torch.randn(1, 7, 4)}, (1, 2, 4))
     with pytest.raises(ValueError, match="7 image tokens are no grid of 1 x 2 x 4"):
-        RelationKD(((0, 0),)).losses(Pass(out, {}, torch.zeros(1), 0.0, out), None)
+        RelationKD(((0, 0),)).losses(passed(out, torch.zeros(1), 0.0, out))
     with pytest.raises(ValueError, match="RelationKD: size must be at least 1, got 0"):
         RelationKD(((0, 0),), size=0)
 
@@ -91,11 +93,11 @@ def test_tokens_that_make_no_grid_are_refused():
 # ---- maps ------------------------------------------------------------------------------------------------------------
 
 
-def see_maps(student, teacher, batch, term: MapKD, progress: float = 0.0) -> Pass:
+def see_maps(student, teacher, batch, term: MapKD, progress: float = 0.0) -> Seen:
     x, t, _ = batch
     with torch.no_grad():
         taught = teacher(*batch, maps=term.teacher_maps)
-    return Pass(student(*batch, maps=term.maps), {"x_t": x}, t, progress, taught)
+    return passed(student(*batch, maps=term.maps), t, progress, taught)
 
 
 def test_the_loss_is_the_cross_entropy_of_the_maps(flux, make_flux, told):
@@ -103,10 +105,10 @@ def test_the_loss_is_the_cross_entropy_of_the_maps(flux, make_flux, told):
     seen = see_maps(make_flux(seed=5), flux, told, term, progress=0.5)
     expected = 0
     for s, t in term.pairs:
-        p, q = seen.teacher.trace[f"unit.{t}.maps"].exp(), seen.output.trace[f"unit.{s}.maps"].exp()
+        p, q = seen.taught.trace[f"unit.{t}.maps"].exp(), seen.output.trace[f"unit.{s}.maps"].exp()
         assert p.shape == (3, 2, 6, 21)  # b h r s
         expected = expected - (p * q.log()).sum(-1).flatten(1).mean(1) / 2
-    torch.testing.assert_close(term.losses(seen, None)["map_kd"], 0.3 * expected)
+    torch.testing.assert_close(term.losses(seen)["map_kd"], 0.3 * expected)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -115,8 +117,8 @@ def test_maps_of_a_copy_cost_their_entropy_and_have_no_gradient(flux, told, chec
     student.gradient_checkpointing = checkpointing
     assert term.build(student, flux) is None
     seen = see_maps(student, flux, told, term)
-    (loss,) = term.losses(seen, None).values()
-    maps = [seen.teacher.trace[f"unit.{i}.maps"] for i in (0, 2, 4, 6)]
+    (loss,) = term.losses(seen).values()
+    maps = [seen.taught.trace[f"unit.{i}.maps"] for i in (0, 2, 4, 6)]
     entropy = torch.stack([-(m.exp() * m).sum(-1).mean((1, 2)) for m in maps]).mean(0)
     torch.testing.assert_close(loss, entropy)
     loss.sum().backward()
@@ -131,8 +133,8 @@ def test_descent_on_the_term_brings_the_maps_together(make_dit, batch):
 
     def apart() -> torch.Tensor:
         seen = see_maps(student, teacher, batch, term)
-        floor = term.losses(replace(seen, output=seen.teacher), None)["map_kd"]  # the teacher's own entropy
-        return (term.losses(seen, None)["map_kd"] - floor).mean()
+        floor = term.losses(replace(seen, output=seen.taught))["map_kd"]  # the teacher's own entropy
+        return (term.losses(seen)["map_kd"] - floor).mean()
 
     before = apart().item()
     for _ in range(20):
@@ -153,14 +155,14 @@ def test_the_first_heads_of_models_with_different_numbers_can_be_compared(make_d
     term = MapKD(same(0, 1), heads=2)
     term.build(student, teacher)
     seen = see_maps(student, teacher, batch, term)
-    loss = term.losses(seen, None)["map_kd"]
-    trace = {k: v.clone() for k, v in seen.teacher.trace.items()}
+    loss = term.losses(seen)["map_kd"]
+    trace = {k: v.clone() for k, v in seen.taught.trace.items()}
     for v in trace.values():
         v[:, 2:] = 0
-    assert loss.shape == (4,) and torch.equal(loss, term.losses(replace(seen, teacher=see_as(trace)), None)["map_kd"])
+    assert loss.shape == (4,) and torch.equal(loss, term.losses(replace(seen, taught=see_as(trace)))["map_kd"])
     for v in trace.values():
         v[:, 0] -= 1
-    assert not torch.equal(loss, term.losses(replace(seen, teacher=see_as(trace)), None)["map_kd"])
+    assert not torch.equal(loss, term.losses(replace(seen, taught=see_as(trace)))["map_kd"])
 
 
 def see_as(trace) -> Output:
@@ -172,7 +174,7 @@ def test_maps_over_other_tokens_are_refused(make_dit, batch):
     term.build(student, teacher)
     seen = see_maps(student, teacher, batch, term)
     with pytest.raises(ValueError, match="unit 0 of the student attends to 18 tokens, unit 0 of the teacher to 16"):
-        term.losses(seen, None)
+        term.losses(seen)
 
 
 @pytest.mark.parametrize("wrong", [{"rows": 0}, {"heads": 0}])

@@ -1,26 +1,29 @@
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from torch.distributed.fsdp import fully_shard
+from views import passed
 
 import edit
 from edit.backbones.dit import DiTConfig
 from edit.distillation.features import FeatureKD, inliers
 from edit.distillation.pairs import interval_ends, same
-from edit.objectives import Pass, Ramp
+from edit.losses import Seen
+from edit.objectives import Ramp
 from edit.pruning.depth import DepthPruning
 from edit.stream import Output
 
 
-def tokens(student: torch.Tensor, teacher: torch.Tensor, progress: float = 0.0) -> Pass:
+def tokens(student: torch.Tensor, teacher: torch.Tensor, progress: float = 0.0) -> Seen:
     """A pass with these tokens at unit 0: b n d."""
     b = len(student)
     outs = (Output(torch.zeros(b, 1, 2, 2), None, {"unit.0": x}) for x in (student, teacher))
     out, taught = outs
-    return Pass(out, {}, torch.zeros(b), progress, taught)
+    return passed(out, torch.zeros(b), progress, taught)
 
 
 VARIANTS = [
@@ -40,7 +43,7 @@ VARIANTS = [
 def test_a_copy_of_the_teacher_has_no_loss_and_no_gradient(options, flux, told, see):
     term, student = FeatureKD(same(0, 6), **options), deepcopy(flux)
     own = term.build(student, flux)
-    loss = term.losses(see(student, flux, told, term), own)["feature_kd"]
+    loss = term.losses(replace(see(student, flux, told, term), own=own))["feature_kd"]
     loss.sum().backward()
     assert loss.tolist() == [0, 0, 0]
     for p in (*student.parameters(), *([] if own is None else own.parameters())):
@@ -52,7 +55,7 @@ def test_a_shallower_student_is_pulled_towards_the_ends_of_its_intervals(flux, t
     student = edit.apply(deepcopy(flux), {"deep": DepthPruning(pattern="listed", units=kept)})
     term = FeatureKD(interval_ends(kept, (3, 4)))
     assert term.taps == (0, 1, 2, 3) and term.teacher_taps == (1, 2, 5, 6)
-    loss = term.losses(see(student, flux, told, term), term.build(student, flux))["feature_kd"]
+    loss = term.losses(replace(see(student, flux, told, term), own=term.build(student, flux)))["feature_kd"]
     loss.sum().backward()
     assert loss.shape == (3,) and (loss > 0).all()
     assert all(p.grad.any() for n, p in student.named_parameters() if "transformer_blocks.0.attn.to_q.weight" in n)
@@ -63,23 +66,23 @@ def test_text_and_image_are_compared_apart_and_averaged_over_all_pairs(flux, mak
     student = make_flux(seed=5)
     term = FeatureKD(((1, 0), (5, 6)), weight=2.0, weights=(1.0, 0.1), norm="raw", text=0.5)
     seen = see(student, flux, told, term)
-    mine, theirs = seen.output.trace, seen.teacher.trace
+    mine, theirs = seen.output.trace, seen.taught.trace
 
     def mse(s: str, t: str) -> torch.Tensor:
         return ((mine[s] - theirs[t]) ** 2).mean((1, 2))
 
     expected = mse("unit.1", "unit.0") + 0.5 * mse("unit.1.text", "unit.0.text")
     expected += 0.1 * (mse("unit.5", "unit.6") + 0.5 * mse("unit.5.text", "unit.6.text"))
-    found = term.losses(seen, None)["feature_kd"]
+    found = term.losses(seen)["feature_kd"]
     torch.testing.assert_close(found, 2 * expected / 4, rtol=1e-5, atol=0)  # fp32, sums in another order
-    image = FeatureKD(((1, 0),), weight=1.0, norm="raw", text=0.0).losses(seen, None)["feature_kd"]
+    image = FeatureKD(((1, 0),), weight=1.0, norm="raw", text=0.0).losses(seen)["feature_kd"]
     torch.testing.assert_close(image, mse("unit.1", "unit.0"), rtol=1e-5, atol=0)
 
 
 def test_a_teacher_that_happens_to_have_a_graph_is_not_trained(dit):
     s, t = (torch.randn(2, 5, 8, requires_grad=True) for _ in range(2))
     term = FeatureKD(((0, 0),))
-    term.losses(tokens(s, t), term.build(dit, dit))["feature_kd"].sum().backward()
+    term.losses(replace(tokens(s, t), own=term.build(dit, dit)))["feature_kd"].sum().backward()
     assert t.grad is None and s.grad.any()
 
 
@@ -87,7 +90,7 @@ def test_a_teacher_that_happens_to_have_a_graph_is_not_trained(dit):
 def test_distances_of_normalised_tokens_do_not_see_their_scale(norm):
     s, t = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     term = FeatureKD(((0, 0),), norm=norm)
-    a, b = (term.losses(tokens(c * s, t), None)["feature_kd"] for c in (1, 7))
+    a, b = (term.losses(tokens(c * s, t))["feature_kd"] for c in (1, 7))
     torch.testing.assert_close(a, b, rtol=1e-3, atol=0)  # the epsilon inside the layer norm
     assert (a > 0.1).all()
 
@@ -96,14 +99,15 @@ def test_the_relative_distance_divides_by_a_running_mean_that_survives_a_state_d
     term = FeatureKD(((0, 0),), weight=1.0, momentum=0.9)
     own = term.build(dit, dit)
     s, t = torch.zeros(2, 5, 8), torch.ones(2, 5, 8)
-    assert term.losses(tokens(s, 2 * t), own)["feature_kd"].tolist() == [1, 1]  # the first batch divides by its own: 4
-    second = term.losses(tokens(s, t), own)["feature_kd"]
+    first = term.losses(replace(tokens(s, 2 * t), own=own))["feature_kd"]
+    assert first.tolist() == [1, 1]  # the first batch divides by its own: 4
+    second = term.losses(replace(tokens(s, t), own=own))["feature_kd"]
     running = 0.9 * 4 + 0.1 * 1
     torch.testing.assert_close(second, torch.full((2,), 1 / running))
     resumed = term.build(dit, dit)
     resumed.load_state_dict(own.state_dict())
     torch.testing.assert_close(resumed.mean_square[0], torch.tensor([running, 0.0]))  # no text seen
-    third = [term.losses(tokens(s, t), o)["feature_kd"] for o in (own, resumed)]
+    third = [term.losses(replace(tokens(s, t), own=o))["feature_kd"] for o in (own, resumed)]
     assert torch.equal(*third)
 
 
@@ -117,7 +121,7 @@ def _running_mean_of_a_rank() -> list[float]:
     own = term.build(_small_dit(), _small_dit())
     for scale in (1.0, 3.0):
         t = (scale + dist.get_rank()) * torch.ones(2, 5, 8)
-        term.losses(tokens(torch.zeros_like(t), t), own)
+        term.losses(replace(tokens(torch.zeros_like(t), t), own=own))
     dist.destroy_process_group()
     return own.mean_square[0].tolist()
 
@@ -133,9 +137,9 @@ def _sharded_projector() -> list[float]:
     term, s, t = FeatureKD(((0, 0),), projector="linear"), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     own = term.build(_small_dit(), _small_dit())
     seen = tokens(s, t)
-    (plain,) = term.losses(seen, deepcopy(own)).values()
+    (plain,) = term.losses(replace(seen, own=deepcopy(own))).values()
     own = fully_shard(own)
-    (sharded,) = term.losses(seen, own).values()
+    (sharded,) = term.losses(replace(seen, own=own)).values()
     sharded.sum().backward()
     dist.destroy_process_group()
     return [*plain.tolist(), *sharded.tolist(), sum(p.grad is not None for p in own.parameters())]
@@ -152,7 +156,7 @@ def test_a_sharded_projector_computes_the_same():
 def test_without_outliers_a_mask_changes_nothing():
     s, t = torch.rand(2, 16, 8), torch.rand(2, 16, 8)  # uniform numbers stay within 1.73 deviations
     plain, *masked = (
-        FeatureKD(((0, 0),), norm="raw", **o).losses(tokens(s, t), None)["feature_kd"]
+        FeatureKD(((0, 0),), norm="raw", **o).losses(tokens(s, t))["feature_kd"]
         for o in ({}, {"sigma": 2.0}, {"sigma": 2.0, "mask": "teacher"})
     )
     assert torch.equal(plain, masked[0]) and torch.equal(plain, masked[1])
@@ -165,7 +169,7 @@ def test_an_outlier_that_both_have_does_not_count():
     for mine, theirs in ((50.0, 60.0), (500.0, 6.0e4)):
         s[0, 3, 2], t[0, 3, 2] = mine, theirs
         assert not inliers(s, 2.0)[0, 3, 2] and inliers(s, 2.0).sum() == s.numel() - 1
-        losses.append(term.losses(tokens(s, t), None)["feature_kd"])
+        losses.append(term.losses(tokens(s, t))["feature_kd"])
     assert torch.equal(*losses)
 
 
@@ -176,14 +180,12 @@ def test_separate_masks_compare_an_outlier_of_one_with_zero_and_a_shared_one_lea
     plain = ((s - t)[rest] ** 2).sum() / t.numel()
     shared = FeatureKD(((0, 0),), weight=1.0, norm="raw", sigma=2.0, mask="teacher")
     separate = FeatureKD(((0, 0),), weight=1.0, norm="raw", sigma=2.0)
-    torch.testing.assert_close(shared.losses(tokens(s, t), None)["feature_kd"][0], plain)
-    torch.testing.assert_close(
-        separate.losses(tokens(s, t), None)["feature_kd"][0], plain + s[0, 3, 2] ** 2 / t.numel()
-    )
+    torch.testing.assert_close(shared.losses(tokens(s, t))["feature_kd"][0], plain)
+    torch.testing.assert_close(separate.losses(tokens(s, t))["feature_kd"][0], plain + s[0, 3, 2] ** 2 / t.numel())
 
 
 def masked(s: torch.Tensor, t: torch.Tensor, **options) -> torch.Tensor:
-    return FeatureKD(((0, 0),), weight=1.0, norm="raw", **options).losses(tokens(s, t), None)["feature_kd"]
+    return FeatureKD(((0, 0),), weight=1.0, norm="raw", **options).losses(tokens(s, t))["feature_kd"]
 
 
 def test_massive_activations_at_one_place_count_only_without_a_mask():
@@ -222,7 +224,7 @@ def test_deviations_are_unbiased():
 def test_masked_distillation_fades_out_over_the_run():
     term = FeatureKD(((0, 0),), weight=Ramp(1e-2, 0.0), norm="raw", sigma=2.0)
     s, t = torch.rand(1, 4, 8), torch.rand(1, 4, 8)
-    start, middle, end = (term.losses(tokens(s, t, p), None)["feature_kd"].item() for p in (0.0, 0.5, 1.0))
+    start, middle, end = (term.losses(tokens(s, t, p))["feature_kd"].item() for p in (0.0, 0.5, 1.0))
     assert start > 0 and middle == pytest.approx(start / 2) and end == 0
 
 
@@ -237,7 +239,7 @@ def test_a_projector_bridges_widths_and_learns(make_dit, batch, see):
     optimizer = torch.optim.Adam(own.parameters(), 1e-2)
     losses = []
     for _ in range(30):
-        loss = term.losses(see(student, teacher, batch, term), own)["feature_kd"].mean()
+        loss = term.losses(replace(see(student, teacher, batch, term), own=own))["feature_kd"].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -249,8 +251,8 @@ def test_a_projector_between_equal_widths_starts_as_the_identity(flux, make_flux
     student, term = make_flux(seed=3), FeatureKD(same(0, 6), norm="raw")
     seen = see(student, flux, told, term)
     mapped = FeatureKD(same(0, 6), norm="raw", projector="linear")
-    with_map = mapped.losses(seen, mapped.build(student, flux))["feature_kd"]
-    torch.testing.assert_close(with_map, term.losses(seen, None)["feature_kd"])
+    with_map = mapped.losses(replace(seen, own=mapped.build(student, flux)))["feature_kd"]
+    torch.testing.assert_close(with_map, term.losses(seen)["feature_kd"])
 
 
 def test_parameters_exist_only_where_they_are_needed(flux):
@@ -265,7 +267,7 @@ def test_gradient_checkpointing_changes_neither_taps_nor_gradients(flux, make_fl
     for checkpointed in (False, True):
         student = make_flux(seed=2).train()
         student.gradient_checkpointing = checkpointed
-        loss = term.losses(see(student, flux, told, term), None)["feature_kd"]
+        loss = term.losses(see(student, flux, told, term))["feature_kd"]
         loss.sum().backward()
         grads.append([loss, *(p.grad for p in student.parameters() if p.grad is not None)])
     assert len(grads[0]) > 50
@@ -297,6 +299,6 @@ def test_what_cannot_be_compared_is_refused(flux, make_dit, dit, batch, see):
     term = FeatureKD(((0, 0),), norm="raw")
     coarse = make_dit(patch_size=4)
     with pytest.raises(ValueError, match="unit 0 of the student has 4 tokens, unit 0 of the teacher 16"):
-        term.losses(see(coarse, dit, batch, term), None)
+        term.losses(see(coarse, dit, batch, term))
     with pytest.raises(ValueError, match=r"pair \(1, 1\): a pass without these units"):
-        FeatureKD(((1, 1),), norm="raw").losses(see(dit, dit, batch, term), None)
+        FeatureKD(((1, 1),), norm="raw").losses(see(dit, dit, batch, term))

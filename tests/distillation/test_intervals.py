@@ -3,17 +3,19 @@ from copy import deepcopy
 
 import pytest
 import torch
+from views import passed
 
 import edit
 from edit.distillation.intervals import IntervalKD, magnitude
-from edit.objectives import Pass, Ramp
+from edit.losses import Seen
+from edit.objectives import Ramp
 from edit.pruning.collapse import Collapse
 from edit.stream import Output
 
 
-def tokens(student: torch.Tensor, teacher: torch.Tensor) -> Pass:
+def tokens(student: torch.Tensor, teacher: torch.Tensor) -> Seen:
     out, taught = (Output(torch.zeros(len(student), 1, 2, 2), None, {"unit.0": x}) for x in (student, teacher))
-    return Pass(out, {}, torch.zeros(len(student)), 0.0, taught)
+    return passed(out, torch.zeros(len(student)), 0.0, taught)
 
 
 DIRECTION = IntervalKD(((0, 0),), magnitude=0.0)
@@ -22,7 +24,7 @@ DIRECTION = IntervalKD(((0, 0),), magnitude=0.0)
 def test_intervals_of_one_copied_unit_have_no_loss_and_no_gradient(flux, told, see):
     term, student = IntervalKD(((0, 0), (2, 2), (5, 5))), deepcopy(flux)
     term.build(student, flux)
-    loss = term.losses(see(student, flux, told, term), None)["interval_kd"]
+    loss = term.losses(see(student, flux, told, term))["interval_kd"]
     loss.sum().backward()
     assert loss.tolist() == [0, 0, 0]
     assert all(p.grad is None or not p.grad.any() for p in student.parameters())
@@ -32,18 +34,18 @@ def test_directions_do_not_see_scale_and_see_an_angle_as_two_minus_two_cosines()
     t = torch.randn(2, 5, 2)
     for c in (0.01, 1.0, 30.0):
         # fp32 rounding of a unit vector, squared
-        assert DIRECTION.losses(tokens(c * t, t), None)["interval_kd"].max() < 1e-12
+        assert DIRECTION.losses(tokens(c * t, t))["interval_kd"].max() < 1e-12
     for angle in (0.3, 2.0):
         cos, sin = math.cos(angle), math.sin(angle)
         turned = t @ torch.tensor([[cos, sin], [-sin, cos]])
-        loss = DIRECTION.losses(tokens(turned, t), None)["interval_kd"]
+        loss = DIRECTION.losses(tokens(turned, t))["interval_kd"]
         torch.testing.assert_close(loss, torch.full((2,), 2 - 2 * cos), rtol=1e-4, atol=0)  # fp32
 
 
 def test_magnitudes_count_by_their_ratio():
     t = torch.randn(2, 5, 8)
     torch.testing.assert_close(magnitude(1.5 * t, t), torch.full((2,), 0.25))
-    loss = IntervalKD(((0, 0),), magnitude=0.1).losses(tokens(1.5 * t, t), None)["interval_kd"]
+    loss = IntervalKD(((0, 0),), magnitude=0.1).losses(tokens(1.5 * t, t))["interval_kd"]
     torch.testing.assert_close(loss, torch.full((2,), 0.025))
 
 
@@ -59,7 +61,7 @@ def test_fed_by_the_teacher_intervals_train_apart_from_each_other(flux, told, se
         alone = IntervalKD(intervals, forcing=1.0)
         alone.pairs = (alone.pairs[k],)
         student.zero_grad()
-        loss = alone.losses(see(student, flux, told, term), None)["interval_kd"]
+        loss = alone.losses(see(student, flux, told, term))["interval_kd"]
         assert loss.shape == (3,) and (loss > 0).all()
         loss.sum().backward()
         touched = {i for i, ps in enumerate(units) if any(p.grad is not None and p.grad.any() for p in ps)}
@@ -71,10 +73,10 @@ def test_the_loss_is_the_mean_over_intervals(flux, told, see):
     student = edit.apply(deepcopy(flux), {"short": Collapse(intervals)})
     term = IntervalKD(intervals, weight=0.5, forcing=1.0)
     seen = see(student, flux, told, term)
-    whole, pairs, parts = term.losses(seen, None)["interval_kd"], term.pairs, []
+    whole, pairs, parts = term.losses(seen)["interval_kd"], term.pairs, []
     for pair in pairs:
         term.pairs = (pair,)
-        parts.append(term.losses(seen, None)["interval_kd"])
+        parts.append(term.losses(seen)["interval_kd"])
     torch.testing.assert_close(whole, torch.stack(parts).mean(0))
 
 
@@ -83,7 +85,7 @@ def test_running_free_an_interval_reaches_the_units_before_it(flux, told, see):
     student = edit.apply(deepcopy(flux), {"short": Collapse(intervals)})
     term = IntervalKD(intervals, forcing=0.0)
     term.pairs = term.pairs[1:]
-    term.losses(see(student, flux, told, term), None)["interval_kd"].sum().backward()
+    term.losses(see(student, flux, told, term))["interval_kd"].sum().backward()
     assert all(any(p.grad is not None and p.grad.any() for p in u.parameters()) for u in student.units[:3])
 
 

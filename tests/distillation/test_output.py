@@ -4,21 +4,23 @@ from copy import deepcopy
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
+from views import passed
 
 from edit.distillation.output import OutputKD, step_kl
-from edit.objectives import DDPM, FlowMatching, Pass, Ramp
+from edit.losses import Seen
+from edit.objectives import DDPM, FlowMatching, Ramp
 from edit.stream import Output
 
 
-def outputs(student: torch.Tensor, teacher: torch.Tensor, t: torch.Tensor, progress: float = 0.0) -> Pass:
-    return Pass(Output(student, None, {}), {}, t, progress, Output(teacher, None, {}))
+def outputs(student: torch.Tensor, teacher: torch.Tensor, t: torch.Tensor, progress: float = 0.0) -> Seen:
+    return passed(Output(student, None, {}), t, progress, Output(teacher, None, {}))
 
 
 @pytest.mark.parametrize("options", [{}, {"space": "data"}, {"loss": "huber"}, {"loss": "huber", "space": "data"}])
 def test_a_copy_of_the_teacher_has_no_loss_and_no_gradient(options, flux, told, see):
     term, student = OutputKD(**options), deepcopy(flux).requires_grad_(True)
     assert term.build(student, flux) is None
-    loss = term.losses(see(student, flux, told, term), None)["output_kd"]
+    loss = term.losses(see(student, flux, told, term))["output_kd"]
     loss.sum().backward()
     assert loss.tolist() == [0, 0, 0]
     assert all(p.grad is None or not p.grad.any() for p in student.parameters())
@@ -28,18 +30,18 @@ def test_each_sample_has_the_mean_square_of_its_own_difference():
     student, teacher, t = torch.zeros(3, 2, 4, 4), torch.ones(3, 2, 4, 4), torch.tensor([0.1, 0.5, 1.0])
     teacher[1] *= 3
     seen = outputs(student, teacher, t)
-    assert OutputKD(weight=0.5).losses(seen, None)["output_kd"].tolist() == [0.5, 4.5, 0.5]
-    in_data = OutputKD(space="data").losses(seen, None)["output_kd"]
+    assert OutputKD(weight=0.5).losses(seen)["output_kd"].tolist() == [0.5, 4.5, 0.5]
+    in_data = OutputKD(space="data").losses(seen)["output_kd"]
     torch.testing.assert_close(in_data, torch.tensor([0.01, 9 * 0.25, 1.0]))
 
 
 def test_huber_is_the_norm_for_large_and_the_square_for_small_differences():
     d, t = 32, torch.full((2,), 0.5)
     delta = torch.ones(2, 2, 4, 4) * torch.tensor([100.0, 1e-6]).view(2, 1, 1, 1)
-    loss = OutputKD(loss="huber", c=1e-3).losses(outputs(delta, torch.zeros_like(delta), t), None)["output_kd"]
+    loss = OutputKD(loss="huber", c=1e-3).losses(outputs(delta, torch.zeros_like(delta), t))["output_kd"]
     assert loss[0].item() == pytest.approx(100 * math.sqrt(d), rel=1e-4)  # c = 1e-3 below 566
     assert loss[1].item() == pytest.approx(1e-12 * d / 2e-3, rel=1e-4)  # the next order is (5.7e-6 / 1e-3)^2
-    default = OutputKD(loss="huber").losses(outputs(delta, torch.zeros_like(delta), t), None)["output_kd"]
+    default = OutputKD(loss="huber").losses(outputs(delta, torch.zeros_like(delta), t))["output_kd"]
     square, c = 1e-12 * d, 0.00054 * math.sqrt(d)
     assert default[1].item() == pytest.approx(math.sqrt(square + c * c) - c, rel=1e-3)
 
@@ -47,7 +49,7 @@ def test_huber_is_the_norm_for_large_and_the_square_for_small_differences():
 def test_the_weight_follows_its_schedule():
     student, teacher, t = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2), torch.ones(1)
     term = OutputKD(weight=Ramp(1.0, 0.0, begin=0.5))
-    at = [term.losses(outputs(student, teacher, t, p), None)["output_kd"].item() for p in (0.0, 0.5, 0.75, 1.0)]
+    at = [term.losses(outputs(student, teacher, t, p))["output_kd"].item() for p in (0.0, 0.5, 0.75, 1.0)]
     assert at == [1, 1, 0.5, 0]
 
 
@@ -58,7 +60,7 @@ def test_distillation_from_an_optimal_teacher_has_the_gradient_of_flow_matching_
     flow, at = FlowMatching(), t.view(-1, 1, 1, 1)
     x_t = flow.corrupt(x, noise, t)
     teacher = (2 * at - 1) * x_t / ((1 - at) ** 2 + at**2)
-    kd = OutputKD().losses(outputs(a * x_t, teacher, t), None)["output_kd"]
+    kd = OutputKD().losses(outputs(a * x_t, teacher, t))["output_kd"]
     fm = flow.losses(Output(a * x_t, None, {}), x, noise, x_t, t)["flow"]
     of_kd, of_fm = (torch.autograd.grad(loss.sum(), a)[0].flatten() for loss in (kd, fm))
     error = (of_kd - of_fm).std() / math.sqrt(n)
@@ -93,9 +95,9 @@ def test_the_variance_is_distilled_without_touching_the_mean(make_dit, batch, se
     term.build(student, teacher)
     seen = see(student, teacher, batch, term)
     seen.output.sample.retain_grad()
-    loss = term.losses(seen, None)["variance_kd"]
+    loss = term.losses(seen)["variance_kd"]
     loss.sum().backward()
-    torch.testing.assert_close(loss, 0.5 * step_kl(DDPM(), seen.output, seen.teacher, seen.t))
+    torch.testing.assert_close(loss, 0.5 * step_kl(DDPM(), seen.output, seen.taught, seen.t))
     assert loss.shape == (4,) and (loss > 0).all()
     assert seen.output.sample.grad is None and student.model.final_layer.linear.weight.grad.any()
 
@@ -103,7 +105,7 @@ def test_the_variance_is_distilled_without_touching_the_mean(make_dit, batch, se
 def test_a_copy_has_no_variance_loss_and_no_gradient(make_dit, batch, see):
     teacher = make_dit(time="ddpm", learn_sigma=True)
     student, term = deepcopy(teacher), OutputKD()
-    loss = term.losses(see(student, teacher, batch, term), None)["variance_kd"]
+    loss = term.losses(see(student, teacher, batch, term))["variance_kd"]
     loss.sum().backward()
     assert loss.tolist() == [0] * 4
     assert all(p.grad is None or not p.grad.any() for p in student.parameters())
@@ -111,7 +113,7 @@ def test_a_copy_has_no_variance_loss_and_no_gradient(make_dit, batch, see):
 
 def test_a_teacher_without_a_variance_teaches_none(make_dit, batch, see):
     student, teacher = make_dit(time="ddpm", learn_sigma=True), make_dit(time="ddpm")
-    assert OutputKD().losses(see(student, teacher, batch, OutputKD()), None).keys() == {"output_kd"}
+    assert OutputKD().losses(see(student, teacher, batch, OutputKD())).keys() == {"output_kd"}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import nn
+from views import Models, view
 
 from edit.edits import describe, rebuild
 from edit.few_step.combined import Combined, Parts
@@ -12,9 +13,9 @@ from edit.few_step.distribution_matching import DistributionMatching
 from edit.few_step.ladd import LADD
 from edit.few_step.method import FewStepMethod
 from edit.few_step.progressive import Progressive
-from edit.few_step.roles import Draws, Given, Roles
 from edit.few_step.trig import SCM
 from edit.few_step.vision import Vision
+from edit.losses import Draws, Seen
 from edit.objectives import Ramp
 from edit.paths import mean
 from edit.solvers import Euler, Grid
@@ -56,10 +57,10 @@ def half(x_t, t, condition):
     return 0.5 * x_t
 
 
-def roles_of(own=None) -> Roles:
+def roles_of(own=None) -> Models:
     """Linear fields, and features with one token per place."""
     features = {"unit.0": 0}
-    return Roles(
+    return Models(
         half,
         absent,
         half,
@@ -73,10 +74,10 @@ def roles_of(own=None) -> Roles:
 
 
 @pytest.fixture
-def given() -> Given:
+def given() -> Seen:
     x = torch.randn(6, 32, 2, 2)
     draws = Draws(3, torch.arange(6), 0, (32, 2, 2))
-    return Given(Condition(), Condition(), torch.ones(6), draws, 0.5, x)
+    return Seen(Condition(), Condition(), torch.ones(6), draws, 0.5, x)
 
 
 LATENT = LADD(teacher_taps=(0,), hidden=8)
@@ -84,22 +85,22 @@ LATENT = LADD(teacher_taps=(0,), hidden=8)
 
 def test_one_part_alone_is_the_method_itself(given):
     method = Progressive(steps=4)
-    losses = Combined({"only": method}).student_losses(roles_of(), given)
+    losses = Combined({"only": method}).student_losses(view(roles_of(), given))
     assert list(losses) == ["only/progressive"]
-    assert torch.equal(losses["only/progressive"], method.student_losses(roles_of(), given)["progressive"])
+    assert torch.equal(losses["only/progressive"], method.student_losses(view(roles_of(), given))["progressive"])
 
 
 def test_parts_are_weighted_and_ramps_follow_the_run(given):
     parts = {"a": Progressive(steps=4), "b": Progressive(steps=2)}
-    plain = Combined(parts).student_losses(roles_of(), given)
-    weighted = Combined(parts, {"a": 100.0, "b": Ramp(0.0, 1.0)}).student_losses(roles_of(), given)
+    plain = Combined(parts).student_losses(view(roles_of(), given))
+    weighted = Combined(parts, {"a": 100.0, "b": Ramp(0.0, 1.0)}).student_losses(view(roles_of(), given))
     assert torch.allclose(weighted["a/progressive"], 100 * plain["a/progressive"])
     assert torch.allclose(weighted["b/progressive"], 0.5 * plain["b/progressive"])  # halfway
 
 
 def test_parts_draw_numbers_of_their_own(given):
     method = Progressive(steps=4)
-    losses = Combined({"a": method, "b": method}).student_losses(roles_of(), given)
+    losses = Combined({"a": method, "b": method}).student_losses(view(roles_of(), given))
     assert not torch.isclose(losses["a/progressive"], losses["b/progressive"]).any()
 
 
@@ -107,11 +108,11 @@ def test_each_part_has_its_own_parameters_and_learns_them(dit, given):
     both = Combined({"a": LATENT, "b": LATENT}, critic_weights={"b": 0.5})
     own = both.build(dit, dit)
     assert {name.split(".")[1] for name, _ in own.named_parameters()} == {"a", "b"}
-    losses = both.critic_losses(roles_of(own), given)
+    losses = both.critic_losses(view(roles_of(own), given))
     losses["a/heads"].sum().backward()
     assert own.parts["a"].heads[0].inner.weight.grad.any()
     assert all(p.grad is None for p in own.parts["b"].parameters())
-    whole = Combined({"a": LATENT, "b": LATENT}).critic_losses(roles_of(own), given)
+    whole = Combined({"a": LATENT, "b": LATENT}).critic_losses(view(roles_of(own), given))
     assert torch.allclose(losses["b/heads"], 0.5 * whole["b/heads"])
 
 
@@ -120,8 +121,8 @@ def test_own_parameters_are_called_through_their_owner(dit, given):
     both = Combined({"a": LATENT, "b": Scaled()})
     own, calls = both.build(dit, dit), []
     own.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0]))
-    both.student_losses(roles_of(own), given)
-    both.critic_losses(roles_of(own), given)
+    both.student_losses(view(roles_of(own), given))
+    both.critic_losses(view(roles_of(own), given))
     assert calls == ["a", "b", "a", "a"]  # heads see the fake; on the critic's turn, the real and the fake
 
 
@@ -130,11 +131,11 @@ def test_parameters_of_a_part_without_turns_learn_on_the_students_though_the_res
     own = both.build(dit, dit)
     for p in both.judges(own):  # as the recipe does on this turn
         p.requires_grad_(False)
-    losses = both.student_losses(roles_of(own), given)
+    losses = both.student_losses(view(roles_of(own), given))
     sum(v.sum() for v in losses.values()).backward()
     assert own.parts["scaled"].u.grad.abs() > 0
     assert all(p.grad is None for p in own.parts["adversarial"].parameters())
-    assert list(both.critic_losses(roles_of(own), given)) == ["adversarial/heads"]
+    assert list(both.critic_losses(view(roles_of(own), given))) == ["adversarial/heads"]
 
 
 def test_needs_and_turns_are_those_of_the_parts():
@@ -158,10 +159,10 @@ def test_rcm_has_both_losses_on_the_students_turn_and_the_critics_alone_on_the_o
     own = rcm.build(dit, dit)
     assert rcm.judges(own) == [] and list(own.parts) == ["scm"]  # the weight u is the student's
     models = replace(roles_of(own), critic=lambda x_t, t, c: 0.1 * x_t)
-    losses = rcm.student_losses(models, given)
-    alone = scm.student_losses(replace(models, own=own.parts["scm"]), given)["scm"]
+    losses = rcm.student_losses(view(models, given))
+    alone = scm.student_losses(view(replace(models, own=own.parts["scm"]), given))["scm"]
     assert list(losses) == ["scm/scm", "dmd/distribution"] and torch.allclose(losses["scm/scm"], 100 * alone)
-    assert list(rcm.critic_losses(models, given)) == ["dmd/velocity"]
+    assert list(rcm.critic_losses(view(models, given))) == ["dmd/velocity"]
 
 
 def test_parts_with_other_turns_are_refused():

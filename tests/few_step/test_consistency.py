@@ -6,6 +6,7 @@ import pytest
 import torch
 from analytic import STD, flow, given, jump, roles, velocity
 from torch import nn
+from views import view
 
 from edit.few_step.consistency import Consistency, PhasedConsistency, TruncatedConsistency
 from edit.few_step.method import pseudo_huber
@@ -18,7 +19,7 @@ ALL = (Consistency(average=False), PhasedConsistency(), TruncatedConsistency())
 
 
 def total(method, who, batch):
-    (loss,) = method.student_losses(who, batch).values()
+    (loss,) = method.student_losses(view(who, batch)).values()
     return loss
 
 
@@ -144,7 +145,7 @@ def test_points_lead_to_the_end_of_their_phase_and_phases_follow_the_run(progres
         return velocity(x_t, t)
 
     method = PhasedConsistency((1, 2, 4), steps=8, shift=3.0)
-    _, _, start, end = method.predictions(roles(student, velocity), given(200, progress=progress))
+    _, _, start, end = method.predictions(view(roles(student, velocity), given(200, progress=progress)))
     ends = torch.tensor(times(phases, 3.0)[1:])
     assert (end[:, None] - ends).abs().min(1).values.max() < 1e-6 and len(end.unique()) == phases
     after, t = times_asked  # of the target, of the prediction
@@ -159,7 +160,7 @@ def test_what_is_predicted_at_the_end_of_a_phase_has_a_graph_and_its_target_none
     def student(x_t, t, condition):
         return scale * velocity(x_t, t)
 
-    prediction, target, _, _ = PhasedConsistency().predictions(roles(student, velocity), given())
+    prediction, target, _, _ = PhasedConsistency().predictions(view(roles(student, velocity), given()))
     assert prediction.requires_grad and not target.requires_grad
 
 
@@ -178,7 +179,7 @@ class Gain(nn.Module):
 
 
 def judged(student, gain: float = 1.0, seen: list | None = None):
-    """Roles whose features are the elements themselves."""
+    """Models whose features are the elements themselves."""
 
     def features(x_t, t, condition):
         if seen is not None:
@@ -195,10 +196,10 @@ def slow(x_t, t, condition):
 def test_ends_are_judged_at_one_time_of_their_phase_noised_along_a_straight_path():
     seen, batch, method = [], given(200), PhasedConsistency((2,), taps=(0,))
     who = judged(slow, seen=seen)
-    fake, real, start, end = method.predictions(who, batch)
+    fake, real, start, end = method.predictions(view(who, batch))
     assert not torch.equal(fake, real)
-    method.critic_losses(who, batch)
-    method.student_losses(who, batch)
+    method.critic_losses(view(who, batch))
+    method.student_losses(view(who, batch))
     for (x_t, t), x_e, stream in zip(seen, (real, fake, fake), (4, 3, 3), strict=True):
         assert torch.equal(t, seen[0][1]) and (end <= t).all() and (t <= start).all()
         s, e = column(t, x_e), column(end, x_e)
@@ -211,11 +212,11 @@ def test_ends_are_judged_at_one_time_of_their_phase_noised_along_a_straight_path
 def test_the_adversarial_losses_are_the_hinge_s():
     batch, method = given(50), PhasedConsistency(taps=(0,), adversarial_weight=0.3)
     blind = judged(slow, gain=0.0)
-    assert method.critic_losses(blind, batch)["heads"].tolist() == [2.0] * 50
-    assert not method.student_losses(blind, batch)["generator"].any()
+    assert method.critic_losses(view(blind, batch))["heads"].tolist() == [2.0] * 50
+    assert not method.student_losses(view(blind, batch))["generator"].any()
     seen = []
-    generator = method.student_losses(judged(slow, 5.0, seen), batch)["generator"]
-    heads = method.critic_losses(judged(slow, 5.0, seen), batch)["heads"]
+    generator = method.student_losses(view(judged(slow, 5.0, seen), batch))["generator"]
+    heads = method.critic_losses(view(judged(slow, 5.0, seen), batch))["heads"]
     own, real, fake = (x_t for x_t, _ in seen)
     torch.testing.assert_close(generator, -0.3 * 5 * mean(own))
     torch.testing.assert_close(heads, mean((1 - 5 * real).relu()) + mean((1 + 5 * fake).relu()))
@@ -224,9 +225,9 @@ def test_the_adversarial_losses_are_the_hinge_s():
 @pytest.mark.parametrize("every", [2, 5])
 def test_without_taps_the_discriminator_leaves_nothing_behind(every, dit):
     off, on, batch = PhasedConsistency(every=every), PhasedConsistency(taps=[-1], every=every), given()
-    plain = off.student_losses(roles(slow, velocity), batch)  # whose features refuse to be asked
+    plain = off.student_losses(view(roles(slow, velocity), batch))  # whose features refuse to be asked
     assert list(plain) == ["phased"]
-    assert torch.equal(plain["phased"], on.student_losses(judged(slow), batch)["phased"])
+    assert torch.equal(plain["phased"], on.student_losses(view(judged(slow), batch))["phased"])
     assert off.build(dit, dit) is None and not off.adversarial and off.teacher_taps == ()
     assert [off.turns(k) for k in range(3)] == [(True, False)] * 3
     assert on.adversarial and on.teacher_taps == (-1,)
@@ -249,11 +250,11 @@ def test_each_side_of_the_discriminator_learns_from_its_own_loss_through_frozen_
     plain = roles(lambda x_t, t, condition: student(x_t, t, condition).sample, asked)
     who, batch = replace(plain, features=features, own=heads), given(3, (4, 8, 8), label=torch.tensor([0, 3, 9]))
     heads.requires_grad_(False)  # as the recipe does
-    method.student_losses(who, batch)["generator"].sum().backward()
+    method.student_losses(view(who, batch))["generator"].sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in student.parameters() if p.requires_grad)
     student.zero_grad()
     heads.requires_grad_(True)
-    method.critic_losses(who, batch)["heads"].sum().backward()
+    method.critic_losses(view(who, batch))["heads"].sum().backward()
     assert all(p.grad is None for p in (*student.parameters(), *teacher.parameters()))
     assert sum(p.grad.abs().sum() for p in heads.parameters()) > 0
 

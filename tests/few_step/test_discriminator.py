@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from views import Models
 
 from edit.few_step.discriminator import (
     Heads,
@@ -15,10 +16,9 @@ from edit.few_step.discriminator import (
     softplus_generator,
     softplus_real_fake,
 )
-from edit.few_step.roles import Roles
 
 
-def roles_of(denoiser, taps) -> Roles:
+def roles_of(denoiser, taps) -> Models:
     """A frozen model and heads on it, as the recipe hands them to a method."""
 
     def features(x_t, t, condition):
@@ -28,7 +28,7 @@ def roles_of(denoiser, taps) -> Roles:
         raise AssertionError("a judgement asks the features alone")
 
     denoiser.requires_grad_(False)
-    return Roles(absent, absent, absent, absent, features, absent, Heads.on(denoiser, taps, hidden=16))
+    return Models(absent, absent, absent, absent, features, absent, Heads.on(denoiser, taps, hidden=16))
 
 
 @pytest.mark.parametrize("family", ["dit", "flux"])

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from views import Models, view
 
 from edit.few_step.distribution_matching import DistributionMatching, capped, direction, rollout
 from edit.few_step.divergence import DIVERGENCES, WeighedHeads
-from edit.few_step.roles import Draws, Given, Roles
+from edit.losses import Draws, Seen
 from edit.objectives import DDPM, LogitNormal, Shifted
 from edit.paths import column, move
 from edit.solvers import Euler, Grid
@@ -19,10 +20,10 @@ from edit.stream import Condition
 STEPS = (1.0, 0.75, 0.5, 0.25)
 
 
-def given(count=3, shape=(4, 8, 8), moment=0, x=None, condition=None) -> Given:
+def given(count=3, shape=(4, 8, 8), moment=0, x=None, condition=None) -> Seen:
     condition = condition or Condition(label=torch.zeros(count, dtype=torch.int64))
     samples = torch.arange(count) + moment * count
-    return Given(condition, condition, torch.ones(count), Draws(0, samples, moment, shape), 0.0, x)
+    return Seen(condition, condition, torch.ones(count), Draws(0, samples, moment, shape), 0.0, x)
 
 
 def gaussian(variance):
@@ -35,11 +36,11 @@ def gaussian(variance):
     return velocity
 
 
-def roles(student, teacher=None, critic=None, features=None, own=None) -> Roles:
+def roles(student, teacher=None, critic=None, features=None, own=None) -> Models:
     def refuse(*_):
         raise AssertionError("nobody is to be asked for this")
 
-    return Roles(student, refuse, refuse, teacher or refuse, features or refuse, critic or refuse, own)
+    return Models(student, refuse, refuse, teacher or refuse, features or refuse, critic or refuse, own)
 
 
 def one_step(a):
@@ -56,7 +57,7 @@ def test_the_gradient_of_a_gaussian_generator_is_the_known_one(a, expected):
     tau, scale = 0.6, torch.tensor(a, requires_grad=True)
     method = DistributionMatching(grid=(1.0,), low=tau, high=tau, simulate=1.0)
     models = roles(one_step(scale), gaussian(1.0), gaussian(a * a))
-    method.student_losses(models, given(64, (4, 32, 32)))["distribution"].mean().backward()
+    method.student_losses(view(models, given(64, (4, 32, 32))))["distribution"].mean().backward()
     k = (1 - tau) / ((1 - tau) ** 2 + tau**2)
     spread = math.sqrt((a * (1 - k * (1 - tau))) ** 2 + (k * tau) ** 2)  # of x - x_teacher
     # 262 144 draws: 1 % of the gradient at a = 0.5 is five of its deviations; the expected values have four digits
@@ -70,7 +71,7 @@ def test_gradient_descent_takes_a_gaussian_generator_to_the_teachers_spread(star
     for moment in range(150):
         models = roles(one_step(a), gaussian(1.0), gaussian(float(a.detach()) ** 2))
         (slope,) = torch.autograd.grad(
-            method.student_losses(models, given(16, (4, 8, 8), moment))["distribution"].mean(), a
+            method.student_losses(view(models, given(16, (4, 8, 8), moment)))["distribution"].mean(), a
         )
         a = (a - 0.2 * slope).detach().requires_grad_()
     assert float(a.detach()) == pytest.approx(1.0, abs=1e-3)
@@ -79,7 +80,9 @@ def test_gradient_descent_takes_a_gaussian_generator_to_the_teachers_spread(star
 def test_a_critic_that_agrees_with_the_teacher_leaves_the_student_alone():
     a = torch.tensor(0.7, requires_grad=True)
     same = gaussian(0.5)
-    loss = DistributionMatching(simulate=1.0).student_losses(roles(one_step(a), same, same), given())["distribution"]
+    loss = DistributionMatching(simulate=1.0).student_losses(view(roles(one_step(a), same, same), given()))[
+        "distribution"
+    ]
     loss.sum().backward()
     assert float(a.grad) == 0 and torch.equal(loss, torch.zeros(3))
 
@@ -95,13 +98,13 @@ def test_three_copies_of_one_model_leave_the_student_alone_to_the_last_bit(dit, 
     for moment in range(4):
         told = given(3, moment=moment, condition=Condition(label=torch.tensor([1, 2, 3])))
         models = roles(field(student), field(teacher), field(critic))
-        loss = method.student_losses(models, told)["distribution"]
+        loss = method.student_losses(view(models, told))["distribution"]
         loss.sum().backward()
         assert torch.equal(loss, torch.zeros(3))
     assert all(p.grad.count_nonzero() == 0 for p in student.parameters() if p.grad is not None)
     assert sum(p.grad is not None for p in student.parameters()) > 10  # a graph there was
     other = roles(field(student), field(teacher), field(make_dit(seed=1)))
-    assert (method.student_losses(other, told)["distribution"] > 0).all()
+    assert (method.student_losses(view(other, told))["distribution"] > 0).all()
 
 
 def test_the_gradient_is_the_weighted_difference_of_the_two_predictions():
@@ -117,7 +120,7 @@ def test_the_gradient_is_the_weighted_difference_of_the_two_predictions():
         return ask
 
     models = roles(lambda x_t, t, c: v, note(gaussian(1.0)), note(gaussian(1.001)))
-    method.student_losses(models, given())["distribution"].sum().backward()
+    method.student_losses(view(models, given()))["distribution"].sum().backward()
     x_tau, tau = seen[0]
     x = (given().draws.gaussian(0) - v).detach()
     teacher, critic = (x_tau - column(tau, x) * gaussian(s)(x_tau, tau, None) for s in (1.0, 1.001))
@@ -148,7 +151,7 @@ def test_the_students_times_stay_between_the_bounds_and_follow_the_law():
 
     for times in (None, Shifted(LogitNormal(), 5.0)):
         method = DistributionMatching(simulate=1.0, **({} if times is None else {"times": times}))
-        method.student_losses(roles(lambda x, t, c: x, ask, ask), given(4000, (1, 1, 1)))
+        method.student_losses(view(roles(lambda x, t, c: x, ask, ask), given(4000, (1, 1, 1))))
     uniform, shifted = seen[0], seen[2]
     assert 0.02 < uniform.min() < 0.03 and 0.97 < uniform.max() < 0.98
     assert abs(uniform.mean() - 0.5) < 0.015 and 0.02 < shifted.min() and shifted.mean() > 0.7 > uniform.median()
@@ -185,7 +188,7 @@ def test_only_the_last_step_of_a_rollout_has_a_gradient():
     for moment in range(12):
         told = given(moment=moment)
         models = roles(student, gaussian(1.0), gaussian(0.5))
-        (slope,) = torch.autograd.grad(method.student_losses(models, told)["distribution"].sum(), gains)
+        (slope,) = torch.autograd.grad(method.student_losses(view(models, told))["distribution"].sum(), gains)
         (step,) = slope.nonzero().flatten().tolist()
         assert float(method.begin(student, told)[1][0]) == STEPS[step]
         steps.add(step)
@@ -228,7 +231,7 @@ def segment(velocity, **options):
     v = velocity(x_t, t, None)
     low, high = end + 0.02, t - 0.02
     middle = low + (high - low) * told.draws.uniform(3)
-    loss = method.student_losses(roles(velocity, velocity, velocity), told)["segment"]
+    loss = method.student_losses(view(roles(velocity, velocity, velocity), told))["segment"]
     return loss, x_t, v, t, middle, end
 
 
@@ -261,7 +264,7 @@ def test_the_segment_is_guided_by_the_teacher_first_and_then_by_the_student_with
 
     weight = torch.tensor(0.5, requires_grad=True)
     method = DistributionMatching(grid=(1.0, 0.4), simulate=0.0, segment=1.0)
-    method.student_losses(roles(student, teacher, teacher), given(x=torch.zeros(3, 4, 8, 8)))
+    method.student_losses(view(roles(student, teacher, teacher), given(x=torch.zeros(3, 4, 8, 8))))
     assert [c[:2] for c in calls] == [
         ("student", True),
         ("teacher", False),  # the two scores
@@ -303,15 +306,15 @@ def test_the_students_losses_reach_the_student_and_the_critics_the_critic_and_th
     batch = given(x=torch.randn(3, 4, 8, 8), condition=condition)
     method = DistributionMatching(taps=(1,), divergence="jensen_shannon", segment=1.0)
     assert method.teacher_taps == (1,)
-    losses = method.student_losses(told, batch)
+    losses = method.student_losses(view(told, batch))
     assert set(losses) == {"distribution", "realism", "segment"} and all(v.shape == (3,) for v in losses.values())
     own.requires_grad_(False)  # as the recipe does on the student's turn
-    sum(v.mean() for v in method.student_losses(told, batch).values()).backward()
+    sum(v.mean() for v in method.student_losses(view(told, batch)).values()).backward()
     assert any(gradients(student)) and not any(gradients(teacher)) and not any(gradients(critic))
     assert not any(gradients(own))
     own.requires_grad_(True)
     student.zero_grad()
-    losses = method.critic_losses(told, batch)
+    losses = method.critic_losses(view(told, batch))
     assert set(losses) == {"velocity", "judgement"} and all(v.shape == (3,) for v in losses.values())
     sum(v.mean() for v in losses.values()).backward()
     assert any(gradients(critic)) and any(gradients(own)) and not any(gradients(student) + gradients(teacher))
@@ -321,12 +324,12 @@ def test_the_adversarial_gradient_reaches_the_student_through_the_frozen_teacher
     student, teacher, _, own, told = models
     method = DistributionMatching(taps=(1,), realism=1.0, simulate=1.0)
     batch = given(condition=Condition(label=torch.tensor([1, 2, 3])))
-    method.student_losses(told, batch)["realism"].sum().backward()
+    method.student_losses(view(told, batch))["realism"].sum().backward()
     assert any(gradients(student)) and all(p.grad is None for p in teacher.parameters())
     with torch.no_grad():
         own.heads.heads[0].outer.weight.zero_()
         own.heads.heads[0].outer.bias.zero_()
-    loss = method.student_losses(told, batch)["realism"]  # undecided heads
+    loss = method.student_losses(view(told, batch))["realism"]  # undecided heads
     torch.testing.assert_close(loss, torch.full((3,), math.log(2)), rtol=1e-5, atol=1e-6)
 
 
@@ -335,7 +338,7 @@ def test_the_critic_learns_the_velocity_from_noise_to_the_students_sample():
     a, told = 0.6, given(64, (1, 16, 16))
     method = DistributionMatching(grid=(1.0,), simulate=1.0)
     losses = {
-        s: float(method.critic_losses(roles(one_step(a), critic=gaussian(s * s)), told)["velocity"].mean())
+        s: float(method.critic_losses(view(roles(one_step(a), critic=gaussian(s * s)), told))["velocity"].mean())
         for s in (0.5, 0.6, 0.7)
     }
     assert min(losses, key=losses.get) == 0.6
@@ -355,12 +358,14 @@ def test_a_critic_that_predicts_noise_has_losses_of_order_one_near_pure_noise():
 
     models = roles(one_step(a), critic=critic)
     settings = {"grid": (1.0,), "simulate": 1.0, "times": near}
-    velocity = DistributionMatching(**settings).critic_losses(models, told)["velocity"]
+    velocity = DistributionMatching(**settings).critic_losses(view(models, told))["velocity"]
     assert (velocity > 1000).all()  # 0.09 / (1 - 0.9937)^2 is 2300
-    data = DistributionMatching(**settings, critic_weight="data").critic_losses(models, told)["data"]
+    data = DistributionMatching(**settings, critic_weight="data").critic_losses(view(models, told))["data"]
     assert (data < 1).all()
     middle = DistributionMatching(**{**settings, "times": LogitNormal(-0.5, 0.1)}, critic_weight="data")
-    assert 0.1 < float(middle.critic_losses(models, told)["data"].mean()) < 1  # nor does it vanish where it matters
+    assert (
+        0.1 < float(middle.critic_losses(view(models, told))["data"].mean()) < 1
+    )  # nor does it vanish where it matters
 
 
 def test_an_error_of_predicted_noise_counts_the_same_at_all_times_whose_ratio_is_below_the_cap():

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from analytic import STD, flow, given, jump, roles, velocity
+from views import view
 
 from edit.few_step.endpoint import CachedEndpoint, Endpoint
 from edit.paths import column
@@ -24,7 +25,9 @@ def gain(steps: int, shift: float = 1.0) -> float:
 @pytest.mark.parametrize("steps, shift", [(1, 1.0), (10, 1.0), (10, 3.0)])
 def test_the_loss_is_half_the_square_of_what_lies_between_two_ends_of_one_noise(steps, shift):
     batch = data_free()
-    found = Endpoint(steps, shift=shift).student_losses(roles(lambda x, t, c: 0.7 * x, velocity), batch)["endpoint"]
+    found = Endpoint(steps, shift=shift).student_losses(view(roles(lambda x, t, c: 0.7 * x, velocity), batch))[
+        "endpoint"
+    ]
     z = batch.draws.gaussian(0)
     expected = 0.5 * (0.3 - gain(steps, shift)) ** 2 * z.square().flatten(1).mean(1)  # one step makes 0.3 z
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
@@ -34,11 +37,11 @@ def test_the_loss_is_half_the_square_of_what_lies_between_two_ends_of_one_noise(
 def test_the_exact_map_has_a_loss_that_vanishes_with_the_square_of_the_solve_s_steps(starts):
     # ends are off by O(step), so their squares fall by 16 and 16
     coarse, middle, fine = (
-        Endpoint(steps, starts).student_losses(roles(jump(), velocity), data_free(400))["endpoint"].mean().item()
+        Endpoint(steps, starts).student_losses(view(roles(jump(), velocity), data_free(400)))["endpoint"].mean().item()
         for steps in (16, 64, 256)
     )
     assert 10 < coarse / middle < 25 and 10 < middle / fine < 25
-    wrong = Endpoint(256, starts).student_losses(roles(velocity, velocity), data_free(400))["endpoint"]
+    wrong = Endpoint(256, starts).student_losses(view(roles(velocity, velocity), data_free(400)))["endpoint"]
     assert wrong.mean() > 100 * fine
 
 
@@ -46,7 +49,9 @@ def test_a_student_of_one_step_learns_where_the_teacher_s_path_ends():
     slope = torch.zeros((), requires_grad=True)
     method, optimizer = Endpoint(8), torch.optim.Adam([slope], lr=0.1)
     for k in range(150):
-        loss = method.student_losses(roles(lambda x, t, c: slope * x, velocity), data_free(16, 16 * k))["endpoint"]
+        loss = method.student_losses(view(roles(lambda x, t, c: slope * x, velocity), data_free(16, 16 * k)))[
+            "endpoint"
+        ]
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()
@@ -66,7 +71,7 @@ def test_later_starts_lie_on_the_teacher_s_path_and_all_lead_to_data():
         return velocity(x_t, t)
 
     method = Endpoint(steps=6, starts=3, shift=2.0)
-    method.student_losses(roles(student, teacher), data_free(300))
+    method.student_losses(view(roles(student, teacher), data_free(300)))
     ((x_t, t, end),) = asked
     assert not end.any() and len(solved) == 6
     for time in times(3, 2.0)[:-1]:
@@ -84,15 +89,15 @@ def test_the_gradient_reaches_all_of_the_student_and_not_the_teacher(make_dit):
 
     who = roles(lambda x_t, t, condition: student(x_t, t, condition).sample, asked)
     batch = data_free(3, shape=(4, 8, 8), label=torch.tensor([0, 3, 9]))
-    Endpoint(2).student_losses(who, batch)["endpoint"].sum().backward()
+    Endpoint(2).student_losses(view(who, batch))["endpoint"].sum().backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert all(p.grad is not None and p.grad.any() for p in student.parameters() if p.requires_grad)
 
 
 def test_a_sample_s_loss_depends_on_its_number_alone():
     who = roles(lambda x_t, t, condition: 0.3 * x_t, velocity)
-    whole = Endpoint(4, 2).student_losses(who, data_free(8))["endpoint"]
-    half = Endpoint(4, 2).student_losses(who, data_free(4, first=4))["endpoint"]
+    whole = Endpoint(4, 2).student_losses(view(who, data_free(8)))["endpoint"]
+    half = Endpoint(4, 2).student_losses(view(who, data_free(4, first=4)))["endpoint"]
     assert torch.equal(whole[4:], half) and len(set(whole.tolist())) == 8
 
 
@@ -135,8 +140,8 @@ def stored(points: int, count: int = 300):
 @pytest.mark.parametrize("points, starts", [(0, 1), (3, 4), (3, 2), (3, 1)])
 def test_from_stored_paths_the_exact_map_has_no_loss_and_nobody_else_is_asked(points, starts):
     method = CachedEndpoint(starts)
-    assert method.student_losses(roles(jump()), stored(points))["endpoint"].max() < 1e-10
-    assert method.student_losses(roles(velocity), stored(points))["endpoint"].mean() > 1e-4
+    assert method.student_losses(view(roles(jump()), stored(points)))["endpoint"].max() < 1e-10
+    assert method.student_losses(view(roles(velocity), stored(points)))["endpoint"].mean() > 1e-4
 
 
 def test_stored_starts_are_drawn_evenly_and_asked_at_their_own_times():
@@ -147,7 +152,7 @@ def test_stored_starts_are_drawn_evenly_and_asked_at_their_own_times():
         return torch.zeros_like(x_t)
 
     batch = stored(5)
-    CachedEndpoint(3).student_losses(roles(student), batch)
+    CachedEndpoint(3).student_losses(view(roles(student), batch))
     ((x_t, t, end),) = asked
     assert not end.any()
     torch.testing.assert_close(x_t, flow(batch.noise, torch.ones(300), t))
@@ -166,9 +171,9 @@ def test_paths_that_were_stored_at_other_times_are_refused():
 
 def test_data_without_the_paths_that_are_asked_for_are_refused():
     with pytest.raises(ValueError, match="CachedEndpoint needs to know the noise .* data.set.trajectories=true"):
-        CachedEndpoint().student_losses(roles(velocity), given())
+        CachedEndpoint().student_losses(view(roles(velocity), given()))
     with pytest.raises(ValueError, match="starts=4 does not divide the noise and the 4 states .* points=3"):
-        CachedEndpoint(4).student_losses(roles(velocity), stored(4))
+        CachedEndpoint(4).student_losses(view(roles(velocity), stored(4)))
 
 
 def test_stored_paths_train_the_steps_of_a_sampler_with_their_times():

@@ -7,11 +7,11 @@ import pytest
 import torch
 from analytic import flow, given, velocity
 from torch import nn
+from views import Models, view
 
 from edit.few_step.discriminator import square_generator, square_real_fake
 from edit.few_step.distribution_matching import direction
 from edit.few_step.flash import LEAST, NOISE, Flash
-from edit.few_step.roles import Roles
 from edit.few_step.vision import Vision, feature_distance
 from edit.objectives import Ramp
 from edit.paths import column, corrupt, mean
@@ -34,8 +34,8 @@ def absent(*_):
     raise AssertionError("nobody is to be asked for this")
 
 
-def roles_of(student, teacher=velocity, **more) -> Roles:
-    return Roles(student, absent, absent, teacher, tokens, absent, Linear(), **more)
+def roles_of(student, teacher=velocity, **more) -> Models:
+    return Models(student, absent, absent, teacher, tokens, absent, Linear(), **more)
 
 
 def jump(x_t, t, condition):
@@ -47,18 +47,20 @@ def test_the_teachers_steps_approach_the_end_of_its_path_from_wherever_they_begi
     batch = given(400)
     x_t, t = Flash().begin(batch)
     end = flow(x_t, t, torch.zeros_like(t))
-    coarse, fine = ((Flash(steps=n).solve(roles_of(absent), batch, x_t, t) - end).abs().mean().item() for n in (16, 64))
+    coarse, fine = (
+        (Flash(steps=n).solve(view(roles_of(absent), batch), x_t, t) - end).abs().mean().item() for n in (16, 64)
+    )
     assert 3 < coarse / fine < 5  # Euler's method is of first order
     calls = []
-    Flash(steps=3, shift=2.0).solve(roles_of(absent, lambda x, t, c: calls.append(t) or x), batch, x_t, t)
+    Flash(steps=3, shift=2.0).solve(view(roles_of(absent, lambda x, t, c: calls.append(t) or x), batch), x_t, t)
     torch.testing.assert_close(torch.stack(calls) / t, torch.tensor([1.0, 0.8, 0.5])[:, None].expand(3, 400))
 
 
 def test_a_student_that_jumps_as_the_teacher_walks_is_left_alone_and_another_is_pulled():
     batch, method = given(100), Flash(steps=200)
-    exact = method.student_losses(roles_of(jump), batch)["distill"]
+    exact = method.student_losses(view(roles_of(jump), batch))["distill"]
     x_t, t = method.begin(batch)
-    off = method.student_losses(roles_of(lambda x, t, c: jump(x, t, c) + 0.1), batch)["distill"]
+    off = method.student_losses(view(roles_of(lambda x, t, c: jump(x, t, c) + 0.1), batch))["distill"]
     assert exact.max() < 1e-3 < off.mean()  # 200 steps of the first order, squared
     torch.testing.assert_close(off.mean(), mean((0.1 * column(t, x_t)).square()).mean(), rtol=0.1, atol=0)
 
@@ -66,11 +68,11 @@ def test_a_student_that_jumps_as_the_teacher_walks_is_left_alone_and_another_is_
 @pytest.mark.parametrize("progress, scale", [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)])
 def test_matching_and_discriminator_come_in_by_ramps(progress, scale):
     batch, method = given(8, progress=progress), Flash(steps=2)
-    losses = method.student_losses(roles_of(jump), batch)
+    losses = method.student_losses(view(roles_of(jump), batch))
     if not scale:
         assert set(losses) == {"distill"}
         return
-    x = method.generate(roles_of(jump), batch, *method.begin(batch))
+    x = method.generate(view(roles_of(jump), batch), *method.begin(batch))
     tau = method.times(batch)
     x_tau = corrupt(x, batch.draws.gaussian(NOISE), tau)
     logits = x_tau.flatten(1)
@@ -86,9 +88,9 @@ def test_the_difference_of_scores_is_over_the_distance_of_data_and_has_a_gradien
     student = lambda x_t, t, c: jump(x_t, t, c) + bias  # noqa: E731
     method = Flash(steps=1, realism=0.0, match=1.0)
     roles, (x_t, t) = roles_of(student), method.begin(batch)
-    method.student_losses(roles, batch)["distribution"].sum().backward()
+    method.student_losses(view(roles, batch))["distribution"].sum().backward()
     with torch.no_grad():
-        x, tau = method.generate(roles, batch, x_t, t), method.times(batch)
+        x, tau = method.generate(view(roles, batch), x_t, t), method.times(batch)
         x_tau = corrupt(x, batch.draws.gaussian(NOISE), tau)
         ours, theirs = (x_tau - column(tau, x) * f(x_tau, tau, None) for f in (jump, velocity))
         slope = (ours - theirs) / column(mean((x - theirs).abs()), x) / 16
@@ -104,7 +106,7 @@ def test_on_the_heads_turn_real_and_fake_are_judged_by_least_squares_without_the
         return tokens(x_t, t, condition)
 
     roles = replace(roles_of(lambda x_t, t, c: ours * x_t), features=look)
-    loss = Flash().critic_losses(roles, batch)["heads"]
+    loss = Flash().critic_losses(view(roles, batch))["heads"]
     (real, t), (fake, t_fake) = seen
     torch.testing.assert_close(loss, square_real_fake(real.flatten(1), fake.flatten(1)))
     assert torch.equal(t, t_fake) and not loss.requires_grad
@@ -135,12 +137,12 @@ def test_the_distance_can_be_that_of_pictures(tmp_path):
     method = Flash(steps=2, vision=vision)
     roles = roles_of(lambda x_t, t, c: 0.5 * x_t, decode=nn.Identity(), look=eye)
     x_t, t = method.begin(batch)
-    x, target = method.generate(roles, batch, x_t, t), method.solve(roles, batch, x_t, t)
-    found = method.student_losses(roles, batch)["distill"]
+    x, target = method.generate(view(roles, batch), x_t, t), method.solve(view(roles, batch), x_t, t)
+    found = method.student_losses(view(roles, batch))["distill"]
     torch.testing.assert_close(found, feature_distance(eye(x), eye(target)))
     shift = torch.zeros(3, requires_grad=True)
     shifted = replace(roles, student=lambda x_t, t, c: 0.5 * x_t + column(shift, x_t))
-    method.student_losses(shifted, batch)["distill"].sum().backward()
+    method.student_losses(view(shifted, batch))["distill"].sum().backward()
     assert (shift.grad != 0).all()
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from views import Models, view
 from weights import randomise
 
 import edit
@@ -15,9 +16,9 @@ from edit.backbones.sd3 import SD3Config
 from edit.edits import describe, rebuild
 from edit.few_step.flow_map import IntervalInput, derivative, mean_velocity, need_interval
 from edit.few_step.mean_flow import MeanFlow
-from edit.few_step.roles import Draws, Given, Roles
 from edit.few_step.shortcut import Shortcut
 from edit.few_step.trig import SCM, LossWeight
+from edit.losses import Draws, Seen
 from edit.objectives import FlowMatching
 from edit.sampling import Sampler
 from edit.solvers import DDPMSolver, Euler, EulerMaruyama, Grid, Heun
@@ -322,7 +323,7 @@ class Learner(nn.Module):
 def test_in_a_few_steps_a_student_learns_where_the_way_of_a_gaussian_leads(method):
     student, own = Learner(), LossWeight()
     optimizer = torch.optim.Adam([*student.parameters(), *own.parameters()], lr=1e-2)
-    roles = Roles(student, student, student, teacher, student, student, own)
+    roles = Models(student, student, student, teacher, student, student, own)
     t, end = torch.tensor([0.3, 0.5, 0.7, 0.8, 0.8]), torch.tensor([0.1, 0.0, 0.2, 0.0, 0.5])
     told = Condition(end=end)
     if isinstance(method, SCM):  # which leads to data, and is not told so
@@ -338,8 +339,8 @@ def test_in_a_few_steps_a_student_learns_where_the_way_of_a_gaussian_leads(metho
     for k in range(300):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - k / 300)
         draws = Draws(0, torch.arange(128) + 128 * k, k, (1, 2, 2))
-        given = Given(Condition(), Condition(), torch.ones(128), draws, k / 300, draws.gaussian(50) / 2)
+        given = Seen(Condition(), Condition(), torch.ones(128), draws, k / 300, draws.gaussian(50) / 2)
         optimizer.zero_grad()
-        sum(method.student_losses(roles, given).values()).mean().backward()
+        sum(method.student_losses(view(roles, given)).values()).mean().backward()
         optimizer.step()
     assert before > 0.4 and error() < before / 2  # the longest way; after 2400 steps of twice the width by 8 to 90

@@ -5,19 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from views import Models, view
 
 from edit.few_step.discriminator import Heads
 from edit.few_step.ladd import LADD
-from edit.few_step.roles import Draws, Given, Roles
+from edit.losses import Draws, Seen
 from edit.paths import corrupt, mean
 from edit.solvers import Euler, Grid, Heun
 from edit.stream import Condition, Output
 
 
-def given_of(x, condition=None, progress=1.0, seed=0) -> Given:
+def given_of(x, condition=None, progress=1.0, seed=0) -> Seen:
     condition = Condition() if condition is None else condition
     draws = Draws(seed, torch.arange(len(x)), 0, tuple(x.shape[1:]))
-    return Given(condition, condition, torch.ones(len(x)), draws, progress, x)
+    return Seen(condition, condition, torch.ones(len(x)), draws, progress, x)
 
 
 def absent(*_):
@@ -40,8 +41,8 @@ class Linear(nn.Module):
         return features["unit.0"][:, :, 0]
 
 
-def plain_roles(**changes) -> Roles:
-    return replace(Roles(zero, absent, absent, absent, tokens, absent, Linear()), **changes)
+def plain_roles(**changes) -> Models:
+    return replace(Models(zero, absent, absent, absent, tokens, absent, Linear()), **changes)
 
 
 @pytest.mark.parametrize("progress, odds", [(0.0, (0, 0, 0.5, 0.5)), (0.5, (0.7, 0.1, 0.1, 0.1))])
@@ -53,7 +54,7 @@ def test_the_student_starts_where_it_is_said_to(progress, odds):
         return torch.zeros_like(x_t)
 
     x = torch.zeros(4000, 1, 1, 1)
-    LADD().generate(plain_roles(student=student), given_of(x, progress=progress))
+    LADD().generate(view(plain_roles(student=student), given_of(x, progress=progress)))
     ((t, end),) = asked
     shares = [(t == time).float().mean().item() for time in (1.0, 0.75, 0.5, 0.25)]
     assert shares == pytest.approx(odds, abs=0.03)  # four deviations of a share of 4000
@@ -63,7 +64,7 @@ def test_the_student_starts_where_it_is_said_to(progress, odds):
 def test_the_student_goes_to_data_in_one_step():
     x = torch.randn(64, 1, 2, 2)
     eps = given_of(x).draws.gaussian(1)
-    made = LADD().generate(plain_roles(student=lambda x_t, t, c: eps - x), given_of(x))
+    made = LADD().generate(view(plain_roles(student=lambda x_t, t, c: eps - x), given_of(x)))
     assert torch.allclose(made, x, atol=1e-6)  # the true velocity leads to the data itself
 
 
@@ -72,8 +73,8 @@ def test_fakes_are_judged_noised_and_move_the_student_towards_what_the_heads_lik
     bias = torch.zeros(1, requires_grad=True)
     given = given_of(x)
     roles = plain_roles(student=lambda x_t, t, c: bias.expand_as(x_t))
-    losses = method.student_losses(roles, given)
-    fake, t = method.generate(roles, given), method.law(given.draws.uniform(2))
+    losses = method.student_losses(view(roles, given))
+    fake, t = method.generate(view(roles, given)), method.law(given.draws.uniform(2))
     assert torch.allclose(losses["generator"], -mean(corrupt(fake, given.draws.gaussian(3), t)))
     losses["generator"].sum().backward()
     assert bias.grad > 0  # logits rise with the sample, which falls with the velocity
@@ -89,7 +90,7 @@ def test_heads_see_noised_reals_and_detached_fakes():
         return tokens(x_t, t, condition)
 
     given = given_of(x)
-    method.critic_losses(plain_roles(student=lambda x_t, t, c: bias.expand_as(x_t), features=features), given)
+    method.critic_losses(view(plain_roles(student=lambda x_t, t, c: bias.expand_as(x_t), features=features), given))
     (real, t), (fake, t_fake) = seen
     assert torch.equal(real, corrupt(x, given.draws.gaussian(6), t)) and torch.equal(t, t_fake)
     assert not fake.requires_grad
@@ -98,12 +99,12 @@ def test_heads_see_noised_reals_and_detached_fakes():
 def test_the_penalty_perturbs_what_has_been_noised_first():
     x, method = torch.zeros(8, 1, 2, 2), LADD(r1=0.5, r1_noise=0.2)
     given = given_of(x)
-    losses = method.critic_losses(plain_roles(), given)
+    losses = method.critic_losses(view(plain_roles(), given))
     expected = 0.5 * mean((0.2 * given.draws.gaussian(7)).square())  # whatever the time
     assert torch.allclose(losses["r1"], expected, atol=1e-6)
-    still = replace(method, r1_noise=0.0).critic_losses(plain_roles(), given)
+    still = replace(method, r1_noise=0.0).critic_losses(view(plain_roles(), given))
     assert not still["r1"].any()
-    assert "r1" not in LADD().critic_losses(plain_roles(), given)
+    assert "r1" not in LADD().critic_losses(view(plain_roles(), given))
 
 
 def test_the_distance_to_the_teacher_is_that_of_its_prediction_at_the_noised_fake():
@@ -111,8 +112,8 @@ def test_the_distance_to_the_teacher_is_that_of_its_prediction_at_the_noised_fak
     bias = torch.zeros_like(x).requires_grad_(True)
     roles = plain_roles(student=lambda x_t, t, c: bias, teacher=lambda x_t, t, c: torch.full_like(x_t, 0.3))
     method = LADD(distill=2.5)
-    loss = method.student_losses(roles, given)["distill"]
-    fake, t = method.generate(roles, given).detach(), given.draws.uniform(4)
+    loss = method.student_losses(view(roles, given))["distill"]
+    fake, t = method.generate(view(roles, given)).detach(), given.draws.uniform(4)
     gap = fake - (corrupt(fake, given.draws.gaussian(5), t) - 0.3 * t.view(-1, 1, 1, 1))
     weight = 2.5 * (1 - t)
     assert torch.allclose(loss, weight * mean(gap.square()))
@@ -125,9 +126,9 @@ def test_the_distance_to_the_teacher_is_that_of_its_prediction_at_the_noised_fak
 def test_a_teacher_that_agrees_costs_nothing():
     x = torch.randn(8, 1, 2, 2)
     method, given = LADD(distill=2.5), given_of(x)
-    fake = method.generate(plain_roles(), given)
+    fake = method.generate(view(plain_roles(), given))
     agreeing = plain_roles(teacher=lambda x_t, t, c: (x_t - fake) / t.view(-1, 1, 1, 1))
-    assert method.student_losses(agreeing, given)["distill"].max() < 1e-9  # rounding, squared
+    assert method.student_losses(view(agreeing, given))["distill"].max() < 1e-9  # rounding, squared
 
 
 @pytest.mark.parametrize("family", ["dit", "flux"])
@@ -141,14 +142,14 @@ def test_each_side_learns_from_its_own_loss_alone(family, make_dit, make_flux, b
     def features(x_t, t, condition):
         return teacher(x_t, t, condition, taps=method.teacher_taps)
 
-    roles = Roles(lambda *a: student(*a).sample, absent, absent, absent, features, absent, heads)
+    roles = Models(lambda *a: student(*a).sample, absent, absent, absent, features, absent, heads)
     heads.requires_grad_(False)  # as the recipe does
-    sum(method.student_losses(roles, given_of(x, condition)).values()).sum().backward()
+    sum(method.student_losses(view(roles, given_of(x, condition))).values()).sum().backward()
     assert sum(p.grad.abs().sum() for p in student.parameters() if p.grad is not None) > 0
     assert all(p.grad is None for p in (*teacher.parameters(), *heads.parameters()))
     student.zero_grad()
     heads.requires_grad_(True)
-    sum(method.critic_losses(roles, given_of(x, condition)).values()).sum().backward()
+    sum(method.critic_losses(view(roles, given_of(x, condition))).values()).sum().backward()
     assert sum(p.grad.abs().sum() for p in heads.parameters()) > 0
     assert all(p.grad is None for p in (*teacher.parameters(), *student.parameters()))
 
@@ -168,7 +169,7 @@ def test_taking_turns_brings_the_students_samples_to_the_data(loss):
         roles = plain_roles(student=lambda x_t, t, c, e=eps, x=x: e - x - shift * mask, own=heads)
         mine, theirs = method.turns(step)
         heads.requires_grad_(theirs)
-        losses = method.student_losses(roles, given) if mine else method.critic_losses(roles, given)
+        losses = method.student_losses(view(roles, given)) if mine else method.critic_losses(view(roles, given))
         optimizer.zero_grad()
         sum(losses.values()).mean().backward()
         optimizer.step()

@@ -3,12 +3,13 @@ from dataclasses import replace
 import pytest
 import torch
 from analytic import average, roles
+from views import view
 from weights import randomise
 
 import edit
 from edit.few_step.flow_map import IntervalInput
 from edit.few_step.mean_flow import MeanFlow
-from edit.few_step.roles import Draws, Given
+from edit.losses import Draws, Seen
 from edit.objectives import Uniform
 from edit.paths import corrupt
 from edit.stream import Condition
@@ -16,25 +17,25 @@ from edit.stream import Condition
 SHAPE = (1, 2, 2)
 
 
-def given(count: int = 64, x=None, null=None) -> Given:
+def given(count: int = 64, x=None, null=None) -> Seen:
     condition = Condition(label=torch.ones(count, dtype=torch.int64))
     x = torch.randn(count, *SHAPE) if x is None else x
     draws = Draws(0, torch.arange(count), 0, tuple(x.shape[1:]))
-    return Given(condition, condition if null is None else null, torch.ones(count), draws, 0.5, x)
+    return Seen(condition, condition if null is None else null, torch.ones(count), draws, 0.5, x)
 
 
 @pytest.mark.parametrize("how, near", [("jvp", 1e-10), ("difference", 1e-6)])
 def test_the_exact_mean_velocity_has_no_loss(how, near):
     # squares of errors as in test_flow_map: 1e-6 and 2e-4 per element, four elements of size 1
     method = MeanFlow(apart=1.0, p=0.0, how=how)
-    loss = method.student_losses(roles(average(-0.7), lambda x, t, c: -0.7 * x), given())["mean_flow"]
-    wrong = method.student_losses(roles(average(-0.5), lambda x, t, c: -0.7 * x), given())["mean_flow"]
+    loss = method.student_losses(view(roles(average(-0.7), lambda x, t, c: -0.7 * x), given()))["mean_flow"]
+    wrong = method.student_losses(view(roles(average(-0.5), lambda x, t, c: -0.7 * x), given()))["mean_flow"]
     assert loss.shape == (64,) and loss.max() < near and wrong.mean() > 1e-3
 
 
 def test_where_both_times_are_one_it_is_flow_matching():
     seen, now = [], given()
-    loss = MeanFlow(target="data", apart=0.0, p=0.0).student_losses(roles(average(0.3, seen)), now)["mean_flow"]
+    loss = MeanFlow(target="data", apart=0.0, p=0.0).student_losses(view(roles(average(0.3, seen)), now))["mean_flow"]
     t, end = seen[-1]
     assert torch.equal(t, end)
     eps = now.draws.gaussian(3)
@@ -44,7 +45,7 @@ def test_where_both_times_are_one_it_is_flow_matching():
 
 def test_times_are_the_later_and_the_earlier_of_two_and_apart_as_often_as_asked():
     seen = []
-    MeanFlow(apart=0.25, time=Uniform()).student_losses(roles(average(0.3, seen), lambda x, t, c: x), given(4000))
+    MeanFlow(apart=0.25, time=Uniform()).student_losses(view(roles(average(0.3, seen), lambda x, t, c: x), given(4000)))
     t, end = seen[-1]
     assert (end <= t).all() and (0 < end).all() and (t < 1).all()
     # of 4000 draws, 0.25 has a standard error of 0.007; the later of two uniform numbers has the mean 2/3, error 0.004
@@ -55,7 +56,8 @@ def test_times_are_the_later_and_the_earlier_of_two_and_apart_as_often_as_asked(
 def test_samples_are_weighed_by_their_own_loss():
     now = given()
     plain, weighed = (
-        MeanFlow(p=p).student_losses(roles(average(0.3), lambda x, t, c: -x), now)["mean_flow"] for p in (0.0, 0.75)
+        MeanFlow(p=p).student_losses(view(roles(average(0.3), lambda x, t, c: -x), now))["mean_flow"]
+        for p in (0.0, 0.75)
     )
     torch.testing.assert_close(weighed, plain / (plain + 1e-3) ** 0.75)
 
@@ -67,7 +69,7 @@ def test_the_weight_and_the_target_carry_no_gradient():
     def student(x, t, condition):
         return scale * x
 
-    loss = MeanFlow(apart=0.0).student_losses(roles(student, lambda x, t, c: v), now)["mean_flow"]
+    loss = MeanFlow(apart=0.0).student_losses(view(roles(student, lambda x, t, c: v), now))["mean_flow"]
     (slope,) = torch.autograd.grad(loss.sum(), scale)
     a, b = MeanFlow().time(now.draws.uniform(0)), MeanFlow().time(now.draws.uniform(1))
     x_t = corrupt(now.x, now.draws.gaussian(3), torch.maximum(a, b))
@@ -86,7 +88,7 @@ def test_a_guided_target_mixes_the_sample_with_what_the_student_knows(kappa):
         return (1.0 + condition.label.float()).view(-1, 1, 1, 1).expand_as(x)
 
     method = MeanFlow(target="data", apart=0.0, p=0.0, omega=0.4, kappa=kappa, interval=(0.0, 0.5))
-    loss = method.student_losses(roles(student), now)["mean_flow"]
+    loss = method.student_losses(view(roles(student), now))["mean_flow"]
     t = asked[-1][0]
     v = now.draws.gaussian(3) - now.x
     inside = (t <= 0.5).view(-1, 1, 1, 1)
@@ -99,7 +101,7 @@ def test_a_guided_target_mixes_the_sample_with_what_the_student_knows(kappa):
 
 def test_guidance_needs_a_null_condition():
     with pytest.raises(ValueError, match="needs an unconditional student: set label_drop=0.1"):
-        MeanFlow(target="data", omega=2.0).student_losses(roles(average(0.3)), given())
+        MeanFlow(target="data", omega=2.0).student_losses(view(roles(average(0.3)), given()))
 
 
 def test_a_guided_teacher_and_guidance_in_the_target_exclude_each_other():
@@ -129,7 +131,7 @@ def test_all_of_a_real_student_is_trained_and_nothing_else(how, dit, make_dit, b
             return teacher(x, t, c).sample
 
     method = MeanFlow(apart=1.0, how=how)
-    loss = method.student_losses(roles(lambda x, t, c: dit(x, t, c).sample, taught), now)["mean_flow"]
+    loss = method.student_losses(view(roles(lambda x, t, c: dit(x, t, c).sample, taught), now))["mean_flow"]
     loss.mean().backward()
     assert [n for n, p in dit.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())] == []
     assert all(p.grad is None for p in teacher.parameters())

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from views import Models, view
 
 import edit
 from edit.artifacts.checkpoint import load, save
 from edit.few_step.policy import MixtureHead, Policy, PolicyImitation, PolicySolver, segments
-from edit.few_step.roles import Draws, Given, Roles
+from edit.losses import Draws, Seen
 from edit.objectives import FlowMatching, shift_times
 from edit.paths import corrupt
 from edit.sampling import Sampler
@@ -189,18 +190,18 @@ def test_a_lora_student_trains_lora_and_head(dit):
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def given(count: int = 2, progress: float = 0.0, shape=SHAPE, condition=None, moment: int = 0, x=None) -> Given:
+def given(count: int = 2, progress: float = 0.0, shape=SHAPE, condition=None, moment: int = 0, x=None) -> Seen:
     condition = condition or Condition(label=torch.zeros(count, dtype=torch.int64))
-    return Given(
+    return Seen(
         condition, condition, torch.ones(count), Draws(0, torch.arange(count), moment, shape), progress=progress, x=x
     )
 
 
-def roles(output, teacher) -> Roles:
+def roles(output, teacher) -> Models:
     def none(*_):
         raise AssertionError("not asked for by this method")
 
-    return Roles(none, output, none, torch.no_grad()(teacher), none, none)
+    return Models(none, output, none, torch.no_grad()(teacher), none, none)
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.3, 1.0], ids=["teacher's path", "mixed", "own path"])
@@ -209,7 +210,7 @@ def test_a_student_that_knows_the_law_has_nothing_to_learn(progress, data):
     method = PolicyImitation(needs_data=data)
     for moment in range(4):
         batch = given(4, progress, moment=moment, x=STD * torch.randn(4, *SHAPE) if data else None)
-        losses = method.student_losses(roles(belief, field), batch)
+        losses = method.student_losses(view(roles(belief, field), batch))
         assert losses["policy"].shape == (4,)
         assert losses["policy"].max() < 1e-3  # 30 times the square of fp32 errors of some 1e-3 at small times
 
@@ -226,7 +227,7 @@ def test_any_other_width_is_worse_and_the_gradient_says_so():
             return out._replace(trace={"policy": torch.cat((mixture[:, :-1], mixture[:, -1:] + by), 1)})
 
         teacher = lambda x, t, condition: field(x, t, None, torch.zeros(1, 2))  # noqa: E731
-        loss = PolicyImitation().student_losses(roles(output, teacher), given(8, 1.0))["policy"].sum()
+        loss = PolicyImitation().student_losses(view(roles(output, teacher), given(8, 1.0)))["policy"].sum()
         return torch.autograd.grad(loss, by)[0].item()
 
     assert slope(-0.5) < 0 < slope(0.5)
@@ -246,7 +247,7 @@ def test_imitation_of_the_velocity_finds_the_law_of_the_data():
     for k in range(120):
         batch = replace(given(16, k / 120), draws=Draws(0, torch.arange(16 * k, 16 * k + 16), k, SHAPE))
         optimizer.zero_grad()
-        method.student_losses(roles(output, field), batch)["policy"].mean().backward()
+        method.student_losses(view(roles(output, field), batch))["policy"].mean().backward()
         optimizer.step()
     means = (mean - mixture[:6].view(3, 2)).detach()
     nearest = torch.cdist(CENTRES, means).min(1)
@@ -267,7 +268,7 @@ def test_gradients_reach_the_whole_student_and_the_path_has_none(dit, batch):
         return teacher(x, t, condition).sample
 
     batch = given(4, 0.3, (4, 8, 8), condition)
-    PolicyImitation().student_losses(roles(student, taught), batch)["policy"].sum().backward()
+    PolicyImitation().student_losses(view(roles(student, taught), batch))["policy"].sum().backward()
     assert asked == [False] * 4
     assert all(p.grad is None for p in teacher.parameters())
     idle = [n for n, p in student.named_parameters() if p.grad is None or not p.grad.any()]
@@ -284,7 +285,7 @@ def test_without_data_a_segment_starts_where_the_one_before_has_ended():
             calls.append((float(t[0]), torch.is_grad_enabled(), x))
             return belief(x, t)
 
-        method.student_losses(roles(output, field), given(1, 1.0, moment=moment))
+        method.student_losses(view(roles(output, field), given(1, 1.0, moment=moment)))
         starts = shift_times(segments(4, 0.5), 3.2).tolist()[: len(calls)]
         assert [c[0] for c in calls] == pytest.approx(starts)
         assert [c[1] for c in calls] == [False] * (len(calls) - 1) + [True]
@@ -303,7 +304,7 @@ def test_with_data_a_segment_starts_at_noised_data():
         return belief(x_t, t)
 
     batch = given(64, x=x)
-    method.student_losses(roles(output, field), batch)
+    method.student_losses(view(roles(output, field), batch))
     assert set(seen["t"].tolist()) == {1.0, 0.5}
     torch.testing.assert_close(seen["x"], corrupt(x, batch.draws.gaussian(0), seen["t"]))
 
@@ -319,7 +320,7 @@ def test_points_lie_within_the_segment_and_the_teachers_share_falls():
             return field(x, t)
 
         method = PolicyImitation(steps=1, shift=1.0)
-        method.student_losses(roles(belief, teacher), given(64, progress))
+        method.student_losses(view(roles(belief, teacher), given(64, progress)))
         assert len(times) == 4
         way = torch.stack(times)
         assert (way.diff(dim=0) <= 0).all() and 0 < way.min() and way.max() <= 1

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from analytic import STD, given, roles, velocity
+from views import view
 
 from edit.few_step.progressive import Progressive
 from edit.objectives import DDPM
@@ -26,7 +27,7 @@ def chord(steps: int, shift: float, weighted: bool = True):
 
 
 def loss(method: Progressive, student, teacher=velocity, count: int = 64):
-    return method.student_losses(roles(student, teacher), given(count))["progressive"]
+    return method.student_losses(view(roles(student, teacher), given(count)))["progressive"]
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -54,7 +55,7 @@ def test_the_weighted_loss_is_the_paper_s_on_a_variance_preserving_path():
         seen.append((x_t, t))
         return torch.zeros_like(x_t)
 
-    found = method.student_losses(roles(student, velocity), batch)["progressive"]
+    found = method.student_losses(view(roles(student, velocity), batch))["progressive"]
     ((x_t, t),) = seen
     middle, end = t - 0.125, t - 0.25
     ahead = move(x_t, velocity(x_t, t), t, middle)
@@ -95,8 +96,8 @@ def test_a_step_of_ddim_is_an_euler_step_in_our_coordinates():
 def test_a_sample_s_loss_depends_on_its_number_alone():
     method, who = Progressive(4, 3.0), roles(torch.zeros_like, velocity)
     who = roles(lambda x_t, t, condition: 0.3 * x_t, velocity)
-    whole = method.student_losses(who, given(8))["progressive"]
-    half = method.student_losses(who, given(4, first=4))["progressive"]
+    whole = method.student_losses(view(who, given(8)))["progressive"]
+    half = method.student_losses(view(who, given(4, first=4)))["progressive"]
     assert torch.equal(whole[4:], half) and len(set(whole.tolist())) == 8
 
 

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from analytic import STD, given, roles, velocity
+from views import view
 
 from edit.few_step.reflow import CachedReflow, Reflow
 from edit.objectives import LogitNormal
@@ -25,14 +26,14 @@ def data_free(count: int = 8, first: int = 0):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_a_pair_is_a_noise_and_what_the_sampler_makes_of_it(shift):
-    z, x = Reflow(steps=7, shift=shift).pairs(roles(velocity, velocity), data_free())
+    z, x = Reflow(steps=7, shift=shift).pairs(view(roles(velocity, velocity), data_free()))
 
     def predict(x, t, end=None):
         return velocity(x, torch.full((len(x),), t))
 
     expected = Euler(7, shift).integrate(predict, z, None, None)
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-6)
-    _, fine = Reflow(steps=400).pairs(roles(velocity, velocity), data_free())
+    _, fine = Reflow(steps=400).pairs(view(roles(velocity, velocity), data_free()))
     torch.testing.assert_close(fine, STD * z, rtol=1e-2, atol=0)  # first order: an error of about 1 / 400
 
 
@@ -41,8 +42,8 @@ def test_straight_paths_to_the_teacher_s_samples_have_no_loss_and_the_teacher_s_
     gain = 1.0
     for t, end in zip(times(5, 1.0), times(5, 1.0)[1:], strict=False):
         gain += (end - t) * velocity(torch.full((1, 1, 1, 1), gain), torch.tensor([t])).item()
-    assert method.student_losses(roles(straight(gain), velocity), data_free())["reflow"].max() < 1e-10
-    assert method.student_losses(roles(velocity, velocity), data_free())["reflow"].min() > 1e-4
+    assert method.student_losses(view(roles(straight(gain), velocity), data_free()))["reflow"].max() < 1e-10
+    assert method.student_losses(view(roles(velocity, velocity), data_free()))["reflow"].min() > 1e-4
 
 
 def test_echoes_share_one_solve_and_each_has_times_of_its_own():
@@ -56,10 +57,10 @@ def test_echoes_share_one_solve_and_each_has_times_of_its_own():
         return ask
 
     who = roles(field("student"), field("teacher"))
-    three = Reflow(steps=4, echoes=3).student_losses(who, data_free())["reflow"]
+    three = Reflow(steps=4, echoes=3).student_losses(view(who, data_free()))["reflow"]
     assert [t.unique().tolist() for t in asked["teacher"]] == [[1.0], [0.75], [0.5], [0.25]]
     assert len(asked["student"]) == 3 and len(torch.cat(asked["student"]).unique()) == 24
-    z, x = Reflow(steps=4).pairs(roles(velocity, velocity), data_free())
+    z, x = Reflow(steps=4).pairs(view(roles(velocity, velocity), data_free()))
     each = [
         (velocity(x_t, t) - (z - x)).square().flatten(1).mean(1)
         for t in asked["student"]
@@ -82,7 +83,7 @@ def test_times_follow_their_law():
         asked.append(t)
         return velocity(x_t, t)
 
-    Reflow(steps=1, echoes=1, time=LogitNormal(2.0, 0.1)).student_losses(roles(student, velocity), data_free(200))
+    Reflow(steps=1, echoes=1, time=LogitNormal(2.0, 0.1)).student_losses(view(roles(student, velocity), data_free(200)))
     assert torch.logit(asked[0]).mean().item() == pytest.approx(2.0, abs=0.03)  # 4 of 0.1 / sqrt(200)
 
 
@@ -95,15 +96,15 @@ def test_the_gradient_reaches_all_of_the_student_and_not_the_teacher(make_dit):
 
     who = roles(lambda x_t, t, condition: student(x_t, t, condition).sample, asked)
     batch = replace(given(3, (4, 8, 8), label=torch.tensor([0, 3, 9])), x=None)
-    Reflow(steps=2).student_losses(who, batch)["reflow"].sum().backward()
+    Reflow(steps=2).student_losses(view(who, batch))["reflow"].sum().backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert all(p.grad is not None and p.grad.any() for p in student.parameters() if p.requires_grad)
 
 
 def test_a_sample_s_loss_depends_on_its_number_alone():
     who = roles(lambda x_t, t, condition: 0.3 * x_t, velocity)
-    whole = Reflow(steps=3).student_losses(who, data_free(8))["reflow"]
-    half = Reflow(steps=3).student_losses(who, data_free(4, first=4))["reflow"]
+    whole = Reflow(steps=3).student_losses(view(who, data_free(8)))["reflow"]
+    half = Reflow(steps=3).student_losses(view(who, data_free(4, first=4)))["reflow"]
     assert torch.equal(whole[4:], half) and len(set(whole.tolist())) == 8
 
 
@@ -116,13 +117,13 @@ def test_impossible_settings_are_refused(options):
 def test_stored_pairs_on_straight_paths_have_no_loss_and_ask_nobody_else():
     z = given().draws.gaussian(0)
     batch = replace(given(), x=STD * z, noise=z)
-    assert CachedReflow(3).student_losses(roles(straight(STD)), batch)["reflow"].max() < 1e-10
-    assert CachedReflow(3).student_losses(roles(velocity), batch)["reflow"].min() > 1e-4
+    assert CachedReflow(3).student_losses(view(roles(straight(STD)), batch))["reflow"].max() < 1e-10
+    assert CachedReflow(3).student_losses(view(roles(velocity), batch))["reflow"].min() > 1e-4
 
 
 def test_stored_pairs_are_refused_where_there_are_none():
     with pytest.raises(ValueError, match="CachedReflow needs to know the noise .* data.set.trajectories=true"):
-        CachedReflow().student_losses(roles(velocity), given())
+        CachedReflow().student_losses(view(roles(velocity), given()))
     with pytest.raises(ValueError, match="CachedReflow: echoes must be at least 1, got 0"):
         CachedReflow(0)
     with pytest.raises(ValueError, match="CachedReflow.*Grid.*renoise=false"):

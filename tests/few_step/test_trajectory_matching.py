@@ -2,18 +2,19 @@ import math
 
 import pytest
 import torch
+from views import Models, view
 
-from edit.few_step.roles import Draws, Given, Roles
 from edit.few_step.trajectory_matching import TrajectoryMatching, renoise
+from edit.losses import Draws, Seen
 from edit.paths import column
 from edit.solvers import Euler, Grid
 from edit.stream import Condition
 
 
-def given(count=3, shape=(4, 8, 8), moment=0) -> Given:
+def given(count=3, shape=(4, 8, 8), moment=0) -> Seen:
     condition = Condition(label=torch.zeros(count, dtype=torch.int64))
     samples = torch.arange(count) + moment * count
-    return Given(condition, condition, torch.ones(count), Draws(0, samples, moment, shape), 0.0)
+    return Seen(condition, condition, torch.ones(count), Draws(0, samples, moment, shape), 0.0)
 
 
 def gaussian(variance):
@@ -26,11 +27,11 @@ def gaussian(variance):
     return velocity
 
 
-def roles(student, teacher=None, critic=None) -> Roles:
+def roles(student, teacher=None, critic=None) -> Models:
     def refuse(*_):
         raise AssertionError("nobody is to be asked for this")
 
-    return Roles(student, refuse, refuse, teacher or refuse, refuse, critic or refuse)
+    return Models(student, refuse, refuse, teacher or refuse, refuse, critic or refuse)
 
 
 def rho_of(tau, end):
@@ -68,7 +69,7 @@ def test_at_the_lower_end_nothing_is_added_and_above_it_the_noise_is_that_of_tau
 def test_a_critic_that_agrees_with_the_teacher_leaves_the_student_alone():
     a = torch.tensor(0.7, requires_grad=True)
     same = gaussian(0.5)
-    loss = TrajectoryMatching().student_losses(roles(lambda x, t, c: a * x, same, same), given())["trajectory"]
+    loss = TrajectoryMatching().student_losses(view(roles(lambda x, t, c: a * x, same, same), given()))["trajectory"]
     (slope,) = torch.autograd.grad(loss.sum(), a)
     assert float(slope) == 0 and torch.equal(loss, torch.zeros(3))
 
@@ -81,7 +82,7 @@ def test_the_students_loss_is_elementwise_hubers_of_the_difference_over_the_norm
         return gaussian(1.0)(x_t, t, condition)
 
     method = TrajectoryMatching(grid=(1.0,), c=0.5)
-    loss = method.student_losses(roles(lambda x, t, c: v, teacher, gaussian(0.25)), given())["trajectory"]
+    loss = method.student_losses(view(roles(lambda x, t, c: v, teacher, gaussian(0.25)), given()))["trajectory"]
     loss.sum().backward()
     x_tau, tau = seen[0]
     x = (given().draws.gaussian(0) - v).detach()
@@ -99,7 +100,7 @@ def test_gradients_shrink_near_the_goal_and_are_bounded_far_from_it():
     def length(variance):
         v = torch.zeros(3, 4, 8, 8, requires_grad=True)  # x is the noise, N(0, 1)
         models = roles(lambda x, t, c: v, gaussian(variance), gaussian(1.0))
-        TrajectoryMatching(grid=(1.0,)).student_losses(models, given())["trajectory"].sum().backward()
+        TrajectoryMatching(grid=(1.0,)).student_losses(view(models, given()))["trajectory"].sum().backward()
         return float(v.grad.flatten(1).norm(dim=1).mean())
 
     far, near, nearer = length(0.25), length(1 + 1e-4), length(1 + 1e-5)
@@ -120,7 +121,7 @@ def test_noise_stays_inside_the_segment_below_the_step_and_all_segments_come():
             asked.append((t, torch.is_grad_enabled()))
             return x_t
 
-        TrajectoryMatching(shift=2.0).student_losses(roles(student, teacher, gaussian(1.0)), given(moment=moment))
+        TrajectoryMatching(shift=2.0).student_losses(view(roles(student, teacher, gaussian(1.0)), given(moment=moment)))
         *steps, (tau, graph) = asked
         k = len(steps) - 1
         assert [float(t[0]) for t, _ in steps] == pytest.approx(grid[: k + 1])
@@ -139,9 +140,9 @@ def test_the_critics_loss_is_that_of_predicted_data_with_its_two_weights():
         return gaussian(0.25)(x_t, t, condition)
 
     student = gaussian(0.5)
-    loss = method.critic_losses(roles(student, critic=critic), told)["data"]
+    loss = method.critic_losses(view(roles(student, critic=critic), told))["data"]
     x_tau, tau = seen[0]
-    x, _, again, rho = method.step(roles(student), told, 4)
+    x, _, again, rho = method.step(view(roles(student), told), 4)
     assert torch.equal(tau, again) and float(rho.min()) > 0  # part of the noise is the student's
     n = (x_tau - column(1 - tau, x) * x) / column(tau, x)
     noise = told.draws.gaussian(5)
@@ -159,8 +160,8 @@ def test_the_two_turns_draw_times_and_noise_of_their_own():
         return gaussian(1.0)(x_t, t, condition)
 
     models = roles(gaussian(0.5), gaussian(1.0), note)
-    method.student_losses(models, told)
-    method.critic_losses(models, told)
+    method.student_losses(view(models, told))
+    method.critic_losses(view(models, told))
     (x, t), (x_own, t_own) = seen
     assert not (t == t_own).any() and not torch.equal(told.draws.gaussian(3), told.draws.gaussian(5))
     assert float(torch.corrcoef(torch.stack((t, t_own)))[0, 1].abs()) < 0.4  # 64 pairs: three deviations
@@ -176,7 +177,7 @@ def test_descent_takes_a_gaussian_student_to_the_teachers_spread():
             return (1 - a) * x_t
 
         models = roles(student, gaussian(1.0), gaussian(float(a.detach()) ** 2))
-        loss = method.student_losses(models, given(16, (4, 8, 8), moment))["trajectory"].mean()
+        loss = method.student_losses(view(models, given(16, (4, 8, 8), moment)))["trajectory"].mean()
         (slope,) = torch.autograd.grad(loss, a)
         a = (a - 0.5 * slope).detach().requires_grad_()
     assert float(a.detach()) == pytest.approx(1.0, abs=1e-3)
@@ -189,11 +190,11 @@ def test_the_critics_loss_gives_the_student_nothing_and_the_students_the_critic_
         return lambda x_t, t, condition: denoiser(x_t, t, condition).sample.float()
 
     models, method = roles(field(student), field(teacher), field(critic)), TrajectoryMatching()
-    method.student_losses(models, given())["trajectory"].sum().backward()
+    method.student_losses(view(models, given()))["trajectory"].sum().backward()
     assert any(p.grad is not None for p in student.parameters())
     assert all(p.grad is None for m in (teacher, critic) for p in m.parameters())
     student.zero_grad()
-    method.critic_losses(models, given())["data"].sum().backward()
+    method.critic_losses(view(models, given()))["data"].sum().backward()
     assert any(p.grad is not None for p in critic.parameters())
     assert all(p.grad is None for m in (teacher, student) for p in m.parameters())
 

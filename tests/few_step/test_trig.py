@@ -3,9 +3,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from views import Models, view
 
-from edit.few_step.roles import Draws, Given, Roles
 from edit.few_step.trig import SCM, LossWeight, from_trig, to_trig, trig_velocity
+from edit.losses import Draws, Seen
 from edit.paths import corrupt
 from edit.solvers import Euler, Grid, Heun
 from edit.stream import Condition
@@ -13,18 +14,18 @@ from edit.stream import Condition
 SHAPE, SIGMA = (1, 4, 4), 0.5
 
 
-def given(count: int = 64, progress: float = 1.0) -> Given:
+def given(count: int = 64, progress: float = 1.0) -> Seen:
     condition = Condition(label=torch.zeros(count, dtype=torch.int64))
     draws = Draws(0, torch.arange(count), 0, SHAPE)
-    return Given(condition, condition, torch.ones(count), draws, progress, SIGMA * torch.randn(count, *SHAPE))
+    return Seen(condition, condition, torch.ones(count), draws, progress, SIGMA * torch.randn(count, *SHAPE))
 
 
 def refused(*_):
     raise AssertionError("this role is not to be asked")
 
 
-def roles(student, teacher=refused) -> Roles:
-    return Roles(student, refused, refused, teacher, refused, refused, LossWeight())
+def roles(student, teacher=refused) -> Models:
+    return Models(student, refused, refused, teacher, refused, refused, LossWeight())
 
 
 def parts(t):
@@ -78,9 +79,9 @@ def test_of_a_gaussian_the_circle_stands_still_and_consistency_is_a_tangent():
 def test_the_tangent_of_the_exact_consistency_model_vanishes(how, near):
     # |g| of 16 elements in fp32, over c = 0.1; a difference divides its rounding by 2e-3
     now, method = given(), SCM(how=how)
-    loss = method.student_losses(roles(consistent, gaussian), now)["scm"]
+    loss = method.student_losses(view(roles(consistent, gaussian), now))["scm"]
     assert loss.shape == (64,) and (16 * loss).sqrt().max() < near
-    teacher_itself = method.student_losses(roles(gaussian, gaussian), now)["scm"]
+    teacher_itself = method.student_losses(view(roles(gaussian, gaussian), now))["scm"]
     assert (16 * teacher_itself).sqrt().mean() > 0.3
 
 
@@ -93,9 +94,9 @@ def test_the_first_half_of_the_tangent_alone_is_left_where_the_warm_up_begins():
     g = -(tau.cos().view(-1, 1, 1, 1) ** 2) * SIGMA * (mine - theirs)
     g = g / (g.flatten(1).norm(dim=1).view(-1, 1, 1, 1) + 0.1)
     expected = g.flatten(1).square().mean(1)
-    loss = SCM().student_losses(roles(consistent, gaussian), now)["scm"]
+    loss = SCM().student_losses(view(roles(consistent, gaussian), now))["scm"]
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-6)
-    later = SCM().student_losses(roles(consistent, gaussian), given(progress=0.05))["scm"]
+    later = SCM().student_losses(view(roles(consistent, gaussian), given(progress=0.05)))["scm"]
     assert (later < loss).float().mean() > 0.9
 
 
@@ -106,7 +107,7 @@ def test_the_gradient_moves_the_prediction_along_the_tangent_and_the_weight_to_t
         return gaussian(x, t, None) + shift
 
     asked = roles(student, gaussian)
-    loss = SCM(how="jvp").student_losses(asked, now)["scm"]
+    loss = SCM(how="jvp").student_losses(view(asked, now))["scm"]
     loss.sum().backward()
     t = SCM().time(now.draws.uniform(0))
     z, tau = to_trig(corrupt(now.x, now.draws.gaussian(1), t), t, SIGMA)
@@ -127,7 +128,7 @@ def test_on_data_the_way_is_the_samples_own():
         asked.append((x, t))
         return gaussian(x, t, None)
 
-    SCM(target="data").student_losses(roles(student), now)
+    SCM(target="data").student_losses(view(roles(student), now))
     (ahead, s), (behind, r), (here, t) = asked
     z, tau = to_trig(here, t, SIGMA)
     eps = now.draws.gaussian(1)
@@ -160,7 +161,7 @@ def test_all_of_a_real_student_and_the_weight_are_trained(how, dit, make_dit, ba
 
     method = SCM(how=how)
     asked = replace(roles(lambda x, t, c: dit(x, t, c).sample, taught), own=method.build(dit, teacher))
-    method.student_losses(asked, now)["scm"].mean().backward()
+    method.student_losses(view(asked, now))["scm"].mean().backward()
     assert [n for n, p in dit.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())] == []
     assert all(p.grad.any() for p in asked.own.parameters())
     assert all(p.grad is None for p in teacher.parameters())

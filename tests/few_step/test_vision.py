@@ -8,12 +8,13 @@ import dino
 import pytest
 import torch
 from torch import nn
+from views import Models, view
 
 from data.decoder import Codec
 from edit.few_step.discriminator import hinge_generator, hinge_real_fake
 from edit.few_step.distribution_matching import DistributionMatching
-from edit.few_step.roles import Draws, Given, Roles
 from edit.few_step.vision import Vision, cropped, feature_distance, late
+from edit.losses import Draws, Seen
 from edit.stream import Condition
 
 
@@ -27,20 +28,20 @@ def vision(folder):
     return Vision(str(folder), layers=(0, -1), hidden=8)
 
 
-def given_of(x, condition=None) -> Given:
+def given_of(x, condition=None) -> Seen:
     condition = condition or Condition(pooled=torch.randn(len(x), 20))
     draws = Draws(0, torch.arange(len(x)), 0, tuple(x.shape[1:]))
-    return Given(condition, condition, torch.ones(len(x)), draws, 0.5, x)
+    return Seen(condition, condition, torch.ones(len(x)), draws, 0.5, x)
 
 
 def absent(*_):
     raise AssertionError("nobody is to be asked for this")
 
 
-def roles_of(vision, flux, student=absent, teacher=absent, critic=absent) -> Roles:
+def roles_of(vision, flux, student=absent, teacher=absent, critic=absent) -> Models:
     """Real latents' codec, real eye and heads, fields as given."""
     heads = vision.heads(flux)
-    return Roles(student, absent, absent, teacher, absent, critic, heads, Codec(), vision.load())
+    return Models(student, absent, absent, teacher, absent, critic, heads, Codec(), vision.load())
 
 
 # ---- gradients (oracle 17) ------------------------------------------------------------------------------------------
@@ -49,7 +50,7 @@ def roles_of(vision, flux, student=absent, teacher=absent, critic=absent) -> Rol
 def test_the_generators_gradient_flows_through_decoder_and_vision_model_and_leaves_both_alone(vision, flux):
     roles, x = roles_of(vision, flux), torch.randn(3, 12, 8, 8, requires_grad=True)
     roles.own.requires_grad_(False)
-    hinge_generator(vision.judge(roles, given_of(x), x)).sum().backward()
+    hinge_generator(vision.judge(view(roles, given_of(x)), x)).sum().backward()
     assert x.grad.abs().flatten(1).amax(1).gt(0).all()  # of each sample
     assert all(p.grad is None for m in (roles.decode, roles.look, roles.own) for p in m.parameters())
     assert not any(p.requires_grad for p in roles.look.parameters()) and not roles.look.model.training
@@ -58,8 +59,8 @@ def test_the_generators_gradient_flows_through_decoder_and_vision_model_and_leav
 def test_the_heads_learn_and_the_discriminator_has_no_graph_to_latents(vision, flux):
     roles, x = roles_of(vision, flux), torch.randn(3, 12, 8, 8)
     given = given_of(x)
-    assert not any(v.requires_grad for v in vision.see(roles, given, x).values())
-    hinge_real_fake(vision.judge(roles, given, x), vision.judge(roles, given, x.flip(0))).sum().backward()
+    assert not any(v.requires_grad for v in vision.see(view(roles, given), x).values())
+    hinge_real_fake(vision.judge(view(roles, given), x), vision.judge(view(roles, given), x.flip(0))).sum().backward()
     assert all(p.grad.abs().sum() > 0 for name, p in roles.own.named_parameters() if not name.endswith("outer.bias"))
 
 
@@ -70,8 +71,8 @@ def test_where_the_discriminator_says_nothing_the_losses_are_two_and_zero(vision
     for head in roles.own.heads:
         nn.init.zeros_(head.outer.weight)
         nn.init.zeros_(head.outer.bias)
-    assert method.critic_losses(roles, given_of(x))["judgement"].tolist() == [2, 2, 2]
-    assert not method.student_losses(roles, given_of(x))["vision"].any()
+    assert method.critic_losses(view(roles, given_of(x)))["judgement"].tolist() == [2, 2, 2]
+    assert not method.student_losses(view(roles, given_of(x)))["vision"].any()
 
 
 # ---- what is shown --------------------------------------------------------------------------------------------------
@@ -94,8 +95,8 @@ def test_a_sample_and_its_fake_are_cropped_at_one_place_and_others_elsewhere(vis
     roles = replace(roles_of(vision, flux), decode=lambda x: shown.append(x) or Codec()(x))
     places = torch.arange(64.0).view(1, 1, 8, 8).expand(16, 12, 8, 8)
     given, small = given_of(places), replace(vision, crop=4)
-    small.see(roles, given, places)
-    small.see(roles, given, places + 100)
+    small.see(view(roles, given), places)
+    small.see(view(roles, given), places + 100)
     assert shown[0].shape == (16, 12, 4, 4) and torch.equal(shown[1], shown[0] + 100)
     assert len(shown[0][:, 0, 0, 0].unique()) > 5  # of 25 places
 
@@ -129,7 +130,7 @@ def test_heads_hear_the_pooled_text_where_there_is_one_and_it_is_asked_for(visio
     assert replace(vision, told=False).heads(flux).pooled == 0 == vision.heads(dit).pooled
     roles, x = roles_of(vision, flux), torch.randn(2, 12, 8, 8)
     nn.init.normal_(roles.own.code.weight)
-    a, b = (vision.judge(roles, given_of(x, Condition(pooled=torch.full((2, 20), v))), x) for v in (0.0, 1.0))
+    a, b = (vision.judge(view(roles, given_of(x, Condition(pooled=torch.full((2, 20), v)))), x) for v in (0.0, 1.0))
     assert not torch.allclose(a, b)
 
 
@@ -156,8 +157,8 @@ def test_the_student_is_judged_by_what_it_makes_weighted_by_the_level_it_starts_
     eps = given.draws.gaussian(0)
     same = lambda x_t, t, c: x_t  # noqa: E731
     roles = roles_of(vision, flux, lambda x_t, t, c: eps - x - shift, same, same)
-    loss = method.student_losses(roles, given)["vision"]
-    expected = 2 * (1 - start) ** 2 * hinge_generator(vision.judge(roles, given, x))  # its step leads to x itself
+    loss = method.student_losses(view(roles, given))["vision"]
+    expected = 2 * (1 - start) ** 2 * hinge_generator(vision.judge(view(roles, given), x))  # its step leads to x itself
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-5)  # fp32 through four layers
     loss.sum().backward()
     assert bool(shift.grad.any()) == (start < 1)
@@ -167,7 +168,7 @@ def test_on_the_critics_turn_the_student_gets_nothing_and_critic_and_heads_learn
     ours, theirs = (torch.full((1,), 0.3, requires_grad=True) for _ in range(2))
     method, x = DistributionMatching(vision=vision), torch.randn(3, 12, 8, 8)
     roles = roles_of(vision, flux, lambda x_t, t, c: ours * x_t, absent, lambda x_t, t, c: theirs * x_t)
-    losses = method.critic_losses(roles, given_of(x))
+    losses = method.critic_losses(view(roles, given_of(x)))
     assert set(losses) == {"velocity", "judgement"}
     sum(losses.values()).sum().backward()
     assert ours.grad is None and theirs.grad.any() and roles.own.heads[0].inner.weight.grad.any()

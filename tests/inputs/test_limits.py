@@ -26,7 +26,8 @@ from edit.few_step.policy import PolicySolver
 from edit.few_step.progressive import Progressive
 from edit.few_step.vision import Vision
 from edit.inputs.limits import hint_of
-from edit.objectives import DDPM, LogitNormal, Objective, Ramp, Shifted, Term
+from edit.losses import Term
+from edit.objectives import DDPM, LogitNormal, Objective, Ramp, Shifted
 from edit.pruning.collapse import Collapse
 from edit.pruning.width import TextFeedForwardLinear
 from edit.sampling import Sampler

@@ -25,7 +25,8 @@ from edit.denoiser import Edit, Spec
 from edit.edits import describe, rebuild
 from edit.few_step.method import FewStepMethod
 from edit.inputs import trust
-from edit.objectives import FlowMatching, Objective, Ramp, Term
+from edit.losses import Term
+from edit.objectives import FlowMatching, Objective, Ramp
 from edit.sampling import Sampler
 from edit.solvers import Euler, Solver
 from recipes.config.errors import UserError

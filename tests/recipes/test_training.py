@@ -12,7 +12,7 @@ from small_runs import TWO_RANKS, losses, rows, train, train_ranks
 
 import edit
 from edit.denoiser import Edit
-from edit.objectives import Term
+from edit.losses import Term
 from edit.stream import Condition
 from recipes.config.errors import UserError
 from recipes.runtime.callbacks import newest

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from small_runs import CONFIGS, losses
 from torch import Tensor, nn
+from views import passed
 
 import edit
 import edit.backbones
@@ -28,7 +29,6 @@ from edit.distillation.attention import RelationKD, cosines
 from edit.distillation.guidance import TeacherGuidance
 from edit.few_step.discriminator import Heads
 from edit.measuring.quality import Pretrained
-from edit.objectives import Pass
 from edit.sampling import lengths
 from edit.solvers import tokens_in
 from recipes import plan
@@ -225,7 +225,7 @@ def test_heads_and_relations_use_the_grid_that_the_model_tells(video):
     assert heads(out.trace, t, condition.pooled, out.grid).shape == (2, 2 * 32)
     mine, theirs = (cosines(out.trace[f"unit.{i}"], (2, 4, 4), 2) for i in (0, 1))
     assert mine.shape == (2, 8, 8)  # two frames of 2 x 2
-    loss = RelationKD(((0, 1),), weight=1.0, size=2).losses(Pass(out, {}, t, 0.0, out), None)["relation_kd"]
+    loss = RelationKD(((0, 1),), weight=1.0, size=2).losses(passed(out, t, 0.0, out))["relation_kd"]
     torch.testing.assert_close(loss, (mine - theirs.detach()).square().mean((1, 2)))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from views import Models, view
 from weights import randomise
 
 import edit
@@ -20,7 +21,7 @@ from edit.backbones.flux import FluxConfig
 from edit.few_step.endpoint import CachedEndpoint, Endpoint
 from edit.few_step.method import FewStepMethod
 from edit.few_step.reflow import CachedReflow, Reflow
-from edit.few_step.roles import Draws, Given, Roles
+from edit.losses import Draws, Seen
 from edit.sampling import Sampler
 from edit.solvers import Euler, times
 from edit.stream import Condition
@@ -164,13 +165,13 @@ def test_a_cached_loss_is_the_one_that_solves_online_from_the_same_noise(made, t
     def asked(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return velocity(x_t, t[0].item())
 
-    def loss(method: FewStepMethod, given: Given, teacher) -> Tensor:
-        roles = Roles(lambda x_t, t, condition: 0.7 * x_t, nobody, nobody, teacher, nobody, nobody)
-        (found,) = method.student_losses(roles, given).values()
+    def loss(method: FewStepMethod, given: Seen, teacher) -> Tensor:
+        roles = Models(lambda x_t, t, condition: 0.7 * x_t, nobody, nobody, teacher, nobody, nobody)
+        (found,) = method.student_losses(view(roles, given)).values()
         return found
 
     path = batch["z"], batch["trajectory"], batch["times"]
-    given = Given(told, told, batch["scale"], draws, 0.0, batch["x"], *path)
+    given = Seen(told, told, batch["scale"], draws, 0.0, batch["x"], *path)
     assert not cached.needs_teacher and online.needs_teacher
     found = loss(cached, given, nobody)
     # states are stored to 2^-11 of themselves, losses are squares of their differences
