@@ -32,10 +32,10 @@ class Scaled(FewStepMethod):
     def build(self, student, teacher):
         return Factor()
 
-    def student_losses(self, roles, given):
-        eps = given.draws.gaussian(0)
-        v = roles.student(eps, torch.ones(given.count), given.condition)
-        return {"scaled": roles.own.weight * mean((roles.own(v) - eps).square())}
+    def student_losses(self, seen):
+        eps = seen.draws.gaussian(0)
+        v = seen.student(eps, torch.ones(seen.count), seen.condition)
+        return {"scaled": seen.own.weight * mean((seen.own(v) - eps).square())}
 
 
 class Factor(nn.Module):
@@ -173,7 +173,8 @@ def test_parts_with_other_turns_are_refused():
 def test_parts_look_with_one_vision_model():
     one, other = Vision("here", layers=(0, 1)), Vision("there", layers=(0, 1))
     seeing = DistributionMatching(vision=one, every=2)
-    assert Combined({"dm": seeing, "scm": SCM()}).vision == one and Combined({"scm": SCM()}).vision is None
+    both, blind = Combined({"dm": seeing, "scm": SCM()}), Combined({"scm": SCM()})
+    assert both.frozen == {"vision": one} and both.decodes and not blind.frozen and not blind.decodes
     with pytest.raises(ValueError, match="dm and again look with two vision models"):
         Combined({"dm": seeing, "again": replace(seeing, vision=other)})
 

@@ -175,7 +175,9 @@ def test_the_rollout_is_what_the_sampler_does(renoise):
 
     grid.integrate(predict, told.draws.gaussian(0), FlowMatching(), lambda k: told.draws.gaussian(10 + k))
     for k, state in enumerate(states):  # times in float64 there, in float32 here
-        torch.testing.assert_close(rollout(velocity, told, grid.grid[: k + 1], renoise), state, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            rollout(replace(told, student=velocity), grid.grid[: k + 1], renoise), state, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_only_the_last_step_of_a_rollout_has_a_gradient():
@@ -190,7 +192,7 @@ def test_only_the_last_step_of_a_rollout_has_a_gradient():
         models = roles(student, gaussian(1.0), gaussian(0.5))
         (slope,) = torch.autograd.grad(method.student_losses(view(models, told))["distribution"].sum(), gains)
         (step,) = slope.nonzero().flatten().tolist()
-        assert float(method.begin(student, told)[1][0]) == STEPS[step]
+        assert float(method.begin(replace(told, student=student))[1][0]) == STEPS[step]
         steps.add(step)
     assert steps == {0, 1, 2, 3}
 
@@ -199,11 +201,11 @@ def test_the_number_of_steps_is_that_of_all_ranks_and_samples_do_not_depend_on_t
     method, student = DistributionMatching(simulate=1.0), gaussian(0.3)
     for moment in range(6):
         told = given(6, moment=moment)
-        whole, t, _ = method.begin(student, told)
+        whole, t, _ = method.begin(replace(told, student=student))
         halves = []
         for part in (slice(0, 3), slice(3, 6)):  # two ranks
             draws = replace(told.draws, samples=told.draws.samples[part])
-            halves.append(method.begin(student, replace(told, draws=draws, scale=torch.ones(3)))[:2])
+            halves.append(method.begin(replace(told, student=student, draws=draws, scale=torch.ones(3)))[:2])
         assert torch.equal(torch.cat([x for x, _ in halves]), whole)
         assert torch.equal(torch.cat([at for _, at in halves]), t) and len(t.unique()) == 1
 
@@ -212,7 +214,8 @@ def test_steps_begin_at_noised_data_as_often_as_asked():
     data = torch.full((2, 1, 1, 1), 1e4)  # what begins there is told apart by its size
     for simulate, share in ((0.0, 1.0), (0.5, 0.5), (1.0, 0.0)):
         method = DistributionMatching(grid=(0.5,), simulate=simulate)
-        begun = [method.begin(gaussian(1.0), given(2, (1, 1, 1), m, data))[0].max() > 1e3 for m in range(300)]
+        told = [replace(given(2, (1, 1, 1), m, data), student=gaussian(1.0)) for m in range(300)]
+        begun = [method.begin(batch)[0].max() > 1e3 for batch in told]
         assert abs(sum(begun) / 300 - share) < 0.1  # three deviations of 300 throws
 
 
@@ -227,7 +230,7 @@ def test_data_are_needed_unless_all_is_simulated():
 def segment(velocity, **options):
     method = DistributionMatching(grid=(1.0, 0.4), simulate=1.0, segment=2.0, **options)
     told = given()
-    x_t, t, end = method.begin(velocity, told)
+    x_t, t, end = method.begin(replace(told, student=velocity))
     v = velocity(x_t, t, None)
     low, high = end + 0.02, t - 0.02
     middle = low + (high - low) * told.draws.uniform(3)
