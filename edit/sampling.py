@@ -228,7 +228,9 @@ class Guided:
             guided = torch.cat((guided, cond[:, c:]), 1)
         if inside and s.perturbation:
             if step is None:
-                raise ValueError("edits perturb by the step's branch, and a dense answer has no step: perturbation=0")
+                raise ValueError(
+                    "edits perturb by the branch of the step, and a dense answer has no step: set perturbation=0"
+                )
             perturbed = self.branch("perturbed", self.condition, query, step)
             shove = s.perturbation * (cond[:, :c] - perturbed[:, :c])
             guided = torch.cat((guided[:, :c] + shove, guided[:, c:]), 1)
