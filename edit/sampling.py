@@ -84,8 +84,8 @@ class Sampler:
             b c *sizes float32, in the range of the training data.
 
         Raises:
-            ValueError: if the solver does not fit the objective, if no edit perturbs the branch "perturbed", or if
-                `told` is set for a model without guidance input
+            ValueError: if the solver does not fit the objective, if no edit perturbs the branch "perturbed", if `told`
+                is set for a model without guidance input, or if an edit was made for other samplers
         """
         weight = next(denoiser.parameters())
         # inference_mode is faster than no_grad, but training cannot use the shards that it leaves gathered

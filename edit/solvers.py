@@ -1,7 +1,7 @@
 """Solvers: each integrates a prediction from noise to data, on times of its own.
 
 A solver is written once, as a generator (`Solver.path`): it yields where the model is to be asked, and is sent the
-prediction. Whoever drives it decides what that is: `integrate` calls a function, `edit.sampling.Walk` waits.
+prediction. Whoever drives it decides what that is: `integrate` calls a function, `edit.walk.Walk` waits.
 
 Sources: SiT (arXiv 2401.08740) for the SDE; `diffusers` for the discrete schedulers and the steps of stock pipelines.
 """

@@ -127,7 +127,7 @@ def pack(memory: Any, f: Callable[[Tensor], Tensor]) -> Any:
     """
     if isinstance(memory, Tensor):
         return f(memory)
-    if isinstance(memory, dict):
+    if type(memory) is dict:
         return ["dict", *([pack(k, f), pack(v, f)] for k, v in memory.items())]
     if type(memory) in _SEQUENCES.values():
         return [type(memory).__name__, *(pack(v, f) for v in memory)]

@@ -143,7 +143,7 @@ class Moment:
         self.x, self.end = query.x, query.end
 
     def ask(self, dense: bool = False, remember: bool = True) -> Tensor:
-        """The guided prediction, as the generation itself takes it.
+        """The guided prediction, as the generation itself takes it. Those with a step are shown to `watch`.
 
         Args:
             dense: without a step: edits with memory predict as the dense model, a teacher at the same x, and neither

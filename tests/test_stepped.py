@@ -1,6 +1,7 @@
 """A generation that is stepped by hand: it is the generation itself, it stops and goes on, and it can be trained on."""
 
 import io
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -201,7 +202,7 @@ def test_a_memory_is_packed_into_plain_values_and_comes_back():
     memory = {("a", 1, "cond"): {"x": x, "pair": Branch(x, None)}, "list": [1, (2.5, "b", None, True), [], {}], 3: ()}
     back = unpack(stored({"m": pack(memory, Tensor.clone)})["m"])
     assert repr(back) == repr(memory) and isinstance(back["a", 1, "cond"]["pair"], Branch)
-    for odd in (nn.Linear(1, 1), {1}, torch.float32):
+    for odd in (nn.Linear(1, 1), {1}, torch.float32, Counter()):
         with pytest.raises(ValueError, match=rf"holds a {type(odd).__name__}, which can be neither saved nor copied"):
             pack({"m": [odd]}, Tensor.clone)
 
