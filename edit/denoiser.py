@@ -53,6 +53,9 @@ class Edit(ABC):
 
     `apply` may be called on the meta device: it must not read weights. From `apply` on, `name` is the edit's own. Its
     records in the trace and its memory of a generation carry it, so that two edits of one class stay apart.
+
+    Without a step (`Stream.step` is None) there is no generation: an edit with memory predicts as the dense model, and
+    remembers nothing. Training and `Moment.ask(dense=True)` rely on it.
     """
 
     name: ClassVar[str] = ""
@@ -81,6 +84,31 @@ class Edit(ABC):
             progress: fraction of the run that is done, in [0, 1)
             own: the module that `apply` returned
         """
+
+    def check(self, sampler: Any, times: tuple[float, ...]) -> None:  # noqa: B027 - most edits fit every sampler
+        """Refuse a sampler that the edit was not made for. Called before each generation, and when a run is assembled.
+
+        Args:
+            sampler: an `edit.sampling.Sampler`: its solver, guidance and interval
+            times: of its evaluations, then 0, as `Step.times` has them
+
+        Raises:
+            ValueError: naming the edit, what is given and what is expected
+        """
+
+    def compact(self, own: nn.Module | None) -> tuple[Edit, nn.Module | None] | None:
+        """What is left of the edit at inference, where that is less than was trained: a table in place of a network.
+
+        Called by `edit.edits.compact` when training is over.
+
+        Args:
+            own: the module that `apply` returned, with its weights; it stays as it is
+
+        Returns:
+            The edit as it is stored from then on, and its module with weights, laid out as its own `apply` makes it.
+            None: nothing is to be done.
+        """
+        return None
 
     def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
         """Replace the input of the first unit: add a second time, a further token.
@@ -292,7 +320,7 @@ class Denoiser(nn.Module, ABC):
             x: b c *sizes, noisy
             t: b, times in [0, 1], 1 = pure noise
             condition: labels, text, ... of the same batch
-            step: the sampling step; None while training
+            step: the sampling step; None outside of a generation, where edits with memory predict as the dense model
             taps: units whose output tokens are returned as trace["unit.<index>"], b n d, and in two-stream families
                 trace["unit.<index>.text"], b l d. Negative indices count from the end.
             branches: units whose branches before the gate are returned as trace["unit.<index>.attention"] and

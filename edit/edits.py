@@ -1,4 +1,4 @@
-"""Operations on edits: apply them in order, fold them into the weights, describe them as data and rebuild them.
+"""Operations on edits: apply them in order, fold them into the weights, make them smaller, describe and rebuild them.
 
 An edit is data: a dataclass whose fields are the paper's hyper-parameters, with the paper's defaults. There is no
 registry: an artifact stores the import path and the fields.
@@ -11,8 +11,9 @@ from dataclasses import asdict, is_dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from edit.denoiser import Denoiser, Edit
+from edit.denoiser import Denoiser, Edit, check_layout
 from edit.inputs import trust
 
 
@@ -101,6 +102,53 @@ def fold(denoiser: Denoiser, *names: str) -> Denoiser:
             del denoiser.edits[name]
     denoiser.base = _base(denoiser)
     return denoiser
+
+
+def compact(denoiser: Denoiser, state: Mapping[str, Tensor] | None = None) -> Denoiser:
+    """What is left of a trained denoiser at inference (`Edit.compact`), under the same names and in the same order.
+
+    The base is built once more and the edits are applied to it, so that all their surgery refers to the new parts. The
+    denoiser itself stays as it was.
+
+    Args:
+        denoiser: in any state; its weights are read unless `state` is given
+        state: full `denoiser.state_dict()` to read instead (gathered from shards)
+
+    Returns:
+        Another denoiser around the same weights; the given one where no edit has anything to do.
+
+    Raises:
+        ValueError: if what an edit left does not fit the edit that it left
+    """
+    if all(type(e).compact is Edit.compact for e in denoiser.applied.values()):
+        return denoiser
+    state = dict(denoiser.state_dict() if state is None else state)
+    whole = _rebuilt(denoiser, denoiser.applied, state)
+    edits = dict(denoiser.applied)
+    for name, e in whole.applied.items():
+        if (left := e.compact(whole.edits[name] if name in whole.edits else None)) is None:
+            continue
+        edits[name], own = left
+        state = {k: v for k, v in state.items() if not k.startswith(f"edits.{name}.")}
+        state |= {f"edits.{name}.{k}": v for k, v in ({} if own is None else own.state_dict()).items()}
+    if all(edits[name] is e for name, e in denoiser.applied.items()):
+        return denoiser
+    return _rebuilt(denoiser, edits, state)
+
+
+def _rebuilt(denoiser: Denoiser, edits: Mapping[str, Edit], state: Mapping[str, Tensor]) -> Denoiser:
+    """The base of a denoiser with copies of these edits and these weights, in the same mode."""
+    with torch.device("meta"):
+        twin = apply(
+            denoiser.family.from_config(denoiser.base), {name: replace(e) for name, e in edits.items()}, fresh=False
+        )  # type: ignore[type-var]
+    check_layout(twin.state_dict(), state, "the state that Edit.compact left")
+    twin.load_state_dict(state, assign=True)
+    twin.folded, twin.gradient_checkpointing = denoiser.folded, denoiser.gradient_checkpointing
+    trainable = {n: p.requires_grad for n, p in denoiser.named_parameters()}
+    for n, p in twin.named_parameters():
+        p.requires_grad_(trainable.get(n, True))
+    return twin.train(denoiser.training)
 
 
 def _base(denoiser: Denoiser) -> dict:

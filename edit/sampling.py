@@ -1,13 +1,17 @@
 """Generation: the sampler owns steps, guidance branches and all state between steps.
 
+A generation is a `Walk` from evaluation to evaluation. `Sampler.__call__` gives the solver what the model predicts;
+training on a model's own path, or stopping in between, steps the same walk by hand.
+
 Noise is a pure function of (seed, sample number, step) (`edit.noise`), so an image depends neither on its batch nor on
 the number of ranks. Source of the guidance interval: arXiv 2404.07724.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +22,9 @@ from edit import noise
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, NotNegative, check_numbers
 from edit.objectives import Objective
-from edit.solvers import DDIMSolver, DDPMSolver, Euler, Solver
+from edit.solvers import DDIMSolver, DDPMSolver, Euler, Query, Solver
 from edit.stream import Condition, Output, Step
+from edit.walk import Walk
 
 Watch = Callable[[Step, Output], None]  # sees every evaluation; of branch "joint", cond's samples come first
 
@@ -79,8 +84,64 @@ class Sampler:
             b c *sizes float32, in the range of the training data.
 
         Raises:
-            ValueError: if the solver does not fit the objective, if no edit perturbs the branch "perturbed", or if
-                `told` is set for a model without guidance input
+            ValueError: if the solver does not fit the objective, if no edit perturbs the branch "perturbed", if `told`
+                is set for a model without guidance input, or if an edit was made for other samplers
+        """
+        weight = next(denoiser.parameters())
+        # inference_mode is faster than no_grad, but training cannot use the shards that it leaves gathered
+        sharded = isinstance(weight, DTensor) or hasattr(weight, "ds_id")
+        with torch.no_grad() if sharded else torch.inference_mode():
+            walk = self.walk(denoiser, objective, condition, samples, seed, negative, progress, shape, watch)
+            for moment in walk:
+                moment.give(moment.ask())
+                walk.given.clear()  # nobody continues this one elsewhere
+        return walk.x.clone()  # an ordinary tensor, so that a model can train on it
+
+    def walk(
+        self,
+        denoiser: Denoiser,
+        objective: Objective,
+        condition: Condition,
+        samples: Tensor,
+        seed: int = 0,
+        negative: Condition | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        shape: tuple[int, ...] | None = None,
+        watch: Watch | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> Walk:
+        """The same generation, to be stepped by the caller.
+
+        Args:
+            denoiser, objective, condition, samples, seed, negative, progress, shape, watch: as of `__call__`
+            state: `Walk.state()` of a walk with the same arguments, which goes on after its last evaluation
+
+        Raises:
+            ValueError: as `__call__`, or if the state is of another solver or of samples of another shape
+        """
+        shape = denoiser.sample_shape if shape is None else shape
+        self.check(denoiser, objective, shape)
+        samples = samples.to(next(denoiser.parameters()).device)
+        condition, negative = self._conditions(denoiser, condition, negative, samples)
+        path = self.solver.path(
+            noise.gaussian(seed, samples, noise.NOISE, shape),
+            objective,
+            lambda k: noise.gaussian(seed, samples, noise.SOLVER + k, shape),
+        )
+        guided = Guided(self, denoiser, condition, negative, watch)
+        return Walk(guided, path, self.solver.times_of(objective, shape), progress, state)
+
+    def check(self, denoiser: Denoiser, objective: Objective, shape: tuple[int, ...] | None = None) -> None:
+        """Refuse a model that cannot be sampled so.
+
+        Args:
+            denoiser: with its edits; on any device
+            objective: of the denoiser
+            shape: of one sample; None: the denoiser's own
+
+        Raises:
+            ValueError: if the solver does not fit the objective, if no edit perturbs the branch "perturbed", if `told`
+                is set for a model without guidance input, or if an edit was made for other samplers
         """
         if self.perturbation and not any(e.perturbs for e in denoiser.applied.values()):
             raise ValueError(
@@ -91,33 +152,10 @@ class Sampler:
                 f"Sampler: told={self.told:g}, but this {denoiser.name} has no guidance input: use guidance instead"
             )
         self.solver.check(objective)
-        weight = next(denoiser.parameters())
-        # inference_mode is faster than no_grad, but training cannot use the shards that it leaves gathered
-        sharded = isinstance(weight, DTensor) or hasattr(weight, "ds_id")
-        with torch.no_grad() if sharded else torch.inference_mode():
-            x = self._generate(denoiser, objective, condition, samples, seed, negative, progress, shape, watch)
-        return x.clone()  # an ordinary tensor, so that a model can train on it
-
-    def _generate(
-        self,
-        denoiser: Denoiser,
-        objective: Objective,
-        condition: Condition,
-        samples: Tensor,
-        seed: int,
-        negative: Condition | None,
-        progress: Callable[[int, int], None] | None,
-        shape: tuple[int, ...] | None,
-        watch: Watch | None,
-    ) -> Tensor:
-        samples = samples.to(next(denoiser.parameters()).device)
-        condition, negative = self._conditions(denoiser, condition, negative, samples)
-        predict = Guided(self, denoiser, condition, negative, progress, watch)
-        shape = denoiser.sample_shape if shape is None else shape
-        x = noise.gaussian(seed, samples, noise.NOISE, shape)
-        return self.solver.integrate(
-            predict, x, objective, lambda k: noise.gaussian(seed, samples, noise.SOLVER + k, shape)
-        )
+        if denoiser.applied:
+            times = self.solver.times_of(objective, denoiser.sample_shape if shape is None else shape)
+            for e in denoiser.applied.values():
+                e.check(self, times)
 
     def _conditions(
         self, denoiser: Denoiser, condition: Condition, negative: Condition | None, samples: Tensor
@@ -137,14 +175,13 @@ class Sampler:
 
 
 class Guided:
-    """The guided prediction of one generation. It counts the evaluations and owns the memory between them.
+    """The guided prediction of one generation.
 
     Args:
         sampler: weights of the branches
         denoiser: evaluated once per branch, or once for cond and uncond together
         condition: b entries
         negative: b entries; None without guidance
-        progress: called as (evaluations done, evaluations in all)
         watch: called with each evaluation's step and output; of branch "joint", the first b samples are cond's
     """
 
@@ -154,58 +191,63 @@ class Guided:
         denoiser: Denoiser,
         condition: Condition,
         negative: Condition | None,
-        progress: Callable[[int, int], None] | None,
         watch: Watch | None,
     ):
         self.sampler, self.solver, self.denoiser = sampler, sampler.solver, denoiser
-        self.condition, self.negative, self.progress, self.watch = condition, negative, progress, watch
+        self.condition, self.negative, self.watch = condition, negative, watch
         self.joint = None if negative is None else joined(denoiser, condition, negative)
         self.leads = any(e.leads for e in denoiser.applied.values())
         self.device = next(denoiser.parameters()).device
-        self.memory: dict = {}
-        self.done = 0  # evaluations
 
-    def __call__(self, x: Tensor, t: float, end: float | None = None) -> Tensor:
-        """Predict at time t: b c *sizes -> the same, behind it the maps that the solver takes, as channels."""
+    def __call__(self, query: Query, step: Step | None) -> Tensor:
+        """Predict for a solver: b c *sizes -> the same, behind it the maps that the solver takes, as channels.
+
+        Args:
+            query: where
+            step: the evaluation, with the memory of the generation; None: outside of a generation
+
+        Raises:
+            ValueError: if the solver takes a map that the model does not record, or a perturbed branch has no step
+        """
+        x, t, end = query
         s = self.sampler
         c = x.shape[1] if s.channels is None else s.channels
         inside = s.interval[0] <= t <= s.interval[1]
         if self.negative is None or not inside:
-            cond = guided = self.branch("cond", self.condition, x, t, end)
+            cond = guided = self.branch("cond", self.condition, query, step)
         else:
             if self.joint is not None:
-                cond, uncond = self.branch("joint", self.joint, torch.cat((x, x)), t, end).chunk(2)
+                cond, uncond = self.branch("joint", self.joint, query._replace(x=torch.cat((x, x))), step).chunk(2)
             else:
-                cond = self.branch("cond", self.condition, x, t, end)
-                uncond = self.branch("uncond", self.negative, x, t, end)
+                cond = self.branch("cond", self.condition, query, step)
+                uncond = self.branch("uncond", self.negative, query, step)
             guided = torch.lerp(uncond[:, :c], cond[:, :c], s.guidance)
             if s.norm_patch:
                 length = lengths(guided, s.norm_patch).clamp_min(torch.finfo(guided.dtype).tiny)
                 guided = guided * (lengths(cond[:, :c], s.norm_patch) / length)
             guided = torch.cat((guided, cond[:, c:]), 1)
         if inside and s.perturbation:
-            perturbed = self.branch("perturbed", self.condition, x, t, end)
+            if step is None:
+                raise ValueError(
+                    "edits perturb by the branch of the step, and a dense answer has no step: set perturbation=0"
+                )
+            perturbed = self.branch("perturbed", self.condition, query, step)
             shove = s.perturbation * (cond[:, :c] - perturbed[:, :c])
             guided = torch.cat((guided[:, :c] + shove, guided[:, c:]), 1)
-        self.done += 1
-        if self.progress is not None:
-            self.progress(self.done, self.solver.evaluations)
         return guided
 
-    def branch(self, name: str, condition: Condition, x: Tensor, t: float, end: float | None) -> Tensor:
-        """One evaluation of the denoiser, in fp32.
-
-        Raises:
-            ValueError: if the solver takes a map that the model does not record
-        """
+    def branch(self, name: str, condition: Condition, query: Query, step: Step | None) -> Tensor:
+        """One evaluation of the denoiser, in fp32."""
+        x, t, end = query
         at = torch.full((len(x),), t, device=self.device, dtype=torch.float32)
         if self.leads:
             condition = replace(condition, end=at if end is None else torch.full_like(at, end))
-        if self.joint is not None and name in ALTERNATIVES:
-            self.forget(ALTERNATIVES[name])
-        step = Step(self.done, self.solver.evaluations, t, name, self.memory)
+        if step is not None:
+            step = replace(step, branch=name)
+            if self.joint is not None and name in ALTERNATIVES:
+                forget(step.memory, ALTERNATIVES[name])
         out = self.denoiser(x, at, condition, step=step)
-        if self.watch is not None:
+        if self.watch is not None and step is not None:
             self.watch(step, out)
         if lacking := next((name for name in self.solver.extras if name not in out.trace), None):
             raise ValueError(
@@ -217,13 +259,14 @@ class Guided:
             maps.append(out.variance)
         return torch.cat([m.float() for m in maps], 1) if len(maps) > 1 else out.sample.float()
 
-    def forget(self, branch: str) -> None:
-        """Drop what edits remember of a branch: when it is evaluated again, its last evaluation is long ago."""
-        for key in [k for k in self.memory if isinstance(k, tuple) and k[-1] == branch]:
-            del self.memory[key]
-
 
 ALTERNATIVES = {"cond": "joint", "joint": "cond"}  # cond alone outside the interval, with uncond inside
+
+
+def forget(memory: dict, branch: str) -> None:
+    """Drop what edits remember of a branch: when it is evaluated again, its last evaluation is long ago."""
+    for key in [k for k in memory if isinstance(k, tuple) and k[-1] == branch]:
+        del memory[key]
 
 
 def joined(denoiser: Denoiser, condition: Condition, negative: Condition) -> Condition | None:

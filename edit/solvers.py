@@ -1,5 +1,8 @@
 """Solvers: each integrates a prediction from noise to data, on times of its own.
 
+A solver is written once, as a generator (`Solver.path`): it yields where the model is to be asked, and is sent the
+prediction. Whoever drives it decides what that is: `integrate` calls a function, `edit.walk.Walk` waits.
+
 Sources: SiT (arXiv 2401.08740) for the SDE; `diffusers` for the discrete schedulers and the steps of stock pipelines.
 """
 
@@ -7,9 +10,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Protocol
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +21,17 @@ from torch import Tensor
 from edit.inputs.limits import Count, Limits, Positive, Steps, check_numbers
 from edit.objectives import DDPM, Objective, shift_times
 from edit.paths import velocity_to_score
+
+
+class Query(NamedTuple):
+    """Where a solver asks for the guided prediction."""
+
+    x: Tensor  # b c *sizes
+    t: float  # time, as the model has it
+    end: float | None = None  # at which the step ends, for flow maps; None: the velocity at t
+
+
+Path = Generator[Query, Tensor, Tensor]  # yields queries, is sent predictions, returns data
 
 
 class Predict(Protocol):
@@ -56,8 +71,28 @@ class Solver(ABC):
             raise ValueError(f"{name}: steps must be at most {objective.steps}, got {self.steps}")
 
     @abstractmethod
+    def times_of(self, objective: Objective, shape: tuple[int, ...]) -> tuple[float, ...]:
+        """The time of every evaluation, exactly as the model is asked, then 0: `evaluations` + 1 numbers.
+
+        Args:
+            objective: whose times they are; `check` has passed it
+            shape: of one sample, on which a dynamic shift depends
+        """
+
+    @abstractmethod
+    def path(self, x: Tensor, objective: Objective, draw: Draw) -> Path:
+        """From noise x to data; `check` has passed the objective. It may change neither x nor a prediction in place."""
+
     def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        """From noise x to data; `check` has passed the objective."""
+        """`path` with each prediction from a function."""
+        path = self.path(x, objective, draw)
+        query = next(path)
+        while True:
+            prediction = predict(*query)
+            try:
+                query = path.send(prediction)
+            except StopIteration as end:
+                return end.value
 
 
 def times(steps: int, shift: float) -> list[float]:
@@ -75,13 +110,16 @@ class Euler(Solver):
     def __post_init__(self):
         check_numbers(self)
 
-    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        return _euler(times(self.steps, self.shift), predict, x)
+    def times_of(self, objective: Objective, shape: tuple[int, ...]) -> tuple[float, ...]:
+        return tuple(times(self.steps, self.shift))
+
+    def path(self, x: Tensor, objective: Objective, draw: Draw) -> Path:
+        return _euler(x, times(self.steps, self.shift))
 
 
-def _euler(ts: list[float], predict: Predict, x: Tensor) -> Tensor:
-    for t, t_next in zip(ts, ts[1:], strict=False):
-        x = x + (t_next - t) * predict(x, t, t_next)
+def _euler(x: Tensor, ts: list[float]) -> Path:
+    for t, t_next in pairwise(ts):
+        x = x + (t_next - t) * (yield Query(x, t, t_next))
     return x
 
 
@@ -164,8 +202,11 @@ class StockEuler(Solver):
         scheduler.set_timesteps(sigmas=list(self.asked), device="cpu", mu=mu)
         return scheduler.sigmas.double().tolist()
 
-    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        return _euler(self.times(tuple(x.shape[1:])), predict, x)
+    def times_of(self, objective: Objective, shape: tuple[int, ...]) -> tuple[float, ...]:
+        return tuple(self.times(shape))
+
+    def path(self, x: Tensor, objective: Objective, draw: Draw) -> Path:
+        return _euler(x, self.times(tuple(x.shape[1:])))
 
 
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
@@ -223,17 +264,25 @@ class Grid(Solver):
         shifted = shift_times(torch.tensor(self.times, dtype=torch.float64, device="cpu"), self.shift)
         return (*shifted.tolist(), 0.0)
 
-    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        ts = self.grid
-        for k, (t, t_next) in enumerate(zip(ts, ts[1:], strict=False)):
-            scale, time = objective.native(torch.ones(1, device="cpu"), torch.tensor([t], device="cpu"))
+    def times_of(self, objective: Objective, shape: tuple[int, ...]) -> tuple[float, ...]:
+        return (*(_native(objective, t)[1] for t in self.grid[:-1]), 0.0)
+
+    def path(self, x: Tensor, objective: Objective, draw: Draw) -> Path:
+        for k, (t, t_next) in enumerate(pairwise(self.grid)):
+            scale, time = _native(objective, t)
             end = 0.0 if self.renoise else t_next
-            prediction = predict(scale.item() * x, time.item(), end)
+            prediction = yield Query(scale * x, time, end)
             v = objective.velocity(prediction, x, torch.full((len(x),), t, device=x.device))
             x = x + (end - t) * v
             if self.renoise and t_next:
                 x = (1 - t_next) * x + t_next * draw(k)
         return x
+
+
+def _native(objective: Objective, t: float) -> tuple[float, float]:
+    """The factor of a point of the linear path at time t in the model's convention, and the time there."""
+    scale, time = objective.native(torch.ones(1, device="cpu"), torch.tensor([t], device="cpu"))
+    return scale.item(), time.item()
 
 
 @dataclass(frozen=True)
@@ -250,12 +299,15 @@ class Heun(Solver):
     def evaluations(self) -> int:
         return 2 * self.steps - 1
 
-    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        ts = times(self.steps, self.shift)
-        for t, t_next in zip(ts, ts[1:], strict=False):
-            v = predict(x, t)
+    def times_of(self, objective: Objective, shape: tuple[int, ...]) -> tuple[float, ...]:
+        first, *others, last = times(self.steps, self.shift)
+        return (first, *(t for t in others for _ in range(2)), last)
+
+    def path(self, x: Tensor, objective: Objective, draw: Draw) -> Path:
+        for t, t_next in pairwise(times(self.steps, self.shift)):
+            v = yield Query(x, t)
             ahead = x + (t_next - t) * v
-            x = ahead if t_next == 0 else x + (t_next - t) * (v + predict(ahead, t_next)) / 2
+            x = ahead if t_next == 0 else x + (t_next - t) * (v + (yield Query(ahead, t_next))) / 2
         return x
 
 
@@ -271,10 +323,12 @@ class EulerMaruyama(Solver):
         if not 0 < self.last < 1:
             raise ValueError(f"EulerMaruyama: last must lie between 0 and 1, got {self.last}")
 
-    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        ts = [*torch.linspace(1, self.last, self.steps, dtype=torch.float64, device="cpu").tolist(), 0.0]
-        for k, (t, t_next) in enumerate(zip(ts, ts[1:], strict=False)):
-            v = predict(x, t)
+    def times_of(self, objective: Objective, shape: tuple[int, ...]) -> tuple[float, ...]:
+        return (*torch.linspace(1, self.last, self.steps, dtype=torch.float64, device="cpu").tolist(), 0.0)
+
+    def path(self, x: Tensor, objective: Objective, draw: Draw) -> Path:
+        for k, (t, t_next) in enumerate(pairwise(self.times_of(objective, tuple(x.shape[1:])))):
+            v = yield Query(x, t)
             at = torch.full((len(x),), t, device=x.device, dtype=x.dtype)
             drift = v - t * velocity_to_score(v, x, at)  # half of w_t^2 = 2 t, times the score
             x = x + (t_next - t) * drift
@@ -296,17 +350,24 @@ class DDPMSolver(Solver):
     def __post_init__(self):
         check_numbers(self)
 
-    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
+    def indices(self, objective: DDPM) -> Tensor:
+        """The steps that are kept, from data to noise: int64."""
+        return torch.linspace(0, objective.steps - 1, self.steps, dtype=torch.float64, device="cpu").round().long()
+
+    def times_of(self, objective: Objective, shape: tuple[int, ...]) -> tuple[float, ...]:
         assert isinstance(objective, DDPM)
-        alphas = torch.cumprod(1 - objective.betas(), 0)
-        indices = torch.linspace(0, objective.steps - 1, self.steps, dtype=torch.float64, device="cpu").round().long()
-        kept = alphas[indices]
+        return (*((i + 1) / objective.steps for i in reversed(self.indices(objective).tolist())), 0.0)
+
+    def path(self, x: Tensor, objective: Objective, draw: Draw) -> Path:
+        assert isinstance(objective, DDPM)
+        ts = self.times_of(objective, tuple(x.shape[1:]))
+        kept = torch.cumprod(1 - objective.betas(), 0)[self.indices(objective)]
         before = torch.cat((kept.new_ones(1), kept[:-1]))
         betas = 1 - kept / before
         posterior = betas * (1 - before) / (1 - kept)
         log_posterior = torch.cat((posterior[1:2] if self.steps > 1 else betas[:1], posterior[1:])).log()
         for k in reversed(range(self.steps)):
-            prediction = predict(x, (indices[k].item() + 1) / objective.steps)
+            prediction = yield Query(x, ts[self.steps - 1 - k])
             eps, v = prediction.chunk(2, dim=1) if prediction.shape[1] == 2 * x.shape[1] else (prediction, None)
             alpha, ahead, beta = kept[k].item(), before[k].item(), betas[k].item()
             data = (x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
@@ -319,18 +380,31 @@ class DDPMSolver(Solver):
         return x
 
 
-def _run_scheduler(
-    scheduler: Any, predict: Predict, x: Tensor, steps: int, time_of: Callable[[Any, int], float]
-) -> Tensor:
-    scheduler.set_timesteps(steps, device=x.device)
-    for k, timestep in enumerate(scheduler.timesteps):
-        prediction = predict(x, time_of(timestep, k))[:, : x.shape[1]]
-        x = scheduler.step(prediction, timestep, x, return_dict=False)[0]
-    return x
+class Scheduled(Solver):
+    """The steps of a scheduler of `diffusers`."""
+
+    @abstractmethod
+    def scheduler(self, objective: Objective) -> Any:
+        """A new scheduler, without times."""
+
+    def times_of(self, objective: Objective, shape: tuple[int, ...]) -> tuple[float, ...]:
+        scheduler = self.scheduler(objective)
+        scheduler.set_timesteps(self.steps, device="cpu")
+        if not isinstance(objective, DDPM):
+            return tuple(scheduler.sigmas.tolist())
+        return (*((float(i) + 1) / objective.steps for i in scheduler.timesteps), 0.0)
+
+    def path(self, x: Tensor, objective: Objective, draw: Draw) -> Path:
+        scheduler = self.scheduler(objective)
+        scheduler.set_timesteps(self.steps, device=x.device)
+        for t, timestep in zip(self.times_of(objective, tuple(x.shape[1:])), scheduler.timesteps, strict=False):
+            prediction = (yield Query(x, t))[:, : x.shape[1]]
+            x = scheduler.step(prediction, timestep, x, return_dict=False)[0]
+        return x
 
 
 @dataclass(frozen=True)
-class DDIMSolver(Solver):
+class DDIMSolver(Scheduled):
     """Deterministic DDIM through `diffusers.DDIMScheduler`; data predictions are not clipped.
 
     Steps 0, 1000/N, 2 * 1000/N ...: spacing `ddimN` of the official DiT. `DDPMSolver` has spacing `N`, which ends at
@@ -343,22 +417,21 @@ class DDIMSolver(Solver):
     def __post_init__(self):
         check_numbers(self)
 
-    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
+    def scheduler(self, objective: Objective) -> Any:
         from diffusers import DDIMScheduler
 
         assert isinstance(objective, DDPM)
-        scheduler = DDIMScheduler(
+        return DDIMScheduler(
             num_train_timesteps=objective.steps,
             trained_betas=objective.betas().tolist(),
             clip_sample=False,
             set_alpha_to_one=True,
             timestep_spacing="leading",
         )
-        return _run_scheduler(scheduler, predict, x, self.steps, lambda i, k: (float(i) + 1) / objective.steps)
 
 
 @dataclass(frozen=True)
-class DPMSolver(Solver):
+class DPMSolver(Scheduled):
     """DPM-Solver++ (multistep) through `diffusers`, for both kinds of prediction."""
 
     integrates: ClassVar = ("velocity", "noise")
@@ -371,19 +444,17 @@ class DPMSolver(Solver):
         if self.order not in (1, 2, 3):
             raise ValueError(f"DPMSolver: order must be 1, 2 or 3, got {self.order}")
 
-    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
+    def scheduler(self, objective: Objective) -> Any:
         from diffusers import DPMSolverMultistepScheduler
 
         if objective.prediction == "velocity":
-            scheduler = DPMSolverMultistepScheduler(
+            return DPMSolverMultistepScheduler(
                 solver_order=self.order, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=self.shift
             )
-            return _run_scheduler(scheduler, predict, x, self.steps, lambda i, k: float(scheduler.sigmas[k]))
         assert isinstance(objective, DDPM)
-        scheduler = DPMSolverMultistepScheduler(
+        return DPMSolverMultistepScheduler(
             solver_order=self.order,
             num_train_timesteps=objective.steps,
             trained_betas=objective.betas().tolist(),
             timestep_spacing="linspace",
         )
-        return _run_scheduler(scheduler, predict, x, self.steps, lambda i, k: (float(i) + 1) / objective.steps)

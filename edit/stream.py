@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +95,9 @@ def _level(a: Condition, b: Condition) -> tuple[Condition, Condition]:
 class Step:
     """One denoiser evaluation of one generation. Only the sampler makes steps, so only the sampler counts.
 
-    `memory` lives exactly as long as the generation: caches and cross-step statistics go there and nowhere else.
+    `memory` lives exactly as long as the generation: caches and cross-step statistics go there and nowhere else. What
+    is made of tensors, numbers, texts, None, `Branch`, tuples, lists and dicts alone can be saved with the generation
+    (`pack`).
     """
 
     index: int  # evaluations made so far in this generation
@@ -103,6 +105,7 @@ class Step:
     sigma: float  # time in [0, 1], 1 = pure noise
     branch: str = "cond"  # guidance pass: "cond", "uncond", "perturbed", or "joint": cond and uncond in one batch
     memory: dict = field(default_factory=dict, repr=False, compare=False)
+    times: tuple[float, ...] = field(default=(), repr=False)  # count + 1: of each evaluation, then 0; (): unknown
 
     def recall(self, owner: str, unit: int) -> dict:
         """The memory of one edit at one unit in this guidance branch.
@@ -110,6 +113,41 @@ class Step:
         It is empty at the start of a generation, and where the sampler begins or ends to join cond and uncond.
         """
         return self.memory.setdefault((owner, unit, self.branch), {})
+
+
+def pack(memory: Any, f: Callable[[Tensor], Tensor]) -> Any:
+    """A memory as lists, tensors, numbers and texts alone, which `torch.load(weights_only=True)` reads.
+
+    Args:
+        memory: of a step, or a value in it
+        f: applied to each tensor; a tensor that is there twice becomes two
+
+    Raises:
+        ValueError: if it holds anything else
+    """
+    if isinstance(memory, Tensor):
+        return f(memory)
+    if type(memory) is dict:
+        return ["dict", *([pack(k, f), pack(v, f)] for k, v in memory.items())]
+    if type(memory) in _SEQUENCES.values():
+        return [type(memory).__name__, *(pack(v, f) for v in memory)]
+    if memory is None or type(memory) in (bool, int, float, str):
+        return memory
+    raise ValueError(
+        f"the memory of this generation holds a {type(memory).__name__}, which can be neither saved nor copied: keep "
+        "tensors, numbers, texts, None, Branch, tuples, lists and dicts, or do without"
+    )
+
+
+def unpack(packed: Any) -> Any:
+    """The inverse of `pack`."""
+    if not isinstance(packed, list):
+        return packed
+    kind, *parts = packed
+    if kind == "dict":
+        return {unpack(k): unpack(v) for k, v in parts}
+    values = [unpack(v) for v in parts]
+    return Branch(*values) if kind == "Branch" else _SEQUENCES[kind](values)
 
 
 def map_rows(q: Tensor, k: Tensor, rows: int) -> Tensor:
@@ -198,7 +236,7 @@ class Stream:
     text: Tensor | None = None  # b l d
     time: Tensor | None = None  # b d, the timestep alone, without class or text
     signal: Tensor | None = None  # b d, all that modulates the units: time, class, pooled text, guidance; for routers
-    step: Step | None = None  # None while training
+    step: Step | None = None  # None: outside of a generation, where nothing is remembered; so while training
     trace: Mapping[str, Tensor] = field(default_factory=dict)
     tap: str | None = None  # prefix under which the next unit records its branches and maps; None: it records none
 
@@ -241,6 +279,9 @@ class Branch(NamedTuple):
 
     image: Tensor
     text: Tensor | None = None
+
+
+_SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple, "Branch": Branch}  # of a memory
 
 
 class Forced(NamedTuple):

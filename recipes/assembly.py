@@ -65,6 +65,7 @@ def assemble(cfg: DictConfig) -> Run:
     if matching is not None and stored is not None:
         matching.check_stored(stored.get("times", []))
     sampler = told_as_taught(sampler, taught_at(models.teacher, stored), models.skeleton, matching)
+    refuse_unmade(sampler, models.skeleton, objective)
     condition, null = conditions(data), null_condition(data)
     return Run(cfg, models, objective, sampler, training_of(cfg), condition, null, sight)
 
@@ -106,6 +107,14 @@ def refuse_unrecorded(sampler: Sampler, student: Denoiser) -> None:
             f"sampler.solver: {type(sampler.solver).__name__} needs a model that records {lacking!r}, and no edit of "
             "this run does: add the one that does (edits=policy for a policy), or choose another sampler"
         )
+
+
+def refuse_unmade(sampler: Sampler, student: Denoiser, objective: Objective) -> None:
+    """Raises UserError if an edit of the student was not made for the sampler, or the two do not fit otherwise."""
+    try:
+        sampler.check(student, objective)
+    except ValueError as error:
+        raise UserError(f"sampler: {error}") from error
 
 
 def make_sight(data: Any, losses: Mapping[str, Loss]) -> Sight:

@@ -24,7 +24,7 @@ from edit.solvers import (
     Draw,
     Euler,
     Heun,
-    Predict,
+    Path,
     Solver,
     dynamic_shift,
     log_shift,
@@ -60,13 +60,19 @@ class Recorded(Solver):
     def check(self, objective: Objective) -> None:
         self.solver.check(objective)
 
-    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
-        def watched(x: Tensor, t: float, end: float | None = None) -> Tensor:
-            if t in self.times:
-                self.states[t] = x
-            return predict(x, t, end)
+    def times_of(self, objective: Objective, shape: tuple[int, ...]) -> tuple[float, ...]:
+        return self.solver.times_of(objective, shape)
 
-        return self.solver.integrate(watched, x, objective, draw)
+    def path(self, x: Tensor, objective: Objective, draw: Draw) -> Path:
+        path = self.solver.path(x, objective, draw)
+        try:
+            query = next(path)
+            while True:
+                if query.t in self.times:
+                    self.states[query.t] = query.x
+                query = path.send((yield query))
+        except StopIteration as end:
+            return end.value
 
 
 def stored_times(request: Request, shift: float) -> list[float]:

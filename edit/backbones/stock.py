@@ -360,6 +360,7 @@ class _Calls:
         self.pipeline, self.denoiser = pipeline, denoiser
         self.named: str | None = None  # by the pipeline's cache context
         self.timesteps: Tensor | None = None  # of this generation
+        self.times: tuple[float, ...] = ()  # the same in [0, 1], then 0
         self.memory: dict = {}
         self.begin = self.position = 0  # of the generation and of its latest evaluation, in `timesteps`
         self.joint = False
@@ -389,14 +390,23 @@ class _Calls:
         scheduler, position = self.pipeline.scheduler, self._position(timestep)
         if scheduler.timesteps is not self.timesteps or position < self.position:  # the next generation has begun
             self.timesteps, self.memory, self.begin, self.asked = scheduler.timesteps, {}, position, None
+            self.times = self._times()
             self.joint = self.named is None and self._joins(latents)
         self.position = position
-        count = len(scheduler.timesteps)
+        times = self.times[self.begin :]
+        index, count, branch = position - self.begin, len(times) - 1, self._branch(position)
+        return Step(index, count, times[index], branch, self.memory, times)
+
+    def _times(self) -> tuple[float, ...]:
+        """Of all evaluations that the scheduler lists, then 0."""
+        scheduler, count = self.pipeline.scheduler, len(self.pipeline.scheduler.timesteps)
         if self.denoiser.prediction == "noise":  # the sigmas of DDPM schedulers are no times
-            sigma = (float(scheduler.timesteps[position]) + 1) / scheduler.config.num_train_timesteps
+            found = ((t + 1) / scheduler.config.num_train_timesteps for t in scheduler.timesteps.tolist())
+        elif hasattr(scheduler, "sigmas"):
+            found = scheduler.sigmas[:count].tolist()
         else:
-            sigma = float(scheduler.sigmas[position]) if hasattr(scheduler, "sigmas") else 1 - position / count
-        return Step(position - self.begin, count - self.begin, sigma, self._branch(position), self.memory)
+            found = (1 - position / count for position in range(count))
+        return (*found, 0.0)
 
     def _position(self, timestep: Tensor) -> int:
         """Of the evaluation in the scheduler's timesteps."""

@@ -64,10 +64,10 @@ class Reuse(Edit):
         if unknown := [name for name in self.branches if name not in there]:
             raise ValueError(f"Reuse: these units have the branches {', '.join(there)}, got {unknown[0]!r}")
         for i, unit in units.items():
-            self.check(unit, i)
+            self.refuse_cached(unit, i)
             unit.slots.branch = Reused(unit, i, self)
 
-    def check(self, unit: Unit, index: int) -> None:
+    def refuse_cached(self, unit: Unit, index: int) -> None:
         """Refuse a unit of which another cache repeats the same branches."""
         slot = unit.slots.branch
         while isinstance(slot, Reused):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil, log, prod
 from typing import ClassVar
 
@@ -29,7 +30,7 @@ from edit.inputs.limits import Count, NotNegative, Steps, check_numbers
 from edit.losses import Draws, Seen
 from edit.objectives import Objective, Ramp, Weight, shift_times, weight_at
 from edit.paths import column, corrupt, mean, move
-from edit.solvers import Draw, Predict, Solver
+from edit.solvers import Draw, Path, Query, Solver
 from edit.stream import Output, Stream
 
 TRACE = "policy"  # b (k c + k + 1) *sizes: offsets of the velocities, logits, log std
@@ -293,12 +294,15 @@ class PolicySolver(Solver):
         """Substeps of a segment."""
         return ceil(self.substeps / self.steps)
 
-    def integrate(self, predict: Predict, x: Tensor, objective: Objective, draw: Draw) -> Tensor:
+    def times_of(self, objective: Objective, shape: tuple[int, ...]) -> tuple[float, ...]:
+        starts = shift_times(segments(self.steps, self.last)[:-1], self.shift)
+        return (*objective.native(torch.ones_like(starts), starts)[1].tolist(), 0.0)
+
+    def path(self, x: Tensor, objective: Objective, draw: Draw) -> Path:
         c, ts = x.shape[1], segments(self.steps, self.last, x.device)[:, None].expand(-1, len(x))
-        for start, end in zip(ts, ts[1:], strict=False):
+        for t, (start, end) in zip(self.times_of(objective, tuple(x.shape[1:])), pairwise(ts), strict=False):
             s = shift_times(start, self.shift)
-            native, t = objective.native(x, s)
-            out = predict(native, float(t[0]))
+            out = yield Query(objective.native(x, s)[0], t)
             policy = Policy.of(out[:, c:], objective.velocity(out[:, :c], x, s), x, s)
             x = policy.follow(x, start, end, self.each, self.shift)
         return x

@@ -125,7 +125,7 @@ def evaluate_at(guidance: float, subject: Subject, out: Path, reference: Referen
     from edit.measuring.cost import cost
 
     artifact, space, chosen = subject.artifact, subject.space, subject.chosen
-    sampler = adjusted(artifact, guidance, chosen.steps)
+    sampler = adjusted(artifact, guidance, chosen.steps, space.shape)
     grid = f"grids/{subject.stem}_w{guidance:g}.png"
     sets, seconds = [], 0.0
     for seed in chosen.seed:

@@ -89,7 +89,7 @@ class Reference:
             return
         artifact = edit.load(self.path, subject.device, tuple(chosen.trusted))
         # its own solver and steps: the same noise is what makes a pair
-        own = sized(adjusted(artifact, guidance, None), space.shape)
+        own = sized(adjusted(artifact, guidance, None, space.shape), space.shape)
         kept: list[Tensor] = []
         for x in generate(artifact.denoiser, artifact.objective, own, *common):
             kept.append(space.data.to_frames(x).cpu())
@@ -98,20 +98,30 @@ class Reference:
             yield kept[-1]
 
 
-def adjusted(artifact: Artifact, guidance: float, steps: int | None) -> Any:
+def adjusted(artifact: Artifact, guidance: float, steps: int | None, shape: tuple[int, ...] | None = None) -> Any:
     """The artifact's sampler at another guidance weight and number of steps; a guidance input receives the weight.
+
+    Args:
+        artifact: that is to be sampled
+        guidance: the weight
+        steps: None: the sampler's own
+        shape: of one sample; None: the denoiser's own
 
     Raises:
         UserError: if the solver has times of its own, and other steps are given
+        ValueError: if an edit was not made for this sampler
     """
     told = artifact.denoiser.facts.told
     weight = {"guidance": 1.0, "told": float(guidance)} if told else {"guidance": float(guidance)}
     sampler = replace(artifact.sampler, **weight)
-    if steps is None or steps == sampler.solver.steps:
-        return sampler
-    if "steps" not in {f.name for f in fields(sampler.solver)}:
-        raise UserError(f"steps={steps}, but this model is sampled at times of its own, {sampler.solver}: leave it out")
-    return replace(sampler, solver=replace(sampler.solver, steps=steps))
+    if steps not in (None, sampler.solver.steps):
+        if "steps" not in {f.name for f in fields(sampler.solver)}:
+            raise UserError(
+                f"steps={steps}, but this model is sampled at times of its own, {sampler.solver}: leave it out"
+            )
+        sampler = replace(sampler, solver=replace(sampler.solver, steps=steps))
+    sampler.check(artifact.denoiser, artifact.objective, shape)
+    return sampler
 
 
 def sized(sampler: Any, shape: tuple[int, ...]) -> Any:

@@ -63,6 +63,8 @@ def stepped(denoiser: StockDenoiser, pipeline: Any, paint: Callable[[Any], Any])
             paint(pipeline)
     finally:
         denoiser.units[0] = unit
+    for step in steps:
+        assert step.times[step.index] == step.sigma and len(step.times) == step.count + 1 and step.times[-1] == 0
     return steps
 
 
