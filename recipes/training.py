@@ -148,8 +148,8 @@ def module_of(run: Run) -> Recipe:
         roles = models.teacher, run.null, models.critic
         return FewStep(*shared, models.matching, *roles, follow=cfg.critic.follow, sight=run.sight)
     weight = made(cfg.data_weight) if OmegaConf.is_config(cfg.data_weight) else cfg.data_weight
-    roles = models.teacher, run.null, models.terms
-    return Diffusion(*shared, *roles, data_weight=weight, strata=cfg.strata, sight=run.sight)
+    terms = {"terms": models.terms, "data_weight": weight, "strata": cfg.strata}
+    return Diffusion(*shared, models.teacher, run.null, sight=run.sight, **terms)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ BUILT = {
     "edits.*": "edit.edits.Edit",
     "objective": "edit.objectives.Objective",
     "data_weight": "edit.objectives.Ramp",
-    "terms.*": "edit.objectives.Term",
+    "terms.*": "edit.losses.Term",
     "matching": "edit.few_step.method.FewStepMethod",
     "sampler": "edit.sampling.Sampler",
 }

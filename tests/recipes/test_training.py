@@ -226,11 +226,11 @@ class MeanPixel(Term):
 
     taps: tuple = (1,)
 
-    def build(self, denoiser, teacher=None):
+    def build(self, student, teacher=None):
         return torch.nn.Linear(32, 1)
 
-    def losses(self, seen, own):
-        guess = own(seen.output.trace["unit.1"]).mean((1, 2))
+    def losses(self, seen):
+        guess = seen.own(seen.output.trace["unit.1"]).mean((1, 2))
         return {"mean_pixel": 0.1 * (guess - seen.batch["x"].mean((1, 2, 3))) ** 2}
 
 
