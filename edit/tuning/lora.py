@@ -15,6 +15,7 @@ from torch import nn
 
 from edit.denoiser import Denoiser, Edit
 from edit.inputs.limits import Count, Limits, Positive, check_numbers
+from edit.replaced import gone
 
 ADAPTER = "default"  # peft's own name for a model's only adapter, which other tools expect
 
@@ -57,6 +58,10 @@ class LoRA(Edit):
             raise ValueError(
                 f"LoRA: no linear layer's name ends in {unmet[0]!r}; there are {', '.join(linear[:8])}, ..."
             )
+        if targets != "all-linear" and next(
+            gone(denoiser.model), None
+        ):  # peft goes by names, and these layers still have one
+            targets = [n for n in linear if n.endswith(self.targets)]
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)
         before = [p for p in denoiser.model.parameters() if p.requires_grad]
         inject_adapter_in_model(config, denoiser.model, adapter_name=ADAPTER)
