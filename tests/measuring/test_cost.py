@@ -15,7 +15,7 @@ import edit
 from edit.backbones.dit import DiTConfig
 from edit.denoiser import Denoiser, Edit
 from edit.edits import per_token
-from edit.measuring.cost import _Reads, cost, count_forward, macs, twin
+from edit.measuring.cost import Cost, _Reads, cost, count_forward, macs, twin
 from edit.pruning.depth import DepthPruning
 from edit.sampling import Sampler
 from edit.solvers import DDIMSolver, Euler, Heun
@@ -147,15 +147,20 @@ def test_a_skipped_unit_activates_none_of_its_parameters(make_dit):
 
 
 def test_of_experts_a_token_takes_one_and_a_batch_reads_all(dit, capsys):
-    show({**cost(dit).as_dict(), "backbone": "dit"})
-    assert "per_token" not in cost(dit).as_dict() and "per token" not in capsys.readouterr().out
+    def table() -> tuple[Cost, str]:
+        counted = cost(dit, Sampler(Euler(1)))
+        show({**counted.as_dict(), "backbone": "dit"})
+        return counted, capsys.readouterr().out
+
+    whole, printed = table()
+    assert "per_token" not in whole.as_dict() and "per token" not in printed
     edit.apply(dit, {"experts": Experts(count=8, units=(0, 2))})
     stacked = sum(p.numel() for m in dit.edits["experts"].values() for p in (m.up, m.down))
-    counted = cost(dit)
+    counted, printed = table()
     assert counted.as_dict()["per_token"] == counted.parameters - stacked * 7 // 8
     assert counted.activated == counted.parameters == sum(p.numel() for p in dit.parameters())
-    show({**counted.as_dict(), "backbone": "dit"})
-    assert f"activated per token       │ {short(counted.parameters - stacked * 7 // 8)}" in capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if "activated per token" in line)
+    assert short(counted.parameters - stacked * 7 // 8) in row and "read by a forward of 1" in printed
 
 
 @pytest.mark.parametrize("share", [0.0, 1.5])
