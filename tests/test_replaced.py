@@ -123,3 +123,12 @@ def test_a_fold_that_puts_nothing_back_is_refused(dit):
     edit.apply(dit, {"it": Replaces()})
     with pytest.raises(ValueError, match="it cannot be folded: it has replaced blocks.0.mlp.fc1, and nothing has come"):
         edit.fold(dit)
+
+
+@torch.no_grad()
+def test_a_dit_that_is_stored_under_stock_names_leaves_out_what_is_gone(make_dit, batch, tmp_path):
+    dit = edit.apply(make_dit(frequency_shift=1.0), {"experts": Experts(units=(1,))})
+    edit.save(dit, tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["_class_name"] == "DiTTransformer2DModel"
+    read = edit.load(tmp_path / "a", trusted=("experts",)).denoiser
+    assert torch.equal(read(*batch).sample, dit(*batch).sample)
