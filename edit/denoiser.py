@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import is_dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from edit.facts import Facts
+from edit.groups import Group
 from edit.stream import Branch, Condition, Forced, Output, Step, Stream, force, permuted, record_branch, restored
 from edit.unit import Unit
 
@@ -65,9 +67,10 @@ class Edit(ABC):
     last: ClassVar[bool] = False  # copies units, and later edits would miss the copies: none is applied after it
     adaptive: ClassVar[bool] = False  # the work depends on samples or times: its cost is counted on real samples
     leads: ClassVar[bool] = False  # the model becomes a flow map: it takes the time at which a step ends
-    # With LoRA off and the same condition, the output equals the unedited model's (needed for placement=tied).
+    # With all edits off that can be (`off`) and the same condition, the output equals the unedited model's.
     keeps: ClassVar[bool] = False
     excludes: ClassVar[tuple[str, ...]] = ()  # class names of edits that cannot be applied together with this one
+    alone: ClassVar[str] = ""  # the setting without which a forward makes `further` predictions; errors tell it
     records: ClassVar[tuple[str, ...]] = ()  # maps that `readout` adds to the trace, for solvers that use them
 
     @abstractmethod
@@ -154,6 +157,30 @@ class Edit(ABC):
     def owns(self, name: str) -> bool:
         """Whether this edit added a parameter inside the model (full name), which no other edit freezes."""
         return False
+
+    def groups(self, denoiser: Denoiser) -> Mapping[str, Group]:
+        """How the optimiser treats parameters (full names), beside the run's settings: of muP, of stacked experts."""
+        return {}
+
+    def activated(self, denoiser: Denoiser) -> Mapping[str, float]:
+        """Of parameters (full names): the fraction that a token is computed with, above 0 and at most 1. Of E experts
+        that each token takes K of (DiT-MoE, Dense2MoE) it is K / E. Parameters that are not named are used whole."""
+        return {}
+
+    def replaces(self, denoiser: Denoiser) -> Collection[str]:
+        """Parameters of the model (full names, or those of modules around them) that no longer run, as something else
+        is in their place: experts (DiT-MoE, Dense2MoE), a mixer (PT-DiT, LiT). Called after `initialise`, which may
+        read them: then they are taken out, and nothing trains, counts or stores them."""
+        return ()
+
+    def shards(self, denoiser: Denoiser) -> Sequence[nn.Module]:
+        """Modules that FSDP2 gathers by themselves, each for its own call: experts of a unit (DiT-MoE, Dense2MoE). All
+        else that is in no unit is gathered together, for the whole forward."""
+        return ()
+
+    def off(self, denoiser: Denoiser) -> AbstractContextManager[Any] | None:
+        """A block without the edit's effect, at no cost in memory (of LoRA, TD-LoRA: a tied teacher); None: none."""
+        return None
 
     def stock_key(self, key: str) -> str | None:
         """The name that a key of `model.state_dict()` had before this edit; None if the key is the edit's own."""
@@ -350,6 +377,12 @@ class Denoiser(nn.Module, ABC):
         """The prediction from the embedded stream on, with the hooks of edits; arguments as of `forward`."""
         for name, edit in self.applied.items():
             stream = edit.embed(stream, t, condition, self.edits[name] if name in self.edits else None)
+            if forced and len(stream.image) != len(t):
+                remedy = f"set edits.{name}.{edit.alone}" if edit.alone else "leave the edit out"
+                raise ValueError(
+                    f"edit {name!r} makes {len(stream.image)} samples of {len(t)}, on which tokens are to be forced: "
+                    f"{remedy}, or leave out what forces them"
+                )
         stream = self.run(stream, taps, branches, forced, maps)
         output = self.readout(stream)
         for name, edit in self.applied.items():

@@ -6,15 +6,20 @@ registry: an artifact stores the import path and the fields.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, is_dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edit.denoiser import Denoiser, Edit, check_layout
+from edit.groups import Group
 from edit.inputs import trust
+from edit.replaced import drop, gone, within
+
+T = TypeVar("T")
 
 
 def apply(denoiser: Denoiser, edits: Mapping[str, Edit], fresh: bool = True) -> Denoiser:
@@ -27,7 +32,7 @@ def apply(denoiser: Denoiser, edits: Mapping[str, Edit], fresh: bool = True) -> 
 
     Raises:
         ValueError: if a name is taken or impossible, or two edits exclude each other, or their order is wrong (both
-            are named)
+            are named), or an edit replaces what is not there or what another has changed
     """
     for name, new in edits.items():
         if name in denoiser.applied:
@@ -57,13 +62,35 @@ def apply(denoiser: Denoiser, edits: Mapping[str, Edit], fresh: bool = True) -> 
         denoiser.train(denoiser.training)  # new modules are born in training mode
         if fresh:
             new.initialise(denoiser)
+        _drop_replaced(denoiser, name)
     return denoiser
 
 
-def trains(denoiser: Denoiser, name: str) -> bool:
-    """Whether a parameter (full name) is trained: if an edit added it, or no edit freezes it."""
-    applied = denoiser.applied.values()
-    return any(e.owns(name) for e in applied) or all(e.trainable(name) for e in applied)
+def _drop_replaced(denoiser: Denoiser, name: str) -> None:
+    """Take the weights out that an edit replaces.
+
+    Raises:
+        ValueError: if there are no such weights in the model, or an edit before this one has changed them
+    """
+    new = denoiser.applied[name]
+    if not (named := new.replaces(denoiser)):
+        return
+    who = f"{name} ({type(new).__name__})"
+    if alien := next((n for n in named if not f"{n}.".startswith("model.")), None):
+        raise ValueError(f"{who} replaces {alien}, which is no weight of the model (model. ...): name those alone")
+    try:
+        found = [n.removeprefix("model.") for n in within(denoiser, named)]
+    except ValueError as error:
+        raise ValueError(f"{who} cannot replace what is not there: {error}") from error
+    layers = {n.rpartition(".")[0] for n in found}
+    for key, _ in denoiser.model.named_parameters():
+        for other_name, other in denoiser.applied.items():
+            if key.rpartition(".")[0] in layers and other is not new and other.stock_key(key) != key:
+                raise ValueError(
+                    f"{who} replaces {key}, which {other_name} ({type(other).__name__}) has changed: put {name} before "
+                    f"it, or fold {other_name} first"
+                )
+    drop(denoiser.model, found, name)
 
 
 def chosen(who: str, units: tuple[int, ...], denoiser: Denoiser) -> tuple[int, ...]:
@@ -78,6 +105,88 @@ def chosen(who: str, units: tuple[int, ...], denoiser: Denoiser) -> tuple[int, .
     if len(set(units)) < len(units):
         raise ValueError(f"{who}: name each unit once, got {list(units)}")
     return units or tuple(range(depth))
+
+
+# ---- what edits say of parameters -----------------------------------------------------------------------------------
+
+
+def trains(denoiser: Denoiser, name: str) -> bool:
+    """Whether a parameter (full name) is trained: if an edit added it, or no edit freezes it."""
+    applied = denoiser.applied.values()
+    return any(e.owns(name) for e in applied) or all(e.trainable(name) for e in applied)
+
+
+def grouped(denoiser: Denoiser) -> dict[str, Group]:
+    """How the optimiser treats each parameter (full name) of which an edit says so (`Edit.groups`).
+
+    Raises:
+        ValueError: if there is no such parameter, or two edits contradict each other
+    """
+    found: dict[str, Group] = {}
+    for name, edit in denoiser.applied.items():
+        for key, group in _known(denoiser, name, edit.groups(denoiser), "groups").items():
+            try:
+                found[key] = found[key].joined(group) if key in found else group
+            except ValueError as error:
+                raise ValueError(f"optimiser group of {key}: {error}; leave one of the edits out") from error
+    return found
+
+
+def per_token(denoiser: Denoiser) -> int:
+    """How many parameter elements a token is computed with (`Edit.activated`); fractions of several edits multiply.
+
+    Raises:
+        ValueError: if an edit names no parameter, or says a fraction that is none
+    """
+    shares: dict[str, float] = {}
+    for name, edit in denoiser.applied.items():
+        for key, share in _known(denoiser, name, edit.activated(denoiser), "activated").items():
+            if not 0 < share <= 1:
+                raise ValueError(f"{name}: activated is a fraction, above 0 and at most 1, of {key} it is {share}")
+            shares[key] = shares.get(key, 1.0) * share
+    return sum(round(p.numel() * shares.get(key, 1.0)) for key, p in denoiser.named_parameters())
+
+
+def _known(denoiser: Denoiser, name: str, said: Mapping[str, T], what: str) -> Mapping[str, T]:
+    """What an edit says of parameters. Raises ValueError if one of them is not there."""
+    if said and (odd := next(iter(said.keys() - {n for n, _ in denoiser.named_parameters()}), None)):
+        raise ValueError(f"{name}: `{what}` names {odd}, and this {denoiser.name} has no such parameter")
+    return said
+
+
+def shards(denoiser: Denoiser) -> list[nn.Module]:
+    """Modules that edits want gathered by themselves (`Edit.shards`), inner ones before those around them.
+
+    Raises:
+        ValueError: if one is no part of the denoiser, or has no parameters
+    """
+    wanted: dict[int, str] = {}
+    for name, edit in denoiser.applied.items():
+        wanted |= {id(m): name for m in edit.shards(denoiser)}
+    found = [m for m in denoiser.modules() if id(m) in wanted and next(m.parameters(), None) is not None]
+    if lost := wanted.keys() - {id(m) for m in found}:
+        who = wanted[next(iter(lost))]
+        raise ValueError(f"{who}: `shards` names a module that is no part of the {denoiser.name} or has no parameters")
+    return found[::-1]
+
+
+@contextmanager
+def without(denoiser: Denoiser) -> Iterator[Denoiser]:
+    """The denoiser inside the block without all edits that can be switched off (`Edit.off`).
+
+    Raises:
+        ValueError: if there is none
+    """
+    with ExitStack() as stack:
+        switches = [s for e in denoiser.applied.values() if (s := e.off(denoiser)) is not None]
+        if not switches:
+            raise ValueError(f"this {denoiser.name} has no edit that could be switched off: apply one first")
+        for switch in switches:
+            stack.enter_context(switch)
+        yield denoiser
+
+
+# ---- fold, describe, rebuild ----------------------------------------------------------------------------------------
 
 
 def fold(denoiser: Denoiser, *names: str) -> Denoiser:
@@ -97,6 +206,11 @@ def fold(denoiser: Denoiser, *names: str) -> Denoiser:
                 raise ValueError(f"cannot fold {later[0]!r} under {name!r}, which was applied later: fold both")
             break
         denoiser.applied[name].fold(denoiser)
+        if left := next(gone(denoiser.model, name), None):
+            raise ValueError(
+                f"{name} cannot be folded: it has replaced {left.path}, and nothing has come back in its place: keep "
+                "it as an edit of the artifact"
+            )
         denoiser.folded.insert(0, {"name": name, **describe(denoiser.applied.pop(name))})
         if name in denoiser.edits:
             del denoiser.edits[name]

@@ -257,7 +257,7 @@ def discretised_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
 class Ramp:
     """A weight that goes linearly from `start` to `end` between the fractions `begin` and `until` of the run.
 
-    With `levels` it takes that many values for equal times, the last of them `end`: one per epoch in TinyFusion.
+    With `levels` it takes that many values for equal times, the last of them `end`: one per epoch, for one.
     """
 
     start: NotNegative

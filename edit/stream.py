@@ -305,8 +305,8 @@ def force(stream: Stream, forced: Forced) -> Stream:
     """
     if len(forced.where) != len(stream.image):
         raise ValueError(
-            f"tokens of {len(forced.where)} samples were to be forced on a stream of {len(stream.image)}: if an edit "
-            "doubles the batch (DyDiT's complete), set complete=0"
+            f"tokens of {len(forced.where)} samples were to be forced on a stream of {len(stream.image)}: leave out "
+            "the edit that changes the number of samples, or what forces tokens"
         )
 
     def choose(own: Tensor, other: Tensor) -> Tensor:

@@ -105,7 +105,8 @@ def refuse_unrecorded(sampler: Sampler, student: Denoiser) -> None:
     if lacking := next((name for name in sampler.solver.extras if name not in recorded), None):
         raise UserError(
             f"sampler.solver: {type(sampler.solver).__name__} needs a model that records {lacking!r}, and no edit of "
-            "this run does: add the one that does (edits=policy for a policy), or choose another sampler"
+            f"this run does: add the one that does ({type(sampler.solver).__module__} tells which), or choose another "
+            "sampler"
         )
 
 

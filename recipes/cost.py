@@ -206,7 +206,9 @@ def show(report: Mapping[str, Any]) -> None:
     r, n = report, report["batch"]
     table = Table("cost", "", title=f"{r.get('backbone') or r.get('artifact')} on {r['device']}", title_justify="left")
     table.add_row("parameters", short(r["parameters"]))
-    table.add_row("  read by a forward", short(r["activated"]))
+    if "per_token" in r:
+        table.add_row("  activated per token", short(r["per_token"]))
+    table.add_row("  read by a forward" + (f" of {n}" if "per_token" in r else ""), short(r["activated"]))
     table.add_row("elements of fixed tables", short(r["buffers"]))
     least = "at least " if r["uncounted"] else ""
     table.add_row("MACs per forward", least + short(r["macs"]))

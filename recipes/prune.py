@@ -165,10 +165,10 @@ def searched(path: str, denoiser: Denoiser) -> tuple[Groups, Choice]:
     import torch
 
     from edit.artifacts.checkpoint import load
-    from edit.artifacts.weights import split_state
+    from edit.artifacts.weights import split_state, stock_key
     from edit.denoiser import check_layout
+    from edit.edits import trains
     from edit.pruning.tinyfusion import Gates, TinyFusion
-    from edit.tuning.lora import LoRA
 
     found = load(path).denoiser
     gates = next((own for own in found.edits.values() if isinstance(own, Gates)), None)
@@ -176,9 +176,9 @@ def searched(path: str, denoiser: Denoiser) -> tuple[Groups, Choice]:
         raise UserError(f"search={path} is no search: its model has no gates; train one with edits=tinyfusion")
     whole, theirs = (split_state(d, d.state_dict())[0] for d in (denoiser, found))
     check_layout(whole, theirs, f"search={path}")
-    rules = list(found.applied.values())
-    rule = next(e for e in rules if isinstance(e, TinyFusion))
-    if rule.frozen or any(isinstance(e, LoRA) for e in rules):  # then the search did not change the weights
+    rule = next(e for e in found.applied.values() if isinstance(e, TinyFusion))
+    names = (n for n, _ in found.model.named_parameters())
+    if not any(trains(found, f"model.{n}") for n in names if stock_key(found, n)):  # the weights stayed what they were
         begin = slice(0, 4096)
         same = (
             torch.equal(v.flatten()[begin].to(theirs[k].dtype), theirs[k].flatten()[begin]) for k, v in whole.items()

@@ -25,7 +25,8 @@ from torch.distributed.tensor import DTensor
 
 from edit import noise
 from edit.denoiser import Denoiser
-from edit.edits import trains
+from edit.edits import grouped, trains
+from edit.groups import PLAIN, Group
 from edit.objectives import Objective
 from edit.stream import Condition
 from recipes.roles import Teacher, shard, units_of
@@ -176,9 +177,9 @@ class Recipe(pl.LightningModule, ABC):
             others = [name for name, e in self.denoiser.applied.items() if not e.keeps]
             if others or self.denoiser.config != self.denoiser.base:
                 raise ValueError(
-                    "teacher.placement=tied makes the student without its LoRA the teacher, but another edit "
-                    f"{'(' + others[0] + ') ' if others else ''}changes it: give the teacher's folder with "
-                    "teacher.path, or leave that edit out"
+                    "teacher.placement=tied makes the student without the edits that can be switched off the teacher, "
+                    f"but another edit {'(' + others[0] + ') ' if others else ''}changes it: give the teacher's folder "
+                    "with teacher.path, or leave that edit out"
                 )
         if self.teacher is not None and not self.told and self.teacher.guidance.low != self.teacher.guidance.high:
             raise ValueError(
@@ -261,25 +262,39 @@ class Recipe(pl.LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _groups(self) -> list[dict[str, Any]]:
-        """One optimiser group per pattern of `optimizer.groups`, by the first that a name matches; one for the rest."""
+        """One optimiser group per pattern of `optimizer.groups`, by the first that a name matches; one for the rest.
+
+        Each is divided by what edits say of its parameters (`Edit.groups`), in an order that a resumed run finds again:
+        an optimiser's state knows its parameters by their places alone.
+        """
         s = self.settings.optimizer
-        groups = dict(s.groups or {})
-        parts: dict[str, list[nn.Parameter]] = {pattern: [] for pattern in (*groups, "")}
+        groups, said = dict(s.groups or {}), self._said()
+        parts: dict[str, dict[Group, list[nn.Parameter]]] = {pattern: {} for pattern in (*groups, "")}
         for name, p in self.named_parameters():
             if p.requires_grad:
-                parts[next((g for g in groups if re.search(g, name)), "")].append(p)
+                pattern = next((g for g in groups if re.search(g, name)), "")
+                parts[pattern].setdefault(said.get(name, PLAIN), []).append(p)
         if unmet := [g for g in groups if not parts[g]]:
             raise ValueError(f"optimizer.groups: no trainable parameter's name matches {unmet[0]!r}")
         out = []
-        for pattern, members in parts.items():
-            if members:
-                change = dict(groups.get(pattern, {}))
-                lr, decay = s.lr * change.get("lr_scale", 1.0), change.get("weight_decay", s.weight_decay)
-                betas = tuple(change.get("betas", s.betas))
-                out.append({"params": members, "lr": lr, "weight_decay": decay, "betas": betas})
+        for pattern, kinds in parts.items():
+            change = dict(groups.get(pattern, {}))
+            lr, decay = s.lr * change.get("lr_scale", 1.0), change.get("weight_decay", s.weight_decay)
+            for group in sorted(kinds, key=lambda g: g.place):
+                betas = tuple(change.get("betas", group.betas or s.betas))
+                out.append({"params": kinds[group], "lr": lr, "weight_decay": decay, "betas": betas})
+                if group != PLAIN:
+                    out[-1] |= {"lr": lr * group.lr, "weight_decay": decay * group.decay}
+                if group.kind is not None:
+                    out[-1]["kind"] = group.kind
         if not out:
             raise ValueError("nothing to train: the edits freeze every parameter")
         return out
+
+    def _said(self) -> dict[str, Group]:
+        """What the edits of all models say of parameters, by their names in the recipe."""
+        models = ((role, m) for role, m in self.named_children() if isinstance(m, Denoiser))
+        return {f"{role}.{name}": group for role, m in models for name, group in grouped(m).items()}
 
     def _rate(self, step: int) -> float:
         """The factor on the learning rate after `step` optimiser steps: linear warmup, then constant or cosine."""
@@ -360,7 +375,7 @@ def optimizer_of(kind: str) -> Callable[..., torch.optim.Optimizer]:
 
 
 def share_frozen(copy: nn.Module, original: nn.Module) -> None:
-    """Let a copy use the original's frozen parameters; with LoRA these are nearly all."""
+    """Let a copy use the original's frozen parameters; with low-rank additions these are nearly all."""
     for name, p in original.named_parameters():
         if not p.requires_grad:
             owner, _, leaf = name.rpartition(".")

@@ -18,9 +18,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 
 from edit.denoiser import Denoiser
 from edit.distillation.guidance import TeacherGuidance
+from edit.edits import shards, without
 from edit.measuring.memory import Placement
 from edit.stream import Condition, Output
-from edit.tuning.lora import without
 from edit.unit import Unit
 
 
@@ -39,7 +39,8 @@ class Teacher:
         structure: the same without weights, called under `torch.device("meta")`; used when it is sharded
         guidance: the scales of its classifier-free guidance
         placement: "replicated": whole on every device; "sharded": FSDP2 over all ranks; "offloaded": in main memory,
-            each layer on the device only while it runs; "tied": the student without its LoRA, no memory at all
+            each layer on the device only while it runs; "tied": the student without the edits that can be switched
+            off, no memory at all
         dtype: of its weights
     """
 
@@ -135,7 +136,7 @@ class Teacher:
         """The guided prediction, with taps in the trace; computed in fp32 outside of the student's autocast.
 
         Args:
-            student: the model that is trained; a tied teacher is this model without its LoRA
+            student: the model that is trained; a tied teacher is this model with its edits off
             x_t: noisy samples, b c *sizes
             t: their times in [0, 1], 1 = noise, b
             condition: after label drop
@@ -188,9 +189,14 @@ def shard(
     mesh: DeviceMesh,
     policy: MixedPrecisionPolicy,
 ) -> Denoiser:
-    """A denoiser sharded by FSDP2. Rank 0 alone holds `state`, the whole state dict, and broadcasts it."""
+    """A denoiser sharded by FSDP2. Rank 0 alone holds `state`, the whole state dict, and broadcasts it.
+
+    A unit is gathered for its own call, and so is what edits name (`Edit.shards`); all else for the whole forward.
+    """
     with torch.device("meta"):
         net = structure()
+    for module in shards(net):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
     for unit in units_of(net):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
         for name in unit.apart:

@@ -133,8 +133,8 @@ def refuse_further(denoiser: Denoiser, out: Output) -> None:
     for name, edit in denoiser.applied.items():
         if further := edit.further(out):
             raise ValueError(
-                f"edit {name!r} predicts every sample a second time ({', '.join(further)}), which few-step methods do "
-                f"not score: set edits.{name}.complete=0"
+                f"edit {name!r} predicts every sample a second time ({', '.join(further)}), and losses that ask models "
+                f"score one prediction: {f'set edits.{name}.{edit.alone}' if edit.alone else 'leave the edit out'}"
             )
 
 

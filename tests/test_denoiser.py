@@ -1,16 +1,18 @@
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import run_ranks
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from weights import randomise
 
+import edit
 from edit.backbones.flux import FluxConfig
-from edit.denoiser import check_layout
+from edit.denoiser import Denoiser, Edit, check_layout
 from edit.stream import Branch, Condition, Forced, Layout, Step, Stream, add
 
 
@@ -241,6 +243,26 @@ def test_a_forced_unit_reads_other_tokens_on_the_marked_samples_alone(make_dit, 
     torch.testing.assert_close(same.sample, dit(x, t, condition).sample)
     other = dit(x, t, condition, taps=(1,), forced={1: Forced(Branch(2 * trace["unit.0"]), where)}).trace["unit.1"]
     assert ((other - trace["unit.1"]).abs().amax((1, 2)) > 1e-4).tolist() == where.tolist()
+
+
+@dataclass
+class Doubles(Edit):
+    """Runs every sample twice."""
+
+    def apply(self, denoiser: Denoiser) -> None:
+        """Changes nothing."""
+
+    def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
+        return stream.map(lambda v: torch.cat((v, v)))
+
+
+@pytest.mark.parametrize(("alone", "remedy"), [("", "leave the edit out"), ("twice=0", "set edits.it.twice=0")])
+def test_forcing_tokens_on_more_samples_is_refused_with_the_edits_own_remedy(dit, batch, monkeypatch, alone, remedy):
+    monkeypatch.setattr(Doubles, "alone", alone)
+    edit.apply(dit, {"it": Doubles()})
+    forced = {1: Forced(Branch(torch.zeros(4, 16, 32)), torch.ones(4, dtype=torch.bool))}
+    with pytest.raises(ValueError, match=f"edit 'it' makes 8 samples of 4.*: {remedy}, or leave out what forces them"):
+        dit(*batch, forced=forced)
 
 
 def test_no_gradient_passes_a_forced_input(make_dit, batch):

@@ -21,7 +21,7 @@ from yaml import YAMLError
 import edit
 from edit.artifacts.checkpoint import Artifact
 from edit.artifacts.location import is_hub_id
-from edit.edits import describe
+from edit.edits import describe, per_token
 from edit.inputs import trust
 from edit.solvers import Euler, Grid, times
 
@@ -279,7 +279,8 @@ class Card:
         d = self.artifact.denoiser
         count = sum(p.numel() for p in d.parameters())
         made = f", made from {' and '.join(map(str, self.found))}" if self.found else ""
-        return f"A {d.name} diffusion transformer of {len(d.units)} blocks and {count:,} parameters{made}."
+        taken = f" ({each:,} of them activated per token)" if (each := per_token(d)) != count else ""
+        return f"A {d.name} diffusion transformer of {len(d.units)} blocks and {count:,} parameters{taken}{made}."
 
     def needs(self) -> list[str]:
         if self.relation != "adapter" or not self.bases:

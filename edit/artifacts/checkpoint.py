@@ -1,6 +1,7 @@
 """Artifacts: the result of a run as a folder, which stock `diffusers` reads where it can express the model.
 
-    config.json, diffusion_pytorch_model.safetensors    the model under its stock names
+    config.json, diffusion_pytorch_model.safetensors    the model under its stock names; `_needs_edits` in config.json
+                                                        names edits that replaced layers, whose weights are not there
     edits.json                                          backbone, live and folded edits, objective, sampler, data, run,
                                                         checksums of all files
     edits.safetensors                                   parameters that edits added, if any
@@ -35,6 +36,7 @@ from edit.artifacts.whole import replacing
 from edit.denoiser import Denoiser, Edit
 from edit.inputs import trust
 from edit.objectives import DDPM, FlowMatching, Objective
+from edit.replaced import gone
 from edit.sampling import Sampler, default_sampler
 from edit.solvers import StockEuler
 
@@ -86,6 +88,8 @@ def save(
     check_weights(state, dtype)
     stock, own = split_state(denoiser, state)
     config, stock = denoiser.to_stock(denoiser.config, stock)
+    if needed := dict.fromkeys(layer.by for layer in gone(denoiser.model)):
+        config["_needs_edits"] = list(needed)
     description = {
         "format": FORMAT,
         "backbone": import_path(denoiser.family),

@@ -10,7 +10,7 @@ Configurations are the fields of `DiTConfig` as plain values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -51,6 +51,8 @@ def why_not_diffusers(config: Mapping[str, Any]) -> str | None:
 def to_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
     """Configuration and weights of the equal `DiTTransformer2DModel`; feed it the times that `DiT.pack` makes.
 
+    Weights of replaced layers (`Edit.replaces`) are absent from both sides.
+
     Raises:
         ValueError: if the model has an option that class lacks
     """
@@ -70,20 +72,22 @@ def to_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tupl
         **_STOCK_FIXED,
     }
     stock: dict[str, Tensor] = {}
+
+    def give(ours: str, theirs: str, change: Callable[[Tensor], Tensor] = lambda v: v) -> None:
+        for kind in ("weight", "bias"):  # the label table has no bias
+            if (value := state.get(f"{ours}.{kind}")) is not None:
+                stock[f"{theirs}.{kind}"] = change(value)
+
     for ours, theirs in _ROOT.items():
-        for kind in ("weight", "bias"):
-            stock[f"{theirs}.{kind}"] = state[f"{ours}.{kind}"]
+        give(ours, theirs)
     for i in range(config["depth"]):
         ours_at, theirs_at = f"blocks.{i}", f"transformer_blocks.{i}"
-        for kind in ("weight", "bias"):
-            for ours, theirs in _BLOCK.items():
-                stock[f"{theirs_at}.{theirs}.{kind}"] = state[f"{ours_at}.{ours}.{kind}"]
-            qkv = state[f"{ours_at}.attn.qkv.{kind}"].chunk(3)
-            for name, part in zip("qkv", qkv, strict=True):
-                stock[f"{theirs_at}.attn1.to_{name}.{kind}"] = part.contiguous()
-            for ours, theirs in _EMBEDDERS.items():
-                if f"{ours}.{kind}" in state:  # the label table has no bias
-                    stock[f"{theirs_at}.{theirs}.{kind}"] = state[f"{ours}.{kind}"].clone()
+        for ours, theirs in _BLOCK.items():
+            give(f"{ours_at}.{ours}", f"{theirs_at}.{theirs}")
+        for j, name in enumerate("qkv"):
+            give(f"{ours_at}.attn.qkv", f"{theirs_at}.attn1.to_{name}", lambda v, j=j: v.chunk(3)[j].contiguous())
+        for ours, theirs in _EMBEDDERS.items():
+            give(ours, f"{theirs_at}.{theirs}", Tensor.clone)
     return described, stock
 
 
@@ -122,32 +126,38 @@ def config_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
 def from_diffusers(depth: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a `DiTTransformer2DModel` of so many blocks under the names of `DiTWeights`.
 
+    Layers of which nothing is there are left out: whoever loads the weights knows which ones are to be there.
+
     Raises:
-        ValueError: if keys are missing, or the embedders differ between blocks
+        ValueError: if keys of a layer are missing, or the embedders differ between blocks
     """
     ours_state: dict[str, Tensor] = {}
 
-    def take(key: str) -> Tensor:
-        if key not in state:
-            raise ValueError(f"not a DiTTransformer2DModel folder of this configuration: {key} is missing")
-        return state[key]
+    def take(*layers: str, kinds: tuple[str, ...] = ("weight", "bias")) -> dict[str, Tensor]:
+        keys = {kind: [f"{layer}.{kind}" for layer in layers] for kind in kinds}
+        every = [key for of_kind in keys.values() for key in of_kind]
+        if not any(key in state for key in every):
+            return {}
+        if lacking := next((key for key in every if key not in state), None):
+            raise ValueError(f"not a DiTTransformer2DModel folder of this configuration: {lacking} is missing")
+        return {k: state[v[0]] if len(v) == 1 else torch.cat([state[key] for key in v]) for k, v in keys.items()}
 
-    for kind in ("weight", "bias"):
-        for ours, theirs in _ROOT.items():
-            ours_state[f"{ours}.{kind}"] = take(f"{theirs}.{kind}")
-        for i in range(depth):
-            at = f"transformer_blocks.{i}"
-            for ours, theirs in _BLOCK.items():
-                ours_state[f"blocks.{i}.{ours}.{kind}"] = take(f"{at}.{theirs}.{kind}")
-            qkv = [take(f"{at}.attn1.to_{name}.{kind}") for name in "qkv"]
-            ours_state[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(qkv)
-            for ours, theirs in _EMBEDDERS.items():
-                if kind == "bias" and ours.startswith("y_embedder"):
-                    continue
-                first, mine = take(f"transformer_blocks.0.{theirs}.{kind}"), take(f"{at}.{theirs}.{kind}")
-                if not mine.is_meta and not torch.equal(first, mine):
-                    raise ValueError(f"block {i} of this DiTTransformer2DModel has its own {theirs}: a DiT shares one")
-                ours_state[f"{ours}.{kind}"] = first
+    def put(ours: str, values: Mapping[str, Tensor]) -> None:
+        ours_state.update({f"{ours}.{kind}": value for kind, value in values.items()})
+
+    for ours, theirs in _ROOT.items():
+        put(ours, take(theirs))
+    for i in range(depth):
+        at = f"transformer_blocks.{i}"
+        for ours, theirs in _BLOCK.items():
+            put(f"blocks.{i}.{ours}", take(f"{at}.{theirs}"))
+        put(f"blocks.{i}.attn.qkv", take(*(f"{at}.attn1.to_{name}" for name in "qkv")))
+        for ours, theirs in _EMBEDDERS.items():
+            kinds = ("weight",) if ours.startswith("y_embedder") else ("weight", "bias")
+            first, mine = take(f"transformer_blocks.0.{theirs}", kinds=kinds), take(f"{at}.{theirs}", kinds=kinds)
+            if any(not v.is_meta and not torch.equal(first[k], v) for k, v in mine.items()):
+                raise ValueError(f"block {i} of this DiTTransformer2DModel has its own {theirs}: a DiT shares one")
+            put(ours, first)
     return ours_state
 
 

@@ -44,6 +44,7 @@ class Cost:
     generation: Spread | None = None  # seconds per image, generated `batch` at a time
     peak_memory: int | None = None  # bytes during a generation of `batch` images, weights included
     uncounted: tuple[str, ...] = ()  # operators without a FLOP formula that ran: with any, MACs are a lower bound
+    per_token: int | None = None  # of the parameters, those that a token is computed with (`Edit.activated`); None: all
 
     @property
     def training_flops(self) -> int:
@@ -51,8 +52,9 @@ class Cost:
         return 6 * self.macs
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values, spreads as nested objects."""
-        return asdict(self) | {"training_flops": self.training_flops, "uncounted": list(self.uncounted)}
+        """JSON values, spreads as nested objects; without `per_token` where a token takes all parameters."""
+        values = asdict(self) | {"training_flops": self.training_flops, "uncounted": list(self.uncounted)}
+        return {name: value for name, value in values.items() if name != "per_token" or value is not None}
 
 
 def cost(
@@ -90,8 +92,9 @@ def cost(
     subject = denoiser if real else twin(denoiser)
     one = count_forward(subject, condition, batch)
     whole = count_generation(subject, sampler, objective, condition, batch)
+    parameters, taken = sum(p.numel() for p in denoiser.parameters()), editing.per_token(denoiser)
     counted = Cost(
-        parameters=sum(p.numel() for p in denoiser.parameters()),
+        parameters=parameters,
         activated=one.activated,
         buffers=sum(b.numel() for b in denoiser.buffers()),
         macs=round(one.macs / batch),
@@ -100,6 +103,7 @@ def cost(
         batch=batch,
         device=device_name(_device(denoiser)),
         uncounted=tuple(sorted({*one.uncounted, *whole.uncounted})),
+        per_token=None if taken == parameters else taken,
     )
     return with_times(counted, denoiser, sampler, objective, condition, rounds) if rounds else counted
 

@@ -7,6 +7,7 @@ shared by everything in the process.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -64,6 +65,12 @@ def _joined_heads(q: torch.Size, k: torch.Size, v: torch.Size, width: int, heads
     return 2 * batch * tokens * width * width + sdpa_flop_count(*shapes)
 
 
+def _grouped(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
+    """One product for each group of rows, as experts make them: r k and g k n -> r n, or with the groups along another
+    axis. Rows behind the last group count, too: offsets are values, and shapes are all there is to count by."""
+    return 2 * math.prod(a) * b[-1] if len(a) == 3 or len(b) == 3 else 2 * a[0] * a[1] * b[1]
+
+
 # By name, since no release has them all. The first four are what fused attention becomes on a CPU, an accelerator from
 # outside torch, Apple's GPU; the others are what its own fused forms become.
 _KNOWN: Mapping[str, Callable[..., int]] = {
@@ -75,6 +82,7 @@ _KNOWN: Mapping[str, Callable[..., int]] = {
     "_cudnn_attention_forward_no_dropout_inplace": _written,
     "_flash_attention_forward_no_dropout_inplace": _written,
     "_native_multi_head_attention": _joined_heads,
+    "_grouped_mm": _grouped,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
     "_scaled_dot_product_fused_attention_overrideable_backward": _attention_backward,
 }

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
+from torch import nn
 
 from edit.denoiser import Denoiser
-from edit.edits import trains
+from edit.edits import shards, trains
 from edit.measuring.probe import Probe
 from edit.measuring.turns import Call, Turn
 from edit.unit import Unit
@@ -90,7 +91,8 @@ class Role:
     placement: Placement = "replicated"  # of a frozen role; the strategy places a trained one
     average_bytes: int = 0  # per parameter of its moving average, which shares frozen weights unless FSDP2 shards them
     unit: int = 0  # parameters of its largest unit
-    outside: int = 0  # parameters outside all units
+    shard: int = 0  # parameters of the largest module that is gathered by itself beside the units (`Edit.shards`)
+    outside: int = 0  # parameters outside all of these
     layer: int = 0  # parameters of its largest single layer
 
     def __post_init__(self):
@@ -101,8 +103,9 @@ class Role:
 
     @property
     def gathered(self) -> int:
-        """Elements gathered at once under sharding: a unit, the prefetched next one, all outside the units."""
-        return min(self.params, 2 * self.unit + self.outside)
+        """Elements gathered at once under sharding: a unit, what it calls by itself, the prefetched next of either, and
+        all outside of these."""
+        return min(self.params, self.unit + self.shard + max(self.unit, self.shard) + self.outside)
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def transient(role: Role, strategy: Strategy, half: bool) -> float:
         elements = {"replicated": 0, "sharded": role.gathered, "offloaded": 2 * role.layer, "tied": 0}[role.placement]
         return elements * role.frozen_bytes
     if strategy.name == "fsdp2":  # weights of two units, gradients of one, and its fp32 copy for the reduction
-        return role.gathered * (2 if half else 4) + min(role.unit, role.trained) * (6 if half else 4)
+        return role.gathered * (2 if half else 4) + min(max(role.unit, role.shard), role.trained) * (6 if half else 4)
     buckets = min(role.trained, BUCKETS // 2) * 2 * 4 if strategy.name.startswith("zero") else 0
     return buckets + (min(role.params, LIVE) * 4 if strategy.name == "zero3" else 0)
 
@@ -165,10 +168,22 @@ def role_of(denoiser: Denoiser, name: str, optimizer: Optimizer = ADAMW, frozen:
     sizes = {n: p.numel() for n, p in denoiser.named_parameters()}
     live = dict(denoiser.named_parameters())
     trained = 0 if frozen else sum(s for n, s in sizes.items() if live[n].requires_grad and trains(denoiser, n))
-    units = [sum(p.numel() for p in u.parameters()) for u in denoiser.model.modules() if isinstance(u, Unit)]
+    further = shards(denoiser)
+    units = [m for m in denoiser.model.modules() if isinstance(m, Unit)]
+    claimed: set[int] = set()
+
+    def elements(module: nn.Module) -> int:
+        """Of the parameters that no module inside of it has claimed."""
+        mine = {id(p): p.numel() for p in module.parameters() if id(p) not in claimed}
+        claimed.update(mine)
+        return sum(mine.values())
+
+    apart, whole = [elements(m) for m in further], [elements(u) for u in units]
     layers = [sum(p.numel() for p in m.parameters(recurse=False)) for m in denoiser.modules()]
     total = sum(sizes.values())
-    return Role(name, total, trained, optimizer, unit=max(units), outside=total - sum(units), layer=max(layers))
+    outside = total - sum(whole) - sum(apart)
+    largest = {"unit": max(whole), "shard": max(apart, default=0), "layer": max(layers)}
+    return Role(name, total, trained, optimizer, outside=outside, **largest)
 
 
 def stored(shape: Sequence[int], bytes: int = 2) -> int:

@@ -79,6 +79,7 @@ class DyDiT(Edit):
     order: bool = True
 
     last = adaptive = True
+    alone = "complete=0"
     excludes = ("DyDiT", "TinyFusion", "Elastic")
 
     def __post_init__(self):

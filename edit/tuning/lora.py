@@ -1,21 +1,21 @@
 """LoRA (arXiv 2106.09685) through `peft`: train low-rank additions to frozen linear layers.
 
 y = W x + (alpha / rank) B A x, with A random and B zero, so a fresh LoRA leaves the output unchanged. With its
-adapters switched off the model is its own teacher, at no cost in memory: `without`.
+adapters switched off the model is its own teacher, at no cost in memory (`edit.edits.without`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from torch import nn
 
 from edit.denoiser import Denoiser, Edit
 from edit.inputs.limits import Count, Limits, Positive, check_numbers
-from edit.routing.slices import Adapted
+from edit.replaced import gone
 
 ADAPTER = "default"  # peft's own name for a model's only adapter, which other tools expect
 
@@ -58,6 +58,10 @@ class LoRA(Edit):
             raise ValueError(
                 f"LoRA: no linear layer's name ends in {unmet[0]!r}; there are {', '.join(linear[:8])}, ..."
             )
+        if targets != "all-linear" and next(
+            gone(denoiser.model), None
+        ):  # peft goes by names, and these layers still have one
+            targets = [n for n in linear if n.endswith(self.targets)]
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)
         before = [p for p in denoiser.model.parameters() if p.requires_grad]
         inject_adapter_in_model(config, denoiser.model, adapter_name=ADAPTER)
@@ -73,6 +77,11 @@ class LoRA(Edit):
     def stock_key(self, key: str) -> str | None:
         return None if self.owns(key) else key.replace(".base_layer.", ".")
 
+    def off(self, denoiser: Denoiser) -> AbstractContextManager[None]:
+        from peft.tuners.lora import LoraLayer
+
+        return switched_off(m for m in denoiser.model.modules() if isinstance(m, LoraLayer))
+
     def fold(self, denoiser: Denoiser) -> None:
         """Add B A to the weights and take the adapters out."""
         from peft.tuners.lora import LoraLayer
@@ -86,22 +95,14 @@ class LoRA(Edit):
 
 
 @contextmanager
-def without(denoiser: Denoiser) -> Iterator[Denoiser]:
-    """The denoiser with its LoRA (or TD-LoRA) switched off inside the block: bit for bit the model it was applied to.
-
-    Raises:
-        ValueError: if it has none
-    """
-    from peft.tuners.lora import LoraLayer
-
-    layers = [m for m in denoiser.model.modules() if isinstance(m, (LoraLayer, Adapted))]
-    if not layers:
-        raise ValueError(f"this {denoiser.name} has no LoRA that could be switched off: apply one first")
+def switched_off(layers: Iterable[Any]) -> Iterator[None]:
+    """Additions to linear layers that add nothing inside the block: bit for bit the model that they were applied to."""
+    found = list(layers)
     try:
-        for layer in layers:
+        for layer in found:
             # peft's own `enable_adapters` would rewrite requires_grad of every factor, frozen ones included
             layer._disable_adapters = True
-        yield denoiser
+        yield
     finally:
-        for layer in layers:
+        for layer in found:
             layer._disable_adapters = False

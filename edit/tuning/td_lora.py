@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from edit.denoiser import Denoiser, Edit
 from edit.inputs.limits import Count, Positive, check_numbers
 from edit.routing.slices import Adapted, Pieces, UnitCalls, merged, taken
+from edit.tuning.lora import switched_off
 from edit.unit import Unit, heads_of, hidden_of
 
 
@@ -93,6 +95,9 @@ class TDLoRA(Edit):
 
     def stock_key(self, key: str) -> str | None:
         return None if self.owns(key) else key
+
+    def off(self, denoiser: Denoiser) -> AbstractContextManager[None]:
+        return switched_off(m for m in denoiser.model.modules() if isinstance(m, Timed))
 
     def _checked(self, denoiser: Denoiser, i: int) -> Unit:
         unit = denoiser.units[i]

@@ -17,6 +17,7 @@ from omegaconf.errors import InterpolationResolutionError
 from edit.inputs.command import DEBUG
 from edit.inputs.trust import cut
 from recipes.config.errors import UserError, one_line, refuse
+from recipes.config.mistakes import locate
 from recipes.config.schema import Evaluation
 from recipes.config.suggestions import suggest
 
@@ -165,14 +166,29 @@ def _check_teacher(cfg: DictConfig) -> Iterator[str]:
         yield f"data_weight: expected a number of at least 0 or a section with _target_, got {cfg.data_weight!r}"
     path, placement, scale = cfg.teacher.path, cfg.teacher.placement, cfg.teacher.guidance
     if placement == "tied" and path is not None:
-        yield f"teacher.placement=tied makes the student without its LoRA the teacher: leave out teacher.path={path}"
-    if placement == "tied" and not any("LoRA" in str(node.get("_target_")) for node in cfg.edits.values()):
-        yield "teacher.placement=tied needs a LoRA edit: without one the student is its own teacher"
+        yield f"teacher.placement=tied makes the student with its edits off the teacher: leave out teacher.path={path}"
+    if placement == "tied" and not any(map(_can_be_off, cfg.edits.values())):
+        yield (
+            "teacher.placement=tied needs an edit that can be switched off, such as edits=lora: else the student is "
+            "its own teacher"
+        )
     if sentence := unplaceable(placement, cfg.trainer.strategy):
         yield sentence
     pair = OmegaConf.to_container(scale) if OmegaConf.is_list(scale) else [scale, scale]
     if not (isinstance(pair, list) and len(pair) == 2 and all(map(number, pair)) and pair[0] <= pair[1]):
         yield f"teacher.guidance: expected a number of at least 0 or [low, high], got {scale}"
+
+
+def _can_be_off(node: Any) -> bool:
+    """Whether a section makes an edit that can be switched off; one that makes none is refused elsewhere."""
+    from edit.denoiser import Edit
+
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    try:
+        made = locate(target, (str(target).split(".")[0],))
+    except ValueError:
+        return False
+    return isinstance(made, type) and issubclass(made, Edit) and made.off is not Edit.off
 
 
 def unplaceable(placement: str, strategy: str) -> str:

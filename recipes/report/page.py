@@ -131,6 +131,7 @@ COLUMNS = (
     Column("feature distance to reference", _compared("perceptual"), "{:.3f}".format, -1),
     Column("forwards per image", _cost("evaluations"), "{:.0f}".format, -1),
     Column("parameters, M", _cost("parameters", 1e-6), "{:,.2f}".format, -1),
+    Column("activated per token, M", _cost("per_token", 1e-6), "{:,.2f}".format, -1),
     Column("activated, M", _cost("activated", 1e-6), "{:,.2f}".format, -1),
     Column("MACs per image, G", _cost("macs_per_image", 1e-9), "{:,.3g}".format, -1, counted=True),
     Column("share of MACs run", _cost("share"), "{:.1%}".format),

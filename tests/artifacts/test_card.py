@@ -1,16 +1,22 @@
 """Model cards: settings, measurements, origins and licences."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from experts import Experts
 from exports import load_stock, make_flux, make_run, randomise_lora, run, stock_output
 from huggingface_hub import metadata_load
 
 import edit
 from edit.artifacts import card
+from edit.artifacts.checkpoint import Artifact
 from edit.artifacts.lora import LORA_WEIGHTS
+from edit.objectives import FlowMatching
 from edit.pruning.depth import DepthPruning
+from edit.sampling import Sampler
+from edit.solvers import Euler
 from edit.tuning.lora import LoRA
 
 
@@ -162,3 +168,15 @@ def test_hub_ids_are_told_from_folders_and_found_in_the_hubs_cache(tmp_path, mon
     assert card.hub_id("/x/hub/models--owner--a-name/snapshots/0123/transformer") == "owner/a-name"
     (tmp_path / "config.json").write_text('{"_name_or_path": "owner/name"}')
     assert card.hub_id(str(tmp_path)) == "owner/name"
+
+
+def test_a_card_tells_how_many_parameters_a_token_takes_where_it_does_not_take_all(flux):
+    def summary() -> str:
+        made = Artifact(Path("none"), flux, FlowMatching(), Sampler(Euler(4)))
+        return card.Card("a", made, "", "finetune", [], [], None, card.Licence()).summary()
+
+    assert "per token" not in summary()
+    edit.apply(flux, {"experts": Experts(count=4, units=(0,))})
+    stack = flux.edits["experts"]["0"]
+    taken = sum(p.numel() for p in flux.parameters()) - 3 * (stack.up.numel() + stack.down.numel()) // 4
+    assert f" parameters ({taken:,} of them activated per token)" in summary()

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from experts import Experts
 from torch import nn
 
 import edit
 from edit.backbones.dit import DiTConfig
 from edit.denoiser import Denoiser, Edit
-from edit.measuring.cost import _Reads, cost, count_forward, macs, twin
+from edit.edits import per_token
+from edit.measuring.cost import Cost, _Reads, cost, count_forward, macs, twin
 from edit.pruning.depth import DepthPruning
 from edit.sampling import Sampler
 from edit.solvers import DDIMSolver, Euler, Heun
-from recipes.cost import main, show
+from recipes.cost import main, short, show
 
 # methods/sit-dit-baseline.md: width, depth, heads, GMACs of the blocks at 256 px for patches 2, 4, 8
 TABLE = {
@@ -142,6 +144,34 @@ def test_a_skipped_unit_activates_none_of_its_parameters(make_dit):
     counted = count_forward(denoiser, denoiser.example(), 1)
     unit = sum(p.numel() for p in denoiser.model.blocks[1].parameters())
     assert counted.activated == sum(p.numel() for p in denoiser.parameters()) - unit
+
+
+def test_of_experts_a_token_takes_one_and_a_batch_reads_all(dit, capsys):
+    def table() -> tuple[Cost, str]:
+        counted = cost(dit, Sampler(Euler(1)))
+        show({**counted.as_dict(), "backbone": "dit"})
+        return counted, capsys.readouterr().out
+
+    whole, printed = table()
+    assert "per_token" not in whole.as_dict() and "per token" not in printed
+    edit.apply(dit, {"experts": Experts(count=8, units=(0, 2))})
+    stacked = sum(p.numel() for m in dit.edits["experts"].values() for p in (m.up, m.down))
+    counted, printed = table()
+    assert counted.as_dict()["per_token"] == counted.parameters - stacked * 7 // 8
+    assert counted.activated == counted.parameters == sum(p.numel() for p in dit.parameters())
+    row = next(line for line in printed.splitlines() if "activated per token" in line)
+    assert short(counted.parameters - stacked * 7 // 8) in row and "read by a forward of 1" in printed
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_a_part_of_a_parameter_that_is_no_part_is_refused(dit, share, monkeypatch):
+    edit.apply(dit, {"experts": Experts()})
+    monkeypatch.setattr(Experts, "activated", lambda self, d: {"edits.experts.0.up": share})
+    with pytest.raises(ValueError, match=f"of edits.experts.0.up it is {share}"):
+        per_token(dit)
+    monkeypatch.setattr(Experts, "activated", lambda self, d: {"up": 0.5})
+    with pytest.raises(ValueError, match="experts: `activated` names up, and this dit has no such parameter"):
+        per_token(dit)
 
 
 def test_of_a_sliced_weight_only_the_slice_is_activated():

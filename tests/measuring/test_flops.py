@@ -156,3 +156,17 @@ def test_nothing_is_warned_of_where_all_is_counted(dit):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert isinstance(cost(dit, Sampler(Euler(2)), real=True), Cost)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_product_for_each_group_of_rows_counts_every_row_once(device):
+    """As experts are computed, forward and backward; on the meta device it takes bf16 alone."""
+    a = torch.randn(8, 16, device=device, dtype=torch.bfloat16, requires_grad=True)
+    b = torch.randn(3, 16, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
+    ends = torch.tensor([2, 2, 8], dtype=torch.int32, device=device)
+    with Flops() as forward:
+        out = torch.nn.functional.grouped_mm(a, b, offs=ends)
+    assert forward.total == 2 * 8 * 16 * 32
+    with Flops() as backward:
+        out.backward(torch.ones_like(out))
+    assert backward.total == 2 * forward.total

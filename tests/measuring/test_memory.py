@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from experts import Experts
 from probes import probe, small
 
 import edit
@@ -134,6 +135,24 @@ def test_gathered_weights_of_flux_are_two_units():
     gathered = transient(replace(role, placement="sharded"), SHARDED, True)
     assert gathered == 2 * (2 * role.unit + role.outside)
     assert transient(role, SHARDED, True) == 0
+
+
+def test_what_edits_shard_is_gathered_by_itself_beside_a_unit():
+    def role(apart: bool) -> Role:
+        with torch.device("meta"):
+            denoiser = DiTConfig(8, 2, 4, hidden_size=64, depth=3, num_heads=2, num_classes=10).build()
+            edit.apply(denoiser, {"experts": Experts(apart=apart)}, fresh=False)
+        parts = denoiser.units[0], denoiser.edits["experts"]["0"]
+        unit, stack = (sum(p.numel() for p in m.parameters()) for m in parts)
+        found = role_of(denoiser, "student")
+        assert (found.unit, found.shard) == (unit, stack if apart else 0) and stack > unit
+        return found
+
+    apart, together = role(True), role(False)
+    assert together.params == apart.params and together.outside == apart.outside + 3 * apart.shard
+    assert apart.gathered == apart.unit + 2 * apart.shard + apart.outside < together.gathered
+    fsdp2 = STRATEGIES["fsdp2"]
+    assert transient(apart, fsdp2, False) == 4 * (apart.gathered + apart.shard)  # weights, and the gradients of one
 
 
 def test_frozen_weights_have_no_gradients_and_no_optimizer():

@@ -208,7 +208,7 @@ def test_the_artifact_says_how_its_steps_were_trained(folder):
         ("data_weight=0.5", "which matching replaces"),
         ("sampler.guidance=3.0", "guide it a second time"),
         ("matching=null", None),
-        ("edits=dydit", "few-step methods do not score: set edits.dydit.complete=0"),
+        ("edits=dydit", "score one prediction: set edits.dydit.complete=0"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(folder, change, sentence):

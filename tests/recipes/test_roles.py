@@ -148,7 +148,7 @@ def test_a_resumed_distillation_has_the_losses_of_an_uninterrupted_one(tmp_path)
     [
         ((OUTPUT,), "terms.kd compares with a teacher"),
         (("teacher.path=nowhere", OUTPUT), "no artifact at nowhere"),
-        (("teacher.placement=tied",), "needs a LoRA edit"),
+        (("teacher.placement=tied",), "needs an edit that can be switched off"),
         (("teacher.path=x", "teacher.guidance=[3,1]"), r"expected a number of at least 0 or \[low, high\]"),
         (("teacher.path=x", "teacher.placement=sharded"), "needs several devices"),
         (("data_weight=-1",), "data_weight: expected a number"),

@@ -403,6 +403,8 @@ def test_a_run_that_does_not_fit_is_refused_before_it_begins_with_what_to_change
 
 
 def test_a_solver_without_the_edit_that_it_asks_is_refused_before_the_training(tmp_path):
-    with pytest.raises(UserError, match="PolicySolver needs a model that records 'policy'.*edits=policy"):
+    with pytest.raises(
+        UserError, match="PolicySolver needs a model that records 'policy'.*edit.few_step.policy tells which"
+    ):
         train(tmp_path, "name=a", "sampler=policy")
     assert not (tmp_path / "a").exists()

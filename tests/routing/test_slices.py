@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import edit
+from edit.edits import without
 from edit.routing.ranking import order
 from edit.routing.slices import (
     Narrow,
@@ -22,7 +23,7 @@ from edit.routing.slices import (
     variant,
 )
 from edit.stream import Routing
-from edit.tuning.lora import LoRA, without
+from edit.tuning.lora import LoRA
 from edit.unit import Features, heads_of, hidden_of
 
 families = pytest.mark.parametrize("name", CONFIGS)

@@ -10,11 +10,11 @@ import edit
 from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig
 from edit.denoiser import Edit
-from edit.edits import trains
+from edit.edits import trains, without
 from edit.routing.elastic import Elastic
 from edit.stream import Condition
 from edit.tuning.guidance import GuidanceInput
-from edit.tuning.lora import LoRA, without
+from edit.tuning.lora import LoRA
 from recipes import export
 
 
@@ -226,7 +226,7 @@ def test_branches_of_a_single_unit_add_up_under_a_lora():
 
 
 def test_a_model_without_lora_has_nothing_to_switch_off(dit):
-    with pytest.raises(ValueError, match="this dit has no LoRA that could be switched off"), without(dit):
+    with pytest.raises(ValueError, match="this dit has no edit that could be switched off"), without(dit):
         pass
 
 

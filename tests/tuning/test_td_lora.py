@@ -13,14 +13,14 @@ from torch import Tensor, nn
 import edit
 from edit.backbones.dit import DiTConfig
 from edit.denoiser import Denoiser
-from edit.edits import trains
+from edit.edits import trains, without
 from edit.measuring.flops import Flops
 from edit.routing.dydit import DyDiT
 from edit.routing.elastic import Elastic, forced
 from edit.routing.ranking import order_channels, order_heads
 from edit.routing.slices import narrowed, one_sequence
 from edit.stream import Step
-from edit.tuning.lora import LoRA, without
+from edit.tuning.lora import LoRA
 from edit.tuning.td_lora import TDLoRA, Timed, merging_saves, timed, weights_at
 from edit.unit import heads_of, hidden_of
 
