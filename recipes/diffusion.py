@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from edit import noise
 from edit.denoiser import Denoiser
 from edit.objectives import Objective, Pass, Term, Weight, wanted, weight_at
 from edit.stream import Branch, Condition, Forced, Output
+from recipes.assembly import Run
+from recipes.models import made
+from recipes.procedure import Fit
 from recipes.recipe import Recipe, Training
 from recipes.roles import Teacher
 
@@ -108,3 +112,28 @@ class Diffusion(Recipe):
         for name, term in self.terms.items():
             if (own := term.build(self.denoiser, whole_teacher)) is not None:
                 self.own[name] = self.whole_or_sharded(own)
+
+
+@dataclass(frozen=True)
+class Denoising(Fit):
+    """Diffusion training: the objective's losses on data, terms beside them, with or without a teacher."""
+
+    def check(self, cfg: DictConfig) -> Iterator[str]:
+        if cfg.matching is not None:
+            yield "recipe trains by the objective, and matching by a few-step method: leave one of the two out"
+        elif cfg.critic.follow or cfg.critic.start != "teacher":
+            yield "critic: only a few-step method (matching) has one: leave the section out"
+
+    def module(self, run: Run) -> Diffusion:
+        cfg, models = run.config, run.models
+        weight = made(cfg.data_weight) if OmegaConf.is_config(cfg.data_weight) else cfg.data_weight
+        return Diffusion(
+            *models.student,
+            run.objective,
+            run.training,
+            models.teacher,
+            run.null,
+            terms=models.terms,
+            data_weight=weight,
+            strata=cfg.strata,
+        )
