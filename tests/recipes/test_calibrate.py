@@ -9,6 +9,7 @@ from small_runs import config, train
 
 import edit
 from recipes.config.errors import UserError
+from recipes.training import run
 
 CALIBRATE = ("recipe=calibrate", "recipe.batches=3", "recipe.samples=5", "sampler.solver.steps=2")
 
@@ -39,9 +40,9 @@ def test_edits_with_nothing_to_calibrate_are_written_as_they_are(folder, capsys)
     before, after = (edit.load(folder / name).denoiser for name in ("digits", "fast"))
     assert list(after.applied) == ["reuse"]
     assert all(torch.equal(v, after.state_dict()[k]) for k, v in before.state_dict().items())
-    run = json.loads((folder / "fast/artifact/edits.json").read_text())["run"]
-    assert run["recipe"] == {"_target_": "recipes.calibrate.Calibrating", "batches": 3, "samples": 5}
-    assert run["calibrated"] == [] and run["name"] == "fast" and "torch" in json.dumps(run)
+    told = json.loads((folder / "fast/artifact/edits.json").read_text())["run"]
+    assert told["recipe"] == {"_target_": "recipes.calibrate.Calibrating", "batches": 3, "samples": 5}
+    assert told["calibrated"] == [] and told["name"] == "fast" and "torch" in json.dumps(told)
     assert (folder / "fast/config.yaml").exists() and not (folder / "fast/checkpoints").exists()
 
 
@@ -86,13 +87,9 @@ def test_values_that_are_not_finite_are_refused_with_a_cure_for_calibration(fold
 
 
 def test_the_report_is_written_as_after_training(folder):
-    plain = [w for w in words(folder, "told", "edits=reuse") if w != "evaluate=null"]
-    report = "+evaluate={n: 8, rounds: 0, guidance: [1.0], features: none, batch: 8}"
-    cfg = config(folder, *plain)
+    cfg = config(folder, *words(folder, "told", "edits=reuse"))
     cfg.evaluate = {"n": 8, "rounds": 0, "guidance": [1.0], "features": "none", "batch": 8}
-    from recipes.training import run
-
-    assert run(cfg)["artifacts"] and (folder / "told/report.json").exists(), report
+    assert run(cfg)["artifacts"] and (folder / "told/report.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -103,7 +100,10 @@ def test_the_report_is_written_as_after_training(folder):
         ("trainer=ddp", "is the work of one device, got trainer.strategy=ddp"),
         ("teacher.path=x", "compares with no teacher"),
         ("+terms.a={_target_: edit.distillation.output.OutputKD}", "has no losses: leave out terms.a"),
-        ("matching={_target_: edit.few_step.progressive.Progressive}", "matching is a way to train: leave one of the two out"),
+        (
+            "matching={_target_: edit.few_step.progressive.Progressive}",
+            "matching is a way to train: leave one of",
+        ),
         ("recipe.batches=0", "recipe.batches: expected int at least 1"),
     ],
 )
