@@ -125,9 +125,8 @@ def test_a_backbone_trains_is_pruned_and_loads_again(clone):
 def test_a_recipe_is_a_step_on_what_all_recipes_share_and_a_run_names_it(clone):
     node = "recipe={_target_: recipes.one_level.AtOneLevel, level: 0.3}"
     run(config(clone, "experiment=stripes/teacher", "name=one_level", node, "log_every=1"))
-    assert (
-        len(rows(clone / "runs/one_level")) == 3
-    )  # with the head; the first step's loss is that of a model which predicts zeros
+    assert len(rows(clone / "runs/one_level")) == 3  # with the head
     run(config(clone, "experiment=stripes/teacher", "name=other_level", node.replace("0.3", "0.9"), "log_every=1"))
+    # the second step: a fresh model predicts zeros at every level
     first, other = (rows(clone / f"runs/{name}")[2].split(",")[1] for name in ("one_level", "other_level"))
     assert first != other
