@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from edit.calibration import Calibration
 from edit.facts import Facts
 from edit.groups import Group
 from edit.stream import Branch, Condition, Forced, Output, Step, Stream, force, permuted, record_branch, restored
@@ -185,6 +186,18 @@ class Edit(ABC):
     def stock_key(self, key: str) -> str | None:
         """The name that a key of `model.state_dict()` had before this edit; None if the key is the edit's own."""
         return key
+
+    def calibrate(self, denoiser: Denoiser, batches: Calibration, own: nn.Module | None) -> None:  # noqa: B027
+        """Determine values (scales, thresholds, tables) without an optimiser, and write them into own buffers.
+
+        Called once, without gradients, by `edit.calibrating` after all edits were applied and those before this one
+        were calibrated. Buffers keep their shapes: an artifact is read into those that `apply` made.
+
+        Args:
+            denoiser: in eval mode
+            batches: an iterable of noisy batches; `batches.generate(watch)` samples
+            own: the module that `apply` returned
+        """
 
     def fold(self, denoiser: Denoiser) -> None:
         """Make the change permanent in the model's own weights.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from edit import noise
@@ -14,7 +15,10 @@ from edit.denoiser import Denoiser
 from edit.losses import Draws, Seen, Term, wanted
 from edit.objectives import Objective, Weight, weight_at
 from edit.stream import Branch, Condition, Forced, Output
+from recipes.assembly import Run
 from recipes.ending import forget
+from recipes.models import made
+from recipes.procedure import Fit
 from recipes.recipe import Recipe, Training
 from recipes.roles import Teacher
 from recipes.seen import Asked, Sight
@@ -158,3 +162,29 @@ class Diffusion(Recipe):
         elif self.teacher is not None:
             self.teacher.taps, self.teacher.branches, self.teacher.maps = wanted(self.terms.values(), teacher=True)
         return gone
+
+
+@dataclass(frozen=True)
+class Denoising(Fit):
+    """Diffusion training: the objective's losses on data, terms beside them, with or without a teacher."""
+
+    def check(self, cfg: DictConfig) -> Iterator[str]:
+        if cfg.matching is not None:
+            yield "recipe trains by the objective, and matching by a few-step method: leave one of the two out"
+        elif cfg.critic.follow or cfg.critic.start != "teacher":
+            yield "critic: only a few-step method (matching) has one: leave the section out"
+
+    def module(self, run: Run) -> Diffusion:
+        cfg, models = run.config, run.models
+        weight = made(cfg.data_weight) if OmegaConf.is_config(cfg.data_weight) else cfg.data_weight
+        return Diffusion(
+            *models.student,
+            run.objective,
+            run.training,
+            models.teacher,
+            run.null,
+            terms=models.terms,
+            data_weight=weight,
+            strata=cfg.strata,
+            sight=run.sight,
+        )

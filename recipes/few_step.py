@@ -9,16 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from edit import noise
 from edit.denoiser import Denoiser, check_layout
+from edit.edits import describe
 from edit.few_step.method import FewStepMethod
 from edit.losses import Draws, Seen
 from edit.objectives import Objective
 from edit.stream import Condition
+from recipes.assembly import Run
+from recipes.procedure import Fit
 from recipes.recipe import Recipe, Training, local, share_frozen
 from recipes.roles import Teacher
 from recipes.seen import Asked, Sight, edit_losses
@@ -178,3 +184,51 @@ class FewStep(Recipe):
             theirs, ours = zip(*((local(c), local(p)) for c, p in pairs if p.requires_grad), strict=True)
             with torch.no_grad():
                 torch._foreach_lerp_(theirs, ours, self.follow)
+
+
+@dataclass(frozen=True)
+class FewSteps(Fit):
+    """Few-step distillation by the method that `matching` describes."""
+
+    def check(self, cfg: DictConfig) -> Iterator[str]:
+        if cfg.matching is None:
+            yield "recipe trains by a few-step method, and there is none: choose one with matching={_target_: ...}"
+            return
+        if cfg.terms:
+            yield f"matching and terms are two ways to train: leave out terms.{next(iter(cfg.terms))} or matching"
+        if cfg.data_weight != 1.0:
+            yield f"data_weight={cfg.data_weight} weighs the objective's losses, which matching replaces: leave it out"
+        if cfg.strata != 1:
+            yield (
+                f"strata={cfg.strata} stratifies the times of diffusion training, which matching replaces: leave it out"
+            )
+        if cfg.critic.follow and cfg.trainer.strategy.startswith("zero"):
+            yield (
+                f"critic.follow={cfg.critic.follow} writes into weights that DeepSpeed keeps elsewhere: use "
+                "trainer=fsdp2"
+            )
+
+    def module(self, run: Run) -> FewStep:
+        models = run.models
+        return FewStep(
+            *models.student,
+            run.objective,
+            run.training,
+            method_of(run),
+            models.teacher,
+            run.null,
+            models.critic,
+            follow=run.config.critic.follow,
+            sight=run.sight,
+        )
+
+    def turns(self, run: Run) -> bool:
+        return method_of(run).adversarial
+
+    def provenance(self, run: Run) -> dict[str, Any]:
+        return {"matching": describe(method_of(run)), "teacher": OmegaConf.to_container(run.config.teacher)}
+
+
+def method_of(run: Run) -> FewStepMethod:
+    assert run.models.matching is not None, "checked: FewSteps.check"
+    return run.models.matching

@@ -23,8 +23,8 @@ from edit.denoiser import Denoiser, Edit
 from edit.distillation.guidance import TeacherGuidance
 from edit.few_step.method import FewStepMethod
 from edit.losses import Loss, Term
-from recipes.config.conflicts import unplaceable
 from recipes.config.errors import UserError
+from recipes.config.values import unplaceable
 from recipes.data_set import check_told
 from recipes.roles import Origin, Teacher
 

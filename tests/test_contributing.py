@@ -4,9 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 
 import data.sets
@@ -16,11 +14,9 @@ import edit.distillation
 import edit.few_step
 import edit.pruning
 import recipes
-from data.loader import EndlessLoader
-from recipes.assembly import assemble
 from recipes.config.check import check
 from recipes.config.sources import register
-from recipes.training import run, settle
+from recipes.training import run
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
@@ -126,16 +122,11 @@ def test_a_backbone_trains_is_pruned_and_loads_again(clone):
     assert len(plain.units) == 1 and plain.applied["lora"].targets == ("qkv", "out")
 
 
-def test_a_recipe_is_a_step_on_what_all_recipes_share(clone):
-    from recipes.one_level import OneLevel
-
-    cfg = config(clone, "experiment=stripes/teacher", "name=one_level")
-    settle(cfg)
-    job = assemble(cfg)
-    module = OneLevel(*job.models.student, job.objective, job.training)
-    loader = EndlessLoader(job.models.data.train(), batch_size=8, total=2, seed=0)
-    trainer = pl.Trainer(
-        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
-    )
-    trainer.fit(module, loader)
-    assert trainer.global_step == 2 and torch.isfinite(module.losses["loss"])
+def test_a_recipe_is_a_step_on_what_all_recipes_share_and_a_run_names_it(clone):
+    node = "recipe={_target_: recipes.one_level.AtOneLevel, level: 0.3}"
+    run(config(clone, "experiment=stripes/teacher", "name=one_level", node, "log_every=1"))
+    assert len(rows(clone / "runs/one_level")) == 3  # with the head
+    run(config(clone, "experiment=stripes/teacher", "name=other_level", node.replace("0.3", "0.9"), "log_every=1"))
+    # the second step: a fresh model predicts zeros at every level
+    first, other = (rows(clone / f"runs/{name}")[2].split(",")[1] for name in ("one_level", "other_level"))
+    assert first != other

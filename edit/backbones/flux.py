@@ -328,6 +328,9 @@ class Flux(StockDenoiser):
     def readout(self, stream: Stream) -> Output:
         return Output(latent_of(self.native(stream), stream.layout.grid), None, stream.trace)
 
+    def packed(self, sample: Tensor) -> Tensor:
+        return tokens_of(sample)
+
     # ---- the guidance input ------------------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -278,3 +278,6 @@ class QwenImage(StockDenoiser):
 
     def readout(self, stream: Stream) -> Output:
         return Output(latent_of(self.native(stream), stream.layout.grid), None, stream.trace)
+
+    def packed(self, sample: Tensor) -> Tensor:
+        return tokens_of(sample)

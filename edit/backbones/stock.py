@@ -7,9 +7,8 @@ linear or a sharded checkpoint of the stock model fits without conversion.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
 from edit.facts import Facts
-from edit.stream import Branch, Condition, Layout, Step, Stream
+from edit.stream import Branch, Condition, Layout, Stream
 from edit.unit import Features, Unit
 
 
@@ -206,6 +205,10 @@ class StockDenoiser(Denoiser):
         """The output of the stock model's forward from the last stream."""
         raise NotImplementedError
 
+    def packed(self, sample: Tensor) -> Tensor:
+        """A prediction, b c *sizes, as the stock model gives it: families that read packed tokens pack it again."""
+        return sample
+
     @classmethod
     def to_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
         import diffusers
@@ -305,142 +308,3 @@ def latent_of(tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
 def finite(tokens: Tensor) -> Tensor:
     """In fp16, as stock does: values that would be infinite are the largest there is."""
     return tokens.clip(-65504, 65504) if tokens.dtype == torch.float16 else tokens
-
-
-# ---- inside the stock pipeline ---------------------------------------------------------------------------------------
-
-TOLD = {  # arguments of stock models, which edits read as fields of `Condition`
-    "class_labels": "label",
-    "encoder_hidden_states": "text",
-    "pooled_projections": "pooled",
-    "guidance": "guidance",
-}
-
-
-@contextmanager
-def attached(pipeline: Any, denoiser: StockDenoiser) -> Iterator[Any]:
-    """The stock `diffusers` pipeline with this denoiser, its edits included, in place of its transformer.
-
-    Edits that remember something between steps get the step from the pipeline's scheduler and its guidance branch from
-    the pipeline's cache context, where it names one; else it is "joint" where the batch holds the same latents twice
-    (in which order the pipeline knows), and "uncond" in a second call of a step. Edits that change what is embedded get
-    the scheduler's time and what the pipeline tells its transformer, without masks. On leaving, the pipeline has its
-    own transformer again.
-
-    Raises:
-        ValueError: if the pipeline's transformer is of another class, an edit makes the denoiser a flow map, or, in a
-            call, an edit is `separate` and the pipeline sends a joint batch
-    """
-    if leader := next((name for name, e in denoiser.applied.items() if e.leads), None):
-        raise ValueError(
-            f"edit {leader!r} makes this {denoiser.name} a flow map, which must be told where a step ends, and a stock "
-            "pipeline tells times alone: sample it with edit.sampling.Sampler"
-        )
-    own, model = pipeline.transformer, denoiser.model
-    if type(own).__name__ != denoiser.stock:
-        raise ValueError(f"the pipeline has a {type(own).__name__}, a {denoiser.name} stands in for {denoiser.stock}")
-    calls = _Calls(pipeline, denoiser)
-    model.forward, model.cache_context = calls.forward, calls.cache_context  # type: ignore[method-assign, assignment]
-    pipeline.transformer = model
-    try:
-        yield pipeline
-    finally:
-        pipeline.transformer = own
-        del model.forward, model.cache_context
-
-
-class _Calls:
-    """A pipeline's calls of its transformer, as steps of a generation.
-
-    Every evaluation has an index, 0 for the first, wherever the scheduler begins. A second-order scheduler (Heun) lists
-    both evaluations of a step, so each counts.
-    """
-
-    def __init__(self, pipeline: Any, denoiser: StockDenoiser):
-        self.pipeline, self.denoiser = pipeline, denoiser
-        self.named: str | None = None  # by the pipeline's cache context
-        self.timesteps: Tensor | None = None  # of this generation
-        self.times: tuple[float, ...] = ()  # the same in [0, 1], then 0
-        self.memory: dict = {}
-        self.begin = self.position = 0  # of the generation and of its latest evaluation, in `timesteps`
-        self.joint = False
-        self.asked: int | None = None  # position of the latest call without a name
-
-    @contextmanager
-    def cache_context(self, name: str, **place: Any) -> Iterator[None]:
-        """As the stock method, which some pipelines also tell where they are; the scheduler tells that here."""
-        before, self.named = self.named, name
-        try:
-            yield
-        finally:
-            self.named = before
-
-    def forward(self, hidden_states: Tensor, return_dict: bool = True, **native: Any) -> Any:
-        step = self._step(hidden_states, native["timestep"])
-        sample = self._predict(replace(self.denoiser.embed(hidden_states=hidden_states, **native), step=step), native)
-        if hidden_states.ndim == 3:  # packed, as it came
-            sample = tokens_of(sample)
-        if not return_dict:
-            return (sample,)
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-        return Transformer2DModelOutput(sample=sample)
-
-    def _step(self, latents: Tensor, timestep: Tensor) -> Step:
-        scheduler, position = self.pipeline.scheduler, self._position(timestep)
-        if scheduler.timesteps is not self.timesteps or position < self.position:  # the next generation has begun
-            self.timesteps, self.memory, self.begin, self.asked = scheduler.timesteps, {}, position, None
-            self.times = self._times()
-            self.joint = self.named is None and self._joins(latents)
-        self.position = position
-        times = self.times[self.begin :]
-        index, count, branch = position - self.begin, len(times) - 1, self._branch(position)
-        return Step(index, count, times[index], branch, self.memory, times)
-
-    def _times(self) -> tuple[float, ...]:
-        """Of all evaluations that the scheduler lists, then 0."""
-        scheduler, count = self.pipeline.scheduler, len(self.pipeline.scheduler.timesteps)
-        if self.denoiser.prediction == "noise":  # the sigmas of DDPM schedulers are no times
-            found = ((t + 1) / scheduler.config.num_train_timesteps for t in scheduler.timesteps.tolist())
-        elif hasattr(scheduler, "sigmas"):
-            found = scheduler.sigmas[:count].tolist()
-        else:
-            found = (1 - position / count for position in range(count))
-        return (*found, 0.0)
-
-    def _position(self, timestep: Tensor) -> int:
-        """Of the evaluation in the scheduler's timesteps."""
-        scheduler = self.pipeline.scheduler
-        if not hasattr(scheduler, "step_index"):  # DDIM and DDPM do not count
-            return int((scheduler.timesteps == timestep.flatten()[0]).nonzero()[0, 0])
-        if scheduler.step_index is not None:
-            return scheduler.step_index
-        return getattr(scheduler, "begin_index", None) or 0  # before the first step
-
-    def _joins(self, latents: Tensor) -> bool:
-        """Whether the pipeline sends both guidance branches in one batch: the same latents twice."""
-        told = getattr(self.pipeline, "do_classifier_free_guidance", None)
-        half, odd = divmod(len(latents), 2)
-        joint = not odd and torch.equal(latents[:half], latents[half:]) if told is None else told
-        if joint and (name := next((n for n, e in self.denoiser.applied.items() if e.separate), None)):
-            raise ValueError(
-                f"edit {name!r} treats guidance branches differently, and a {type(self.pipeline).__name__} sends both "
-                "in one batch: sample with edit.sampling.Sampler"
-            )
-        return joint
-
-    def _branch(self, position: int) -> str:
-        """The guidance branch of an evaluation; where the pipeline names none, the unconditional one comes second."""
-        if self.named is not None:
-            return self.named
-        again, self.asked = self.asked == position, position
-        return "uncond" if again else "joint" if self.joint else "cond"
-
-    def _predict(self, stream: Stream, native: Mapping[str, Any]) -> Tensor:
-        """`Denoiser.forward` from the embedded stream on: b c y x, the learned variance after the prediction."""
-        d, step = self.denoiser, stream.step
-        assert step is not None
-        t = torch.full((len(stream.image),), step.sigma, device=stream.image.device)
-        condition = Condition(**{field: native[name] for name, field in TOLD.items() if name in native})
-        output = d.follow(stream, t, condition)
-        return output.sample if output.variance is None else torch.cat((output.sample, output.variance), 1)

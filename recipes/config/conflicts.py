@@ -11,15 +11,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from edit.inputs.command import DEBUG
 from edit.inputs.trust import cut
+from recipes.config.chosen import procedure_of
 from recipes.config.errors import UserError, one_line, refuse
 from recipes.config.mistakes import locate
 from recipes.config.schema import Evaluation
 from recipes.config.suggestions import suggest
+from recipes.config.values import unplaceable
 
 LONGEST = 200  # bytes of a run's name: file systems accept 255 for a folder
 # modules that may be run before or after a run
@@ -27,7 +30,12 @@ STAGES = ("data.embedded", "data.generate", "data.precompute", "recipes.export",
 
 
 def conflicts(cfg: DictConfig) -> Iterator[str]:
-    """One sentence for each conflict in a `Root` whose values are right one by one."""
+    """One sentence for each conflict in a `Root` whose values are right one by one; first those of any procedure."""
+    found = list(_conflicts(cfg))
+    yield from found or _check_recipe(cfg)
+
+
+def _conflicts(cfg: DictConfig) -> Iterator[str]:
     if absent := list(unbuilt(cfg)):
         yield from absent
         return
@@ -40,7 +48,6 @@ def conflicts(cfg: DictConfig) -> Iterator[str]:
         for name, node in cfg[section].items():
             if not isinstance(node, DictConfig) or "_target_" not in node:
                 yield f"{section}.{name}: expected a section with _target_, got {node}; ~{section}.{name} leaves it out"
-    yield from _check_matching(cfg)
     for when in ("before", "after"):
         for i, words in enumerate(cfg[when]):
             yield from _check_stage(f"{when}.{i}", words)
@@ -191,30 +198,19 @@ def _can_be_off(node: Any) -> bool:
     return isinstance(made, type) and issubclass(made, Edit) and made.off is not Edit.off
 
 
-def unplaceable(placement: str, strategy: str) -> str:
-    """The sentence that refuses a teacher's placement under a strategy; empty if there are such."""
-    if placement == "sharded" and strategy == "single":
-        return "teacher.placement=sharded needs several devices: use trainer=ddp or fsdp2, or placement=replicated"
-    if placement == "sharded" and strategy.startswith("zero"):
-        return "teacher.placement=sharded is FSDP2's, not DeepSpeed's: use trainer=fsdp2, or placement=replicated"
-    return ""
-
-
-def _check_matching(cfg: DictConfig) -> Iterator[str]:
-    if cfg.matching is None:
-        if cfg.critic.follow or cfg.critic.start != "teacher":
-            yield "critic: only a few-step method (matching) has one: leave the section out"
+def _check_recipe(cfg: DictConfig) -> Iterator[str]:
+    """What the procedure cannot be combined with, by itself. Making it imports Lightning, so this comes last."""
+    for place in ("recipe", "matching"):
+        node = cfg[place]
+        if node is not None and (not isinstance(node, DictConfig) or "_target_" not in node):
+            yield f"{place}: expected a section with _target_, got {cut(node)}"
+            return
+    try:
+        procedure = procedure_of(cfg)
+    except InstantiationException as error:
+        yield f"recipe: {one_line(error.__cause__ or error)}"
         return
-    if not isinstance(cfg.matching, DictConfig) or "_target_" not in cfg.matching:
-        yield f"matching: expected a section with _target_, got {cut(cfg.matching)}"
-    if cfg.terms:
-        yield f"matching and terms are two ways to train: leave out terms.{next(iter(cfg.terms))} or matching"
-    if cfg.data_weight != 1.0:
-        yield f"data_weight={cfg.data_weight} weighs the objective's losses, which matching replaces: leave it out"
-    if cfg.strata != 1:
-        yield f"strata={cfg.strata} stratifies the times of diffusion training, which matching replaces: leave it out"
-    if cfg.critic.follow and cfg.trainer.strategy.startswith("zero"):
-        yield f"critic.follow={cfg.critic.follow} writes into weights that DeepSpeed keeps elsewhere: use trainer=fsdp2"
+    yield from procedure.check(cfg)
 
 
 # ---- what runs besides the training ---------------------------------------------------------------------------------

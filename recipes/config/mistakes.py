@@ -56,7 +56,7 @@ def mistakes(node: DictConfig | ListConfig, path: str, trusted: Sequence[str], h
             below = hints.get(str(key)) if "_target_" in node else _kind_at(place, path) or hint
             if hint is None and below is not None:
                 yield from _check_sizes(child, place)
-            yield from mistakes(child, place, trusted, below)
+            yield from mistakes(child, place, (*trusted, *HOMES.get(place, ())), below)
 
 
 def _check_sizes(node: DictConfig | ListConfig, path: str) -> Iterator[str]:
@@ -77,8 +77,11 @@ BUILT = {
     "data_weight": "edit.objectives.Ramp",
     "terms.*": "edit.losses.Term",
     "matching": "edit.few_step.method.FewStepMethod",
+    "recipe": "recipes.procedure.Procedure",
     "sampler": "edit.sampling.Sampler",
 }
+# packages that may be named there and nowhere else
+HOMES: Mapping[str, Sequence[str]] = {"recipe": ("recipes",)}
 # pure functions that may stand in place of a value
 FUNCTIONS = ("edit.pruning.patterns.aligned",)
 # Hydra's own keys in a node, and their only accepted values, which are the defaults

@@ -146,6 +146,8 @@ class Root:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     matching: Any = None  # node with _target_: a few-step method, in place of the objective's losses and terms
     critic: CriticConfig = field(default_factory=CriticConfig)
+    # node with _target_: the procedure (recipes/procedure.py); null: few steps if there is a matching, else diffusion
+    recipe: Any = None
     # runs to finish first: lists of key=value words for train.py, or for the module that the first word names
     before: list[Any] = field(default_factory=list)
     # modules to run afterwards on the artifact, each a list of its name and settings
@@ -164,7 +166,7 @@ class Root:
     init: str | None = None  # artifact folder or official checkpoint to start from; "": one must be given
     runs: str = "runs"
     # further packages whose classes _target_ may name, each of the kind that its place expects. Importing them runs
-    # their code: name only packages of your own. No other key reaches code outside of edit and data
+    # their code: name only packages of your own. No other key reaches code outside of edit, data and (recipe) recipes
     trusted: list[str] = field(default_factory=list)
     debug: bool = False  # show tracebacks
 

@@ -128,3 +128,15 @@ def choices(hint: Any) -> list[str]:
 def accepts_text(hint: Any) -> bool:
     """Whether an annotation names text, alone or among others."""
     return hint is str or any(map(accepts_text, typing.get_args(hint)))
+
+
+# ---- values that do not fit each other -------------------------------------------------------------------------------
+
+
+def unplaceable(placement: str, strategy: str) -> str:
+    """The sentence that refuses a teacher's placement under a strategy; empty if there are such."""
+    if placement == "sharded" and strategy == "single":
+        return "teacher.placement=sharded needs several devices: use trainer=ddp or fsdp2, or placement=replicated"
+    if placement == "sharded" and strategy.startswith("zero"):
+        return "teacher.placement=sharded is FSDP2's, not DeepSpeed's: use trainer=fsdp2, or placement=replicated"
+    return ""

@@ -131,12 +131,6 @@ def begin(cfg: DictConfig, out: Path, resumes: bool) -> None:
     refuse_other_teacher(cfg, out, resumes)
     write(out / "config.yaml", OmegaConf.to_yaml(cfg))
     write(out / "env.json", json.dumps(here(), indent=2))
-    if cfg.optimizer.warmup > cfg.trainer.max_steps:
-        print(
-            f"warning: optimizer.warmup={cfg.optimizer.warmup} is longer than the run of {cfg.trainer.max_steps} "
-            "steps: optimizer.lr is never reached",
-            flush=True,
-        )
 
 
 def refuse_other_teacher(cfg: DictConfig, out: Path, resumes: bool) -> None:

@@ -7,16 +7,20 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from einops import rearrange
 from torch import Tensor
 from weights import randomise
 
 import edit
+from edit.backbones.attached import _Calls, _Generation, attached
 from edit.backbones.dit_diffusers import DiTDiffusersConfig
 from edit.backbones.flux import FluxConfig
-from edit.backbones.sd3 import SD3Config
-from edit.backbones.stock import StockDenoiser, attached
+from edit.backbones.sd3 import SD3, SD3Config
+from edit.backbones.stock import StockDenoiser
+from edit.backbones.wan import WanConfig
+from edit.caching.reuse import Reuse
 from edit.denoiser import Denoiser, Edit
-from edit.stream import Step
+from edit.stream import Step, Stream
 
 HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
 TEXT: dict[str, Any] = {"joint_attention_dim": 24, "pooled_projection_dim": 20}
@@ -187,8 +191,8 @@ class Pipeline:
         self.transformer, self.scheduler = transformer, scheduler
 
 
-def test_a_pipeline_may_tell_its_cache_context_where_it_is():
-    """As Wan's does; places are those of the scheduler all the same."""
+def placed(place: dict[str, Any]) -> list[Step]:
+    """The steps of both branches at a place that the pipeline tells in its cache context, as Wan's does."""
     denoiser, steps = sd3(), []
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     pipe, own = Pipeline(denoiser.model, scheduler), denoiser.units[0]
@@ -197,9 +201,187 @@ def test_a_pipeline_may_tell_its_cache_context_where_it_is():
     told = {"encoder_hidden_states": torch.ones(1, 5, 24), "pooled_projections": torch.ones(1, 20)}
     with attached(pipe, denoiser), torch.no_grad():
         for name in ("cond", "uncond"):
-            with pipe.transformer.cache_context(name, step_index=2, sigma=0.25, num_inference_steps=9):
+            with pipe.transformer.cache_context(name, **place):
                 pipe.transformer(torch.ones(1, 4, 8, 8), timestep=scheduler.timesteps[:1], **told)
-    assert counted(steps) == [(0, 3, "cond"), (0, 3, "uncond")] and steps[0].sigma == 1
+    return steps
+
+
+def test_a_pipeline_that_tells_its_cache_context_where_it_is_is_believed():
+    """The scheduler, of which no step was asked, would tell index 0."""
+    steps = placed({"step_index": 1, "sigma": 0.25, "num_inference_steps": 2})
+    assert counted(steps) == [(1, 2, "cond"), (1, 2, "uncond")] and steps[0].sigma == 0.25
+    assert steps[0].memory is steps[1].memory
+    assert counted(placed({"step_index": 1}))[0] == (1, 3, "cond")
+    nothing = placed({"step_index": None, "sigma": None, "num_inference_steps": None})
+    assert counted(nothing)[0] == (0, 3, "cond") and nothing[0].sigma == 1
+
+
+def test_a_pipeline_that_counts_more_than_its_scheduler_lists_is_refused():
+    with pytest.raises(ValueError, match="is at evaluation 2 of 9, and its scheduler lists 3"):
+        placed({"step_index": 2, "sigma": 0.25, "num_inference_steps": 9})
+
+
+@pytest.mark.parametrize("strength, begin", [(1.0, 0), (0.5, 2)])
+def test_the_grid_of_times_is_that_of_all_evaluations_and_ends_in_0(monkeypatch, strength, begin):
+    grids, reach = [], _Generation.reach
+
+    def reached(self, *args):
+        reach(self, *args)
+        grids.append(self.times)
+
+    monkeypatch.setattr(_Generation, "reach", reached)
+    denoiser = flux()
+    pipe = flux_pipeline(denoiser)
+    steps = stepped(denoiser, pipe, lambda p: flux_from_image(p, strength=strength))
+    assert len(set(grids)) == 1 and grids[0] == pytest.approx(pipe.scheduler.sigmas[begin:].tolist())
+    assert len(grids[0]) == steps[0].count + 1 and grids[0][-1] == 0
+    assert [s.sigma for s in steps] == list(grids[0][:-1])
+
+
+# ---- what a pipeline sends -------------------------------------------------------------------------------------------
+
+
+class Strips(SD3):
+    """A family whose stock model would read columns of pixels as tokens: it alone knows how."""
+
+    name = "strips"
+
+    def embed(self, hidden_states: Tensor, **native: Any) -> Stream:
+        return super().embed(hidden_states=rearrange(hidden_states, "b x (c y) -> b c y x", y=8), **native)
+
+    def packed(self, sample: Tensor) -> Tensor:
+        return rearrange(sample, "b c y x -> b x (c y)")
+
+
+@torch.no_grad()
+def test_a_family_packs_as_its_own_stock_model():
+    plain = sd3()
+    strips = Strips.of(plain.model)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(2)
+    x, told = torch.randn(1, 4, 8, 8), {"encoder_hidden_states": torch.ones(1, 5, 24)}
+    told |= {"pooled_projections": torch.ones(1, 20), "timestep": scheduler.timesteps[:1]}
+    found = []
+    for denoiser, sent in ((plain, x), (strips, strips.packed(x))):
+        pipe = Pipeline(denoiser.model, scheduler)
+        with attached(pipe, denoiser):
+            found.append(pipe.transformer(sent, **told).sample)
+    assert found[1].shape == (1, 8, 32) and torch.equal(strips.packed(found[0]), found[1])
+
+
+# ---- two transformers ------------------------------------------------------------------------------------------------
+
+
+def wan(seed: int) -> StockDenoiser:
+    """Width 32, one unit."""
+    denoiser = WanConfig(3, 1, text_dim=20, ffn_dim=40, freq_dim=16, rope_max_seq_len=32, **HEADS).build()
+    randomise(denoiser, seed)
+    return denoiser.eval()
+
+
+def wan_pipeline(first: Any, second: Any, boundary: float | None = 0.8) -> diffusers.WanPipeline:
+    """The times of the first two of five evaluations are above the boundary."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=3, z_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return diffusers.WanPipeline(None, None, vae.eval(), scheduler, first, second, boundary)  # type: ignore[arg-type]
+
+
+def film(pipe: Any) -> Tensor:
+    text = {k: torch.ones(1, 5, 20) * v for k, v in (("prompt_embeds", 1.0), ("negative_prompt_embeds", -1.0))}
+    size = {"num_frames": 1, "height": 16, "width": 16}
+    generator = torch.Generator().manual_seed(2)
+    words = {"guidance_scale": 3.0, "num_inference_steps": 5, "generator": generator, "output_type": "latent"}
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(**text, **size, **words).frames
+
+
+def stock_of(denoiser: StockDenoiser) -> Any:
+    """A stock model with the weights of a denoiser."""
+    model = denoiser.stock_class().from_config(denoiser.model.config)
+    model.load_state_dict(denoiser.model.state_dict())
+    return model.eval()
+
+
+def noted(denoiser: StockDenoiser) -> list[Step]:
+    """Filled with the steps that the first unit is told."""
+    unit, steps = denoiser.units[0], []
+    denoiser.units[0] = lambda stream: steps.append(stream.step) or unit(stream)
+    return steps
+
+
+BRANCHES = ("cond", "uncond")
+HIGH = [(i, 5, branch) for i in range(2) for branch in BRANCHES]
+LOW = [(i, 5, branch) for i in (2, 3, 4) for branch in BRANCHES]
+
+
+def test_two_experts_film_the_same_as_the_stock_ones():
+    high, low = wan(0), wan(1)
+    experts = stock_of(high), stock_of(low)
+    pipe = wan_pipeline(*experts)
+    wanted = film(pipe)
+    with attached(pipe, high, second=low):
+        torch.testing.assert_close(film(pipe), wanted, rtol=0, atol=1e-4)
+    assert (pipe.transformer, pipe.transformer_2) == experts and torch.equal(film(pipe), wanted)
+    with attached(pipe, low, second=high):
+        assert (film(pipe) - wanted).abs().max() > 1e-2
+
+
+def test_the_index_runs_over_both_experts_and_each_remembers_its_own():
+    high, low = wan(0), wan(1)
+    pipe = wan_pipeline(stock_of(high), stock_of(low))
+    of_high, of_low = noted(high), noted(low)
+    with attached(pipe, high, second=low):
+        film(pipe)
+        film(pipe)
+    assert counted(of_high) == 2 * HIGH and counted(of_low) == 2 * LOW
+    times = [s.sigma for s in (*of_high[:4:2], *of_low[:6:2])]
+    assert times == pytest.approx(pipe.scheduler.sigmas[:5].tolist())
+    memories = [of_high[:4], of_low[:6], of_high[4:], of_low[6:]]
+    assert all(len({id(s.memory) for s in steps}) == 1 for steps in memories)
+    assert len({id(steps[0].memory) for steps in memories}) == 4
+
+
+def test_one_expert_alone_is_counted_in_the_whole_generation(monkeypatch):
+    """Also where the pipeline does not tell where it is, as Wan's from an image."""
+    for silent in (False, True):
+        high, low = wan(0), wan(1)
+        pipe = wan_pipeline(stock_of(high), stock_of(low))
+        steps = noted(low)
+        if silent:
+            context = _Calls.cache_context
+            monkeypatch.setattr(_Calls, "cache_context", lambda self, name, c=context, **_: c(self, name))
+        with attached(pipe, None, second=low):
+            film(pipe)
+        assert counted(steps) == LOW
+
+
+def test_an_edit_in_one_expert_repeats_what_that_one_computed():
+    high, low = wan(0), edit.apply(wan(1), {"reuse": Reuse(interval=2)})
+    pipe = wan_pipeline(stock_of(high), stock_of(low))
+    plain = film(pipe)
+    with attached(pipe, high, second=low):
+        assert (film(pipe) - plain).abs().max() > 1e-3  # of the evaluations 2 to 4, 3 repeats 2
+    low.applied["reuse"].interval = 1
+    with attached(pipe, high, second=low):
+        torch.testing.assert_close(film(pipe), plain, rtol=0, atol=1e-4)
+
+
+def test_experts_that_do_not_fit_are_refused_and_the_pipeline_stays_as_it_is():
+    high, low = wan(0), wan(1)
+    pipe = wan_pipeline(first := stock_of(high), None, None)
+    for args, sentence in (
+        ((high, low), "a WanPipeline has no transformer_2 here for this wan to stand in for: leave it out"),
+        ((sd3(), None), "the pipeline has a WanTransformer3DModel, a sd3 stands in for SD3Transformer2DModel"),
+    ):
+        with pytest.raises(ValueError, match=sentence), attached(pipe, args[0], second=args[1]):
+            pass
+        assert pipe.transformer is first
+    pipe = wan_pipeline(first, stock_of(low))
+    with pytest.raises(ValueError, match="one denoiser cannot stand for both"), attached(pipe, high, second=high):
+        pass
 
 
 # ---- guidance --------------------------------------------------------------------------------------------------------
@@ -247,6 +429,18 @@ def test_a_second_call_of_a_step_is_the_unconditional_one(samples):
     first = "joint" if samples == 2 else "cond"
     assert counted(steps) == [(i, 2, branch) for i in range(2) for branch in (first, "uncond")]
     assert all(s.memory is steps[0].memory for s in steps)
+
+
+def test_a_cache_context_of_both_branches_is_joint_where_the_batch_holds_both():
+    """As Mochi's and LTX's pipelines name it, with guidance and without."""
+    denoiser, scheduler = sd3(), diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(2)
+    pipe, steps = Pipeline(denoiser.model, scheduler), noted(denoiser)
+    told = {"encoder_hidden_states": torch.randn(2, 5, 24), "pooled_projections": torch.ones(2, 20)}
+    for x in (torch.ones(2, 4, 8, 8), torch.randn(2, 4, 8, 8)):
+        with attached(pipe, denoiser), torch.no_grad(), pipe.transformer.cache_context("cond_uncond"):
+            pipe.transformer(x, timestep=scheduler.timesteps[:1].expand(2), **told)
+    assert [s.branch for s in steps] == ["joint", "cond"]
 
 
 @dataclass

@@ -16,9 +16,9 @@ from torch import Tensor
 from weights import randomise
 
 import edit
+from edit.backbones.attached import attached
 from edit.backbones.dit import DiT
 from edit.backbones.dit_diffusers import DiTDiffusers, DiTDiffusersConfig
-from edit.backbones.stock import attached
 from edit.objectives import DDPM
 from edit.pruning.depth import DepthPruning
 from edit.stream import Branch, Condition, Forced

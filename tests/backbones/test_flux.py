@@ -10,8 +10,9 @@ from diffusers import FluxTransformer2DModel
 from ranks import run_ranks
 
 import edit
+from edit.backbones.attached import attached
 from edit.backbones.flux import SHIFT, Flux, FluxConfig
-from edit.backbones.stock import attached, latent_of, tokens_of
+from edit.backbones.stock import latent_of, tokens_of
 from edit.denoiser import Edit
 from edit.few_step.flow_map import IntervalInput
 from edit.pruning.depth import DepthPruning

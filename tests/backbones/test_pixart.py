@@ -17,8 +17,8 @@ from torch import Tensor
 from weights import randomise
 
 import edit
+from edit.backbones.attached import attached
 from edit.backbones.pixart import PixArt, PixArtConfig
-from edit.backbones.stock import attached
 from edit.denoiser import Denoiser
 from edit.objectives import DDPM
 from edit.pruning.depth import DepthPruning

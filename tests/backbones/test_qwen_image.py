@@ -10,8 +10,9 @@ from diffusers import QwenImageTransformer2DModel as Stock
 from weights import randomise
 
 import edit
+from edit.backbones.attached import attached
 from edit.backbones.qwen_image import QwenImage, position_angles
-from edit.backbones.stock import attached, turn
+from edit.backbones.stock import turn
 from edit.pruning.depth import DepthPruning
 from edit.stream import Condition, Layout
 from recipes.cost import from_file

@@ -11,8 +11,8 @@ from torch import Tensor
 from weights import randomise
 
 import edit
+from edit.backbones.attached import attached
 from edit.backbones.sd3 import SD3, SD3Config
-from edit.backbones.stock import attached
 from edit.objectives import FlowMatching
 from edit.pruning.depth import DepthPruning
 from edit.stream import Branch, Condition, Forced

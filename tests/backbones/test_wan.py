@@ -23,7 +23,7 @@ from edit import noise
 from edit.artifacts.description import readers
 from edit.artifacts.export import ExportSettings, export
 from edit.attention.linear import LinearAttention
-from edit.backbones.stock import attached
+from edit.backbones.attached import attached
 from edit.backbones.wan import Wan, WanConfig
 from edit.denoiser import Denoiser, Edit
 from edit.distillation.attention import AttentionKD, MapKD, RelationKD

@@ -19,7 +19,8 @@ from weights import randomise
 import edit
 from edit import noise
 from edit.artifacts.checkpoint import default_objective, load, save
-from edit.backbones.stock import attached, tokens_of
+from edit.backbones.attached import attached
+from edit.backbones.stock import tokens_of
 from edit.caching.reuse import EXECUTED, Reuse
 from edit.denoiser import Denoiser
 from edit.measuring.cost import count_generation, twin

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from weights import randomise
 
 import edit
+from edit.backbones.attached import attached
 from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig
 from edit.backbones.pixart import PixArtConfig
 from edit.backbones.sd3 import SD3Config
-from edit.backbones.stock import attached
 from edit.denoiser import Denoiser, Edit
 from edit.few_step.flow_map import IntervalInput
 from edit.measuring.flops import Flops

@@ -1,0 +1,135 @@
+"""What `recipe` in a configuration describes: the procedure by which a run makes its artifact.
+
+A new procedure is a file with a frozen dataclass on `Procedure`, or on `Fit` where Lightning trains a `Recipe`; its
+fields are its settings. `recipe: {_target_: recipes.mine.Mine}` chooses it. `recipes.config.chosen` tells the one of a
+run that names none.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig
+from torch import Tensor
+
+from edit.denoiser import Denoiser
+from recipes.assembly import Run
+from recipes.fitting import fit, full_state, images_per_step
+from recipes.recipe import Recipe
+from recipes.runtime.callbacks import newest, step_of
+from recipes.runtime.run_folder import refuse_overrun
+
+
+@dataclass(frozen=True)
+class Stand:
+    """What former commands have left of a run.
+
+    Args:
+        finished: the artifact is there, and nothing is left to do before the evaluation
+        step: optimiser steps that are done
+        resume: checkpoint to go on from; None: from the start
+    """
+
+    finished: bool = False
+    step: int = 0
+    resume: Path | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What becomes the artifact.
+
+    Args:
+        denoiser: gives structure and edits
+        state: its whole state dict
+        told: provenance for the artifact, JSON
+        loggers: of the run, still open
+    """
+
+    denoiser: Denoiser
+    state: Mapping[str, Tensor]
+    told: Mapping[str, Any] = field(default_factory=dict)
+    loggers: list[Logger] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Procedure(ABC):
+    """How a run makes its artifact. A subclass is a frozen dataclass; its fields are the procedure's settings."""
+
+    optimises: ClassVar[bool] = True  # its memory is planned as that of training
+    cure: ClassVar[str] = "change the settings"  # where the weights that it made are not finite
+
+    def check(self, cfg: DictConfig) -> Iterator[str]:
+        """One sentence for each part of a configuration that this procedure cannot be combined with.
+
+        Args:
+            cfg: composed, its values right one by one; references to the running job are not resolved
+        """
+        yield from ()
+
+    @abstractmethod
+    def stand(self, cfg: DictConfig, out: Path) -> Stand:
+        """How far the run in a folder is.
+
+        Raises:
+            UserError: if it cannot be continued
+        """
+
+    @abstractmethod
+    def perform(self, run: Run, out: Path, stand: Stand) -> Result | None:
+        """Do what is left to do; on every rank.
+
+        Args:
+            run: all that the configuration resolves to
+            out: the run's folder, locked
+            stand: how far the run is
+
+        Returns:
+            On rank 0, what becomes the artifact; None on the others.
+
+        Raises:
+            SystemExit: with 143, if the run was told to stop before its end
+            UserError: for what the user can mend
+        """
+
+
+@dataclass(frozen=True)
+class Fit(Procedure):
+    """A Lightning fit of a `Recipe`, whose average becomes the artifact."""
+
+    cure: ClassVar[str] = (
+        "the checkpoints are kept: remove the newest to go back, and lower optimizer.lr, or lengthen optimizer.warmup"
+    )
+
+    @abstractmethod
+    def module(self, run: Run) -> Recipe:
+        """The LightningModule that is trained; builds no weights."""
+
+    def turns(self, run: Run) -> bool:
+        """Whether roles take turns, so that some parameters get no gradient in a step."""
+        return False
+
+    def provenance(self, run: Run) -> dict[str, Any]:
+        """What the artifact tells besides name, step, seed and images; JSON."""
+        return {}
+
+    def stand(self, cfg: DictConfig, out: Path) -> Stand:
+        resume = newest(out / "checkpoints")
+        done = step_of(resume) if resume else 0
+        refuse_overrun(cfg, out, done)
+        return Stand(done >= cfg.trainer.max_steps and (out / "artifact").is_dir(), done, resume)
+
+    def perform(self, run: Run, out: Path, stand: Stand) -> Result | None:
+        cfg, module = run.config, self.module(run)
+        trainer = fit(run, module, out, stand.resume, stand.step, self.turns(run))
+        state = full_state(module.ema, trainer)
+        if not trainer.is_global_zero:
+            return None
+        images = images_per_step(cfg) * cfg.trainer.max_steps
+        told = {"step": trainer.global_step, "seed": cfg.seed, "images": images, **self.provenance(run)}
+        return Result(module.ema, state, told, trainer.loggers)
