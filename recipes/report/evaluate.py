@@ -7,7 +7,7 @@ of its own data set. Torch is imported inside: settings are checked before anyth
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -149,17 +149,15 @@ class Work:
             first: the rows of all further artifacts are timed with this one
         """
         plain = Reference(subject.artifact, subject.name, subject.steps)
+        groups: dict[float, list[Row]] = {w: [] for w in self.chosen.guidance}
         keep = plain.keep if self.variants and self.reference is None else None
-        rows = self.rows(subject, entry, self.reference, keep)
+        self.add(subject, entry, groups, self.reference, keep)
         if first:
             self.dense, self.report["dense"] = plain, subject.name
-        groups = {w: [row] for w, row in rows.items()}
         for variant in self.variants:
             entry = {"name": f"{subject.name} + {variant.name}", "path": entry["path"], "of": subject.name}
             with self.told(entry):
-                changed = subject.changed(variant)
-                for w, row in self.rows(changed, entry, self.reference or plain).items():
-                    groups[w].append(row)
+                self.add(subject.changed(variant), entry, groups, self.reference or plain)
         for w, group in groups.items():
             if self.chosen.rounds:
                 print(f"times in turns, w={w:g}: {len(group)} rows, {self.chosen.rounds} rounds", flush=True)
@@ -167,32 +165,33 @@ class Work:
                 time_rows(group, dense and dense_row(dense, w, subject), self.chosen.rounds, first)
                 self.record(self.report)
 
-    def rows(
+    def add(
         self,
         subject: Subject,
         entry: dict[str, Any],
+        groups: Mapping[float, list[Row]],
         reference: Reference | None,
         keep: Callable[[str, Tensor, int], None] | None = None,
-    ) -> dict[float, Row]:
+    ) -> None:
         """Measure one artifact or variant at each guidance weight, and put its entry into the report.
 
         Args:
             subject: to measure
             entry: of the report, to be filled
+            groups: rows by guidance weight, to be timed; those of the subject are added
             reference: to compare its images with
             keep: takes its images, by the keys of a `Reference`, n of them
         """
         entry |= describe(subject, self.out) | {"results": []}
         self.report["artifacts"].append(entry)
-        rows = {}
-        for w in self.chosen.guidance:
+        for w, rows in groups.items():
             count = self.report["rows"]
             title = f"{count['measured'] + 1} of {count['planned']}: {subject.name} w={w:g}"
-            rows[w] = row = evaluate_at(w, subject, self.out, reference, title, keep)
+            row = evaluate_at(w, subject, self.out, reference, title, keep)
+            rows.append(row)
             entry["results"].append(row.result)
             count["measured"] += 1
             self.record(self.report)
-        return rows
 
     @contextmanager
     def told(self, entry: dict[str, Any]) -> Iterator[None]:
