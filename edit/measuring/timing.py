@@ -97,7 +97,8 @@ def ratio(
 def peak_memory(fn: Callable[[], Any], device: str | torch.device = "cpu", resident: Iterable[Tensor] = ()) -> int:
     """Largest number of bytes alive at once while `fn` runs.
 
-    On a GPU, of everything the caching allocator has handed out (`torch.cuda.max_memory_allocated`). Elsewhere, of the
+    On a GPU, of what the caching allocator has handed out (`torch.cuda.max_memory_allocated`), without what was there
+    before and is not `resident`: other models. Elsewhere, of the
     distinct storages of `resident` and of all tensors that operators read or return, each from its first appearance
     until it is freed; scratch memory inside one operator is not seen.
     """
@@ -105,9 +106,11 @@ def peak_memory(fn: Callable[[], Any], device: str | torch.device = "cpu", resid
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
+        own = {v.untyped_storage()._cdata: v.untyped_storage().nbytes() for v in resident if v.is_cuda}
+        others = max(0, torch.cuda.memory_allocated(device) - sum(own.values())) if own else 0
         fn()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) - others
     ledger = Ledger(resident)
     with ledger:
         fn()
