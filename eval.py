@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
 
 from edit.inputs.command import Failed, asks_traceback, guarded, working
-from edit.inputs.words import asks_help
+from edit.inputs.words import apart, asks_help
 from recipes.config.errors import UserError
 from recipes.config.schema import EVALUATION, Evaluation
 from recipes.report.evaluate import run
+from recipes.report.page import write_report
 from recipes.report.request import OWN, default_out, folders, parse
+from recipes.variants import variants
 
 HELP = """Measure quality and cost of artifacts; write report.json and report.html.
 
@@ -22,26 +29,46 @@ Examples
   python eval.py 'artifact=runs/*' n=5000 seed=[0,1,2]         more images, spread between seeds
   python eval.py artifact=runs/fast reference=runs/digits      PSNR, SSIM, feature distance to another run
   python eval.py artifact=runs/digits steps=8 reference=runs/digits
+  python eval.py artifact=runs/digits variant.fast=reuse variant.fast.reuse.interval=5 variant.few.steps=10
+                                                               with training-free edits, beside the plain one
 
 Keys
   artifact    run or artifact folder, a list [a,b] or a pattern; may be given several times
+  variant.<name>                  training-free edits, files of configs/edits: one or [a,b]. A row of its own for each
+                                  artifact, compared with the plain one's images and times
+  variant.<name>.<edit>.<field>   changes a field of such an edit; <edit>._target_ adds one of another class
+  variant.<name>.steps            solver steps of a variant
   out         folder of the report; default: the run folder, or reports/<names> for several
   reference   artifact to compare images with, generated from the same noise by its own sampler
   debug       true: show tracebacks
+
+The report is written after every row: what was measured stays when the command is stopped.
 
 and, with their defaults,
 
 """
 
 
+class Kept:
+    """The report on disk, which is written again whenever it has grown."""
+
+    def __init__(self):
+        self.said = "interrupted: no row was measured, and no report was written"
+
+    def into(self, out: Path, report: dict[str, Any]) -> None:
+        page, count = write_report(report, out)[-1], report["rows"]
+        self.said = f"interrupted: {count['measured']} of {count['planned']} rows are in {page}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, 2 for a mistake in the command, 1 if an artifact could not be measured, 130 after Ctrl-C."""
+    """Exit code: 0, 2 for a mistake in the command, 1 if something could not be measured, 130 when it was stopped."""
     words = sys.argv[1:] if argv is None else argv
     debug = asks_traceback(words)
 
     @guarded(mistakes=(UserError, ValueError, OSError), interrupted="interrupted: no report was written")
     def command(words: list[str]) -> int:
-        return compare(words, debug)
+        with stopped_like_ctrl_c():
+            return compare(words, debug)
 
     return command(words)
 
@@ -51,26 +78,49 @@ def compare(words: Sequence[str], debug: bool) -> int:
 
     Raises:
         UserError, ValueError, OSError: for a mistake in the words
-        Failed: if an artifact could not be measured
+        Failed: if an artifact or variant could not be measured
     """
     if not words or asks_help(words):
         print(HELP + "".join(f"  {line}\n" for line in EVALUATION.read_text().splitlines() if not line.startswith("#")))
         return 0 if words else 2
-    given = parse(words)
+    own, texts = apart(words, ("variant",))
+    given, asked = parse(own), variants(texts)
     chosen = Evaluation.of({k: v for k, v in given.items() if k not in OWN})
     paths = folders(given["artifact"])
 
     from edit.artifacts.location import find  # brings torch: the mistakes above are answered without
 
+    for one in asked:
+        one.edits(chosen.trusted)
     reference = find(given["reference"]) if given.get("reference") else None
     out = default_out(paths) if given.get("out") is None else Path(given["out"])
     if (there := next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))) and not there.is_dir():
         raise UserError(f"out={out} cannot be written: {there} is no folder; give another out=")
-    with working(UserError, ValueError, OSError):
-        report = run(paths, chosen, out, reference, debug)
+    kept = Kept()
+    try:
+        with working(UserError, ValueError, OSError):
+            report = run(paths, chosen, out, reference, debug, asked, partial(kept.into, out))
+    except KeyboardInterrupt:
+        print(kept.said, file=sys.stderr)
+        return 130
     if failed := [a["name"] for a in report["artifacts"] if "error" in a]:
-        raise Failed(f"{len(failed)} of {len(paths)} artifacts could not be measured: {', '.join(failed)}")
+        what = f"{len(paths)} artifacts" + (f" and {len(paths) * len(asked)} variants" if asked else "")
+        raise Failed(f"{len(failed)} of {what} could not be measured: {', '.join(failed)}")
     return 0
+
+
+@contextmanager
+def stopped_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM, as a cluster sends it, end the work as Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

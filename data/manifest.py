@@ -286,13 +286,14 @@ def teacher_hash(path: str | os.PathLike) -> str:
         ValueError: if its configuration is no JSON
     """
     from edit.artifacts.location import find
+    from edit.artifacts.reference import home
 
     folder = find(path)
     config = {k: v for k, v in read(folder / "config.json").items() if k == "_class_name" or not k.startswith("_")}
     described = read(folder / "edits.json") if (folder / "edits.json").exists() else {}
     edits = {k: described.get(k) or None for k in ("edits", "folded", "objective")}
     total = hashlib.sha256(json.dumps([config, edits], sort_keys=True).encode())
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = sorted(home(folder, described).glob("*.safetensors"))
     if not weights:
         raise FileNotFoundError(f"{folder} holds no .safetensors file: expected an artifact or a diffusers folder")
     for file in weights:

@@ -21,6 +21,7 @@ from yaml import YAMLError
 import edit
 from edit.artifacts.checkpoint import Artifact
 from edit.artifacts.location import is_hub_id
+from edit.artifacts.reference import home
 from edit.edits import describe, per_token
 from edit.inputs import trust
 from edit.solvers import Euler, Grid, times
@@ -102,6 +103,7 @@ def origins(artifact: Path, teacher: str | None = None) -> list[Origin]:
         artifact: folder
         teacher: in place of the one that the artifact's run names
     """
+    artifact = trained(artifact)
     found: dict[str, Origin] = {}
     seen: set[str] = set()
 
@@ -136,8 +138,25 @@ def parents(folder: Path) -> list[str]:
     return list(dict.fromkeys(str(p) for p in named if p))
 
 
+def trained(folder: Path) -> Path:
+    """The folder whose run made the weights: of what `recipes.apply` has written, the one that it was applied to."""
+    for _ in range(trust.DEEP):
+        description = _json(folder / "edits.json") if (folder / "edits.json").is_file() else {}
+        run = description.get("run")
+        applied = run.get("applied") if isinstance(run, dict) else None
+        to = applied.get("to") if isinstance(applied, dict) else None
+        if description.get("refers") is not None:
+            folder = home(folder, description)
+        elif isinstance(to, str) and (Path(to) / "config.json").is_file():
+            folder = Path(to)
+        else:
+            break
+    return folder
+
+
 def recipe(folder: Path) -> dict[str, Any]:
     """The settings of the run beside an artifact that decide its result; empty without a run."""
+    folder = trained(folder)
     for place in (folder, folder.parent):
         if (place / "config.yaml").is_file() and (place == folder or folder.name == "artifact"):
             try:
@@ -355,7 +374,7 @@ def metrics(artifact: Path) -> str:
     entries = _json(folder / "report.json").get("artifacts")
     for entry in entries if isinstance(entries, list) else [None]:
         try:
-            if len(entries) > 1 and not _is(entry["path"], folder):  # a comparison with others
+            if entry.get("variant") or len(entries) > 1 and not _is(entry["path"], folder):  # a comparison with others
                 continue
             for result in entry.get("results", []):
                 rows.append(_row(result))

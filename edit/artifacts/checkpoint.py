@@ -6,6 +6,8 @@
                                                         checksums of all files
     edits.safetensors                                   parameters that edits added, if any
 
+With `refers` in edits.json, the weights are those of another folder (`edit.artifacts.reference`).
+
 `load` compares all files with their checksums, builds the model on the meta device from the base configuration, applies
 the edits again, compares names and shapes with the file headers, and only then reads weights. Nothing pickled is ever
 read except official `.pt` checkpoints, and those with `weights_only`.
@@ -16,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +33,16 @@ from edit import edits as editing
 from edit.artifacts import checksums
 from edit.artifacts.description import FORMAT, family_of, import_path, read_description
 from edit.artifacts.location import find, is_hub_id
-from edit.artifacts.weights import Headers, check_weights, load_weights, split_state, to_store
+from edit.artifacts.reference import home
+from edit.artifacts.weights import (
+    Headers,
+    check_headers,
+    check_weights,
+    load_weights,
+    split_state,
+    stock_state,
+    to_store,
+)
 from edit.artifacts.whole import replacing
 from edit.denoiser import Denoiser, Edit
 from edit.inputs import trust
@@ -51,6 +62,8 @@ class Artifact:
     sampler: Sampler
     data: dict[str, Any] = field(default_factory=dict)  # the data set's configuration node, `_target_` included
     run: dict[str, Any] = field(default_factory=dict)  # name, step, seed, revision, versions, metrics
+    home: Path | None = None  # folder that the weights were read from: `path`, or the one that it refers to
+    identity: str = ""  # the same for artifacts of the same stock files; "": they were not verified
 
 
 def save(
@@ -63,6 +76,7 @@ def save(
     state: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: str = "5GB",
+    refers: Path | None = None,
 ) -> Path:
     """Write an artifact; an existing one at `path` is replaced only when the new one is whole.
 
@@ -76,12 +90,14 @@ def save(
         state: full `denoiser.state_dict()` to write instead of the live weights (gathered from shards)
         dtype: to cast floating-point weights to; None keeps them
         max_shard_size: of one weight file
+        refers: folder of weights that this denoiser has unchanged: they are not written but referred to
 
     Returns:
         The folder.
 
     Raises:
         Unwritable: if weights are not finite, or `dtype` cannot hold them
+        ValueError: if those in `refers` have other names or shapes
     """
     path = Path(path)
     state = denoiser.state_dict() if state is None else state
@@ -90,6 +106,8 @@ def save(
     config, stock = denoiser.to_stock(denoiser.config, stock)
     if needed := dict.fromkeys(layer.by for layer in gone(denoiser.model)):
         config["_needs_edits"] = list(needed)
+    if refers is not None:
+        check_headers(refers, stock, own)
     description = {
         "format": FORMAT,
         "backbone": import_path(denoiser.family),
@@ -102,7 +120,10 @@ def save(
         "run": dict(run or {}),
     }
     with replacing(path) as folder, _system_errors(path):
-        _write_weights(folder, stock, own, dtype, max_shard_size)
+        if refers is None:
+            _write_weights(folder, stock, own, dtype, max_shard_size)
+        else:
+            description["refers"] = checksums.reference(path, refers)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         description = checksums.signed(description, folder)
         (folder / "edits.json").write_text(json.dumps(description, indent=2) + "\n")
@@ -148,6 +169,7 @@ def load(
     device: str | torch.device = "cpu",
     trusted: tuple[str, ...] = (),
     verify: bool = True,
+    beside: Sequence[Artifact] = (),
 ) -> Artifact:
     """Read an artifact, or a plain `diffusers` folder of a family we know.
 
@@ -156,19 +178,25 @@ def load(
         device: to put the weights on
         trusted: further packages whose edits may be imported; `edit` itself always is
         verify: compare the files with their checksums first: 2 GB/s for each shard, which are read side by side
+        beside: artifacts that are loaded on that device: one whose stock weights are the same files shares its tensors,
+            so that nobody may change them in place. Needs `verify`
 
     Raises:
         FileNotFoundError: if there is no artifact, or a file of it is missing
         ValueError: if it has another format, a file differs from its checksum, or the weights do not fit the described
             model (keys are named)
     """
-    path = find(path)
+    given, path = path, find(path)
     description = read_description(path)
+    _refuse_published(given, description)
+    weights = home(path, description)
     if verify:
         checksums.verify(path, description)
     denoiser = skeleton(path, trusted, verify)
+    identity = checksums.identity(path, description) if verify else ""
+    same = next((a for a in beside if identity and a.identity == identity), None)
     with _naming(path / "config.json", f"it does not fit the weights beside it and this version of {denoiser.name}"):
-        load_weights(denoiser, path)
+        load_weights(denoiser, weights, None if same is None else stock_state(same.denoiser))
     denoiser.requires_grad_(True).eval().to(device)
     objective, sampler = description["objective"], description["sampler"]
     with _naming(path / "edits.json", "its objective or sampler cannot be made"):
@@ -179,6 +207,17 @@ def load(
             sampler=editing.rebuild(sampler, trusted, Sampler) if sampler else stock_sampler(denoiser, path),
             data=description["data"],
             run=description["run"],
+            home=weights,
+            identity=identity,
+        )
+
+
+def _refuse_published(given: str | os.PathLike, description: Mapping[str, Any]) -> None:
+    """Raises ValueError where a model from the hub wants files of this machine."""
+    if description.get("refers") is not None and is_hub_id(given):
+        raise ValueError(
+            f"{given} comes from the hub and refers to a folder of this machine: it is not followed; ask for an "
+            "artifact with weights of its own (copy=true)"
         )
 
 
@@ -194,9 +233,10 @@ def stock_sampler(denoiser: Denoiser, path: Path) -> Sampler:
 def skeleton(path: str | os.PathLike, trusted: tuple[str, ...] = (), verify: bool = True) -> Denoiser:
     """The denoiser of an artifact with its edits but without weights, on the meta device; of a hub id only the
     configuration is fetched. `verify` compares the descriptions with their checksums, not the weights."""
-    published = is_hub_id(path)
+    given, published = path, is_hub_id(path)
     path = find(path, weights=False)
     description, config = read_description(path), trust.read_json(path / "config.json")
+    _refuse_published(given, description)
     if verify:
         checksums.verify(path, description, weights=False)
     family = family_of(description["backbone"])
@@ -207,7 +247,7 @@ def skeleton(path: str | os.PathLike, trusted: tuple[str, ...] = (), verify: boo
     with torch.device("meta"):
         if base is None:
             with _naming(path / "config.json", f"the configuration does not fit this version of {family.name}"):
-                base = family.from_stock(config, {} if published else Headers(path))[0]
+                base = family.from_stock(config, {} if published else Headers(home(path, description)))[0]
         with _naming(path / "edits.json", f"the artifact's base does not fit this version of {family.name}"):
             denoiser = family.from_config(base)
         with _naming(path / "edits.json", "the artifact's edits do not fit its base"):

@@ -18,10 +18,9 @@ from typing import Any
 
 from edit.artifacts.description import read_description
 from edit.artifacts.location import find
+from edit.artifacts.reference import CONFIG, home, parts, weight_files
 
 DESCRIPTION = "edits.json"
-CONFIG = "config.json"
-WEIGHTS = ("*.safetensors.index.json", "diffusion_pytorch_model*.safetensors", "edits.safetensors")
 THREADS = 8  # files that are read at once: one is hashed at about 2 GB/s, a core each
 
 
@@ -45,13 +44,41 @@ def of_description(description: Mapping[str, Any]) -> str:
 
 def signed(description: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The description with the checksums of the files beside it and of itself."""
-    described = {**description, "checksums": of_files(folder, [CONFIG, *_weights(folder)])}
+    described = {**description, "checksums": of_files(folder, [CONFIG, *weight_files(folder)])}
     described["checksums"][DESCRIPTION] = of_description(described)
     return described
 
 
-def _weights(folder: Path) -> set[str]:
-    return {f.name for pattern in WEIGHTS for f in folder.glob(pattern)}
+def reference(folder: Path, to: Path) -> dict[str, Any]:
+    """The reference of an artifact to the weights in another folder: see `edit.artifacts.reference`.
+
+    Args:
+        folder: of the artifact, where it will be
+        to: folder with the weights
+    """
+    path = os.path.relpath(os.path.realpath(to), os.path.realpath(folder))
+    return {"path": path, "files": of_files(to, [CONFIG, *weight_files(to)])}
+
+
+def identity(folder: Path, description: Mapping[str, Any]) -> str:
+    """A text that is the same for artifacts whose stock weights are the same files, as far as that can be told without
+    reading them: by their checksums; for a folder that has none, by its place.
+
+    Args:
+        folder: of the artifact
+        description: content of its edits.json; compared with the files by `verify`
+
+    Raises:
+        FileNotFoundError, ValueError: as `home`
+    """
+    at = home(folder, description)
+    known = description.get("checksums")
+    if description.get("refers") is not None:
+        known = parts(folder, description)[1] if (at / DESCRIPTION).is_file() else None
+    if not isinstance(known, dict):
+        return str(at.resolve())
+    stock = {k: v for k, v in known.items() if k not in (DESCRIPTION, "edits.safetensors")}
+    return json.dumps(stock, sort_keys=True)
 
 
 def verify(folder: Path, description: Mapping[str, Any], weights: bool = True) -> None:
@@ -66,6 +93,8 @@ def verify(folder: Path, description: Mapping[str, Any], weights: bool = True) -
         FileNotFoundError: if one is missing
         ValueError: naming the first that differs, or was not there when the artifact was saved
     """
+    if weights and description.get("refers") is not None:
+        _verify_reference(folder, description)
     kept = description.get("checksums")
     if kept is None:
         return
@@ -74,13 +103,25 @@ def verify(folder: Path, description: Mapping[str, Any], weights: bool = True) -
         raise ValueError(f"{where}: its checksums are not one for each file beside it: the file is damaged")
     if kept.get(DESCRIPTION) != of_description(description):
         raise ValueError(differs(where))
-    files = {CONFIG} | (set(kept) - {DESCRIPTION} | _weights(folder) if weights else set())
+    files = {CONFIG} | (set(kept) - {DESCRIPTION} | weight_files(folder) if weights else set())
     if missing := sorted(name for name in files if not (folder / name).is_file()):
         index = next((name for name in missing if name.endswith(".json")), missing[0])
         raise FileNotFoundError(f"{folder / index} is missing: the artifact is not whole")
     for name, found in of_files(folder, files).items():
         if found != kept.get(name):
             raise ValueError(differs(folder / name))
+
+
+def _verify_reference(folder: Path, description: Mapping[str, Any]) -> None:
+    """Compare the files that an artifact refers to with the checksums in its reference."""
+    at, (_, kept) = home(folder, description), parts(folder, description)
+    there = {CONFIG, *weight_files(at)}
+    found = of_files(at, there & set(kept))
+    if changed := sorted(name for name in there | set(kept) if name not in kept or found.get(name) != kept[name]):
+        raise ValueError(
+            f"{folder} refers to {at / changed[0]}, which is not what it was then: restore it, make this artifact "
+            f"again with python -m recipes.apply, or accept the change with `python -m recipes.checksums {folder}`"
+        )
 
 
 def differs(file: Path) -> str:
@@ -104,6 +145,8 @@ def accept(path: str | os.PathLike) -> Path:
     if not (folder / DESCRIPTION).is_file():
         raise ValueError(f"{folder} has no {DESCRIPTION}: only artifacts have checksums, a stock folder is just loaded")
     description = {k: v for k, v in read_description(folder).items() if k != "checksums"}
+    if description.get("refers") is not None:
+        description["refers"] = reference(folder, home(folder, description))
     temporary = folder / f".{DESCRIPTION}.tmp-{os.getpid()}"
     temporary.write_text(json.dumps(signed(description, folder), indent=2) + "\n")
     os.replace(temporary, folder / DESCRIPTION)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edit.artifacts.description import read_description
 from edit.artifacts.location import find
+from edit.artifacts.reference import home
 from edit.artifacts.weights import Headers, headers_of
 from edit.inputs import trust
 
@@ -36,8 +37,9 @@ def fingerprint(path: str | os.PathLike) -> str:
     }
     described = read_description(folder)
     total = hashlib.sha256(json.dumps([config, described["edits"], described["folded"]], sort_keys=True).encode())
-    own = folder / "edits.safetensors"
-    tensors = sorted(t for file in [*Headers(folder).files, *([own] if own.exists() else [])] for t in _sampled(file))
+    weights = home(folder, described)
+    own = weights / "edits.safetensors"
+    tensors = sorted(t for file in [*Headers(weights).files, *([own] if own.exists() else [])] for t in _sampled(file))
     for described_as, sample in tensors:
         total.update(described_as.encode())
         total.update(sample)

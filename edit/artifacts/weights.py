@@ -16,6 +16,7 @@ from edit.denoiser import Denoiser, check_layout
 from edit.inputs import trust
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+OWN = "edits.safetensors"
 MODEL_PREFIX = "model."  # of parameters that edits put inside the model, in edits.safetensors
 
 
@@ -75,24 +76,46 @@ def split_state(denoiser: Denoiser, state: Mapping[str, Tensor]) -> tuple[dict[s
     return stock, own
 
 
-def load_weights(denoiser: Denoiser, path: Path) -> None:
-    """Fill a denoiser, on any device, from an artifact folder whose model and edits are the same."""
+def check_headers(path: Path, stock: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Headers:
+    """Compare the weights of a folder with what a model wants, by names and shapes; returns those of the stock files.
+
+    Raises:
+        FileNotFoundError: if there are none
+        ValueError: if they differ
+    """
+    headers = Headers(path)
+    check_layout(stock, headers, f"{path.name}/{WEIGHTS}")
+    check_layout(own, headers_of(path / OWN) if (path / OWN).exists() else {}, f"{path.name}/{OWN}")
+    return headers
+
+
+def stock_state(denoiser: Denoiser) -> dict[str, Tensor]:
+    """The model's state under the names that it has without edits; what edits own is left out."""
+    inside = {k.removeprefix(MODEL_PREFIX): v for k, v in denoiser.state_dict().items() if k.startswith(MODEL_PREFIX)}
+    return {name: v for k, v in inside.items() if (name := stock_key(denoiser, k)) is not None}
+
+
+def load_weights(denoiser: Denoiser, path: Path, shared: Mapping[str, Tensor] | None = None) -> None:
+    """Fill a denoiser, on any device, from an artifact folder whose model and edits are the same.
+
+    Args:
+        denoiser: to fill
+        path: the folder
+        shared: `stock_state` of a model that was filled from the same stock files, whose tensors are taken as they are
+    """
     wanted = {k: v.to("meta") for k, v in denoiser.state_dict().items()}
     stock_wanted, own_wanted = split_state(denoiser, wanted)
-    headers = Headers(path)
-    expected = denoiser.to_stock(denoiser.config, stock_wanted)[1]
-    check_layout(expected, headers, f"{path.name}/{WEIGHTS}")
-    own_file = path / "edits.safetensors"
-    own_headers = headers_of(own_file) if own_file.exists() else {}
-    check_layout(own_wanted, own_headers, f"{path.name}/edits.safetensors")
+    headers = check_headers(path, denoiser.to_stock(denoiser.config, stock_wanted)[1], own_wanted)
+    own_file = path / OWN
 
-    stock: dict[str, Tensor] = {}
-    for file in headers.files:
-        with told_in_text(file) as name:
-            stock.update(load_file(name))
-    stock = denoiser.from_stock(trust.read_json(path / "config.json"), stock)[1]
+    stock = dict(shared or {})
+    if not shared:
+        for file in headers.files:
+            with told_in_text(file) as name:
+                stock.update(load_file(name))
+        stock = denoiser.from_stock(trust.read_json(path / "config.json"), stock)[1]
     own = {}
-    if own_headers:
+    if own_file.exists():
         with told_in_text(own_file) as name:
             own = load_file(name)
     state = {}

@@ -8,7 +8,7 @@ meta device computes nothing; a model whose control flow depends on its activati
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from edit.artifacts.checkpoint import default_objective
 from edit.denoiser import Denoiser
 from edit.measuring.devices import device_name
 from edit.measuring.flops import Flops, Uncounted, uncounted
-from edit.measuring.timing import Spread, latency, peak_memory
+from edit.measuring.timing import Spread, in_turns, peak_memory
 from edit.objectives import Objective
 from edit.sampling import Sampler, default_sampler
 from edit.stream import Condition, Output, Step
@@ -105,27 +105,55 @@ def cost(
         uncounted=tuple(sorted({*one.uncounted, *whole.uncounted})),
         per_token=None if taken == parameters else taken,
     )
-    return with_times(counted, denoiser, sampler, objective, condition, rounds) if rounds else counted
+    if not rounds:
+        return counted
+    (timed,) = with_times((Timed(counted, denoiser, sampler, objective, condition),), rounds)
+    return timed.counted
 
 
-def with_times(
-    counted: Cost, denoiser: Denoiser, sampler: Sampler, objective: Objective, condition: Condition, rounds: int
-) -> Cost:
-    """The same with seconds and memory, of `counted.batch` samples at a time."""
-    device, batch = _device(denoiser), counted.batch
-    x, t = torch.randn(batch, *denoiser.sample_shape, device=device), torch.full((batch,), 0.5, device=device)
-    told = condition.map(lambda v: v.to(device))
-    samples = torch.arange(batch)
+@dataclass(frozen=True)
+class Timed:
+    """A denoiser, how images are generated with it, and their cost; `with_times` adds what a clock says."""
 
-    def generate() -> Tensor:
-        return sampler(denoiser, objective, told, samples)
+    counted: Cost
+    denoiser: Denoiser
+    sampler: Sampler
+    objective: Objective
+    condition: Condition  # `counted.batch` entries
+    seconds: tuple[float, ...] = ()  # of each timed generation of `counted.batch` samples
 
+
+def with_times(models: Sequence[Timed], rounds: int) -> list[Timed]:
+    """The same with seconds and memory: all forwards are timed in turns, then all generations.
+
+    Args:
+        models: on one device
+        rounds: timed forwards and generations of each
+    """
+    device = _device(models[0].denoiser)
     with torch.no_grad():
-        forward = latency(lambda: denoiser(x, t, told), device, rounds)
-    generation = latency(generate, device, rounds, warmup=1)
-    per_image = Spread(generation.median / batch, generation.low / batch, generation.high / batch, generation.count)
-    memory = peak_memory(generate, device, (*denoiser.parameters(), *denoiser.buffers()))
-    return replace(counted, forward=forward, generation=per_image, peak_memory=memory)
+        forwards = in_turns([_forward(m) for m in models], device, rounds)
+    generations = in_turns([_generation(m) for m in models], device, rounds, warmup=1)
+    found = []
+    for m, forward, generation in zip(models, forwards, generations, strict=True):
+        per_image = Spread.of(seconds / m.counted.batch for seconds in generation)
+        memory = peak_memory(_generation(m), device, (*m.denoiser.parameters(), *m.denoiser.buffers()))
+        counted = replace(m.counted, forward=Spread.of(forward), generation=per_image, peak_memory=memory)
+        found.append(replace(m, counted=counted, seconds=tuple(generation)))
+    return found
+
+
+def _forward(m: Timed) -> Callable[[], Any]:
+    device, batch = _device(m.denoiser), m.counted.batch
+    x, t = torch.randn(batch, *m.denoiser.sample_shape, device=device), torch.full((batch,), 0.5, device=device)
+    told = m.condition.map(lambda v: v.to(device))
+    return lambda: m.denoiser(x, t, told)
+
+
+def _generation(m: Timed) -> Callable[[], Any]:
+    device = _device(m.denoiser)
+    told, samples = m.condition.map(lambda v: v.to(device)), torch.arange(m.counted.batch)
+    return lambda: m.sampler(m.denoiser, m.objective, told, samples)
 
 
 def _device(denoiser: Denoiser) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,36 @@ def latency(fn: Callable[[], Any], device: str | torch.device = "cpu", rounds: i
     return Spread.of(stopwatch(fn, device) for _ in range(rounds))
 
 
+def in_turns(
+    calls: Sequence[Callable[[], Any]], device: str | torch.device = "cpu", rounds: int = 20, warmup: int = 3
+) -> list[list[float]]:
+    """Seconds of each call in each round: all are called once in a round, and another one begins each time.
+
+    Drift of clock speed or load falls on all of them, so that quotients within a round (`faster`) can be believed.
+
+    Args:
+        calls: to be timed
+        device: that they run on
+        rounds: timed
+        warmup: rounds that are thrown away
+    """
+    device = torch.device(device)
+    for _ in range(warmup):
+        for fn in calls:
+            fn()
+    seconds: list[list[float]] = [[] for _ in calls]
+    for k in range(rounds):
+        for i in range(len(calls)):
+            turn = (k + i) % len(calls)
+            seconds[turn].append(stopwatch(calls[turn], device))
+    return seconds
+
+
+def faster(mine: Sequence[float], others: Sequence[float]) -> Spread:
+    """How many times faster: the quotients of others' and own seconds, round by round."""
+    return Spread.of(other / own for own, other in zip(mine, others, strict=True))
+
+
 def ratio(
     fn: Callable[[], Any],
     other: Callable[[], Any],
@@ -60,26 +90,15 @@ def ratio(
     rounds: int = 20,
     warmup: int = 3,
 ) -> Spread:
-    """How many times faster `fn` is than `other`: time of `other` / time of `fn`, pair by pair.
-
-    The two run in turns, and which one begins alternates: drift of clock speed or load falls on both.
-    """
-    device = torch.device(device)
-    for _ in range(warmup):
-        fn()
-        other()
-    quotients = []
-    for k in range(rounds):
-        first, second = (fn, other) if k % 2 == 0 else (other, fn)
-        a, b = stopwatch(first, device), stopwatch(second, device)
-        quotients.append(b / a if k % 2 == 0 else a / b)
-    return Spread.of(quotients)
+    """How many times faster `fn` is than `other`: time of `other` / time of `fn`, pair by pair, timed in turns."""
+    return faster(*in_turns((fn, other), device, rounds, warmup))
 
 
 def peak_memory(fn: Callable[[], Any], device: str | torch.device = "cpu", resident: Iterable[Tensor] = ()) -> int:
     """Largest number of bytes alive at once while `fn` runs.
 
-    On a GPU, of everything the caching allocator has handed out (`torch.cuda.max_memory_allocated`). Elsewhere, of the
+    On a GPU, of what the caching allocator has handed out (`torch.cuda.max_memory_allocated`), without what was there
+    before and is not `resident`: other models. Elsewhere, of the
     distinct storages of `resident` and of all tensors that operators read or return, each from its first appearance
     until it is freed; scratch memory inside one operator is not seen.
     """
@@ -87,9 +106,11 @@ def peak_memory(fn: Callable[[], Any], device: str | torch.device = "cpu", resid
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
+        own = {v.untyped_storage()._cdata: v.untyped_storage().nbytes() for v in resident if v.is_cuda}
+        others = max(0, torch.cuda.memory_allocated(device) - sum(own.values())) if own else 0
         fn()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) - others
     ledger = Ledger(resident)
     with ledger:
         fn()

@@ -105,6 +105,16 @@ def _cost(name: str, factor: float = 1.0) -> Callable[[Row], Any]:
     return pick
 
 
+def _speed(other: str) -> Callable[[Row], Any]:
+    """How many times faster than another model; the spread is half the distance between the quartiles."""
+
+    def pick(row: Row) -> dict[str, float] | None:
+        speed = (row["cost"].get("speed") or {}).get(other)
+        return speed and {"value": speed["median"], "spread": (speed["high"] - speed["low"]) / 2}
+
+    return pick
+
+
 def _time(name: str) -> Callable[[Row], Any]:
     """Milliseconds; the spread is half the distance between the quartiles."""
 
@@ -137,19 +147,31 @@ COLUMNS = (
     Column("share of MACs run", _cost("share"), "{:.1%}".format),
     Column("ms per forward", _time("forward"), "{:,.2f}".format, -1),
     Column("ms per image", _time("generation"), "{:,.2f}".format, -1),
+    Column("times as fast as plain", _speed("plain"), "{:.2f}".format, 1),
+    Column("times as fast as dense", _speed("dense"), "{:.2f}".format, 1),
     Column("images/s", _cost("images_per_second"), "{:,.3g}".format, 1),
     Column("peak memory, MiB", _cost("peak_memory", 2**-20), "{:,.1f}".format, -1),
 )
 
 
 def rows(report: Mapping[str, Any]) -> list[Row]:
-    """One row per artifact and guidance weight."""
+    """One row per artifact or variant, and guidance weight."""
     return [
-        {**result, "artifact": a["name"], "label": f"{a['name']} w={result['guidance']:g}", "reference": a["reference"]}
-        for a in report["artifacts"]
-        if "error" not in a
+        {
+            **result,
+            "artifact": a["name"],
+            "label": f"{a['name']} w={result['guidance']:g}",
+            "reference": a["reference"],
+            "changes": a.get("changes"),
+        }
+        for a in measured(report)
         for result in a["results"]
     ]
+
+
+def measured(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The artifacts and variants that have rows."""
+    return [a for a in report["artifacts"] if a.get("results")]
 
 
 def failures(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -194,12 +216,22 @@ def present(table: Sequence[Row]) -> list[Column]:
     return [c for c in COLUMNS if any(c.pick(row) is not None for row in table)]
 
 
+def partial(report: Mapping[str, Any]) -> Iterator[str]:
+    """That the report is not complete, while it is not."""
+    if not report.get("complete", True):
+        count = report["rows"]
+        yield (
+            f"This report is not complete: {count['measured']} of {count['planned']} rows are measured. The evaluation "
+            "is still running, or was stopped."
+        )
+
+
 def notes(report: Mapping[str, Any]) -> Iterator[str]:
     """Sentences that a reader of the numbers needs."""
     settings, table = report["settings"], rows(report)
     seeds = ", ".join(map(str, settings["seed"]))
     yield f"{settings['n']} images per row, seed {seeds}, same noise and labels for all; w: guidance; ±: spread."
-    for key, a in {a["reference"]["hash"]: a for a in report["artifacts"] if "error" not in a}.items():
+    for key, a in {a["reference"]["hash"]: a for a in measured(report)}.items():
         real, extractor = a["reference"], a["extractor"]
         text = f"Real images: {real['n']} of {a['data'].get('_target_', 'unknown data')}, {real['split']} ({key})."
         if extractor:
@@ -227,6 +259,16 @@ def notes(report: Mapping[str, Any]) -> Iterator[str]:
         yield "Not all rows were measured against the same real images: their qualities cannot be compared."
     if missed := sorted({op for row in table for op in row["cost"].get("uncounted", ())}):
         yield f"≥: a lower bound, {', '.join(missed)} has no FLOP formula and is not in the MACs."
+    if any(a.get("variant") for a in measured(report)):
+        of = settings.get("reference") or "the plain artifact"
+        yield f"Variants need no training and share the plain artifact's weights; the reference of a row is {of}."
+    told = {other for row in table for other in row["cost"].get("speed") or ()}
+    for other, name in (("plain", "the plain artifact of a variant"), ("dense", report.get("dense"))):
+        if other in told:
+            yield (
+                f"Times as fast as {other}: time of one image by {name}, over the row's own, round by round; they were "
+                "timed in turns."
+            )
     if counts := {count for row in table if (count := row["cost"].get("counted"))}:
         yield (
             "Where a share of MACs run is given, an edit decides for each image what is run: MACs are means over a "
@@ -254,6 +296,8 @@ def show(report: Mapping[str, Any]) -> None:
         view = Table("", box=None, padding=(0, 1))
         for row in part:
             view.add_column(Text(row["label"]), justify="right")
+        if any(row["changes"] for row in table):
+            view.add_row("changes", *(Text(row["changes"] or "–") for row in part))
         for column in present(table):
             top = best(column, table)
             texts = [Text(shown(column)(row), "bold green" if _is(column, row, top) else "") for row in part]
@@ -323,6 +367,8 @@ h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6r
 th, td { padding: .35rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e6ea }
 th { font-weight: 600; vertical-align: bottom } thead th { white-space: normal; min-width: 4.2rem }
 th:first-child, td:first-child { text-align: left } td.best { font-weight: 700; color: #0a7d33; background: #effaf2 }
+tr.variant td:first-child { padding-left: 1.8rem; white-space: normal; min-width: 12rem }
+.partial { background: #fff4e0; border-left: 4px solid #e08a00; padding: .5rem .8rem }
 .error td { color: #b3261e; text-align: left; white-space: normal }
 .grids { display: flex; flex-wrap: wrap; gap: 1.6rem } figure { margin: 0; max-width: 100% }
 img { max-width: 100%; image-rendering: pixelated } figcaption { font-size: .88rem; margin-bottom: .3rem }
@@ -340,6 +386,7 @@ def html(report: Mapping[str, Any], folder: Path) -> str:
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
         f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1><p class=dim>{made}</p>",
+        *(f"<p class=partial>{escape(text)}</p>" for text in partial(report)),
         "<h2>Quality and cost</h2><div class=wide>" + "".join(_table(report, table)) + "</div>",
         *(f"<p class=dim>{escape(note)}</p>" for note in notes(report)),
     ]
@@ -364,7 +411,8 @@ def _table(report: Mapping[str, Any], table: Sequence[Row]) -> Iterator[str]:
     yield "</tr></thead><tbody>"
     tops = [best(c, table) for c in columns]
     for row in table:
-        yield f"<tr><td>{escape(row['label'])}</td>"
+        made = f"<br><span class=dim>{escape(row['changes'])}</span>" if row["changes"] else ""
+        yield f"<tr{' class=variant' if made else ''}><td>{escape(row['label'])}{made}</td>"
         for c, top in zip(columns, tops, strict=True):
             yield f"<td{' class=best' if _is(c, row, top) else ''}>{escape(shown(c)(row))}</td>"
         yield "</tr>"
@@ -377,16 +425,15 @@ def _table(report: Mapping[str, Any], table: Sequence[Row]) -> Iterator[str]:
 def _pictures(report: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """Captions and files of all grids, each file once: real images first."""
     pictures = {}
-    for a in report["artifacts"]:
-        if "error" not in a:
-            caption = f"real images, {a['reference']['split']} of {a['data'].get('_target_', 'data')}"
-            pictures.setdefault(a["reference"]["hash"], (caption, a["reference"]["grid"]))
+    for a in measured(report):
+        caption = f"real images, {a['reference']['split']} of {a['data'].get('_target_', 'data')}"
+        pictures.setdefault(a["reference"]["hash"], (caption, a["reference"]["grid"]))
     return [*pictures.values(), *((row["label"], row["grid"]) for row in rows(report))]
 
 
 def _captions(report: Mapping[str, Any]) -> Iterator[str]:
     """The captions of the grids' images, once for each set of captions."""
-    told = [(a["reference"].get("prompts") or {}).get("shown") for a in report["artifacts"] if "error" not in a]
+    told = [(a["reference"].get("prompts") or {}).get("shown") for a in measured(report)]
     for captions in dict.fromkeys(tuple(t) for t in told if t):
         items = "".join(f"<li>{escape(caption)}</li>" for caption in captions)
         yield f"<p class=dim>Captions, row by row:</p><ol class=captions>{items}</ol>"

@@ -21,6 +21,7 @@ class Asked(Evaluation):
     artifact: tuple[str, ...] = ()  # each a folder, a list [a,b] of folders, or a pattern
     out: str | None = None
     reference: str | None = None
+    variant: tuple[str, ...] = ()  # only with a name, variant.<name>, which `recipes.variants` reads
 
 
 OWN = tuple(f.name for f in fields(Asked) if f.name not in Evaluation.__dataclass_fields__)
@@ -36,6 +37,8 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         if "${" in word:
             raise UserError(f"'{word}' refers to something, as only a configuration of train.py can: write the value")
+        if word.partition("=")[0] == "variant":
+            raise UserError(f"variant has no name: write variant.<name>={word.partition('=')[2] or '<edits>'}")
     return {"artifact": ()} | command.parse(Asked, words)
 
 

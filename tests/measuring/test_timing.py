@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from edit.measuring.timing import Spread, latency, peak_memory, ratio
+from edit.measuring.timing import Spread, faster, in_turns, latency, peak_memory, ratio
 
 
 def test_quartiles_are_those_of_the_values():
@@ -50,3 +50,15 @@ def test_training_keeps_activations_that_inference_frees():
     assert peak_memory(inference, resident=[x, *model.parameters()]) == weights + 3 * size
     trained = peak_memory(lambda: model(x).sum().backward(), resident=[x, *model.parameters()])
     assert trained > weights + 12 * size  # each of the twelve layers has kept one
+
+
+def test_calls_take_turns_and_another_one_begins_each_round():
+    calls = []
+    seconds = in_turns([lambda n=n: calls.append(n) for n in range(3)], rounds=3, warmup=1)
+    assert calls == [0, 1, 2, 0, 1, 2, 1, 2, 0, 2, 0, 1]
+    assert [len(s) for s in seconds] == [3, 3, 3]
+
+
+def test_a_slow_round_does_not_change_a_quotient():
+    spread = faster([1.0, 10.0, 1.0], [2.0, 20.0, 2.0])
+    assert (spread.median, spread.low, spread.high) == (2.0, 2.0, 2.0)

@@ -3,8 +3,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -15,13 +17,16 @@ from omegaconf import OmegaConf
 
 import edit
 from data.names import legible
+from edit.artifacts.variant import same_weights
 from edit.backbones.flux import FluxConfig
 from edit.inputs.command import print_any_name
 from edit.pruning.depth import DepthPruning
 from edit.sampling import Sampler
 from edit.solvers import Euler
+from recipes.apply import main as apply
 from recipes.config.schema import Evaluation
-from recipes.report.evaluate import run
+from recipes.report.evaluate import Work, run
+from recipes.report.samples import Reference, sample_and_measure
 from recipes.report.yardstick import progress
 from recipes.training import finish
 
@@ -191,6 +196,153 @@ def test_training_can_evaluate_its_artifact_at_the_end(runs, cache):
     assert results(runs / "whole") == report["artifacts"]
 
 
+# ---- variants -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bare() -> list[str]:
+    """Without a judge, which takes seconds to train."""
+    return ["n=8", "rounds=2", "guidance=1", "features=none"]
+
+
+FAST = ("variant.fast=reuse", "variant.fast.reuse.interval=4", "variant.few.steps=2")
+
+
+def test_variants_of_one_artifact_are_rows_beside_it_from_one_load(cli, runs, bare, monkeypatch, capsys):
+    loaded = []
+    monkeypatch.setattr(
+        edit, "load", lambda *args, load=edit.load, **more: loaded.append(args[0]) or load(*args, **more)
+    )
+    assert cli.main([f"artifact={runs / 'whole'}", *FAST, *bare]) == 0
+    assert loaded == [runs / "whole/artifact"]
+    entries = results(runs / "whole")
+    assert [a["name"] for a in entries] == ["whole", "whole + fast", "whole + few"]
+    assert [a.get("changes") for a in entries] == [None, "reuse interval=4", "steps=2"]
+    plain, fast, few = (a["results"][0] for a in entries)
+    assert plain["compared"] is None and plain["cost"]["speed"] == {}
+    for made in (fast, few):  # of the same noise, and not the same
+        assert 10 < made["compared"]["psnr"]["value"] < 100
+        assert made["cost"]["macs_per_image"] < 0.6 * plain["cost"]["macs_per_image"]
+        assert made["cost"]["speed"]["plain"]["count"] == 2 and "dense" not in made["cost"]["speed"]
+    assert (fast["cost"]["evaluations"], few["cost"]["evaluations"]) == (4, 2)
+    assert few["cost"]["speed"]["plain"]["median"] > 1.3  # half the work
+    page, table = (runs / "whole/report.html").read_text(), capsys.readouterr().out
+    assert "reuse interval=4" in page and "reuse interval=4" in table and "times as fast as plain" in table
+    assert page.count("<figure>") == 4 + 1  # real images once, three rows, and what the cache decided
+
+
+def test_the_plain_images_are_those_of_the_same_noise_whether_kept_or_made_again(cli, runs, bare, monkeypatch):
+    seen = []
+    for kept in (2**30, 0):
+        monkeypatch.setattr(Reference, "KEPT", kept)
+        assert cli.main([f"artifact={runs / 'whole'}", *FAST, "seed=[0,1]", "batch=5", *bare]) == 0
+        seen.append([a["results"][0]["compared"] for a in results(runs / "whole")])
+    assert seen[0] == seen[1] and len(seen[0][1]["psnr"]["values"]) == 2
+
+
+def test_a_variant_that_changes_nothing_is_the_plain_one(cli, runs, bare):
+    assert cli.main([f"artifact={runs / 'shallow'}", "variant.same=none", "steps=2", *bare]) == 0
+    plain, same = (a["results"][0] for a in results(runs / "shallow"))
+    assert same["compared"]["psnr"]["value"] == 100 and same["cost"]["macs"] == plain["cost"]["macs"]
+    assert same["cost"]["evaluations"] == plain["cost"]["evaluations"] == 2
+
+
+def test_a_reference_that_is_asked_for_is_that_of_variants_too(cli, runs, bare):
+    words = [f"artifact={runs / 'shallow'}", f"reference={runs / 'whole'}", "variant.same=none"]
+    assert cli.main([*words, *bare]) == 0
+    plain, same = (a["results"][0] for a in results(runs / "shallow"))
+    assert plain["compared"] == same["compared"] and plain["compared"]["psnr"]["value"] < 100
+    assert set(plain["cost"]["speed"]) == {"dense"} and set(same["cost"]["speed"]) == {"dense", "plain"}
+
+
+def test_artifacts_are_timed_in_turns_with_the_first_of_them(cli, runs, bare, tmp_path):
+    out = tmp_path / "out"
+    words = [f"artifact={runs / 'whole'}", f"artifact={runs / 'shallow'}", "variant.few.steps=2", f"out={out}"]
+    assert cli.main([*words, *bare]) == 0
+    assert json.loads((out / "report.json").read_text())["dense"] == "whole"
+    speeds = {a["name"]: a["results"][0]["cost"]["speed"] for a in results(out)}
+    assert {name: sorted(s) for name, s in speeds.items()} == {
+        "whole": [],
+        "whole + few": ["dense", "plain"],
+        "shallow": ["dense"],
+        "shallow + few": ["dense", "plain"],
+    }
+    few = speeds["shallow + few"]
+    assert few["dense"]["median"] > few["plain"]["median"] > 1.2  # fewer units, too
+
+
+def test_artifacts_of_the_same_weights_share_them(cli, runs, bare, monkeypatch, tmp_path):
+    apply([f"artifact={runs / 'whole'}", "edits=reuse", f"out={runs / 'fast'}"])
+    seen = []
+    monkeypatch.setattr(Work, "compare", lambda self, subject, *_, **__: seen.append(subject.artifact.denoiser))
+    paths = [runs / name / "artifact" for name in ("whole", "shallow", "fast")]
+    run_quietly(paths, Evaluation.of({"n": 8, "features": "none", "device": "cpu"}), tmp_path / "out")
+    whole, shallow, fast = seen
+    assert same_weights(whole, fast) and not same_weights(whole, shallow)
+
+
+def run_quietly(paths, chosen, out):
+    with suppress(IndexError):  # nothing was measured
+        run(paths, chosen, out)
+
+
+def test_an_edit_that_needs_training_becomes_a_row_with_the_reason(cli, runs, bare, capsys):
+    words = [f"artifact={runs / 'whole'}", "variant.mine=lora", "variant.few.steps=2"]
+    assert cli.main([*words, *bare]) == 1
+    whole, mine, few = results(runs / "whole")
+    assert "not training-free" in mine["error"] and "error" not in whole and len(few["results"]) == 1
+    assert "1 of 1 artifacts and 2 variants could not be measured: whole + mine" in capsys.readouterr().err
+    assert "not training-free" in (runs / "whole/report.html").read_text()
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt, signal.SIGTERM])
+def test_what_was_measured_stays_when_the_command_is_stopped(cli, runs, bare, monkeypatch, capsys, how):
+    def stopped(subject, *rest, measure=sample_and_measure):
+        if subject.name == "whole + few":
+            if how is KeyboardInterrupt:
+                raise how
+            os.kill(os.getpid(), how)
+        return measure(subject, *rest)
+
+    monkeypatch.setattr("recipes.report.evaluate.sample_and_measure", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main([f"artifact={runs / 'whole'}", *FAST, *bare]) == 130
+    page = runs / "whole/report.html"
+    assert capsys.readouterr().err == f"interrupted: 2 of 3 rows are in {page}\n"
+    assert [len(a["results"]) for a in results(runs / "whole")] == [1, 1]
+    assert "This report is not complete: 2 of 3 rows are measured" in page.read_text()
+    assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.undo()
+    assert cli.main([f"artifact={runs / 'whole'}", *FAST, *bare]) == 0
+    assert "not complete" not in page.read_text() and json.loads((runs / "whole/report.json").read_text())["complete"]
+
+
+def test_stopped_before_the_first_row_there_is_no_report(cli, runs, bare, monkeypatch, capsys):
+    def stopped(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recipes.report.evaluate.sample_and_measure", stopped)
+    assert cli.main([f"artifact={runs / 'whole'}", *bare]) == 130
+    assert capsys.readouterr().err == "interrupted: no row was measured, and no report was written\n"
+    assert not (runs / "whole/report.json").exists()
+
+
+def test_a_row_is_kept_when_a_later_guidance_weight_fails(cli, runs, bare, monkeypatch, tmp_path):
+    def diverges(subject, sampler, *rest, measure=sample_and_measure):
+        if sampler.guidance == 2 and subject.variant:
+            raise ValueError("8 of 8 generated images are not finite")
+        return measure(subject, sampler, *rest)
+
+    monkeypatch.setattr("recipes.report.evaluate.sample_and_measure", diverges)
+    words = [f"artifact={runs / 'whole'}", "variant.few.steps=2", *bare]
+    assert cli.main([*(w for w in words if "guidance" not in w), "guidance=[1,2]"]) == 1
+    plain, few = results(runs / "whole")
+    assert [r["guidance"] for r in plain["results"]] == [1, 2] and [r["guidance"] for r in few["results"]] == [1]
+    assert "not finite" in few["error"] and "speed" in few["results"][0]["cost"]
+    page = (runs / "whole/report.html").read_text()
+    assert "whole + few w=1" in page and "not finite" in page
+
+
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 
@@ -207,6 +359,13 @@ def test_training_can_evaluate_its_artifact_at_the_end(runs, cache):
         (["artifact={runs}/whole", "reference={runs}"], "no artifact at"),
         (["artifact={runs}/whole", "device=tpu9"], "device=tpu9 is not on this machine"),
         (["artifact={runs}/whole", "features=nowhere"], "no feature extractor at nowhere"),
+        (["artifact={runs}/whole", "variant=reuse"], "variant has no name: write variant.<name>=reuse"),
+        (["artifact={runs}/whole", "variannt.a=reuse"], "there is no key 'variannt.a': did you mean variant?"),
+        (["artifact={runs}/whole", "variant.a=reuze"], "did you mean 'reuse'"),
+        (
+            ["artifact={runs}/whole", "variant.a=reuse", "variant.a.reuse.interval=0"],
+            "interval: expected int at least 1",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_a_nonzero_exit(cli, runs, cache, capsys, words, sentence):

@@ -154,3 +154,28 @@ def test_macs_of_which_some_were_not_counted_are_shown_as_a_lower_bound_and_are_
     table = rows(report)
     assert best(MACS, table) is None and shown(MACS)(table[2]) == "≥ 1" and shown(MACS)(table[0]) == "4"
     assert any("aten.mv.default has no FLOP formula" in note for note in notes(report))
+
+
+def test_a_variant_is_shown_with_its_changes_and_how_many_times_as_fast_it_is(report, tmp_path, capsys):
+    fast = report["artifacts"][1]
+    fast |= {"variant": "fast", "of": "a", "changes": "reuse interval=5, <odd>"}
+    speed = {"median": 1.75, "low": 1.5, "high": 2.0, "count": 10}
+    fast["results"][0]["cost"]["speed"] = {"plain": speed}
+    page = html(report, tmp_path)
+    assert "reuse interval=5, &lt;odd&gt;" in page and "times as fast as plain ↑" in page and "1.75 ± 0.25" in page
+    assert "timed in turns" in page and "as dense" not in page
+    show(report)
+    assert "reuse interval=5" in capsys.readouterr().out
+
+
+def test_a_report_that_is_not_complete_says_so(report, tmp_path):
+    assert "not complete" not in html(report, tmp_path)  # reports of older versions are
+    page = html(report | {"complete": False, "rows": {"measured": 3, "planned": 8}}, tmp_path)
+    assert "This report is not complete: 3 of 8 rows are measured." in page
+    assert "not complete" not in html(report | {"complete": True, "rows": {"measured": 3, "planned": 8}}, tmp_path)
+
+
+def test_an_artifact_that_failed_half_way_has_its_rows_and_the_reason(report, tmp_path):
+    report["artifacts"][0]["error"] = "8 of 8 generated images are not finite"
+    page = html(report, tmp_path)
+    assert len(rows(report)) == 3 and "not finite" in page and "right w=1.5" in page
