@@ -45,6 +45,11 @@ def written() -> dict[str, Mapping]:
     return {node["_target_"]: node for nodes in sorted(found, key=len, reverse=True) for node in nodes}
 
 
+def opened(cls: type) -> dict[str, Any]:
+    """Fields without a default, with their annotations."""
+    return {f.name: f.type for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+
+
 def small(cls: type) -> Any:
     """An edit with settings that a tiny model can have: those of its file in configs/edits, else its defaults.
 
@@ -54,8 +59,7 @@ def small(cls: type) -> Any:
     path = f"{cls.__module__}.{cls.__qualname__}"
     if path in written():
         return rebuild(written()[path])
-    open_ = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
-    if open_:
+    if open_ := opened(cls):
         raise LookupError(
             f"{cls.__name__} cannot be made without {', '.join(open_)}, and no file of configs/edits names it: add "
             f"configs/edits/<name>.yaml with _target_: {path} and values that a model of two units can have"
