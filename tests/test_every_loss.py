@@ -1,11 +1,10 @@
-"""Every loss term and few-step method in the recipe that trains it, on a tiny world: the properties that all losses have.
+"""Every loss term and few-step method in the recipe that trains it, on a tiny world: the properties of all losses.
 
 Losses are found by importing. Each is trained as a file of configs/method says, on the first world that the method
 fits; one that no file names stands in another run of its kind, with its defaults. An id is the loss's name.
 """
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -49,7 +48,10 @@ few_step = pytest.mark.parametrize("name", METHODS)
 @cache
 def files() -> dict[str, list[str]]:
     """Import paths of the classes that each file of configs/method names."""
-    read = {n: OmegaConf.to_container(OmegaConf.load(CONFIGS / f"method/{n}.yaml")) for n in composed.names(CONFIGS, "method")}
+    read = {
+        n: OmegaConf.to_container(OmegaConf.load(CONFIGS / f"method/{n}.yaml"))
+        for n in composed.names(CONFIGS, "method")
+    }
     return {name: [node["_target_"] for node in sections(content)] for name, content in read.items()}
 
 
