@@ -30,11 +30,17 @@ CONFIGS = {
     "dit_diffusers geglu": DiTDiffusersConfig(
         num_layers=2, sample_size=8, num_embeds_ada_norm=10, activation_fn="geglu", **HEADS
     ),
-    "flux": FluxConfig(num_layers=1, num_single_layers=1, **AXES, **HEADS, **TEXT),
-    "sd3": SD3Config(in_channels=4, num_layers=2, sample_size=8, pos_embed_max_size=8, **HEADS, **TEXT),
-    "pixart": PixArtConfig(num_layers=1, sample_size=8, cross_attention_dim=64, caption_channels=24, **HEADS),
-    "qwen_image": QwenImageConfig(num_layers=1, joint_attention_dim=24, **AXES, **HEADS),
-    "wan": WanConfig(4, num_layers=1, ffn_dim=128, text_dim=24, freq_dim=32, sample_size=(2, 8, 8), **HEADS),
+    "flux": FluxConfig(num_layers=2, num_single_layers=2, **AXES, **HEADS, **TEXT),
+    "sd3": SD3Config(in_channels=4, num_layers=3, sample_size=8, pos_embed_max_size=8, **HEADS, **TEXT),
+    "pixart": PixArtConfig(num_layers=2, sample_size=8, cross_attention_dim=64, caption_channels=24, **HEADS),
+    "qwen_image": QwenImageConfig(num_layers=3, joint_attention_dim=24, **AXES, **HEADS),
+    "wan": WanConfig(4, num_layers=2, ffn_dim=128, text_dim=24, freq_dim=32, sample_size=(2, 8, 8), **HEADS),
+}
+# and what differs in what a model is told or predicts
+BACKBONES = CONFIGS | {
+    "sit": DiTConfig(**DIT, time="sit", learn_sigma=True),
+    "dit ddpm": DiTConfig(**DIT, time="ddpm", learn_sigma=True),
+    "flux untold": FluxConfig(num_layers=2, num_single_layers=2, guidance_embeds=False, **AXES, **HEADS, **TEXT),
 }
 # float64 sums in another order; stock RoPE is fp32, where the last bit of a float64 can turn a rounding
 TOLERANCE = {name: 1e-7 if name in ("flux", "qwen_image") else 1e-12 for name in CONFIGS}

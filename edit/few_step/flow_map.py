@@ -57,18 +57,30 @@ class IntervalInput(Edit):
         if any(e.leads for e in denoiser.applied.values()):
             raise ValueError(f"IntervalInput: this {denoiser.name} is told the end of its steps already: apply it once")
         weight = next(denoiser.parameters())
+        self._check_vector(denoiser, weight)
         with weight.device:
             own = TimeEmbed(denoiser.facts.width, 0.0).to(weight.dtype)
         nn.init.zeros_(own.mlp[2].weight)  # type: ignore[arg-type]
         nn.init.zeros_(own.mlp[2].bias)  # type: ignore[arg-type]
         return own
 
+    @staticmethod
+    @torch.no_grad()
+    def _check_vector(denoiser: Denoiser, weight: Tensor) -> None:
+        """Refuse a family whose units are modulated by more than one vector of the time: one sample is embedded."""
+        x, t = weight.new_zeros(1, *denoiser.sample_shape), torch.ones(1, device=weight.device)
+        condition = denoiser.example(1, text=1).map(lambda v: v.to(weight if v.is_floating_point() else weight.device))
+        stream = denoiser.embed(**denoiser.pack(x, t, condition))
+        if stream.cond is not stream.signal or stream.time is None:
+            raise ValueError(
+                f"IntervalInput: a step's length is added to one vector that modulates all units, and this "
+                f"{denoiser.name} has none: use another flow model (SiT, FLUX, SD3, Qwen-Image)"
+            )
+
     def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
         if condition.end is None:
             return stream
         assert own is not None and stream.time is not None
-        if stream.cond is not stream.signal:
-            raise ValueError("IntervalInput adds to one vector that modulates all units, and this family has none")
         length = own(self.scale * (t.float() - condition.end.float())).to(stream.cond.dtype)
         cond = stream.cond + length
         return replace(stream, cond=cond, time=stream.time + length, signal=cond)

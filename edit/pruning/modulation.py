@@ -76,7 +76,9 @@ class ModulationApproximator(Edit):
 
     def apply(self, denoiser: Denoiser) -> nn.Module:
         if not isinstance(denoiser, Flux):
-            raise ValueError(f"ModulationApproximator compresses the modulation of a flux, this is a {denoiser.name}")
+            raise ValueError(
+                f"ModulationApproximator compresses the modulation of a flux, this is a {denoiser.name}: leave it out"
+            )
         model: Any = denoiser.model
         norms = list(modulated(model))
         if any(type(getattr(norm, "linear", None)) is not nn.Linear for _, _, norm, _ in norms):

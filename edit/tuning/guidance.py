@@ -44,7 +44,10 @@ class GuidanceInput(Edit):
     """
 
     def apply(self, denoiser: Denoiser) -> None:
-        denoiser.add_guidance("GuidanceInput")
+        try:
+            denoiser.add_guidance("GuidanceInput")
+        except ValueError as error:
+            raise ValueError(f"{error}: leave the edit out, or start from a FLUX without one") from error
 
     def owns(self, name: str) -> bool:
         return ".guidance_embedder." in name

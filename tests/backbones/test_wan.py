@@ -30,20 +30,17 @@ from edit.distillation.attention import AttentionKD, MapKD, RelationKD
 from edit.distillation.features import FeatureKD
 from edit.distillation.output import OutputKD
 from edit.distillation.pairs import same
-from edit.edits import trains
 from edit.losses import wanted
 from edit.measuring.cost import count_generation, macs
 from edit.measuring.flops import Flops
 from edit.objectives import FlowMatching
 from edit.pruning.depth import DepthPruning
-from edit.pruning.tinyfusion import TinyFusion
 from edit.pruning.width import FeedForwardWidth
 from edit.routing.dydit import RATIO, DyDiT
 from edit.routing.elastic import Elastic, forced
 from edit.sampling import Sampler
 from edit.solvers import Euler
 from edit.stream import Branch, Condition, Forced, Step, Stream
-from edit.tuning.lora import LoRA
 from edit.tuning.td_lora import TDLoRA
 from recipes.config.composed import read
 
@@ -379,69 +376,14 @@ def test_an_order_of_the_tokens_changes_nothing_as_positions_follow():
 
 # ---- edits ----------------------------------------------------------------------------------------------------------
 
-EDITS = {
-    "elastic": lambda: Elastic(router=8, reuse=0),
-    "elastic, repeating": lambda: Elastic(router=8, band=0.5, reuse=1, cache_from=0.2),
-    "dydit": lambda: DyDiT(bias=0.0, token_bias=0.0),
-    "td_lora": lambda: TDLoRA(rank=2),
-    "width": lambda: FeedForwardWidth(0.5),
-    "depth": lambda: DepthPruning(ratio=1 / 3),
-    "tinyfusion": lambda: TinyFusion("1:3"),
-    "lora": lambda: LoRA(rank=2),
-    "linear": lambda: LinearAttention(units=(1,)),
-}
-
-
-def edited(name: str, **options) -> Wan:
-    """With an edit that does something."""
-    wan, new, g = made(**options), EDITS[name](), torch.Generator().manual_seed(1)
-    edit.apply(wan, {"it": new})
-    with torch.no_grad():
-        for key, p in wan.named_parameters():
-            if key.startswith("edits.") or new.owns(key):
-                p.add_(0.3 * torch.randn(p.shape, generator=g))
-            if isinstance(new, Elastic) and ".gate." in key:
-                p.sub_(p.mean())  # p around 1/2
-    return wan
-
-
-def trained(wan: Wan) -> Wan:
-    """As a recipe prepares it."""
-    for key, p in wan.named_parameters():
-        p.requires_grad_(trains(wan, key))
-    return wan.train()
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("name", EDITS)
-def test_edits_run_forward_and_backward_and_reach_what_they_train(name, training):
-    wan = trained(edited(name)).train(training)
-    (new,), (x, t, condition) = wan.applied.values(), batch()
-    out = wan(x, t, condition)
-    losses = [out.sample.square().mean(), *(v.mean() for v in new.losses(out.trace).values())]
-    torch.stack(losses).sum().backward()
-    assert out.sample.shape == x.shape and out.sample.isfinite().all()
-    got = {n for n, p in wan.named_parameters() if p.grad is not None and p.grad.any()}
-    assert got <= {n for n, p in wan.named_parameters() if p.requires_grad} and got
-    if training and not isinstance(new, Elastic | TinyFusion):  # which close whole units
-        missing = {n for n, p in wan.named_parameters() if p.requires_grad} - got
-        assert not {n for n in missing if not n.startswith("edits.")}, missing
-
-
-@pytest.mark.parametrize("name", EDITS)
-@torch.no_grad()
-def test_edits_sample_with_guidance_and_come_back_from_their_folder(name, tmp_path):
-    wan, (_, _, condition) = edited(name), batch()
-    videos = Sampler(Euler(2), guidance=3.0)(wan, FlowMatching(), condition, torch.arange(2))
-    assert videos.shape == (2, 3, *SIZE) and videos.isfinite().all()
-    edit.save(wan, tmp_path / "edited")
-    loaded = edit.load(tmp_path / "edited").denoiser
-    assert torch.equal(loaded(*batch()).sample, wan(*batch()).sample)
-
 
 @torch.no_grad()
 def test_what_elastic_units_execute_is_what_they_mask_and_costs_less():
-    wan = edited("elastic")
+    wan, g = edit.apply(made(), {"it": Elastic(router=8, reuse=0)}), torch.Generator().manual_seed(1)
+    for key, p in wan.edits.named_parameters():
+        p.add_(0.3 * torch.randn(p.shape, generator=g))
+        if ".gate." in key:
+            p.sub_(p.mean())  # p around 1/2
     routed = wan.train()(*batch(4)).sample
     with Flops() as counter:
         executed = wan.eval()(*batch(4)).sample
@@ -485,12 +427,13 @@ def test_dydit_computes_by_slices_what_factors_compute_and_executes_what_it_says
 def test_executed_macs_fall_by_what_edits_leave_out():
     whole = macs(made(), made().example(1, text=5))
     n, d, hidden = 72, 32, 64
-    narrow, shallow = edited("width"), edited("depth")
+    narrow = edit.apply(made(), {"it": FeedForwardWidth(0.5)})
+    shallow = edit.apply(made(), {"it": DepthPruning(ratio=1 / 3)})
     assert macs(narrow, narrow.example(1, text=5)) == whole - 3 * n * 2 * d * hidden // 2
     projections, pairs = 4 * n * d * d + 2 * n * d * d + 2 * 5 * d * d, 2 * n * n * d + 2 * n * 5 * d
     unit = projections + pairs + 2 * n * d * hidden
     assert macs(shallow, shallow.example(1, text=5)) == whole - unit
-    linear = edited("linear")
+    linear = edit.apply(made(), {"it": LinearAttention(units=(1,))})
     assert macs(linear, linear.example(1, text=5)) < whole
     guided = Sampler(Euler(2), guidance=3.0)
     assert count_generation(made(), guided, FlowMatching(), made().example(1, text=5), 1).macs == 4 * whole

@@ -40,7 +40,13 @@ def asked(request, make_dit, make_flux):
     if request.param == "flux":
         return make_flux(guidance_embeds=False), (x, t, Condition(text=text, pooled=pooled))
     if request.param == "sd3":
-        sizes = {"joint_attention_dim": 24, "pooled_projection_dim": 20, "in_channels": 4, "pos_embed_max_size": 8}
+        sizes = {
+            "joint_attention_dim": 24,
+            "pooled_projection_dim": 20,
+            "in_channels": 4,
+            "pos_embed_max_size": 8,
+            "sample_size": 8,
+        }
         model, condition = SD3Config(**HEADS, **sizes).build(), Condition(text=text, pooled=pooled)
     else:
         sizes = {"joint_attention_dim": 24, "in_channels": 16, "axes_dims_rope": (4, 6, 6)}
