@@ -1,4 +1,6 @@
-"""What a few-step method asks of its models is found by running it."""
+"""What losses ask of the models of a run is found by running them."""
+
+from dataclasses import dataclass
 
 import pytest
 from probes import small
@@ -7,7 +9,9 @@ from edit.few_step.distribution_matching import DistributionMatching
 from edit.few_step.endpoint import CachedEndpoint
 from edit.few_step.ladd import LADD
 from edit.few_step.progressive import Progressive
-from edit.measuring.turns import Call, calls_of, turns
+from edit.losses import Seen, Term
+from edit.measuring.turns import Call, calls_of, phases, turns
+from edit.paths import mean
 
 
 def test_distilling_costs_a_teacher_forward_and_four_of_the_student():
@@ -50,3 +54,51 @@ def test_a_judged_student_is_reached_through_the_frozen_teacher():
         "student": {"weights": 0.5, "nothing": 0.5},
         "teacher": {"input": 0.5, "nothing": 1.0},  # a fake on the student's turn; a real and a fake on the heads'
     }
+
+
+@dataclass
+class Asks(Term):
+    """The average at another time, with a tap, until a step."""
+
+    ends: int | None = None
+    taps = (0,)
+
+    def losses(self, seen: Seen):
+        shown = seen.averaged(seen.x, 0.5 * seen.t, seen.whole, taps=(1,)).trace["unit.1"]
+        return {"asks": mean((seen.output.trace["unit.0"] - shown).square())}
+
+
+@dataclass
+class Taught(Asks):
+    needs_teacher = True
+
+    def losses(self, seen: Seen):
+        v = seen.teacher(seen.x, seen.t, seen.condition)
+        return {"taught": mean((seen.output.sample - v + seen.predict(seen.x, seen.t, seen.condition).sample).square())}
+
+
+def phased(terms: dict[str, Term], steps: int = 10, asks: bool = False, guided: int = 1):
+    student, teacher = small(taps=(0,)), small() if asks else None
+    own = {name: term.build(student.denoiser) for name, term in terms.items()}
+    return phases(terms, student, teacher, own, guided, steps, asks)
+
+
+def test_diffusion_training_without_a_term_that_asks_is_one_forward_and_the_teachers():
+    assert calls_of(phased({})) == {"student": {"weights": 1}}
+    assert calls_of(phased({}, asks=True, guided=2)) == {"teacher": {"nothing": 2}, "student": {"weights": 1}}
+
+
+def test_a_term_that_asks_the_average_is_counted_until_it_ends():
+    assert calls_of(phased({"a": Asks()})) == {"student": {"weights": 1, "nothing": 1}}
+    first, second = phased({"a": Asks(ends=4)})
+    assert (first.share, second.share) == (0.4, 0.6)
+    assert first.calls == (Call("student", reach="weights"), Call("student")) and second.calls == first.calls[:1]
+    assert len(phased({"a": Asks(ends=40)})) == 1  # after the run
+
+
+def test_the_teacher_is_asked_no_more_after_the_last_term_that_needs_it():
+    first, second = phased({"a": Taught(ends=4), "b": Asks()}, asks=True)
+    asked = calls_of((first,))["teacher"]["nothing"]
+    assert asked == pytest.approx(2 * 0.4)  # at the step's own sample, and by the term
+    assert {c.role for c in second.calls} == {"student"} and len(second.calls) == 2
+    assert calls_of((first,))["student"]["weights"] == pytest.approx(2 * 0.4)
