@@ -22,18 +22,19 @@ from weights import randomise
 
 from edit.denoiser import Denoiser
 from edit.few_step.method import FewStepMethod
+from edit.losses import Term
 from edit.measuring.turns import Turn
-from edit.objectives import Term
 from recipes.assembly import Run, make_sight, training_of
 from recipes.config import composed
+from recipes.config.chosen import procedure_of
 from recipes.config.sources import register
 from recipes.data_set import conditions, null_condition
 from recipes.few_step import FewStep
-from recipes.models import Sources, made, models_of
+from recipes.models import Sources, losses_of, made, models_of
 from recipes.plan import draft_of
+from recipes.procedure import Fit
 from recipes.recipe import Recipe
 from recipes.roles import Origin
-from recipes.training import module_of
 
 TERMS, METHODS = classes(Term), classes(FewStepMethod)
 COUNT = 3  # samples of a batch
@@ -142,7 +143,7 @@ def run_of(name: str, folder: Path) -> Run:
     if models.matching is not None:
         models.matching.check(sampler.solver)
     told = conditions(models.data), null_condition(models.data)
-    return Run(cfg, models, objective, sampler, training_of(cfg), *told, make_sight(models.data, models.matching))
+    return Run(cfg, models, objective, sampler, training_of(cfg), *told, make_sight(models.data, losses_of(models)))
 
 
 @dataclass
@@ -152,6 +153,12 @@ class Clock:
     global_step: int = 0
     global_rank: int = 0
     optimizers: list = field(default_factory=list)
+
+
+def module_of(run: Run) -> Recipe:
+    procedure = procedure_of(run.config)
+    assert isinstance(procedure, Fit)
+    return procedure.module(run)
 
 
 @cache

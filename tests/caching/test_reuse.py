@@ -338,7 +338,9 @@ def test_a_copy_repeats_its_own_branches():
 
 @pytest.mark.parametrize("name", ["dit", "flux"])
 def test_it_is_stored_as_data_and_read_again(name, tmp_path):
-    net = family(name, reuse=Reuse(3, units=(1,), branches=("feed", "fused") if name == "flux" else (), backwards=True))
+    net = family(
+        name, reuse=Reuse(3, units=(1, 2), branches=("feed", "fused") if name == "flux" else (), backwards=True)
+    )
     save(net, tmp_path / "artifact")
     read = load(tmp_path / "artifact").denoiser
     assert read.applied["reuse"] == net.applied["reuse"] and read.applied["reuse"].name == "reuse"
@@ -392,7 +394,7 @@ def compiled(name: str, backend: str) -> None:
     # each computed evaluation runs the attention of each unit as a graph, and each repeated one none
     depth = len(net.units)
     assert [attention for _, attention, _ in seen] == [depth, depth, depth, 2 * depth, 2 * depth, 2 * depth]
-    assert runs["feed"] == (2 if name == "flux" else 2 * depth - sum(u.anatomy.fused for u in net.units))
+    assert runs["feed"] == 2 * (depth - sum(u.anatomy.fused for u in net.units))
     shares = [net.applied["reuse"].decisions(trace)[EXECUTED].mean().item() for *_, trace in seen]
     assert shares == [1.0, 0.0, 0.0] * 2
 
@@ -425,7 +427,9 @@ def test_sharded_units_gather_and_paint_the_same():
     wanted = paint(family("flux", reuse=Reuse(2)))
     for images, gathered in run_ranks(sharded):
         torch.testing.assert_close(torch.tensor(images), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
-        assert len(gathered) == 2 and set(gathered.values()) == {4}  # at every evaluation, also where all is repeated
+        assert len(gathered) == 2 and set(gathered.values()) == {
+            2 * 4
+        }  # both of a kind at every evaluation, also where all is repeated
 
 
 # ---- inside stock pipelines ------------------------------------------------------------------------------------------

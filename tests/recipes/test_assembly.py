@@ -19,7 +19,9 @@ def test_a_run_holds_what_its_configuration_names_and_builds_no_weights(tmp_path
     assert all(p.is_meta for p in run.models.skeleton.parameters())
     assert list(run.models.skeleton.applied) == ["lora"] and run.models.data.shape == (1, 8, 8)
     assert (run.models.terms, run.models.matching, run.models.teacher, run.models.critic) == ({}, None, None, None)
-    assert run.training.seed == 3 and run.training.max_steps == 12 and run.sight is None
+    assert (
+        run.training.seed == 3 and run.training.max_steps == 12 and not run.sight.models and run.sight.decoder is None
+    )
     built, again = run.models.student.build(), run.models.student.build()
     state = again.state_dict()
     assert all(v.equal(state[k]) for k, v in built.state_dict().items())  # its seed decides the weights

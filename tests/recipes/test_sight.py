@@ -57,9 +57,9 @@ def test_distribution_matching_trains_with_it_beside_its_critic(folder):
 
 
 def test_what_cannot_be_looked_at_is_refused_before_anything_is_built(folder):
-    with pytest.raises(UserError, match="matching.vision looks at decoded images: no vision model .*nowhere"):
+    with pytest.raises(UserError, match="matching looks with a frozen model: no vision model .*nowhere"):
         train(folder, *student(folder, "gone", "add.ADD", path="nowhere"))
-    with pytest.raises(UserError, match="matching.vision.crop=9 is more than the 8 rows of a sample"):
+    with pytest.raises(UserError, match="matching .* vision.crop=9 is more than the 8 rows of a sample"):
         train(folder, *student(folder, "large", "add.ADD", "+matching.vision.crop=9"))
     assert not (folder / "gone").exists() and not (folder / "large").exists()
 
@@ -75,8 +75,9 @@ def test_the_embedded_world_brings_its_decoder(tmp_path):
         patch.setattr("small_runs.SMALL", ())
         cfg = config(tmp_path, "experiment=flux_tiny/add", f"matching.vision.path={path}", *layers)
     data = instantiate(cfg.data.set)
-    decoder, eye = make_sight(data, instantiate(cfg.matching, _convert_="all"))
-    seen = eye(decoder(data.train().sample(0, 0)["x"][None]))
+    sight = make_sight(data, {"matching": instantiate(cfg.matching, _convert_="all")})
+    (eye,) = sight.models.values()
+    seen = eye(sight.decoder(data.train().sample(0, 0)["x"][None]))
     assert {k: tuple(v.shape) for k, v in seen.items()} == {"unit.1": (1, 16, 16), "unit.3": (1, 16, 16)}
 
 
@@ -88,4 +89,4 @@ def test_the_plan_counts_its_weights_and_says_what_it_leaves_out(folder):
     assert calls["student"] == {"weights": 0.5, "nothing": 0.5}
     assert calls["teacher"] == {"nothing": 1.0}  # guided: twice, on the student's turns
     count = sum(p.numel() for p in dino.Dinov2Model.from_pretrained(folder / "dino").parameters())
-    assert draft.plan().weights - replace(draft, vision=0).plan().weights == 4 * count
+    assert draft.plan().weights - replace(draft, frozen=0).plan().weights == 4 * count

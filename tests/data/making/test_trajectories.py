@@ -157,7 +157,7 @@ def test_a_cached_loss_is_the_one_that_solves_online_from_the_same_noise(made, t
     batch = next(iter(EndlessLoader(data.train(), batch_size=4, total=1)))
     velocity = guided(teacher, data, batch)
     told = Condition(**{k: batch[k] for k in ("text", "text_mask", "pooled")})
-    draws = Stored(3, torch.arange(4), 0, tuple(batch["x"].shape[1:]), batch["z"])
+    draws = Stored(3, torch.arange(4), 0, tuple(batch["x"].shape[1:]), z=batch["z"])
 
     def nobody(*asked):
         raise AssertionError("a role that this method does not ask")
