@@ -39,7 +39,9 @@ from recipes.roles import Origin
 TERMS, METHODS = classes(Term), classes(FewStepMethod)
 COUNT = 3  # samples of a batch
 WORLDS = ("dit_digits", "flux_tiny")  # by size
-every = pytest.mark.parametrize("name", [*TERMS, *METHODS])
+SLOW = {"ADD"}  # decodes samples and looks at them; tests/recipes/test_sight.py trains it in small
+names = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in (*TERMS, *METHODS)]
+every = pytest.mark.parametrize("name", names)
 few_step = pytest.mark.parametrize("name", METHODS)
 
 
@@ -330,6 +332,7 @@ def asked(module: FewStep, clock: Clock, batch: dict[str, Tensor], step: int) ->
     return seen
 
 
+@pytest.mark.slow  # fake models of every step; tests/measuring/test_turns.py counts a few by default
 @few_step
 def test_a_plan_knows_the_calls_that_a_step_makes(name, folder):
     run = run_of(name, folder)

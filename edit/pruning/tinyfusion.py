@@ -61,7 +61,10 @@ class TinyFusion(Edit):
             raise ValueError(f"TinyFusion: kappa and tau are positive, got {self.kappa} and {self.tau}")
 
     def apply(self, denoiser: Denoiser) -> Gates:
-        groups = groups_of(self.pattern, runs_of_one_kind(denoiser))
+        try:
+            groups = groups_of(self.pattern, runs_of_one_kind(denoiser))
+        except ValueError as error:
+            raise ValueError(f"TinyFusion on this {denoiser.name}: {error}") from error
         gates = Gates(groups, self.start, self.kappa[0], self.tau[0])
         choice = [n < m for n, m in groups for _ in range(m)]
         units = enumerate(zip(denoiser.units, choice, strict=True))
