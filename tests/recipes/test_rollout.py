@@ -1,0 +1,366 @@
+"""Training on the sampler's own path: what moves, on which samples, on how many ranks, and after a stop."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from killed_runs import kill_at
+from small_runs import TWO_RANKS, config, losses, rows, train, train_ranks
+from torch import Tensor
+from weights import randomise
+
+import edit
+from edit.backbones.dit import DiTConfig
+from edit.objectives import FlowMatching
+from edit.sampling import Sampler
+from edit.solvers import Euler
+from edit.stream import Condition, pack
+from recipes.assembly import assemble
+from recipes.config.errors import UserError
+from recipes.plan import main as plan
+from recipes.rollout import Rollout
+from recipes.runtime.callbacks import checkpoints, newest
+
+SAMPLER = ("sampler.solver.steps=4", "sampler.guidance=2.0")
+ROUTED = ("+edits.mixed={_target_: toy_rollouts.Mixed, beta: 1e-4}", "recipe.method={_target_: toy_rollouts.Harmony}")
+LESSON = ("+edits.ahead={_target_: toy_rollouts.Ahead}", "recipe.method={_target_: toy_rollouts.Lesson}")
+FORCED = (LESSON[0], "recipe.method={_target_: toy_rollouts.Lesson, forced: true}")
+SHORT = ("optimizer.warmup=0", "optimizer.lr=0.05", "trainer.max_steps=6", "data.batch_size=4", "ema.decay=0.5")
+TRUSTED = ("toy_rollouts",)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With a model whose branches count: of random weights."""
+    folder = tmp_path_factory.mktemp("rollouts")
+    for name, seed in (("model", 0), ("other", 1)):
+        model = DiTConfig(8, 1, 4, 32, 2, 2, num_classes=10, learn_sigma=False, time="flow", frequency_shift=1).build()
+        randomise(model, seed)
+        edit.save(model, folder / name, sampler=Sampler(Euler(4)))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def toys(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "toys"))
+
+
+def words(folder, name, *more):
+    common = (f"name={name}", f"init={folder}/model", "recipe=rollout", "trusted=[toy_rollouts]", *SAMPLER, *SHORT)
+    changed = {w.split("=")[0] for w in more}
+    return (*(w for w in common if w.split("=")[0] not in changed), *more)
+
+
+@pytest.fixture
+def visits(monkeypatch):
+    """Each evaluation that trained: what the method saw, and what the generation went on with."""
+    from toy_rollouts import Harmony, Lesson
+
+    seen = []
+    for method in (Harmony, Lesson):
+
+        def watched(self, visit, proceed=method.proceed):
+            seen.append((visit, given := proceed(self, visit)))
+            return given
+
+        monkeypatch.setattr(method, "proceed", watched)
+    return seen
+
+
+def weights(folder, name) -> dict[str, Tensor]:
+    found = torch.load(newest(folder / name / "checkpoints"), weights_only=True)["state_dict"]
+    return {k.removeprefix("denoiser."): v for k, v in found.items() if k.startswith("denoiser.")}
+
+
+# ---- what moves, and where --------------------------------------------------------------------------------------------
+
+
+def test_only_what_the_edits_leave_open_moves_and_of_a_table_only_rows_that_train(folder):
+    train(folder, *words(folder, "moves", *ROUTED))
+    before, after = edit.load(folder / "model").denoiser.state_dict(), weights(folder, "moves")
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+    rho = after["edits.mixed.rho"]
+    assert (rho[0] == 0).all() and (rho[1:] != 0).all()
+
+
+def test_the_sample_of_an_evaluation_is_where_the_students_own_prediction_led(folder, visits):
+    train(folder, *words(folder, "path", *ROUTED, "trainer.max_steps=3"))
+    assert [v.step.index for v, _ in visits] == [0, 1, 2, 3]  # the first trains nothing
+    for (visit, given), (after, _) in zip(visits, visits[1:], strict=False):
+        now, then = visit.step.times[visit.step.index], after.step.times[after.step.index]
+        torch.testing.assert_close(after.x, visit.x + (then - now) * given)
+    assert all(not torch.equal(v.student.prediction, v.teacher.prediction) for v, _ in visits[1:])
+    first = visits[0][0]
+    assert first.teacher is None and not first.student.prediction.requires_grad  # without a graph
+
+
+def test_the_dense_teacher_predicts_as_the_model_without_edits_and_leaves_the_memory_alone(folder, visits, monkeypatch):
+    asked, memories = Rollout._taught, []
+
+    def watched(module, moment, batch):
+        before = str(pack(moment.walk.memory, Tensor.clone))
+        answer = asked(module, moment, batch)
+        memories.append(before == str(pack(moment.walk.memory, Tensor.clone)) and before != "['dict']")
+        return answer
+
+    monkeypatch.setattr(Rollout, "_taught", watched)
+    train(folder, *words(folder, "dense", *ROUTED, "trainer.max_steps=3"))
+    assert memories == [False, True, True, True]  # the first is empty
+    model = edit.load(folder / "model").denoiser
+    guided = Sampler(Euler(4), 2.0).walk(model, FlowMatching(), visits[2][0].condition, torch.arange(4)).guided
+    visit = visits[2][0]
+    query = type("Query", (), {})  # only x, t and end are read
+    del query
+    from edit.solvers import Query
+
+    with torch.no_grad():
+        torch.testing.assert_close(visit.teacher.prediction, guided(Query(visit.x, visit.step.sigma, None), None))
+
+
+def test_another_teacher_is_asked_at_the_students_own_samples_with_its_guidance(folder, visits):
+    train(folder, *words(folder, "taught", *ROUTED, "trainer.max_steps=2", f"teacher.path={folder}/other"))
+    from edit.solvers import Query
+
+    other, visit = edit.load(folder / "other").denoiser, visits[2][0]
+    guided = Sampler(Euler(4), 2.0).guided(other, visit.condition, torch.arange(4))
+    with torch.no_grad():
+        torch.testing.assert_close(visit.teacher.prediction, guided(Query(visit.x, visit.step.sigma, None), None))
+
+
+def test_on_its_own_path_the_teacher_generates_as_the_model_without_edits(folder, visits):
+    train(folder, *words(folder, "own", *LESSON, "trainer.max_steps=2"))
+    model = edit.load(folder / "model").denoiser
+    condition, numbers = visits[0][0].condition, visits[0][0].batch["draw"]
+    walk = Sampler(Euler(4), 2.0).walk(model, FlowMatching(), condition, numbers)
+    with torch.no_grad():
+        for visit, _ in visits:
+            tokens = {}
+            prediction = walk.moment.ask(taps=(1,), look=lambda branch, out: tokens.update({branch: out.trace}))
+            torch.testing.assert_close(visit.teacher.prediction, prediction)
+            torch.testing.assert_close(visit.teacher.record("unit.1"), tokens["joint"]["unit.1"])
+            walk.moment.give(prediction)
+
+
+def test_with_the_teachers_history_the_student_runs_no_unit_and_with_its_own_only_in_full_evaluations(
+    folder, visits, monkeypatch
+):
+    from edit.backbones.dit import DiTBlock
+
+    run, calls = DiTBlock.forward, []
+    monkeypatch.setattr(DiTBlock, "forward", lambda self, s: (calls.append(s.step is not None), run(self, s))[1])
+    train(folder, *words(folder, "forced", *FORCED, "trainer.max_steps=4"))
+    assert not any(calls) and len(calls) == 2 * 8  # of the teacher: two units, four evaluations of two batches
+    forced = [v for v, _ in visits]
+    calls.clear()
+    visits.clear()
+    train(folder, *words(folder, "free", *LESSON, "trainer.max_steps=4"))
+    assert sum(calls) == 2 * 4  # two units, two full evaluations of two batches
+    free = [v for v, _ in visits if not v.step.index % 2 == 0]
+    # at the last evaluation of the first generation: on the teacher's path, and beside it
+    assert torch.equal(forced[1].x, forced[1].x) and not torch.equal(free[1].x, forced[1].x)
+
+
+def test_no_gradient_reaches_back_to_an_evaluation_before(folder, visits):
+    train(folder, *words(folder, "cut", *LESSON, "trainer.max_steps=2"))
+    for visit, _ in visits:
+        assert not visit.x.requires_grad
+        pack(visit.step.memory, lambda v: pytest.fail("a graph") if v.requires_grad else v)
+
+
+def test_the_loss_of_a_predictor_falls(folder):
+    words_ = words(folder, "falls", *LESSON, "trainer.max_steps=40", "optimizer.schedule=constant", "optimizer.lr=0.02")
+    train(folder, *words_)
+    found = [float(v) for v in losses(folder, "falls")]
+    assert sum(found[-8:]) < 0.8 * sum(found[:8])
+    at_rest = words(folder, "rests", *LESSON, "trainer.max_steps=8", "optimizer.lr=0.0")
+    train(folder, *at_rest)
+    rest = [float(v) for v in losses(folder, "rests")]
+    assert sum(found[-8:]) < 0.8 * sum(rest)
+
+
+def test_a_table_learns_to_compute_what_the_match_needs_and_stays_within_its_limits(folder):
+    limited = ROUTED[1].replace("Harmony", "Harmony, limit: 0.2")
+    train(folder, *words(folder, "limited", ROUTED[0].replace("1e-4", "0.0"), limited, "trainer.max_steps=12"))
+    rho = weights(folder, "limited")["edits.mixed.rho"]
+    assert rho[1:].max() == rho.abs().max() == torch.tensor(0.2)
+    average = torch.load(newest(folder / "limited/checkpoints"), weights_only=True)["state_dict"]["ema.edits.mixed.rho"]
+    assert average.abs().max() <= 0.2
+
+
+# ---- between updates ------------------------------------------------------------------------------------------------
+
+
+REFRESHED = (ROUTED[0], "recipe.method={_target_: toy_rollouts.Harmony, every: 4}", "recipe.samples=8")
+
+
+def test_weights_of_evaluations_are_made_anew_every_so_many_updates(folder, monkeypatch):
+    from toy_rollouts import Harmony
+
+    seen, refresh = [], Harmony.refresh
+
+    def watched(self, student, batches, own):
+        refresh(self, student, batches, own)
+        seen.append((own.lambdas.clone(), [len(x) for x in batches.generate()]))
+
+    monkeypatch.setattr(Harmony, "refresh", watched)
+    train(folder, *words(folder, "anew", *REFRESHED, "trainer.max_steps=6"))
+    assert len(seen) == 2 and seen[0][1] == [4, 4]
+    for lambdas, _ in seen:
+        assert lambdas[0] == 0 and (lambdas[1:] > 0).all()
+    assert not torch.equal(seen[0][0], seen[1][0])
+    state = torch.load(newest(folder / "anew/checkpoints"), weights_only=True)["state_dict"]
+    assert torch.equal(state["own.lambdas"], seen[1][0])
+
+
+# ---- stops and ranks ------------------------------------------------------------------------------------------------
+
+WHOLE = ("trainer.max_steps=12", "optimizer.schedule=constant")
+
+
+@pytest.mark.parametrize("method", [REFRESHED, LESSON], ids=["table", "predictor"])
+def test_a_run_that_stops_inside_a_generation_goes_on_bit_equal(folder, method):
+    name = f"stop{len(method)}"
+    every = "checkpoint.every=1"
+    train(folder, *words(folder, f"{name}_whole", *method, *WHOLE))
+    for last in (1, 5, 12):  # of three updates, or of two, in a generation
+        train(folder, *words(folder, name, *method, WHOLE[1], f"trainer.max_steps={last}", every))
+    assert losses(folder, name) == losses(folder, f"{name}_whole")
+    one, two = (weights(folder, n) for n in (name, f"{name}_whole"))
+    assert all(torch.equal(v, two[k]) for k, v in one.items())
+
+
+def test_a_file_of_a_rank_belongs_to_its_checkpoint(folder, capsys):
+    train(folder, *words(folder, "files", *ROUTED, WHOLE[1], "trainer.max_steps=5", "checkpoint.every=1"))
+    place = folder / "files/checkpoints"
+    assert sorted(p.name for p in place.iterdir()) == [
+        f"step_0000000{k}.ckpt{rank}{end}" for k in (4, 5) for rank in ("", ".rank_0_of_1") for end in ("", ".sha256")
+    ]
+    last = place / "step_00000005.ckpt.rank_0_of_1"
+    last.write_bytes(last.read_bytes()[:-1] + b"x")
+    assert newest(place).name == "step_00000004.ckpt"
+    assert "step_00000005.ckpt.rank_0_of_1 is not what was saved" in capsys.readouterr().out
+    last.unlink()
+    assert newest(place).name == "step_00000004.ckpt" and "is missing" in capsys.readouterr().out
+    (place / "step_00000004.ckpt.rank_0_of_1").rename(place / "step_00000004.ckpt.rank_0_of_2")
+    from recipes.runtime.checkpoint_files import read_rank
+
+    with pytest.raises(UserError, match="on each of 2 ranks, and this command has 1: go on with 2 of them"):
+        read_rank(place / "step_00000004.ckpt", 0, 1)
+
+
+def test_at_the_end_of_a_generation_nothing_is_kept(folder):
+    train(folder, *words(folder, "ends", *ROUTED, "trainer.max_steps=3", "checkpoint.every=3"))
+    assert {p.suffix for p in (folder / "ends/checkpoints").iterdir()} == {".ckpt", ".sha256"}
+    assert len(checkpoints(folder / "ends/checkpoints")) == 1
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_train_as_one_process(folder, strategy):
+    two = ("trainer.gradient_checkpointing=false", f"trainer={strategy}", *TWO_RANKS[:3], "data.batch_size=2")
+    train_ranks(folder, *words(folder, f"two_{strategy}", *REFRESHED, *two), world=2)
+    if not (folder / "one").exists():
+        train(folder, *words(folder, "one", *REFRESHED))
+    for key in ("train/loss", "train/match"):
+        one, two = ([float(r[key]) for r in rows(folder, n)] for n in ("one", f"two_{strategy}"))
+        assert one == pytest.approx(two, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [None, "ddp", "fsdp2"])
+def test_a_killed_run_goes_on_bit_equal(folder, strategy):
+    """Killed after step 6, from the checkpoint of step 4, inside the second generation."""
+    name, world = f"killed_{strategy}", 1 if strategy is None else 2
+    more = [*REFRESHED, *WHOLE]
+    if strategy:
+        more += [f"trainer={strategy}", *TWO_RANKS[:3], "data.batch_size=2", "trainer.gradient_checkpointing=false"]
+    train_ranks(folder, *words(folder, f"{name}_whole", *more), world=world)
+    told = words(folder, name, *more)
+    kill_at(folder, name, 6, *(w for w in told if not w.startswith("name=")), world=world)
+    train_ranks(folder, *told, world=world)
+    assert losses(folder, name) == losses(folder, f"{name}_whole") and len(losses(folder, name)) == 12
+    one, two = (weights(folder, n) for n in (name, f"{name}_whole"))
+    assert all(torch.equal(v, two[k]) for k, v in one.items())
+
+
+# ---- what is left, what is refused, what it costs -----------------------------------------------------------------------
+
+
+def test_the_artifact_has_what_is_left_of_a_trained_edit_and_generates_as_the_average(folder, monkeypatch):
+    from recipes import training
+
+    made, keep = [], training.keep
+    monkeypatch.setattr(training, "keep", lambda run, result, *more: (made.append(result), keep(run, result, *more))[1])
+    train(folder, *words(folder, "compact", *ROUTED, "optimizer.lr=1.0"))
+    artifact = edit.load(folder / "compact", trusted=TRUSTED)
+    assert [type(e).__name__ for e in artifact.denoiser.applied.values()] == ["Fixed"]
+    average = made[0].denoiser.eval()
+    table = artifact.denoiser.edits["mixed"].computed
+    assert type(average.applied["mixed"]).__name__ == "Mixed" and table.any() and not table.all()
+    condition, numbers = Condition(label=torch.arange(4)), torch.arange(4)
+    one, two = (artifact.sampler(m, artifact.objective, condition, numbers) for m in (artifact.denoiser, average))
+    assert torch.equal(one, two)
+    assert "ema.edits.mixed.rho" in torch.load(newest(folder / "compact/checkpoints"), weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("trainer.accumulate=2", "updates after each evaluation: set trainer.accumulate=1"),
+        ("trainer.gradient_checkpointing=true", "set it to false with recipe=rollout"),
+        ("matching={_target_: edit.few_step.progressive.Progressive}", "leave one of the two out"),
+        ("+terms.a={_target_: edit.distillation.output.OutputKD}", "leave out terms.a"),
+        ("recipe.method={_target_: edit.distillation.output.OutputKD}", "RolloutMethod"),
+        ("sampler.solver.steps=6", "Mixed has 4 steps, the sampler 6: use as many"),
+        ("sampler.perturbation=1.0", "perturb"),
+        ("recipe.batches=0", "recipe.batches: expected int at least 1"),
+    ],
+)
+def test_what_a_rollout_cannot_have_is_refused_in_one_sentence(folder, change, sentence):
+    base = [w for w in words(folder, "refused", *ROUTED) if w.split("=")[0] != change.split("=")[0].lstrip("+")]
+    with pytest.raises((UserError, ValueError), match=sentence) as refused:
+        train(folder, *base, change)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_generation_in_which_nothing_would_train_is_refused(folder):
+    base = [w for w in words(folder, "none", *LESSON) if "solver.steps" not in w]
+    cfg = config(folder, *base, "sampler.solver.steps=1")
+    cfg.trainer.devices, cfg.trainer.precision = 1, "32-true"
+    from recipes.config.chosen import procedure_of
+
+    with pytest.raises(UserError, match="trains none of 1 evaluations: sample in more steps"):
+        procedure_of(cfg).module(assemble(cfg))
+
+
+def report(capsys, *settings):
+    import json
+
+    plan([*settings, "--json"])
+    captured = capsys.readouterr()
+    assert captured.out, captured.err
+    return json.loads(captured.out)
+
+
+def test_the_plan_counts_the_forwards_of_an_update_and_the_memory_of_the_predictor(folder, capsys):
+    told = [w for w in words(folder, "plan", *LESSON) if not w.startswith("name")]
+    r = report(capsys, "backbone.hidden_size=32", "backbone.num_heads=2", "backbone.depth=2", *told)
+    # an update: a full and a cached evaluation, each with its teacher, all with guidance in one batch
+    assert r["calls"] == {"student": {"nothing": 6.0, "weights": 2.0}}
+    tokens = 4 * 32 * 4  # of one branch, bytes
+    assert r["memory"]["caches"] == 4 * 2 * 4 * tokens  # samples, branches, evaluations
+    plan(["backbone.hidden_size=32", "backbone.num_heads=2", "backbone.depth=2", *told])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "student 6 without gradient and 2" in out and "memory of edits between evaluations" in out
+
+
+def test_the_plan_says_what_it_does_not_know_and_counts_another_teacher(folder, capsys):
+    small = ("backbone.hidden_size=32", "backbone.num_heads=2", "backbone.depth=2", f"teacher.path={folder}/other")
+    r = report(capsys, *small, *words(folder, "plan", *REFRESHED))
+    assert r["calls"]["teacher"] == {"nothing": 2.0}
+    assert r["calls"]["student"] == {"nothing": pytest.approx(2 / 3), "weights": 2.0}
+    assert any("neither known nor counted" in n for n in r["notes"]) and any("every 4 updates" in n for n in r["notes"])
+
+
+def test_calibration_is_no_training_to_plan(folder, capsys):
+    assert plan(["recipe=calibrate", f"init={folder}/model", "edits=reuse"]) == 2
+    assert "trains nothing, so there is no training to plan" in capsys.readouterr().err
