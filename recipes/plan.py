@@ -171,6 +171,7 @@ def drafted(assumed: Assumptions, cfg: DictConfig, notes: list[str]) -> Draft:
         UserError, ValueError: if its parts do not fit together
     """
     cfg = on_its_machine(cfg)
+    planned(cfg)
     try:
         models = models_of(cfg, StandIns(cfg, assumed.shape, assumed.text, notes, assumed.frames))
     except InstantiationException as error:

@@ -13,7 +13,7 @@ in the checkpoint, a file of each rank: a stopped run goes on to the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,8 +32,8 @@ from edit.measuring.turns import Turn
 from edit.objectives import Objective
 from edit.rollout import Answer, RolloutMethod, Visit, trained
 from edit.sampling import Guided, Sampler
-from edit.solvers import Query
-from edit.stream import Condition
+from edit.solvers import DDIMSolver, DDPMSolver, DPMSolver, Euler, Heun, Query
+from edit.stream import Condition, Output
 from edit.walk import Moment, Walk
 from recipes.assembly import Run, make_sight
 from recipes.calibrate import APART, WITHOUT_END
@@ -194,7 +194,8 @@ class Rollout(Recipe):
             there.give(prediction)
             return Answer(prediction, outputs)
         if self.method.asks == "path":
-            return stored_answer(batch, index, self._teacher, taps)
+            depth = len(self.denoiser.units)
+            return stored_answer(batch, index, [i % depth for i in taps], self.device)
         if self.method.asks is None or index not in self.updating:
             return None
         if self._teacher is self.denoiser:
@@ -221,6 +222,12 @@ class Rollout(Recipe):
         self.denoiser.train()
         if self.device_mesh is not None:
             self.reshard()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Stored features stay where they are: of all evaluations one is needed at a time."""
+        far = {k: v for k, v in batch.items() if k.startswith(FEATURES)}
+        near = {k: v for k, v in batch.items() if k not in far}
+        return {**super().transfer_batch_to_device(near, device, dataloader_idx), **far}
 
     def updated(self) -> None:
         with torch.no_grad():
@@ -252,8 +259,47 @@ def moved(state: Any, device: torch.device) -> Any:
     return [moved(v, device) for v in state] if isinstance(state, list) else state
 
 
-def stored_answer(batch: Mapping[str, Tensor], index: int, teacher: Denoiser, taps: tuple[int, ...]) -> Answer:
-    raise NotImplementedError
+FEATURES = ("predictions", "tap")  # how the names of stored features in a batch begin
+
+
+def stored_answer(batch: Mapping[str, Tensor], index: int, taps: Collection[int], device: torch.device) -> Answer:
+    """The teacher's answer at an evaluation, from stored features, as if its guidance branches had shared a batch.
+
+    Args:
+        batch: with `predictions`, b s c *sizes, and of each tap `tap<unit>`, b s k n d
+        index: of the evaluation
+        taps: units, from 0
+        device: of the answer
+    """
+    prediction = batch["predictions"][:, index].to(device)
+    tokens = {f"unit.{unit}": batch[f"tap{unit}"][:, index].to(device) for unit in taps}  # b k n d
+    several = any(v.shape[1] > 1 for v in tokens.values())
+    trace = {name: v.transpose(0, 1).flatten(0, 1) for name, v in tokens.items()}
+    return Answer(prediction, {"joint" if several else "cond": Output(prediction, None, trace)})
+
+
+def refuse_other_features(stored: Mapping[str, Any], method: RolloutMethod, sampler: Sampler, run: Run) -> None:
+    """Raises UserError if stored features are not those of the run's sampler, or lack a tap of the method."""
+    times = sampler.solver.times_of(run.objective, tuple(run.models.data.shape))[:-1]
+    made, guidance = stored["evaluations"], sampler.guidance if sampler.told is None else sampler.told
+    kinds = {"euler": Euler, "heun": Heun, "dpm": DPMSolver, "ddim": DDIMSolver, "ddpm": DDPMSolver}
+    same = type(sampler.solver) is kinds[stored["solver"]] and len(made) == len(times)
+    if not same or any(abs(a - b) > 1e-6 for a, b in zip(made, times, strict=True)):
+        raise UserError(
+            f"the stored features are of {stored['solver']} in {stored['steps']} steps with shift {stored['shift']:g}, "
+            f"and the sampler is {sampler.solver}: choose it alike"
+        )
+    if abs(guidance - stored["guidance"]) > 1e-6 or sampler.interval != (0.0, 1.0):
+        raise UserError(
+            f"the stored features were made at guidance {stored['guidance']:g} at all times, and the sampler guides at "
+            f"{guidance:g} in {sampler.interval}: choose it alike"
+        )
+    depth = len(run.models.skeleton.units)
+    if lacking := [unit for unit in method.teacher_taps if unit % depth not in stored["taps"]]:
+        raise UserError(
+            f"recipe.method wants the teacher's tokens behind unit {lacking[0]}, stored are those of {stored['taps']}: "
+            "run data.generate with this tap, or leave data.set.features out"
+        )
 
 
 @dataclass(frozen=True)
@@ -315,14 +361,13 @@ class RollingOut(Fit):
     def kinds(self, probed: Probed) -> tuple[Turn, ...]:
         sampler, objective = made(probed.config.sampler), made(probed.config.objective)
         times = sampler.solver.times_of(objective, probed.student.shape)
-        separate = any(e.separate for e in probed.student.denoiser.applied.values())
         teacher = "student" if probed.teacher is None else "teacher"
         if self.method.every:
             probed.notes.append(
                 f"the generations from which recipe.method makes its values anew every {self.method.every} updates are "
                 "not counted"
             )
-        return turns_of(self.method, sampler, times, separate, teacher)
+        return turns_of(self.method, sampler, times, probed.student.denoiser, teacher)
 
     def remembered(self, probed: Probed) -> int:
         sampler, objective = made(probed.config.sampler), made(probed.config.objective)
@@ -351,6 +396,11 @@ class RollingOut(Fit):
             trained(method, len(times) - 1)
         except ValueError as error:
             raise UserError(f"recipe.method: {error}") from error
+        stored = getattr(models.data, "stored", None) or {}
+        if "taps" not in stored or not getattr(models.data, "features", False):
+            stored = {}
+        if stored and method.asks == "path":
+            refuse_other_features(stored, method, run.sampler, run)
         return Rollout(
             *models.student,
             run.objective,
@@ -362,6 +412,7 @@ class RollingOut(Fit):
             models.teacher,
             run.null,
             make_sight(models.data, {"recipe.method": method}),
+            stored.get("seed"),
         )
 
     def calibration(self, run: Run, denoiser: Denoiser) -> OnData:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from edit.denoiser import Denoiser
+from edit.edits import trains
 from edit.measuring.turns import Call, Reach, Turn
 from edit.objectives import Objective
 from edit.rollout import RolloutMethod, trained
@@ -19,7 +21,7 @@ MOST = 16  # evaluations of a generation that are followed: by then memories hav
 
 
 def turns_of(
-    method: RolloutMethod, sampler: Sampler, times: Sequence[float], separate: bool, teacher: str
+    method: RolloutMethod, sampler: Sampler, times: Sequence[float], student: Denoiser, teacher: str
 ) -> tuple[Turn, ...]:
     """The kinds of updates of a rollout. A cached student counts as a dense one, which it is at most.
 
@@ -27,11 +29,13 @@ def turns_of(
         method: of the rollout
         sampler: of the generations
         times: of its evaluations, then 0
-        separate: guidance branches do not share a batch
+        student: with its edits; where these freeze the model, the backward pass makes no gradients of its weights
         teacher: role of the model that teaches: "student", without gradient, or "teacher"
     """
     count = len(times) - 1
     updates = trained(method, count)
+    separate = any(e.separate for e in student.applied.values())
+    reach: Reach = "weights" if any(trains(student, n) for n, _ in stock(student)) else "input"
 
     def calls(index: int, role: str, reach: Reach) -> list[Call]:
         inside = sampler.interval[0] <= times[index] <= sampler.interval[1]
@@ -47,9 +51,14 @@ def turns_of(
             made += calls(index, "student", "nothing")
             made += calls(index, teacher, "nothing") if method.asks == "path" else []
         made += calls(update, teacher, "nothing") if method.asks is not None else []
-        found[*made, *calls(update, "student", "weights")] += 1
+        found[*made, *calls(update, "student", reach)] += 1
         begin = update + 1
     return tuple(Turn(n / len(updates), calls) for calls, n in found.items())
+
+
+def stock(denoiser: Denoiser) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of the model, without those that edits added beside it."""
+    return ((n, p) for n, p in denoiser.named_parameters() if not n.startswith("edits."))
 
 
 def remembered(

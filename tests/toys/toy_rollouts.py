@@ -224,3 +224,16 @@ class Lesson(RolloutMethod):
         for branch, memory in visit.memory(self.edit, 0).items():
             memory["hidden"][-1] = self.truth(visit)[branch]
         return visit.teacher.prediction
+
+
+@dataclass(frozen=True)
+class Planted(Lesson):
+    """The tokens follow a predictor with known weights, -0.3 and 0.5, at the student's own history."""
+
+    asks = None
+    teacher_taps = ()
+
+    def losses(self, visit):
+        (memory,) = visit.memory(self.edit, 0).values()
+        *_, before, newest, found = [memory["hidden"][0], *memory["hidden"]]
+        return {"hidden": mean((found - (newest - 0.3 * before + 0.5 * newest).detach()).square())}
