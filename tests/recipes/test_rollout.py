@@ -1,17 +1,20 @@
 """Training on the sampler's own path: what moves, on which samples, on how many ranks, and after a stop."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import small_runs
 import torch
+from hydra.utils import instantiate
 from killed_runs import kill_at
+from omegaconf import OmegaConf
 from small_runs import TWO_RANKS, config, losses, rows, train, train_ranks
 from torch import Tensor
 from weights import randomise
 
 import edit
+from data.sets.latents import Latents
 from edit import noise
 from edit.backbones.dit import DiTConfig
 from edit.objectives import FlowMatching
@@ -19,14 +22,14 @@ from edit.sampling import Sampler
 from edit.solvers import Euler, Query
 from edit.stream import Condition, pack
 from recipes.assembly import assemble
+from recipes.config.chosen import procedure_of
 from recipes.config.errors import UserError
-from recipes.plan import main as plan
 from recipes.rollout import Rollout
 from recipes.runtime.callbacks import checkpoints, newest
 from recipes.runtime.checkpoint_files import read_rank
 
 TOYS = Path(__file__).parents[1] / "toys"
-SAMPLE = Sampler(Euler(4), 2.0)
+SAMPLE, SAMPLE_3 = Sampler(Euler(4), 2.0), Sampler(Euler(4), 3.0)
 WHOLE = ("trainer.max_steps=12", "optimizer.schedule=constant")
 
 SAMPLER = ("sampler.solver.steps=4", "sampler.guidance=2.0")
@@ -228,6 +231,7 @@ def test_a_planted_predictor_is_found(folder):
     assert abs(mix.sum().item() - 0.2) < 0.05  # the history is nearly constant: a sum is known best
 
 
+@pytest.mark.slow
 def test_parameters_stay_within_their_limits_and_so_does_the_average(folder):
     limited = ROUTED[1].replace("Harmony", "Harmony, limit: 0.2")
     train(folder, *words(folder, "limited", ROUTED[0], limited, "optimizer.lr=1.0", "trainer.max_steps=4"))
@@ -271,8 +275,8 @@ LATER = pytest.param(LESSON, marks=pytest.mark.slow, id="predictor")
 def test_a_run_that_stops_inside_a_generation_goes_on_bit_equal(folder, method):
     name = f"stop{len(method)}"
     every = "checkpoint.every=1"
-    train(folder, *words(folder, f"{name}_whole", *method, WHOLE[1], "trainer.max_steps=8"))
-    for last in (5, 8):  # of three updates, or of two, in a generation
+    train(folder, *words(folder, f"{name}_whole", *method, WHOLE[1], "trainer.max_steps=5"))
+    for last in (4, 5):  # of three updates, or of two, in a generation
         train(folder, *words(folder, name, *method, WHOLE[1], f"trainer.max_steps={last}", every))
     assert losses(folder, name) == losses(folder, f"{name}_whole")
     one, two = (weights(folder, n) for n in (name, f"{name}_whole"))
@@ -297,13 +301,15 @@ def test_a_file_of_a_rank_belongs_to_its_checkpoint(folder, capsys):
         read_rank(place / "step_00000004.ckpt", 0, 1)
 
 
+@pytest.mark.slow
 def test_at_the_end_of_a_generation_nothing_is_kept(folder):
     train(folder, *words(folder, "ends", *ROUTED, "trainer.max_steps=3", "checkpoint.every=3"))
     assert {p.suffix for p in (folder / "ends/checkpoints").iterdir()} == {".ckpt", ".sha256"}
     assert len(checkpoints(folder / "ends/checkpoints")) == 1
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_train_as_one_process(folder, strategy):
     two = ("trainer.gradient_checkpointing=false", f"trainer={strategy}", *TWO_RANKS[:3], "data.batch_size=2")
     train_ranks(folder, *words(folder, f"two_{strategy}", *REFRESHED, *two), world=2)
@@ -335,22 +341,48 @@ def test_a_killed_run_goes_on_bit_equal(folder, strategy):
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("trainer.accumulate", 2, "updates after each evaluation: set trainer.accumulate=1"),
+        ("trainer.gradient_checkpointing", True, "set it to false with recipe=rollout"),
+        ("trainer.strategy", "zero2", "use trainer=ddp or fsdp2"),
+        ("matching", {"_target_": "edit.few_step.progressive.Progressive"}, "leave one of the two out"),
+        ("terms.a", {"_target_": "edit.distillation.output.OutputKD"}, "leave out terms.a"),
+        ("teacher.placement", "tied", "the model itself, dense, is the teacher of a rollout"),
+        ("strata", 2, "data_weight and strata are of diffusion training"),
+        ("critic.follow", 0.5, "only a few-step method"),
+    ],
+)
+def test_what_a_rollout_cannot_have_is_refused_in_one_sentence(chosen, key, value, sentence):
+    cfg = chosen.copy()
+    OmegaConf.update(cfg, key, value, force_add=True)
+    (said,) = procedure_of(cfg).check(cfg)
+    assert sentence in said and "\n" not in said
+
+
+@pytest.fixture(scope="module")
+def chosen(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(TOYS))
+        return config(folder, *words(folder, "refused", *ROUTED))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ("trainer.accumulate=2", "updates after each evaluation: set trainer.accumulate=1"),
-        ("trainer.gradient_checkpointing=true", "set it to false with recipe=rollout"),
-        ("matching={_target_: edit.few_step.progressive.Progressive}", "leave one of the two out"),
-        ("+terms.a={_target_: edit.distillation.output.OutputKD}", "leave out terms.a"),
         ("recipe.method={_target_: edit.distillation.output.OutputKD}", "RolloutMethod"),
+        ("recipe.method=null", "RolloutMethod"),
         ("sampler.solver.steps=6", "Mixed has 4 steps, the sampler 6: use as many"),
         ("+sampler.perturbation=1.0", "perturb"),
         ("recipe.batches=0", "recipe.batches: expected int at least 1"),
+        ("teacher.guidance=2.0", "guides its teacher as the student, by sampler.guidance"),
     ],
 )
-def test_what_a_rollout_cannot_have_is_refused_in_one_sentence(folder, change, sentence):
+def test_a_part_that_does_not_fit_is_refused_in_one_sentence(folder, change, sentence):
     base = [w for w in words(folder, "refused", *ROUTED) if w.split("=")[0] != change.split("=")[0].lstrip("+")]
     with pytest.raises((UserError, ValueError), match=sentence) as refused:
-        train(folder, *base, change)
+        train(folder, *base, f"teacher.path={folder}/other", change)
     assert "\n" not in str(refused.value)
 
 
@@ -358,39 +390,74 @@ def test_a_generation_in_which_nothing_would_train_is_refused(folder):
     base = [w for w in words(folder, "none", *LESSON) if "solver.steps" not in w]
     cfg = config(folder, *base, "sampler.solver.steps=1")
     cfg.trainer.devices, cfg.trainer.precision = 1, "32-true"
-    from recipes.config.chosen import procedure_of
-
     with pytest.raises(UserError, match="trains none of 1 evaluations: sample in more steps"):
         procedure_of(cfg).module(assemble(cfg))
 
 
-def report(capsys, *settings):
-    plan([*settings, "--json"])
-    captured = capsys.readouterr()
-    assert captured.out, captured.err
-    return json.loads(captured.out)
+# ---- stored features ------------------------------------------------------------------------------------------------
+
+FLUX = ("backbone=flux_tiny", "backbone.num_layers=1", "backbone.num_single_layers=1", "sampler.guidance=3.0")
 
 
-def test_the_plan_counts_the_forwards_of_an_update_and_the_memory_of_the_predictor(folder, capsys):
-    told = [w for w in words(folder, "plan", *LESSON) if not w.startswith("name")]
-    r = report(capsys, "backbone.hidden_size=32", "backbone.num_heads=2", "backbone.depth=2", *told)
-    # an update: a full and a cached evaluation, each with its teacher, all with guidance in one batch
-    assert r["calls"] == {"student": {"nothing": 6.0, "input": 2.0}}
-    tokens = 4 * 32 * 4  # of one branch, bytes
-    assert r["memory"]["caches"] == 4 * 2 * 4 * tokens  # samples, branches, evaluations
-    plan(["backbone.hidden_size=32", "backbone.num_heads=2", "backbone.depth=2", *told])
-    out = " ".join(capsys.readouterr().out.split())
-    assert "student 2 to its input and 6 without gradient" in out and "memory of edits between evaluations" in out
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A folder with a text-conditioned model of random weights, and its features of 8 prompts, in fp32."""
+    from data.embedded import main as embed
+    from data.generate import main as generate
+
+    place = tmp_path_factory.mktemp("features")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small_runs, "SMALL", [w for w in small_runs.SMALL if not w.startswith("backbone.")])
+        spec = instantiate(config(place, "name=x", *FLUX, "data=shapes").backbone, _convert_="all")
+        model = spec.build()
+        model.settle((12, 8, 8), spec)
+        randomise(model, 0)
+        edit.save(model, place / "model", data={"_target_": "data.sets.shapes.Shapes", "count": 8, "held": 4})
+        world = place / "world"
+        assert embed([f"out={world}", "count=8"]) == 0
+        told = [f"teacher={place}/model", f"prompts={world}/prompts.txt", f"out={place}/cache", "max_tokens=16"]
+        told += [f"text_encoder={world}/text_encoder_2", f"pooled_encoder={world}/text_encoder", "padding=zeros"]
+        told += ["guidance=3.0", "steps=4", "shift=1.0", "seed=7", "dtype=float32", "device=cpu", "taps=1"]
+        assert generate(told) == 0
+        yield place
 
 
-def test_the_plan_says_what_it_does_not_know_and_counts_another_teacher(folder, capsys):
-    small = ("backbone.hidden_size=32", "backbone.num_heads=2", "backbone.depth=2", f"teacher.path={folder}/other")
-    r = report(capsys, *small, *words(folder, "plan", *REFRESHED))
-    assert r["calls"]["teacher"] == {"nothing": 2.0}
-    assert r["calls"]["student"] == {"nothing": pytest.approx(2 / 3), "input": 2.0}
-    assert any("neither known nor counted" in n for n in r["notes"]) and any("every 4 updates" in n for n in r["notes"])
+def of_cache(stored, name, *more):
+    data = ("data=latents", f"data.set.path={stored}/cache", f"data.set.generated_by={stored}/model")
+    return words(stored, name, *FLUX, *data, "data.set.features=true", *more)
 
 
-def test_calibration_is_no_training_to_plan(folder, capsys):
-    assert plan(["recipe=calibrate", f"init={folder}/model", "edits=reuse"]) == 2
-    assert "trains nothing, so there is no training to plan" in capsys.readouterr().err
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [LESSON, FORCED], ids=["free", "forced"])
+def test_stored_features_are_the_answers_of_the_teacher_live(stored, visits, method):
+    train(stored, *of_cache(stored, f"s{method == FORCED}", *method, "trainer.max_steps=4"))
+    model = edit.load(stored / "model").denoiser
+    null = Condition(**{k: v[None] for k, v in Latents(f"{stored}/cache").null.items()})
+    condition, numbers = visits[0][0].condition, visits[0][0].batch["number"]
+    walk, tokens = SAMPLE_3.walk(model, FlowMatching(), condition, numbers, 7, null), {}
+    by_index = {v.step.index: v for v, _ in visits if torch.equal(v.batch["number"], numbers)}
+    if method != FORCED:
+        assert torch.equal(walk.x, by_index[0].x)  # the noise of the teacher
+    with torch.no_grad():
+        for moment in walk:
+            prediction = moment.ask(taps=(1,), look=tokens.__setitem__)
+            if (visit := by_index.get(moment.step.index)) is not None:
+                torch.testing.assert_close(visit.teacher.prediction, prediction, rtol=1e-4, atol=1e-4)
+                live = torch.cat([out.trace["unit.1"] for out in tokens.values()])
+                torch.testing.assert_close(visit.teacher.record("unit.1"), live, rtol=1e-4, atol=1e-4)
+            moment.give(prediction)
+    assert all(float(v) > 0 for v in losses(stored, f"s{method == FORCED}"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("sampler.solver.steps=6", "features are of euler in 4 steps with shift 1, and the sampler is"),
+        ("sampler.guidance=2.0", "features were made at guidance 3 at all times, and the sampler guides at 2"),
+        ("+recipe.method.unit=0", "behind unit 0, stored are those of"),
+    ],
+)
+def test_features_of_another_generation_are_refused(stored, change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        train(stored, *of_cache(stored, "refused", *LESSON, change))
