@@ -106,6 +106,11 @@ class Rollout(Recipe):
                     watched[f"{name}/{k}"] = watched.get(f"{name}/{k}", 0.0) + v.float().mean() / len(traces)
         means = {name: loss.mean() for name, loss in losses.items()}
         loss = sum(means.values(), start=torch.zeros((), device=self.device))
+        if not loss.requires_grad:
+            raise UserError(
+                f"recipe.method: at evaluation {moment.step.index} no trained parameter has a part in the losses: let "
+                f"{type(self.method).__name__}.trains leave it out, or choose edits that train there"
+            )
         self._record(batch_index, {"loss": loss, **(means if len(means) > 1 else {}), **watched})
         with torch.no_grad():
             moment.give(self.method.proceed(visit).detach())
