@@ -14,6 +14,11 @@ from edit.stream import Output, Step, pack, unpack
 Look = Callable[[str, Output], None]  # sees the guidance branch and the output of each call of the model in one answer
 
 
+def copied(v: Tensor) -> Tensor:
+    """Without gradients, where it is."""
+    return v.detach().clone()
+
+
 class Walk:
     """A generation, one evaluation at a time:
 
@@ -91,8 +96,11 @@ class Walk:
         self.memory.clear()  # the dictionary stays: steps hold it
         self.memory.update(memory)
 
-    def state(self) -> dict[str, Any]:
+    def state(self, copy: Callable[[Tensor], Tensor] = copied) -> dict[str, Any]:
         """All that `Sampler.walk` needs to go on from here in another process, to the same bits.
+
+        Args:
+            copy: makes the tensors of the state; to the CPU, say
 
         Returns:
             lists, tensors, numbers and texts alone, of tensors copies without gradients, where they are.
@@ -106,8 +114,8 @@ class Walk:
             raise RuntimeError("the memory is ahead of this evaluation, which was asked: take the state after give")
         return {
             "times": list(self.times),
-            "given": [p.clone() for p in self.given],
-            "memory": pack(self.memory, lambda v: v.detach().clone()),
+            "given": [copy(p) for p in self.given],
+            "memory": pack(self.memory, copy),
         }
 
     def _continue(self, state: Mapping[str, Any]) -> None:

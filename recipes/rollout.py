@@ -13,6 +13,7 @@ in the checkpoint, a file of each rank: a stopped run goes on to the same bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -241,7 +242,8 @@ class Rollout(Recipe):
     def kept(self) -> dict[str, Any] | None:
         if self.walk is None:
             return None
-        return {"walk": self.walk.state()} | ({} if self.path is None else {"path": self.path.state()})
+        walks = {"walk": self.walk} | ({} if self.path is None else {"path": self.path})
+        return {name: walk.state(lambda v: v.detach().to("cpu", copy=True)) for name, walk in walks.items()}
 
     def restore(self, kept: dict[str, Any] | None) -> None:
         self.left = kept
@@ -323,6 +325,8 @@ class RollingOut(Fit):
 
     def __post_init__(self):
         check_numbers(self)
+        if not isinstance(self.method, RolloutMethod):
+            raise ValueError(f"recipe.method is a section with the _target_ of a RolloutMethod, got {self.method!r}")
 
     def check(self, cfg: DictConfig) -> Iterator[str]:
         if cfg.matching is not None:
@@ -366,13 +370,24 @@ class RollingOut(Fit):
     def kinds(self, probed: Probed) -> tuple[Turn, ...]:
         sampler, objective = made(probed.config.sampler), made(probed.config.objective)
         times = sampler.solver.times_of(objective, probed.student.shape)
+        student, taps = probed.student, self.method.teacher_taps
         teacher = "student" if probed.teacher is None else "teacher"
+        if self.method.asks == "path" and getattr(probed.models.data, "features", False):
+            teacher = None
+        elif self.method.asks == "path":
+            branches = 1 + (sampler.guidance != 1)
+            tokens = sum(v[0].numel() for v in (probed.teacher or student).tapped(taps).values()) if taps else 0
+            each = 2 * (math.prod(student.shape) + branches * tokens) * (len(times) - 1)
+            probed.notes.append(
+                f"its teacher's answers, stored by data.generate taps=..., would take {each / 1e6:.3g} MB per sample "
+                "in 16 bits and save the calls of the teacher"
+            )
         if self.method.every:
             probed.notes.append(
                 f"the generations from which recipe.method makes its values anew every {self.method.every} updates are "
                 "not counted"
             )
-        return turns_of(self.method, sampler, times, probed.student.denoiser, teacher)
+        return turns_of(self.method, sampler, times, student.denoiser, teacher)
 
     def remembered(self, probed: Probed) -> int:
         sampler, objective = made(probed.config.sampler), made(probed.config.objective)

@@ -21,7 +21,7 @@ MOST = 16  # evaluations of a generation that are followed: by then memories hav
 
 
 def turns_of(
-    method: RolloutMethod, sampler: Sampler, times: Sequence[float], student: Denoiser, teacher: str
+    method: RolloutMethod, sampler: Sampler, times: Sequence[float], student: Denoiser, teacher: str | None
 ) -> tuple[Turn, ...]:
     """The kinds of updates of a rollout. A cached student counts as a dense one, which it is at most.
 
@@ -30,14 +30,16 @@ def turns_of(
         sampler: of the generations
         times: of its evaluations, then 0
         student: with its edits; where these freeze the model, the backward pass makes no gradients of its weights
-        teacher: role of the model that teaches: "student", without gradient, or "teacher"
+        teacher: role of the model that teaches: "student", without gradient, or "teacher"; None: its answers are stored
     """
     count = len(times) - 1
     updates = trained(method, count)
     separate = any(e.separate for e in student.applied.values())
     reach: Reach = "weights" if any(trains(student, n) for n, _ in stock(student)) else "input"
 
-    def calls(index: int, role: str, reach: Reach) -> list[Call]:
+    def calls(index: int, role: str | None, reach: Reach) -> list[Call]:
+        if role is None:
+            return []
         inside = sampler.interval[0] <= times[index] <= sampler.interval[1]
         branches = 1 + (sampler.guidance != 1 and inside)
         shared = [1.0] * branches if separate else [float(branches)]

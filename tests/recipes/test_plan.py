@@ -151,6 +151,8 @@ def test_of_a_rollout_the_forwards_of_an_update_are_counted_and_what_its_edits_r
     assert r["calls"] == {"student": {"nothing": 6.0, "input": 2.0}}
     tokens = 4 * 32 * 4  # of one branch, bytes
     assert r["memory"]["caches"] == 4 * 2 * 4 * tokens  # samples, branches, evaluations
+    megabytes = 4 * (64 + 2 * 4 * 32) * 2 / 1e6  # evaluations; pixels; branches, tokens, width; bytes
+    assert any(f"would take {megabytes:.3g} MB per sample" in n for n in r["notes"])
     main([*SMALL, *LESSON])
     out = " ".join(capsys.readouterr().out.split())
     assert "student 2 to its input and 6 without gradient" in out and "memory of edits between evaluations" in out

@@ -371,7 +371,7 @@ def test_an_evaluation_at_which_nothing_can_be_learned_is_named(folder):
     cached = (
         "edits=reuse",
         "+edits.ahead={_target_: toy_rollouts.Ahead, interval: 1}",
-    )  # all is repeated at the second
+    )
     with pytest.raises(UserError, match="at evaluation 1 no trained parameter has a part in the losses: let Harmony"):
         train(folder, *words(folder, "nothing", *cached, "recipe.method={_target_: toy_rollouts.Harmony}"))
 
