@@ -33,6 +33,7 @@ class EndlessLoader(DataLoader):
         world: number of processes
         workers: processes that read ahead; 0 reads in this one
         start: samples of the global sequence that were used already
+        repeats: how often each batch is given, in a row
 
     Raises:
         ValueError: if the split is empty or a number makes no sense
@@ -48,15 +49,19 @@ class EndlessLoader(DataLoader):
         world: int = 1,
         workers: int = 0,
         start: int = 0,
+        repeats: int = 1,
     ):
         if not len(split):
             raise ValueError("the data set has no samples to train on")
-        for name, value, least in (("batch_size", batch_size, 1), ("total", total, 0), ("workers", workers, 0)):
+        numbers = {"batch_size": (batch_size, 1), "total": (total, 0), "workers": (workers, 0), "repeats": (repeats, 1)}
+        for name, (value, least) in numbers.items():
             if value < least:
                 raise ValueError(f"{name} is at least {least}, got {value}")
         if not 0 <= rank < world:
             raise ValueError(f"rank is one of 0 to {world - 1} (world={world}), got {rank}")
         self.total, self.used = total, start
+        self.repeats = repeats
+        self.begun = self.given = 0  # how often the first batch and the one under way were given; 0: none is under way
         groups = getattr(split, "groups", None)
         order: Any = (
             EndlessBatches(len(split), batch_size, seed, rank, world, start)
@@ -78,19 +83,26 @@ class EndlessLoader(DataLoader):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         order: Any = self.batch_sampler
-        self.used = order.start
-        for _, batch in zip(range(self.total), super().__iter__(), strict=False):
-            self.used += order.batch_size * order.world
-            yield batch
+        self.used, self.given, left = order.start, self.begun, self.total
+        batches = super().__iter__()
+        while left:
+            batch = next(batches)
+            for given in range(self.given + 1, min(self.repeats, self.given + left) + 1):
+                self.given = given % self.repeats
+                self.used += 0 if self.given else order.batch_size * order.world
+                left -= 1
+                yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Samples of the global sequence used on all ranks, and the size of the data set, which decides the order.
 
-        With buckets also the batch of all ranks together, which decides the order too.
+        With buckets also the batch of all ranks together, which decides the order too; with `repeats` how often the
+        batch under way was given, whose samples are used when it was given for the last time.
         """
         order: Any = self.batch_sampler
         whole = {"batch": order.batch_size * order.world} if isinstance(order, BucketBatches) else {}
-        return {"samples": self.used, "size": order.size, **whole}
+        given = {"given": self.given} if self.given else {}
+        return {"samples": self.used, "size": order.size, **whole, **given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue where `state` was taken.
@@ -111,6 +123,7 @@ class EndlessLoader(DataLoader):
                 f"buckets keep data.batch_size times the number of devices"
             )
         order.start = self.used = state["samples"]
+        self.begun = self.given = state.get("given", 0)
 
 
 class _Numbered(Dataset):

@@ -4,7 +4,9 @@ settings.json         what the folder is made with; written first, so that a res
 shard-000000.tar      <key>.moments.npy, .moments_flip.npy, .text.npy, .pooled.npy, .json (label, caption, name);
                       generated: <key>.latent.npy, as a model sees it, .text.npy, .pooled.npy, .json (caption, prompt,
                       number, seed), with points .trajectory.npy, k c *sizes, the solver's states at the manifest's k
-                      times (1 = noise); with buckets, <key> is <height>x<width>-<index>
+                      times (1 = noise); with taps .predictions.npy, s c *sizes, guided, of all s evaluations, and
+                      .tap<unit>.npy, s k n d, of their k guidance branches, cond first; with buckets, <key> is
+                      <height>x<width>-<index>
 records/000000.json   a finished shard: count, size, sha256
 null.safetensors      text and pooled of the empty prompt, for guidance
 manifest.json         settings, classes, all records, and a checksum of these; written last

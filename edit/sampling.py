@@ -9,7 +9,7 @@ the number of ranks. Source of the guidance interval: arXiv 2404.07724.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from edit.inputs.limits import Count, NotNegative, check_numbers
 from edit.objectives import Objective
 from edit.solvers import DDIMSolver, DDPMSolver, Euler, Query, Solver
 from edit.stream import Condition, Output, Step
-from edit.walk import Walk
+from edit.walk import Look, Walk
 
 Watch = Callable[[Step, Output], None]  # sees every evaluation; of branch "joint", cond's samples come first
 
@@ -122,14 +122,25 @@ class Sampler:
         shape = denoiser.sample_shape if shape is None else shape
         self.check(denoiser, objective, shape)
         samples = samples.to(next(denoiser.parameters()).device)
-        condition, negative = self._conditions(denoiser, condition, negative, samples)
         path = self.solver.path(
             noise.gaussian(seed, samples, noise.NOISE, shape),
             objective,
             lambda k: noise.gaussian(seed, samples, noise.SOLVER + k, shape),
         )
-        guided = Guided(self, denoiser, condition, negative, watch)
+        guided = self.guided(denoiser, condition, samples, negative, watch)
         return Walk(guided, path, self.solver.times_of(objective, shape), progress, state)
+
+    def guided(
+        self,
+        denoiser: Denoiser,
+        condition: Condition,
+        samples: Tensor,
+        negative: Condition | None = None,
+        watch: Watch | None = None,
+    ) -> Guided:
+        """The guided prediction of a model at any query, as a generation asks for it; arguments as of `__call__`, the
+        samples on the device of the queries."""
+        return Guided(self, denoiser, *self._conditions(denoiser, condition, negative, samples), watch)
 
     def check(self, denoiser: Denoiser, objective: Objective, shape: tuple[int, ...] | None = None) -> None:
         """Refuse a model that cannot be sampled so.
@@ -197,30 +208,35 @@ class Guided:
         self.condition, self.negative, self.watch = condition, negative, watch
         self.joint = None if negative is None else joined(denoiser, condition, negative)
         self.leads = any(e.leads for e in denoiser.applied.values())
-        self.device = next(denoiser.parameters()).device
 
-    def __call__(self, query: Query, step: Step | None) -> Tensor:
+    def __call__(self, query: Query, step: Step | None, taps: Collection[int] = (), look: Look | None = None) -> Tensor:
         """Predict for a solver: b c *sizes -> the same, behind it the maps that the solver takes, as channels.
 
         Args:
             query: where
             step: the evaluation, with the memory of the generation; None: outside of a generation
+            taps: units whose tokens are wanted
+            look: called with branch and output of each call of the model
 
         Raises:
             ValueError: if the solver takes a map that the model does not record, or a perturbed branch has no step
         """
-        x, t, end = query
+        x, t, _ = query
         s = self.sampler
+
+        def branch(name: str, condition: Condition, query: Query) -> Tensor:
+            return self.branch(name, condition, query, step, taps, look)
+
         c = x.shape[1] if s.channels is None else s.channels
         inside = s.interval[0] <= t <= s.interval[1]
         if self.negative is None or not inside:
-            cond = guided = self.branch("cond", self.condition, query, step)
+            cond = guided = branch("cond", self.condition, query)
         else:
             if self.joint is not None:
-                cond, uncond = self.branch("joint", self.joint, query._replace(x=torch.cat((x, x))), step).chunk(2)
+                cond, uncond = branch("joint", self.joint, query._replace(x=torch.cat((x, x)))).chunk(2)
             else:
-                cond = self.branch("cond", self.condition, query, step)
-                uncond = self.branch("uncond", self.negative, query, step)
+                cond = branch("cond", self.condition, query)
+                uncond = branch("uncond", self.negative, query)
             guided = torch.lerp(uncond[:, :c], cond[:, :c], s.guidance)
             if s.norm_patch:
                 length = lengths(guided, s.norm_patch).clamp_min(torch.finfo(guided.dtype).tiny)
@@ -231,22 +247,32 @@ class Guided:
                 raise ValueError(
                     "edits perturb by the branch of the step, and a dense answer has no step: set perturbation=0"
                 )
-            perturbed = self.branch("perturbed", self.condition, query, step)
+            perturbed = branch("perturbed", self.condition, query)
             shove = s.perturbation * (cond[:, :c] - perturbed[:, :c])
             guided = torch.cat((guided[:, :c] + shove, guided[:, c:]), 1)
         return guided
 
-    def branch(self, name: str, condition: Condition, query: Query, step: Step | None) -> Tensor:
+    def branch(
+        self,
+        name: str,
+        condition: Condition,
+        query: Query,
+        step: Step | None,
+        taps: Collection[int] = (),
+        look: Look | None = None,
+    ) -> Tensor:
         """One evaluation of the denoiser, in fp32."""
         x, t, end = query
-        at = torch.full((len(x),), t, device=self.device, dtype=torch.float32)
+        at = torch.full((len(x),), t, device=x.device, dtype=torch.float32)
         if self.leads:
             condition = replace(condition, end=at if end is None else torch.full_like(at, end))
         if step is not None:
             step = replace(step, branch=name)
             if self.joint is not None and name in ALTERNATIVES:
                 forget(step.memory, ALTERNATIVES[name])
-        out = self.denoiser(x, at, condition, step=step)
+        out = self.denoiser(x, at, condition, step=step, **({"taps": taps} if taps else {}))
+        if look is not None:
+            look(name, out)
         if self.watch is not None and step is not None:
             self.watch(step, out)
         if lacking := next((name for name in self.solver.extras if name not in out.trace), None):

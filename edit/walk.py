@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from edit.solvers import Path, Query
-from edit.stream import Step, pack, unpack
+from edit.stream import Output, Step, pack, unpack
+
+Look = Callable[[str, Output], None]  # sees the guidance branch and the output of each call of the model in one answer
+
+
+def copied(v: Tensor) -> Tensor:
+    """Without gradients, where it is."""
+    return v.detach().clone()
 
 
 class Walk:
@@ -25,7 +32,8 @@ class Walk:
     `prediction.detach()` cuts x off, `detach` the memory.
 
     Args:
-        guided: the guided prediction for a query, of a step or, with None, outside of a generation
+        guided: the guided prediction for a query, of a step or, with None, outside of a generation; then taps, and who
+            looks at the outputs (`edit.sampling.Guided`)
         path: of the solver, not begun
         times: of the evaluations, then 0
         progress: called as (evaluations done, evaluations in all) after each
@@ -40,7 +48,7 @@ class Walk:
 
     def __init__(
         self,
-        guided: Callable[[Query, Step | None], Tensor],
+        guided: Callable[[Query, Step | None, Collection[int], Look | None], Tensor],
         path: Path,
         times: tuple[float, ...],
         progress: Callable[[int, int], None] | None = None,
@@ -88,8 +96,11 @@ class Walk:
         self.memory.clear()  # the dictionary stays: steps hold it
         self.memory.update(memory)
 
-    def state(self) -> dict[str, Any]:
+    def state(self, copy: Callable[[Tensor], Tensor] = copied) -> dict[str, Any]:
         """All that `Sampler.walk` needs to go on from here in another process, to the same bits.
+
+        Args:
+            copy: makes the tensors of the state; to the CPU, say
 
         Returns:
             lists, tensors, numbers and texts alone, of tensors copies without gradients, where they are.
@@ -103,8 +114,8 @@ class Walk:
             raise RuntimeError("the memory is ahead of this evaluation, which was asked: take the state after give")
         return {
             "times": list(self.times),
-            "given": [p.clone() for p in self.given],
-            "memory": pack(self.memory, lambda v: v.detach().clone()),
+            "given": [copy(p) for p in self.given],
+            "memory": pack(self.memory, copy),
         }
 
     def _continue(self, state: Mapping[str, Any]) -> None:
@@ -142,7 +153,9 @@ class Moment:
         self.walk, self.step, self.asked = walk, step, False
         self.x, self.end = query.x, query.end
 
-    def ask(self, dense: bool = False, remember: bool = True) -> Tensor:
+    def ask(
+        self, dense: bool = False, remember: bool = True, taps: Collection[int] = (), look: Look | None = None
+    ) -> Tensor:
         """The guided prediction, as the generation itself takes it. Those with a step are shown to `watch`.
 
         Args:
@@ -150,6 +163,9 @@ class Moment:
                 read nor write memory
             remember: what edits remember of this answer stays, as the solver goes on; once in an evaluation. False:
                 the memory is read, and left as it was
+            taps: units whose tokens are wanted, as of `Denoiser.forward`
+            look: called with branch and output of each call of the model, dense or not; of branch "joint", the first b
+                samples are cond's
 
         Returns:
             b c *sizes float32; behind it, as further channels, the maps and the variance that the solver takes
@@ -161,16 +177,17 @@ class Moment:
         """
         query = Query(self.x, self.step.sigma, self.end)
         if dense:
-            return self.walk.guided(query, None)
+            return self.walk.guided(query, None, taps, look)
         if not remember:
-            return self.walk.guided(query, replace(self.step, memory=unpack(pack(self.walk.memory, Tensor.clone))))
+            copied = replace(self.step, memory=unpack(pack(self.walk.memory, Tensor.clone)))
+            return self.walk.guided(query, copied, taps, look)
         if self.asked:
             raise RuntimeError(
                 f"evaluation {self.step.index} was asked before, and edits would remember it twice: leave the memory "
                 "as it is with remember=False for all answers but one"
             )
         self.asked = True
-        return self.walk.guided(query, self.step)
+        return self.walk.guided(query, self.step, taps, look)
 
     def give(self, prediction: Tensor) -> None:
         """Go on with this prediction, shaped as `ask` returns it: to the next evaluation, or to the data.

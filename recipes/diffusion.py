@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from edit import noise
 from edit.denoiser import Denoiser
 from edit.losses import Draws, Seen, Term, wanted
+from edit.measuring.turns import Turn, phases
 from edit.objectives import Objective, Weight, weight_at
 from edit.stream import Branch, Condition, Forced, Output
 from recipes.assembly import Run
 from recipes.ending import forget
-from recipes.models import made
-from recipes.procedure import Fit
+from recipes.models import Models, made
+from recipes.procedure import Fit, Probed
 from recipes.recipe import Recipe, Training
 from recipes.roles import Teacher
 from recipes.seen import Asked, Sight
@@ -173,6 +174,15 @@ class Denoising(Fit):
             yield "recipe trains by the objective, and matching by a few-step method: leave one of the two out"
         elif cfg.critic.follow or cfg.critic.start != "teacher":
             yield "critic: only a few-step method (matching) has one: leave the section out"
+
+    def taps(self, models: Models) -> tuple[tuple, tuple]:
+        return wanted(models.terms.values()), wanted(models.terms.values(), teacher=True)
+
+    def kinds(self, probed: Probed) -> tuple[Turn, ...]:
+        terms, steps = probed.models.terms, probed.config.trainer.max_steps
+        own = {name: probed.own[f"terms.{name}"] for name in terms}
+        asks = probed.models.teacher is not None
+        return phases(terms, probed.student, probed.teacher, own, probed.guided, steps, asks)
 
     def module(self, run: Run) -> Diffusion:
         cfg, models = run.config, run.models

@@ -21,10 +21,12 @@ from edit.denoiser import Denoiser, check_layout
 from edit.edits import describe
 from edit.few_step.method import FewStepMethod
 from edit.losses import Draws, Seen
+from edit.measuring.turns import Turn, turns
 from edit.objectives import Objective
 from edit.stream import Condition
 from recipes.assembly import Run
-from recipes.procedure import Fit
+from recipes.models import Models
+from recipes.procedure import Fit, Probed
 from recipes.recipe import Recipe, Training, local, share_frozen
 from recipes.roles import Teacher
 from recipes.seen import Asked, Sight, edit_losses
@@ -207,6 +209,15 @@ class FewSteps(Fit):
                 f"critic.follow={cfg.critic.follow} writes into weights that DeepSpeed keeps elsewhere: use "
                 "trainer=fsdp2"
             )
+
+    def taps(self, models: Models) -> tuple[tuple, tuple]:
+        assert models.matching is not None, "checked: FewSteps.check"
+        return (), (models.matching.teacher_taps,)
+
+    def kinds(self, probed: Probed) -> tuple[Turn, ...]:
+        matching = probed.models.matching
+        assert matching is not None, "checked: FewSteps.check"
+        return turns(matching, probed.student, probed.teacher, probed.own["matching"], probed.guided)
 
     def module(self, run: Run) -> FewStep:
         models = run.models

@@ -25,6 +25,7 @@ from recipes.config.errors import UserError
 from recipes.data_set import captions
 from recipes.recipe import Recipe
 from recipes.runtime.callbacks import Checkpoints, Metrics, Preview, ProgressBar
+from recipes.runtime.checkpoint_files import read_rank
 from recipes.runtime.files import is_first
 from recipes.runtime.loggers import CSVLogger, make_loggers
 from recipes.runtime.trainer import accelerator_of, make_trainer
@@ -70,7 +71,10 @@ def fit(run: Run, module: Recipe, out: Path, resume: Path | None, done: int, tur
         rank=trainer.global_rank,
         world=world_size(cfg),
         workers=cfg.data.workers,
+        repeats=module.repeats,
     )
+    if resume is not None:
+        module.restore(read_rank(resume, trainer.global_rank, trainer.world_size))
     try:
         trainer.fit(module, loader, ckpt_path=resume, weights_only=True)
     except FloatingPointError as error:

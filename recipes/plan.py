@@ -27,15 +27,17 @@ from rich.table import Table
 from edit.inputs.command import Parser, guarded
 from edit.inputs.limits import Count, Limits, Positive, check_numbers
 from edit.inputs.words import explained, keys, read
-from edit.losses import Loss, wanted
+from edit.losses import Loss
 from edit.measuring.devices import peak_flops
 from edit.measuring.memory import GB, OPTIMIZERS, STRATEGIES, Draft, changes, stored
 from edit.measuring.probe import Probe
-from edit.measuring.turns import calls_of, phases, turns
-from recipes.config.errors import UserError
+from edit.measuring.turns import calls_of
+from recipes.config.chosen import procedure_of
+from recipes.config.errors import UserError, one_line
 from recipes.cost import short
 from recipes.data_set import conditions
-from recipes.models import Models, losses_of, models_of
+from recipes.models import Models, models_of
+from recipes.procedure import Probed, Procedure
 from recipes.stand_ins import StandIns
 
 MOST_DEVICES = 1_000_000
@@ -169,6 +171,7 @@ def drafted(assumed: Assumptions, cfg: DictConfig, notes: list[str]) -> Draft:
         UserError, ValueError: if its parts do not fit together
     """
     cfg = on_its_machine(cfg)
+    planned(cfg)
     try:
         models = models_of(cfg, StandIns(cfg, assumed.shape, assumed.text, notes, assumed.frames))
     except InstantiationException as error:
@@ -191,28 +194,24 @@ def draft_of(models: Models, cfg: DictConfig, notes: list[str], peak: float | No
         ValueError: if the parts do not fit together
     """
     shape, condition = tuple(models.data.shape), conditions(models.data)(torch.arange(1))
-    terms, matching, trainer = models.terms, models.matching, cfg.trainer
-    student = Probe(models.student.structure, shape, condition, *wanted(terms.values()))
+    trainer, procedure = cfg.trainer, planned(cfg)
+    mine, theirs = procedure.taps(models)
+    student = Probe(models.student.structure, shape, condition, *mine)
     teacher, critic, placement, guided = None, None, None, 1
     if models.teacher is not None:
         placement = models.teacher.placement
         guided = 1 if models.teacher.guidance.low == models.teacher.guidance.high == 1 else 2
         if models.teacher.structure is not None:
-            taps = wanted(terms.values(), teacher=True) if matching is None else (matching.teacher_taps,)
-            teacher = Probe(models.teacher.structure, shape, condition, *taps)
+            teacher = Probe(models.teacher.structure, shape, condition, *theirs)
     if models.critic is not None:
         critic = Probe(models.critic.structure, shape, condition)
     asked = (teacher or student).denoiser
     if asked.facts.told:
         guided = 1  # the scale is an input
-    losses = losses_of(models)
+    losses = procedure.losses(models)
     with torch.device("meta"):
         own = {place: loss.build(student.denoiser, asked if placement else None) for place, loss in losses.items()}
-    if matching is not None:
-        kinds = turns(matching, student, teacher, own["matching"], guided)
-    else:
-        built = {name: own[f"terms.{name}"] for name in terms}
-        kinds = phases(terms, student, teacher, built, guided, trainer.max_steps, placement is not None)
+    probed = Probed(models, cfg, student, teacher, own, guided, notes)
     return Draft(
         student=student,
         strategy=STRATEGIES[trainer.strategy],
@@ -227,13 +226,28 @@ def draft_of(models: Models, cfg: DictConfig, notes: list[str], peak: float | No
         calls=guided,
         critic=critic,
         based=cfg.critic.start == "student",
-        turns=kinds,
+        turns=procedure.kinds(probed),
+        remembered=procedure.remembered(probed),
         own=sum(p.numel() for o in own.values() if o is not None for p in o.parameters()),
         optimizer=OPTIMIZERS[cfg.optimizer.kind],
         frozen=frozen_weights(losses, notes),
         peak=peak,
         mfu=mfu,
     )
+
+
+def planned(cfg: DictConfig) -> Procedure:
+    """The procedure of a run. Raises ValueError if it trains nothing, or cannot be made."""
+    try:
+        procedure = procedure_of(cfg)
+    except InstantiationException as error:
+        raise ValueError(f"recipe: {one_line(error.__cause__ or error)}") from error
+    if not procedure.optimises:
+        raise ValueError(
+            f"recipe: {type(procedure).__name__} trains nothing, so there is no training to plan: recipes.cost tells "
+            "what its model costs"
+        )
+    return procedure
 
 
 def frozen_weights(losses: Mapping[str, Loss], notes: list[str]) -> int:
@@ -297,6 +311,7 @@ def resolve(assumed: Assumptions, cfg: Any) -> dict[str, Any]:
         "teacher_parameters": roles["teacher"].params if draft.teacher else 0,
         "critic_parameters": roles["critic"].params if draft.critic else 0,
         "matching": cfg.matching is not None,
+        "several": cfg.matching is not None or any(len(turn.calls) > 1 + bool(draft.placement) for turn in draft.kinds),
         "calls": calls_of(draft.kinds),
         "placement": draft.placement,
         "memory": plan.memory(),
@@ -339,6 +354,8 @@ def show(r: dict[str, Any]) -> None:
     other = ("without", without) if r["checkpointing"] else ("with", with_)
     table.add_row(f"  {other[0]} it", f"({gigabytes(other[1])})")
     table.add_row("transients: gathered weights, buckets", gigabytes(m["transients"]))
+    if m["caches"]:
+        table.add_row("memory of edits between evaluations", gigabytes(m["caches"]))
     table.add_row("inputs", gigabytes(m["inputs"]), end_section=True)
     table.add_row("total", gigabytes(r["total"]))
     table.add_row("memory of a device", gigabytes(r["capacity"]), end_section=True)
@@ -346,7 +363,7 @@ def show(r: dict[str, Any]) -> None:
         table.add_row("seconds per step", f"{r['seconds_per_step']:.3g}")
         table.add_row(f"the run of {r['steps']} steps", duration(r["seconds"]))
     console.print(table)
-    if r["matching"]:
+    if r["several"]:
         console.print(f"Forwards of a sample per step: {forwards(r['calls'])}.")
     text = f", {r['text_per_prompt'] / 1e6:.3g} MB of text per prompt" if r["text_per_prompt"] else ""
     console.print(f"To store in bf16: {r['latent_per_image'] / 1e6:.3g} MB per sample{text}.")

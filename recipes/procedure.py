@@ -15,11 +15,15 @@ from typing import Any, ClassVar
 
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
+from edit.losses import Loss
+from edit.measuring.probe import Probe
+from edit.measuring.turns import Turn
 from recipes.assembly import Run
 from recipes.fitting import fit, full_state, images_per_step
+from recipes.models import Models, losses_of
 from recipes.recipe import Recipe
 from recipes.runtime.callbacks import newest, step_of
 from recipes.runtime.run_folder import refuse_overrun
@@ -58,6 +62,29 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Probed:
+    """A run's structures without memory, from which its procedure tells what a step calls.
+
+    Args:
+        models: of the run
+        config: of the run
+        student: with the taps that `Procedure.taps` wants
+        teacher: likewise; None: there is none with weights of its own
+        own: modules of `Loss.build` on the meta device, by the places of the losses in the configuration
+        guided: batches that one call of a teacher takes: 2 with classifier-free guidance
+        notes: what the plan leaves out is appended, a sentence each
+    """
+
+    models: Models
+    config: DictConfig
+    student: Probe
+    teacher: Probe | None
+    own: Mapping[str, nn.Module | None]
+    guided: int
+    notes: list[str]
+
+
+@dataclass(frozen=True)
 class Procedure(ABC):
     """How a run makes its artifact. A subclass is a frozen dataclass; its fields are the procedure's settings."""
 
@@ -71,6 +98,26 @@ class Procedure(ABC):
             cfg: composed, its values right one by one; references to the running job are not resolved
         """
         yield from ()
+
+    def losses(self, models: Models) -> Mapping[str, Loss]:
+        """The losses of a run, by their places in the configuration: for its plan."""
+        return losses_of(models)
+
+    def taps(self, models: Models) -> tuple[tuple, tuple]:
+        """What student and teacher record in a step, each as `Probe` takes it: taps, branches, maps."""
+        return (), ()
+
+    def kinds(self, probed: Probed) -> tuple[Turn, ...]:
+        """The kinds of optimiser steps, for the plan; none told: the teacher is asked, then the student is trained.
+
+        Raises:
+            ValueError: if they depend on values
+        """
+        return ()
+
+    def remembered(self, probed: Probed) -> int:
+        """Bytes that edits of the student remember of one sample, for the plan."""
+        return 0
 
     @abstractmethod
     def stand(self, cfg: DictConfig, out: Path) -> Stand:

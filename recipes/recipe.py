@@ -102,8 +102,24 @@ class Recipe(pl.LightningModule, ABC):
         self.losses: dict[str, Tensor] = {}  # means over the current optimiser step, for the log
         self.configured = False
 
+    @property
+    def repeats(self) -> int:
+        """Optimiser steps in a row that are given the same batch."""
+        return 1
+
     @abstractmethod
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor: ...
+
+    def kept(self) -> dict[str, Any] | None:
+        """What this rank alone knows between two optimiser steps, for its file beside the checkpoint: lists, dicts,
+        tensors, numbers and texts. None: nothing. All ranks keep something, or none does."""
+        return None
+
+    def restore(self, kept: dict[str, Any] | None) -> None:  # noqa: B027 - most keep nothing
+        """Go on from what `kept` gave, its tensors on the CPU; called before a run is continued."""
+
+    def updated(self) -> None:  # noqa: B027 - few have anything to do
+        """Called after each update, before the average follows it."""
 
     # ---- a batch --------------------------------------------------------------------------------------------------
 
@@ -334,6 +350,7 @@ class Recipe(pl.LightningModule, ABC):
         k = self.trainer.global_step
         self.rate = self.trainer.optimizers[0].param_groups[0]["lr"]  # before the schedule's next step
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.updated()
         if (n := self.updates(k)) is not None:
             decay = self.settings.ema_decay
             decay = min(decay, (1 + n) / (10 + n)) if self.settings.ema_ramp else decay

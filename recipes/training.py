@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from data.names import typed
 from edit.artifacts.checkpoint import save
 from edit.artifacts.weights import Unwritable
+from edit.edits import compact
 from edit.inputs.command import print_any_name
 from edit.measuring.memory import refuse
 from recipes.assembly import Run, assemble
@@ -126,16 +127,17 @@ def refuse_too_large(run: Run) -> None:
 
 
 def keep(run: Run, result: Result, out: Path, cure: str) -> Path:
-    """Save what the procedure has made as the run's artifact. Returns its folder.
+    """Save what the procedure has made, as it is at inference (`Edit.compact`), as the run's artifact: its folder.
 
     Raises:
         UserError: if its weights are not finite, with the cure
     """
     cfg, data = run.config, OmegaConf.to_container(run.config.data.set)
     told = {"name": cfg.name, **result.told, **here()}
-    path, state = out / "artifact", result.state
+    path, denoiser = out / "artifact", compact(result.denoiser, result.state)
+    state = result.state if denoiser is result.denoiser else denoiser.state_dict()
     try:
-        return save(result.denoiser, path, run.objective, run.sampler, data, run=told, state=state)  # type: ignore
+        return save(denoiser, path, run.objective, run.sampler, data, run=told, state=state)  # type: ignore
     except Unwritable as error:
         raise UserError(f"no artifact was written: {error}; {cure}") from error
 

@@ -32,15 +32,16 @@ def slow_steps(say=lambda *_, **__: None):
     import time
 
     from recipes.diffusion import Diffusion
+    from recipes.rollout import Rollout
 
-    step = Diffusion.training_step
+    for recipe in (Diffusion, Rollout):
 
-    def slow(self, batch, index):
-        time.sleep(0.05)
-        say("slow", flush=True)
-        return step(self, batch, index)
+        def slow(self, batch, index, step=recipe.training_step):
+            time.sleep(0.05)
+            say("slow", flush=True)
+            return step(self, batch, index)
 
-    Diffusion.training_step = slow
+        recipe.training_step = slow
 
 
 def kill_at(folder, name, step, *overrides, world=1):

@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 import data.sets
 import edit
 import edit.backbones
+import edit.caching
 import edit.distillation
 import edit.few_step
 import edit.pruning
@@ -21,7 +22,7 @@ from recipes.training import run
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 EXAMPLES = dict(re.findall(r"```(?:python|yaml)\n# ([\w/]+\.(?:py|yaml))\n(.*?)```", PAGE, re.DOTALL))
-PACKAGES = (data.sets, edit.backbones, edit.distillation, edit.few_step, edit.pruning, recipes)
+PACKAGES = (data.sets, edit.backbones, edit.caching, edit.distillation, edit.few_step, edit.pruning, recipes)
 SHORT = ("trainer.max_steps=2", "trainer.accelerator=cpu", "evaluate=null", "preview.every=0", "optimizer.warmup=0")
 
 
@@ -65,6 +66,7 @@ def test_every_kind_of_addition_has_an_example():
         "configs/world/stripes.yaml",
         "data/sets/stripes.py",
         "edit/backbones/plain.py",
+        "edit/caching/follow.py",
         "edit/distillation/small.py",
         "edit/few_step/mimic.py",
         "edit/pruning/skip.py",
@@ -108,6 +110,20 @@ def test_a_few_step_method_learns_from_a_teacher(clone, teacher):
     run(config(clone, *words, "+edits.skip._target_=edit.pruning.skip.Skip", "name=half"))
     # half of it is not; units that were trained for two steps from zero gates say little yet
     assert float(rows(clone / "runs/half")[1].split(",")[1]) > 1e-9
+
+
+def test_a_rollout_method_trains_a_cached_model_on_its_own_path(clone, teacher):
+    words = ("recipe=rollout", "recipe.method={_target_: edit.caching.follow.Follow}", "log_every=1")
+    edits = (
+        "+edits.lora._target_=edit.tuning.lora.LoRA",
+        "+edits.reuse={_target_: edit.caching.reuse.Reuse, units: [0, 1]}",
+    )
+    places = (f"init={teacher}", f"teacher.path={teacher}", "sampler.solver.steps=4")
+    run(config(clone, "experiment=stripes/teacher", "name=follow", *words, *edits, *places))
+    found = [float(row.split(",")[1]) for row in rows(clone / "runs/follow")[1:]]
+    assert len(found) == 2 and found[0] > 0
+    moved = [v for k, v in edit.load(clone / "runs/follow").denoiser.state_dict().items() if "lora" in k]
+    assert moved and any(v.any() for v in moved)
 
 
 def test_a_backbone_trains_is_pruned_and_loads_again(clone):

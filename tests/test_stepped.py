@@ -20,7 +20,7 @@ from edit.edits import compact
 from edit.few_step.policy import MixtureHead, PolicySolver
 from edit.objectives import DDPM, FlowMatching, Objective
 from edit.sampling import Sampler
-from edit.solvers import DDIMSolver, DDPMSolver, DPMSolver, Euler, EulerMaruyama, Grid, Heun, Solver, StockEuler
+from edit.solvers import DDIMSolver, DDPMSolver, DPMSolver, Euler, EulerMaruyama, Grid, Heun, Query, Solver, StockEuler
 from edit.stream import Branch, Stream, pack, unpack
 from edit.tuning.lora import LoRA
 from edit.walk import Walk
@@ -483,3 +483,40 @@ def test_a_module_that_does_not_fit_the_edit_that_was_left_is_refused(make_dit, 
         ValueError, match="the state that Edit.compact left does not fit this model: 1 keys are missing"
     ):
         compact(fixed(make_dit))
+
+
+@pytest.mark.parametrize(("separate", "seen"), [(False, ["joint"]), (True, ["cond", "uncond"])])
+def test_who_looks_sees_each_branch_with_its_taps_of_dense_answers_too(separate, seen, make_dit, monkeypatch):
+    denoiser = edit.apply(make_dit(), {"reuse": Reuse()})
+    monkeypatch.setattr(Reuse, "separate", separate)
+    walk = begin(denoiser, Sampler(Euler(4), guidance=2.0))
+    with torch.no_grad():
+        for moment in walk:
+            for told in ({}, {"remember": False}, {"dense": True}):
+                if told or not moment.asked:
+                    outputs = {}
+                    moment.ask(**told, taps=(-1,), look=outputs.__setitem__)
+                    assert list(outputs) == seen
+                    tokens = [out.trace["unit.2"] for out in outputs.values()]
+                    assert sum(len(v) for v in tokens) == 4
+                    executed = [k for out in outputs.values() for k in out.trace if k.startswith("reuse.")]
+                    assert bool(executed) != ("dense" in told)
+            moment.give(moment.x * 0)
+
+
+def test_the_guided_prediction_of_a_model_is_asked_at_any_sample(make_dit):
+    denoiser, sampler = make_dit(), Sampler(Euler(4), guidance=2.0)
+    walk = begin(denoiser, sampler)
+    guided = sampler.guided(denoiser, labels(2, 3), torch.arange(2))
+    with torch.no_grad():
+        for moment in walk:
+            own = moment.ask()
+            assert torch.equal(own, guided(Query(moment.x, moment.step.sigma, moment.end), None))
+            moment.give(own)
+
+
+def test_a_state_may_be_made_elsewhere(make_dit):
+    walk = begin(make_dit(), Sampler(Euler(2)))
+    with torch.no_grad():
+        walk.moment.give(walk.moment.ask())
+    assert walk.state(lambda v: v.double())["given"][0].dtype == torch.float64

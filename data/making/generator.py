@@ -28,7 +28,14 @@ from data.making.processes import in_processes, progress
 from data.making.prompts import Prompt, read_prompts
 from data.making.request import Request
 from data.making.sample_writer import SampleWriter
-from data.making.teacher import check_text, default_shift, description_of, solver_of, stored_times
+from data.making.teacher import (
+    check_text,
+    default_shift,
+    described_taps,
+    description_of,
+    solver_of,
+    stored_times,
+)
 from edit.artifacts.checkpoint import default_objective, skeleton
 from edit.artifacts.location import find
 from edit.measuring.devices import find_device
@@ -159,7 +166,10 @@ def settings_of(request: Request, encoders: PromptEncoders, prompts: Sequence[Pr
         "dtype": request.dtype,
         "precision": request.precision,
         "shard_size": request.shard_size,
-        "generated": describe_sampling(request, denoiser.name, shift, prompts),
+        "generated": {
+            **describe_sampling(request, denoiser.name, shift, prompts),
+            **(described_taps(request, denoiser, encoders, shape, shift) if request.taps else {}),
+        },
         "sources": describe_sources(request, prompts),
     }
 
@@ -206,6 +216,14 @@ def describe_sources(request: Request, prompts: Sequence[Prompt]) -> dict[str, A
     return {"stamp": stamp(request, prompts), "data": description_of(request.teacher).get("data") or None, **found}
 
 
+def feature_bytes(made: dict[str, Any], latent: int, width: int) -> list[int]:
+    """Bytes of a sample's predictions and of each tap's tokens, in elements of `width` bytes; empty without taps."""
+    if not made.get("taps"):
+        return []
+    count = len(made["evaluations"])
+    return [count * latent, *(count * made["branches"] * math.prod(made["tokens"]) * width for _ in made["taps"])]
+
+
 def forecast(
     request: Request, out: Path, settings: dict[str, Any], images: int, count: int, pending: int, total: int
 ) -> str:
@@ -215,6 +233,7 @@ def forecast(
     width = DTYPES[request.dtype].itemsize
     members = [math.prod(settings["latent_shape"]) * width, 200]  # the last is the json
     members += [request.points * members[0]] if request.points else []
+    members += feature_bytes(settings["generated"], members[0], width)
     if text := settings["text"]:
         members.append(text["max_tokens"] * text["width"] * width)  # an upper bound if padding is not stored
     if pooled := settings["pooled"]:

@@ -45,6 +45,8 @@ class Request:
         images: per prompt
         points: states of each solve to store beside its latent, evenly between noise and sample: for students that
             learn from the teacher's paths; with euler or heun, whose steps must be a multiple of points + 1
+        taps: unit of the teacher whose tokens are stored at every evaluation, with its predictions, for rollouts;
+            repeat the key for several units; negative ones count from the end
         size: rows and columns of a latent; null: the teacher's default
         dtype: of the stored arrays: float16 or float32
         precision: of the models: float32, bfloat16 or float16
@@ -72,6 +74,7 @@ class Request:
     seed: Seed = 0
     images: Count = 1
     points: Annotated[int, Limits(0, 10_000)] = 0
+    taps: tuple[int, ...] = ()
     size: Side | None = None
     dtype: str = "float16"
     precision: str = "float32"

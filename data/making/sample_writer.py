@@ -28,6 +28,8 @@ from data.pixels import to_uint8
 from data.sets.latents import data_set, scaling
 from edit.frames import folded
 from edit.sampling import Sampler
+from edit.stream import Output
+from edit.walk import Walk
 
 SHEET = 24  # images on samples.png
 
@@ -69,32 +71,53 @@ class SampleWriter:
             part = numbers[start : start + self.request.batch]
             prompts = [self.prompts[n // self.request.images] for n in part]
             rows = self.encoders.embed([p.text for p in prompts])
-            made = self.sampled(part, rows, partial(self.count, len(part), advance))
+            made, features = self.sampled(part, rows, partial(self.count, len(part), advance))
             states = [self.encoders.fit(self.recorded.states[t]) for t in self.recorded.times] if self.recorded else []
             if shard == 0 and len(self.first) < SHEET:
                 self.first.extend(made.float())
-            for n, prompt, latent, row, *path in zip(part, prompts, made, rows, *states, strict=True):
+            for i, (n, prompt, latent, row, *path) in enumerate(zip(part, prompts, made, rows, *states, strict=True)):
                 arrays = {"latent": latent, **({"trajectory": torch.stack(path)} if path else {}), **row}
-                yield f"{n:09d}", self.members(n, prompt, arrays)
+                yield f"{n:09d}", self.members(n, prompt, arrays | {name: v[i] for name, v in features.items()})
 
-    def sampled(self, numbers: range, rows: Sequence[dict[str, Tensor]], count: Callable[[int, int], None]) -> Tensor:
-        """The samples of these numbers, b c *sizes in the stored type.
+    def sampled(
+        self, numbers: range, rows: Sequence[dict[str, Tensor]], count: Callable[[int, int], None]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The samples of these numbers, b c *sizes in the stored type, and their features by the names of members:
+        predictions, b s c *sizes, and tokens of each tap, b s k n d; none without taps.
 
         Raises:
             ValueError: if one is not finite, or does not fit the stored type
         """
         condition, negative = condition_of(self.request, self.denoiser, self.encoders, rows)
         shape = tuple(self.settings["latent_shape"])
-        made = self.sampler(
-            self.denoiser, self.objective, condition, torch.tensor(numbers), self.request.seed, negative, count, shape
-        )
+        told = (condition, torch.tensor(numbers), self.request.seed, negative, count, shape)
+        features: dict[str, list[Tensor]] = {}
+        if taps := self.settings["generated"].get("taps", ()):
+            with torch.inference_mode():
+                made = self.walked(self.sampler.walk(self.denoiser, self.objective, *told), taps, features)
+        else:
+            made = self.sampler(self.denoiser, self.objective, *told)
         if not made.isfinite().all():
             bad = int((~made.flatten(1).isfinite().all(1)).sum())
             raise ValueError(
                 f"{bad} of {len(made)} generated images are not finite: this guidance, shift or number of steps is "
                 "too much for the teacher, or precision is too low"
             )
-        return self.encoders.fit(made)
+        return self.encoders.fit(made), {name: torch.stack(parts, 1) for name, parts in features.items()}
+
+    def walked(self, walk: Walk, taps: Sequence[int], features: dict[str, list[Tensor]]) -> Tensor:
+        """The end of a generation, as the sampler makes it; the features of each evaluation are appended by name."""
+        for moment in walk:
+            outputs: dict[str, Output] = {}
+            prediction = moment.ask(taps=taps, look=outputs.__setitem__)
+            kept = {"predictions": prediction[:, : walk.x.shape[1]]}
+            for unit in taps:
+                kept[f"tap{unit}"] = by_branch([o.trace[f"unit.{unit}"] for o in outputs.values()], len(walk.x))
+            for name, value in kept.items():
+                features.setdefault(name, []).append(self.encoders.fit(value))
+            moment.give(prediction)
+            walk.given.clear()  # nobody continues this one elsewhere
+        return walk.x
 
     def count(self, b: int, advance: Callable[[float], None], done: int, total: int) -> None:
         """After `done` of `total` steps of a batch of b: advance by whole images, which add up to b.
@@ -109,6 +132,11 @@ class SampleWriter:
     def members(self, number: int, prompt: Prompt, arrays: dict[str, Tensor]) -> dict[str, bytes]:
         facts = {"caption": prompt.text, "prompt": prompt.id, "number": number, "seed": self.request.seed}
         return {**{f"{name}.npy": npy(array) for name, array in arrays.items()}, "json": json.dumps(facts).encode()}
+
+
+def by_branch(records: Sequence[Tensor], count: int) -> Tensor:
+    """Records of guidance branches, which may share a batch of some of them: b k n d, cond's first."""
+    return torch.stack([part for record in records for part in record.split(count)], 1)
 
 
 def contact_sheet(request: Request, settings: dict[str, Any], x: Tensor, device: str) -> None:

@@ -14,6 +14,7 @@ from data.loader import collate
 from data.making.frozen import PromptEncoders
 from data.making.request import Request
 from data.sets.latents import padded, text_length
+from edit.artifacts.checkpoint import default_objective
 from edit.artifacts.location import find, is_hub_id
 from edit.denoiser import Denoiser
 from edit.objectives import Objective
@@ -78,6 +79,35 @@ class Recorded(Solver):
 def stored_times(request: Request, shift: float) -> list[float]:
     """Times of the stored states, from noise to data without both ends: evenly chosen solver times."""
     return times(request.steps, shift)[:: request.steps // (request.points + 1)][1:-1]
+
+
+def described_taps(
+    request: Request, denoiser: Denoiser, encoders: PromptEncoders, shape: tuple[int, ...], shift: float
+) -> dict[str, Any]:
+    """Of stored features: the times of the evaluations, units, guidance branches, and the shape n d of a unit's tokens.
+
+    Args:
+        denoiser: the teacher, on the meta device
+
+    Raises:
+        ValueError: if the teacher does not have such a unit, or cannot be run without weights
+    """
+    depth = len(denoiser.units)
+    if bad := [i for i in request.taps if not -depth <= i < depth]:
+        raise ValueError(f"taps={bad[0]}: the teacher has {depth} units, 0 to {depth - 1}")
+    taps = sorted({i % depth for i in request.taps})
+    told = condition_of(request, denoiser, encoders, encoders.embed([""]))[0]
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            out = denoiser(torch.zeros(1, *shape), torch.ones(1), told.map(lambda v: v.to("meta")), taps=taps)
+    except RuntimeError as error:  # torch's, for what cannot be decided without values
+        raise ValueError(f"taps: the teacher cannot be run without weights: {str(error).splitlines()[0]}") from error
+    tokens = {tuple(out.trace[f"unit.{i}"].shape[1:]) for i in taps}
+    if len(tokens) > 1:
+        raise ValueError(f"taps: the units have tokens of different shapes, {sorted(tokens)}: take units of one shape")
+    guided = request.guidance != 1 and not denoiser.facts.told
+    times = solver_of(request, shift).times_of(default_objective(denoiser), shape)
+    return {"evaluations": list(times[:-1]), "taps": taps, "branches": 1 + guided, "tokens": list(tokens.pop())}
 
 
 def check_text(request: Request, denoiser: Denoiser, encoders: PromptEncoders, shape: tuple[int, ...]) -> None:

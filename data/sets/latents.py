@@ -48,6 +48,7 @@ class Latents:
         steps: refuse samples generated in another number of steps
         shift: refuse samples generated with another shift of the times
         trajectories: samples have the teacher's path, see `LatentSplit`
+        features: samples have the teacher's answers of every evaluation, see `LatentSplit`
 
     Raises:
         FileNotFoundError, ValueError: in one sentence, for a folder that cannot be used
@@ -68,6 +69,7 @@ class Latents:
         steps: int | None = None,
         shift: float | None = None,
         trajectories: bool = False,
+        features: bool = False,
     ):
         if verify not in ("size", "full"):
             raise ValueError(f"verify is size or full, got {verify!r}")
@@ -88,8 +90,10 @@ class Latents:
         self.null = self._null()
         self._vae: VAE | None = None  # loaded when something is first looked at
         tars = shards(self.path, self.manifest, verify == "full", tolerance, cache)
-        self._train = LatentSplit(tars, self.manifest, flip, seed, trajectories)
-        self.stored: dict[str, Any] | None = self._train.path  # with trajectories: at which guidance and times
+        self._train = LatentSplit(tars, self.manifest, flip, seed, trajectories, features)
+        # with trajectories or features: at which guidance and times
+        self.stored: dict[str, Any] | None = self._train.path or self._train.made
+        self.features = features
         self._heldout = None
         if heldout is not None:
             other = manifest.verify(Path(heldout))
@@ -266,6 +270,11 @@ def misfits(tars: Tars, described: dict) -> Iterator[Damaged]:
         wanted["moments_flip"] = 2 * numbers
     if made and made.get("times"):
         wanted["trajectory"] = len(made["times"]) * numbers
+    if made and made.get("taps"):
+        count = len(made["evaluations"])
+        wanted["predictions"] = count * numbers
+        tokens = count * made["branches"] * int(np.prod(made["tokens"]))
+        wanted |= {f"tap{k}": np.full(len(tars), tokens) for k in made["taps"]}
     if described["pooled"]:
         wanted["pooled"] = np.full(len(tars), described["pooled"]["width"])
     width = np.dtype(described["dtype"]).itemsize
@@ -299,17 +308,25 @@ class LatentSplit:
     stored states, and their `times` k, from noise to data without both ends; `scale`, the guidance. The noise equals
     the teacher's bit for bit; on another kind of device, to a unit in the last place.
 
+    With `features` it has the teacher's answers of all s evaluations: `number`, of the noise; `predictions` s c *sizes,
+    guided; `tap<unit>` s k n d, the tokens behind each tapped unit in k guidance branches, cond's first.
+
     Raises:
         ValueError: for trajectories of samples that were not generated, or by a solver that adds noise of its own
     """
 
-    def __init__(self, tars: Tars, described: dict, flip: bool, seed: int, trajectories: bool):
+    def __init__(self, tars: Tars, described: dict, flip: bool, seed: int, trajectories: bool, features: bool = False):
         self.tars, self.flip, self.seed = tars, flip, seed
         self.shape: Sequence[int] = described["latent_shape"]
         self.text, self.pooled = described["text"], described["pooled"] is not None
         self.num_classes: int | None = described["num_classes"]
         self.generated = bool(described.get("generated"))
         self.path = described["generated"] if trajectories and self.generated else None
+        self.made = described["generated"] if features and self.generated else None  # with features
+        if features and not (self.made and self.made.get("taps")):
+            raise ValueError(
+                f"{tars.paths[0].parent} has no features, which data.generate stores with taps=...: set features=false"
+            )
         if trajectories and not self.generated:
             raise ValueError(
                 f"{tars.paths[0].parent} holds no generated data, which alone has trajectories: set "
@@ -359,6 +376,8 @@ class LatentSplit:
             sample["pooled"] = self._array(index, "pooled.npy", (None,))
         if self.path:
             sample |= self._path(index, self.path, shape)
+        if self.made:
+            sample |= self._features(index, self.made, shape)
         return sample
 
     def _label(self, index: int, num_classes: int) -> int:
@@ -371,12 +390,23 @@ class LatentSplit:
         return label
 
     def _path(self, index: int, made: dict, shape: Sequence[int]) -> dict[str, Tensor]:
-        number, times = self.tars.json(index).get("number"), torch.tensor(made.get("times", []))
-        if type(number) is not int or not 0 <= number <= LAST_LABEL:  # true is an int to Python
-            raise Damaged(f"{self.tars.name(index)}.json does not say which noise it was generated from")
+        number, times = self._number(index), torch.tensor(made.get("times", []))
         z = noise.gaussian(made["seed"], torch.tensor([number]), noise.NOISE, tuple(shape))[0]
         states = self._array(index, "trajectory.npy", (len(times), *shape)) if len(times) else z.new_empty(0, *shape)
         return {"z": z, "trajectory": states, "times": times, "scale": torch.tensor(float(made["guidance"]))}
+
+    def _number(self, index: int) -> int:
+        """Of the noise. Raises Damaged if it is none."""
+        number = self.tars.json(index).get("number")
+        if type(number) is not int or not 0 <= number <= LAST_LABEL:  # true is an int to Python
+            raise Damaged(f"{self.tars.name(index)}.json does not say which noise it was generated from")
+        return number
+
+    def _features(self, index: int, made: dict, shape: Sequence[int]) -> dict[str, Tensor]:
+        count, tokens = len(made["evaluations"]), (made["branches"], *made["tokens"])
+        found = {"number": torch.tensor(self._number(index))}
+        found["predictions"] = self._array(index, "predictions.npy", (count, *shape))
+        return found | {f"tap{k}": self._array(index, f"tap{k}.npy", (count, *tokens)) for k in made["taps"]}
 
     def _latent(self, index: int, draw: int, shape: Sequence[int]) -> Tensor:
         c, *sizes = shape

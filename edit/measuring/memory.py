@@ -220,6 +220,7 @@ class Plan:
     teacher: float
     activations: float
     transients: float
+    caches: float  # what edits remember between the evaluations of a rollout
     inputs: float
     seconds: float | None  # mean per optimiser step; None: the device's peak is unknown
 
@@ -252,6 +253,7 @@ class Draft:
     own: int = 0  # parameters of loss terms, or of a few-step method
     optimizer: Optimizer = ADAMW  # of every trained parameter; DeepSpeed adds to it
     frozen: int = 0  # parameters of frozen models that losses look with, in fp32 and whole on each device
+    remembered: int = 0  # bytes that edits remember of one sample between two steps
     peak: float | None = 989e12  # FLOP/s of a device
     mfu: float = 0.45
 
@@ -373,6 +375,7 @@ class Draft:
             teacher=states["teacher"].total if self.teacher else 0.0,
             activations=activations,
             transients=transients,
+            caches=self.batch * self.remembered,
             inputs=self.batch * (3 * sample + told),  # clean, noise, noisy
             seconds=self.seconds(),
         )

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
 import resource
-import shutil
 import signal
 import sys
 import threading
@@ -17,14 +15,13 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -34,11 +31,20 @@ from edit.stream import Condition
 from recipes.config.errors import UserError
 from recipes.recipe import Recipe
 from recipes.report.routing_map import Decisions, draw, drawn, groups
+from recipes.runtime.checkpoint_files import (
+    RANKS,
+    WHOLE,
+    AtomicIO,
+    checksum_of,
+    rank_damage,
+    rank_file,
+    read_checksums,
+    remove,
+    sweep,
+)
 from recipes.runtime.files import is_first, write
 from recipes.runtime.loggers import log_image
 
-WHOLE = "whole"  # file of checksums in a checkpoint folder (DeepSpeed), written when all ranks have finished
-CHECKSUM = ".sha256"  # suffix to the name of a checkpoint file
 NAME = r"step_(\d+)\.ckpt"
 # parts of a checkpoint that resuming needs
 NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step")
@@ -249,58 +255,6 @@ class Preview(StepCallback):
         log_image(trainer.loggers, name, picture, step)
 
 
-class Hashed:
-    """A file to write to, and the SHA-256 of its content."""
-
-    def __init__(self, file: IO[bytes]):
-        self.file, self.sha256 = file, hashlib.sha256()
-
-    def write(self, content: Any) -> int:
-        self.sha256.update(content)
-        return self.file.write(content)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-class AtomicIO(TorchCheckpointIO):
-    """Write a checkpoint to a temporary file and move it when whole, so that a kill leaves the previous one.
-
-    A kill corrupts Lightning's own write where TMPDIR is another file system. The checksum is computed while writing,
-    2 GB/s, and stored in a file of its own. A failed write is kept in `error` and not raised: other ranks wait at a
-    barrier, and `Checkpoints` tells them.
-    """
-
-    error: UserError | None = None
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        try:
-            with open(temporary, "wb") as f:
-                hashed = Hashed(f)
-                torch.save(checkpoint, hashed)
-                f.flush()
-                os.fsync(f.fileno())
-            # between these a kill leaves a checkpoint without a checksum, which is taken, never one with another's
-            checksum_of(path).unlink(missing_ok=True)
-            os.replace(temporary, path)
-            write(checksum_of(path), f"{hashed.sha256.hexdigest()}  {path.name}\n")
-        except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-            temporary.unlink(missing_ok=True)
-            cause = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(cause, OSError) and "write" not in str(error):
-                raise
-            reason = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(error)
-            full = shutil.disk_usage(path.parent).free < 2**20 or "space" in reason
-            cure = "free some space" if full else "check the disk and its limits"
-            self.error = UserError(
-                f"could not write {path} ({reason.lower()}): earlier checkpoints are whole; {cure} and give the same "
-                "command, which resumes from them"
-            )
-
-
 class Checkpoints(StepCallback):
     """Save every `every` optimiser steps, after the last, and on SIGTERM, SIGUSR1 or SIGHUP; keep the newest `keep`.
 
@@ -310,18 +264,12 @@ class Checkpoints(StepCallback):
     def __init__(self, folder: Path, every: int, keep: int, metrics: Metrics):
         self.folder, self.every, self.keep, self.metrics = folder, every, keep, metrics
         self.told_to_stop = False
+        self.ranks = 0  # files of ranks that belong to the checkpoint that is written
 
     def on_train_start(self, trainer: pl.Trainer, module: Recipe) -> None:
         super().on_train_start(trainer, module)
         if trainer.is_global_zero:
-            for left in self.folder.glob("*.tmp-*"):  # of a write that was killed
-                left.unlink()
-            for left in self.folder.glob("step_*.ckpt"):
-                if left.is_dir() and not (left / WHOLE).exists():
-                    shutil.rmtree(left)
-            for left in self.folder.glob(f"step_*.ckpt{CHECKSUM}"):  # of a checkpoint that was removed
-                if not left.with_name(left.name.removesuffix(CHECKSUM)).exists():
-                    left.unlink()
+            sweep(self.folder)
         if threading.current_thread() is threading.main_thread():
             # here and not earlier: Lightning would add its own handler, which kills other ranks inside a step
             for told in STOP:
@@ -340,23 +288,34 @@ class Checkpoints(StepCallback):
         if not (stop or step % self.every == 0 or step == trainer.max_steps):
             return
         with self.metrics.paused():
-            self._save(trainer, self.folder / f"step_{step:08d}.ckpt")
+            self._save(trainer, self.folder / f"step_{step:08d}.ckpt", module.kept())
         if stop and step != trainer.max_steps:
             trainer.should_stop = True
             if trainer.is_global_zero:
                 print(f"told to stop: saved step {step}; the same command resumes", flush=True)
 
-    def _save(self, trainer: pl.Trainer, path: Path) -> None:
+    def _save(self, trainer: pl.Trainer, path: Path, kept: dict[str, Any] | None = None) -> None:
+        self.ranks = 0 if kept is None else trainer.world_size
+        if kept is not None:  # before the common file, which is complete when it is there
+            own = AtomicIO()
+            own.save_checkpoint(kept, rank_file(path, trainer.global_rank, trainer.world_size))
+            self._agree(trainer, own.error, path)
         trainer.save_checkpoint(path)
-        error = getattr(trainer.strategy.checkpoint_io, "error", None)
-        if not trainer.strategy.reduce_boolean_decision(error is None, all=True):
-            raise error or UserError(f"rank 0 could not write {path}: see its message")
+        self._agree(trainer, getattr(trainer.strategy.checkpoint_io, "error", None), path)
         if trainer.is_global_zero:
             if path.is_dir():
                 write(path / WHOLE, json.dumps(of_files(path, files_in(path)), indent=2))
             for old in checkpoints(self.folder)[: -self.keep]:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-                checksum_of(old).unlink(missing_ok=True)
+                remove(old)
+
+    def _agree(self, trainer: pl.Trainer, error: UserError | None, path: Path) -> None:
+        """Raises UserError on all ranks if one of them could not write."""
+        if not trainer.strategy.reduce_boolean_decision(error is None, all=True):
+            raise error or UserError(f"another rank could not write {path}: see its message")
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.ranks:
+            checkpoint[RANKS] = self.ranks
 
 
 def leave_terminal() -> None:
@@ -380,11 +339,6 @@ def step_of(checkpoint: Path) -> int:
     match = re.fullmatch(NAME, checkpoint.name)
     assert match, checkpoint
     return int(match.group(1))
-
-
-def checksum_of(checkpoint: Path) -> Path:
-    """The path of a checkpoint file's checksum, which `sha256sum -c` reads."""
-    return checkpoint.with_name(checkpoint.name + CHECKSUM)
 
 
 def files_in(checkpoint: Path) -> list[str]:
@@ -440,21 +394,11 @@ def damage(path: Path) -> str | None:
             return f"it has no {missing[0]}"
         if content["global_step"] != step_of(path):
             return f"it holds step {content['global_step']}"
-        return None
+        return rank_damage(path, content.get(RANKS, 0))
     except Exception as error:  # damaged files raise whatever they run into
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
             raise
         return f"it cannot be read, {type(error).__name__}"
-
-
-def read_checksums(path: Path) -> dict[str, str]:
-    """SHA-256 of each file of a checkpoint, by name; empty: there are none, or they cannot be read."""
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    if path.name == WHOLE:
-        kept = json.loads(text or "{}")  # of an earlier version: empty
-        return {str(name): str(sum) for name, sum in kept.items()}
-    match = re.fullmatch(r"([0-9a-f]{64})  (\S+)\n", text)
-    return {match[2]: match[1]} if match else {}
 
 
 def torn_record(path: Path) -> str | None:

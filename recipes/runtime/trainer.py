@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 
 from recipes.config.errors import UserError
 from recipes.config.schema import TrainerConfig
-from recipes.runtime.callbacks import AtomicIO
+from recipes.runtime.checkpoint_files import AtomicIO
 
 
 def accelerator_of(t: TrainerConfig) -> str:

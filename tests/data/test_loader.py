@@ -145,3 +145,24 @@ def test_impossible_numbers_are_refused():
         loader(batch_size=0)
     with pytest.raises(ValueError, match="rank is one of 0 to 1"):
         loader(rank=2, world=2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_is_given_as_often_as_wanted_and_a_resumed_run_goes_on_inside(workers):
+    whole = [b["draw"].tolist() for b in loader(10, 4, 7, repeats=3, workers=workers)]
+    assert whole == [[0, 1, 2, 3]] * 3 + [[4, 5, 6, 7]] * 3 + [[8, 9, 10, 11]]
+    for done in range(7):
+        first, again = loader(10, 4, 7, repeats=3), loader(10, 4, 7 - done, repeats=3, workers=workers)
+        batches = iter(first)
+        for _ in range(done):
+            next(batches)
+        again.load_state_dict(first.state_dict())
+        assert [b["draw"].tolist() for b in again] == whole[done:]
+        assert [b["draw"].tolist() for b in again] == whole[done:]  # from the same place
+    assert first.state_dict() == {"samples": 8, "size": 10} and "given" in resumed_inside()
+
+
+def resumed_inside():
+    inside = loader(10, 4, 7, repeats=3)
+    next(iter(inside))
+    return inside.state_dict()

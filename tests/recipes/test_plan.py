@@ -1,6 +1,7 @@
 """The command line plans the run that train.py would make of the same words."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,3 +130,41 @@ def test_help_is_help(capsys):
         main(["--help"])
     out = capsys.readouterr().out
     assert "devices=N" in out and "experiment=" in out
+
+
+# ---- rollouts, of toys ----------------------------------------------------------------------------------------------
+
+SMALL = ["backbone.hidden_size=32", "backbone.num_heads=2", "backbone.depth=2", "data.batch_size=4", "recipe=rollout"]
+SMALL += ["sampler.solver.steps=4", "sampler.guidance=2.0", "trusted=[toy_rollouts]"]
+LESSON = ["+edits.ahead={_target_: toy_rollouts.Ahead}", "recipe.method={_target_: toy_rollouts.Lesson}"]
+ROUTED = ["+edits.mixed={_target_: toy_rollouts.Mixed}", "recipe.method={_target_: toy_rollouts.Harmony, every: 4}"]
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "toys"))
+
+
+def test_of_a_rollout_the_forwards_of_an_update_are_counted_and_what_its_edits_remember(toys, capsys):
+    r = report(*SMALL, *LESSON, capsys=capsys)
+    # an update: a full and a cached evaluation, each with its teacher, all with guidance in one batch
+    assert r["calls"] == {"student": {"nothing": 6.0, "input": 2.0}}
+    tokens = 4 * 32 * 4  # of one branch, bytes
+    assert r["memory"]["caches"] == 4 * 2 * 4 * tokens  # samples, branches, evaluations
+    megabytes = 4 * (64 + 2 * 4 * 32) * 2 / 1e6  # evaluations; pixels; branches, tokens, width; bytes
+    assert any(f"would take {megabytes:.3g} MB per sample" in n for n in r["notes"])
+    main([*SMALL, *LESSON])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "student 2 to its input and 6 without gradient" in out and "memory of edits between evaluations" in out
+
+
+def test_the_plan_of_a_rollout_says_what_it_does_not_know_and_counts_another_teacher(toys, capsys):
+    r = report(*SMALL, *ROUTED, "teacher.path=not_here", capsys=capsys)
+    assert r["calls"]["teacher"] == {"nothing": 2.0}
+    assert r["calls"]["student"] == {"nothing": pytest.approx(2 / 3), "input": 2.0}
+    assert any("neither known nor counted" in n for n in r["notes"]) and any("every 4 updates" in n for n in r["notes"])
+
+
+def test_calibration_is_no_training_to_plan(capsys):
+    assert main(["recipe=calibrate", "init=not_here", "edits=reuse"]) == 2
+    assert "Calibrating trains nothing, so there is no training to plan" in capsys.readouterr().err
