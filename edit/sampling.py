@@ -270,7 +270,7 @@ class Guided:
             step = replace(step, branch=name)
             if self.joint is not None and name in ALTERNATIVES:
                 forget(step.memory, ALTERNATIVES[name])
-        out = self.denoiser(x, at, condition, step=step, **({"taps": taps} if taps else {}))
+        out = self.denoiser(x, at, condition, step=step, taps=taps)
         if look is not None:
             look(name, out)
         if self.watch is not None and step is not None:

@@ -66,6 +66,19 @@ class Artifact:
     identity: str = ""  # the same for artifacts of the same stock files; "": they were not verified
 
 
+def described(denoiser: Denoiser, objective: Objective | None, sampler: Sampler | None) -> dict[str, Any]:
+    """What edits.json says of the model, and of how it is sampled; None: by the backbone's convention."""
+    return {
+        "format": FORMAT,
+        "backbone": import_path(denoiser.family),
+        "base": denoiser.base,
+        "edits": {name: editing.describe(e) for name, e in denoiser.applied.items()},
+        "folded": denoiser.folded,
+        "objective": editing.describe(objective or default_objective(denoiser)),
+        "sampler": editing.describe(sampler or default_sampler(denoiser, objective)),
+    }
+
+
 def save(
     denoiser: Denoiser,
     path: str | os.PathLike,
@@ -108,17 +121,7 @@ def save(
         config["_needs_edits"] = list(needed)
     if refers is not None:
         check_headers(refers, stock, own)
-    description = {
-        "format": FORMAT,
-        "backbone": import_path(denoiser.family),
-        "base": denoiser.base,
-        "edits": {name: editing.describe(e) for name, e in denoiser.applied.items()},
-        "folded": denoiser.folded,
-        "objective": editing.describe(objective or default_objective(denoiser)),
-        "sampler": editing.describe(sampler or default_sampler(denoiser, objective)),
-        "data": dict(data or {}),
-        "run": dict(run or {}),
-    }
+    description = described(denoiser, objective, sampler) | {"data": dict(data or {}), "run": dict(run or {})}
     with replacing(path) as folder, _system_errors(path):
         if refers is None:
             _write_weights(folder, stock, own, dtype, max_shard_size)
