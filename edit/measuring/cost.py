@@ -8,7 +8,7 @@ meta device computes nothing; a model whose control flow depends on its activati
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -225,7 +225,7 @@ class _Meter:
         self.denoiser, self.device = denoiser, _device(denoiser)
         self.macs = self.samples = 0
         self.reads = _Reads()
-        self.known: dict[tuple, tuple[int, Output]] = {}  # by the shapes of sample and text
+        self.known: dict[tuple, tuple[int, Output]] = {}  # by the shapes of sample and text, and the taps
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.denoiser, name)
@@ -233,11 +233,13 @@ class _Meter:
     def parameters(self) -> Iterator[Tensor]:
         yield torch.empty(0, device="cpu" if self.device.type == "meta" else self.device)
 
-    def __call__(self, x: Tensor, t: Tensor, condition: Condition, step: Step | None = None) -> Output:
+    def __call__(
+        self, x: Tensor, t: Tensor, condition: Condition, step: Step | None = None, taps: Collection[int] = ()
+    ) -> Output:
         self.samples += len(x)
-        shapes = x.shape, None if condition.text is None else condition.text.shape
+        shapes = x.shape, None if condition.text is None else condition.text.shape, tuple(taps)
         if shapes not in self.known:
-            executed, out = self._run(x, t, condition, step)
+            executed, out = self._run(x, t, condition, step, taps)
             if self.device.type != "meta":
                 self.macs += executed
                 return out
@@ -251,12 +253,14 @@ class _Meter:
         self.macs += executed
         return answer
 
-    def _run(self, x: Tensor, t: Tensor, condition: Condition, step: Step | None) -> tuple[int, Output]:
+    def _run(
+        self, x: Tensor, t: Tensor, condition: Condition, step: Step | None, taps: Collection[int]
+    ) -> tuple[int, Output]:
         flops = Flops()
         try:
             with torch.no_grad(), self.reads, flops:
                 told = condition.map(lambda v: v.to(self.device))
-                out = self.denoiser(x.to(self.device), t.to(self.device), told, step=step)
+                out = self.denoiser(x.to(self.device), t.to(self.device), told, step=step, taps=taps)
         except (RuntimeError, ValueError) as error:  # torch raises them for operations that the meta device cannot run
             if self.device.type != "meta" or (isinstance(error, ValueError) and "meta" not in str(error)):
                 raise
