@@ -495,6 +495,7 @@ def test_tokens_of_samples_at_different_times_run_as_one_sequence_with_the_mixtu
         p.copy_(0.2 * torch.randn(p.shape, generator=generator))
     sliced = denoiser(*inputs(denoiser))
     factored = denoiser(*inputs(denoiser), branches=range(len(denoiser.units)))  # where branches are wanted
-    assert 0 < sliced.trace["dydit.tokens.0"].mean() < 1
+    chosen = [v.float().mean().item() for k, v in sliced.trace.items() if k.startswith("dydit.tokens.")]
+    assert any(0 < share < 1 for share in chosen)  # in one of the units, at least
     # FLUX's stock positions round in fp32
     torch.testing.assert_close(sliced.sample, factored.sample, rtol=0, atol=1e-7 if name == "flux" else 1e-12)
