@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def python(*words: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def python(*words: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """What `python <words>` does in the folder `cwd`; words begin with a script, or with `-m` and a module.
 
     Modules that this process has imported are not imported again: what an import does, or whether it happens, is

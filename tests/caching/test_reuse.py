@@ -338,9 +338,8 @@ def test_a_copy_repeats_its_own_branches():
 
 @pytest.mark.parametrize("name", ["dit", "flux"])
 def test_it_is_stored_as_data_and_read_again(name, tmp_path):
-    net = family(
-        name, reuse=Reuse(3, units=(1, 2), branches=("feed", "fused") if name == "flux" else (), backwards=True)
-    )
+    units, branches = ((1, 2), ("feed", "fused")) if name == "flux" else ((1,), ())
+    net = family(name, reuse=Reuse(3, units=units, branches=branches, backwards=True))
     save(net, tmp_path / "artifact")
     read = load(tmp_path / "artifact").denoiser
     assert read.applied["reuse"] == net.applied["reuse"] and read.applied["reuse"].name == "reuse"
