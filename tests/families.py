@@ -33,7 +33,7 @@ CONFIGS = {
     "flux": FluxConfig(num_layers=2, num_single_layers=2, **AXES, **HEADS, **TEXT),
     "sd3": SD3Config(in_channels=4, num_layers=3, sample_size=8, pos_embed_max_size=8, **HEADS, **TEXT),
     "pixart": PixArtConfig(num_layers=2, sample_size=8, cross_attention_dim=64, caption_channels=24, **HEADS),
-    "qwen_image": QwenImageConfig(num_layers=2, joint_attention_dim=24, **AXES, **HEADS),
+    "qwen_image": QwenImageConfig(num_layers=3, joint_attention_dim=24, **AXES, **HEADS),
     "wan": WanConfig(4, num_layers=2, ffn_dim=128, text_dim=24, freq_dim=32, sample_size=(2, 8, 8), **HEADS),
 }
 # and what differs in what a model is told or predicts
