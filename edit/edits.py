@@ -237,7 +237,7 @@ def compact(denoiser: Denoiser, state: Mapping[str, Tensor] | None = None) -> De
     if all(type(e).compact is Edit.compact for e in denoiser.applied.values()):
         return denoiser
     state = dict(denoiser.state_dict() if state is None else state)
-    whole = _rebuilt(denoiser, denoiser.applied, state)
+    whole = rebuilt(denoiser, denoiser.applied, state, "the state to compact")
     edits = dict(denoiser.applied)
     for name, e in whole.applied.items():
         if (left := e.compact(whole.edits[name] if name in whole.edits else None)) is None:
@@ -247,18 +247,22 @@ def compact(denoiser: Denoiser, state: Mapping[str, Tensor] | None = None) -> De
         state |= {f"edits.{name}.{k}": v for k, v in ({} if own is None else own.state_dict()).items()}
     if all(edits[name] is e for name, e in denoiser.applied.items()):
         return denoiser
-    return _rebuilt(denoiser, edits, state)
+    return rebuilt(denoiser, edits, state, "the state that Edit.compact left")
 
 
-def _rebuilt(denoiser: Denoiser, edits: Mapping[str, Edit], state: Mapping[str, Tensor]) -> Denoiser:
-    """The base of a denoiser with copies of these edits and these weights, in the same mode."""
+def rebuilt(denoiser: Denoiser, edits: Mapping[str, Edit], state: Mapping[str, Tensor], what: str) -> Denoiser:
+    """The base of a denoiser with copies of these edits around these very tensors, in the same mode.
+
+    Raises:
+        ValueError: if names or shapes of the state, `what` it is in words, are not those of the edits on the base
+    """
     with torch.device("meta"):
         twin = apply(
             denoiser.family.from_config(denoiser.base), {name: replace(e) for name, e in edits.items()}, fresh=False
         )  # type: ignore[type-var]
-    check_layout(twin.state_dict(), state, "the state that Edit.compact left")
+    check_layout(twin.state_dict(), state, what)
     twin.load_state_dict(state, assign=True)
-    twin.folded, twin.gradient_checkpointing = denoiser.folded, denoiser.gradient_checkpointing
+    twin.folded, twin.gradient_checkpointing = list(denoiser.folded), denoiser.gradient_checkpointing
     trainable = {n: p.requires_grad for n, p in denoiser.named_parameters()}
     for n, p in twin.named_parameters():
         p.requires_grad_(trainable.get(n, True))

@@ -83,7 +83,7 @@ class Seen:
     """
 
     condition: Condition  # of the trained models, after label drop
-    null: Condition  # its unconditional counterpart
+    null: Condition  # its unconditional counterpart; the condition itself without label drop and teacher
     scale: Tensor  # b, guidance scale of the teacher
     draws: Draws
     progress: float = 0.0  # fraction of the run that is done, for schedules

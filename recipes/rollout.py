@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
@@ -146,7 +147,7 @@ class Rollout(Recipe):
             self.noise_seed,
             self.null,
             shape=tuple(batch["x"].shape[1:]) if "x" in batch else None,
-            state=None if state is None else moved(state, device),
+            state=None if state is None else move_data_to_device(state, device),
         )
 
     def _condition(self, batch: Mapping[str, Tensor]) -> Condition:
@@ -255,15 +256,6 @@ class Rollout(Recipe):
         torch.manual_seed(self.settings.seed)  # the same on every rank
         if (own := self.method.build(self.denoiser, whole_teacher or self.denoiser)) is not None:
             self.own = self.whole_or_sharded(own)
-
-
-def moved(state: Any, device: torch.device) -> Any:
-    """A walk's state with its tensors on a device."""
-    if isinstance(state, Tensor):
-        return state.to(device)
-    if isinstance(state, dict):
-        return {k: moved(v, device) for k, v in state.items()}
-    return [moved(v, device) for v in state] if isinstance(state, list) else state
 
 
 FEATURES = ("predictions", "tap")  # how the names of stored features in a batch begin

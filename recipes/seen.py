@@ -76,10 +76,11 @@ class Asked:
 
     def callables(self) -> dict[str, Any]:
         """The fields of `edit.losses.Seen`."""
-        names = ["student", "predict", "average", "averaged"]
-        names += [] if self.teacher is None else ["teacher", "features"]
-        names += [] if self.critic is None else ["critic"]
-        return {name: getattr(self, f"ask_{name}") for name in names}
+        found: dict[str, Any] = {"student": self.ask_student, "predict": self.ask_predict}
+        found |= {"average": self.ask_average, "averaged": self.ask_averaged}
+        if self.teacher is not None:
+            found |= {"teacher": self.ask_teacher, "features": self.ask_features}
+        return found if self.critic is None else found | {"critic": self.ask_critic}
 
     def _ask(
         self, denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition, taps: Collection[int] = ()

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 
-import torch
-
 from edit import edits as editing
 from edit.artifacts.checkpoint import Artifact
 from edit.artifacts.weights import split_state
@@ -44,13 +42,9 @@ def variant(artifact: Artifact, edits: Mapping[str, Edit], sampler: Sampler | No
 
 def twin(denoiser: Denoiser, copy: bool = False) -> Denoiser:
     """The same denoiser once more, with the same tensors; or with copies of them."""
-    live = {name: replace(e) for name, e in denoiser.applied.items()}  # type: ignore[type-var]
-    with torch.device("meta"):
-        made = editing.apply(denoiser.family.from_config(denoiser.base), live, fresh=False)
-    made.folded = list(denoiser.folded)
     state = denoiser.state_dict()
-    made.load_state_dict({k: v.clone() for k, v in state.items()} if copy else state, assign=True)
-    return made.train(denoiser.training)
+    state = {k: v.clone() for k, v in state.items()} if copy else state
+    return editing.rebuilt(denoiser, denoiser.applied, state, "the denoiser's own state")
 
 
 def same_weights(one: Denoiser, other: Denoiser) -> bool:

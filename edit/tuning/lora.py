@@ -58,9 +58,8 @@ class LoRA(Edit):
             raise ValueError(
                 f"LoRA: no linear layer's name ends in {unmet[0]!r}; there are {', '.join(linear[:8])}, ..."
             )
-        if targets != "all-linear" and next(
-            gone(denoiser.model), None
-        ):  # peft goes by names, and these layers still have one
+        replaced = next(gone(denoiser.model), None) is not None  # peft goes by names, and these layers still have one
+        if targets != "all-linear" and replaced:
             targets = [n for n in linear if n.endswith(self.targets)]
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)
         before = [p for p in denoiser.model.parameters() if p.requires_grad]

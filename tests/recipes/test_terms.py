@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from killed_runs import kill_at
+from ranks import run_ranks
 from small_runs import TWO_RANKS, losses, rows, train, train_ranks
 
 from edit.losses import Draws
@@ -43,7 +44,8 @@ def test_a_term_that_asks_the_average_at_another_time_and_one_that_ends_train_al
     assert "own.sra.weight" in two and one.keys() == two.keys()
 
 
-def test_after_its_end_a_term_leaves_no_loss_no_parameter_and_no_state(tmp_path):
+def ended(folder, overrides):
+    """Train, and look at what is left at the first step after the end: module, vision model, DDP, and parameters."""
     alive = {}
     step = Diffusion.training_step
 
@@ -51,21 +53,34 @@ def test_after_its_end_a_term_leaves_no_loss_no_parameter_and_no_state(tmp_path)
         if "haste" in self.own:
             alive["own"] = weakref.ref(self.own["haste"])
             alive["eye"] = weakref.ref(next(iter(self.sight.models.values())))
+            alive["wrapped"] = weakref.ref(self.trainer.strategy.model)
             alive["count"] = len(self.trained)
         elif "left" not in alive:
             gc.collect()
             groups = self.trainer.optimizers[0].param_groups
-            alive["left"] = (alive["own"](), alive["eye"](), len(self.trained) - alive["count"])
+            wrapped = alive["wrapped"]()
+            names = ("own", "eye")
+            alive["left"] = [alive[name]() is not None for name in names] + [wrapped not in (None, self)]
+            alive["left"].append(len(self.trained) - alive["count"])
             assert sum(len(g["params"]) for g in groups) == len(self.trained)
             assert len(self.trainer.optimizers[0].state) == len(self.trained)
         return step(self, batch, batch_index)
 
     Diffusion.training_step = watched
     try:
-        train(tmp_path, "name=a", TOYS, VISION)
+        train(folder, *overrides)
     finally:
         Diffusion.training_step = step
-    assert alive["left"] == (None, None, -2)
+    return alive["left"]
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
+def test_after_its_end_a_term_leaves_no_loss_no_parameter_and_no_state(tmp_path, strategy):
+    words, world = ("name=a", TOYS, VISION), 1
+    if strategy != "single":
+        words, world = (*words, f"trainer={strategy}", *TWO_RANKS), 2
+    for left in run_ranks(ended, world, args=(tmp_path, words), timeout=120):
+        assert left == [False, False, False, -2]  # own module, vision model, former DDP; a weight and a bias
     found = [r.get("train/haste/align") for r in rows(tmp_path, "a")]
     assert all(found[:6]) and not any(found[6:])
     state = kept(tmp_path, "a")
