@@ -182,7 +182,7 @@ class Denoising(Fit):
         terms, steps = probed.models.terms, probed.config.trainer.max_steps
         own = {name: probed.own[f"terms.{name}"] for name in terms}
         asks = probed.models.teacher is not None
-        return phases(terms, probed.student, probed.teacher, own, probed.guided, steps, asks)
+        return phases(terms, probed.student, probed.teacher, own, probed.guided, steps, asks, probed.decoder)
 
     def module(self, run: Run) -> Diffusion:
         cfg, models = run.config, run.models

@@ -217,7 +217,7 @@ class FewSteps(Fit):
     def kinds(self, probed: Probed) -> tuple[Turn, ...]:
         matching = probed.models.matching
         assert matching is not None, "checked: FewSteps.check"
-        return turns(matching, probed.student, probed.teacher, probed.own["matching"], probed.guided)
+        return turns(matching, probed.student, probed.teacher, probed.own["matching"], probed.guided, probed.decoder)
 
     def module(self, run: Run) -> FewStep:
         models = run.models

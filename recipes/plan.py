@@ -23,6 +23,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from edit.inputs.command import Parser, guarded
 from edit.inputs.limits import Count, Limits, Positive, check_numbers
@@ -211,7 +212,7 @@ def draft_of(models: Models, cfg: DictConfig, notes: list[str], peak: float | No
     losses = procedure.losses(models)
     with torch.device("meta"):
         own = {place: loss.build(student.denoiser, asked if placement else None) for place, loss in losses.items()}
-    probed = Probed(models, cfg, student, teacher, own, guided, notes)
+    probed = Probed(models, cfg, student, teacher, own, guided, decoder_of(models.data, losses, notes), notes)
     return Draft(
         student=student,
         strategy=STRATEGIES[trainer.strategy],
@@ -230,7 +231,7 @@ def draft_of(models: Models, cfg: DictConfig, notes: list[str], peak: float | No
         remembered=procedure.remembered(probed),
         own=sum(p.numel() for o in own.values() if o is not None for p in o.parameters()),
         optimizer=OPTIMIZERS[cfg.optimizer.kind],
-        frozen=frozen_weights(losses, notes),
+        frozen=frozen_weights(losses, probed.decoder),
         peak=peak,
         mfu=mfu,
     )
@@ -250,15 +251,25 @@ def planned(cfg: DictConfig) -> Procedure:
     return procedure
 
 
-def frozen_weights(losses: Mapping[str, Loss], notes: list[str]) -> int:
-    """Parameters of the frozen models that losses look with, each model once."""
-    models = {spec for loss in losses.values() for spec in loss.frozen.values()}
-    if models:
+def decoder_of(data: Any, losses: Mapping[str, Loss], notes: list[str]) -> nn.Module | None:
+    """The data set's decoder, if a loss asks for pixels; where it is not here, a note says so."""
+    if not any(loss.decodes for loss in losses.values()):
+        return None
+    try:
+        return getattr(data, "decoder", nn.Identity)()
+    except (OSError, ValueError) as error:
         notes.append(
-            "weights of frozen models that losses look with are counted, but neither the data set's decoder nor what "
-            "these keep for the backward pass: 8 to 10 GB for an image of 1024 px, in proportion to a crop's pixels"
+            f"losses decode samples, and the decoder is not here ({one_line(error)}): it is not counted, and models "
+            "that look at pixels are counted at the size of samples"
         )
-    return sum(p.numel() for spec in models for p in spec.structure().parameters())
+        return None
+
+
+def frozen_weights(losses: Mapping[str, Loss], decoder: nn.Module | None) -> int:
+    """Parameters of the frozen models that losses look with, each model once, and of the decoder."""
+    specs = {spec for loss in losses.values() for spec in loss.frozen.values()}
+    models = [*(spec.structure() for spec in specs), *([] if decoder is None else [decoder])]
+    return sum(p.numel() for model in models for p in model.parameters())
 
 
 def on_its_machine(cfg: DictConfig) -> DictConfig:

@@ -72,6 +72,7 @@ class Probed:
         teacher: likewise; None: there is none with weights of its own
         own: modules of `Loss.build` on the meta device, by the places of the losses in the configuration
         guided: batches that one call of a teacher takes: 2 with classifier-free guidance
+        decoder: of the data set, where a loss asks for pixels; None: no loss does, or it is not here
         notes: what the plan leaves out is appended, a sentence each
     """
 
@@ -81,6 +82,7 @@ class Probed:
     teacher: Probe | None
     own: Mapping[str, nn.Module | None]
     guided: int
+    decoder: nn.Module | None
     notes: list[str]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -114,6 +114,9 @@ class Sample:
 
     def heldout(self) -> None:
         return None
+
+    def decoder(self) -> NoReturn:
+        raise FileNotFoundError("the data set that has it is not")
 
     def __len__(self) -> int:
         return 1

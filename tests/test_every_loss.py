@@ -323,6 +323,9 @@ def asked(module: FewStep, clock: Clock, batch: dict[str, Tensor], step: int) ->
     of = parts(module)
     roles = {"student": (of["student"], of["average"]), "teacher": (of["teacher"],), "critic": (of["critic"],)}
     models = [(role, model) for role, found in roles.items() for model in found if model is not None]
+    models += [(name, module.sight.models[spec]) for name, spec in module.matching.frozen.items()]
+    if module.sight.decoder is not None:
+        models.append(("decoder", module.sight.decoder))
     hooks = [model.register_forward_hook(watched(role)) for role, model in models]
     try:
         stepped(module, clock, batch, step)
@@ -338,10 +341,13 @@ def test_a_plan_knows_the_calls_that_a_step_makes(name, folder):
     run = run_of(name, folder)
     module, clock = begun(name, folder)
     assert isinstance(module, FewStep)
-    kinds = [dict.fromkeys((call.role for call in kind.calls), 0.0) for kind in planned(run)]
-    for kind, found in zip(planned(run), kinds, strict=True):
+    kinds: list[dict[str, float]] = []
+    for kind in planned(run):
+        found: dict[str, float] = {}
         for call in kind.calls:
-            found[call.role] += call.samples
+            role = call.role.split(" of ")[0]  # frozen models and the decoder with the shape that they see
+            found[role] = found.get(role, 0.0) + call.samples
+        kinds.append(found)
     for mine in (True, False):
         if (step := turn(run, mine)) is not None:
             assert asked(module, clock, batch_of(run), step) in kinds

@@ -19,6 +19,7 @@ from torch import nn
 
 from edit.denoiser import Denoiser
 from edit.edits import shards, trains
+from edit.measuring.looks import Look
 from edit.measuring.probe import Probe
 from edit.measuring.turns import Call, Turn
 from edit.unit import Unit
@@ -273,9 +274,11 @@ class Draft:
         asked = (Call("teacher", self.calls),) if self.placement else ()
         return self.turns or (Turn(1.0, (*asked, Call("student", reach="weights"))),)
 
-    def probe(self, role: str) -> Probe:
-        """The probe of a role; a tied teacher has the student's."""
-        found = {"student": self.student, "critic": self.critic, "teacher": self.teacher or self.student}[role]
+    def probe(self, call: Call) -> Probe | Look:
+        """The probe of the model that is called; a tied teacher has the student's."""
+        if call.look is not None:
+            return call.look
+        found = {"student": self.student, "critic": self.critic, "teacher": self.teacher or self.student}[call.role]
         assert found is not None, "a method that asks a critic has one"
         return found
 
@@ -320,12 +323,12 @@ class Draft:
             there = transient(roles[call.role], self.strategy, self.half) if call.role in roles else 0.0
             samples, dtype = math.ceil(call.samples * self.batch), self._dtype(call.role)
             if call.reach == "nothing":
-                a = self.probe(call.role).ask(samples, self.half, dtype)
+                a = self.probe(call).ask(samples, self.half, dtype)
                 moments.append((there, alive + a.peak))
                 alive += a.kept
                 continue
-            recomputed = checkpointing and call.role != "teacher"
-            a = self.probe(call.role).step(samples, self.half, recomputed, dtype, call.reach == "input")
+            recomputed = checkpointing and call.checkpointed
+            a = self.probe(call).step(samples, self.half, recomputed, dtype, call.reach == "input")
             # Lightning drops the last step's gradients between forward and backward
             made = a.kept - states[call.role].gradients if keeps and call.reach == "weights" else a.flowing
             moments.append((there, alive + a.forward))
@@ -345,7 +348,7 @@ class Draft:
             return None
         calls = [(turn.share, call) for turn in self.kinds for call in turn.calls]
         flops = sum(
-            share * call.flops(self.probe(call.role).macs(), self.checkpointing and call.role != "teacher")
+            share * call.flops(self.probe(call).macs(), self.checkpointing and call.checkpointed)
             for share, call in calls
         )
         took = seconds(flops * self.batch, self.peak, self.mfu)

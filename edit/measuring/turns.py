@@ -1,16 +1,17 @@
 """How often losses call the models of a run in each step: counted by running them on tensors without memory.
 
 Losses declare nothing: they run on fake tensors, with models that return the right shapes and count their calls. Not
-counted: heads and projectors, a decoder, frozen models, and the losses' own arithmetic.
+counted: heads and projectors, and the losses' own arithmetic.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edit.few_step.method import FewStepMethod
-from edit.losses import Draws, Loss, Seen, Term
+from edit.losses import Draws, Frozen, Loss, Seen, Term
+from edit.measuring.looks import Look, pixels
 from edit.measuring.probe import Probe, without_memory
 from edit.stream import Condition, Output
 
@@ -30,9 +32,15 @@ BATCH = 2  # samples of the run that is counted: methods average over no fewer
 class Call:
     """One forward."""
 
-    role: str  # "student", which stands for its average too, "teacher" or "critic"
+    role: str  # "student", which stands for its average too, "teacher", "critic", or the name of what `look` measures
     samples: float = 1.0  # in units of the batch: 2 with classifier-free guidance
     reach: Reach = "nothing"  # how far its backward goes
+    look: Look | None = None  # of a frozen model or a decoder
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether gradient checkpointing reaches the model."""
+        return self.role != "teacher" and self.look is None
 
     def flops(self, macs: int, checkpointing: bool) -> float:
         """FLOPs for one sample: of the forward, as many again of the backward to the input, to the weights, and of
@@ -64,7 +72,13 @@ def calls_of(turns: Sequence[Turn]) -> dict[str, dict[str, float]]:
 
 
 def turns(
-    matching: FewStepMethod, student: Probe, teacher: Probe | None, own: nn.Module | None, guided: int, rounds: int = 12
+    matching: FewStepMethod,
+    student: Probe,
+    teacher: Probe | None,
+    own: nn.Module | None,
+    guided: int,
+    decoder: nn.Module | None = None,
+    rounds: int = 12,
 ) -> tuple[Turn, ...]:
     """The kinds of steps of a few-step run.
 
@@ -74,13 +88,14 @@ def turns(
         teacher: the teacher's probe, with the method's taps; None: there is none, or it is tied to the student
         own: the module of `matching.build` on the meta device
         guided: batches that one call of the teacher takes: 2 with classifier-free guidance
+        decoder: of the data set; None: it is not counted
         rounds: number of student's turns to count, spread over the run; lengths of rollouts are random
 
     Raises:
         ValueError: if the method's calls depend on values
     """
     steps = rounds * matching.every
-    stand_in = StandIn(student, teacher, guided)
+    stand_in = StandIn(student, teacher, guided, decoder)
     parts = getattr(matching, "parts", {"": matching}).values()
     states = math.lcm(*(getattr(part, "starts", 1) for part in parts)) - 1  # of a stored path, noise left out
     declared = stand_in.declared(matching, own)
@@ -105,6 +120,7 @@ def phases(
     guided: int,
     steps: int,
     asks: bool,
+    decoder: nn.Module | None = None,
 ) -> tuple[Turn, ...]:
     """The kinds of steps of diffusion training: one forward, and the models that terms ask until they end.
 
@@ -116,11 +132,12 @@ def phases(
         guided: batches that one call of the teacher takes: 2 with classifier-free guidance
         steps: optimiser steps of the run
         asks: whether the run has a teacher
+        decoder: of the data set; None: it is not counted
 
     Raises:
         ValueError: if a term's calls depend on values
     """
-    stand_in = StandIn(student, teacher, guided)
+    stand_in = StandIn(student, teacher, guided, decoder)
     ends = sorted({min(term.ends, steps) for term in terms.values() if term.ends is not None} | {steps})
     needed = [term for term in terms.values() if term.needs_teacher]
     found, begin = [], 0
@@ -159,10 +176,13 @@ class StandIn:
         student: the student's probe
         teacher: None: there is none, or it is tied to the student
         guided: batches that one call of the teacher takes
+        decoder: of the data set; None: it is not counted, and pixels have the size of samples
     """
 
-    def __init__(self, student: Probe, teacher: Probe | None, guided: int):
-        self.student, self.teacher, self.guided = student, teacher, guided
+    def __init__(self, student: Probe, teacher: Probe | None, guided: int, decoder: nn.Module | None = None):
+        self.student, self.teacher, self.guided, self.decoder = student, teacher, guided, decoder
+        self.frozen: dict[Frozen, nn.Module] = {}
+        self.looks: dict[tuple[Hashable, tuple[int, ...]], Look] = {}
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake, torch.device("cpu"):
             self.condition = student.condition.map(lambda v: torch.zeros(BATCH, *v.shape[1:], dtype=v.dtype))
@@ -170,13 +190,12 @@ class StandIn:
             self.ones = torch.ones(BATCH)
 
     def declared(self, loss: Loss, own: nn.Module | None) -> dict[str, Any]:
-        """The loss's own parameters, frozen models and decoder; `own` on the meta device."""
-        frozen = {name: spec.structure() for name, spec in loss.frozen.items()}
+        """The loss's own parameters; `own` on the meta device."""
         own = deepcopy(own)
-        with self.fake, torch.device("cpu"):
-            for module in (*frozen.values(), *([] if own is None else [own])):
-                without_memory(module)
-        return {"own": own, "frozen": frozen, "decode": pixels}
+        if own is not None:
+            with self.fake, torch.device("cpu"):
+                without_memory(own)
+        return {"own": own}
 
     def seen(self, step: int, progress: float, data: bool = True, states: int = 0) -> Seen:
         """The batch of a step; `states` of a stored path to the data."""
@@ -200,7 +219,7 @@ class StandIn:
         """The calls that `losses(seen)` makes, where the role `trained` has trained weights."""
         calls: list[Call] = []
         try:
-            losses(replace(seen, **self._callables(calls, trained)))
+            losses(replace(seen, **self._callables(calls, trained), **self._looking(calls, loss)))
         except (RuntimeError, NotImplementedError) as error:  # torch's, for what cannot be decided without values
             reason = str(error).splitlines()[0]
             raise ValueError(f"{type(loss).__name__} cannot be counted without values: {reason}") from error
@@ -235,6 +254,28 @@ class StandIn:
             "critic": lambda x_t, t, condition: ask("critic", True, 1, x_t),
         }
 
+    def _looking(self, calls: list[Call], loss: Loss) -> dict[str, Any]:
+        """Frozen models and the decoder: each is measured once for a shape of its input, and then answers in shapes."""
+
+        def look(name: str, key: Hashable, structure: Callable[[], nn.Module], x: Tensor) -> Any:
+            shape = tuple(x.shape[1:])
+            if (key, shape) not in self.looks:
+                self.looks[key, shape] = Look(structure, shape)
+            found = self.looks[key, shape]
+            reach: Reach = "input" if torch.is_grad_enabled() and x.requires_grad else "nothing"
+            calls.append(Call(f"{name} of {'x'.join(map(str, shape))}", len(x) / BATCH, reach, found))
+            return found.stand_in(x)
+
+        for name, spec in loss.frozen.items():
+            if spec not in self.frozen:
+                self.frozen[spec] = spec.structure()
+            self.frozen[spec].forward = partial(look, name, spec, spec.structure)
+        frozen = {name: self.frozen[spec] for name, spec in loss.frozen.items()}
+        decoder = self.decoder
+        if decoder is None:
+            return {"frozen": frozen, "decode": pixels}
+        return {"frozen": frozen, "decode": partial(look, "decoder", "decoder", lambda: decoder)}
+
     def _output(self, probe: Probe, sample: Tensor, taps: Collection[int] = ()) -> Output:
         """The prediction with the probe's trace, and taps; a graph leads to the sample, where it has one."""
         link, answer = sample.sum() * 0, probe.answer()
@@ -244,8 +285,3 @@ class StandIn:
         trace = {k: sample.new_zeros(len(sample), *shape) + link for k, shape in shapes.items()}
         variance = None if answer.variance is None else torch.zeros_like(sample)
         return Output(sample, variance, trace, answer.grid)
-
-
-def pixels(x: Tensor) -> Tensor:
-    """Stands in for a decoder: b c *sizes -> b 3 *sizes."""
-    return x[:, :1].expand(-1, 3, *x.shape[2:])

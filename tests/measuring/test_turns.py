@@ -1,15 +1,18 @@
 """What losses ask of the models of a run is found by running them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
+import torch
 from probes import small
+from torch import nn
 
 from edit.few_step.distribution_matching import DistributionMatching
 from edit.few_step.endpoint import CachedEndpoint
 from edit.few_step.ladd import LADD
 from edit.few_step.progressive import Progressive
-from edit.losses import Seen, Term
+from edit.losses import Frozen, Seen, Term
+from edit.measuring.looks import Look
 from edit.measuring.turns import Call, calls_of, phases, turns
 from edit.paths import mean
 
@@ -25,7 +28,7 @@ def test_distilling_costs_a_teacher_forward_and_four_of_the_student():
 def counted(matching, guided: int = 1, rounds: int = 12) -> dict[str, dict[str, float]]:
     student, teacher = small(), small(taps=tuple(matching.teacher_taps))
     own = matching.build(student.denoiser, teacher.denoiser)
-    return calls_of(turns(matching, student, teacher, own, guided, rounds))
+    return calls_of(turns(matching, student, teacher, own, guided, rounds=rounds))
 
 
 def test_a_method_is_counted_by_what_it_asks():
@@ -102,3 +105,62 @@ def test_the_teacher_is_asked_no_more_after_the_last_term_that_needs_it():
     assert asked == pytest.approx(2 * 0.4)  # at the step's own sample, and by the term
     assert {c.role for c in second.calls} == {"student"} and len(second.calls) == 2
     assert calls_of((first,))["student"]["weights"] == pytest.approx(2 * 0.4)
+
+
+# ---- frozen models and the decoder ----------------------------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    """A decoder: twice as many rows and columns."""
+
+    def forward(self, x):
+        return x[:, :1].repeat_interleave(2, -1).repeat_interleave(2, -2).expand(-1, 3, -1, -1)
+
+
+@dataclass(frozen=True)
+class Eye(Frozen):
+    def load(self):
+        raise FileNotFoundError("a plan reads no weights")
+
+    def structure(self):
+        return nn.Conv2d(1, 8, 2, 2, device="meta")
+
+
+@dataclass
+class Judged(Term):
+    """A vision model looks at what is decoded of the data, and of the prediction where gradients reach it."""
+
+    ends: int | None = None
+    decodes = True
+
+    @property
+    def frozen(self):
+        return {"eye": Eye()}
+
+    def losses(self, seen: Seen):
+        real = seen.frozen["eye"](seen.decode(seen.x)[:, :1])
+        fake = seen.frozen["eye"](seen.decode(seen.output.sample)[:, :1])
+        return {"judged": mean((real - fake).square())}
+
+
+@pytest.mark.parametrize("decoder, side", [(None, 8), (Twice(), 16)], ids=["samples", "decoded"])
+def test_a_frozen_model_is_counted_at_the_size_that_it_sees_and_as_far_as_gradients_reach(decoder, side):
+    student, term = small(taps=(0,)), Judged(ends=4)
+    own = {"a": term.build(student.denoiser)}
+    first, second = phases({"a": term}, student, None, own, 1, 10, False, decoder)
+    c, *sizes = student.shape
+    assert sizes == [8, 8] and {call.role for call in second.calls} == {"student"}
+    found = calls_of((replace(first, share=1.0),))
+    assert found[f"eye of 1x{side}x{side}"] == {"nothing": 1, "input": 1}
+    assert found.get(f"decoder of {c}x8x8") == (None if decoder is None else {"nothing": 1, "input": 1})
+    (look,) = {call.look for call in first.calls if call.role.startswith("eye")}
+    assert look.macs() == 8 * 2 * 2 * (side // 2) ** 2  # 2 x 2 pixels into 8 channels
+
+
+def test_a_look_keeps_for_the_backward_what_autograd_keeps():
+    """Of a product and a tanh: its output; the product's weights are there anyway."""
+    look = Look(lambda: nn.Sequential(nn.Linear(4, 16, device="meta"), nn.Tanh()), (4,))
+    found = look.step(8, False, False, torch.float32, True)
+    assert 8 * 16 * 4 <= found.stored <= 8 * 16 * 4 + 64  # and the loss, a number or two
+    assert found.kept >= found.forward >= found.stored
+    assert look.ask(8, False, torch.float32).kept == 8 * 16 * 4

@@ -81,12 +81,31 @@ def test_the_embedded_world_brings_its_decoder(tmp_path):
     assert {k: tuple(v.shape) for k, v in seen.items()} == {"unit.1": (1, 16, 16), "unit.3": (1, 16, 16)}
 
 
-def test_the_plan_counts_its_weights_and_says_what_it_leaves_out(folder):
+def test_the_plan_counts_what_it_looks_with(folder):
     notes: list[str] = []
     draft = drafted(Assumptions(), config(folder, *student(folder, "plan", "add.ADD"), "trainer.devices=1"), notes)
-    assert "neither the data set's decoder" in notes[0]
+    assert notes == []
     calls = calls_of(draft.kinds)
     assert calls["student"] == {"weights": 0.5, "nothing": 0.5}
     assert calls["teacher"] == {"nothing": 1.0}  # guided: twice, on the student's turns
-    count = sum(p.numel() for p in dino.Dinov2Model.from_pretrained(folder / "dino").parameters())
+    assert calls["vision of 1x8x8"] == {"input": 0.5, "nothing": 1.0}  # a fake; and a real and a fake, for the heads
+    assert calls["decoder of 1x8x8"] == {"input": 0.5, "nothing": 1.0}  # digits are their own pixels
+    vision = dino.Dinov2Model.from_pretrained(folder / "dino")
+    count = sum(p.numel() for p in vision.parameters())
     assert draft.plan().weights - replace(draft, frozen=0).plan().weights == 4 * count
+    kinds = tuple(replace(t, calls=tuple(c for c in t.calls if c.look is None)) for t in draft.kinds)
+    draft = replace(draft, peak=1e12)
+    blind = replace(draft, turns=kinds)
+    assert draft.plan().activations > blind.plan().activations
+    macs = {c.look.macs() for t in draft.kinds for c in t.calls if c.role.startswith("vision")}
+    # of a fake forward and backward to it on half of the turns, and a real and a fake forward on the others
+    flops = 2 * (0.5 * 2 + 1.0) * macs.pop() * draft.batch * draft.accumulate
+    assert not macs and draft.seconds() - blind.seconds() == pytest.approx(flops / (draft.peak * draft.mfu))
+
+
+def test_a_decoder_that_is_not_here_is_told_and_not_counted(folder):
+    notes: list[str] = []
+    words = (*student(folder, "plan", "add.ADD"), "trainer.devices=1")
+    draft = drafted(Assumptions(image="8"), config(folder, *words), notes)
+    assert "the decoder is not here" in notes[-1]
+    assert set(calls_of(draft.kinds)) == {"student", "teacher", "vision of 3x8x8"}
