@@ -5,7 +5,6 @@ A report is a dict of JSON values, made by `recipes.report.evaluate`. Nothing he
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes.report.html import details, document, figure, image
 from recipes.runtime.files import write
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ def image_grid(frames: Tensor, columns: int = 8, scale: int | None = None) -> Im
     columns = min(columns, len(large))
     rows = -(-len(large) // columns)
     canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
-    for i, image in enumerate(large):
+    for i, picture in enumerate(large):
         top, left = i // columns * (height + gap), i % columns * (width + gap)
-        canvas[top : top + height, left : left + width] = image
+        canvas[top : top + height, left : left + width] = picture
     return Image.fromarray(canvas)
 
 
@@ -325,9 +325,9 @@ def plot(report: Mapping[str, Any]) -> bytes | None:
         return None
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * len(costs), 3.8), layout="constrained")
+    drawn = Figure(figsize=(5.2 * len(costs), 3.8), layout="constrained")
     names = list(dict.fromkeys(row["artifact"] for row in table))
-    for axes, cost in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
+    for axes, cost in zip(drawn.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
         for i, name in enumerate(names):
             points = [(cost.pick(row), quality.pick(row), row) for row in table if row["artifact"] == name]
             points = sorted(((value_of(x), y, row) for x, y, row in points if x is not None and y), key=lambda p: p[0])
@@ -346,9 +346,9 @@ def plot(report: Mapping[str, Any]) -> bytes | None:
         axes.margins(x=0.18)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    drawn.axes[0].legend(frameon=False, fontsize=8)
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=130)
+    drawn.savefig(out, format="png", dpi=130)
     return out.getvalue()
 
 
@@ -360,23 +360,6 @@ def _label(name: str) -> str:
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; margin: 2rem auto; max-width: 76rem; padding: 0 1.5rem }
-h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem } .dim { color: #667 }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem }
-th, td { padding: .35rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e6ea }
-th { font-weight: 600; vertical-align: bottom } thead th { white-space: normal; min-width: 4.2rem }
-th:first-child, td:first-child { text-align: left } td.best { font-weight: 700; color: #0a7d33; background: #effaf2 }
-tr.variant td:first-child { padding-left: 1.8rem; white-space: normal; min-width: 12rem }
-.partial { background: #fff4e0; border-left: 4px solid #e08a00; padding: .5rem .8rem }
-.error td { color: #b3261e; text-align: left; white-space: normal }
-.grids { display: flex; flex-wrap: wrap; gap: 1.6rem } figure { margin: 0; max-width: 100% }
-img { max-width: 100%; image-rendering: pixelated } figcaption { font-size: .88rem; margin-bottom: .3rem }
-.captions { columns: 17rem; font-size: .82rem; color: #667 }
-img.plot { image-rendering: auto; max-width: 62rem; width: 100% }
-pre { background: #f5f6f8; padding: .8rem; overflow-x: auto; font-size: .8rem } summary { cursor: pointer }
-"""
-
 
 def html(report: Mapping[str, Any], folder: Path) -> str:
     """The report as one page that needs no other file; grids are read from `folder`."""
@@ -384,23 +367,19 @@ def html(report: Mapping[str, Any], folder: Path) -> str:
     title = ", ".join(a["name"] for a in report["artifacts"])
     made = f"{report['created']} &middot; edit {escape(report['environment']['edit'])}"
     parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
-        f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1><p class=dim>{made}</p>",
+        f"<p class=dim>{made}</p>",
         *(f"<p class=partial>{escape(text)}</p>" for text in partial(report)),
         "<h2>Quality and cost</h2><div class=wide>" + "".join(_table(report, table)) + "</div>",
         *(f"<p class=dim>{escape(note)}</p>" for note in notes(report)),
     ]
     if picture := plot(report):
-        parts.append("<h2>Quality against cost</h2>" + _image(picture, "quality against cost", "plot"))
+        parts.append("<h2>Quality against cost</h2>" + image(picture, "quality against cost", "plot"))
     parts += ["<h2>Samples</h2><p class=dim>The same place is the same noise and label.</p><div class=grids>"]
-    parts += [_figure(caption, folder / path) for caption, path in _pictures(report)]
+    parts += [figure(text, image((folder / path).read_bytes(), text)) for text, path in _pictures(report)]
     parts += ["</div>", *_captions(report), *_routing(table, folder), "<h2>Details</h2>"]
-    for name, content in [("environment and settings", {k: report[k] for k in ("environment", "settings")})] + [
-        (a["name"], a) for a in report["artifacts"]
-    ]:
-        text = escape(json.dumps(content, indent=2, ensure_ascii=False))
-        parts.append(f"<details><summary>{escape(name)}</summary><pre>{text}</pre></details>")
-    return "\n".join(parts) + "\n"
+    parts.append(details("environment and settings", {k: report[k] for k in ("environment", "settings")}))
+    parts += [details(a["name"], a) for a in report["artifacts"]]
+    return document(title, parts)
 
 
 def _table(report: Mapping[str, Any], table: Sequence[Row]) -> Iterator[str]:
@@ -448,8 +427,7 @@ def _routing(table: Sequence[Row], folder: Path) -> Iterator[str]:
     for row, name, path in found:
         said = " ".join(sentence(quantity, n) for quantity, n in row["routing"][name].items())
         caption = f"{row['label']}, {name}"
-        picture = _image((folder / path).read_bytes(), f"routing of {caption}", "plot")
-        yield f"<figure><figcaption>{escape(caption)}: {escape(said)}</figcaption>{picture}</figure>"
+        yield figure(f"{caption}: {said}", image((folder / path).read_bytes(), f"routing of {caption}", "plot"))
 
 
 def sentence(quantity: str, n: Mapping[str, Any]) -> str:
@@ -459,15 +437,6 @@ def sentence(quantity: str, n: Mapping[str, Any]) -> str:
         f"{quantity} {n['mean']:.1%} ({branches}), standard deviation {n['std_samples']:.1%} between samples and "
         f"{n['std_timesteps']:.1%} between timesteps, units from {min(n['units']):.1%} to {max(n['units']):.1%}."
     )
-
-
-def _figure(caption: str, path: Path) -> str:
-    return f"<figure><figcaption>{escape(caption)}</figcaption>{_image(path.read_bytes(), caption)}</figure>"
-
-
-def _image(png: bytes, text: str, kind: str = "grid") -> str:
-    data = base64.b64encode(png).decode()
-    return f'<img class={kind} alt="{escape(text)}" src="data:image/png;base64,{data}">'
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> list[Path]:
