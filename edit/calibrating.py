@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -124,8 +124,7 @@ class OnData(Calibration):
     def _condition(self, batch: Mapping[str, Tensor], count: int) -> Condition:
         """Of the first `count` samples, told the sampler's guidance where the model takes it as an input."""
         device = next(self.denoiser.parameters()).device
-        known = {f.name: batch[f.name] for f in fields(Condition) if f.name in batch}
-        condition = Condition(**known).map(lambda v: v[:count].to(device))
+        condition = Condition.of(batch).map(lambda v: v[:count].to(device))
         if self.sampler.told is None or not self.denoiser.facts.told:
             return condition
         return replace(condition, guidance=torch.full((count,), self.sampler.told, device=device))

@@ -69,7 +69,7 @@ class Draws:
 # ---- what a loss sees -----------------------------------------------------------------------------------------------
 
 
-def absent(*asked: Any) -> NoReturn:
+def absent(*asked: Any, **named: Any) -> NoReturn:
     """Stands in for a model that the run does not have."""
     raise ValueError("a loss asks a model that this run does not have: a loss that needs a teacher or critic says so")
 

@@ -27,6 +27,11 @@ class Condition:
     guidance: Tensor | None = None  # b, the scale that a guidance-distilled model takes as an input
     end: Tensor | None = None  # b, the time at which the step of a flow map ends, at most t
 
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor]) -> Condition:
+        """The condition of a batch that has more: its entries of the fields' names."""
+        return cls(**{name: batch[name] for name in _CONDITION_FIELDS if name in batch})
+
     def map(self, f: Callable[[Tensor], Tensor]) -> Condition:
         """Apply `f` to every field that is present (move, slice, repeat)."""
         values = {name: getattr(self, name) for name in _CONDITION_FIELDS}

@@ -13,7 +13,7 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -253,7 +253,7 @@ class Batches:
             for batch in self.loader:
                 batch = {k: v.to(self.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
                 x, draw = batch["x"], batch["draw"]
-                condition = Condition(**{f.name: batch[f.name] for f in fields(Condition) if f.name in batch})
+                condition = Condition.of(batch)
                 t = self.objective.times(noise.uniform(self.seed, draw, noise.TIME))
                 eps = noise.gaussian(self.seed, draw, noise.NOISE, tuple(x.shape[1:]))
                 found.append(measure(x, eps, self.objective.corrupt(x, eps, t), t, condition))

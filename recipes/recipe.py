@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from math import cos, pi
 from typing import Any
@@ -31,8 +31,6 @@ from edit.objectives import Objective
 from edit.stream import Condition
 from recipes.roles import Teacher, shard, units_of
 from recipes.seen import Sight
-
-CONDITIONS = tuple(f.name for f in fields(Condition))
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ class Recipe(pl.LightningModule, ABC):
 
     def conditions(self, batch: dict[str, Tensor]) -> tuple[Condition, Condition, Condition]:
         """The condition of a batch before and after label drop, and the null condition."""
-        whole = Condition(**{k: batch[k] for k in CONDITIONS if k in batch})
+        whole = Condition.of(batch)
         if not self.settings.label_drop and self.teacher is None:
             return whole, whole, whole  # nothing uses the null condition
         null = self._null(whole, len(batch["draw"]))

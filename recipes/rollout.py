@@ -43,7 +43,7 @@ from recipes.config.errors import UserError
 from recipes.fitting import world_size
 from recipes.models import Models, made
 from recipes.procedure import Fit, Probed
-from recipes.recipe import CONDITIONS, Recipe, Training
+from recipes.recipe import Recipe, Training
 from recipes.roles import Teacher
 from recipes.seen import Sight, edit_losses
 
@@ -142,16 +142,13 @@ class Rollout(Recipe):
         return self.sampler.walk(
             denoiser,
             self.objective,
-            self._condition(batch),
+            Condition.of(batch),
             batch.get("number", batch["draw"]),
             self.noise_seed,
             self.null,
             shape=tuple(batch["x"].shape[1:]) if "x" in batch else None,
             state=None if state is None else move_data_to_device(state, device),
         )
-
-    def _condition(self, batch: Mapping[str, Tensor]) -> Condition:
-        return Condition(**{k: batch[k] for k in CONDITIONS if k in batch})
 
     @torch.no_grad()
     def _pass(self, walk: Walk, batch: Mapping[str, Tensor]) -> Moment:
@@ -173,7 +170,7 @@ class Rollout(Recipe):
         return Visit(
             step,
             x,
-            self._condition(batch),
+            Condition.of(batch),
             draws.of(f"evaluation {step.index}"),
             self.trainer.global_step,
             self.progress,
@@ -212,7 +209,7 @@ class Rollout(Recipe):
 
     def _guided(self, batch: Mapping[str, Tensor]) -> Guided:
         """A teacher of its own, guided as the student."""
-        return self.sampler.guided(self._teacher, self._condition(batch), batch["draw"], self.null)
+        return self.sampler.guided(self._teacher, Condition.of(batch), batch["draw"], self.null)
 
     # ---- between updates ------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from data.making.latent_folder import images_of, npy, store
 from data.making.processes import device_of
 from data.making.prompts import Prompt, read_prompts
 from data.making.request import Request
-from data.making.teacher import Recorded, condition_of, solver_of
+from data.making.teacher import condition_of, solver_of
 from data.pixels import to_uint8
 from data.sets.latents import data_set, scaling
 from edit.frames import folded
@@ -48,10 +48,8 @@ class SampleWriter:
         self.settings = manifest.read(Path(request.out) / manifest.SETTINGS)
         self.prompts = read_prompts(request.prompts)
         generated = self.settings["generated"]
-        solver = solver_of(request, generated["shift"])
-        self.recorded = Recorded(solver, generated["times"]) if request.points else None
         distilled = self.denoiser.facts.told  # it has the scale as an input
-        self.sampler = Sampler(self.recorded or solver, 1.0 if distilled else request.guidance)
+        self.sampler = Sampler(solver_of(request, generated["shift"]), 1.0 if distilled else request.guidance)
         self.first: list[Tensor] = []  # c *sizes each, for the contact sheet
 
     def __call__(self, shard: int, advance: Callable[[float], None]) -> None:
@@ -71,8 +69,7 @@ class SampleWriter:
             part = numbers[start : start + self.request.batch]
             prompts = [self.prompts[n // self.request.images] for n in part]
             rows = self.encoders.embed([p.text for p in prompts])
-            made, features = self.sampled(part, rows, partial(self.count, len(part), advance))
-            states = [self.encoders.fit(self.recorded.states[t]) for t in self.recorded.times] if self.recorded else []
+            made, features, states = self.sampled(part, rows, partial(self.count, len(part), advance))
             if shard == 0 and len(self.first) < SHEET:
                 self.first.extend(made.float())
             for i, (n, prompt, latent, row, *path) in enumerate(zip(part, prompts, made, rows, *states, strict=True)):
@@ -81,9 +78,12 @@ class SampleWriter:
 
     def sampled(
         self, numbers: range, rows: Sequence[dict[str, Tensor]], count: Callable[[int, int], None]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The samples of these numbers, b c *sizes in the stored type, and their features by the names of members:
-        predictions, b s c *sizes, and tokens of each tap, b s k n d; none without taps.
+    ) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+        """Generate the samples of these numbers.
+
+        Returns:
+            Samples b c *sizes in the stored type; their features by the names of members, none without taps:
+            predictions, b s c *sizes, and tokens of each tap, b s k n d; their states at the stored times, b c *sizes
 
         Raises:
             ValueError: if one is not finite, or does not fit the stored type
@@ -92,29 +92,37 @@ class SampleWriter:
         shape = tuple(self.settings["latent_shape"])
         told = (condition, torch.tensor(numbers), self.request.seed, negative, count, shape)
         features: dict[str, list[Tensor]] = {}
-        if taps := self.settings["generated"].get("taps", ()):
-            with torch.inference_mode():
-                made = self.walked(self.sampler.walk(self.denoiser, self.objective, *told), taps, features)
-        else:
-            made = self.sampler(self.denoiser, self.objective, *told)
+        states: dict[float, Tensor] = {}
+        with torch.inference_mode():
+            made = self.walked(self.sampler.walk(self.denoiser, self.objective, *told), features, states)
         if not made.isfinite().all():
             bad = int((~made.flatten(1).isfinite().all(1)).sum())
             raise ValueError(
                 f"{bad} of {len(made)} generated images are not finite: this guidance, shift or number of steps is "
                 "too much for the teacher, or precision is too low"
             )
-        return self.encoders.fit(made), {name: torch.stack(parts, 1) for name, parts in features.items()}
+        stacked = {name: torch.stack(parts, 1) for name, parts in features.items()}
+        return self.encoders.fit(made), stacked, [self.encoders.fit(state) for state in states.values()]
 
-    def walked(self, walk: Walk, taps: Sequence[int], features: dict[str, list[Tensor]]) -> Tensor:
-        """The end of a generation, as the sampler makes it; the features of each evaluation are appended by name."""
+    def walked(self, walk: Walk, features: dict[str, list[Tensor]], states: dict[float, Tensor]) -> Tensor:
+        """The end of a generation, as the sampler makes it.
+
+        The features of each evaluation are appended by name, states are kept by time. Heun's method evaluates its guess
+        first and then the state at a time, which is kept.
+        """
+        generated = self.settings["generated"]
+        taps, times = generated.get("taps", ()), generated["times"] if self.request.points else ()
         for moment in walk:
             outputs: dict[str, Output] = {}
+            if moment.step.sigma in times:
+                states[moment.step.sigma] = moment.x
             prediction = moment.ask(taps=taps, look=outputs.__setitem__)
-            kept = {"predictions": prediction[:, : walk.x.shape[1]]}
-            for unit in taps:
-                kept[f"tap{unit}"] = by_branch([o.trace[f"unit.{unit}"] for o in outputs.values()], len(walk.x))
-            for name, value in kept.items():
-                features.setdefault(name, []).append(self.encoders.fit(value))
+            if taps:
+                kept = {"predictions": prediction[:, : walk.x.shape[1]]}
+                for unit in taps:
+                    kept[f"tap{unit}"] = by_branch([o.trace[f"unit.{unit}"] for o in outputs.values()], len(walk.x))
+                for name, value in kept.items():
+                    features.setdefault(name, []).append(self.encoders.fit(value))
             moment.give(prediction)
             walk.given.clear()  # nobody continues this one elsewhere
         return walk.x

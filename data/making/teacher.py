@@ -17,15 +17,12 @@ from data.sets.latents import padded, text_length
 from edit.artifacts.checkpoint import default_objective
 from edit.artifacts.location import find, is_hub_id
 from edit.denoiser import Denoiser
-from edit.objectives import Objective
 from edit.solvers import (
     DDIMSolver,
     DDPMSolver,
     DPMSolver,
-    Draw,
     Euler,
     Heun,
-    Path,
     Solver,
     dynamic_shift,
     log_shift,
@@ -38,42 +35,6 @@ def solver_of(request: Request, shift: float) -> Solver:
     if request.solver in ("euler", "heun", "dpm"):
         return {"euler": Euler, "heun": Heun, "dpm": DPMSolver}[request.solver](steps=request.steps, shift=shift)
     return {"ddim": DDIMSolver, "ddpm": DDPMSolver}[request.solver](steps=request.steps)
-
-
-class Recorded(Solver):
-    """A solver that keeps its states at some times: `states` by time, b c *sizes, of the last batch.
-
-    A state is an input of the model. Heun's method evaluates its guess first and then the state, which is kept.
-
-    Args:
-        solver: the integrator
-        times: of the states, among the times of the solver's evaluations
-    """
-
-    def __init__(self, solver: Euler | Heun, times: Sequence[float]):
-        self.solver, self.steps, self.times = solver, solver.steps, tuple(times)
-        self.states: dict[float, Tensor] = {}
-
-    @property
-    def evaluations(self) -> int:
-        return self.solver.evaluations
-
-    def check(self, objective: Objective) -> None:
-        self.solver.check(objective)
-
-    def times_of(self, objective: Objective, shape: tuple[int, ...]) -> tuple[float, ...]:
-        return self.solver.times_of(objective, shape)
-
-    def path(self, x: Tensor, objective: Objective, draw: Draw) -> Path:
-        path = self.solver.path(x, objective, draw)
-        try:
-            query = next(path)
-            while True:
-                if query.t in self.times:
-                    self.states[query.t] = query.x
-                query = path.send((yield query))
-        except StopIteration as end:
-            return end.value
 
 
 def stored_times(request: Request, shift: float) -> list[float]:
