@@ -9,71 +9,26 @@ import diffusers
 import pytest
 import torch
 import torch.distributed as dist
-from families import CONFIGS
+from caches import FEW, MADE, executed, family, paint, sampler, told
 from operators import Operators
 from ranks import run_ranks
-from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from weights import randomise
 
 import edit
 from edit import noise
 from edit.artifacts.checkpoint import default_objective, load, save
 from edit.backbones.attached import attached
 from edit.backbones.stock import tokens_of
-from edit.caching.reuse import EXECUTED, Reuse
+from edit.caching.engine import EXECUTED
+from edit.caching.reuse import Reuse
 from edit.denoiser import Denoiser
 from edit.measuring.cost import count_generation, twin
 from edit.measuring.flops import Flops
 from edit.pruning.tinyfusion import Gated, TinyFusion
 from edit.routing.dydit import DyDiT
-from edit.sampling import Sampler
-from edit.solvers import DDIMSolver, Euler
-from edit.stream import Condition, Step
+from edit.stream import Step
 from edit.tuning.lora import LoRA
 from edit.unit import core
-
-MADE = {**CONFIGS, "sd3 dual": replace(CONFIGS["sd3"], num_layers=2, dual_attention_layers=(0,), qk_norm="rms_norm")}
-FEW = ["dit", "flux", "sd3 dual", "pixart"]
-
-
-def family(name: str, **edits: Any) -> Denoiser:
-    """The same random weights every time, in fp32."""
-    torch.manual_seed(0)
-    denoiser = MADE[name].build()
-    randomise(denoiser)
-    return edit.apply(denoiser.eval(), edits)
-
-
-def told(denoiser: Denoiser, count: int = 2) -> Condition:
-    g = torch.Generator().manual_seed(1)
-    return denoiser.example(count, text=5).map(
-        lambda v: torch.randn(v.shape, generator=g) if v.is_floating_point() else v
-    )
-
-
-def sampler(denoiser: Denoiser, steps: int, **options: Any) -> Sampler:
-    solver = DDIMSolver(steps) if denoiser.prediction == "noise" else Euler(steps)
-    return Sampler(solver, **{"guidance": 2.0, **options})
-
-
-def paint(denoiser: Denoiser, steps: int = 4, watch: Any = None, **options: Any) -> Tensor:
-    given = denoiser, default_objective(denoiser), told(denoiser), torch.arange(2)
-    return sampler(denoiser, steps, **options)(*given, watch=watch)
-
-
-def executed(denoiser: Denoiser, steps: int = 4, name: str = "reuse", **options: Any) -> dict[str, list[list[float]]]:
-    """Of each guidance branch, evaluation by evaluation: the executed part of each unit."""
-    seen: dict[str, list[list[float]]] = {}
-
-    def watch(step: Step, out: Any) -> None:
-        shares = denoiser.applied[name].decisions(out.trace)[EXECUTED]  # u b
-        assert torch.equal(shares, shares[:, :1].expand_as(shares))
-        seen.setdefault(step.branch, []).append(shares[:, 0].tolist())
-
-    paint(denoiser, steps, watch, **options)
-    return seen
-
 
 # ---- what is repeated ------------------------------------------------------------------------------------------------
 
@@ -257,7 +212,9 @@ def test_two_caches_on_different_branches_do_not_collide(name):
     assert [s[0] for s in executed(first, 7, "b")["joint"]] == [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0]
     assert not torch.equal(paint(first, 7), paint(family(name, a=replace(attention)), 7))
     for third in (Reuse(units=(1,)), Reuse(branches=("attention",))):
-        with pytest.raises(ValueError, match="Reuse: '[ab]' repeats branches of unit [01] already: choose other"):
+        with pytest.raises(
+            ValueError, match="Reuse: '[ab]' caches (attention|feed) of unit [01] already: choose other"
+        ):
             edit.apply(first, {"c": third})
 
 

@@ -1,0 +1,297 @@
+"""Feature caches: at some evaluations of a generation, parts of the model are predicted instead of run.
+
+A cache is a *site* (residual branches of units, or a span of units), a *gate* (which evaluations are computed) and a
+*predictor* (what stands in for a value that is not). A method is an `Edit` that puts the three together; its state is
+in the generation's memory, apart for each guidance branch and each cache, and nowhere else.
+
+Specification: methods/feature-cache-baselines.md.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from edit.denoiser import Denoiser, Edit
+from edit.edits import chosen
+from edit.stream import Branch, Step, Stream
+from edit.unit import Run, Unit, Wrapper, core
+
+EXECUTED = "executed"
+Axis = Literal["step", "t", "sigma", "logsnr"]
+Target = Literal["residual", "hidden"]
+
+
+def place(step: Step, axis: Axis) -> float:
+    """Where an evaluation stands for a predictor: its index, or a function of its time t in [0, 1], 1 = noise.
+
+    "sigma" is noise over data, t / (1 - t), "logsnr" the logarithm of its inverse square; both with t at most 0.999,
+    since generations begin at pure noise.
+    """
+    if axis == "step":
+        return float(step.index)
+    if axis == "t":
+        return step.sigma
+    t = min(max(step.sigma, 1e-3), 0.999)
+    return t / (1 - t) if axis == "sigma" else 2 * math.log((1 - t) / t)
+
+
+def each(f: Callable[..., Tensor], *values: Branch) -> Branch:
+    """Apply `f` to the image tokens of all values and, where there are any, to their text tokens."""
+    images, texts = [v.image for v in values], [v.text for v in values if v.text is not None]
+    return Branch(f(*images), f(*texts) if len(texts) == len(values) else None)
+
+
+# ---- predictors -----------------------------------------------------------------------------------------------------
+
+
+class Predictor(ABC):
+    """What stands in for a value that is not computed. Its state is a dict of tensors, numbers, lists and `Branch`."""
+
+    @abstractmethod
+    def observe(self, state: dict, at: float, value: Branch) -> None:
+        """Take a computed value at a place (`place`)."""
+
+    @abstractmethod
+    def predict(self, state: dict, at: float) -> Branch:
+        """The value at a later place; called after `observe`."""
+
+
+@dataclass(frozen=True)
+class Latest(Predictor):
+    """The last computed value."""
+
+    def observe(self, state: dict, at: float, value: Branch) -> None:
+        state["value"] = value
+
+    def predict(self, state: dict, at: float) -> Branch:
+        return state["value"]
+
+
+# ---- gates ----------------------------------------------------------------------------------------------------------
+
+
+class Gate(ABC):
+    """Whether a span of units is computed at an evaluation, decided in front of its first unit."""
+
+    @abstractmethod
+    def computes(self, unit: Unit, stream: Stream, state: dict) -> bool:
+        """Args:
+        unit: the first of the span
+        stream: in front of it, with a step
+        state: of the gate in this generation and guidance branch
+        """
+
+
+@dataclass(frozen=True)
+class Scheduled(Gate):
+    """Decided by the evaluation's number alone: no number of the generation is read, and the host never waits."""
+
+    due: Callable[[Step], bool]
+
+    def computes(self, unit: Unit, stream: Stream, state: dict) -> bool:
+        assert stream.step is not None
+        return self.due(stream.step)
+
+
+# ---- the edit -------------------------------------------------------------------------------------------------------
+
+
+class Cached(Edit):
+    """An edit that predicts parts of the model at some evaluations. It does nothing while the model is trained."""
+
+    excludes = ("Elastic", "DyDiT")  # they run parts of a batch, whose samples a memory of the whole does not find
+
+    @abstractmethod
+    def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:
+        """Unit and branch of all that this cache predicts, for caches that are applied together."""
+
+    def refuse_cached(self, denoiser: Denoiser) -> None:
+        """Raises ValueError if another cache predicts one of the branches that this one does."""
+        mine = set(self.covers(denoiser))
+        for name, other in denoiser.applied.items():
+            if isinstance(other, Cached) and (both := sorted(mine & set(other.covers(denoiser)))):
+                unit, branch = both[0]
+                raise ValueError(
+                    f"{type(self).__name__}: {name!r} caches {branch} of unit {unit} already: choose other units or "
+                    "branches, or leave one of the two out"
+                )
+
+    def decisions(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of each unit with a cache, in their order: 1 where it was computed, 0 where it was predicted."""
+        shares = [share for key, share in trace.items() if key.startswith(f"{self.name}.{EXECUTED}.")]
+        return {EXECUTED: torch.stack(shares)} if shares else {}
+
+    def record(self, index: int) -> str:
+        """The name of the executed share of a unit in the trace."""
+        return f"{self.name}.{EXECUTED}.{index}"
+
+
+def names_of(unit: Unit) -> tuple[str, ...]:
+    """The residual branches of a unit, as its family names them."""
+    a = unit.anatomy
+    further = {"cross": a.cross is not None, "second": a.second is not None, "fused": a.fused}
+    return ("attention", "feed", *(name for name, has in further.items() if has))
+
+
+def covered(denoiser: Denoiser, units: Sequence[int], branches: Collection[str] = ()) -> set[tuple[int, str]]:
+    """Units with those of their branches that are named; none named: all."""
+    return {(i, n) for i in units for n in names_of(core(denoiser.units[i])) if not branches or n in branches}
+
+
+# ---- site: residual branches ----------------------------------------------------------------------------------------
+
+
+class BranchCached(Cached):
+    """A cache of residual branches before their gates: gates and modulation are those of the present evaluation.
+
+    A predicted branch runs neither norm nor product.
+    """
+
+    units: tuple[int, ...]  # counted from 0; none given: all
+    branches: tuple[str, ...]  # "attention", "feed", "cross", "second", "fused"; none given: all
+
+    @property
+    @abstractmethod
+    def predictor(self) -> Predictor: ...
+
+    @abstractmethod
+    def due(self, step: Step, branch: str) -> bool:
+        """Whether a branch is computed at this evaluation, whatever is remembered."""
+
+    def remembers(self, step: Step, branch: str) -> bool:
+        """Whether an evaluation that follows will need this one's value."""
+        return True
+
+    def at(self, step: Step) -> float:
+        """The place of an evaluation, for the predictor."""
+        return float(step.index)
+
+    def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:
+        return covered(denoiser, self.units or range(len(denoiser.units)), self.branches)
+
+    def apply(self, denoiser: Denoiser) -> None:
+        units = {i: core(denoiser.units[i]) for i in chosen(type(self).__name__, self.units, denoiser)}
+        there = {name: None for unit in units.values() for name in names_of(unit)}
+        if unknown := [name for name in self.branches if name not in there]:
+            raise ValueError(
+                f"{type(self).__name__}: these units have the branches {', '.join(there)}, got {unknown[0]!r}"
+            )
+        self.refuse_cached(denoiser)
+        for i, unit in units.items():
+            unit.slots.branch = CachedBranch(unit, i, self)
+
+
+class CachedBranch:
+    """The slot `branch`: what the slot had before, computed or predicted."""
+
+    def __init__(self, unit: Unit, index: int, edit: BranchCached):
+        self.before, self.index, self.edit = unit.slots.branch, index, edit
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, stream: Stream, name: str, run: Run) -> Branch:
+        step, edit = stream.step, self.edit
+        if step is None or (edit.branches and name not in edit.branches):
+            return self.before(stream, name, run)
+        state = step.memory.get((edit.name, self.index, step.branch), {}).get(name)
+        executed = state is None or edit.due(step, name)
+        if executed:
+            branch = self.before(stream, name, run)
+            if edit.remembers(step, name):
+                state = step.recall(edit.name, self.index).setdefault(name, {})
+                edit.predictor.observe(state, edit.at(step), branch)
+        else:
+            branch = edit.predictor.predict(state, edit.at(step))
+        layout, record = stream.layout, edit.record(self.index)
+        assert layout.notes is not None
+        if record not in layout.notes:  # the same of all branches
+            layout.note(record, stream.image.new_full((len(stream.image),), float(executed)))
+        return branch
+
+
+# ---- site: a span of units ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Span:
+    """Units first, ..., last, which are computed together or predicted together.
+
+    Args:
+        edit: whose memory this is
+        first: unit in front of which the gate decides
+        last: unit behind which the value is taken
+        gate: decides
+        predictor: of the value
+        target: "residual", tokens behind the last unit less those in front of the first, added to the present ones; or
+            "hidden", the tokens behind the last unit
+        at: the place of an evaluation, for the predictor
+        text: what the span does to the text: "kept", no unit of it writes it; "written"; "ended", the last unit leaves
+            none
+    """
+
+    edit: Cached
+    first: int
+    last: int
+    gate: Gate
+    predictor: Predictor
+    target: Target
+    at: Callable[[Step], float]
+    text: Literal["kept", "written", "ended"] = "kept"
+
+    def wrap(self, denoiser: Denoiser) -> None:
+        """Stand around the units of a denoiser."""
+        kinds = [core(denoiser.units[i]).anatomy.text for i in range(self.first, self.last + 1)]
+        self.text = "ended" if kinds[-1] == "ends" else "written" if "along" in kinds else "kept"
+        for i in range(self.first, self.last + 1):
+            denoiser.units[i] = SpanUnit(denoiser.units[i], i, self)
+
+    def tokens(self, stream: Stream) -> Branch:
+        """The tokens that the span writes."""
+        return Branch(stream.image, stream.text if self.text == "written" else None)
+
+    def around(self, index: int, unit: Callable[[Stream], Stream], stream: Stream) -> Stream:
+        """A unit of the span: computed, or, where the span is predicted, passed by."""
+        if stream.step is None:
+            return unit(stream)
+        memory = stream.step.recall(self.edit.name, self.first)
+        if index == self.first:
+            memory["computed"] = self.gate.computes(core(unit), stream, memory.setdefault("gate", {}))
+            memory["entry"] = self.tokens(stream)
+            if not memory["computed"]:
+                stream = self.predicted(stream, memory)
+        if memory["computed"]:
+            stream = unit(stream)
+        if index == self.last:
+            entry = memory.pop("entry")
+            if memory["computed"]:
+                left = self.tokens(stream)
+                value = left if self.target == "hidden" else each(torch.sub, left, entry)
+                self.predictor.observe(memory.setdefault("value", {}), self.at(stream.step), value)
+        executed = stream.image.new_full((len(stream.image),), float(memory["computed"]))
+        return stream.record(self.edit.record(index), executed)
+
+    def predicted(self, stream: Stream, memory: dict) -> Stream:
+        """The stream behind the last unit."""
+        assert stream.step is not None
+        value = self.predictor.predict(memory["value"], self.at(stream.step))
+        if self.target == "residual":
+            value = each(torch.add, memory["entry"], value)
+        text = {"kept": stream.text, "written": value.text, "ended": None}[self.text]
+        return replace(stream, image=value.image, text=text)
+
+
+class SpanUnit(Wrapper):
+    """A unit of a span."""
+
+    def __init__(self, unit: Any, index: int, span: Span):
+        super().__init__(unit)
+        self.index, self.span = index, span
+
+    def __call__(self, stream: Stream) -> Stream:
+        return self.span.around(self.index, self.unit, stream)

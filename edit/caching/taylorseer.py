@@ -1,0 +1,120 @@
+"""TaylorSeer: features of evaluations that are not computed are extrapolated from those that were.
+
+TaylorSeer (arXiv 2503.06923). Instead of its last value, a feature f that is not computed has the value of a polynomial
+through its last computed ones (`edit.caching.taylor`). Evaluations s = 0, 1, ... are computed by a schedule, of which
+three are public under the same letters:
+
+    paper      s < E, then every N-th: s = E + N - 1, E + 2N - 1, ...
+    diffusers  s < E or (s - E - 1) mod N = 0
+    cache_dit  s < E or (s - E + 1) mod N = 0
+
+Features are the residual branches of all units before their gates (`site="module"`, the paper's), the tokens behind the
+last unit ("last", its Lite variant), or what the units first, ..., depth - 1 - last add to the tokens ("span").
+Gates, modulation and the output layer are those of the present evaluation.
+
+Defaults are those of the release for DiT. For FLUX it has N = 6, m = 1 or 2, E = 3, for video N = 5, m = 1, E = 1. With
+`module` a generation holds m + 1 tensors of tokens for each branch of each unit: beyond small models "last" or "span".
+
+Specification: methods/taylorseer.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from edit.caching.engine import Axis, BranchCached, Predictor, Scheduled, Span, covered, place
+from edit.caching.taylor import Form, Ladder
+from edit.denoiser import Denoiser
+from edit.inputs.limits import Count, check_numbers
+from edit.stream import Step
+
+Schedule = Literal["paper", "diffusers", "cache_dit"]
+
+
+@dataclass
+class TaylorSeer(BranchCached):
+    """A cache that extrapolates; it needs no training, and does nothing while the model is trained.
+
+    Args:
+        interval: N, in evaluations; 1 computes all
+        order: m of the polynomial, 0 to 4; it builds up as evaluations are computed
+        first: E, evaluations at the beginning that are all computed
+        schedule: of the computed evaluations
+        site: of the features
+        spare: for "span": units in front of it and behind it, which always run
+        axis: in which the polynomial is one
+        form: of the polynomial
+        fp32: keep differences in fp32, else in the type of the features
+    """
+
+    interval: Count = 4
+    order: int = 4
+    first: Count = 2
+    schedule: Schedule = "paper"
+    site: Literal["module", "last", "span"] = "module"
+    spare: tuple[int, int] = (0, 0)
+    axis: Axis = "step"
+    form: Form = "taylor"
+    fp32: bool = False
+
+    units = ()
+    branches = ()
+
+    def __post_init__(self):
+        check_numbers(self)
+        self.spare = tuple(self.spare)
+        if not 0 <= self.order <= 4:
+            raise ValueError(f"TaylorSeer: order is 0 to 4, got {self.order}")
+        if len(self.spare) != 2 or min(self.spare) < 0 or (any(self.spare) and self.site != "span"):
+            raise ValueError(f"TaylorSeer: spare is two numbers of units, for site=span alone, got {list(self.spare)}")
+
+    @property
+    def predictor(self) -> Predictor:
+        return Ladder(self.order, self.form, self.fp32)
+
+    def computed(self, index: int) -> bool:
+        """Whether evaluation `index` is computed."""
+        place = index - self.first
+        return place < 0 or (place - {"paper": -1, "diffusers": 1, "cache_dit": -1}[self.schedule]) % self.interval == 0
+
+    def due(self, step: Step, branch: str) -> bool:
+        return self.computed(step.index)
+
+    def remembers(self, step: Step, branch: str) -> bool:
+        return self.interval > 1
+
+    def at(self, step: Step) -> float:
+        return place(step, self.axis)
+
+    def check(self, sampler: Any, times: tuple[float, ...]) -> None:
+        anchors = sum(self.computed(s) for s in range(len(times) - 1))
+        if self.interval > 1 and anchors <= self.order:
+            raise ValueError(
+                f"{self.name} (TaylorSeer): order {self.order} needs {self.order + 1} computed evaluations, and of the "
+                f"{len(times) - 1} of this sampler {anchors} are: lower order to {anchors - 1} at most, or interval"
+            )
+
+    def units_of(self, denoiser: Denoiser) -> range:
+        """The units that are cached."""
+        front, back = self.spare
+        found = range(front, len(denoiser.units) - back)
+        if not found:
+            raise ValueError(
+                f"TaylorSeer: spare={list(self.spare)} leaves none of the {len(denoiser.units)} units of this "
+                f"{denoiser.name} to cache: lower it"
+            )
+        return found
+
+    def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:
+        return covered(denoiser, self.units_of(denoiser))
+
+    def apply(self, denoiser: Denoiser) -> None:
+        if self.site == "module":
+            return super().apply(denoiser)
+        units = self.units_of(denoiser)
+        self.refuse_cached(denoiser)
+        target = "hidden" if self.site == "last" else "residual"
+        gate = Scheduled(lambda step: self.due(step, ""))
+        Span(self, units[0], units[-1], gate, self.predictor, target, self.at).wrap(denoiser)

@@ -1,0 +1,58 @@
+"""Tiny models of all families with caches, and what is seen of their generations."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from families import CONFIGS
+from torch import Tensor
+from weights import randomise
+
+import edit
+from edit.artifacts.checkpoint import default_objective
+from edit.caching.engine import EXECUTED
+from edit.denoiser import Denoiser
+from edit.sampling import Sampler
+from edit.solvers import DDIMSolver, Euler
+from edit.stream import Condition, Step
+
+MADE = {**CONFIGS, "sd3 dual": replace(CONFIGS["sd3"], num_layers=2, dual_attention_layers=(0,), qk_norm="rms_norm")}
+FEW = ["dit", "flux", "sd3 dual", "pixart"]
+
+
+def family(name: str, **edits: Any) -> Denoiser:
+    """The same random weights every time, in fp32."""
+    torch.manual_seed(0)
+    denoiser = MADE[name].build()
+    randomise(denoiser)
+    return edit.apply(denoiser.eval(), edits)
+
+
+def told(denoiser: Denoiser, count: int = 2) -> Condition:
+    g = torch.Generator().manual_seed(1)
+    return denoiser.example(count, text=5).map(
+        lambda v: torch.randn(v.shape, generator=g) if v.is_floating_point() else v
+    )
+
+
+def sampler(denoiser: Denoiser, steps: int, **options: Any) -> Sampler:
+    solver = DDIMSolver(steps) if denoiser.prediction == "noise" else Euler(steps)
+    return Sampler(solver, **{"guidance": 2.0, **options})
+
+
+def paint(denoiser: Denoiser, steps: int = 4, watch: Any = None, **options: Any) -> Tensor:
+    given = denoiser, default_objective(denoiser), told(denoiser), torch.arange(2)
+    return sampler(denoiser, steps, **options)(*given, watch=watch)
+
+
+def executed(denoiser: Denoiser, steps: int = 4, name: str = "reuse", **options: Any) -> dict[str, list[list[float]]]:
+    """Of each guidance branch, evaluation by evaluation: the executed part of each unit."""
+    seen: dict[str, list[list[float]]] = {}
+
+    def watch(step: Step, out: Any) -> None:
+        shares = denoiser.applied[name].decisions(out.trace)[EXECUTED]  # u b
+        assert torch.equal(shares, shares[:, :1].expand_as(shares))
+        seen.setdefault(step.branch, []).append(shares[:, 0].tolist())
+
+    paint(denoiser, steps, watch, **options)
+    return seen

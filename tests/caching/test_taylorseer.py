@@ -1,0 +1,315 @@
+"""TaylorSeer: which evaluations are computed, what stands in for the others, what it costs and holds."""
+
+from collections import Counter
+
+import pytest
+import torch
+from caches import FEW, MADE, executed, family, paint, sampler, told
+from torch import nn
+
+import edit
+from edit.artifacts.checkpoint import default_objective, load, save
+from edit.caching.reuse import Reuse
+from edit.caching.taylor import Ladder
+from edit.caching.taylorseer import TaylorSeer
+from edit.measuring.cost import count_generation, twin
+from edit.measuring.flops import Flops
+from edit.stream import Branch, Step
+from edit.unit import core
+
+SITES = ["module", "last", "span"]
+
+
+def small(**settings) -> TaylorSeer:
+    return TaylorSeer(**{"interval": 2, "order": 1, "first": 1, **settings})
+
+
+# ---- the schedule (oracle 1) -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "interval, first, schedule, count",
+    [
+        (3, 2, "paper", 18),
+        (4, 2, "paper", 14),
+        (5, 2, "paper", 11),
+        (6, 3, "paper", 10),
+        (9, 3, "paper", 8),
+        (5, 1, "paper", 10),
+        (5, 3, "diffusers", 13),
+        (5, 3, "cache_dit", 12),
+    ],
+)
+def test_fifty_evaluations_are_computed_as_often_as_published(interval, first, schedule, count):
+    cache = TaylorSeer(interval, first=first, schedule=schedule)
+    found = [s for s in range(50) if cache.computed(s)]
+    assert len(found) == count and found[:first] == list(range(first))
+    if (interval, first) == (6, 3):
+        assert found == [0, 1, 2, 8, 14, 20, 26, 32, 38, 44]
+    if schedule == "diffusers":
+        assert found[3:] == [4, 9, 14, 19, 24, 29, 34, 39, 44, 49]
+
+
+# ---- the polynomial (oracles 3, 4) -----------------------------------------------------------------------------------
+
+
+def observed(ladder: Ladder, f, anchors) -> dict:
+    state: dict = {}
+    for s in anchors:
+        ladder.observe(state, float(s), Branch(f(torch.tensor(float(s), dtype=torch.float64)).reshape(1, 1, 1)))
+    return state
+
+
+def predicted(ladder: Ladder, state: dict, s: float) -> float:
+    return ladder.predict(state, s).image.item()
+
+
+@pytest.mark.parametrize("form", ["taylor", "newton"])
+@pytest.mark.parametrize("order", range(5))
+def test_constants_are_exact_at_any_order_and_lines_from_order_one_on_at_any_anchors(form, order):
+    ladder = Ladder(order, form)
+    assert predicted(ladder, observed(ladder, lambda s: 0 * s + 3, (0, 1, 4, 6)), 9.0) == 3
+    line = predicted(ladder, observed(ladder, lambda s: 2 * s - 1, (0, 1, 4, 6)), 9.0)
+    # differences of fp32 numbers of about 10
+    assert line == pytest.approx(17 if order else 11, abs=1e-5)
+
+
+@pytest.mark.parametrize("gap", [2, 5])
+def test_the_published_form_has_the_known_error_on_a_parabola_and_newtons_has_none(gap):
+    """c s^2 with anchors N apart: -c N k of order two, -c k (N + k) of order one, in features less prediction."""
+    c, last = 0.5, 3 * gap
+    anchors = [gap, 2 * gap, last]
+
+    def error(order, k, form="taylor"):
+        ladder = Ladder(order, form)
+        return predicted(ladder, observed(ladder, lambda s: c * s * s, anchors), last + k) - c * (last + k) ** 2
+
+    for k in range(1, gap):
+        assert error(1, k) == pytest.approx(-c * k * (gap + k), abs=1e-4)
+        assert error(2, k) == pytest.approx(-c * gap * k, abs=1e-4)
+        assert error(2, k, "newton") == pytest.approx(0, abs=1e-4)
+
+
+def test_a_cubic_at_uneven_anchors_is_exact_in_newtons_form_of_order_three_alone():
+    def f(s):
+        return s**3 - s
+
+    found = {
+        form: predicted(Ladder(3, form), observed(Ladder(3, form), f, (0, 1, 3, 4)), 6.0)
+        for form in ("taylor", "newton")
+    }
+    assert found["newton"] == pytest.approx(210, rel=1e-5) and abs(found["taylor"] - 210) > 1
+
+
+def test_degrees_build_up_and_only_the_latest_ladder_is_kept():
+    ladder, state, lengths = Ladder(2), {}, []
+    for s in range(5):
+        ladder.observe(state, float(s), Branch(torch.ones(1, 1, 1)))
+        lengths.append(len(state["ladder"]))
+    assert lengths == [1, 2, 3, 3, 3] and len(state["places"]) == 3
+
+
+def test_a_place_that_comes_twice_divides_by_no_gap():
+    ladder, state = Ladder(1), {}
+    for s, v in ((0.0, 1.0), (1.0, 2.0), (1.0, 5.0)):
+        ladder.observe(state, s, Branch(torch.full((1, 1, 1), v)))
+    assert ladder.predict(state, 2.0).image.item() == 6  # the new value, the slope of before
+
+
+# ---- generations (oracles 2, 5, 6, 7, 8) -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("name", MADE)
+def test_an_interval_of_one_is_the_plain_model_bit_for_bit(name, site):
+    assert torch.equal(paint(family(name, cache=small(interval=1, site=site))), paint(family(name)))
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_order_zero_at_the_branches_is_interval_reuse_bit_for_bit(name):
+    """From one computed evaluation on, every N-th of both is computed."""
+    taylor = paint(family(name, cache=TaylorSeer(2, 0, first=2)), 6)
+    reuse = paint(family(name, cache=Reuse(2, start=1 / 6)), 6)
+    assert executed(family(name, cache=TaylorSeer(2, 0, first=2)), 6, "cache") == executed(
+        family(name, cache=Reuse(2, start=1 / 6)), 6, "cache"
+    )
+    assert torch.equal(taylor, reuse) and not torch.equal(taylor, paint(family(name), 6))
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("name", FEW)
+def test_guidance_branches_in_one_batch_and_apart_make_the_same_images(name, site):
+    together, apart = (family(name, cache=small(site=site)) for _ in range(2))
+    apart.applied["cache"].separate = True
+    assert list(executed(apart, name="cache")) == ["cond", "uncond"]
+    wanted = paint(apart, 6)
+    # fp32 products of larger batches are summed in another order, which the extrapolation enlarges
+    torch.testing.assert_close(paint(together, 6), wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+
+
+def products(unit: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers of tokens: those that modulate run at every evaluation."""
+    linear = {path: m for path, m in unit.named_modules() if isinstance(m, nn.Linear)}
+    return {path: m for path, m in linear.items() if not any(word in path for word in ("norm", "adaLN", "mod"))}
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("name", MADE)
+def test_what_is_predicted_is_not_run(name, site):
+    net, calls, whole = family(name, cache=small(site=site, interval=3)), Counter(), Counter()
+    assert executed(net, 7, "cache")["joint"] == [[float(s in (0, 3, 6))] * len(net.units) for s in range(7)]
+    for unit in map(core, net.units):
+        for path, module in products(unit).items():
+            whole[path] += 3
+            module.register_forward_pre_hook(lambda m, a, path=path: calls.update([path]))
+    paint(net, 7)
+    assert calls == whole
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_generation_of_predicted_spans_executes_what_the_arithmetic_says(name):
+    """Embedding and output layer at every evaluation, all units at the one that is computed."""
+
+    def macs(net):
+        given = default_objective(net), told(net, 1), 1
+        return count_generation(twin(net), sampler(net, 3), *given).macs
+
+    plain, spent = twin(family(name)), []
+    for i, unit in enumerate(plain.units):
+
+        def counted(stream, unit=unit):
+            with Flops() as flops:
+                stream = unit(stream)
+            spent.append(flops.total // 2)
+            return stream
+
+        plain.units[i] = counted
+    given = torch.zeros(1, *plain.sample_shape, device="meta"), torch.zeros(1, device="meta")
+    with torch.no_grad():
+        plain(*given, told(plain, 1).map(lambda v: v.to("meta")))
+    assert macs(family(name, cache=small(site="last", interval=3, order=0))) == macs(family(name)) - 2 * 2 * sum(spent)
+
+
+def test_gates_of_a_predicted_branch_are_those_of_the_present_evaluation(make_dit):
+    """The time alone changes between two evaluations at the same tokens: so the gated sums differ by the gates."""
+    net, memory = edit.apply(make_dit(), {"cache": small(order=0)}), {}
+    unit = core(net.units[0])
+    seen = []
+
+    def spy(stream):
+        out = unit(stream)
+        seen.append((stream.image, out.image, unit.modulate(stream).attention_gate))
+        return out
+
+    branch = []
+    slot = unit.slots.branch
+
+    def watched(stream, name, run):
+        out = slot(stream, name, run)
+        branch.append((name, out.image))
+        return out
+
+    unit.slots.branch = watched
+    net.units[0] = spy
+    x = torch.randn(2, *net.sample_shape)
+    with torch.no_grad():
+        for index, t in enumerate((0.9, 0.2)):
+            net(x, torch.full((2,), t), told(net), step=Step(index, 4, t, memory=memory))
+    (n0, a0), (_, f0), (n1, a1), (_, f1) = branch
+    assert n0 == n1 == "attention" and torch.equal(a0, a1) and torch.equal(f0, f1)
+    (x0, y0, g0), (x1, y1, g1) = seen
+    assert torch.equal(x0, x1) and not torch.equal(g0.image, g1.image) and not torch.equal(y0, y1)
+
+
+@pytest.mark.parametrize("site, order", [("module", 2), ("last", 1), ("span", 3)])
+def test_a_generation_holds_order_plus_one_tensors_for_each_site_and_the_next_begins_with_none(site, order):
+    net, held = family("dit", cache=TaylorSeer(2, order, first=order + 1, site=site)), []
+
+    def watch(step, out):
+        parts = step.memory["cache", 0, "joint"]
+        states = [parts[n] for n in ("attention", "feed")] if site == "module" else [parts["value"]]
+        held.append([len(s["ladder"]) for s in states])
+        assert len(step.memory) == (len(net.units) if site == "module" else 1)
+
+    first = paint(net, 9, watch)
+    assert held[-1] == [order + 1] * len(held[-1]) and held[0] == [1] * len(held[0])
+    assert torch.equal(paint(net, 9), first)
+
+
+# ---- units left alone, stored, refused -------------------------------------------------------------------------------
+
+
+def test_spared_units_run_at_every_evaluation(make_flux):
+    net = edit.apply(make_flux(sample_size=(8, 8)), {"cache": small(site="span", spare=(1, 1))})
+    runs = Counter()
+    for i, unit in enumerate(map(core, net.units)):
+        unit.register_forward_pre_hook(lambda m, a, i=i: runs.update([i]))
+    paint(net, 6)
+    depth = len(net.units)
+    assert runs == {i: 6 if i in (0, depth - 1) else 3 for i in range(depth)}
+
+
+@torch.no_grad()
+def test_a_span_that_adds_the_same_at_every_evaluation_is_replayed_exactly(make_dit):
+    """Constant branches and constant gates; without either, replay differs."""
+    net = make_dit(depth=4)
+    for unit in map(core, net.units[1:3]):
+        unit.slots.branch = lambda stream, name, run: Branch(torch.full_like(stream.image, 0.5))
+        for name, p in unit.named_parameters():
+            if "adaLN" in name and name.endswith("weight"):
+                p.zero_()
+    wanted, other = paint(net, 6), paint(make_dit(depth=4), 6)
+    cache = {"cache": small(site="span", spare=(1, 1), order=0)}
+    found = paint(edit.apply(net, cache), 6)
+    # fp32: what was added is found again by a difference
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+    cache = {"cache": small(site="span", spare=(1, 1), order=0)}
+    assert (paint(edit.apply(make_dit(depth=4), cache), 6) - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_it_is_stored_as_data_and_read_again(site, tmp_path):
+    net = family("flux", cache=small(site=site, order=2, axis="logsnr", form="newton"))
+    save(net, tmp_path / "artifact")
+    read = load(tmp_path / "artifact").denoiser
+    assert read.applied["cache"] == net.applied["cache"] and torch.equal(paint(read, 8), paint(net, 8))
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_while_training_it_does_nothing(site):
+    plain, cached = family("flux"), family("flux", cache=small(site=site))
+    given = torch.randn(2, *plain.sample_shape), torch.tensor([0.3, 0.7]), told(plain)
+    a, b = plain(*given), cached(*given)
+    assert torch.equal(a.sample, b.sample) and a.trace.keys() == b.trace.keys()
+
+
+@pytest.mark.parametrize("axis", ["t", "sigma", "logsnr"])
+def test_a_line_in_the_axis_is_followed_exactly(axis, make_dit):
+    from edit.caching.engine import place
+
+    cache = small(axis=axis, order=1)
+    ladder, state = cache.predictor, {}
+    steps = [Step(i, 4, t) for i, t in enumerate((0.9, 0.7, 0.4))]
+    for step in steps[:2]:
+        ladder.observe(state, cache.at(step), Branch(torch.full((1, 1, 1), 3 * place(step, axis) + 1)))
+    assert ladder.predict(state, cache.at(steps[2])).image.item() == pytest.approx(
+        3 * place(steps[2], axis) + 1, rel=1e-4
+    )
+
+
+def test_settings_that_cannot_be_are_refused(make_dit):
+    with pytest.raises(ValueError, match="TaylorSeer: order is 0 to 4, got 5"):
+        TaylorSeer(order=5)
+    with pytest.raises(ValueError, match="interval must be at least 1, got 0"):
+        TaylorSeer(0)
+    with pytest.raises(ValueError, match="spare is two numbers of units, for site=span alone"):
+        TaylorSeer(spare=(1, 0))
+    with pytest.raises(ValueError, match=r"spare=\[2, 1\] leaves none of the 3 units"):
+        edit.apply(make_dit(), {"cache": TaylorSeer(site="span", spare=(2, 1))})
+    with pytest.raises(ValueError, match="order 4 needs 5 computed evaluations, and of the 8 of this sampler 3 are"):
+        paint(edit.apply(make_dit(), {"cache": TaylorSeer()}), 8)
+    net = edit.apply(make_dit(), {"reuse": Reuse(units=(1,))})
+    for site in SITES:
+        with pytest.raises(ValueError, match="TaylorSeer: 'reuse' caches attention of unit 1 already"):
+            edit.apply(net, {"cache": small(site=site)})
+    edit.apply(net, {"cache": small(site="span", spare=(2, 0))})
