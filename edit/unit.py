@@ -143,9 +143,9 @@ class Slots:
 class Unit(nn.Module, ABC):
     """One transformer block written out as its equations: `Stream -> Stream`.
 
-    A family implements `anatomy`, `modulate`, `attend`, `feed`, `expand`, `contract`, the parts `own_mixer` and, where
-    it has them, `own_text_ffn`, `own_cross`, `own_fused`; and `compute` where there are other branches than two. Their
-    names are no names of children of a stock block.
+    A family implements `anatomy`, `modulate`, `enter`, `attend`, `feed`, `expand`, `contract`, the parts `own_mixer`
+    and, where it has them, `own_text_ffn`, `own_cross`, `own_fused`; and `compute` where there are other branches than
+    two. Their names are no names of children of a stock block.
     """
 
     filled: dict[str, Any]  # slots that are replaced; `slots` reads and writes it
@@ -210,8 +210,12 @@ class Unit(nn.Module, ABC):
         """Shifts, scales and gates, computed once per call and handed to the branches; no token is read."""
 
     @abstractmethod
+    def enter(self, stream: Stream, modulation: Any) -> Branch:
+        """The tokens that the attention reads, normalised and modulated."""
+
     def attend(self, stream: Stream, modulation: Any) -> Branch:
-        """The attention branch before its gate, norm included."""
+        """The attention branch before its gate, norm included; as here, of image tokens alone."""
+        return Branch(self.part("mixer")(stream, self.enter(stream, modulation).image))
 
     @abstractmethod
     def feed(self, stream: Stream, modulation: Any) -> Branch:

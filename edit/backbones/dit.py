@@ -239,9 +239,8 @@ class DiTBlock(Unit):
         heads = Features(size, (("attn.qkv", 3),), (("attn.proj", 0),), ("attn", "num_heads"))
         return Anatomy(a.num_heads, heads, feed)
 
-    def attend(self, stream: Stream, modulation: DiTModulation) -> Branch:
-        x = torch.addcmul(modulation.attention_shift, self.norm1(stream.image), modulation.attention_scale)
-        return Branch(self.part("mixer")(stream, x))
+    def enter(self, stream: Stream, modulation: DiTModulation) -> Branch:
+        return Branch(torch.addcmul(modulation.attention_shift, self.norm1(stream.image), modulation.attention_scale))
 
     def feed(self, stream: Stream, modulation: DiTModulation) -> Branch:
         x = torch.addcmul(modulation.feed_shift, self.norm2(stream.image), modulation.feed_scale)

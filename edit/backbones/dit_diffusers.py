@@ -76,9 +76,8 @@ class BasicUnit(StockUnit):
         q, k, v = (heads(to(tokens), a) for to in (a.to_q, a.to_k, a.to_v))
         return a.to_out[1](a.to_out[0](self.attended(q, k, v, stream)))
 
-    def attend(self, stream: Stream, modulation: Modulation) -> Branch:
-        x = torch.addcmul(modulation.shift.image, self.own_norm(stream.image), 1 + modulation.scale.image)
-        return Branch(self.part("mixer")(stream, x))
+    def enter(self, stream: Stream, modulation: Modulation) -> Branch:
+        return Branch(torch.addcmul(modulation.shift.image, self.own_norm(stream.image), 1 + modulation.scale.image))
 
     @abstractmethod
     def own_norm(self, tokens: Tensor) -> Tensor:

@@ -88,10 +88,13 @@ class DoubleUnit(StockUnit):
         image, text = (vectors(norm, stream.cond, 6) for norm in (self.norm1, self.norm1_context))
         return Modulation(*(Branch(*both) for both in zip(image, text, strict=True)))
 
-    def attend(self, stream: Stream, modulation: Modulation) -> Branch:
+    def enter(self, stream: Stream, modulation: Modulation) -> Branch:
         shift, scale = modulation.shift, modulation.scale
         image = self.norm1.norm(stream.image) * (1 + scale.image) + shift.image
-        text = self.norm1_context.norm(stream.text) * (1 + scale.text) + shift.text
+        return Branch(image, self.norm1_context.norm(stream.text) * (1 + scale.text) + shift.text)
+
+    def attend(self, stream: Stream, modulation: Modulation) -> Branch:
+        image, text = self.enter(stream, modulation)
         layout = stream.layout
         return layout.split(self.part("mixer")(stream, layout.joined(text, image)))
 
@@ -191,6 +194,9 @@ class SingleUnit(StockUnit):
         whole = part.new_zeros(*part.shape[:-1], layer.in_features)
         whole[..., first : first + part.shape[-1]] = part
         return layer(whole) - (layer(whole.new_zeros(1, layer.in_features)) if first else 0)
+
+    def enter(self, stream: Stream, modulation: SingleModulation) -> Branch:
+        return stream.layout.split(self.tokens(stream, modulation))
 
     def attend(self, stream: Stream, modulation: SingleModulation) -> Branch:
         return stream.layout.split(self.part("mixer")(stream, self.tokens(stream, modulation)))

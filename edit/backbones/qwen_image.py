@@ -84,10 +84,13 @@ class QwenImageUnit(StockUnit):
         shift, scale, gate, *feed = (Branch(*both) for both in zip(image, text, strict=True))
         return Modulation(shift, scale, gate, *feed)
 
-    def attend(self, stream: Stream, modulation: Modulation) -> Branch:
+    def enter(self, stream: Stream, modulation: Modulation) -> Branch:
         shift, scale = modulation.shift, modulation.scale
         image = torch.addcmul(shift.image, self.img_norm1(stream.image), 1 + scale.image)
-        text = torch.addcmul(shift.text, self.txt_norm1(stream.text), 1 + scale.text)
+        return Branch(image, torch.addcmul(shift.text, self.txt_norm1(stream.text), 1 + scale.text))
+
+    def attend(self, stream: Stream, modulation: Modulation) -> Branch:
+        image, text = self.enter(stream, modulation)
         if "mixer" not in self.filled:  # the unit's own needs no joint tensor: two copies less
             return self.mix(stream, image, text)
         return stream.layout.split(self.filled["mixer"](stream, stream.layout.joined(text, image)))

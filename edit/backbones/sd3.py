@@ -115,10 +115,13 @@ class JointUnit(StockUnit):
         both = (Branch(*pair) for pair in zip(image[:6], told, strict=True))
         return DualModulation(*both, *image[6:])
 
-    def attend(self, stream: Stream, modulation: Modulation) -> Branch:
+    def enter(self, stream: Stream, modulation: Modulation) -> Branch:
         shift, scale = modulation.shift, modulation.scale
         image = self.norm1.norm(stream.image) * (1 + scale.image) + shift.image
-        text = self.norm1_context.norm(stream.text) * (1 + scale.text) + shift.text
+        return Branch(image, self.norm1_context.norm(stream.text) * (1 + scale.text) + shift.text)
+
+    def attend(self, stream: Stream, modulation: Modulation) -> Branch:
+        image, text = self.enter(stream, modulation)
         if "mixer" not in self.filled:
             return self.attend_jointly(stream, image, text)  # spares joining the tokens and splitting them again
         joint = self.filled["mixer"](stream, stream.layout.joined(text, image))

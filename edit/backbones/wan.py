@@ -85,9 +85,8 @@ class WanUnit(StockUnit):
         """In fp32, as norms and gates are."""
         return Modulation(*map(Branch, (self.scale_shift_table + stream.cond.float()).chunk(6, dim=1)))  # b 1 d
 
-    def attend(self, stream: Stream, modulation: Modulation) -> Branch:
-        shift, scale = modulation.shift.image, modulation.scale.image
-        return Branch(self.part("mixer")(stream, modulated(self.norm1, stream.image, shift, scale)))
+    def enter(self, stream: Stream, modulation: Modulation) -> Branch:
+        return Branch(modulated(self.norm1, stream.image, modulation.shift.image, modulation.scale.image))
 
     def own_mixer(self, stream: Stream, tokens: Tensor) -> Tensor:
         """b n d -> b n d."""
