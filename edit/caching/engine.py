@@ -100,6 +100,13 @@ class Scheduled(Gate):
         return self.due(stream.step)
 
 
+def distance(new: Tensor, old: Tensor) -> float:
+    """The mean absolute difference over the mean absolute value of `old`: of all samples together, as published, so
+    that a decision depends on the batch. The host waits for it."""
+    new, old = new.float(), old.float()
+    return ((new - old).abs().mean() / old.abs().mean()).item()
+
+
 # ---- the edit -------------------------------------------------------------------------------------------------------
 
 
@@ -143,6 +150,21 @@ def names_of(unit: Unit) -> tuple[str, ...]:
 def covered(denoiser: Denoiser, units: Sequence[int], branches: Collection[str] = ()) -> set[tuple[int, str]]:
     """Units with those of their branches that are named; none named: all."""
     return {(i, n) for i in units for n in names_of(core(denoiser.units[i])) if not branches or n in branches}
+
+
+def units_between(edit: Cached, denoiser: Denoiser, front: int, back: int) -> range:
+    """The units of a denoiser but so many in front and behind.
+
+    Raises:
+        ValueError: if none is left
+    """
+    depth = len(denoiser.units)
+    if not (found := range(front, depth - back)):
+        raise ValueError(
+            f"{type(edit).__name__}: of the {depth} units of this {denoiser.name} the first {front} and the last "
+            f"{back} always run, so none is left to cache: lower these numbers"
+        )
+    return found
 
 
 # ---- site: residual branches ----------------------------------------------------------------------------------------
@@ -232,7 +254,7 @@ class Span:
             "hidden", the tokens behind the last unit
         at: the place of an evaluation, for the predictor
         text: what the span does to the text: "kept", no unit of it writes it; "written"; "ended", the last unit leaves
-            none
+            none; found by `wrap`
     """
 
     edit: Cached
@@ -244,8 +266,15 @@ class Span:
     at: Callable[[Step], float]
     text: Literal["kept", "written", "ended"] = "kept"
 
-    def wrap(self, denoiser: Denoiser) -> None:
-        """Stand around the units of a denoiser."""
+    def wrap(self, denoiser: Denoiser, front: int | None = None) -> None:
+        """Stand around the units of a denoiser.
+
+        Args:
+            denoiser: to change
+            front: unit in front of which the gate wants the image tokens, in its state as "front"; None: it does not
+        """
+        if front is not None:
+            denoiser.units[front] = Front(denoiser.units[front], self)
         kinds = [core(denoiser.units[i]).anatomy.text for i in range(self.first, self.last + 1)]
         self.text = "ended" if kinds[-1] == "ends" else "written" if "along" in kinds else "kept"
         for i in range(self.first, self.last + 1):
@@ -284,6 +313,20 @@ class Span:
             value = each(torch.add, memory["entry"], value)
         text = {"kept": stream.text, "written": value.text, "ended": None}[self.text]
         return replace(stream, image=value.image, text=text)
+
+
+class Front(Wrapper):
+    """A unit in front of a span, whose input the gate compares with the span's."""
+
+    def __init__(self, unit: Any, span: Span):
+        super().__init__(unit)
+        self.span = span
+
+    def __call__(self, stream: Stream) -> Stream:
+        if stream.step is not None:
+            memory = stream.step.recall(self.span.edit.name, self.span.first)
+            memory.setdefault("gate", {})["front"] = stream.image
+        return self.unit(stream)
 
 
 class SpanUnit(Wrapper):

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from edit.caching.engine import Predictor, each
+from edit.inputs.limits import Limits
 from edit.stream import Branch
 
 Form = Literal["taylor", "newton"]
+Order = Annotated[int, Limits(0, 4)]
 
 
 @dataclass(frozen=True)

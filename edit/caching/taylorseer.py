@@ -24,8 +24,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from edit.caching.engine import Axis, BranchCached, Predictor, Scheduled, Span, covered, place
-from edit.caching.taylor import Form, Ladder
+from edit.caching.engine import Axis, BranchCached, Predictor, Scheduled, Span, covered, place, units_between
+from edit.caching.taylor import Form, Ladder, Order
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, check_numbers
 from edit.stream import Step
@@ -50,7 +50,7 @@ class TaylorSeer(BranchCached):
     """
 
     interval: Count = 4
-    order: int = 4
+    order: Order = 4
     first: Count = 2
     schedule: Schedule = "paper"
     site: Literal["module", "last", "span"] = "module"
@@ -65,8 +65,6 @@ class TaylorSeer(BranchCached):
     def __post_init__(self):
         check_numbers(self)
         self.spare = tuple(self.spare)
-        if not 0 <= self.order <= 4:
-            raise ValueError(f"TaylorSeer: order is 0 to 4, got {self.order}")
         if len(self.spare) != 2 or min(self.spare) < 0 or (any(self.spare) and self.site != "span"):
             raise ValueError(f"TaylorSeer: spare is two numbers of units, for site=span alone, got {list(self.spare)}")
 
@@ -96,24 +94,13 @@ class TaylorSeer(BranchCached):
                 f"{len(times) - 1} of this sampler {anchors} are: lower order to {anchors - 1} at most, or interval"
             )
 
-    def units_of(self, denoiser: Denoiser) -> range:
-        """The units that are cached."""
-        front, back = self.spare
-        found = range(front, len(denoiser.units) - back)
-        if not found:
-            raise ValueError(
-                f"TaylorSeer: spare={list(self.spare)} leaves none of the {len(denoiser.units)} units of this "
-                f"{denoiser.name} to cache: lower it"
-            )
-        return found
-
     def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:
-        return covered(denoiser, self.units_of(denoiser))
+        return covered(denoiser, units_between(self, denoiser, *self.spare))
 
     def apply(self, denoiser: Denoiser) -> None:
         if self.site == "module":
             return super().apply(denoiser)
-        units = self.units_of(denoiser)
+        units = units_between(self, denoiser, *self.spare)
         self.refuse_cached(denoiser)
         target = "hidden" if self.site == "last" else "residual"
         gate = Scheduled(lambda step: self.due(step, ""))

@@ -46,6 +46,7 @@ class Limits:
 
 Steps = Annotated[int, Limits(1, 10_000)]  # evaluations of a model one after the other
 Count = Annotated[int, Limits(1, 1_000_000)]
+Natural = Annotated[int, Limits(0, 1_000_000)]
 Units = Annotated[int, Limits(1, 1024)]  # blocks, layers
 Side = Annotated[int, Limits(1, 65_536)]  # of an image or a latent, in pixels
 Seed = Annotated[int, Limits(0, LAST_SEED)]

@@ -298,13 +298,13 @@ def test_a_line_in_the_axis_is_followed_exactly(axis, make_dit):
 
 
 def test_settings_that_cannot_be_are_refused(make_dit):
-    with pytest.raises(ValueError, match="TaylorSeer: order is 0 to 4, got 5"):
+    with pytest.raises(ValueError, match="TaylorSeer: order must be at most 4, got 5"):
         TaylorSeer(order=5)
     with pytest.raises(ValueError, match="interval must be at least 1, got 0"):
         TaylorSeer(0)
     with pytest.raises(ValueError, match="spare is two numbers of units, for site=span alone"):
         TaylorSeer(spare=(1, 0))
-    with pytest.raises(ValueError, match=r"spare=\[2, 1\] leaves none of the 3 units"):
+    with pytest.raises(ValueError, match="of the 3 units of this dit the first 2 and the last 1 always run"):
         edit.apply(make_dit(), {"cache": TaylorSeer(site="span", spare=(2, 1))})
     with pytest.raises(ValueError, match="order 4 needs 5 computed evaluations, and of the 8 of this sampler 3 are"):
         paint(edit.apply(make_dit(), {"cache": TaylorSeer()}), 8)

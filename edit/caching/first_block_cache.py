@@ -1,0 +1,122 @@
+"""FirstBlockCache and DBCache: the rest of the model is predicted where its first units have changed little.
+
+FirstBlockCache (ParaAttention; `FirstBlockCacheConfig` of diffusers) and DBCache (cache-dit). Units 0, ..., F - 1
+always run. With r_s what they add to the image tokens at evaluation s, and r_ref the same at the last evaluation whose
+other units ran,
+
+    mean|r_s - r_ref| / mean|r_ref| <= threshold:   h <- h + R,   else the other units run and r_ref <- r_s
+
+where R predicts what the units F, ..., depth - 1 - B add, of image and text; the last B units always run.
+FirstBlockCache has F = 1, B = 0 and R the last one; DBCache has F = 8, limits and a polynomial for R.
+
+Specification: methods/feature-cache-baselines.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from edit.caching.engine import Cached, Gate, Latest, Predictor, Span, covered, distance, units_between
+from edit.caching.taylor import Ladder, Order
+from edit.denoiser import Denoiser
+from edit.inputs.limits import Count, Natural, NotNegative, check_numbers
+from edit.stream import Step, Stream
+from edit.unit import Unit
+
+
+@dataclass
+class FirstBlockCache(Cached):
+    """A cache that decides by the change of the first unit; it needs no training.
+
+    Args:
+        threshold: relative change up to which the rest is predicted
+    """
+
+    threshold: NotNegative = 0.05
+
+    def __post_init__(self):
+        check_numbers(self)
+
+    def parts(self) -> tuple[int, int, Gate, Predictor]:
+        """Units that always run, in front and behind; gate; predictor."""
+        return 1, 0, Change(self.threshold), Latest()
+
+    def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:
+        front, back, *_ = self.parts()
+        return covered(denoiser, units_between(self, denoiser, front, back))
+
+    def apply(self, denoiser: Denoiser) -> None:
+        front, back, gate, predictor = self.parts()
+        units = units_between(self, denoiser, front, back)
+        self.refuse_cached(denoiser)
+        Span(self, units[0], units[-1], gate, predictor, "residual", self.at).wrap(denoiser, front=0)
+
+    def at(self, step: Step) -> float:
+        return float(step.index)
+
+
+@dataclass
+class DBCache(FirstBlockCache):
+    """FirstBlockCache with more units that always run, limits, and a predictor.
+
+    Args:
+        threshold: relative change up to which the rest is predicted
+        front: F, units at the beginning that always run
+        back: B, units at the end that always run
+        warmup: evaluations at the beginning that are all computed
+        most: predicted evaluations of a generation at most; none: no limit
+        most_in_a_row: predicted evaluations one after the other at most
+        budget: limit of the sum of the changes since the last computed evaluation
+        order: of the polynomial that predicts; 0 repeats the last value
+    """
+
+    threshold: NotNegative = 0.08
+    front: Count = 8
+    back: Natural = 0
+    warmup: Natural = 8
+    most: Natural | None = None
+    most_in_a_row: Natural | None = None
+    budget: NotNegative | None = None
+    order: Order = 0
+
+    def parts(self) -> tuple[int, int, Gate, Predictor]:
+        gate = Change(self.threshold, self.warmup, self.most, self.most_in_a_row, self.budget)
+        return self.front, self.back, gate, Ladder(self.order) if self.order else Latest()
+
+
+@dataclass(frozen=True)
+class Change(Gate):
+    """Computes where what the first units add has changed by more than a threshold since the last computed evaluation.
+
+    Args:
+        threshold, warmup, most, most_in_a_row, budget: as of `DBCache`
+    """
+
+    threshold: float
+    warmup: int = 0
+    most: int | None = None
+    most_in_a_row: int | None = None
+    budget: float | None = None
+
+    def computes(self, unit: Unit, stream: Stream, state: dict) -> bool:
+        assert stream.step is not None
+        added = stream.image - state.pop("front")
+        if "added" not in state:
+            state.update(predicted=0, row=0, spent=0.0)
+        if not self.predicts(stream.step.index, state, added):
+            state.update(added=added, row=0, spent=0.0)
+            return True
+        state["predicted"] += 1
+        state["row"] += 1
+        return False
+
+    def predicts(self, index: int, state: dict, added: Any) -> bool:
+        full = self.most is not None and state["predicted"] >= self.most
+        full |= self.most_in_a_row is not None and state["row"] >= self.most_in_a_row
+        if "added" not in state or index < self.warmup or full:
+            return False
+        change = distance(added, state["added"])
+        state["spent"] += change
+        return change <= self.threshold and (self.budget is None or state["spent"] <= self.budget)
