@@ -48,6 +48,8 @@ class CGTaylor(Cached):
     warmup: Natural = 2
     max_skip: Count | None = None
 
+    batchwise = True
+
     def __post_init__(self):
         check_numbers(self)
 

@@ -36,6 +36,8 @@ class FirstBlockCache(Cached):
 
     threshold: NotNegative = 0.05
 
+    batchwise = True
+
     def __post_init__(self):
         check_numbers(self)
 

@@ -34,13 +34,13 @@ from edit.unit import Unit
 
 
 class Ratios(nn.Module):
-    """The measured ratios, one for each place; not a number until they are measured."""
+    """The measured ratios, one for each place; 0 until they are measured."""
 
     table: Tensor
 
     def __init__(self, length: int):
         super().__init__()
-        self.register_buffer("table", torch.full((length,), torch.nan))
+        self.register_buffer("table", torch.zeros(length))
 
 
 @dataclass
@@ -77,7 +77,7 @@ class MagCache(Cached):
 
     def calibrate(self, denoiser: Denoiser, batches: Calibration, own: nn.Module | None) -> None:
         assert isinstance(own, Ratios)
-        own.table.fill_(torch.nan)  # so that every evaluation is computed
+        own.table.zero_()  # so that every evaluation is computed
         sums: dict[int, list[float]] = {}
         before: dict[str, Tensor] = {}
 
@@ -114,7 +114,7 @@ class Budget(Gate):
     def after(self, step: Step, state: dict) -> bool:
         """The decision by the table."""
         gamma = state["table"][nearest(step.index, step.count, len(state["table"]))]
-        if gamma == gamma and step.index >= max(1.0, self.edit.retention * step.count):
+        if gamma and step.index >= max(1.0, self.edit.retention * step.count):
             state["ratio"] *= gamma
             state["steps"] += 1
             state["error"] += abs(1 - state["ratio"])

@@ -42,6 +42,8 @@ class TeaCache(Cached):
     threshold: NotNegative = 0.25
     polynomial: tuple[float, ...] = FLUX
 
+    batchwise = True
+
     def __post_init__(self):
         check_numbers(self)
         self.polynomial = tuple(self.polynomial)
