@@ -9,9 +9,12 @@ tokens behind the last, and two ladders of finite differences (`edit.caching.tay
 A is refreshed with B alone: so both look equally far ahead, and e tells how far B can be trusted. Were A refreshed at
 every evaluation, e would stay small while B drifts.
 
-The mean is over the batch, as published. Defaults are those of the release for DiT-XL/2 at 50 steps of DDIM; it has
-tau = 0.13 or 0.03 and order_gate = 1 for FLUX, 0.36 and 3 for Wan 2.1. tau depends on model, steps and schedule. Gate
-and target look at image tokens (ours for two-stream families: the text is not needed where units are predicted).
+The mean is over the batch, as published; `reduction` takes the largest error of a sample instead, or lets each sample
+decide for itself: those that fail run as one batch, with anchors of their own (ours).
+
+Defaults are those of the release for DiT-XL/2 at 50 steps of DDIM; it has tau = 0.13 or 0.03 and order_gate = 1 for
+FLUX, 0.36 and 3 for Wan 2.1. tau depends on model, steps and schedule. Gate and target look at image tokens (inferred
+for two-stream families: nothing reads the text behind the last unit).
 
 Specification: methods/cg-taylor.md.
 """
@@ -20,14 +23,19 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from edit.caching.engine import Cached, Gate, Span, covered, distance, units_between
-from edit.caching.taylor import Ladder, Order
+import torch
+from torch import Tensor
+
+from edit.caching.engine import Cached, Gate, Predictor, Span, covered, units_between
+from edit.caching.taylor import Ladder, Order, RowLadder
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, Natural, NotNegative, check_numbers
 from edit.stream import Branch, Step, Stream
 from edit.unit import Unit
+
+Reduction = Literal["batch_mean", "batch_max", "per_sample"]
 
 
 @dataclass
@@ -40,6 +48,7 @@ class CGTaylor(Cached):
         order_target: of the polynomial of the last unit's output
         warmup: W, the last of the evaluations at the beginning that are all computed
         max_skip: predicted evaluations one after the other at most; none, as published: no limit
+        reduction: of the error over the batch: "batch_mean", as published; "batch_max"; "per_sample": none
     """
 
     tau: NotNegative = 0.008
@@ -47,8 +56,11 @@ class CGTaylor(Cached):
     order_target: Order = 1
     warmup: Natural = 2
     max_skip: Count | None = None
+    reduction: Reduction = "batch_mean"
 
-    batchwise = True
+    @property
+    def batchwise(self) -> bool:  # type: ignore[override] - here a consequence
+        return self.reduction != "per_sample"
 
     def __post_init__(self):
         check_numbers(self)
@@ -66,8 +78,9 @@ class CGTaylor(Cached):
     def apply(self, denoiser: Denoiser) -> None:
         units = units_between(self, denoiser, 1, 0)
         self.refuse_cached(denoiser)
-        gate = Confidence(self.tau, Ladder(self.order_gate), self.warmup, self.max_skip)
-        Span(self, units[0], units[-1], gate, Ladder(self.order_target), "hidden", self.at).wrap(denoiser)
+        ladder = RowLadder if self.reduction == "per_sample" else Ladder
+        gate = Confidence(self.tau, ladder(self.order_gate), self.warmup, self.max_skip, self.reduction)
+        Span(self, units[0], units[-1], gate, ladder(self.order_target), "hidden", self.at).wrap(denoiser)
 
     def at(self, step: Step) -> float:
         return float(step.index)
@@ -78,20 +91,36 @@ class Confidence(Gate):
     """Computes where the extrapolation of the tokens in front of the span is wrong; arguments as of `CGTaylor`."""
 
     tau: float
-    ladder: Ladder
+    ladder: Predictor
     warmup: int
     max_skip: int | None = None
+    reduction: Reduction = "batch_mean"
 
-    def computes(self, unit: Unit, stream: Stream, state: dict) -> bool:
-        step, tokens = stream.step, Branch(stream.image)
+    def computes(self, unit: Unit, stream: Stream, state: dict) -> bool | Tensor:
+        step, image = stream.step, stream.image
         assert step is not None
-        row = state.get("row", 0)
-        forced = step.index <= self.warmup or step.index == step.count - 1 or "ladder" not in state
-        forced |= self.max_skip is not None and row >= self.max_skip
-        at = float(step.index)
-        if not forced and distance(self.ladder.predict(state, at).image, stream.image) < self.tau:
+        at, row = float(step.index), state.get("row", torch.zeros(len(image), device=image.device))
+        if step.index <= self.warmup or step.index == step.count - 1 or "ladder" not in state:
+            computed: bool | Tensor = True
+        else:
+            computed = self.wrong(self.ladder.predict(state["ladder"], at).image, image)
+            if self.max_skip is not None:
+                computed = computed | (row >= self.max_skip)
+        if self.reduction != "per_sample":
+            computed = bool(torch.as_tensor(computed).any())
+        if computed is False:
             state["row"] = row + 1
             return False
-        state["row"] = 0
-        self.ladder.observe(state, at, tokens)
-        return True
+        rows = None if computed is True else computed.nonzero().flatten()
+        state["row"] = torch.where(torch.as_tensor(computed, device=image.device), 0.0, row + 1)
+        tokens = Branch(image if rows is None else image[rows])
+        if rows is None or len(rows):
+            self.ladder.observe(state.setdefault("ladder", {}), at, tokens, rows)
+        return computed
+
+    def wrong(self, guess: Tensor, image: Tensor) -> Tensor:
+        """Whether the relative error is not below the tolerance: b bool, or of the whole batch, 1 bool."""
+        guess, image = guess.float(), image.float()
+        if self.reduction == "batch_mean":
+            return ((guess - image).abs().mean() / image.abs().mean()).reshape(1) >= self.tau
+        return (guess - image).abs().mean((1, 2)) / image.abs().mean((1, 2)) >= self.tau

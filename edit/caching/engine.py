@@ -48,6 +48,11 @@ def each(f: Callable[..., Tensor], *values: Branch) -> Branch:
     return Branch(f(*images), f(*texts) if len(texts) == len(values) else None)
 
 
+def put(whole: Branch, rows: Tensor, part: Branch) -> Branch:
+    """The whole, with the samples `rows` replaced by those of a part."""
+    return each(lambda w, p: w.index_copy(0, rows, p), whole, part)
+
+
 # ---- predictors -----------------------------------------------------------------------------------------------------
 
 
@@ -55,8 +60,15 @@ class Predictor(ABC):
     """What stands in for a value that is not computed. Its state is a dict of tensors, numbers, lists and `Branch`."""
 
     @abstractmethod
-    def observe(self, state: dict, at: float, value: Branch) -> None:
-        """Take a computed value at a place (`place`)."""
+    def observe(self, state: dict, at: float, value: Branch, rows: Tensor | None = None) -> None:
+        """Take a computed value at a place (`place`).
+
+        Args:
+            state: of this predictor
+            at: the place
+            value: b n d image tokens, and text tokens where there are any; k n d of `rows`
+            rows: k int64, samples that were computed, after all were at least once; None: all
+        """
 
     @abstractmethod
     def predict(self, state: dict, at: float) -> Branch:
@@ -67,8 +79,8 @@ class Predictor(ABC):
 class Latest(Predictor):
     """The last computed value."""
 
-    def observe(self, state: dict, at: float, value: Branch) -> None:
-        state["value"] = value
+    def observe(self, state: dict, at: float, value: Branch, rows: Tensor | None = None) -> None:
+        state["value"] = value if rows is None else put(state["value"], rows, value)
 
     def predict(self, state: dict, at: float) -> Branch:
         return state["value"]
@@ -81,11 +93,16 @@ class Gate(ABC):
     """Whether a span of units is computed at an evaluation, decided in front of its first unit."""
 
     @abstractmethod
-    def computes(self, unit: Unit, stream: Stream, state: dict) -> bool:
-        """Args:
-        unit: the first of the span
-        stream: in front of it, with a step
-        state: of the gate in this generation and guidance branch
+    def computes(self, unit: Unit, stream: Stream, state: dict) -> bool | Tensor:
+        """Decide.
+
+        Args:
+            unit: the first of the span
+            stream: in front of it, with a step
+            state: of the gate in this generation and guidance branch
+
+        Returns:
+            For all samples, or b bool, each for its own; the samples that are computed run as one batch
         """
 
 
@@ -253,8 +270,8 @@ class Span:
         target: "residual", tokens behind the last unit less those in front of the first, added to the present ones; or
             "hidden", the tokens behind the last unit
         at: the place of an evaluation, for the predictor
-        text: what the span does to the text: "kept", no unit of it writes it; "written"; "ended", the last unit leaves
-            none; found by `wrap`
+        text: what the span does to the text: "kept", it writes none that is read afterwards; "written"; "ended", the
+            last unit leaves none; found by `wrap`
     """
 
     edit: Cached
@@ -275,9 +292,10 @@ class Span:
         """
         if front is not None:
             denoiser.units[front] = Front(denoiser.units[front], self)
-        kinds = [core(denoiser.units[i]).anatomy.text for i in range(self.first, self.last + 1)]
-        self.text = "ended" if kinds[-1] == "ends" else "written" if "along" in kinds else "kept"
-        for i in range(self.first, self.last + 1):
+        kinds = [core(denoiser.units[i]).anatomy.text for i in self.places]
+        ends = self.last == len(denoiser.units) - 1  # nothing reads the text behind it
+        self.text = "ended" if kinds[-1] == "ends" else "written" if "along" in kinds and not ends else "kept"
+        for i in self.places:
             denoiser.units[i] = SpanUnit(denoiser.units[i], i, self)
 
     def tokens(self, stream: Stream) -> Branch:
@@ -290,29 +308,62 @@ class Span:
             return unit(stream)
         memory = stream.step.recall(self.edit.name, self.first)
         if index == self.first:
-            memory["computed"] = self.gate.computes(core(unit), stream, memory.setdefault("gate", {}))
-            memory["entry"] = self.tokens(stream)
-            if not memory["computed"]:
-                stream = self.predicted(stream, memory)
+            stream = self.enter(unit, stream, memory)
         if memory["computed"]:
             stream = unit(stream)
         if index == self.last:
-            entry = memory.pop("entry")
-            if memory["computed"]:
-                left = self.tokens(stream)
-                value = left if self.target == "hidden" else each(torch.sub, left, entry)
-                self.predictor.observe(memory.setdefault("value", {}), self.at(stream.step), value)
-        executed = stream.image.new_full((len(stream.image),), float(memory["computed"]))
-        return stream.record(self.edit.record(index), executed)
+            stream = self.leave(stream, memory)
+        return stream
 
-    def predicted(self, stream: Stream, memory: dict) -> Stream:
-        """The stream behind the last unit."""
+    def enter(self, unit: Any, stream: Stream, memory: dict) -> Stream:
+        """Decide; the stream of the first unit, of the samples that are computed; where none is, that behind the last.
+
+        What is kept until the last unit leaves the memory there: `whole`, the stream of all samples; `rows`, those that
+        are computed, None: all.
+        """
+        chosen = self.gate.computes(core(unit), stream, memory.setdefault("gate", {}))
+        flags = [chosen] if isinstance(chosen, bool) else chosen.tolist()  # the host waits here alone
+        memory["computed"], memory["whole"], memory["rows"] = any(flags), stream, None
+        if not memory["computed"]:
+            return self.rebuilt(stream, self.predicted(stream, memory))
+        if all(flags):
+            return stream
+        assert isinstance(chosen, Tensor)
+        rows = memory["rows"] = chosen.nonzero().flatten()
+        return stream.map(lambda v: v[rows])
+
+    def leave(self, stream: Stream, memory: dict) -> Stream:
+        """Take the computed value; the stream of all samples behind the last unit, with what was computed."""
+        whole, rows = memory.pop("whole"), memory.pop("rows")
+        assert whole.step is not None
+        if memory["computed"]:
+            value, at = self.tokens(stream), self.at(whole.step)
+            entry = self.tokens(whole)
+            if self.target == "residual":
+                value = each(torch.sub, value, entry if rows is None else each(lambda v: v[rows], entry))
+            if rows is not None:
+                joined = put(self.predicted(whole, memory), rows, self.tokens(stream))
+                stream = replace(self.rebuilt(whole, joined), trace=whole.trace)
+            self.predictor.observe(memory.setdefault("value", {}), at, value, rows)
+        executed = whole.image.new_full((len(whole.image),), float(memory["computed"]))
+        if rows is not None:
+            executed = torch.zeros_like(executed).index_fill(0, rows, 1.0)
+        return replace(stream, trace={**stream.trace, **{self.edit.record(i): executed for i in self.places}})
+
+    @property
+    def places(self) -> range:
+        return range(self.first, self.last + 1)
+
+    def predicted(self, stream: Stream, memory: dict) -> Branch:
+        """The tokens behind the last unit, predicted for all samples of the stream in front of the first."""
         assert stream.step is not None
         value = self.predictor.predict(memory["value"], self.at(stream.step))
-        if self.target == "residual":
-            value = each(torch.add, memory["entry"], value)
-        text = {"kept": stream.text, "written": value.text, "ended": None}[self.text]
-        return replace(stream, image=value.image, text=text)
+        return value if self.target == "hidden" else each(torch.add, self.tokens(stream), value)
+
+    def rebuilt(self, stream: Stream, tokens: Branch) -> Stream:
+        """The stream behind the last unit with these tokens."""
+        text = {"kept": stream.text, "written": tokens.text, "ended": None}[self.text]
+        return replace(stream, image=tokens.image, text=text)
 
 
 class Front(Wrapper):

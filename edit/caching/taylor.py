@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from edit.caching.engine import Predictor, each
+from edit.caching.engine import Predictor, each, put
 from edit.inputs.limits import Limits
 from edit.stream import Branch
 
@@ -43,7 +43,8 @@ class Ladder(Predictor):
     form: Form = "taylor"
     fp32: bool = False
 
-    def observe(self, state: dict, at: float, value: Branch) -> None:
+    def observe(self, state: dict, at: float, value: Branch, rows: Tensor | None = None) -> None:
+        assert rows is None, "each sample has anchors of its own: RowLadder"
         old, places = state.get("ladder", []), state.get("places", [])
         if places and places[-1] == at:  # Heun comes to a time twice: no difference can be taken
             state["ladder"] = [value, *old[1:]]
@@ -70,3 +71,43 @@ class Ladder(Predictor):
         if self.form == "taylor":
             return (at - places[-1]) ** i / math.factorial(i)
         return math.prod(at - places[-1 - j] for j in range(i))
+
+
+@dataclass(frozen=True)
+class RowLadder(Predictor):
+    """The same in the published form, with anchors of each sample's own.
+
+    Args:
+        order: m
+    """
+
+    order: int
+
+    def observe(self, state: dict, at: float, value: Branch, rows: Tensor | None = None) -> None:
+        image = value.image
+        if not state:
+            state["ladder"] = [each(torch.zeros_like, value) for _ in range(self.order + 1)]
+            state["place"], state["known"] = image.new_zeros(len(image)).float(), image.new_zeros(len(image)).int()
+        everyone = torch.arange(len(state["place"]), device=image.device)
+        rows = everyone if rows is None else rows
+        gap, known = at - state["place"][rows], state["known"][rows]  # k
+        ladder = [value]
+        for i, old in enumerate(state["ladder"][:-1]):
+            before = each(lambda v: v[rows], old)
+            slope = each(lambda new, b: ((new.float() - b.float()) / lined(gap)).to(new.dtype), ladder[i], before)
+            ladder.append(each(lambda s, i=i: torch.where(lined(known > i), s, torch.zeros_like(s)), slope))
+        state["ladder"] = [put(old, rows, new) for old, new in zip(state["ladder"], ladder, strict=True)]
+        state["place"] = state["place"].index_fill(0, rows, at)
+        state["known"] = state["known"].index_add(0, rows, torch.ones_like(known))
+
+    def predict(self, state: dict, at: float) -> Branch:
+        far, value = at - state["place"], state["ladder"][0]
+        for i, slope in enumerate(state["ladder"][1:], 1):
+            factor = lined(far**i / math.factorial(i))
+            value = each(lambda v, s, factor=factor: torch.addcmul(v.float(), s.float(), factor), value, slope)
+        return each(lambda v, like: v.to(like.dtype), value, state["ladder"][0])
+
+
+def lined(v: Tensor) -> Tensor:
+    """b -> b 1 1."""
+    return v[:, None, None]
