@@ -16,8 +16,8 @@ from pathlib import Path
 
 from edit.inputs import words
 from edit.inputs.command import guarded
-from recipes.report.sweep import summarise
 from recipes.report.sweep_page import show, write_sweep
+from recipes.report.swept import summarise
 
 
 @dataclass(frozen=True)

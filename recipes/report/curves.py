@@ -181,6 +181,8 @@ def _said(curve: Curve) -> str:
 def dress(axes: Axes, x: str, y: str) -> None:
     """The look of all plots."""
     axes.set(xlabel=x, ylabel=y)
+    if x == "step":
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 

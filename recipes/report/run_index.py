@@ -27,7 +27,9 @@ PATIENCE = 10.0  # seconds to wait for another process that writes the list
 STYLE = f"""<style>
 table.runs td {{ vertical-align: top; white-space: normal; max-width: 22rem }}
 table.runs td.number {{ white-space: nowrap }}
-table.runs td:first-child {{ min-width: {SMALL + 24}px }} table.runs td.text, table.runs th.text {{ text-align: left }}
+table.runs th {{ overflow-wrap: normal }}
+table.runs td:first-child {{ min-width: {SMALL + 24}px }}
+table.runs td.text, table.runs th.text {{ text-align: left }}
 table.runs img {{ max-height: 7rem; width: auto; display: block; margin-bottom: .3rem; image-rendering: auto }}
 </style>"""
 
@@ -43,11 +45,13 @@ def write_pages(folder: Path, root: Path) -> None:
         root: folder of all runs
     """
     try:
-        beside = [read(f) for f in find_runs(root)]
-        print(f"page      {write_page(read(folder), beside)}", flush=True)
+        page = write_page(read(folder), [read(f) for f in find_runs(root)])
         write_index(root)
+        said = os.fspath(page)
     except Exception as error:  # the run is done and saved: a page must not take that away
-        print(f"page      not written: {legible(' '.join(f'{type(error).__name__}: {error}'.split()))}", flush=True)
+        said = f"not written: {legible(' '.join(f'{type(error).__name__}: {error}'.split()))}"
+    with suppress(OSError):  # the terminal may be gone
+        print(f"page      {said}", flush=True)
 
 
 def at_failure(folder: Path, root: Path) -> Callable[[type | None, BaseException | None, TracebackType | None], bool]:

@@ -6,6 +6,7 @@ The page needs no other file, no script and no server. It can be written at any 
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -30,6 +31,7 @@ STYLE = """<style>
   max-width: 110rem } .small.plots { grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)) }
 .lead { font-size: 1.05rem; margin: .8rem 0 } .first { margin-top: 1.2rem } .first img { max-height: 28rem;
   width: auto } .over img { max-height: 16rem; width: auto }
+.one img.plot { max-width: min(42rem, 100%) }
 dl.how dt { margin-top: .8rem } dl.how dd { margin: .2rem 0 0 } dl.how pre { margin: 0 }
 </style>"""
 
@@ -217,8 +219,8 @@ def _commands(record: Record, beside: Sequence[Record]) -> Iterator[str]:
         yield f"<dt>{escape(what)}</dt><dd><pre>{escape(line)}</pre></dd>"
     yield "</dl>"
     if not record.command:
-        yield "<p class=dim>The command that started this run was not written down; the configuration below is all that "
-        yield "it was made with.</p>"
+        yield "<p class=dim>The command that started this run was not written down; the configuration below is all "
+        yield "that it was made with.</p>"
 
 
 def commands(record: Record, beside: Sequence[Record]) -> Iterator[tuple[str, str]]:
@@ -249,7 +251,7 @@ def commands(record: Record, beside: Sequence[Record]) -> Iterator[tuple[str, st
             yield "Export for diffusers", typed("python", "-m", "recipes.export", run, f"out=exported/{slug}")
         yield (
             "Load in Python",
-            typed("python", "-c", f"import edit; print(edit.load({os.fspath(record.folder)!r}).denoiser)"),
+            typed("python", "-c", f"import edit; print(edit.load({json.dumps(os.fspath(record.folder))}).denoiser)"),
         )
     yield "Write this page again", typed("python", "-m", "recipes.page", f"run={record.folder}")
 

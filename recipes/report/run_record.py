@@ -228,12 +228,12 @@ def find_runs(root: Path, depth: int = DEEP) -> Iterator[Path]:
             below = sorted((e.name for e in entries if not e.name.startswith(".") and e.is_dir()), key=str)
     except OSError:
         return
-    for name in below:
-        folder = root / name
-        run = is_run(folder)
-        if run:
+    if is_run(root):
+        below = [name for name in below if name not in INSIDE]
+    for folder in (root / name for name in below):
+        if is_run(folder):
             yield folder
-        if depth > 1 and name not in INSIDE:
+        if depth > 1:
             yield from find_runs(folder, depth - 1)
 
 

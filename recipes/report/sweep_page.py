@@ -15,7 +15,7 @@ from recipes.report.figures import number
 from recipes.report.html import document, figure, image
 from recipes.report.run_index import SWEEP_PAGE
 from recipes.report.run_page import PAGE, STYLE, link
-from recipes.report.sweep import Setting, Sweep, canonical, next_command, shown, told
+from recipes.report.swept import Setting, Sweep, canonical, next_command, shown, told
 from recipes.runtime.files import write
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FACETS = 6  # plots for values of a third setting, at most
 LINES = 10  # for values of a second one, at most
 DECADE = 10.0  # largest over smallest value of a setting, from which on its axis is logarithmic
+MARKERS = "osD^vPX"  # lines are told apart without colours, too
 ROWS = 12  # jobs that are listed by name, at most
 
 
@@ -98,7 +99,8 @@ def html(sweep: Sweep) -> str:
     if (drawn := plot(sweep)) is not None:
         png, caption = drawn
         text = f"{caption}. {'; '.join(_in_words(sweep, s) for s in sweep.settings[:ROWS])}"
-        parts += ["<h2>Over the settings</h2>", figure(caption, image(png, text, "plot"))]
+        one = " class=one" * (len(roles_of(sweep)["order"]) < 3)
+        parts += [f"<h2>Over the settings</h2><div{one}>", figure(caption, image(png, text, "plot")), "</div>"]
     if found := next_command(sweep):
         parts.append(
             f"<h2>Next</h2><dl class=how><dt>{escape(found[0])}</dt><dd><pre>{escape(found[1])}</pre></dd></dl>"
@@ -172,7 +174,7 @@ def roles_of(sweep: Sweep) -> dict[str, Any]:
 
     order = sorted(range(len(sweep.keys)), key=weight, reverse=True)
     x, line, facet = (*order, None, None, None)[:3]
-    return {"x": x, "line": line, "facet": facet, "held": order[3:]}
+    return {"x": x, "line": line, "facet": facet, "held": order[3:], "order": order}
 
 
 def _draw(axes: Axes, sweep: Sweep, settings: Sequence[Setting], roles: Mapping[str, Any]) -> None:
@@ -191,10 +193,9 @@ def _draw(axes: Axes, sweep: Sweep, settings: Sequence[Setting], roles: Mapping[
         part.sort(key=lambda s: place[canonical(s.place[x])])
         at = [place[canonical(s.place[x])] for s in part]
         label = None if line is None else label_of(f"{sweep.keys[line]}={shown(value)}")
-        axes.errorbar(
-            at, [s.mean for s in part], [s.spread or 0.0 for s in part], fmt="o-", capsize=3, linewidth=1.2,
-            color=f"C{i % 10}", label=label,
-        )  # fmt: skip
+        means, spreads = [s.mean for s in part], [s.spread or 0.0 for s in part]
+        look = {"fmt": f"{MARKERS[i % len(MARKERS)]}-", "color": f"C{i % 10}", "capsize": 3, "linewidth": 1.2}
+        axes.errorbar(at, means, spreads, label=label, **look)
     if sweep.best in settings:
         axes.plot([place[canonical(sweep.best.place[x])]], [sweep.best.mean], "*", color="k", markersize=11, zorder=5)
     if numeric and min(place.values()) > 0 and max(place.values()) >= DECADE * min(place.values()):

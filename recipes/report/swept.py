@@ -107,7 +107,9 @@ class Sweep:
         spread = self.best.spread
         if len(self.settings) > 1 and spread is not None:
             gap = abs(self.settings[1].mean - self.best.mean)
-            if gap < max(spread, self.settings[1].spread or 0.0):
+            if gap == 0:
+                told.append("The second best has the same mean.")
+            elif gap < max(spread, self.settings[1].spread or 0.0):
                 told.append(
                     "The second best is within a standard deviation of the best: more seeds would tell them apart."
                 )
