@@ -1,6 +1,6 @@
 """The folder of a run: where it is, whether this command may continue what is in it, what is written at the start.
 
-A run lives in `runs/<name>/`: config.yaml, env.json, metrics.csv, samples/, checkpoints/, artifact/.
+A run lives in `runs/<name>/`: index.html, config.yaml, env.json, metrics.csv, samples/, checkpoints/, artifact/.
 """
 
 from __future__ import annotations
