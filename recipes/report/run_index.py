@@ -27,7 +27,7 @@ PATIENCE = 10.0  # seconds to wait for another process that writes the list
 STYLE = f"""<style>
 table.runs td {{ vertical-align: top; white-space: normal; max-width: 22rem }}
 table.runs td.number {{ white-space: nowrap }}
-table.runs th {{ overflow-wrap: normal }}
+table.runs th, table.runs td + td {{ overflow-wrap: normal }} table.runs td + td.text {{ min-width: 6rem }}
 table.runs td:first-child {{ min-width: {SMALL + 24}px }}
 table.runs td.text, table.runs th.text {{ text-align: left }}
 table.runs img {{ max-height: 7rem; width: auto; display: block; margin-bottom: .3rem; image-rendering: auto }}

@@ -31,6 +31,7 @@ STYLE = """<style>
   max-width: 110rem } .small.plots { grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)) }
 .lead { font-size: 1.05rem; margin: .8rem 0 } .first { margin-top: 1.2rem } .first img { max-height: 28rem;
   width: auto } .over img { max-height: 16rem; width: auto }
+.wide table:not(.told) :is(th, td + td) { overflow-wrap: normal }
 .one img.plot { max-width: min(42rem, 100%) }
 dl.how dt { margin-top: .8rem } dl.how dd { margin: .2rem 0 0 } dl.how pre { margin: 0 }
 </style>"""
@@ -257,13 +258,18 @@ def commands(record: Record, beside: Sequence[Record]) -> Iterator[tuple[str, st
 
 
 def _other(record: Record, beside: Sequence[Record]) -> str | None:
-    """The run to compare with: what it started from, its teacher, or the newest other run on the same data."""
+    """The run to compare with: what it started from, its teacher, or a run on the same data, of the same folder
+    before others, the newest before older ones."""
     for key in (("init",), ("teacher", "path")):
         start = at(record.config, *key)
         if isinstance(start, str) and (Path(start) / "artifact").is_dir():
             return start
     same = [r for r in beside if r.finished and r.folder != record.folder and _data(r) and _data(r) == _data(record)]
-    return os.fspath(max(same, key=lambda r: r.date.timestamp() if r.date else 0).folder) if same else None
+
+    def nearness(other: Record) -> tuple[bool, float]:
+        return other.folder.parent == record.folder.parent, other.date.timestamp() if other.date else 0.0
+
+    return os.fspath(max(same, key=nearness).folder) if same else None
 
 
 def _data(record: Record) -> Any:

@@ -325,9 +325,9 @@ def _of_report(
     found: dict[float, dict[str, list[float]]] = {}  # by weight and setting
     for record in records:
         for row in record.results:
-            if (value := figure.of(row)) is not None:
+            if (measured := figure.of(row)) is not None:
                 group = found.setdefault(float(row["guidance"]), {})
-                group.setdefault(canonical(place(record)), []).append(value)
+                group.setdefault(canonical(place(record)), []).append(measured)
     if guidance is not None and guidance not in found:
         raise ValueError(f"guidance={guidance:g}: it was measured at {', '.join(f'{w:g}' for w in sorted(found))}")
     most = max(sum(map(len, groups.values())) for groups in found.values())
