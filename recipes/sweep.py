@@ -16,6 +16,7 @@ from pathlib import Path
 
 from edit.inputs import words
 from edit.inputs.command import guarded
+from recipes.report.run_index import write_index
 from recipes.report.sweep_page import show, write_sweep
 from recipes.report.swept import summarise
 
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> int:
     chosen = words.read(Summing, argv)
     sweep = summarise(Path(chosen.runs), chosen.by, chosen.guidance)
     path = write_sweep(sweep)
+    write_index(sweep.runs)  # it links the page
     show(sweep)
     print(f"page      {path}")
     return 0

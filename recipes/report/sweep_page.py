@@ -88,7 +88,7 @@ def write_sweep(sweep: Sweep) -> Path:
 def html(sweep: Sweep) -> str:
     """The page of a sweep: a self-contained document."""
     jobs = sum(len(s.jobs) for s in sweep.settings) + len(sweep.left)
-    up = os.path.relpath((sweep.settings[0].jobs if sweep.settings else sweep.left)[0].record.root / PAGE, sweep.root)
+    up = os.path.relpath(sweep.runs / PAGE, sweep.root)
     over = ", ".join(sweep.keys) or "the seed alone"
     head = f"{jobs} runs over {over}; {len(sweep.seeds)} seed{'s' * (len(sweep.seeds) != 1)}"
     parts = [STYLE, f"<p class=dim>{escape(head)} · <a href='{link(up)}'>all runs</a></p>", *_best(sweep)]

@@ -99,6 +99,11 @@ class Sweep:
     def best(self) -> Setting | None:
         return self.settings[0] if self.settings else None
 
+    @property
+    def runs(self) -> Path:
+        """The folder of all runs, in which the sweep is."""
+        return (self.settings[0].jobs if self.settings else self.left)[0].record.root
+
     def notes(self) -> list[str]:
         """Sentences that a reader of the table needs."""
         told = [f"{self.figure.title}: {self.note}; {'more' if self.figure.better > 0 else 'less'} is better."]
@@ -354,8 +359,8 @@ def _of_column(name: str, curves: Mapping[int, Curve | None]) -> Measure:
         curve = curves.get(id(record))
         if curve is None:
             return None
-        if curve.lost and not curve.held and name == LOSS and record.last.get(name) != record.last.get(name):
-            return float("nan")  # it diverged
+        if name == LOSS and not isfinite(end := record.last.get(name, 0.0)):
+            return end  # it diverged
         return None if not curve.values else curve.values[-1] if held else curve.end
 
     return Measure(figure, "the last of metrics.csv" if held else "mean of the last tenth of metrics.csv", value)

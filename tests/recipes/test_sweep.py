@@ -44,6 +44,7 @@ def test_one_table_one_plot_and_one_command_tell_the_best_setting_with_mean_and_
     assert next_ == ["python train.py optimizer.lr=0.01 backbone.depth=2 seed=0 name=sweep_best trainer.max_steps=40"]
     assert "page      runs/sweep/sweep.html" in said
     page = (sweep / "sweep.html").read_text()
+    assert "href='sweep/sweep.html'" in (sweep.parent / "index.html").read_text()
     row = re.search(r"<tr><td class=best>(.*?)</tr>", page)[1]
     assert [unescape(cell) for cell in re.findall(r"([^<>]+)</td><td class=best>", row)] == [
         "0.01",
