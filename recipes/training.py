@@ -29,6 +29,7 @@ from recipes.config.schema import Evaluation
 from recipes.plan import draft_of
 from recipes.procedure import Result
 from recipes.report.evaluate import run as evaluate
+from recipes.report.run_index import at_failure, write_pages
 from recipes.runtime.files import is_first, locked
 from recipes.runtime.loggers import close, log_artifact, log_summary
 from recipes.runtime.run_folder import begin, folder_of, here, refuse_other_run
@@ -63,6 +64,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             return complete(cfg, out, stand.step) if first_rank else {}
         if first_rank:
             begin(cfg, out, stand.resume is not None)
+            held.push(at_failure(out, Path(cfg.runs)))
         result = procedure.perform(job, out, stand)
         if result is None:
             return {}
@@ -156,6 +158,7 @@ def finish(cfg: DictConfig, artifact: Path) -> dict[str, Any]:
     out = artifact.parent
     print(f"artifact  {artifact}", flush=True)
     report = evaluate([artifact], Evaluation.of(cfg.evaluate), out) if cfg.evaluate else {}
+    write_pages(out, Path(cfg.runs))
     print(f"next      {typed('python', 'eval.py', f'artifact={out}')}", flush=True)
     return report
 

@@ -24,6 +24,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from data.names import typed
 from recipes.config.check import check, check_hydra
 from recipes.config.errors import UserError, failure_of
 from recipes.config.explain import explain
@@ -75,19 +76,22 @@ def _launch(task: Callable[[DictConfig], Any], config_name: str, config_dir: Pat
             fixed = ",".join(f"'{key}'" for key in (*fixed, "name", "runs"))
             args.overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]")
     sys.argv[1:] = [*args.overrides, *flags]  # Hydra's parser loses settings that follow a flag
-    codes = [0]
+    codes, sweeps = [0], set[str]()
 
     @functools.wraps(task)
     def job(cfg: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN and "name" in cfg and "runs" in cfg:
             with open_dict(cfg):
                 cfg.name = os.path.relpath(HydraConfig.get().runtime.output_dir, cfg.runs)
+            sweeps.add(HydraConfig.get().sweep.dir)
         with _hydra_errors(shown):
             codes.append(_guard(_checked(task), cfg))
 
     shown = os.environ.get("HYDRA_FULL_ERROR")
     with _hydra_errors("1"):  # otherwise Hydra prints errors itself and ends the process
         hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(job)()
+    if len(sweeps) == 1 and not _rank():  # several, if the name is swept
+        print(f"next      {typed('python', '-m', 'recipes.sweep', f'runs={sweeps.pop()}')}", flush=True)
     if any(codes):
         sys.exit(max(codes))
 

@@ -1,6 +1,6 @@
 """The folder of a run: where it is, whether this command may continue what is in it, what is written at the start.
 
-A run lives in `runs/<name>/`: config.yaml, env.json, metrics.csv, samples/, checkpoints/, artifact/.
+A run lives in `runs/<name>/`: index.html, config.yaml, env.json, metrics.csv, samples/, checkpoints/, artifact/.
 """
 
 from __future__ import annotations
@@ -9,16 +9,20 @@ import importlib
 import inspect
 import json
 import os
+import sys
 from collections.abc import Mapping
+from itertools import dropwhile
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.names import setting
 from edit.artifacts.fingerprint import fingerprint
 from edit.inputs.trust import load_yaml
 from recipes.config.errors import UserError
@@ -130,7 +134,19 @@ def begin(cfg: DictConfig, out: Path, resumes: bool) -> None:
     """
     refuse_other_teacher(cfg, out, resumes)
     write(out / "config.yaml", OmegaConf.to_yaml(cfg))
-    write(out / "env.json", json.dumps(here(), indent=2))
+    write(out / "env.json", json.dumps(here() | {"command": command_of(cfg)}, indent=2))
+
+
+def command_of(cfg: DictConfig) -> list[str]:
+    """The words after `python` that make this very run, a job of a sweep included; empty if no command line did."""
+    if not HydraConfig.initialized():
+        return []
+    given = HydraConfig.get().overrides
+    settings = [word for word in given.task if word.partition("=")[0] != "name"]
+    settings += [word for word in given.hydra if word.startswith("hydra.searchpath=")]
+    options = dropwhile(lambda word: not word.startswith("-"), sys.argv[1:])  # they come last: `recipes.config.launch`
+    flags = [word for word in options if word not in ("-m", "--multirun")]
+    return [sys.argv[0], *settings, setting("name", cfg.name), *flags]
 
 
 def refuse_other_teacher(cfg: DictConfig, out: Path, resumes: bool) -> None:
