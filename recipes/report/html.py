@@ -16,8 +16,8 @@ STYLE = """
 * { box-sizing: border-box }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); margin: 2rem auto;
   max-width: 110rem; padding: 0 clamp(.8rem, 3vw, 2.5rem); overflow-wrap: anywhere }
-h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem } a { color: var(--link) }
-.dim, figcaption { color: var(--dim) } p { max-width: 80rem }
+h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem } a { color: var(--link) }
+h3 { font-size: 1rem; margin: 1.4rem 0 .4rem } .dim, figcaption { color: var(--dim) } p { max-width: 80rem }
 .wide { overflow-x: auto; max-width: 100% }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .86rem }
 th, td { padding: .35rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line);
@@ -27,13 +27,19 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; wh
   max-width: 40vw }
 td.best { font-weight: 700; color: var(--good); background: var(--good-page) }
 tr.variant td:first-child { padding-left: 1.6rem }
-.error td { color: var(--bad); text-align: left; white-space: normal }
+table.figures td { vertical-align: top; padding: .3rem .5rem } table.figures td:first-child { min-width: 8rem }
+table.figures thead th { min-width: 0; padding: .35rem .5rem; overflow-wrap: normal; line-height: 1.25 }
+table.figures small { display: block; color: var(--dim); font-weight: 400; font-size: .92em; line-height: 1.2 }
+table.figures .unit { display: block; white-space: nowrap; font-weight: 400; color: var(--dim) }
+table.figures .first { border-left: 2px solid var(--line) } tr.groups th { text-align: left; color: var(--dim) }
+table.figures tbody tr:hover td { background: var(--card) } .failed { color: var(--bad) }
 table.told td { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top }
 .partial { background: var(--warn); border-left: 4px solid var(--edge); padding: .5rem .8rem }
 .grids { display: flex; flex-wrap: wrap; gap: 1.6rem } figure { margin: 0; max-width: 100% }
 figcaption { font-size: .88rem; margin-bottom: .3rem }
 img { max-width: 100%; height: auto; image-rendering: pixelated }
-img.plot { image-rendering: auto; max-width: min(62rem, 100%); width: 100%; background: #fff; border-radius: 4px }
+img.plot, img.map { image-rendering: auto; width: 100%; background: #fff; border-radius: 4px }
+img.plot { max-width: min(38rem, 100%) } img.map { max-width: min(72rem, 100%) }
 pre { background: var(--card); padding: .7rem .8rem; white-space: pre-wrap; font-size: .82rem; max-width: 80rem;
   border-radius: 4px } summary { cursor: pointer }
 .captions { columns: 17rem; font-size: .82rem; color: var(--dim) }

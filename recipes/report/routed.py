@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.data_set import captions, null_condition
-from recipes.report.page import save_png, strip
+from recipes.report.grids import save_png, strip
 from recipes.report.routing_map import SHOWN, Decisions, draw, groups, numbers
 from recipes.report.samples import Subject
 
