@@ -123,8 +123,9 @@ def _half(found: Mapping[str, float] | None, factor: float) -> dict[str, float] 
 
 
 PROMPTED = ("count", "colour", "kind", "digit", "size", "place", "relation")
+REAL, REFERENCE, COUNTED, TIMED = "against real images", "against the reference", "work and memory", "time"
 GROUPS: dict[str, tuple[Column, ...]] = {
-    "Quality": (
+    REAL: (
         Column("Fréchet distance", "", _quality("frechet"), 2, -1, judged=True),
         Column("class accuracy", "%", _quality("accuracy", 100), 1, 1, judged=True),
         Column("prompt accuracy", "%", _quality("prompt_accuracy", 100), 1, 1, judged=True),
@@ -133,12 +134,12 @@ GROUPS: dict[str, tuple[Column, ...]] = {
         Column("recall", "", _quality("recall"), 3, 1, judged=True),
         Column("distance to training set", "", _quality("nearest_train"), 2),
     ),
-    "Difference to the reference": (
+    REFERENCE: (
         Column("PSNR to reference", "dB", _compared("psnr"), 1, 1),
         Column("SSIM to reference", "", _compared("ssim"), 3, 1),
         Column("feature distance to reference", "", _compared("perceptual"), 3, -1),
     ),
-    "Cost": (
+    COUNTED: (
         Column("forwards per image", "", _cost("evaluations"), 0, -1),
         Column("parameters", "M", _cost("parameters", 1e-6), None, -1),
         Column("activated per token", "M", _cost("per_token", 1e-6), None, -1),
@@ -148,7 +149,7 @@ GROUPS: dict[str, tuple[Column, ...]] = {
         Column("peak memory", "MiB", _cost("peak_memory", 2**-20), None, -1),
         Column("of it not weights", "MiB", _working, None, -1),
     ),
-    "Time": (
+    TIMED: (
         Column("ms per forward", "", _time("forward"), None, -1, timed=True),
         Column("ms per image", "", _time("generation"), None, -1, timed=True),
         Column("times as fast as plain", "", _speed("plain"), 2, 1, timed=True),

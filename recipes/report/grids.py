@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 STRIP = 4  # frames of a video that a grid shows
 GAP = 2  # pixels between pictures
 SIDE, TOLD_SIDE = 40, 116  # least width and height of a picture, and of one with a caption below it
-SIZE, LINE, LINES = 12, 15, 3  # of labels, in pixels, and the most lines of one
+SIZE, LINES = 12, 3  # pixels of a label's letters, and the most lines of one
+FULL = 1100  # pixels of a grid, beyond which letters grow with it: a page shows it smaller
 INK, PAPER = (40, 44, 52), (255, 255, 255)
 
 
@@ -47,15 +48,16 @@ def image_grid(frames: Tensor, columns: int = 8, scale: int | None = None, label
         raise ValueError(f"a grid of {len(frames)} samples needs as many labels, got {len(labels)}")
     images = strip(frames)
     columns = min(len(images), max(1, min(columns, 2 * columns // min(frames.shape[1], STRIP))))
-    least = TOLD_SIDE if any(breadth(label) > SIDE for label in labels) else SIDE
+    least = TOLD_SIDE if any(font(SIZE).getlength(label) > SIDE for label in labels) else SIDE
     scale = scale or max(1, -(-least // min(frames.shape[2:4])))
     height, width = images.shape[1] * scale, images.shape[2] * scale
     large = images.cpu().repeat_interleave(scale, 1).repeat_interleave(scale, 2).numpy()
     titled = (
         bool(labels) and len(labels) > columns and all(labels[i] == labels[i % columns] for i in range(len(labels)))
     )
-    told = [lines(label, width) for label in (labels[:columns] if titled else labels)]
-    room = LINE * max(map(len, told), default=0)
+    written = font(max(SIZE, round(SIZE * columns * width / FULL)))
+    told = [lines(label, width, written) for label in (labels[:columns] if titled else labels)]
+    room = leading(written) * max(map(len, told), default=0)
     above, below = (room, 0) if titled else (0, room)
     rows, pitch = -(-len(large) // columns), height + below + GAP
     canvas = np.full((above + rows * pitch - GAP, columns * (width + GAP) - GAP, 3), PAPER, dtype=np.uint8)
@@ -64,40 +66,41 @@ def image_grid(frames: Tensor, columns: int = 8, scale: int | None = None, label
         canvas[top : top + height, left : left + width] = picture
     grid = Image.fromarray(canvas)
     for text, (top, left) in zip(told, corners, strict=False):
-        _write(grid, text, left + width / 2, 0 if titled else top + height)
+        _write(grid, text, left + width / 2, 0 if titled else top + height, written)
     return grid
 
 
-def _write(grid: Image, text: Sequence[str], middle: float, top: int) -> None:
+def _write(grid: Image, text: Sequence[str], middle: float, top: int, written: FreeTypeFont) -> None:
     from PIL import ImageDraw
 
-    pen = ImageDraw.Draw(grid)
+    pen, height = ImageDraw.Draw(grid), leading(written)
     for i, line in enumerate(text):
-        pen.text((middle, top + i * LINE + LINE / 2), line, fill=INK, font=font(), anchor="mm")
+        pen.text((middle, top + (i + 0.5) * height), line, fill=INK, font=written, anchor="mm")
 
 
-def lines(text: str, width: int) -> list[str]:
+def lines(text: str, width: int, written: FreeTypeFont) -> list[str]:
     """A label in lines of at most this many pixels; what does not fit into `LINES` of them is left out: `…`."""
-    letters = max(1, int(width / max(1.0, breadth("abcdefghij klmno") / 16)))
-    while True:
-        found = wrap(text, letters, max_lines=LINES, placeholder=" …") if letters > 1 else [text[:1]]
-        if letters == 1 or all(breadth(line) <= width for line in found):
+    letters = max(1, int(2 * width / written.size))
+    while letters > 1:
+        found = wrap(text, letters, max_lines=LINES, placeholder=" …")
+        if all(written.getlength(line) <= width for line in found):
             return found
         letters -= 1
+    return [text[:1]]
 
 
-def breadth(text: str) -> float:
-    """Pixels of a line of a label."""
-    return font().getlength(text)
+def leading(written: FreeTypeFont) -> int:
+    """Pixels from one line to the next."""
+    return round(1.25 * written.size)
 
 
-@lru_cache(maxsize=1)
-def font() -> FreeTypeFont:
+@lru_cache(maxsize=8)
+def font(size: int) -> FreeTypeFont:
     """That of plots, which has the letters of most alphabets."""
     import matplotlib
     from PIL import ImageFont
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), SIZE)
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
 
 def strip(frames: Tensor) -> Tensor:

@@ -12,19 +12,33 @@ from pathlib import Path
 from typing import Any
 
 from data.names import typed
-from recipes.report.columns import Column, Row, best, failures, groups, measured, rows
+from recipes.report.columns import (
+    COUNTED,
+    REAL,
+    REFERENCE,
+    TIMED,
+    Column,
+    Row,
+    best,
+    failures,
+    groups,
+    measured,
+    rows,
+)
 from recipes.report.html import details, document, figure, image
 from recipes.report.notes import notes, partial
 from recipes.report.plots import losses, plots
 from recipes.runtime.files import write
 
+BROAD = 640  # pixels, beyond which the labels of a grid cannot be read when it is shrunk to a narrow window
 PAPER = '<a href="https://arxiv.org/abs/{0}">arXiv {0}</a>'
 
 
 def html(report: Mapping[str, Any], folder: Path) -> str:
     """The report as one page that needs no other file; grids are read from `folder`."""
     table = rows(report)
-    title = ", ".join(a["name"] for a in report["artifacts"])
+    names = [a["name"] for a in report["artifacts"]]
+    title = ", ".join(names) if len(names) < 5 else f"{', '.join(names[:3])} and {len(names) - 3} more"
     parts = [
         *_made(report),
         *(f"<p class=partial>{escape(text)}</p>" for text in partial(report)),
@@ -66,11 +80,11 @@ def short(revision: str) -> str:
 def _tables(report: Mapping[str, Any], table: Sequence[Row]) -> Iterator[str]:
     """Quality and difference in one table, cost and time in another: each fits into a window of 1400 px."""
     found = list(groups(table))
-    titles = {"Quality": "Quality", "Difference to the reference": "Quality", "Cost": "Cost", "Time": "Cost"}
-    for title in dict.fromkeys(titles[name] for name, _ in found):
-        yield f"<h2>{title}</h2><div class=wide>"
-        yield from _table([group for group in found if titles[group[0]] == title], table)
-        yield "</div>"
+    for title, names in {"Quality": (REAL, REFERENCE), "Cost": (COUNTED, TIMED)}.items():
+        if own := [group for group in found if group[0] in names]:
+            yield f"<h2>{title}</h2><div class=wide>"
+            yield from _table(own, table)
+            yield "</div>"
     for a in failures(report):
         yield f"<p class=failed>{escape(a['name'])}: {escape(a['error'])}</p>"
 
@@ -85,8 +99,8 @@ def _table(found: Sequence[tuple[str, Sequence[Column]]], table: Sequence[Row]) 
         yield "</tr>"
     yield "<tr><th></th>"
     for c, first in columns:
-        unit = " ".join(filter(None, (c.unit, c.arrow)))
-        yield f"<th{first}>{escape(c.name)}{f' <span class=unit>{escape(unit)}</span>' if unit else ''}</th>"
+        unit = f" <span class=unit>{escape(c.unit)} {c.arrow}</span>" if c.unit else f"&nbsp;{c.arrow}"
+        yield f"<th{first}>{escape(c.name)}{unit}</th>"
     yield "</tr></thead><tbody>"
     tops = [best(c, table) for c, _ in columns]
     for i, row in enumerate(table):
@@ -118,9 +132,16 @@ def _samples(report: Mapping[str, Any], table: Sequence[Row], folder: Path) -> I
         return
     yield "<h2>Samples</h2><p class=dim>The same place is the same noise and the same class or caption in all grids of "
     yield "generated samples.</p><div class=grids>"
-    yield from (figure(text, image((folder / path).read_bytes(), text)) for text, path in _pictures(report))
+    for text, path in _pictures(report):
+        png = (folder / path).read_bytes()
+        yield figure(text, image(png, f"grid of {text}", "broad" if breadth(png) > BROAD else "grid"))
     yield "</div>"
     yield from _captions(report)
+
+
+def breadth(png: bytes) -> int:
+    """Pixels from left to right, as the head of the file has them."""
+    return int.from_bytes(png[16:20], "big")
 
 
 def _pictures(report: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

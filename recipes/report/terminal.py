@@ -21,9 +21,9 @@ def show(report: Mapping[str, Any]) -> None:
 
     console, table = Console(), rows(report)
     label = min(LABEL, max((len(row["label"]) for row in table), default=0))
-    for columns in tables(table, console.width - label - 1):
+    for columns in tables(table, console.width - label - BETWEEN - 2):
         view = Table(box=box.SIMPLE_HEAD, padding=(0, BETWEEN, 0, 0), pad_edge=False, header_style="bold")
-        view.add_column("", max_width=label, overflow="fold")
+        view.add_column("", min_width=label, max_width=label, overflow="fold")
         tops = [best(c, table) for c in columns]
         for c in columns:
             view.add_column(Text("\n".join(head(c)), justify="right"), justify="right", vertical="bottom", no_wrap=True)

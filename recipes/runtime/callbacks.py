@@ -233,7 +233,8 @@ class Preview(StepCallback):
         if seen is not None:
             whom = groups(told.label, self.captions(self.count))
             for name, maps in seen.maps().items():
-                picture = np.asarray(draw(maps, whom, lambda k: self._picture(x[k : k + 1], [])))
+                decides = module.ema.applied[name].decides
+                picture = np.asarray(draw(maps, whom, lambda k: self._picture(x[k : k + 1], []), decides))
                 file = f"routing_{name.replace('/', '_')}_{step:06d}.png"
                 self._put(trainer, f"routing/{name}", file, picture, step)
 
