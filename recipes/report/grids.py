@@ -82,11 +82,11 @@ def lines(text: str, width: int, written: FreeTypeFont) -> list[str]:
     """A label in lines of at most this many pixels; what does not fit into `LINES` of them is left out: `…`."""
     letters = max(1, int(2 * width / written.size))
     while letters > 1:
-        found = wrap(text, letters, max_lines=LINES, placeholder=" …")
+        found = wrap(text, letters, max_lines=LINES, placeholder=" …", break_on_hyphens=False)
         if all(written.getlength(line) <= width for line in found):
             return found
         letters -= 1
-    return [text[:1]]
+    return [text[:1]] if text else []
 
 
 def leading(written: FreeTypeFont) -> int:

@@ -18,7 +18,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var
   max-width: 110rem; padding: 0 clamp(.8rem, 3vw, 2.5rem); overflow-wrap: anywhere }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem } a { color: var(--link) }
 h3 { font-size: 1rem; margin: 1.4rem 0 .4rem } .dim, figcaption { color: var(--dim) } p { max-width: 80rem }
-.wide { overflow-x: auto; max-width: 100% }
+.wide { overflow-x: auto; max-width: 100%; margin-bottom: 1.2rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .86rem }
 th, td { padding: .35rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line);
   background: var(--page) }
@@ -28,7 +28,7 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; wh
 td.best { font-weight: 700; color: var(--good); background: var(--good-page) }
 tr.variant td:first-child { padding-left: 1.6rem }
 table.figures td { vertical-align: top; padding: .3rem .5rem }
-table.figures td:first-child { min-width: min(11rem, 38vw) }
+table.figures td:first-child { min-width: min(12rem, 36vw) }
 table.figures thead th { min-width: 0; max-width: 7rem; padding: .35rem .5rem; overflow-wrap: normal;
   line-height: 1.25 }
 table.figures small { display: block; color: var(--dim); font-weight: 400; font-size: .92em; line-height: 1.2 }

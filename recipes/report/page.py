@@ -31,6 +31,7 @@ from recipes.report.plots import losses, plots
 from recipes.runtime.files import write
 
 BROAD = 640  # pixels, beyond which the labels of a grid cannot be read when it is shrunk to a narrow window
+MOST = 13  # columns of a table, which fit into a window of 1400 px
 PAPER = '<a href="https://arxiv.org/abs/{0}">arXiv {0}</a>'
 
 
@@ -78,21 +79,27 @@ def short(revision: str) -> str:
 
 
 def _tables(report: Mapping[str, Any], table: Sequence[Row]) -> Iterator[str]:
-    """Quality and difference in one table, cost and time in another: each fits into a window of 1400 px."""
+    """What variants change; quality and cost, in tables that fit into a window of 1400 px; what failed."""
+    if made := [a for a in measured(report) if a.get("changes")]:
+        cells = "".join(f"<tr><td>{escape(a['name'])}</td><td>{escape(a['changes'])}</td></tr>" for a in made)
+        yield f"<h2>Variants</h2><div class=wide><table class=told><tbody>{cells}</tbody></table></div>"
     found = list(groups(table))
     for title, names in {"Quality": (REAL, REFERENCE), "Cost": (COUNTED, TIMED)}.items():
-        if own := [group for group in found if group[0] in names]:
-            yield f"<h2>{title}</h2><div class=wide>"
-            yield from _table(own, table)
-            yield "</div>"
+        own = [group for group in found if group[0] in names]
+        if own:
+            yield f"<h2>{title}</h2>"
+        whole = sum(len(columns) for _, columns in own) <= MOST
+        for part in [own] if own and whole else [[group] for group in own]:
+            yield from ("<div class=wide>", *_table(part, table, titled=len(own) > 1), "</div>")
     for a in failures(report):
         yield f"<p class=failed>{escape(a['name'])}: {escape(a['error'])}</p>"
 
 
-def _table(found: Sequence[tuple[str, Sequence[Column]]], table: Sequence[Row]) -> Iterator[str]:
+def _table(found: Sequence[tuple[str, Sequence[Column]]], table: Sequence[Row], titled: bool) -> Iterator[str]:
+    """Groups of columns side by side, a line per row; `titled`: with the groups' names."""
     columns = [(c, " class=first" if c is own[0] and i else "") for i, (_, own) in enumerate(found) for c in own]
     yield "<table class=figures><thead>"
-    if len(found) > 1:
+    if titled:
         yield "<tr class=groups><th></th>"
         for i, (name, own) in enumerate(found):
             yield f"<th colspan={len(own)}{' class=first' if i else ''}>{escape(name)}</th>"
@@ -104,8 +111,7 @@ def _table(found: Sequence[tuple[str, Sequence[Column]]], table: Sequence[Row]) 
     yield "</tr></thead><tbody>"
     tops = [best(c, table) for c, _ in columns]
     for i, row in enumerate(table):
-        made = f"<br><span class=dim>{escape(row['changes'])}</span>" if row["changes"] else ""
-        yield f"<tr{' class=variant' if made else ''}><td>{escape(row['label'])}{made}</td>"
+        yield f"<tr{' class=variant' if row['changes'] else ''}><td>{escape(row['label'])}</td>"
         for (c, first), top in zip(columns, tops, strict=True):
             value, spread = map(escape, c.texts(row))
             kind = " ".join(filter(None, (first and "first", "best" if i in top else "")))
@@ -201,8 +207,6 @@ def _origins(report: Mapping[str, Any]) -> Iterator[str]:
         ]
         if papers:
             yield f"<p>{'; '.join(papers)}</p>"
-        if a.get("changes"):
-            yield f"<p class=dim>{escape(a['of'])} with {escape(a['changes'])}</p>"
         if origin.get("command"):
             yield f"<pre>{escape(typed('python', *origin['command']))}</pre>"
         if origin.get("revision"):

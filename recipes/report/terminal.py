@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from recipes.report.columns import Column, Row, best, failures, groups, measured, rows
+from recipes.report.columns import Column, Row, best, failures, measured, present, rows
 from recipes.report.notes import notes
 
 BETWEEN = 2  # spaces between columns
@@ -42,18 +42,15 @@ def show(report: Mapping[str, Any]) -> None:
 
 
 def tables(table: Sequence[Row], width: int) -> Iterator[list[Column]]:
-    """The columns of each table: whole groups side by side where they fit into `width` letters; a wide group is cut."""
-    part: list[Column] = []
-    for _, columns in groups(table):
-        sizes = [breadth(c, table) for c in columns]
-        if part and sum(breadth(c, table) for c in part) + sum(sizes) > width:
+    """The columns of each table, as many as fit into `width` letters, at least one."""
+    part, used = [], 0
+    for column in present(table):
+        size = breadth(column, table)
+        if part and used + size > width:
             yield part
-            part = []
-        for column, size in zip(columns, sizes, strict=True):
-            if part and sum(breadth(c, table) for c in part) + size > width:
-                yield part
-                part = []
-            part.append(column)
+            part, used = [], 0
+        part.append(column)
+        used += size
     if part:
         yield part
 
