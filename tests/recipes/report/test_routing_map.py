@@ -321,6 +321,7 @@ def test_previews_draw_what_the_average_decides_and_loggers_get_it(tmp_path):
     )
     files = sorted(p.name for p in (tmp_path / "a" / "samples").iterdir())
     assert files == ["routing_parity_000002.png", "step_000002.png"]
+    assert Image.open(tmp_path / "a/samples/step_000002.png").size == (418, 97)  # 82 without the classes above it
     events = EventAccumulator(str(tmp_path / "a" / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["images"]) == {"samples", "routing/parity"}
