@@ -38,7 +38,7 @@ Keys
                                   artifact, compared with the plain one's images and times
   variant.<name>.<edit>.<field>   changes a field of such an edit; <edit>._target_ adds one of another class
   variant.<name>.steps            solver steps of a variant
-  out         folder of the report; default: the run folder, or reports/<names> for several
+  out         folder of the report; default: the run folder, or reports/<names> for several or with variants
   reference   artifact to compare images with, generated from the same noise by its own sampler
   debug       true: show tracebacks
 
@@ -93,13 +93,13 @@ def compare(words: Sequence[str], debug: bool) -> int:
     for one in asked:
         one.edits(chosen.trusted)
     reference = find(given["reference"]) if given.get("reference") else None
-    out = default_out(paths) if given.get("out") is None else Path(given["out"])
+    out = default_out(paths, [one.name for one in asked]) if given.get("out") is None else Path(given["out"])
     if (there := next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))) and not there.is_dir():
         raise UserError(f"out={out} cannot be written: {there} is no folder; give another out=")
     kept = Kept()
     try:
         with working(UserError, ValueError, OSError):
-            report = run(paths, chosen, out, reference, debug, asked, partial(kept.into, out))
+            report = run(paths, chosen, out, reference, debug, asked, partial(kept.into, out), ("eval.py", *words))
     except KeyboardInterrupt:
         print(kept.said, file=sys.stderr)
         return 130

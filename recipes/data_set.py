@@ -57,18 +57,30 @@ def conditions(data: DataSet) -> Callable[[Tensor], Condition]:
 
 def captions(data: DataSet, count: int) -> list[str]:
     """Captions of the first `count` samples; "sample 0", "sample 1", ... where the data has none."""
-    told = getattr(data.heldout() or data.train(), "captions", None)
-    return [told[k % len(told)] if told else f"sample {k}" for k in range(count)]
+    known = getattr(data.heldout() or data.train(), "captions", None)
+    return [known[k % len(known)] if known else f"sample {k}" for k in range(count)]
+
+
+def told(data: DataSet, count: int) -> list[str]:
+    """What `conditions` gives to the first `count` samples, in words: classes or captions; empty without either."""
+    if data.num_classes:
+        return [class_name(data, k % data.num_classes) for k in range(count)]
+    return captions(data, count) if getattr(data.heldout() or data.train(), "captions", None) else []
+
+
+def class_name(data: DataSet, label: int) -> str:
+    """Its number where the data set knows no names."""
+    return data.classes[label] if data.classes else str(label)
 
 
 def check_told(denoiser: Denoiser, data: DataSet) -> None:
     """Raise a ValueError if the denoiser does not accept the conditions of this data set."""
     import torch
 
-    told = conditions(data)(torch.arange(1))
+    one = conditions(data)(torch.arange(1))
     device = next(denoiser.parameters()).device
-    told = told.map(lambda v: v.to(device))
-    denoiser.pack(torch.zeros(1, *data.shape, device=device), torch.ones(1, device=device), told)
+    one = one.map(lambda v: v.to(device))
+    denoiser.pack(torch.zeros(1, *data.shape, device=device), torch.ones(1, device=device), one)
     if hasattr(data, "text_length"):
         denoiser.need_length(data.text_length)
 

@@ -16,7 +16,7 @@ import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -190,8 +190,6 @@ def entry(
         others: all classes of this kind; one that is alone in its module is summed up by the module
     """
     module, doc = sys.modules[cls.__module__], inspect.getdoc(cls) or ""
-    own = tuple(dict.fromkeys(ARXIV.findall(doc)))
-    of_module = () if kind == "solvers" else tuple(dict.fromkeys(ARXIV.findall(module.__doc__ or "")))
     names = tuple(uses.get(f"{cls.__module__}.{cls.__name__}", ()))
     alone = [other.__module__ for other in others.values()].count(cls.__module__) == 1
     summary = (module.__doc__ or "") if alone else doc
@@ -199,7 +197,7 @@ def entry(
         kind=kind,
         name=cls.__name__,
         summary=first_sentence(summary),
-        papers=tuple(told["paper"]) if "paper" in told else own or of_module,
+        papers=papers(cls, told),
         file=Path(inspect.getfile(cls)).relative_to(ROOT).as_posix(),
         configs=names,
         worlds=() if kind == "solvers" else worlds_of(names),
@@ -207,6 +205,30 @@ def entry(
         claims=tuple(told.get("claim", ())),
         result=told.get("result", ""),
     )
+
+
+def papers(cls: type, told: Mapping[str, Any]) -> tuple[str, ...]:
+    """arXiv numbers of a class: those told, else of its docstring, else, but for solvers, of its module's."""
+    if "paper" in told:
+        return tuple(told["paper"])
+    docs = [inspect.getdoc(cls), None if issubclass(cls, Solver) else sys.modules[cls.__module__].__doc__]
+    return next((tuple(dict.fromkeys(found)) for doc in docs if (found := ARXIV.findall(doc or ""))), ())
+
+
+def papers_of(paths: Iterable[str]) -> dict[str, list[str]]:
+    """arXiv numbers by class, of those among dotted paths that have rows here and papers; only these are imported."""
+    found, told = {}, sayings()
+    for module, _, name in (path.rpartition(".") for path in paths):
+        try:
+            cls = getattr(importlib.import_module(module), name, None) if module.startswith("edit.") else None
+        except ImportError:  # of another version
+            cls = None
+        has_row = isinstance(cls, type) and (
+            issubclass(cls, Edit | Term | FewStepMethod | Solver) or module.startswith("edit.backbones.")
+        )
+        if has_row and (numbers := papers(cls, told.get(name, {}))):  # type: ignore[arg-type]
+            found[name] = list(numbers)
+    return found
 
 
 def first_sentence(doc: str) -> str:

@@ -1,4 +1,4 @@
-"""How an HTML page looks in headless Chromium: what is wider than the window, hard to read, or told only by a picture."""
+"""How a page looks in headless Chromium: what is wider than the window, hard to read, or told only by a picture."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ function look(page, view) {
     const ground = line.map((a) => rgba(style(a).backgroundColor)).reverse().reduce((g, c) => over(c, g), empty);
     const fill = e.namespaceURI.endsWith("svg") ? style(e).fill : style(e).color;
     const ink = rgba(fill);
-    const [dark, bright] = [light(over([...ink.slice(0, 3), ink[3] * seen], ground)), light(ground)].sort((a, b) => a - b);
+    const both = [over([...ink.slice(0, 3), ink[3] * seen], ground), ground];
+    const [dark, bright] = both.map(light).sort((a, b) => a - b);
     const contrast = (bright + 0.05) / (dark + 0.05);
     if (contrast < CONTRAST) found.push(`${told(e)} has a contrast of ${contrast.toFixed(2)}`);
   }

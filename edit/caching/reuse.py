@@ -53,6 +53,7 @@ class Reuse(Edit):
     backwards: bool = False
 
     excludes = ("Elastic", "DyDiT")  # they run parts of a batch, whose samples a memory of the whole does not find
+    decides = {"executed": "units that were computed, not repeated"}
 
     def __post_init__(self):
         check_numbers(self)

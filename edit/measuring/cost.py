@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from edit.artifacts.checkpoint import default_objective
 from edit.denoiser import Denoiser
 from edit.measuring.devices import device_name
 from edit.measuring.flops import Flops, Uncounted, uncounted
-from edit.measuring.timing import Spread, in_turns, peak_memory
+from edit.measuring.timing import Spread, distinct_bytes, in_turns, peak_memory, steadiest
 from edit.objectives import Objective
 from edit.sampling import Sampler, default_sampler
 from edit.stream import Condition, Output, Step
@@ -42,7 +43,8 @@ class Cost:
     device: str
     forward: Spread | None = None  # seconds per forward of `batch` samples
     generation: Spread | None = None  # seconds per image, generated `batch` at a time
-    peak_memory: int | None = None  # bytes during a generation of `batch` images, weights included
+    peak_memory: int | None = None  # bytes during a generation of `batch` images, weights and tables included
+    resident: int | None = None  # of these bytes, those of weights and tables
     uncounted: tuple[str, ...] = ()  # operators without a FLOP formula that ran: with any, MACs are a lower bound
     per_token: int | None = None  # of the parameters, those that a token is computed with (`Edit.activated`); None: all
 
@@ -124,7 +126,7 @@ class Timed:
 
 
 def with_times(models: Sequence[Timed], rounds: int) -> list[Timed]:
-    """The same with seconds and memory: all forwards are timed in turns, then all generations.
+    """The same with seconds and memory: all forwards are timed in turns, then all generations; again if unsteady.
 
     Args:
         models: on one device
@@ -132,13 +134,15 @@ def with_times(models: Sequence[Timed], rounds: int) -> list[Timed]:
     """
     device = _device(models[0].denoiser)
     with torch.no_grad():
-        forwards = in_turns([_forward(m) for m in models], device, rounds)
-    generations = in_turns([_generation(m) for m in models], device, rounds, warmup=1)
+        forwards = steadiest(partial(in_turns, [_forward(m) for m in models], device, rounds))
+    generations = steadiest(partial(in_turns, [_generation(m) for m in models], device, rounds, warmup=1))
     found = []
     for m, forward, generation in zip(models, forwards, generations, strict=True):
         per_image = Spread.of(seconds / m.counted.batch for seconds in generation)
-        memory = peak_memory(_generation(m), device, (*m.denoiser.parameters(), *m.denoiser.buffers()))
+        held = (*m.denoiser.parameters(), *m.denoiser.buffers())
+        memory = peak_memory(_generation(m), device, held)
         counted = replace(m.counted, forward=Spread.of(forward), generation=per_image, peak_memory=memory)
+        counted = replace(counted, resident=distinct_bytes(held))
         found.append(replace(m, counted=counted, seconds=tuple(generation)))
     return found
 

@@ -23,6 +23,11 @@ class Spread:
     high: float
     count: int
 
+    @property
+    def relative(self) -> float:
+        """Half the distance of the quartiles, as a share of the median."""
+        return (self.high - self.low) / 2 / self.median if self.median else 0.0
+
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
         v = torch.tensor(list(values), dtype=torch.float64)
@@ -78,6 +83,25 @@ def in_turns(
     return seconds
 
 
+def steadiest(measure: Callable[[], list[list[float]]], limit: float = 0.2, most: int = 3) -> list[list[float]]:
+    """Seconds of calls as `in_turns` gives them, measured again while a spread is above `limit`: the steadiest of all.
+
+    Args:
+        measure: times all calls
+        limit: on half the distance of the quartiles, as a share of the median
+        most: measurements
+    """
+    found, least = [], float("inf")
+    for _ in range(most):
+        seconds = measure()
+        worst = max(Spread.of(values).relative for values in seconds)
+        if worst < least:
+            found, least = seconds, worst
+        if least <= limit:
+            break
+    return found
+
+
 def faster(mine: Sequence[float], others: Sequence[float]) -> Spread:
     """How many times faster: the quotients of others' and own seconds, round by round."""
     return Spread.of(other / own for own, other in zip(mine, others, strict=True))
@@ -115,6 +139,11 @@ def peak_memory(fn: Callable[[], Any], device: str | torch.device = "cpu", resid
     with ledger:
         fn()
     return ledger.peak
+
+
+def distinct_bytes(values: Iterable[Tensor]) -> int:
+    """Bytes of the storages of tensors, each once."""
+    return sum({v.untyped_storage()._cdata: v.untyped_storage().nbytes() for v in values}.values())
 
 
 class Ledger(TorchDispatchMode):

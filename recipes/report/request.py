@@ -70,11 +70,11 @@ def folders(given: Sequence[str]) -> list[Path]:
     return list(once.values())
 
 
-def default_out(paths: Sequence[Path]) -> Path:
-    """The run folder of a single artifact; for several, a folder of reports/ named after them."""
-    if len(paths) == 1:
+def default_out(paths: Sequence[Path], variants: Sequence[str] = ()) -> Path:
+    """The run folder of a single artifact; for several, or variants by name, a folder of reports/ named after them."""
+    if len(paths) == 1 and not variants:
         return run_folder(paths[0])
-    return Path("reports") / "_".join(name.replace("/", "-") for name in short_names(paths))[:100]
+    return Path("reports") / "_".join(name.replace("/", "-") for name in (*short_names(paths), *variants))[:100]
 
 
 def run_folder(artifact: Path) -> Path:

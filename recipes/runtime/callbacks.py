@@ -187,9 +187,10 @@ class Preview(StepCallback):
         count: images
         sampler: how to generate
         folder: for `step_000500.png`, and `routing_<edit>_000500.png` where an edit tells decisions
-        grid: (denoised samples b c *sizes) -> picture, uint8 y x 3
+        grid: (denoised samples b c *sizes, their labels or none) -> picture, uint8 y x 3
         condition: makes the condition of `count` samples
         captions: describes the conditions in words, for samples without classes
+        labels: of the samples, for the grid; empty where there is nothing to say
         negative: one unconditional counterpart for all; None: the denoiser's own
         seed: of the noise
         metrics: its clock is paused meanwhile
@@ -201,16 +202,17 @@ class Preview(StepCallback):
         count: int,
         sampler: Sampler,
         folder: Path,
-        grid: Callable[[torch.Tensor], np.ndarray] | None,
+        grid: Callable[[torch.Tensor, list[str]], np.ndarray] | None,
         condition: Callable[[int], Any],
         captions: Callable[[int], list[str]],
+        labels: Callable[[int], list[str]],
         negative: Condition | None,
         seed: int,
         metrics: Metrics,
     ):
         self.every, self.count, self.sampler, self.folder = every, count, sampler, folder
         self.grid, self.condition, self.captions, self.negative = grid, condition, captions, negative
-        self.seed, self.metrics = seed, metrics
+        self.labels, self.seed, self.metrics = labels, seed, metrics
 
     def on_step(self, trainer: pl.Trainer, module: Recipe, step: int) -> None:
         if not self.every or (step % self.every and step != trainer.max_steps):
@@ -226,21 +228,22 @@ class Preview(StepCallback):
         if not trainer.is_global_zero:
             return
         x = x.cpu()
-        if (picture := self._picture(x)) is not None:
+        if (picture := self._picture(x, self.labels(self.count))) is not None:
             self._put(trainer, "samples", f"step_{step:06d}.png", picture, step)
         if seen is not None:
             whom = groups(told.label, self.captions(self.count))
             for name, maps in seen.maps().items():
-                picture = np.asarray(draw(maps, whom, lambda k: self._picture(x[k : k + 1])))
+                decides = module.ema.applied[name].decides
+                picture = np.asarray(draw(maps, whom, lambda k: self._picture(x[k : k + 1], []), decides))
                 file = f"routing_{name.replace('/', '_')}_{step:06d}.png"
                 self._put(trainer, f"routing/{name}", file, picture, step)
 
-    def _picture(self, x: torch.Tensor) -> np.ndarray | None:
+    def _picture(self, x: torch.Tensor, labels: list[str]) -> np.ndarray | None:
         """Samples as a grid; None: they cannot be decoded."""
         if self.grid is None:
             return None
         try:
-            return self.grid(x)
+            return self.grid(x, labels)
         except (FileNotFoundError, ValueError) as error:  # no VAE to decode with: not worth a training run
             print(f"no more previews: {error}", flush=True)
             self.grid = None

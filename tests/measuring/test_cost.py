@@ -201,6 +201,8 @@ def test_measuring_reports_time_and_memory_beside_the_counts(dit):
     weights = sum(v.nbytes for v in dit.state_dict().values())
     assert weights < measured.peak_memory < 3 * weights
     assert json.loads(json.dumps(measured.as_dict()))["forward"]["median"] > 0
+    weights = 4 * sum(v.numel() for v in (*dit.parameters(), *dit.buffers()))
+    assert measured.resident == weights < measured.peak_memory
 
 
 def test_nothing_can_be_timed_on_the_meta_device():
