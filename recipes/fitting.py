@@ -17,12 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from data.loader import EndlessLoader
+from edit.data_set import captions, told
 from edit.denoiser import Denoiser
 from edit.measuring.cost import macs
 from edit.measuring.devices import peak_flops
 from recipes.assembly import Run
 from recipes.config.errors import UserError
-from recipes.data_set import captions, told
 from recipes.recipe import Recipe
 from recipes.runtime.callbacks import Checkpoints, Metrics, Preview, ProgressBar
 from recipes.runtime.checkpoint_files import read_rank

@@ -9,10 +9,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from edit.artifacts.checkpoint import skeleton
+from edit.data_set import conditions
 from edit.denoiser import Denoiser
 from edit.measuring.probe import refuse_shape
 from recipes.config.errors import one_line
-from recipes.data_set import conditions
 from recipes.models import Sources, is_official, made, sizes
 from recipes.roles import Origin
 

@@ -96,7 +96,7 @@ def test_the_commands_run_in_the_order_of_the_readme(folder):
     (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # a new process: its imports must be complete
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, check=True, timeout=120)
-    assert (folder / "shallow/config.json").exists()
+    assert (folder / "shallow/config.json").exists() and (folder / "three.png").exists()
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py" in c and any(n in c for n in NEEDS_DATA)])

@@ -28,6 +28,7 @@ from data.names import typed
 from recipes.config.check import check, check_hydra
 from recipes.config.errors import UserError, failure_of
 from recipes.config.explain import explain
+from recipes.config.help import help_of
 from recipes.config.schema import Root
 from recipes.config.sources import register
 from recipes.config.words import as_typed, parse_options
@@ -70,7 +71,10 @@ def _launch(task: Callable[[DictConfig], Any], config_name: str, config_dir: Pat
     args, flags = parse_options(words)
     sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
     config_dir = Path(args.config_path or config_dir).resolve()
-    if not (args.help or args.hydra_help or args.shell_completion or args.info):
+    if args.help:
+        print(help_of(config_dir, args.config_name or config_name))
+        return
+    if not (args.hydra_help or args.shell_completion or args.info):
         fixed = _refuse_mistakes(args, config_name, config_dir, sweep)
         if sweep:  # a job's folder is named after the settings that differ between jobs
             fixed = ",".join(f"'{key}'" for key in (*fixed, "name", "runs"))

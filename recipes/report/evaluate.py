@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from recipes.config.errors import UserError
 from recipes.config.schema import Evaluation
-from recipes.data_set import told
 from recipes.report.grids import save_grid
 from recipes.report.origin import methods, origin
 from recipes.report.page import write_report
@@ -234,8 +233,8 @@ def describe(subject: Subject, out: Path) -> dict[str, Any]:
     Returns:
         JSON values: the artifact, how it is measured, and for a variant, how it was made.
     """
+    from edit.catalogue import papers_of
     from edit.edits import describe as described
-    from recipes.list import papers_of
 
     artifact, space = subject.artifact, subject.space
     real = f"grids/{subject.plain_stem}_real.png"
@@ -287,6 +286,7 @@ def evaluate_at(
     """
     import torch
 
+    from edit.data_set import told
     from edit.edits import describe as described
     from edit.measuring.cost import Timed, cost
 

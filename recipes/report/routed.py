@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.data_set import captions, null_condition
 from recipes.report.grids import save_png, strip
 from recipes.report.routing_map import SHOWN, Decisions, draw, groups, numbers
 from recipes.report.samples import Subject
@@ -39,6 +38,7 @@ def measure_decisions(subject: Subject, sampler: Any, counted: Cost, out: Path, 
     """
     import torch
 
+    from edit.data_set import captions, null_condition
     from edit.measuring.cost import count_generation, twin
 
     artifact, space, chosen = subject.artifact, subject.space, subject.chosen

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from recipes.config.errors import UserError
 from recipes.config.schema import Evaluation
-from recipes.data_set import class_name
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +51,7 @@ class Yardstick:
         """Read real images, make or load the feature space, and measure the real images themselves."""
         from data.one_size import OneSize
         from data.split import CheckedSet
+        from edit.data_set import class_name
         from edit.measuring.quality import Gaussian, digest, frechet, nearest
 
         heldout = data.heldout()

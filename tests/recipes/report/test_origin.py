@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from recipes.list import papers_of
+from edit.catalogue import papers_of
 from recipes.report.origin import POINTS, losses, methods, origin
 
 
