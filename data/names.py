@@ -47,8 +47,12 @@ def setting(key: str, value: str | os.PathLike) -> str:
     if plain:
         return f"{key}={text}"
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # not an interpolation
-    text = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
-    return f"{key}='{text}'"
+    return f"{key}={in_quotes(text)}"
+
+
+def in_quotes(text: str) -> str:
+    """A text as Hydra reads it in single quotes."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
 
 
 def matching(pattern: str | os.PathLike) -> list[str]:

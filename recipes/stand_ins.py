@@ -12,6 +12,7 @@ from edit.artifacts.checkpoint import skeleton
 from edit.denoiser import Denoiser
 from edit.measuring.probe import refuse_shape
 from recipes.config.errors import one_line
+from recipes.config.staged import stages_of
 from recipes.data_set import conditions
 from recipes.models import Sources, is_official, made, sizes
 from recipes.roles import Origin
@@ -133,5 +134,5 @@ def told_before(cfg: DictConfig) -> dict[str, Any]:
     """
     from data.generate import parse
 
-    orders = [parse(words[1:]) for words in cfg.before if list(words)[:1] == ["data.generate"]]
+    orders = [parse(stage.all[1:]) for stage in stages_of(cfg) if stage.module == "data.generate"]
     return next((order for order in orders if order["out"] == cfg.data.set.get("path")), {})
