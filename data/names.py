@@ -34,6 +34,12 @@ def _quoted(word: str) -> str:
     return "$'" + legible(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
 
 
+def our_script(name: str) -> str:
+    """train.py or eval.py as a shell in this folder finds it."""
+    ours = Path(__file__).parents[1] / name
+    return name if Path(name).is_file() or not ours.is_file() else str(ours)
+
+
 def setting(key: str, value: str | os.PathLike) -> str:
     """`key=value` for train.py's command line, quoted where Hydra would not read this very text."""
     from hydra.core.override_parser.overrides_parser import OverridesParser

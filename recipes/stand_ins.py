@@ -52,7 +52,8 @@ class StandIns(Sources):
         told = self.image is not None or self.frames is not None
         data = self._of_size(denoiser) if told else self._read_data(denoiser)
         denoiser.settle(data.shape, spec)
-        refuse_shape(denoiser, tuple(data.shape))  # before `models_of` does: here image= is a cure
+        if told:  # a data set of another shape is refused by `models_of`, with what to set
+            refuse_shape(denoiser, tuple(data.shape))
         return data
 
     def _read_data(self, denoiser: Denoiser) -> Any:
