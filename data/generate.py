@@ -2,8 +2,8 @@
 
     python -m data.generate teacher=FLUX.1-dev prompts=prompts.txt out=cache precision=bfloat16 processes=0
     python -m data.generate teacher=runs/teacher prompts=prompts.txt out=cache text_encoder=t5 pooled_encoder=clip
-    python train.py data=latents data.set.path=cache data.set.generated_by=runs/teacher
 
+At the end it prints a command that trains a small student on them.
 Stop it whenever you like: the same command goes on after the last finished shard, and answers at once when all is made.
 """
 
