@@ -33,8 +33,8 @@ def launch(folder: Path, *words: str):
         (("trainer=gpu",), "no GPU"),
         (("data=image_folder", f"data.set.path={ROOT}/configs"), "image"),
         (("before=[[recipes.prune,model=nowhere,by=random,'pattern=1:2',out=runs/never]]",), "nowhere"),
-        (("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=2"), "started 1 processes"),
-        (("optimizer.lr=99", "trainer.clip=null", "+matching=3"), "matching"),
+        (("sampler=ddpm",), "objective"),
+        (("+terms.o={_target_: edit.distillation.output.OutputKD}",), "teacher.path="),
     ],
 )
 def test_a_launch_that_fails_leaves_nothing(tmp_path, words, said):
