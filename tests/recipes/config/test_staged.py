@@ -10,9 +10,11 @@ from omegaconf import OmegaConf
 from recipes.config.check import check
 from recipes.config.composed import names
 from recipes.config.errors import UserError
+from recipes.config.older import bring_up_to_date
 from recipes.config.sources import register
 from recipes.config.staged import for_stage, gathered, shared, stages_of
 from recipes.config.words import parse_options
+from recipes.runtime.run_folder import refuse_other_run
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 TINYFUSION = "experiment=flux_tiny/tinyfusion"
@@ -130,3 +132,25 @@ def test_words_that_are_no_options_are_gathered_where_a_command_line_is_read():
 
 def test_shared_settings_are_words():
     assert "trainer.threads=null" in shared(composed())
+
+
+def test_a_run_of_before_stages_had_names_is_continued(tmp_path):
+    """Its config.yaml has lists of words, and no `stages`."""
+    cfg = composed("experiment=dit_digits/dydit", f"runs={tmp_path}", "before.teacher.trainer.max_steps=6")
+    OmegaConf.resolve(cfg)
+    assert OmegaConf.is_dict(cfg.before[0])
+    former = OmegaConf.create(OmegaConf.to_container(cfg))
+    former.before = [["experiment=dit_digits/wide"]]
+    del former["stages"]
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(former))
+    refuse_other_run(cfg, tmp_path)
+    cfg.seed = 9
+    with pytest.raises(UserError, match="seed=0, this command says 9"):
+        refuse_other_run(cfg, tmp_path)
+
+
+def test_a_former_command_under_a_name_is_brought_up_to_date():
+    cfg = OmegaConf.create({"before": [{"out": ["edit.export", "out=a"]}]})
+    bring_up_to_date(cfg)
+    assert cfg.before[0].out[0] == "recipes.export"

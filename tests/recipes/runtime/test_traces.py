@@ -33,7 +33,7 @@ def launch(folder: Path, *words: str):
         (("trainer=gpu",), "no GPU"),
         (("data=image_folder", f"data.set.path={ROOT}/configs"), "image"),
         (("before=[[recipes.prune,model=nowhere,by=random,'pattern=1:2',out=runs/never]]",), "nowhere"),
-        (("sampler=ddpm",), "objective"),
+        (("sampler=ddpm",), "integrates a noise"),
         (("+terms.o={_target_: edit.distillation.output.OutputKD}",), "teacher.path="),
     ],
 )
