@@ -148,11 +148,13 @@ def compose(configs: Path, overrides: Sequence[str]) -> Any:
     from recipes.config.explain import explain
     from recipes.config.mistakes import mistakes
     from recipes.config.sources import register
+    from recipes.config.staged import gathered
 
     register()
+    words = gathered(overrides)
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(configs.resolve())):
-            cfg = hydra.compose("train", list(overrides))
+            cfg = hydra.compose("train", words)
     except Exception as error:  # what Hydra makes of words that are no settings is of many kinds
         raise ValueError(explain(error, configs, overrides)) from error
     found = mistakes(cfg, "", (*TRUSTED, *cfg.trusted))

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from data.names import typed
+from data.names import our_script, typed
 from edit.artifacts.checkpoint import save
 from edit.artifacts.weights import Unwritable
 from edit.edits import compact
@@ -149,7 +149,7 @@ def complete(cfg: DictConfig, out: Path, done: int) -> dict[str, Any]:
     print(f"{out} is complete{f' ({done} steps)' * bool(done)}: a new run needs another name=")
     if cfg.evaluate and not (out / "report.json").exists():
         return finish(cfg, out / "artifact")
-    print(f"next      {typed('python', 'eval.py', f'artifact={out}')}")
+    print(f"next      {typed('python', our_script('eval.py'), f'artifact={out}')}")
     return {}
 
 
@@ -159,7 +159,7 @@ def finish(cfg: DictConfig, artifact: Path) -> dict[str, Any]:
     print(f"artifact  {artifact}", flush=True)
     report = evaluate([artifact], Evaluation.of(cfg.evaluate), out) if cfg.evaluate else {}
     write_pages(out, Path(cfg.runs))
-    print(f"next      {typed('python', 'eval.py', f'artifact={out}')}", flush=True)
+    print(f"next      {typed('python', our_script('eval.py'), f'artifact={out}')}", flush=True)
     return report
 
 

@@ -153,13 +153,13 @@ def test_the_flux_commands_run_on_a_stand_in_of_its_depth(folder):
     short = [*SHORT, "trainer.accumulate=1"]
     few = [
         "data.set.steps=2",
-        "before.0.1='prompts=composed:5'",
-        "before.0.4='size=8'",
-        "before.0.6='steps=2'",
-        "before.0.9='long=cut'",
+        "before.generate.prompts=composed:5",
+        "before.generate.size=8",
+        "before.generate.steps=2",
+        "before.generate.long=cut",
     ]
     extra = {
-        "recipes.plan": [*alone, "devices=1", "peak=1", "before.0.4='size=8'"],
+        "recipes.plan": [*alone, "devices=1", "peak=1", "before.generate.size=8"],
         "experiment=flux_dev/distill": [*alone, *short, "sampler.solver.steps=2", *few],
         "recipes.export": [],
         "data.generate": ["steps=2", "size=8", "processes=1", "device=cpu"],

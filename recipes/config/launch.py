@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from data.names import typed
 from recipes.config.check import check, check_hydra
@@ -32,6 +33,7 @@ from recipes.config.help import help_of
 from recipes.config.schema import Root
 from recipes.config.sources import register
 from recipes.config.words import as_typed, parse_options
+from recipes.runtime.traces import Before
 
 
 def launch(
@@ -69,13 +71,14 @@ def launch(
 def _launch(task: Callable[[DictConfig], Any], config_name: str, config_dir: Path, words: list[str]) -> None:
     register()
     args, flags = parse_options(words)
-    sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
+    sweep, before = args.multirun or "hydra.mode=MULTIRUN" in args.overrides, Before(None)
     config_dir = Path(args.config_path or config_dir).resolve()
     if args.help:
         print(help_of(config_dir, args.config_name or config_name))
         return
     if not (args.hydra_help or args.shell_completion or args.info):
-        fixed = _refuse_mistakes(args, config_name, config_dir, sweep)
+        fixed, place = _refuse_mistakes(args, config_name, config_dir, sweep)
+        before = Before(place)
         if sweep:  # a job's folder is named after the settings that differ between jobs
             fixed = ",".join(f"'{key}'" for key in (*fixed, "name", "runs"))
             args.overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]")
@@ -88,7 +91,7 @@ def _launch(task: Callable[[DictConfig], Any], config_name: str, config_dir: Pat
             with open_dict(cfg):
                 cfg.name = os.path.relpath(HydraConfig.get().runtime.output_dir, cfg.runs)
             sweeps.add(HydraConfig.get().sweep.dir)
-        with _hydra_errors(shown):
+        with _hydra_errors(shown), before.watched(Path(HydraConfig.get().runtime.output_dir)):
             codes.append(_guard(_checked(task), cfg))
 
     shown = os.environ.get("HYDRA_FULL_ERROR")
@@ -128,9 +131,13 @@ def _checked(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
 # ---- before the run -------------------------------------------------------------------------------------------------
 
 
-def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool) -> list[str]:
-    """Compose and check the run, or each value of a sweep once. Returns the keys that the sweep leaves fixed."""
-    overrides, name = list(args.overrides), args.config_name or config_name
+def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool) -> tuple[list[str], Path | None]:
+    """Compose and check the run, or each value of a sweep once.
+
+    Returns:
+        The keys that the sweep leaves fixed, and the folder of the run or sweep; None: only the job can tell it.
+    """
+    overrides, name, place = list(args.overrides), args.config_name or config_name, None
     extra = [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
     fixed: list[str] = []
     try:
@@ -141,6 +148,8 @@ def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool)
             for job in jobs:
                 cfg = compose(name, [*job, *extra], return_hydra_config=True)
                 own = OmegaConf.select(cfg, "hydra")
+                with suppress(OmegaConfBaseException):
+                    place = Path(OmegaConf.select(cfg, f"hydra.{'sweep' if sweep else 'run'}.dir"))
                 with open_dict(cfg):
                     cfg.pop("hydra", None)
                 if args.cfg:  # shows the composed configuration, right or wrong
@@ -155,7 +164,7 @@ def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool)
         if _full_errors():
             raise
         raise UserError(explain(error, config_dir, overrides, name)) from error
-    return fixed
+    return fixed, place
 
 
 def _jobs(overrides: Sequence[str]) -> tuple[list[list[str]], list[str]]:

@@ -34,7 +34,7 @@ from recipes.runtime.machine import environment
 
 # settings that may change between two attempts at one run; all others decide its numbers
 FREE = {"name", "runs", "logger", "checkpoint", "preview", "evaluate", "log_every", "debug", "trusted", "before"}
-FREE |= {"after", "world"} | {  # what refers to the world is compared by its value
+FREE |= {"stages", "after", "world"} | {  # what refers to the world is compared by its value
     f"trainer.{k}"
     for k in ("max_steps", "accelerator", "strategy", "compile", "gradient_checkpointing", "threads", "memory")
 }
