@@ -1,7 +1,8 @@
 """From a command line to a running task: compose the configuration, check it, run, and end with an exit code.
 
 Hydra composes YAML groups under the typed `Root`; `check` refuses a mistyped key, a wrong type or an impossible
-combination before anything is built. Torch is not imported: `--help` and most mistakes are answered without it.
+combination before anything is built. Torch is not imported: `--help`, the first words of a run and most mistakes are
+told without it.
 """
 
 from __future__ import annotations
@@ -10,21 +11,25 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from recipes.config.check import check, check_hydra
+from recipes.config.check import check, check_hydra, check_procedure, check_settings
 from recipes.config.errors import UserError, failure_of
 from recipes.config.explain import explain
 from recipes.config.schema import Root
@@ -32,8 +37,27 @@ from recipes.config.sources import register
 from recipes.config.words import as_typed, parse_options
 
 
+@dataclass(frozen=True)
+class Opening:
+    """What a task does before its job begins. Both functions get an unresolved copy of the configuration, and the name
+    of the file that was chosen of each group.
+
+    Args:
+        announce: says what will be done; called before the configuration is checked, and anything it names imported
+        answer: whether the job is done already, and has been answered for; called when all is right but for what the
+            procedure itself demands. Not in a sweep.
+    """
+
+    announce: Callable[[DictConfig, Mapping[str, str]], Any]
+    answer: Callable[[DictConfig], bool]
+
+
 def launch(
-    task: Callable[[DictConfig], Any], config_name: str, config_dir: Path, argv: Sequence[str] | None = None
+    task: Callable[[DictConfig], Any],
+    config_name: str,
+    config_dir: Path,
+    argv: Sequence[str] | None = None,
+    opening: Opening | None = None,
 ) -> None:
     """Compose, check, then run `task(cfg)` under `hydra.main`. The process ends by `SystemExit` if anything fails.
 
@@ -46,11 +70,12 @@ def launch(
         config_name: the primary YAML file, without suffix
         config_dir: its folder
         argv: replaces `sys.argv[1:]`, for good: launchers of further ranks repeat the command line from there
+        opening: what comes before
     """
     words = list(sys.argv[1:] if argv is None else argv)
     full = _full_errors()
     try:
-        _launch(task, config_name, config_dir, [as_typed(word) for word in words])
+        _launch(task, config_name, config_dir, [as_typed(word) for word in words], opening)
     except UserError as error:
         _say(*str(error).split("\n"))
         sys.exit(2)
@@ -64,13 +89,21 @@ def launch(
         sys.exit(2 if isinstance(error, ValueError | HydraException) else 1)
 
 
-def _launch(task: Callable[[DictConfig], Any], config_name: str, config_dir: Path, words: list[str]) -> None:
+def _launch(
+    task: Callable[[DictConfig], Any], config_name: str, config_dir: Path, words: list[str], opening: Opening | None
+) -> None:
     register()
     args, flags = parse_options(words)
     sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
     config_dir = Path(args.config_path or config_dir).resolve()
+    if args.help and (text := _help(args, config_name, config_dir)) is not None:
+        print(text)
+        return
     if not (args.help or args.hydra_help or args.shell_completion or args.info):
-        fixed = _refuse_mistakes(args, config_name, config_dir, sweep)
+        found = _refuse_mistakes(args, config_name, config_dir, sweep, None if sweep or args.cfg else opening)
+        if found is None:
+            return
+        fixed = found
         if sweep:  # a job's folder is named after the settings that differ between jobs
             fixed = ",".join(f"'{key}'" for key in (*fixed, "name", "runs"))
             args.overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]")
@@ -82,6 +115,8 @@ def _launch(task: Callable[[DictConfig], Any], config_name: str, config_dir: Pat
         if HydraConfig.get().mode == RunMode.MULTIRUN and "name" in cfg and "runs" in cfg:
             with open_dict(cfg):
                 cfg.name = os.path.relpath(HydraConfig.get().runtime.output_dir, cfg.runs)
+            if opening is not None:
+                opening.announce(deepcopy(cfg), HydraConfig.get().runtime.choices)
         with _hydra_errors(shown):
             codes.append(_guard(_checked(task), cfg))
 
@@ -120,10 +155,12 @@ def _checked(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
 # ---- before the run -------------------------------------------------------------------------------------------------
 
 
-def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool) -> list[str]:
-    """Compose and check the run, or each value of a sweep once. Returns the keys that the sweep leaves fixed."""
+def _refuse_mistakes(
+    args: Any, config_name: str, config_dir: Path, sweep: bool, opening: Opening | None
+) -> list[str] | None:
+    """Compose and check the run, or each value of a sweep once. Returns the keys that the sweep leaves fixed; None: the
+    run has been answered for."""
     overrides, name = list(args.overrides), args.config_name or config_name
-    extra = [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
     fixed: list[str] = []
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_dir)):
@@ -131,7 +168,7 @@ def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool)
             if sweep:
                 jobs, fixed = _jobs(overrides)
             for job in jobs:
-                cfg = compose(name, [*job, *extra], return_hydra_config=True)
+                cfg = compose(name, [*job, *_further(args)], return_hydra_config=True)
                 own = OmegaConf.select(cfg, "hydra")
                 with open_dict(cfg):
                     cfg.pop("hydra", None)
@@ -139,7 +176,13 @@ def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool)
                     continue
                 if OmegaConf.get_type(cfg) is not Root:
                     raise UserError(f"{name} is no configuration of a run: its defaults do not begin with root_schema")
-                if errors := [*check_hydra(own), *check(cfg)]:
+                if opening is not None:
+                    opening.announce(deepcopy(cfg), own.runtime.choices)
+                if errors := [*check_hydra(own), *check_settings(cfg)]:
+                    raise UserError("\n".join(errors))
+                if opening is not None and opening.answer(deepcopy(cfg)):
+                    return None
+                if errors := check_procedure(cfg):
                     raise UserError("\n".join(errors))
     except UserError:
         raise
@@ -148,6 +191,34 @@ def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool)
             raise
         raise UserError(explain(error, config_dir, overrides, name)) from error
     return fixed
+
+
+def _further(args: Any) -> list[str]:
+    """The setting by which Hydra also looks into --config-dir."""
+    return [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
+
+
+def _help(args: Any, config_name: str, config_dir: Path) -> str | None:
+    """The text of --help, as Hydra makes it, which takes seconds for the lists of groups. None: the template wants
+    more than these."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_dir)):
+        cfg = compose(args.config_name or config_name, [*args.overrides, *_further(args)], return_hydra_config=True)
+        template = Template(cfg.hydra.help.template)
+        if set(template.get_identifiers()) - {"APP_CONFIG_GROUPS"}:
+            return None
+        repository = GlobalHydra.instance().config_loader().repository  # type: ignore[attr-defined]
+        return template.substitute(APP_CONFIG_GROUPS="".join(_groups(repository, "")))
+
+
+def _groups(repository: Any, parent: str) -> Iterator[str]:
+    """A line for each group of ours below `parent`: its files."""
+    for name in sorted(repository.get_group_options(parent, ObjectType.GROUP)):
+        group = f"{parent}/{name}".lstrip("/")
+        if group == "hydra":
+            continue
+        if files := repository.get_group_options(group, ObjectType.CONFIG):
+            yield f"{group}: {', '.join(sorted(files))}\n"
+        yield from _groups(repository, group)
 
 
 def _jobs(overrides: Sequence[str]) -> tuple[list[list[str]], list[str]]:
