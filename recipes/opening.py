@@ -16,7 +16,7 @@ from data.names import legible
 from edit.inputs.command import print_any_name
 from edit.inputs.trust import read_json
 from recipes.onward import onward
-from recipes.runtime.checkpoint_files import checkpoints, damage, step_of
+from recipes.runtime.checkpoint_files import checkpoints, step_of, unchanged
 from recipes.runtime.devices import count_devices, precision_of
 from recipes.runtime.files import is_first
 from recipes.runtime.run_folder import folder_of, refuse_other_run
@@ -77,7 +77,7 @@ def finished(cfg: DictConfig, out: Path) -> int | None:
         made = read_json(out / "artifact" / "edits.json").get("run")
     except (ValueError, OSError):
         return None
-    whole = isinstance(made, dict) and made.get("step") == last and damage(found[-1]) is None
+    whole = isinstance(made, dict) and made.get("step") == last and unchanged(found[-1])
     return last if whole else None
 
 
@@ -94,15 +94,16 @@ def say_next(cfg: DictConfig, out: Path) -> None:
 
 
 def announce(cfg: DictConfig, choices: Mapping[str, str]) -> None:
-    """Print the first line of a run, on its first rank."""
-    if not is_first():
-        return
+    """Print the first line of a run, on its first rank. Raises UserError if the devices are not here."""
     try:
         line = announced(cfg, named(cfg), choices)
     except Exception:  # anything may be wrong or missing in it: the check that follows tells
         return
-    print_any_name()
-    print(line, flush=True)
+    if is_first():
+        print_any_name()
+        print(line, flush=True)
+    if cfg.trainer.devices == "auto" or isinstance(cfg.trainer.devices, int):
+        decide(cfg)
 
 
 def announced(cfg: DictConfig, out: Path, choices: Mapping[str, str]) -> str:

@@ -10,6 +10,7 @@ Torch is imported inside: what a folder holds is told without it. `recipes.runti
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import re
 import shutil
@@ -146,6 +147,16 @@ def newest(folder: Path) -> Path | None:
             "train from the start"
         )
     return None
+
+
+def unchanged(path: Path) -> bool:
+    """Whether a checkpoint file is what was saved, by its checksum; torch is not needed for that. False: it is not, or
+    `damage` must tell."""
+    kept = read_checksums(checksum_of(path)).get(path.name) if path.is_file() else None
+    if kept is None:
+        return False
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == kept
 
 
 def damage(path: Path) -> str | None:
