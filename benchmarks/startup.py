@@ -77,7 +77,7 @@ def commands(folder: Path) -> list[Command]:
         Command("complete", ("train.py", runs, *digits), bar=4, after=("train.py", runs, *digits)),
         Command("no gpu", ("train.py", runs, "name=nowhere", "trainer=gpu"), 2, bar=4),
         Command("cost", ("-m", "recipes.cost", "backbone=flux_dev"), bar=8),
-        Command("plan", ("-m", "recipes.plan", *plan), 1, bar=30),
+        Command("plan", ("-m", "recipes.plan", *plan), bar=30),
     ]
 
 

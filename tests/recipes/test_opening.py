@@ -108,8 +108,7 @@ def test_only_a_whole_run_is_finished(runs):
 def test_a_run_with_stages_or_without_its_report_is_not_answered_at_once(runs):
     assert not answer(config(runs, "name=done", "trainer.max_steps=1", "before=[['name=other']]"))
     cfg = config(runs, "name=done", "trainer.max_steps=1")
-    cfg.evaluate = {}
-    cfg.evaluate.n = 8
+    cfg.evaluate = {"n": 8}
     assert not answer(cfg)
 
 
