@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from edit import noise
 from edit.denoiser import Denoiser
@@ -89,7 +88,7 @@ class Sampler:
         """
         weight = next(denoiser.parameters())
         # inference_mode is faster than no_grad, but training cannot use the shards that it leaves gathered
-        sharded = isinstance(weight, DTensor) or hasattr(weight, "ds_id")
+        sharded = hasattr(weight, "device_mesh") or hasattr(weight, "ds_id")  # of FSDP2, of DeepSpeed
         with torch.no_grad() if sharded else torch.inference_mode():
             walk = self.walk(denoiser, objective, condition, samples, seed, negative, progress, shape, watch)
             for moment in walk:

@@ -24,7 +24,7 @@ from recipes.config.errors import UserError
 from recipes.models import Files, Models, losses_of, made, models_of
 from recipes.recipe import Training
 from recipes.roles import Teacher
-from recipes.runtime.trainer import recipe_casts
+from recipes.runtime.devices import recipe_casts
 from recipes.seen import Sight
 
 

@@ -26,9 +26,10 @@ from recipes.config.errors import UserError
 from recipes.recipe import Recipe
 from recipes.runtime.callbacks import Checkpoints, Metrics, Preview, ProgressBar
 from recipes.runtime.checkpoint_files import read_rank
+from recipes.runtime.devices import accelerator_of
 from recipes.runtime.files import is_first
 from recipes.runtime.loggers import CSVLogger, make_loggers
-from recipes.runtime.trainer import accelerator_of, make_trainer
+from recipes.runtime.trainer import make_trainer
 
 
 def fit(run: Run, module: Recipe, out: Path, resume: Path | None, done: int, turns: bool) -> pl.Trainer:

@@ -16,14 +16,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from edit import edits as editing
 from edit.artifacts.checkpoint import default_objective
 from edit.denoiser import Denoiser
 from edit.measuring.devices import device_name
 from edit.measuring.flops import Flops, Uncounted, uncounted
-from edit.measuring.timing import Spread, distinct_bytes, in_turns, peak_memory, steadiest
+from edit.measuring.timing import Spread, distinct_bytes, in_turns, peak_memory, steadiest, tensors
 from edit.objectives import Objective
 from edit.sampling import Sampler, default_sampler
 from edit.stream import Condition, Output, Step
@@ -92,8 +91,10 @@ def cost(
     if rounds and _device(denoiser).type == "meta":
         raise ValueError("this denoiser is on the meta device, which has no clock: load or build it with weights")
     subject = denoiser if real else twin(denoiser)
-    one = count_forward(subject, condition, batch)
-    whole = count_generation(subject, sampler, objective, condition, batch)
+    meter = _Meter(subject)  # of both: a forward is not counted twice
+    one = _forward_count(meter, condition, batch)
+    meter.macs = meter.samples = 0
+    whole = _generation_count(meter, sampler, objective, condition, batch)
     parameters, taken = sum(p.numel() for p in denoiser.parameters()), editing.per_token(denoiser)
     counted = Cost(
         parameters=parameters,
@@ -205,8 +206,11 @@ def _homes(denoiser: Denoiser) -> tuple[str, ...]:
 
 def count_forward(denoiser: Denoiser, condition: Condition, batch: int) -> Count:
     """One forward at t = 0.5, outside a generation, where the denoiser is; on the meta device nothing is computed."""
-    meter = _Meter(denoiser)
-    meter(torch.zeros(batch, *denoiser.sample_shape), torch.full((batch,), 0.5), condition)
+    return _forward_count(_Meter(denoiser), condition, batch)
+
+
+def _forward_count(meter: _Meter, condition: Condition, batch: int) -> Count:
+    meter(torch.zeros(batch, *meter.denoiser.sample_shape), torch.full((batch,), 0.5), condition)
     return meter.total(batch)
 
 
@@ -214,7 +218,10 @@ def count_generation(
     denoiser: Denoiser, sampler: Sampler, objective: Objective, condition: Condition, batch: int
 ) -> Count:
     """All evaluations of one generation of `batch` images: the sampler itself runs, and each call is counted."""
-    meter = _Meter(denoiser)
+    return _generation_count(_Meter(denoiser), sampler, objective, condition, batch)
+
+
+def _generation_count(meter: _Meter, sampler: Sampler, objective: Objective, condition: Condition, batch: int) -> Count:
     sampler(cast(Denoiser, meter), objective, condition, torch.arange(batch))
     return meter.total(batch)
 
@@ -304,10 +311,9 @@ class _Reads(TorchDispatchMode):
         if uncounted(func):
             self.uncounted.add(str(func))
         if not getattr(func, "is_view", False):
-            for v in tree_leaves((args, kwargs or {})):
-                if isinstance(v, Tensor):
-                    seen = self.views.setdefault(v.untyped_storage()._cdata, set())
-                    seen.add((tuple(v.shape), v.stride(), v.storage_offset()))
+            for v in tensors((args, kwargs)):
+                seen = self.views.setdefault(v.untyped_storage()._cdata, set())
+                seen.add((tuple(v.shape), v.stride(), v.storage_offset()))
         return func(*args, **(kwargs or {}))
 
     def elements(self, module: nn.Module) -> int:

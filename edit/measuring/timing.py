@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -146,6 +145,17 @@ def distinct_bytes(values: Iterable[Tensor]) -> int:
     return sum({v.untyped_storage()._cdata: v.untyped_storage().nbytes() for v in values}.values())
 
 
+def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments or results of an operator, in lists, tuples and mappings, too."""
+    for v in values:
+        if isinstance(v, Tensor):
+            yield v
+        elif isinstance(v, list | tuple):
+            yield from tensors(v)
+        elif isinstance(v, Mapping):
+            yield from tensors(v.values())
+
+
 class Ledger(TorchDispatchMode):
     """Bytes of the storages that are alive."""
 
@@ -158,14 +168,18 @@ class Ledger(TorchDispatchMode):
         self.enter(resident)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.enter(tree_leaves((args, kwargs or {})))
+        if func is torch.ops.prim.device.default:  # asked of a fake tensor, more often than anything is computed
+            return func(*args)
+        self.enter(tensors(args))
+        if kwargs:
+            self.enter(tensors(kwargs.values()))
         out = func(*args, **(kwargs or {}))
-        self.enter(tree_leaves(out))
+        self.enter(tensors((out,)))
         return out
 
-    def enter(self, values: Iterable[Any]) -> None:
+    def enter(self, values: Iterable[Tensor]) -> None:
         for v in values:
-            if isinstance(v, Tensor) and (key := (storage := v.untyped_storage())._cdata) not in self.alive:
+            if (key := (storage := v.untyped_storage())._cdata) not in self.alive:
                 self.alive.add(key)
                 self.bytes += storage.nbytes()
                 self.peak = max(self.peak, self.bytes)

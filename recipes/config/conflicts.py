@@ -31,12 +31,7 @@ STAGES = ("data.embedded", "data.generate", "data.precompute", "recipes.export",
 
 
 def conflicts(cfg: DictConfig) -> Iterator[str]:
-    """One sentence for each conflict in a `Root` whose values are right one by one; first those of any procedure."""
-    found = list(_conflicts(cfg))
-    yield from found or _check_recipe(cfg)
-
-
-def _conflicts(cfg: DictConfig) -> Iterator[str]:
+    """One sentence for each conflict of any procedure in a `Root` whose values are right one by one."""
     if absent := list(unbuilt(cfg)):
         yield from absent
         return
@@ -197,8 +192,9 @@ def _can_be_off(node: Any) -> bool:
     return isinstance(made, type) and issubclass(made, Edit) and made.off is not Edit.off
 
 
-def _check_recipe(cfg: DictConfig) -> Iterator[str]:
-    """What the procedure cannot be combined with, by itself. Making it imports Lightning, so this comes last."""
+def procedure_conflicts(cfg: DictConfig) -> Iterator[str]:
+    """What the procedure itself cannot be combined with, in a `Root` without other conflicts. Making it imports
+    Lightning, so this comes last."""
     for place in ("recipe", "matching"):
         node = cfg[place]
         if node is not None and (not isinstance(node, DictConfig) or "_target_" not in node):

@@ -1,7 +1,8 @@
 """From a command line to a running task: compose the configuration, check it, run, and end with an exit code.
 
 Hydra composes YAML groups under the typed `Root`; `check` refuses a mistyped key, a wrong type or an impossible
-combination before anything is built. Torch is not imported: `--help` and most mistakes are answered without it.
+combination before anything is built. Torch is not imported: `--help`, the first words of a run and most mistakes are
+told without it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from data.names import typed
-from recipes.config.check import check, check_hydra
+from recipes.config.check import check, check_hydra, check_procedure, check_settings
 from recipes.config.errors import UserError, failure_of
 from recipes.config.explain import explain
 from recipes.config.help import help_of
@@ -36,8 +39,27 @@ from recipes.config.words import as_typed, parse_options
 from recipes.runtime.traces import Before
 
 
+@dataclass(frozen=True)
+class Opening:
+    """What a task does before its job begins. Both functions get an unresolved copy of the configuration, and the name
+    of the file that was chosen of each group.
+
+    Args:
+        announce: says what will be done; called before the configuration is checked, and anything it names imported
+        answer: whether the job is done already, and has been answered for; called when all is right but for what the
+            procedure itself demands. Not in a sweep.
+    """
+
+    announce: Callable[[DictConfig, Mapping[str, str]], Any]
+    answer: Callable[[DictConfig], bool]
+
+
 def launch(
-    task: Callable[[DictConfig], Any], config_name: str, config_dir: Path, argv: Sequence[str] | None = None
+    task: Callable[[DictConfig], Any],
+    config_name: str,
+    config_dir: Path,
+    argv: Sequence[str] | None = None,
+    opening: Opening | None = None,
 ) -> None:
     """Compose, check, then run `task(cfg)` under `hydra.main`. The process ends by `SystemExit` if anything fails.
 
@@ -50,11 +72,12 @@ def launch(
         config_name: the primary YAML file, without suffix
         config_dir: its folder
         argv: replaces `sys.argv[1:]`, for good: launchers of further ranks repeat the command line from there
+        opening: what comes before
     """
     words = list(sys.argv[1:] if argv is None else argv)
     full = _full_errors()
     try:
-        _launch(task, config_name, config_dir, [as_typed(word) for word in words])
+        _launch(task, config_name, config_dir, [as_typed(word) for word in words], opening)
     except UserError as error:
         _say(*str(error).split("\n"))
         sys.exit(2)
@@ -68,7 +91,9 @@ def launch(
         sys.exit(2 if isinstance(error, ValueError | HydraException) else 1)
 
 
-def _launch(task: Callable[[DictConfig], Any], config_name: str, config_dir: Path, words: list[str]) -> None:
+def _launch(
+    task: Callable[[DictConfig], Any], config_name: str, config_dir: Path, words: list[str], opening: Opening | None
+) -> None:
     register()
     args, flags = parse_options(words)
     sweep, before = args.multirun or "hydra.mode=MULTIRUN" in args.overrides, Before(None)
@@ -77,7 +102,10 @@ def _launch(task: Callable[[DictConfig], Any], config_name: str, config_dir: Pat
         print(help_of(config_dir, args.config_name or config_name))
         return
     if not (args.hydra_help or args.shell_completion or args.info):
-        fixed, place = _refuse_mistakes(args, config_name, config_dir, sweep)
+        found = _refuse_mistakes(args, config_name, config_dir, sweep, None if sweep or args.cfg else opening)
+        if found is None:
+            return
+        fixed, place = found
         before = Before(place)
         if sweep:  # a job's folder is named after the settings that differ between jobs
             fixed = ",".join(f"'{key}'" for key in (*fixed, "name", "runs"))
@@ -91,6 +119,8 @@ def _launch(task: Callable[[DictConfig], Any], config_name: str, config_dir: Pat
             with open_dict(cfg):
                 cfg.name = os.path.relpath(HydraConfig.get().runtime.output_dir, cfg.runs)
             sweeps.add(HydraConfig.get().sweep.dir)
+            if opening is not None:
+                opening.announce(deepcopy(cfg), HydraConfig.get().runtime.choices)
         with _hydra_errors(shown), before.watched(Path(HydraConfig.get().runtime.output_dir)):
             codes.append(_guard(_checked(task), cfg))
 
@@ -131,14 +161,16 @@ def _checked(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
 # ---- before the run -------------------------------------------------------------------------------------------------
 
 
-def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool) -> tuple[list[str], Path | None]:
+def _refuse_mistakes(
+    args: Any, config_name: str, config_dir: Path, sweep: bool, opening: Opening | None
+) -> tuple[list[str], Path | None] | None:
     """Compose and check the run, or each value of a sweep once.
 
     Returns:
-        The keys that the sweep leaves fixed, and the folder of the run or sweep; None: only the job can tell it.
+        The keys that the sweep leaves fixed, and the folder of the run or sweep, None where only the job can tell it;
+        None: the run has been answered for.
     """
     overrides, name, place = list(args.overrides), args.config_name or config_name, None
-    extra = [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
     fixed: list[str] = []
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_dir)):
@@ -146,7 +178,7 @@ def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool)
             if sweep:
                 jobs, fixed = _jobs(overrides)
             for job in jobs:
-                cfg = compose(name, [*job, *extra], return_hydra_config=True)
+                cfg = compose(name, [*job, *_further(args)], return_hydra_config=True)
                 own = OmegaConf.select(cfg, "hydra")
                 with suppress(OmegaConfBaseException):
                     place = Path(OmegaConf.select(cfg, f"hydra.{'sweep' if sweep else 'run'}.dir"))
@@ -156,7 +188,13 @@ def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool)
                     continue
                 if OmegaConf.get_type(cfg) is not Root:
                     raise UserError(f"{name} is no configuration of a run: its defaults do not begin with root_schema")
-                if errors := [*check_hydra(own), *check(cfg)]:
+                if opening is not None:
+                    opening.announce(deepcopy(cfg), own.runtime.choices)
+                if errors := [*check_hydra(own), *check_settings(cfg)]:
+                    raise UserError("\n".join(errors))
+                if opening is not None and opening.answer(deepcopy(cfg)):
+                    return None
+                if errors := check_procedure(cfg):
                     raise UserError("\n".join(errors))
     except UserError:
         raise
@@ -165,6 +203,11 @@ def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool)
             raise
         raise UserError(explain(error, config_dir, overrides, name)) from error
     return fixed, place
+
+
+def _further(args: Any) -> list[str]:
+    """The setting by which Hydra also looks into --config-dir."""
+    return [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
 
 
 def _jobs(overrides: Sequence[str]) -> tuple[list[list[str]], list[str]]:

@@ -58,7 +58,7 @@ def at_failure(folder: Path, root: Path) -> Callable[[type | None, BaseException
     """For `ExitStack.push`: writes the pages of a run that is stopped or fails; what has stopped it goes on."""
 
     def leave(kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        if kind is not None:
+        if kind is not None and read(folder).steps:  # a run without a step is not kept
             write_pages(folder, root)
         return False
 

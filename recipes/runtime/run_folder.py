@@ -1,6 +1,7 @@
 """The folder of a run: where it is, whether this command may continue what is in it, what is written at the start.
 
-A run lives in `runs/<name>/`: index.html, config.yaml, env.json, metrics.csv, samples/, checkpoints/, artifact/.
+A run lives in `runs/<name>/`: index.html, config.yaml, env.json, metrics.csv, samples/, checkpoints/, artifact/. Torch
+is imported inside: what is in the folder is told without it.
 """
 
 from __future__ import annotations
@@ -16,19 +17,16 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.names import setting
-from edit.artifacts.fingerprint import fingerprint
 from edit.inputs.trust import load_yaml
 from recipes.config.errors import UserError
 from recipes.config.older import bring_up_to_date
 from recipes.config.schema import Root
-from recipes.runtime.callbacks import checkpoints
+from recipes.runtime.checkpoint_files import checkpoints
 from recipes.runtime.files import write
 from recipes.runtime.machine import environment
 
@@ -157,6 +155,8 @@ def refuse_other_teacher(cfg: DictConfig, out: Path, resumes: bool) -> None:
     """
     if cfg.teacher.path is None:
         return
+    from edit.artifacts.fingerprint import fingerprint
+
     kept, now = out / "teacher.json", fingerprint(cfg.teacher.path)
     try:
         before = json.loads(kept.read_text())["fingerprint"] if resumes and kept.exists() else now
@@ -172,6 +172,9 @@ def refuse_other_teacher(cfg: DictConfig, out: Path, resumes: bool) -> None:
 
 def here() -> dict[str, Any]:
     """Everything besides the configuration that the numbers of this run depend on: device, versions, revision."""
+    import lightning.pytorch as pl
+    import torch
+
     return environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")) | {"lightning": pl.__version__}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from recipes.runtime.files import LOCK, is_first, is_locked
 
 # what a launch writes before its first result; a logger's folder counts with all that is in it
-FILES = {LOCK, "config.yaml", "env.json", "teacher.json", "wandb_id", "metrics.csv", "multirun.yaml"}
+FILES = {LOCK, "config.yaml", "env.json", "teacher.json", "wandb_id", "metrics.csv", "multirun.yaml", "index.html"}
 LOGS = {"tensorboard", "wandb"}
 
 

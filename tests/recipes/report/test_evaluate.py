@@ -24,7 +24,7 @@ from edit.pruning.depth import DepthPruning
 from edit.sampling import Sampler
 from edit.solvers import Euler
 from recipes.apply import main as apply
-from recipes.config.schema import Evaluation
+from recipes.config.schema import Evaluation, Root
 from recipes.report.evaluate import Work, run
 from recipes.report.samples import Reference, sample_and_measure
 from recipes.report.yardstick import progress
@@ -108,8 +108,10 @@ def test_a_run_of_any_name_is_evaluated_by_the_command_that_training_prints(
     Path("whole").rename(name)
     Path("shallow").rename("run1")  # which run[1] matches as a pattern
     print_any_name()
-    finish(OmegaConf.create({"evaluate": None}), Path(name) / "artifact")
-    said = capsys.readouterr().out.splitlines()[-1].removeprefix("next      ")
+    cfg = OmegaConf.structured(Root)
+    cfg.name, cfg.backbone = name, {}
+    finish(cfg, Path(name) / "artifact")
+    (said,) = (w.removeprefix("next      ") for w in capsys.readouterr().out.splitlines() if w.startswith("next"))
     command = ["bash", "-c", f"printf '%s\\0' {said}"]
     python, script, *words = map(os.fsdecode, subprocess.run(command, capture_output=True).stdout.split(b"\0")[:-1])
     assert (python, script, len(words)) == ("python", "eval.py", 1)
