@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from data.names import legible, setting, typed
+from data.names import legible, our_script, setting, typed
 from edit.inputs.trust import load_yaml, read_json
 from recipes.config import composed
 
@@ -27,7 +27,7 @@ def onward(cfg: DictConfig, out: Path) -> list[str]:
         out: its folder, with the artifact
     """
     measured = (out / "report.json").exists()
-    first = [] if measured else [typed("python", "eval.py", f"artifact={out}")]
+    first = [] if measured else [typed("python", our_script("eval.py"), f"artifact={out}")]
     made = artifact_of(out)
     if made is None:
         return first
@@ -49,9 +49,9 @@ def compared(cfg: DictConfig, out: Path, made: Mapping[str, Any]) -> Iterator[st
     origin = next((p for p in (cfg.teacher.path, cfg.init) if p and is_run(Path(p), out)), None)
     name = Path("reports", cfg.name)
     if origin is not None:
-        yield typed("python", "eval.py", f"artifact={out}", f"reference={origin}", f"out={name}")
+        yield typed("python", our_script("eval.py"), f"artifact={out}", f"reference={origin}", f"out={name}")
     elif not made.get("edits") and evaluations(made) > 1:
-        yield typed("python", "eval.py", f"artifact={out}", "variant.fast=reuse", f"out={name}_reuse")
+        yield typed("python", our_script("eval.py"), f"artifact={out}", "variant.fast=reuse", f"out={name}_reuse")
 
 
 def evaluations(made: Mapping[str, Any]) -> int:
@@ -74,9 +74,9 @@ def continued(cfg: DictConfig, out: Path, made: Mapping[str, Any]) -> Iterator[s
         return
     runs = [] if cfg.runs == "runs" else [setting("runs", cfg.runs)]
     if world == EMBEDDED:
-        yield typed("python", "train.py", f"experiment={world}/depth", setting("init", out), *runs)
+        yield typed("python", our_script("train.py"), f"experiment={world}/depth", setting("init", out), *runs)
     elif os.path.realpath(cfg.world.path) == os.path.realpath(out) and not composed.unfit(CONFIGS, world, "distill"):
-        yield typed("python", "train.py", f"experiment={world}/distill", "before=[]", *runs)
+        yield typed("python", our_script("train.py"), f"experiment={world}/distill", "before=[]", *runs)
 
 
 def is_of(cfg: DictConfig, world: str) -> bool:
