@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 STRIP = 4  # frames of a video that a grid shows
 GAP = 2  # pixels between pictures
-SIDE, TOLD_SIDE = 40, 116  # least width and height of a picture, and of one with a caption below it
+SIDE, TOLD_SIDE = 40, 116  # pixels: least width and height of a picture, and width of a sample with a caption
 SIZE, LINES = 12, 3  # pixels of a label's letters, and the most lines of one
 FULL = 1100  # pixels of a grid, beyond which letters grow with it: a page shows it smaller
 INK, PAPER = (40, 44, 52), (255, 255, 255)
@@ -32,8 +32,8 @@ def image_grid(frames: Tensor, columns: int = 8, scale: int | None = None, label
     Args:
         frames: uint8 b f y x 3, f = 1 for images
         columns: of the grid, less where a row would hold more than twice as many pictures; rows follow
-        scale: nearest-neighbour magnification; None: each side has at least `SIDE` pixels, and `TOLD_SIDE` where labels
-            are wider than that
+        scale: nearest-neighbour magnification; None: each side has at least `SIDE` pixels, and samples are at least
+            `TOLD_SIDE` wide where labels are wider than `SIDE`
         labels: of the samples, plain text; none: pictures alone
 
     Raises:
@@ -48,8 +48,8 @@ def image_grid(frames: Tensor, columns: int = 8, scale: int | None = None, label
         raise ValueError(f"a grid of {len(frames)} samples needs as many labels, got {len(labels)}")
     images = strip(frames)
     columns = min(len(images), max(1, min(columns, 2 * columns // min(frames.shape[1], STRIP))))
-    least = TOLD_SIDE if any(font(SIZE).getlength(label) > SIDE for label in labels) else SIDE
-    scale = scale or max(1, -(-least // min(frames.shape[2:4])))
+    breadth = TOLD_SIDE if any(font(SIZE).getlength(label) > SIDE for label in labels) else SIDE
+    scale = scale or max(1, -(-SIDE // min(frames.shape[2:4])), -(-breadth // images.shape[2]))
     height, width = images.shape[1] * scale, images.shape[2] * scale
     large = images.cpu().repeat_interleave(scale, 1).repeat_interleave(scale, 2).numpy()
     titled = (
