@@ -27,9 +27,9 @@ from recipes.config.errors import UserError
 from recipes.config.explain import explain
 from recipes.config.sources import register
 from recipes.config.staged import Stage, for_stage, gathered, readable, shared, stages_of
-from recipes.runtime.callbacks import checkpoints, step_of
+from recipes.runtime.checkpoint_files import checkpoints, step_of
+from recipes.runtime.devices import accelerator_of
 from recipes.runtime.machine import device_name, pick_device
-from recipes.runtime.trainer import accelerator_of
 
 # the file that a module writes last
 LAST = {
