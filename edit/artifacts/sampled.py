@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from edit.artifacts.shown import image
-from edit.data_set import captions, conditions, null_condition
+from edit.data_set import captions, class_name, conditions, null_condition, told
 from edit.denoiser import Denoiser
 from edit.inputs.trust import cut
 from edit.measuring.quality import generate
@@ -99,8 +99,7 @@ class Asked:
             raise ValueError(f"n={n}: expected a number of samples from 1 on")
         reads, classes = bool(denoiser.facts.text), data.num_classes
         if labels is None and prompts is None:
-            names = [_class(data, k % classes) for k in range(count)] if classes else []
-            return cls(conditions(data), names or captions(data, count))
+            return cls(conditions(data), told(data, count) or captions(data, count))
         if labels is not None and (reads or not classes):
             instead = "prompts, not labels: give prompts=" if reads else "no labels: leave them out, and give n="
             raise ValueError(f"{name} is told {instead}")
@@ -119,7 +118,7 @@ class Asked:
         if wrong := [v for v in given if not 0 <= v < classes]:
             raise ValueError(f"label {wrong[0]} is unknown: {name} has {classes} classes, 0 to {classes - 1}")
         chosen = torch.tensor(_repeated(given, n, "labels"))
-        return cls(lambda numbers: Condition(label=chosen[numbers]), [_class(data, int(k)) for k in chosen])
+        return cls(lambda numbers: Condition(label=chosen[numbers]), [class_name(data, int(k)) for k in chosen])
 
     @classmethod
     def _prompted(cls, name: str, data: Any, prompts: Any, n: int | None) -> Asked:
@@ -150,10 +149,6 @@ def _number(value: Any, what: str) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{what}: expected whole numbers, got {cut(value)}") from None
-
-
-def _class(data: Any, label: int) -> str:
-    return str(data.classes[label] if data.classes else label)
 
 
 def generated(
