@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-import edit
 from edit.denoiser import Edit
 from edit.few_step.method import FewStepMethod
 from edit.losses import Term
 from edit.solvers import Solver
 
-ROOT = Path(edit.__file__).parents[1]
+HERE = Path(__file__).parent
+ROOT = HERE.parent
 TITLES = {
     "backbones": "Backbones",
     "edits": "Edits",
@@ -102,7 +102,7 @@ def methods() -> Methods:
 
 def implemented() -> dict[str, dict[str, type]]:
     """Concrete classes of `edit`, by kind and name."""
-    for module in pkgutil.walk_packages(edit.__path__, "edit."):
+    for module in pkgutil.walk_packages([str(HERE)], "edit."):
         if not module.name.startswith("edit.kernels"):
             importlib.import_module(module.name)
     bases: dict[str, type] = {"edits": Edit, "terms": Term, "few_step": FewStepMethod, "solvers": Solver}
@@ -122,7 +122,7 @@ def implemented() -> dict[str, dict[str, type]]:
 def is_ours(cls: type) -> bool:
     """Whether a class is of a file of this repository: examples and tests derive from the same bases."""
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    return file is not None and Path(file).is_relative_to(ROOT / "edit")
+    return file is not None and Path(file).is_relative_to(HERE)
 
 
 def below(base: type) -> Iterator[type]:
