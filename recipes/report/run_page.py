@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from data.names import legible, typed
+from data.names import legible, our_script, typed
 from edit.inputs.trust import named
 from recipes.report.curves import Curve, Plot, others, plots, read_curves, seconds
 from recipes.report.figures import COSTS, QUALITIES, at, number, present
@@ -239,20 +239,22 @@ def commands(record: Record, beside: Sequence[Record]) -> Iterator[tuple[str, st
         slug = record.name.replace("/", "-")
         yield (
             "Sample: 60 images, without measuring",
-            typed("python", "eval.py", run, "n=60", "features=none", "rounds=0", f"out=reports/{slug}_samples"),
+            typed(
+                "python", our_script("eval.py"), run, "n=60", "features=none", "rounds=0", f"out=reports/{slug}_samples"
+            ),
         )
         yield (
             "Measure quality and cost, with a spread over seeds",
-            typed("python", "eval.py", run, "seed=[0,1,2]", f"out=reports/{slug}"),
+            typed("python", our_script("eval.py"), run, "seed=[0,1,2]", f"out=reports/{slug}"),
         )
         if other := _other(record, beside):
             pair = f"out=reports/{slug}_beside_{Path(other).name}"
-            yield "Compare", typed("python", "eval.py", run, f"artifact={other}", pair)
+            yield "Compare", typed("python", our_script("eval.py"), run, f"artifact={other}", pair)
         if folds(record):
             yield "Export for diffusers", typed("python", "-m", "recipes.export", run, f"out=exported/{slug}")
         yield (
             "Load in Python",
-            typed("python", "-c", f"import edit; print(edit.load({json.dumps(os.fspath(record.folder))}).denoiser)"),
+            typed("python", "-c", f"import edit; print(edit.load({json.dumps(os.fspath(record.folder))}))"),
         )
     yield "Write this page again", typed("python", "-m", "recipes.page", f"run={record.folder}")
 

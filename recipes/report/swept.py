@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from data.names import legible, setting, typed
+from data.names import legible, our_script, setting, typed
 from recipes.report.curves import HELD, LOSS, Curve, read_curves
 from recipes.report.figures import FIGURES, Figure, dotted, number, present
 from recipes.report.run_record import Record, find_runs, read
@@ -396,7 +396,7 @@ def next_command(sweep: Sweep) -> tuple[str, str] | None:
     if reported and len(sweep.settings) > 1:
         best = [best[0], f"artifact={sweep.settings[1].jobs[0].record.folder}"]
         return "Compare the best setting with the second", typed(
-            "python", "eval.py", *best, f"out=reports/{sweep.root.name}"
+            "python", our_script("eval.py"), *best, f"out=reports/{sweep.root.name}"
         )
     out = () if len(best) == 1 else (f"out=reports/{sweep.root.name}",)
-    return "Measure the best setting", typed("python", "eval.py", *best, *out)
+    return "Measure the best setting", typed("python", our_script("eval.py"), *best, *out)
