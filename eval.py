@@ -15,37 +15,40 @@ from typing import Any, NoReturn
 from edit.inputs.command import Failed, asks_traceback, guarded, working
 from edit.inputs.words import apart, asks_help
 from recipes.config.errors import UserError
+from recipes.config.help import keys_of
 from recipes.config.schema import EVALUATION, Evaluation
 from recipes.report.evaluate import run
 from recipes.report.page import write_report
 from recipes.report.request import OWN, default_out, folders, parse
 from recipes.variants import variants
 
-HELP = """Measure quality and cost of artifacts; write report.json and report.html.
+HELP = """Measure quality and cost of artifacts, print a comparison, write report.json and report.html.
 
 Examples
-  python eval.py artifact=runs/digits                          one artifact, into its run folder
+  python eval.py artifact=runs/digits                            one, into its run folder
   python eval.py artifact=runs/a artifact=runs/b out=reports/ab  side by side, same noise and labels
-  python eval.py 'artifact=runs/*' n=5000 seed=[0,1,2]         more images, spread between seeds
-  python eval.py artifact=runs/fast reference=runs/digits      PSNR, SSIM, feature distance to another run
-  python eval.py artifact=runs/digits steps=8 reference=runs/digits
+  python eval.py 'artifact=runs/*' n=5000 seed=[0,1,2]           more images, spread between seeds
+  python eval.py artifact=runs/fast reference=runs/digits        image by image: PSNR, SSIM, feature distance
   python eval.py artifact=runs/digits variant.fast=reuse variant.fast.reuse.interval=5 variant.few.steps=10
-                                                               with training-free edits, beside the plain one
+                                                                 with training-free edits, beside the plain one
 
 Keys
-  artifact    run or artifact folder, a list [a,b] or a pattern; may be given several times
-  variant.<name>                  training-free edits, files of configs/edits: one or [a,b]. A row of its own for each
-                                  artifact, compared with the plain one's images and times
-  variant.<name>.<edit>.<field>   changes a field of such an edit; <edit>._target_ adds one of another class
-  variant.<name>.steps            solver steps of a variant
-  out         folder of the report; default: the run folder, or reports/<names> for several
-  reference   artifact to compare images with, generated from the same noise by its own sampler
-  debug       true: show tracebacks
+  artifact   run or artifact folder, a list [a,b] or a pattern; may be given several times
+  out        folder of the report; left out: the run folder, or reports/<names> for several or with variants
+  reference  artifact to compare images with, made from the same noise by its own sampler
+  variant.<name>=<edits>                  a row with training-free edits (configs/edits): one or [a,b]
+  variant.<name>.<edit>.<field>=<value>   changes such an edit; <edit>._target_=<class> adds one
+  variant.<name>.steps=<n>                solver steps of a variant
+  debug=true                              shows tracebacks
 
-The report is written after every row: what was measured stays when the command is stopped.
+Keys and their defaults
+{keys}
 
-and, with their defaults,
-
+Read on
+  The report is written after every row: what was measured stays when the command is stopped.
+  python train.py evaluate.n=100     the same keys for the report at the end of a run
+  python -m recipes.list caching     edits that need no training
+  python -m recipes.apply --help     keeps a variant as an artifact
 """
 
 
@@ -81,7 +84,7 @@ def compare(words: Sequence[str], debug: bool) -> int:
         Failed: if an artifact or variant could not be measured
     """
     if not words or asks_help(words):
-        print(HELP + "".join(f"  {line}\n" for line in EVALUATION.read_text().splitlines() if not line.startswith("#")))
+        print(HELP.format(keys="\n".join(keys_of(EVALUATION))))
         return 0 if words else 2
     own, texts = apart(words, ("variant",))
     given, asked = parse(own), variants(texts)
@@ -93,13 +96,13 @@ def compare(words: Sequence[str], debug: bool) -> int:
     for one in asked:
         one.edits(chosen.trusted)
     reference = find(given["reference"]) if given.get("reference") else None
-    out = default_out(paths) if given.get("out") is None else Path(given["out"])
+    out = default_out(paths, [one.name for one in asked]) if given.get("out") is None else Path(given["out"])
     if (there := next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))) and not there.is_dir():
         raise UserError(f"out={out} cannot be written: {there} is no folder; give another out=")
     kept = Kept()
     try:
         with working(UserError, ValueError, OSError):
-            report = run(paths, chosen, out, reference, debug, asked, partial(kept.into, out))
+            report = run(paths, chosen, out, reference, debug, asked, partial(kept.into, out), ("eval.py", *words))
     except KeyboardInterrupt:
         print(kept.said, file=sys.stderr)
         return 130

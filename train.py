@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from recipes.config.launch import launch
+from recipes.config.launch import Opening, launch
+from recipes.opening import announce, answer
 
 
 def main(cfg) -> None:
@@ -17,4 +18,4 @@ def main(cfg) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, "train", Path(__file__).parent / "configs")
+    launch(main, "train", Path(__file__).parent / "configs", opening=Opening(announce, answer))

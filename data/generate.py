@@ -2,8 +2,8 @@
 
     python -m data.generate teacher=FLUX.1-dev prompts=prompts.txt out=cache precision=bfloat16 processes=0
     python -m data.generate teacher=runs/teacher prompts=prompts.txt out=cache text_encoder=t5 pooled_encoder=clip
-    python train.py data=latents data.set.path=cache data.set.generated_by=runs/teacher
 
+At the end it prints a command that trains a small student on them.
 Stop it whenever you like: the same command goes on after the last finished shard, and answers at once when all is made.
 """
 
@@ -14,8 +14,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from data import manifest
+from data.making.advice import next_step
 from data.making.request import Request
-from data.names import setting, typed
 from edit.inputs import words
 from edit.inputs.command import guarded, number_of, working
 
@@ -34,13 +35,14 @@ def main(argv: list[str]) -> int:
         print(f"{__doc__}\n{words.explained(Request)}\n\n{SEVERAL}")
         return 0
     request = words.read(Request, argv, rank=number_of("RANK", 0), world=number_of("WORLD_SIZE", 1))
+    import torch
+
     from data.making.generator import generate  # after --help and mistyped keys were answered
 
     with working(ValueError, OSError, RuntimeError):
         done = generate(request)
     if done:
-        told = (setting("data.set.path", request.out), setting("data.set.generated_by", request.teacher))
-        print("next: " + typed("python", "train.py", "data=latents", *told))
+        print(next_step(request.out, manifest.read(done), request.teacher, torch.cuda.is_available()))
     else:
         print(f"{request.out}: other ranks are still at work")
     return 0

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from data.order import BucketBatches, EndlessBatches
-from data.split import Split
+from edit.data_set import Split, collate
 
 
 class EndlessLoader(DataLoader):
@@ -135,28 +134,3 @@ class _Numbered(Dataset):
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
         index, draw = place
         return {**self.split.sample(index, draw), "draw": draw}
-
-
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack; pad text and its mask at the end; leave strings a list.
-
-    Raises:
-        ValueError: if samples differ in their parts or shapes
-    """
-    if odd := next((s for s in samples if s.keys() != samples[0].keys()), None):
-        raise ValueError(f"samples of one batch have different parts: {sorted(samples[0])} and {sorted(odd)}")
-    return {name: _join(name, [s[name] for s in samples]) for name in samples[0]}
-
-
-def _join(name: str, values: list[Any]) -> Any:
-    if name == "draw":
-        return torch.tensor(values)
-    if isinstance(values[0], str):
-        return values
-    if name in ("text", "text_mask"):
-        return pad_sequence(values, batch_first=True)
-    try:
-        return torch.stack(values)
-    except RuntimeError as error:
-        shapes = sorted({tuple(v.shape) for v in values})
-        raise ValueError(f"{name} has samples of different shapes in one batch: {shapes}") from error

@@ -34,6 +34,12 @@ def _quoted(word: str) -> str:
     return "$'" + legible(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
 
 
+def our_script(name: str) -> str:
+    """train.py or eval.py as a shell in this folder finds it."""
+    ours = Path(__file__).parents[1] / name
+    return name if Path(name).is_file() or not ours.is_file() else str(ours)
+
+
 def setting(key: str, value: str | os.PathLike) -> str:
     """`key=value` for train.py's command line, quoted where Hydra would not read this very text."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -47,8 +53,12 @@ def setting(key: str, value: str | os.PathLike) -> str:
     if plain:
         return f"{key}={text}"
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # not an interpolation
-    text = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
-    return f"{key}='{text}'"
+    return f"{key}={in_quotes(text)}"
+
+
+def in_quotes(text: str) -> str:
+    """A text as Hydra reads it in single quotes."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
 
 
 def matching(pattern: str | os.PathLike) -> list[str]:

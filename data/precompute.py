@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from data.names import setting, typed
+from data import manifest
+from data.making.advice import next_step
 from edit.inputs.command import Parser, guarded, number_of, working
 
 
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> int:
         find_device(options["device"])
         done = precompute(Job(**options, rank=number_of("RANK", 0), world=number_of("WORLD_SIZE", 1)))
     if done:
-        print("next: " + typed("python", "train.py", "data=latents", setting("data.set.path", options["out"])))
+        print(next_step(options["out"], manifest.read(done), gpu=torch.cuda.is_available()))
     else:
         print(f"{options['out']}: other ranks are still at work")
     return 0

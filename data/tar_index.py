@@ -18,10 +18,10 @@ import numpy as np
 from data.damage import Damaged, file_status
 from data.names import legible
 from data.plain_text import class_digits, class_number, read_json
+from edit.data_set import NOWHERE
 
 FORMAT = 3  # of the index files; 1 held labels that were rounded
 ABSENT = -1
-NOWHERE = os.devnull  # in place of a folder for index files: none is written
 TICK = 0.02  # seconds: files that change twice within one may keep their times
 LABELS = (b"V",)  # members that GNU tar puts in for itself: the archive's label
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}

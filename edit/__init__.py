@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from edit.artifacts.checkpoint import Artifact as Artifact
+    from edit.artifacts.artifact import Artifact as Artifact
     from edit.artifacts.checkpoint import load as load
     from edit.artifacts.checkpoint import save as save
+    from edit.catalogue import methods as methods
     from edit.denoiser import Denoiser as Denoiser
     from edit.denoiser import Edit as Edit
     from edit.edits import apply as apply
@@ -35,13 +36,14 @@ _HOMES = {
     "Edit": "edit.denoiser",
     "save": "edit.artifacts.checkpoint",
     "load": "edit.artifacts.checkpoint",
-    "Artifact": "edit.artifacts.checkpoint",
+    "Artifact": "edit.artifacts.artifact",
     "Denoiser": "edit.denoiser",
     "Condition": "edit.stream",
     "Stream": "edit.stream",
     "Step": "edit.stream",
     "Unit": "edit.unit",
     "Sampler": "edit.sampling",
+    "methods": "edit.catalogue",
 }
 
 __all__ = ["__version__", *_HOMES]

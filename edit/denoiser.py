@@ -74,6 +74,7 @@ class Edit(ABC):
     excludes: ClassVar[tuple[str, ...]] = ()  # class names of edits that cannot be applied together with this one
     alone: ClassVar[str] = ""  # the setting without which a forward makes `further` predictions; errors tell it
     records: ClassVar[tuple[str, ...]] = ()  # maps that `readout` adds to the trace, for solvers that use them
+    decides: ClassVar[Mapping[str, str]] = {}  # of what `decisions` are shares, in plain words, for maps in reports
 
     @abstractmethod
     def apply(self, denoiser: Denoiser) -> nn.Module | None:

@@ -10,13 +10,12 @@ the number of ranks. Source of the guidance interval: arXiv 2404.07724.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from edit import noise
 from edit.denoiser import Denoiser
@@ -89,7 +88,7 @@ class Sampler:
         """
         weight = next(denoiser.parameters())
         # inference_mode is faster than no_grad, but training cannot use the shards that it leaves gathered
-        sharded = isinstance(weight, DTensor) or hasattr(weight, "ds_id")
+        sharded = hasattr(weight, "device_mesh") or hasattr(weight, "ds_id")  # of FSDP2, of DeepSpeed
         with torch.no_grad() if sharded else torch.inference_mode():
             walk = self.walk(denoiser, objective, condition, samples, seed, negative, progress, shape, watch)
             for moment in walk:
@@ -320,3 +319,25 @@ def default_sampler(denoiser: Denoiser, objective: Objective | None = None) -> S
     if own is not None and predicted in own.solver.integrates:
         return own
     return Sampler(DDIMSolver(50) if predicted == "noise" else Euler(50))
+
+
+def at_guidance(sampler: Sampler, denoiser: Denoiser, weight: float) -> Sampler:
+    """The sampler at another guidance weight, which a model with a guidance input is told instead."""
+    if denoiser.facts.told:
+        return replace(sampler, guidance=1.0, told=float(weight))
+    return replace(sampler, guidance=float(weight))
+
+
+def at_steps(sampler: Sampler, steps: int | None) -> Sampler:
+    """The sampler with another number of steps; None: its own.
+
+    Raises:
+        ValueError: if its solver has times of its own
+    """
+    if steps is None or steps == sampler.solver.steps:
+        return sampler
+    if "steps" not in {f.name for f in fields(sampler.solver)}:  # type: ignore[arg-type]
+        raise ValueError(
+            f"steps={steps}, but this model is sampled at times of its own, {sampler.solver}: leave it out"
+        )
+    return replace(sampler, solver=replace(sampler.solver, steps=steps))  # type: ignore[type-var]

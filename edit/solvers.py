@@ -313,7 +313,10 @@ class Heun(Solver):
 
 @dataclass(frozen=True)
 class EulerMaruyama(Solver):
-    """SiT's SDE with diffusion w_t = t: steps - 1 stochastic steps from 1 to `last`, then one noiseless step to 0."""
+    """SiT's SDE with diffusion w_t = t: steps - 1 stochastic steps from 1 to `last`, then one noiseless step to 0.
+
+    Source: arXiv 2401.08740.
+    """
 
     steps: Annotated[int, Limits(2, 10_000)] = 250
     last: float = 0.04  # the paper's last-step size
@@ -341,7 +344,8 @@ class EulerMaruyama(Solver):
 class DDPMSolver(Solver):
     """Ancestral sampling on respaced steps round(i 999 / (steps - 1)), with the learned variance where there is one.
 
-    `diffusers.DDPMScheduler` is not used, as it draws its own noise: an image would depend on its batch.
+    `diffusers.DDPMScheduler` is not used, as it draws its own noise: an image would depend on its batch. Source: arXiv
+    2006.11239.
     """
 
     integrates: ClassVar = ("noise",)
@@ -408,7 +412,7 @@ class DDIMSolver(Scheduled):
     """Deterministic DDIM through `diffusers.DDIMScheduler`; data predictions are not clipped.
 
     Steps 0, 1000/N, 2 * 1000/N ...: spacing `ddimN` of the official DiT. `DDPMSolver` has spacing `N`, which ends at
-    step 999.
+    step 999. Source: arXiv 2010.02502.
     """
 
     integrates: ClassVar = ("noise",)
@@ -432,7 +436,7 @@ class DDIMSolver(Scheduled):
 
 @dataclass(frozen=True)
 class DPMSolver(Scheduled):
-    """DPM-Solver++ (multistep) through `diffusers`, for both kinds of prediction."""
+    """DPM-Solver++ (multistep) through `diffusers`, for both kinds of prediction (arXiv 2211.01095)."""
 
     integrates: ClassVar = ("velocity", "noise")
     steps: Steps = 20

@@ -81,9 +81,10 @@ def apply(chosen: Applying, made: Variant) -> Path:
             does not fit; if the artifact cannot be read
     """
     import edit
-    from edit.artifacts.variant import at_steps, same_weights
+    from edit.artifacts.variant import same_weights
     from edit.artifacts.variant import variant as changed
     from edit.edits import describe
+    from edit.sampling import at_steps
 
     trusted = tuple(filter(None, chosen.trusted.split(",")))
     edits = made.edits(trusted)

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from edit.data_set import conditions, null_condition
 from edit.denoiser import Denoiser
 from edit.distillation.guidance import TeacherGuidance
 from edit.few_step.method import FewStepMethod
@@ -20,11 +21,10 @@ from edit.objectives import Objective
 from edit.sampling import Sampler
 from edit.stream import Condition
 from recipes.config.errors import UserError
-from recipes.data_set import conditions, null_condition
 from recipes.models import Files, Models, losses_of, made, models_of
 from recipes.recipe import Training
 from recipes.roles import Teacher
-from recipes.runtime.trainer import recipe_casts
+from recipes.runtime.devices import recipe_casts
 from recipes.seen import Sight
 
 

@@ -29,9 +29,9 @@ from edit.inputs.limits import LAST_SEED, Count, check_numbers
 from recipes.assembly import Run
 from recipes.config.errors import UserError
 from recipes.procedure import Procedure, Result, Stand
+from recipes.runtime.devices import accelerator_of
 from recipes.runtime.files import is_first
 from recipes.runtime.loggers import make_loggers
-from recipes.runtime.trainer import accelerator_of
 
 APART = 2**31  # from the run's seed to that of calibration: evaluations, at small seeds, have other noise
 WITHOUT_END = 10**9  # batches: an edit may ask for any number of samples

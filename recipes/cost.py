@@ -211,10 +211,11 @@ def show(report: Mapping[str, Any]) -> None:
     table.add_row("  read by a forward" + (f" of {n}" if "per_token" in r else ""), short(r["activated"]))
     table.add_row("elements of fixed tables", short(r["buffers"]))
     least = "at least " if r["uncounted"] else ""
-    table.add_row("MACs per forward", least + short(r["macs"]))
-    table.add_row("forwards per image", f"{r['evaluations']}")
-    table.add_row("MACs per image", least + short(r["macs_per_image"]))
-    table.add_row("training FLOPs per image", least + short(r["training_flops"]))
+    table.add_row("MACs per forward", least + short(r["macs"]), end_section=True)
+    table.add_row("to generate one image: forwards", f"{r['evaluations']}")
+    table.add_row("  MACs of all of them", least + short(r["macs_per_image"]), end_section=True)
+    table.add_row("to train on one sample: forwards", "1, and its backward pass as 2")
+    table.add_row("  FLOPs (2 per MAC)", least + short(r["training_flops"]), end_section=True)
     if least:
         table.add_row("operators nobody counts", ", ".join(r["uncounted"]))
     for key, label in (("forward", f"seconds per forward of {n}"), ("generation", f"seconds per image, {n} at a time")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,19 @@ from omegaconf import DictConfig, OmegaConf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from data.loader import EndlessLoader
+from edit.data_set import captions, told
 from edit.denoiser import Denoiser
 from edit.measuring.cost import macs
 from edit.measuring.devices import peak_flops
 from recipes.assembly import Run
 from recipes.config.errors import UserError
-from recipes.data_set import captions
 from recipes.recipe import Recipe
 from recipes.runtime.callbacks import Checkpoints, Metrics, Preview, ProgressBar
 from recipes.runtime.checkpoint_files import read_rank
+from recipes.runtime.devices import accelerator_of
 from recipes.runtime.files import is_first
 from recipes.runtime.loggers import CSVLogger, make_loggers
-from recipes.runtime.trainer import accelerator_of, make_trainer
+from recipes.runtime.trainer import make_trainer
 
 
 def fit(run: Run, module: Recipe, out: Path, resume: Path | None, done: int, turns: bool) -> pl.Trainer:
@@ -93,9 +94,10 @@ def trainer_of(run: Run, out: Path, loggers: list[Logger], turns: bool) -> pl.Tr
         cfg.preview.count,
         run.sampler,
         out / "samples",
-        grid=lambda x: picture(data, x),
+        grid=lambda x, labels: picture(data, x, labels),
         condition=lambda n: run.condition(torch.arange(n)),
         captions=lambda n: captions(data, n),
+        labels=lambda n: told(data, n),
         negative=run.null,
         seed=cfg.seed,
         metrics=metrics,
@@ -121,14 +123,14 @@ def speed_limits(run: Run) -> tuple[float | None, float | None]:
     return 6 * macs(run.models.skeleton), peak_flops(torch.cuda.get_device_name())
 
 
-def picture(data: Any, x: torch.Tensor):
-    """Samples as one grid, uint8 y x 3; of a video some frames in a row."""
+def picture(data: Any, x: torch.Tensor, labels: Sequence[str] = ()):
+    """Samples as one grid with their labels, uint8 y x 3; of a video some frames in a row."""
     import numpy as np
 
-    from recipes.report.page import image_grid
+    from recipes.report.grids import image_grid
 
     columns = data.num_classes if data.num_classes and data.num_classes <= 12 else 8
-    return np.asarray(image_grid(data.to_frames(x), columns))
+    return np.asarray(image_grid(data.to_frames(x), columns, labels=labels))
 
 
 def full_state(denoiser: Denoiser, trainer: Any) -> Mapping[str, Any]:

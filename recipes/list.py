@@ -1,48 +1,24 @@
-"""The catalogue: every backbone, edit, loss term, few-step method and solver, in one table.
+"""The catalogue: every backbone, edit, loss term, few-step method and solver.
 
-    python -m recipes.list             # on the terminal
-    python -m recipes.list --write     # edit/README.md
-
-Rows are classes found in `edit`: summary and papers are those of their docstrings, configurations those that name them,
-worlds those that a configuration composes on. What cannot be read off the code is told under `about: rows` by the
-method's configuration, or by configs/catalogue.yaml.
+python -m recipes.list             # all of them, in one table
+python -m recipes.list caching     # a kind (terms) or a folder of edit/
+python -m recipes.list dydit       # one: what it is, paper, settings, worlds, a command to try it
+python -m recipes.list --write     # edit/README.md
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import inspect
-import pkgutil
-import re
-import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
 
-from omegaconf import OmegaConf
-
-import edit
-from edit.denoiser import Edit
-from edit.few_step.method import FewStepMethod
+from edit.catalogue import TITLES
 from edit.inputs.command import Parser, guarded
-from edit.inputs.trust import load_yaml
-from edit.losses import Term
-from edit.solvers import Solver
-from recipes.config import composed
+from recipes.catalogue import ROOT, Entry, entries
+from recipes.config.suggestions import nearest
+from recipes.details import details
 
-ROOT = Path(__file__).parents[1]
-CONFIGS = ROOT / "configs"
-CATALOGUE = CONFIGS / "catalogue.yaml"
 WRITTEN = ROOT / "edit/README.md"
-TITLES = {
-    "backbones": "Backbones",
-    "edits": "Edits",
-    "terms": "Loss terms",
-    "few_step": "Few-step methods",
-    "solvers": "Solvers",
-}
 HEADER = """# What is here
 
 Every backbone, edit, loss term, few-step method and solver. Written by `python -m recipes.list --write`; do not edit
@@ -52,36 +28,6 @@ it by hand: change docstrings, `about` in [configs/method](../configs/method) or
 [configs/world](../configs/world). Conditions of results are in
 [configs/RESULTS.md](../configs/RESULTS.md).
 """
-ARXIV = re.compile(r"\b(\d{4}\.\d{5})\b")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One row.
-
-    Args:
-        kind: a key of `TITLES`
-        name: of the class
-        summary: the first sentence of its docstring
-        papers: arXiv numbers
-        file: of the class, from the root of the repository
-        configs: group/name of each configuration that names the class
-        worlds: those on which such a method works; the first may be `all`, which are those of configs/world
-        change: in which way it changes a model or a run
-        claims: files of benchmarks/claims, without suffix
-        result: in a line
-    """
-
-    kind: str
-    name: str
-    summary: str
-    papers: tuple[str, ...]
-    file: str
-    configs: tuple[str, ...]
-    worlds: tuple[str, ...]
-    change: str
-    claims: tuple[str, ...]
-    result: str
 
 
 @guarded
@@ -89,166 +35,68 @@ def main(argv: list[str]) -> int:
     """The command line: 0 if all went well."""
     parser = Parser(
         prog="python -m recipes.list",
-        description="Every backbone, edit, loss term, few-step method and solver.",
+        description="Every backbone, edit, loss term, few-step method and solver, or one of them in full.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples: dydit, lcm, caching, few_step, terms, 2410.03456",
     )
+    what = "a class, its file or configuration, a folder of edit/, a kind, or an arXiv number; left out: all"
+    parser.add_argument("name", nargs="?", help=what)
     parser.add_argument("--write", action="store_true", help=f"write {WRITTEN.relative_to(ROOT)}")
     args = parser.parse_args(argv)
     found = entries()
     if args.write:
         WRITTEN.write_text(page(found))
         print(f"{len(found)} rows written to {WRITTEN.relative_to(ROOT)}")
+        return 0
+    chosen = found if args.name is None else meant(args.name, found)
+    if len(chosen) == 1:
+        print(details(chosen[0]))
     else:
-        show(found)
+        show(chosen)
     return 0
 
 
-# ---- what there is --------------------------------------------------------------------------------------------------
-
-
-def entries() -> list[Entry]:
-    """All rows, by kind and file.
+def meant(name: str, found: Sequence[Entry]) -> list[Entry]:
+    """The rows that a word means: a kind or folder, else a class, else a file, else a configuration, else a paper.
 
     Raises:
-        ValueError: for a class of which nothing is told, or of which two files tell
+        ValueError: if there are none, with the nearest names
     """
-    told, uses, found = sayings(), used(), []
-    classes = implemented()
-    names = {name for kind, group in classes.items() if kind != "backbones" for name in group}
-    if odd := sorted(told.keys() ^ names):
-        where = f"under about.rows in its file of configs/method, or in {CATALOGUE.name}"
-        known = f"say {where}, as in {odd[0]}: {{change: drops units}}" if odd[0] in names else "there is no such class"
-        raise ValueError(f"the catalogue and the code differ in {odd[0]}: {known}")
-    for kind, group in classes.items():
-        rows = [entry(kind, cls, told.get(name) or of_family(cls), uses, group) for name, cls in group.items()]
-        found += sorted(rows, key=lambda row: (row.file, row.name))
-    return found
+    wanted = _plain(name)
+    keys = (_rooms, lambda e: [e.name], lambda e: [Path(e.file).stem], _configs, lambda e: _spelled(e.configs))
+    for key in (*keys, lambda e: e.papers):
+        if rows := [e for e in found if wanted in map(_plain, key(e))]:
+            return rows
+    known = {n for e in found for n in (*_rooms(e), e.name.lower(), Path(e.file).stem, *_configs(e))}
+    close = nearest(name.lower(), known)
+    meaning = f"did you mean {' or '.join(close)}?" if close else "python -m recipes.list shows all"
+    raise ValueError(f"there is no method {name!r}: {meaning}")
 
 
-def sayings() -> dict[str, dict[str, Any]]:
-    """What files say of classes that cannot be read off the code, by class."""
-    found: dict[str, dict[str, Any]] = dict(load_plain(CATALOGUE))
-    for method in composed.names(CONFIGS, "method"):
-        for name, row in composed.about(CONFIGS, "method", method).get("rows", {}).items():
-            if name in found:
-                raise ValueError(f"configs/method/{method}.yaml: another file tells of {name}: leave one of them out")
-            found[name] = row
-    return found
+def _rooms(e: Entry) -> list[str]:
+    """The row's kind, and its folder of edit/."""
+    return [e.kind, TITLES[e.kind], Path(e.file).parent.name]
 
 
-def load_plain(file: Path) -> Any:
-    return OmegaConf.to_container(load_yaml(file))
+def _configs(e: Entry) -> list[str]:
+    """Names of the files of configs that are about the class."""
+    return _spelled(e.own)
 
 
-def implemented() -> dict[str, dict[str, type]]:
-    """Concrete classes of `edit`, by kind and name."""
-    for module in pkgutil.walk_packages(edit.__path__, "edit."):
-        if not module.name.startswith("edit.kernels"):
-            importlib.import_module(module.name)
-    bases: dict[str, type] = {"edits": Edit, "terms": Term, "few_step": FewStepMethod, "solvers": Solver}
-    specs = {
-        name: value
-        for module in list(sys.modules.values())
-        if module.__name__.startswith("edit.backbones.")
-        for name, value in vars(module).items()
-        if inspect.isclass(value) and value.__module__ == module.__name__ and "build" in vars(value) and is_ours(value)
-    }
-    return {"backbones": specs} | {
-        kind: {c.__name__: c for c in below(base) if not inspect.isabstract(c) and is_ours(c)}
-        for kind, base in bases.items()
-    }
+def _spelled(configs: Sequence[str]) -> list[str]:
+    """Configurations with their group, and alone."""
+    return [*configs, *(name.rpartition("/")[2] for name in configs)]
 
 
-def of_family(spec: type) -> dict[str, Any]:
-    """What a backbone's row says, read off its family: the class that `build` promises."""
-    family = get_type_hints(vars(spec)["build"])["return"]
-    return {"change": "over diffusers" if family.stock else "blocks written out"}
-
-
-def is_ours(cls: type) -> bool:
-    """Whether a class is of a file of this repository: examples and tests derive from the same bases."""
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    return file is not None and Path(file).is_relative_to(ROOT / "edit")
-
-
-def below(base: type) -> Iterator[type]:
-    for child in base.__subclasses__():
-        yield child
-        yield from below(child)
-
-
-def entry(
-    kind: str, cls: type, told: Mapping[str, Any], uses: Mapping[str, list[str]], others: Mapping[str, type]
-) -> Entry:
-    """The row of a class.
-
-    Args:
-        kind: a key of `TITLES`
-        cls: the class
-        told: what cannot be read off the code
-        uses: configurations by the classes that they name
-        others: all classes of this kind; one that is alone in its module is summed up by the module
-    """
-    module, doc = sys.modules[cls.__module__], inspect.getdoc(cls) or ""
-    own = tuple(dict.fromkeys(ARXIV.findall(doc)))
-    of_module = () if kind == "solvers" else tuple(dict.fromkeys(ARXIV.findall(module.__doc__ or "")))
-    names = tuple(uses.get(f"{cls.__module__}.{cls.__name__}", ()))
-    alone = [other.__module__ for other in others.values()].count(cls.__module__) == 1
-    summary = (module.__doc__ or "") if alone else doc
-    return Entry(
-        kind=kind,
-        name=cls.__name__,
-        summary=first_sentence(summary),
-        papers=tuple(told["paper"]) if "paper" in told else own or of_module,
-        file=Path(inspect.getfile(cls)).relative_to(ROOT).as_posix(),
-        configs=names,
-        worlds=() if kind == "solvers" else worlds_of(names),
-        change=told["change"],
-        claims=tuple(told.get("claim", ())),
-        result=told.get("result", ""),
-    )
-
-
-def first_sentence(doc: str) -> str:
-    """A docstring's first sentence, without its full stop and the papers, which have a column of their own."""
-    text = re.split(r"\.(?=\s+[A-Z`]|\s*$)", " ".join(doc.split("\n\n")[0].split()))[0]
-    return re.sub(r" \([^()]*arXiv [^()]*\)", "", text)
-
-
-def used() -> dict[str, list[str]]:
-    """Configurations by the classes that they name: dotted path -> group/name."""
-    found: dict[str, list[str]] = {}
-    for group in ("backbone", "edits", "sampler", "method", "experiment"):
-        for file in sorted((CONFIGS / group).rglob("*.yaml")):
-            text = file.read_text()
-            for path in dict.fromkeys(re.findall(r"_target_: ([\w.]+)", text)):
-                found.setdefault(path, []).append(file.relative_to(CONFIGS).with_suffix("").as_posix())
-    for group in ("method", "experiment"):  # those that choose an edit by its name
-        for file in sorted((CONFIGS / group).rglob("*.yaml")):
-            for chosen in re.findall(r"override /(?:edits|sampler): \[?([\w, ]+)", file.read_text()):
-                for kind, name in ((k, n.strip()) for n in chosen.split(",") for k in ("edits", "sampler")):
-                    for path in (path for path, names in found.items() if f"{kind}/{name}" in names):
-                        place = file.relative_to(CONFIGS).with_suffix("").as_posix()
-                        if place not in found[path]:
-                            found[path].append(place)
-    return found
-
-
-def worlds_of(configs: tuple[str, ...]) -> tuple[str, ...]:
-    """Worlds on which a configuration of configs/method works, and those that have an experiment of their own."""
-    worlds = composed.names(CONFIGS, "world")
-    methods = [name.removeprefix("method/") for name in configs if name.startswith("method/")]
-    own = {name.split("/")[1] for name in configs if name.startswith("experiment/")}
-    fitting = {world for world in worlds for method in methods if not composed.unfit(CONFIGS, world, method)}
-    if fitting >= set(worlds):
-        return ("all", *sorted(own - set(worlds)))
-    return tuple(sorted(fitting | own))
+def _plain(name: str) -> str:
+    """A name as it is compared: few-step, Few_Step and FewStep are one."""
+    return "".join(c for c in name.lower().removesuffix(".py").removesuffix(".yaml") if c.isalnum() or c in "./")
 
 
 # ---- how it is shown ------------------------------------------------------------------------------------------------
 
 
-def page(found: list[Entry]) -> str:
+def page(found: Sequence[Entry]) -> str:
     """The table of each kind as markdown."""
     parts = [HEADER]
     for kind, title in TITLES.items():
@@ -269,7 +117,7 @@ def row(e: Entry) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def shortened(configs: tuple[str, ...]) -> list[str]:
+def shortened(configs: Sequence[str]) -> list[str]:
     """The configurations nearest to a class: those of its own group, else of methods, else experiments."""
     for groups in (("backbone", "sampler"), ("edits", "method")):
         if near := [name for name in configs if name.split("/")[0] in groups]:
@@ -277,18 +125,23 @@ def shortened(configs: tuple[str, ...]) -> list[str]:
     return list(configs)
 
 
-def show(found: list[Entry]) -> None:
+def show(found: Sequence[Entry]) -> None:
     """The same on the terminal, a table for each kind."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = Console()
     for kind, title in TITLES.items():
-        table = Table("name", "change", "paper", "file", "configuration", "claim", "result", title=title)
-        for e in (e for e in found if e.kind == kind):
+        rows = [e for e in found if e.kind == kind]
+        table = Table(
+            Column("name", no_wrap=True), "change", "paper", "file", "configuration", "claim", "result", title=title
+        )
+        for e in rows:
             configs = "\n".join(shortened(e.configs))
             table.add_row(e.name, e.change, "\n".join(e.papers), e.file, configs, "\n".join(e.claims), e.result)
-        console.print(table)
+        if rows:
+            console.print(table)
+    console.print("python -m recipes.list <name> tells all of one", style="dim", highlight=False)
 
 
 if __name__ == "__main__":

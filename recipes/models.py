@@ -7,7 +7,7 @@ model that is not here yet.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ def models_of(cfg: DictConfig, sources: Sources) -> Models:
     with torch.device("meta"):
         plan = student.structure()
     refuse_unfit_start(cfg, plan, spec, data.shape)
-    refuse_unfit_data(plan, data)
+    refuse_unfit_data(plan, data, cfg)
     terms, matching = made(cfg.terms) or {}, made(cfg.matching)
     refuse_unending(cfg.trainer.strategy, terms)
     needy = [f"terms.{name}" for name, term in terms.items() if term.needs_teacher]
@@ -253,12 +253,13 @@ def refuse_unending(strategy: str, terms: Mapping[str, Term]) -> None:
         )
 
 
-def refuse_unfit_data(student: Denoiser, data: Any) -> None:
+def refuse_unfit_data(student: Denoiser, data: Any, cfg: DictConfig) -> None:
     """Raises UserError if the data's samples, classes or conditions do not fit the backbone."""
     shapes = [tuple(shape) for shape in getattr(data, "buckets", None) or [data.shape]]
     if refused := next((shape for shape in shapes if not student.accepts(shape)), None):
         given, taken = sizes(refused), sizes(student.sample_shape)
-        raise UserError(f"the data has samples of {given}, the backbone takes {taken}: change one of the two groups")
+        cure = " or ".join(cures(cfg, student.sample_shape, refused)) or "choose another backbone= and size="
+        raise UserError(f"the data has samples of {given}, the backbone takes {taken}: {cure}")
     classes = student.facts.classes
     if classes is None:
         try:
@@ -271,6 +272,35 @@ def refuse_unfit_data(student: Denoiser, data: Any) -> None:
         )
     if data.num_classes is not None and classes is not None and data.num_classes > classes:
         raise UserError(f"the data has {data.num_classes} classes, the backbone {classes}: build it for as many")
+
+
+def cures(cfg: DictConfig, taken: tuple[int, ...], given: tuple[int, ...]) -> Iterator[str]:
+    """Settings that would make the backbone and the samples fit, in words.
+
+    Args:
+        cfg: of the run
+        taken: shape that the backbone takes
+        given: shape of the refused samples
+    """
+    if cfg.init is not None:
+        yield f"choose data that init={cfg.init} was made for"
+    elif len(taken) == len(given) and (told := list(_fitting(cfg.backbone, taken, given))):
+        yield f"set {' '.join(f'backbone.{key}={value}' for key, value in told)}, choose another backbone= and size="
+    size = cfg.data.set.get("size")
+    if isinstance(size, int) and taken[0] == given[0] and taken[-1] == taken[-2] and size % given[-1] == 0:
+        yield f"set data.set.size={size // given[-1] * taken[-1]}"
+
+
+def _fitting(backbone: DictConfig, taken: tuple[int, ...], given: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+    """Keys of a backbone's section that decide the shape it takes, with the values for the shape that is given."""
+    for key in ("in_channels", "out_channels"):  # of a token, or of mean and variance: a multiple of the sample's
+        if taken[0] != given[0] and isinstance(own := backbone.get(key), int):
+            yield key, own * given[0] // taken[0]
+    sides = [*given[1:]]
+    if "input_size" in backbone and taken[1:] != given[1:] and len(set(sides)) == 1:
+        yield "input_size", sides[0]
+        if sides[0] % (patch := backbone.get("patch_size") or 1):
+            yield "patch_size", next(p for p in range(patch, 0, -1) if sides[0] % p == 0)
 
 
 def refuse_unfit_teacher(path: str | None, teacher: Denoiser, student: Denoiser, data: Any) -> None:

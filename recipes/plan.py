@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from edit.data_set import conditions
 from edit.inputs.command import Parser, guarded
 from edit.inputs.limits import Count, Limits, Positive, check_numbers
 from edit.inputs.words import explained, keys, read
@@ -36,7 +37,6 @@ from edit.measuring.turns import calls_of
 from recipes.config.chosen import procedure_of
 from recipes.config.errors import UserError, one_line
 from recipes.cost import short
-from recipes.data_set import conditions
 from recipes.models import Models, models_of
 from recipes.procedure import Probed, Procedure
 from recipes.stand_ins import StandIns
@@ -148,11 +148,13 @@ def compose(configs: Path, overrides: Sequence[str]) -> Any:
     from recipes.config.explain import explain
     from recipes.config.mistakes import mistakes
     from recipes.config.sources import register
+    from recipes.config.staged import gathered
 
     register()
+    words = gathered(overrides)
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(configs.resolve())):
-            cfg = hydra.compose("train", list(overrides))
+            cfg = hydra.compose("train", words)
     except Exception as error:  # what Hydra makes of words that are no settings is of many kinds
         raise ValueError(explain(error, configs, overrides)) from error
     found = mistakes(cfg, "", (*TRUSTED, *cfg.trusted))

@@ -25,7 +25,7 @@ from recipes.assembly import Run
 from recipes.fitting import fit, full_state, images_per_step
 from recipes.models import Models, losses_of
 from recipes.recipe import Recipe
-from recipes.runtime.callbacks import newest, step_of
+from recipes.runtime.checkpoint_files import newest, step_of
 from recipes.runtime.run_folder import refuse_overrun
 
 

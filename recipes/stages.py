@@ -19,16 +19,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from importlib.metadata import distributions
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from data.names import setting, typed
+from data.names import typed
 from edit.inputs.command import print_any_name
+from recipes.config.staged import Stage, readable, shared, stages_of
+from recipes.runtime.files import is_first
 
-# settings that all runs of train.py from one command share unless a run's own words say otherwise
-SHARED = ("runs", "logger.kinds", "logger.wandb.mode", "logger.wandb.project", "debug")
-SHARED += ("trainer.accelerator", "trainer.threads")  # not devices: their number decides the batch, and with it the run
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 CONNECTED = timedelta(minutes=10)  # for all ranks to reach the store
 OURS = Path(__file__).parents[1]  # the folder of `data` and `edit`
@@ -40,24 +40,31 @@ LAUNCHER |= {f"{group}_{what}" for group in ("LOCAL", "GROUP", "ROLE") for what 
 
 
 def run_before(cfg: DictConfig, script: Path) -> None:
-    """Run the stages of `cfg.before`, in order.
+    """Run the stages of `cfg.before`, in order, having said what is to be done.
 
     Args:
         cfg: the composed configuration
-        script: train.py, for words that name no module
+        script: train.py, for words that name no module; `configs` beside it has its configurations
 
     Raises:
         SystemExit: with the exit code of the first run that did not finish; on every rank
+        UserError: if a stage cannot be started with its words, before the first one starts
     """
     if not cfg.before:
         return
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        name = f"before/{cfg.runs}/{cfg.name}"  # a sweep has several
-        code = _while_others_wait(lambda: _run_all(cfg, script), name, "env://")
-    elif "LOCAL_RANK" in os.environ and "SLURM_PROCID" not in os.environ:
+    if "LOCAL_RANK" in os.environ and not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():
         return  # launched by Lightning on rank 0, which has run them
+    from recipes.ahead import look_ahead, told  # needs what training needs
+
+    ahead = look_ahead(cfg, script.parent / "configs")
+    if is_first():
+        for line in told(ahead):
+            print(f"{'before':<10}{line}", flush=True)
+    name, stages = f"before/{cfg.runs}/{cfg.name}", [item.stage for item in ahead]  # a sweep has several names
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        code = _while_others_wait(lambda: _run_all(stages, cfg, script, name), name, "env://")
     else:
-        code = _run_all(cfg, script)
+        code = _run_all(stages, cfg, script, name)
     if code:
         raise SystemExit(code)
 
@@ -70,8 +77,8 @@ def run_after(cfg: DictConfig) -> None:
     """
     if any(os.environ.get(rank, "0") != "0" for rank in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
         return
-    for words in cfg.after:
-        if code := _run([sys.executable, "-m", *words], "after"):
+    for stage in stages_of(cfg, "after"):
+        if code := _run([sys.executable, "-m", *stage.all], "after"):
             raise SystemExit(code)
 
 
@@ -89,14 +96,14 @@ def launched() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _run_all(cfg: DictConfig, script: Path) -> int:
+def _run_all(stages: Sequence[Stage], cfg: DictConfig, script: Path, name: str) -> int:
     """The exit code of the first run that did not finish, or 0."""
-    for number, words in enumerate(cfg.before):
-        if "=" in words[0]:
-            code = _run([sys.executable, str(script), *shared(cfg), *map(_readable, words)])
+    for number, stage in enumerate(stages):
+        if stage.module is None:
+            code = _run([sys.executable, str(script), *shared(cfg), *map(readable, stage.all)])
         else:
-            work, tasks = partial(_run, [sys.executable, "-m", *words]), _slurm_tasks(number)
-            code = _while_others_wait(work, f"before/{cfg.runs}/{cfg.name}/{number}", tasks) if tasks else work()
+            work, tasks = partial(_run, [sys.executable, "-m", *stage.all]), _slurm_tasks(number)
+            code = _while_others_wait(work, f"{name}/{number}", tasks) if tasks else work()
         if code:
             return code
     return 0
@@ -138,37 +145,10 @@ def _while_others_wait(work: Callable[[], int], name: str, meeting: str) -> int:
     return code
 
 
-def shared(cfg: DictConfig) -> list[str]:
-    """The settings that all runs share, as words of a command line."""
-    words = []
-    for key in SHARED:
-        value = OmegaConf.select(cfg, key)
-        if OmegaConf.is_list(value):
-            value = "[" + ",".join(map(str, value)) + "]"
-        elif isinstance(value, str):
-            words.append(setting(key, value))
-            continue
-        words.append(f"{key}={'null' if value is None else value}")
-    return words
-
-
-def _readable(word: str) -> str:
-    """A word for train.py, in quotes where Hydra cannot read it otherwise, such as a path with odd characters."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        OverridesParser.create().parse_override(word)
-        return word
-    except HydraException:
-        key, equals, value = word.partition("=")
-        return setting(key, value) if equals else word
-
-
 def _run(command: Sequence[str], when: str = "before") -> int:
     """Run a command and return its exit code. It gets the signals of this process, and dies with it."""
     print_any_name()
-    print(f"{when:<10}" + typed(*command[1:]), flush=True)
+    print(f"{when:<10}" + pasteable(command[1:]), flush=True)
     die = _die_with_parent if sys.platform == "linux" else None
     child = subprocess.Popen(command, preexec_fn=die, env=_environment())
     heard = [s for s in FORWARDED if signal.getsignal(s) != signal.SIG_IGN]  # under nohup, no SIGHUP
@@ -183,6 +163,18 @@ def _run(command: Sequence[str], when: str = "before") -> int:
         for s, handler in kept.items():
             signal.signal(s, handler)
     return code if code >= 0 else 128 - code
+
+
+def pasteable(words: Sequence[str]) -> str:
+    """A line for the shell in which this process was started: `python` and words."""
+    here, known = Path.cwd(), os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    found = words[0] != "-m" or OURS in (here, *(here / path for path in known if path)) or _installed()
+    return f"PYTHONPATH={typed(OURS)} " * (not found) + typed("python", *words)
+
+
+def _installed() -> bool:
+    """Whether every folder has our modules, for processes of this Python."""
+    return any(True for _ in distributions(name="edit-dit"))
 
 
 def _environment() -> dict[str, str]:

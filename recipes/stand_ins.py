@@ -9,10 +9,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from edit.artifacts.checkpoint import skeleton
+from edit.data_set import conditions
 from edit.denoiser import Denoiser
 from edit.measuring.probe import refuse_shape
 from recipes.config.errors import one_line
-from recipes.data_set import conditions
+from recipes.config.staged import stages_of
 from recipes.models import Sources, is_official, made, sizes
 from recipes.roles import Origin
 
@@ -51,7 +52,8 @@ class StandIns(Sources):
         told = self.image is not None or self.frames is not None
         data = self._of_size(denoiser) if told else self._read_data(denoiser)
         denoiser.settle(data.shape, spec)
-        refuse_shape(denoiser, tuple(data.shape))  # before `models_of` does: here image= is a cure
+        if told:  # a data set of another shape is refused by `models_of`, with what to set
+            refuse_shape(denoiser, tuple(data.shape))
         return data
 
     def _read_data(self, denoiser: Denoiser) -> Any:
@@ -133,5 +135,5 @@ def told_before(cfg: DictConfig) -> dict[str, Any]:
     """
     from data.generate import parse
 
-    orders = [parse(words[1:]) for words in cfg.before if list(words)[:1] == ["data.generate"]]
+    orders = [parse(stage.all[1:]) for stage in stages_of(cfg) if stage.module == "data.generate"]
     return next((order for order in orders if order["out"] == cfg.data.set.get("path")), {})

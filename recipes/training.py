@@ -7,32 +7,25 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from data.names import typed
-from edit.artifacts.checkpoint import save
-from edit.artifacts.weights import Unwritable
-from edit.edits import compact
 from edit.inputs.command import print_any_name
-from edit.measuring.memory import refuse
-from recipes.assembly import Run, assemble
-from recipes.config.chosen import procedure_of
 from recipes.config.errors import UserError
 from recipes.config.schema import Evaluation
-from recipes.plan import draft_of
-from recipes.procedure import Result
-from recipes.report.evaluate import run as evaluate
+from recipes.opening import decide, finished, named, say_complete, say_next, told
+from recipes.report.run_index import at_failure, write_pages
+from recipes.runtime.devices import accelerator_of
 from recipes.runtime.files import is_first, locked
-from recipes.runtime.loggers import close, log_artifact, log_summary
-from recipes.runtime.run_folder import begin, folder_of, here, refuse_other_run
-from recipes.runtime.trainer import accelerator_of, count_devices, precision_of
+from recipes.runtime.run_folder import begin, here, refuse_other_run
+
+if TYPE_CHECKING:
+    from recipes.assembly import Run
+    from recipes.procedure import Result
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -49,20 +42,30 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     print_any_name()
     out = settle(cfg)
     refuse_other_run(cfg, out)
+    if (steps := finished(cfg, out)) is not None:
+        with alone(cfg, out):
+            return complete(cfg, out, steps) if is_first() else {}
+    return perform(cfg, out)
+
+
+def perform(cfg: DictConfig, out: Path) -> dict[str, Any]:
+    """`run` for a run that its folder alone does not tell to be finished."""
+    from recipes.assembly import assemble  # here, not above: with it come torch, Lightning and the models
+    from recipes.config.chosen import procedure_of
+    from recipes.runtime.loggers import close, log_artifact, log_summary
+
     set_up_torch(cfg)
     procedure, job = procedure_of(cfg), assemble(cfg)
     if procedure.optimises:
         refuse_too_large(job)
-    with ExitStack() as held:
-        if is_first():
-            held.enter_context(locked(out))
-            refuse_other_run(cfg, out)  # again: another process may have written there until now
+    with alone(cfg, out), ExitStack() as held:
         stand = procedure.stand(cfg, out)
-        first_rank = rank_zero_only.rank in (0, None)
         if stand.finished:
-            return complete(cfg, out, stand.step) if first_rank else {}
-        if first_rank:
+            return complete(cfg, out, stand.step) if is_first() else {}
+        if is_first():
+            print(told(job), flush=True)
             begin(cfg, out, stand.resume is not None)
+            held.push(at_failure(out, Path(cfg.runs)))
         result = procedure.perform(job, out, stand)
         if result is None:
             return {}
@@ -85,14 +88,29 @@ def settle(cfg: DictConfig) -> Path:
     Raises:
         UserError: if the folder cannot be made, or the devices are not here
     """
-    OmegaConf.resolve(cfg)
-    cfg.name = str(cfg.name)  # name=${seed} is a number by now
-    out = folder_of(cfg)
-    cfg.trainer.devices, cfg.trainer.precision = count_devices(cfg.trainer), precision_of(cfg.trainer)
+    out = named(cfg)
+    decide(cfg)
     return out
 
 
+@contextmanager
+def alone(cfg: DictConfig, out: Path) -> Iterator[None]:
+    """Hold the folder's lock on the first rank.
+
+    Raises:
+        UserError: if another process holds it, or has written another run there until now
+    """
+    if not is_first():
+        yield
+        return
+    with locked(out):
+        refuse_other_run(cfg, out)
+        yield
+
+
 def set_up_torch(cfg: DictConfig) -> None:
+    import torch
+
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     torch.manual_seed(cfg.seed)
@@ -107,9 +125,14 @@ def refuse_too_large(run: Run) -> None:
     trainer = run.config.trainer
     capacity = trainer.memory
     if capacity is None and accelerator_of(trainer) == "gpu":
+        import torch
+
         capacity = torch.cuda.get_device_properties(0).total_memory / 1e9
     if not capacity:
         return
+    from edit.measuring.memory import refuse
+    from recipes.plan import draft_of
+
     try:
         draft = draft_of(run.models, run.config, [])
         if draft.plan().total <= capacity * 1e9:
@@ -132,31 +155,39 @@ def keep(run: Run, result: Result, out: Path, cure: str) -> Path:
     Raises:
         UserError: if its weights are not finite, with the cure
     """
+    from edit.artifacts.checkpoint import save
+    from edit.artifacts.weights import Unwritable
+    from edit.edits import compact
+
     cfg, data = run.config, OmegaConf.to_container(run.config.data.set)
-    told = {"name": cfg.name, **result.told, **here()}
+    provenance = {"name": cfg.name, **result.told, **here()}
     path, denoiser = out / "artifact", compact(result.denoiser, result.state)
     state = result.state if denoiser is result.denoiser else denoiser.state_dict()
     try:
-        return save(denoiser, path, run.objective, run.sampler, data, run=told, state=state)  # type: ignore
+        return save(denoiser, path, run.objective, run.sampler, data, run=provenance, state=state)  # type: ignore
     except Unwritable as error:
         raise UserError(f"no artifact was written: {error}; {cure}") from error
 
 
 def complete(cfg: DictConfig, out: Path, done: int) -> dict[str, Any]:
     """Answer for a run that is finished; evaluate it if it was stopped between training and evaluation."""
-    print(f"{out} is complete{f' ({done} steps)' * bool(done)}: a new run needs another name=")
+    say_complete(out, done)
     if cfg.evaluate and not (out / "report.json").exists():
         return finish(cfg, out / "artifact")
-    print(f"next      {typed('python', 'eval.py', f'artifact={out}')}")
+    say_next(cfg, out)
     return {}
 
 
 def finish(cfg: DictConfig, artifact: Path) -> dict[str, Any]:
-    """Print where the artifact is, evaluate it, and print the command for the next step."""
-    out = artifact.parent
+    """Print where the artifact is, evaluate it, and print the commands for the next steps."""
+    out, report = artifact.parent, {}
     print(f"artifact  {artifact}", flush=True)
-    report = evaluate([artifact], Evaluation.of(cfg.evaluate), out) if cfg.evaluate else {}
-    print(f"next      {typed('python', 'eval.py', f'artifact={out}')}", flush=True)
+    if cfg.evaluate:
+        from recipes.report.evaluate import run as evaluate
+
+        report = evaluate([artifact], Evaluation.of(cfg.evaluate), out)
+    write_pages(out, Path(cfg.runs))
+    say_next(cfg, out)
     return report
 
 

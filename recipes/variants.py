@@ -24,7 +24,7 @@ from recipes.config import composed
 from recipes.config.errors import UserError
 from recipes.config.mistakes import mistakes
 from recipes.config.schema import EVALUATION
-from recipes.config.suggestions import suggest
+from recipes.config.suggestions import LISTS, suggest
 
 if TYPE_CHECKING:
     from edit.denoiser import Edit
@@ -143,7 +143,7 @@ def grouped(place: str, text: str) -> dict[str, dict[str, Any]]:
     for name in listed(text):
         known = composed.names(CONFIGS, "edits")
         if name not in known:
-            raise UserError(f"{place}={text}: there is no configs/edits/{name}.yaml{suggest(name, known)}")
+            raise UserError(f"{place}={text}: there is no configs/edits/{name}.yaml{suggest(name, known)}{LISTS}")
         for edit, node in (composed.read(CONFIGS, "edits", name) or {}).items():
             if edit in nodes:
                 raise UserError(f"{place}={text}: two of these have an edit named {edit!r}: leave one of them out")

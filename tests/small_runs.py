@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib.backends.backend_agg  # noqa: F401 - else each forked run imports it for its page
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from ranks import run_ranks

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from weights import randomise
 
+from edit.data_set import conditions, null_condition
 from edit.denoiser import Denoiser
 from edit.few_step.method import FewStepMethod
 from edit.losses import Term
@@ -28,7 +29,6 @@ from recipes.assembly import Run, make_sight, training_of
 from recipes.config import composed
 from recipes.config.chosen import procedure_of
 from recipes.config.sources import register
-from recipes.data_set import conditions, null_condition
 from recipes.few_step import FewStep
 from recipes.models import Sources, losses_of, made, models_of
 from recipes.plan import draft_of

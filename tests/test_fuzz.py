@@ -334,7 +334,7 @@ def read_artifact(folder: Path) -> object:
 
 
 def read_checkpoint(folder: Path) -> object:
-    from recipes.runtime.callbacks import newest
+    from recipes.runtime.checkpoint_files import newest
 
     path = newest(folder)
     assert path is not None

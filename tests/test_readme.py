@@ -39,6 +39,8 @@ def words(command):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Looks like a clone in which nothing has been run."""
+    import matplotlib.backends.backend_agg  # noqa: F401
+
     import recipes.report.evaluate
     import recipes.training  # noqa: F401  else each command would import torch and Lightning again
 
@@ -94,7 +96,7 @@ def test_the_commands_run_in_the_order_of_the_readme(folder):
     (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # a new process: its imports must be complete
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, check=True, timeout=120)
-    assert (folder / "shallow/config.json").exists()
+    assert (folder / "shallow/config.json").exists() and (folder / "three.png").exists()
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py" in c and any(n in c for n in NEEDS_DATA)])
@@ -151,13 +153,13 @@ def test_the_flux_commands_run_on_a_stand_in_of_its_depth(folder):
     short = [*SHORT, "trainer.accumulate=1"]
     few = [
         "data.set.steps=2",
-        "before.0.1='prompts=composed:5'",
-        "before.0.4='size=8'",
-        "before.0.6='steps=2'",
-        "before.0.9='long=cut'",
+        "before.generate.prompts=composed:5",
+        "before.generate.size=8",
+        "before.generate.steps=2",
+        "before.generate.long=cut",
     ]
     extra = {
-        "recipes.plan": [*alone, "devices=1", "peak=1", "before.0.4='size=8'"],
+        "recipes.plan": [*alone, "devices=1", "peak=1", "before.generate.size=8"],
         "experiment=flux_dev/distill": [*alone, *short, "sampler.solver.steps=2", *few],
         "recipes.export": [],
         "data.generate": ["steps=2", "size=8", "processes=1", "device=cpu"],

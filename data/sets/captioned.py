@@ -133,6 +133,10 @@ class World:
     def heldout(self) -> Captioned:
         return self._heldout
 
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """New prompts of the world's words, as its captions are embedded. Raises ValueError for another word."""
+        return dict(zip(("text", "text_mask", "pooled"), self.encoders(prompts), strict=True))
+
     def to_frames(self, x: Tensor) -> Tensor:
         """Latents b c *sizes -> uint8 b f 4y 4x 3."""
         return by_sample(pixel_codec.decode(folded(x)), x)

@@ -18,12 +18,15 @@ from data import manifest
 from data.damage import Damaged, Tolerance
 from data.decoder import Decoder
 from data.making.encoders import VAE
+from data.making.frozen import PromptEncoders
+from data.making.stored_text import encoders_of
 from data.pixels import to_uint8
 from data.plain_text import LAST_LABEL
-from data.split import CheckedSet, Split, flipped, opened
+from data.split import CheckedSet, Split, flipped
 from data.tar_index import ABSENT
 from data.tars import Tars
 from edit import noise
+from edit.data_set import collate, opened
 from edit.frames import by_sample, folded
 
 
@@ -124,6 +127,21 @@ class Latents:
         vae = self._own()
         vae.to(x.device)
         return by_sample(to_uint8(vae.decode(folded(x).float() / scale.to(x.device) + shift.to(x.device))), x)
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """New prompts as the stored ones were embedded: text b l c, text_mask b l, pooled b c, as far as there are.
+
+        Raises:
+            FileNotFoundError: if the text encoders are not where they were
+            ValueError: if the manifest names none, or others lie there
+        """
+        rows = [{k: v.float() for k, v in row.items()} for row in self._encoders.embed(prompts)]
+        text = self.manifest["text"]
+        return collate([row | padded(row["text"], text) if text else row for row in rows])
+
+    @cached_property
+    def _encoders(self) -> PromptEncoders:
+        return encoders_of(self.path, self.manifest)
 
     def decoder(self) -> nn.Module:
         """The same with a graph: b c *sizes -> pixels b 3 *sizes in about [-1, 1]; raises likewise."""

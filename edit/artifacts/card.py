@@ -21,6 +21,7 @@ from yaml import YAMLError
 import edit
 from edit.artifacts.checkpoint import Artifact
 from edit.artifacts.location import is_hub_id
+from edit.artifacts.measured import quality_of, results
 from edit.artifacts.reference import home
 from edit.edits import describe, per_token
 from edit.inputs import trust
@@ -366,39 +367,12 @@ def metrics(artifact: Path) -> str:
 
     Entries that another program wrote are left out, and the card says so.
     """
-    folder = artifact.parent if artifact.name == "artifact" else artifact
-    if not (folder / "report.json").is_file():
-        return ""
-    rows: list[dict[str, str]] = []
-    foreign = False
-    entries = _json(folder / "report.json").get("artifacts")
-    for entry in entries if isinstance(entries, list) else [None]:
-        try:
-            if entry.get("variant") or len(entries) > 1 and not _is(entry["path"], folder):  # a comparison with others
-                continue
-            for result in entry.get("results", []):
-                rows.append(_row(result))
-        except (KeyError, TypeError, ValueError, AttributeError):
-            foreign = True
+    found, foreign = results(artifact)
+    rows = [quality_of(result) for result in found]
     names = list(dict.fromkeys(k for row in rows for k in row))
     lines = [names, ["---"] * len(names), *([row.get(k, "") for k in names] for row in rows)] if rows else []
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return "\n\n".join([*([table] if table else []), *([FOREIGN] if foreign else [])])
-
-
-def _row(result: Mapping[str, Any]) -> dict[str, str]:
-    measured = {**result["quality"], **(result.get("compared") or {})}
-    row = {"guidance": f"{result['guidance']:g}", "images": str(result["n"])}
-    return row | {k: _number(v) for k, v in measured.items()}
-
-
-def _is(path: str, run: Path) -> bool:
-    return run.resolve() in (Path(path).resolve(), Path(path).resolve().parent)
-
-
-def _number(measure: Mapping[str, Any]) -> str:
-    spread = measure.get("spread")
-    return f"{measure['value']:.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
 
 
 def _yaml(value: Any) -> str:

@@ -20,7 +20,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from edit import edits as editing
 from edit.artifacts import checksums
+from edit.artifacts.artifact import Artifact
 from edit.artifacts.description import FORMAT, family_of, import_path, read_description
 from edit.artifacts.location import find, is_hub_id
 from edit.artifacts.reference import home
@@ -50,20 +51,6 @@ from edit.objectives import DDPM, FlowMatching, Objective
 from edit.replaced import gone
 from edit.sampling import Sampler, default_sampler
 from edit.solvers import StockEuler
-
-
-@dataclass
-class Artifact:
-    """A loaded artifact: the denoiser in eval mode, and the settings to sample from it and to evaluate it."""
-
-    path: Path
-    denoiser: Denoiser
-    objective: Objective
-    sampler: Sampler
-    data: dict[str, Any] = field(default_factory=dict)  # the data set's configuration node, `_target_` included
-    run: dict[str, Any] = field(default_factory=dict)  # name, step, seed, revision, versions, metrics
-    home: Path | None = None  # folder that the weights were read from: `path`, or the one that it refers to
-    identity: str = ""  # the same for artifacts of the same stock files; "": they were not verified
 
 
 def described(denoiser: Denoiser, objective: Objective | None, sampler: Sampler | None) -> dict[str, Any]:
@@ -212,6 +199,7 @@ def load(
             run=description["run"],
             home=weights,
             identity=identity,
+            trusted=tuple(trusted),
         )
 
 

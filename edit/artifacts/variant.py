@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from edit import edits as editing
 from edit.artifacts.checkpoint import Artifact
@@ -55,18 +55,3 @@ def same_weights(one: Denoiser, other: Denoiser) -> bool:
         return {k: (v.data_ptr(), tuple(v.shape)) for k, v in {**stock, **own}.items()}
 
     return stored(one) == stored(other)
-
-
-def at_steps(sampler: Sampler, steps: int | None) -> Sampler:
-    """The sampler with another number of steps; None: its own.
-
-    Raises:
-        ValueError: if its solver has times of its own
-    """
-    if steps is None or steps == sampler.solver.steps:
-        return sampler
-    if "steps" not in {f.name for f in fields(sampler.solver)}:  # type: ignore[arg-type]
-        raise ValueError(
-            f"steps={steps}, but this model is sampled at times of its own, {sampler.solver}: leave it out"
-        )
-    return replace(sampler, solver=replace(sampler.solver, steps=steps))  # type: ignore[type-var]

@@ -131,6 +131,7 @@ class Cached(Edit):
     """An edit that predicts parts of the model at some evaluations. It does nothing while the model is trained."""
 
     excludes = ("Elastic", "DyDiT")  # they run parts of a batch, whose samples a memory of the whole does not find
+    decides = {"executed": "units that were computed, not predicted"}
 
     @abstractmethod
     def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:

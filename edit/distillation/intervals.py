@@ -2,7 +2,8 @@
 
 The student's unit gets the teacher's tokens before the interval and is compared with those after it, so intervals train
 apart from each other and any subset of them can be plugged in. Directions are compared, as published; a small weight on
-magnitudes keeps errors of scale out of later units (ours). Specification: methods/distillation.md D3.3 c, g.
+magnitudes keeps errors of scale out of later units (ours). Source: arXiv 2511.16156. Specification:
+methods/distillation.md D3.3 c, g.
 """
 
 from __future__ import annotations

@@ -262,7 +262,8 @@ class PolicyImitation(FewStepMethod):
 
 @dataclass(frozen=True)
 class PolicySolver(Solver):
-    """One call of the model for each segment, whose policy is followed in substeps that cost nothing.
+    """One call of the model for each segment, whose policy is followed in substeps that cost nothing (pi-Flow, arXiv
+    2510.14974).
 
     Args:
         steps: segments

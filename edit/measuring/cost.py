@@ -10,19 +10,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from edit import edits as editing
 from edit.artifacts.checkpoint import default_objective
 from edit.denoiser import Denoiser
 from edit.measuring.devices import device_name
 from edit.measuring.flops import Flops, Uncounted, uncounted
-from edit.measuring.timing import Spread, in_turns, peak_memory
+from edit.measuring.timing import Spread, distinct_bytes, in_turns, peak_memory, steadiest, tensors
 from edit.objectives import Objective
 from edit.sampling import Sampler, default_sampler
 from edit.stream import Condition, Output, Step
@@ -42,7 +42,8 @@ class Cost:
     device: str
     forward: Spread | None = None  # seconds per forward of `batch` samples
     generation: Spread | None = None  # seconds per image, generated `batch` at a time
-    peak_memory: int | None = None  # bytes during a generation of `batch` images, weights included
+    peak_memory: int | None = None  # bytes during a generation of `batch` images, weights and tables included
+    resident: int | None = None  # of these bytes, those of weights and tables
     uncounted: tuple[str, ...] = ()  # operators without a FLOP formula that ran: with any, MACs are a lower bound
     per_token: int | None = None  # of the parameters, those that a token is computed with (`Edit.activated`); None: all
 
@@ -90,8 +91,10 @@ def cost(
     if rounds and _device(denoiser).type == "meta":
         raise ValueError("this denoiser is on the meta device, which has no clock: load or build it with weights")
     subject = denoiser if real else twin(denoiser)
-    one = count_forward(subject, condition, batch)
-    whole = count_generation(subject, sampler, objective, condition, batch)
+    meter = _Meter(subject)  # of both: a forward is not counted twice
+    one = _forward_count(meter, condition, batch)
+    meter.macs = meter.samples = 0
+    whole = _generation_count(meter, sampler, objective, condition, batch)
     parameters, taken = sum(p.numel() for p in denoiser.parameters()), editing.per_token(denoiser)
     counted = Cost(
         parameters=parameters,
@@ -124,7 +127,7 @@ class Timed:
 
 
 def with_times(models: Sequence[Timed], rounds: int) -> list[Timed]:
-    """The same with seconds and memory: all forwards are timed in turns, then all generations.
+    """The same with seconds and memory: all forwards are timed in turns, then all generations; again if unsteady.
 
     Args:
         models: on one device
@@ -132,13 +135,15 @@ def with_times(models: Sequence[Timed], rounds: int) -> list[Timed]:
     """
     device = _device(models[0].denoiser)
     with torch.no_grad():
-        forwards = in_turns([_forward(m) for m in models], device, rounds)
-    generations = in_turns([_generation(m) for m in models], device, rounds, warmup=1)
+        forwards = steadiest(partial(in_turns, [_forward(m) for m in models], device, rounds))
+    generations = steadiest(partial(in_turns, [_generation(m) for m in models], device, rounds, warmup=1))
     found = []
     for m, forward, generation in zip(models, forwards, generations, strict=True):
         per_image = Spread.of(seconds / m.counted.batch for seconds in generation)
-        memory = peak_memory(_generation(m), device, (*m.denoiser.parameters(), *m.denoiser.buffers()))
+        held = (*m.denoiser.parameters(), *m.denoiser.buffers())
+        memory = peak_memory(_generation(m), device, held)
         counted = replace(m.counted, forward=Spread.of(forward), generation=per_image, peak_memory=memory)
+        counted = replace(counted, resident=distinct_bytes(held))
         found.append(replace(m, counted=counted, seconds=tuple(generation)))
     return found
 
@@ -201,8 +206,11 @@ def _homes(denoiser: Denoiser) -> tuple[str, ...]:
 
 def count_forward(denoiser: Denoiser, condition: Condition, batch: int) -> Count:
     """One forward at t = 0.5, outside a generation, where the denoiser is; on the meta device nothing is computed."""
-    meter = _Meter(denoiser)
-    meter(torch.zeros(batch, *denoiser.sample_shape), torch.full((batch,), 0.5), condition)
+    return _forward_count(_Meter(denoiser), condition, batch)
+
+
+def _forward_count(meter: _Meter, condition: Condition, batch: int) -> Count:
+    meter(torch.zeros(batch, *meter.denoiser.sample_shape), torch.full((batch,), 0.5), condition)
     return meter.total(batch)
 
 
@@ -210,7 +218,10 @@ def count_generation(
     denoiser: Denoiser, sampler: Sampler, objective: Objective, condition: Condition, batch: int
 ) -> Count:
     """All evaluations of one generation of `batch` images: the sampler itself runs, and each call is counted."""
-    meter = _Meter(denoiser)
+    return _generation_count(_Meter(denoiser), sampler, objective, condition, batch)
+
+
+def _generation_count(meter: _Meter, sampler: Sampler, objective: Objective, condition: Condition, batch: int) -> Count:
     sampler(cast(Denoiser, meter), objective, condition, torch.arange(batch))
     return meter.total(batch)
 
@@ -300,10 +311,9 @@ class _Reads(TorchDispatchMode):
         if uncounted(func):
             self.uncounted.add(str(func))
         if not getattr(func, "is_view", False):
-            for v in tree_leaves((args, kwargs or {})):
-                if isinstance(v, Tensor):
-                    seen = self.views.setdefault(v.untyped_storage()._cdata, set())
-                    seen.add((tuple(v.shape), v.stride(), v.storage_offset()))
+            for v in tensors((args, kwargs)):
+                seen = self.views.setdefault(v.untyped_storage()._cdata, set())
+                seen.add((tuple(v.shape), v.stride(), v.storage_offset()))
         return func(*args, **(kwargs or {}))
 
     def elements(self, module: nn.Module) -> int:

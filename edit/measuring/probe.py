@@ -189,7 +189,9 @@ def refuse_shape(denoiser: Denoiser, shape: tuple[int, ...]) -> None:
     """Raises ValueError if the denoiser takes no samples of this shape."""
     if not denoiser.accepts(shape):
         given, wanted = ("x".join(map(str, s)) for s in (shape, denoiser.sample_shape))
-        raise ValueError(f"{denoiser.name} takes samples of {wanted}, got {given}: change image= or backbone")
+        raise ValueError(
+            f"{denoiser.name} takes samples of {wanted}, got {given}: give another image=, frames=, backbone= or size="
+        )
 
 
 def _copy(v: Tensor) -> Tensor:

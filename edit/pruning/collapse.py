@@ -1,8 +1,8 @@
 """Interval collapse: several consecutive units of a teacher become one unit of its student.
 
 The edit is structural: the artifact is a plain model of its family. A depth subset is `edit.pruning.depth.DepthPruning`
-with pattern "listed". Sources: PPCL (OPPO, Qwen-Image pruning); the mean of an interval is Amber-Image's.
-Specification: methods/distillation.md D2.
+with pattern "listed". Sources: PPCL (OPPO, Qwen-Image pruning, arXiv 2511.16156); the mean of an interval is
+Amber-Image's. Specification: methods/distillation.md D2.
 """
 
 from __future__ import annotations

@@ -81,6 +81,11 @@ class DyDiT(Edit):
     last = adaptive = True
     alone = "complete=0"
     excludes = ("DyDiT", "TinyFusion", "Elastic")
+    decides = {
+        "heads": "attention heads that were run",
+        "groups": "groups of MLP channels that were run",
+        "tokens": "tokens that were chosen for the unit",
+    }
 
     def __post_init__(self):
         check_numbers(self)

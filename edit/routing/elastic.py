@@ -97,6 +97,11 @@ class Elastic(Edit):
 
     last = adaptive = True
     excludes = ("Elastic", "TinyFusion", "DyDiT")
+    decides = {
+        "open": "units that were run",
+        "width": "the MLP's width that was run",
+        "cached": "units that repeated what they had added before",
+    }
 
     def __post_init__(self):
         check_numbers(self)

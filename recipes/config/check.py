@@ -11,7 +11,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from edit.inputs.trust import cut
-from recipes.config.conflicts import conflicts
+from recipes.config.conflicts import conflicts, procedure_conflicts
 from recipes.config.mistakes import mistakes
 from recipes.config.older import bring_up_to_date
 from recipes.config.schema import Root
@@ -28,10 +28,20 @@ def check(cfg: DictConfig) -> list[str]:
     Values are compared with the rules of the schema, `_target_` nodes with the kind of class that their place expects
     and with the signatures that they name. Conflicts between settings are looked for in a `Root` without mistakes.
     """
+    return check_settings(cfg) or check_procedure(cfg)
+
+
+def check_settings(cfg: DictConfig) -> list[str]:
+    """`check`, without what needs the procedure, and with it Lightning."""
     bring_up_to_date(cfg)
     trusted = (*TRUSTED, *(OmegaConf.select(cfg, "trusted") or ()))
     errors = list(mistakes(cfg, "", trusted))
     return errors or (list(conflicts(cfg)) if OmegaConf.get_type(cfg) is Root else [])
+
+
+def check_procedure(cfg: DictConfig) -> list[str]:
+    """The rest of `check`, for a configuration whose settings are right."""
+    return list(procedure_conflicts(cfg)) if OmegaConf.get_type(cfg) is Root else []
 
 
 def check_hydra(node: DictConfig | None) -> Iterator[str]:

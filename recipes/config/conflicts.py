@@ -21,6 +21,7 @@ from recipes.config.chosen import procedure_of
 from recipes.config.errors import UserError, one_line, refuse
 from recipes.config.mistakes import locate
 from recipes.config.schema import Evaluation
+from recipes.config.staged import Stage, stages_of
 from recipes.config.suggestions import suggest
 from recipes.config.values import unplaceable
 
@@ -30,12 +31,7 @@ STAGES = ("data.embedded", "data.generate", "data.precompute", "recipes.export",
 
 
 def conflicts(cfg: DictConfig) -> Iterator[str]:
-    """One sentence for each conflict in a `Root` whose values are right one by one; first those of any procedure."""
-    found = list(_conflicts(cfg))
-    yield from found or _check_recipe(cfg)
-
-
-def _conflicts(cfg: DictConfig) -> Iterator[str]:
+    """One sentence for each conflict of any procedure in a `Root` whose values are right one by one."""
     if absent := list(unbuilt(cfg)):
         yield from absent
         return
@@ -48,9 +44,7 @@ def _conflicts(cfg: DictConfig) -> Iterator[str]:
         for name, node in cfg[section].items():
             if not isinstance(node, DictConfig) or "_target_" not in node:
                 yield f"{section}.{name}: expected a section with _target_, got {node}; ~{section}.{name} leaves it out"
-    for when in ("before", "after"):
-        for i, words in enumerate(cfg[when]):
-            yield from _check_stage(f"{when}.{i}", words)
+    yield from _check_stages(cfg)
     if not OmegaConf.is_interpolation(cfg, "init") and cfg.init == "":  # null means from scratch
         yield "init is missing: this run starts from a trained model; give its run or artifact folder with init=..."
     yield from _check_devices(cfg.trainer)
@@ -198,8 +192,9 @@ def _can_be_off(node: Any) -> bool:
     return isinstance(made, type) and issubclass(made, Edit) and made.off is not Edit.off
 
 
-def _check_recipe(cfg: DictConfig) -> Iterator[str]:
-    """What the procedure cannot be combined with, by itself. Making it imports Lightning, so this comes last."""
+def procedure_conflicts(cfg: DictConfig) -> Iterator[str]:
+    """What the procedure itself cannot be combined with, in a `Root` without other conflicts. Making it imports
+    Lightning, so this comes last."""
     for place in ("recipe", "matching"):
         node = cfg[place]
         if node is not None and (not isinstance(node, DictConfig) or "_target_" not in node):
@@ -216,17 +211,24 @@ def _check_recipe(cfg: DictConfig) -> Iterator[str]:
 # ---- what runs besides the training ---------------------------------------------------------------------------------
 
 
-def _check_stage(place: str, words: Any) -> Iterator[str]:
-    try:
-        words = OmegaConf.create([*words]) if OmegaConf.is_list(words) else words
-    except InterpolationResolutionError:
-        return  # ${hydra:...}: the job itself checks them again
-    if not OmegaConf.is_list(words) or not words or not all(isinstance(w, str) for w in words):
-        yield f"{place}: expected a list of settings such as [experiment=flux_tiny/teacher], got {cut(words)}"
-        return
-    for word, written in zip(words, OmegaConf.to_container(words), strict=True):
-        if word.endswith("=None") and (source := re.search(r"\$\{([\w.]+)\}$", written)):
-            yield f"{source[1]} has no value, and {place} needs it for {written}; give one with {source[1]}=..."
+def _check_stages(cfg: DictConfig) -> Iterator[str]:
+    for when in ("before", "after"):
+        try:
+            for i, (entry, stage) in enumerate(zip(cfg[when], stages_of(cfg, when), strict=True)):
+                written = OmegaConf.to_container(entry)  # as in the file, with its references
+                lists = written.values() if isinstance(written, dict) else [written]
+                yield from _check_stage(f"{when}.{stage.name if stage.given else i}", stage, *lists)
+        except InterpolationResolutionError:
+            continue  # ${hydra:...}: the job itself checks them again
+        except UserError as error:
+            yield one_line(error)
+
+
+def _check_stage(place: str, stage: Stage, written: Sequence[str]) -> Iterator[str]:
+    words = stage.all
+    for word, source in zip(stage.words, written, strict=True):
+        if word in words and word.endswith("=None") and (source := re.search(r"\$\{([\w.]+)\}$", source)):
+            yield f"{source[1]} has no value, and {place} needs it for {source.string}; give one with {source[1]}=..."
             return
     module, *settings = words if "=" not in words[0] else [None, *words]
     if module is not None and module not in STAGES:

@@ -24,7 +24,7 @@ from edit.inputs.command import unexpected
 from recipes.config import composed
 from recipes.config.errors import one_line
 from recipes.config.schema import Root
-from recipes.config.suggestions import suggest
+from recipes.config.suggestions import listed, suggest
 from recipes.config.values import spell
 from recipes.config.words import KEY
 
@@ -102,7 +102,7 @@ def _explain_choice(config_dir: Path, overrides: Sequence[str]) -> str:
         if "." in group or group in plain or re.match(r"(?!(null|true|false)$)[A-Za-z_\['\"]", value, re.IGNORECASE):
             continue
         if group in composed.groups(config_dir):
-            return f"there is no {group} named '{value}'{suggest(value, composed.names(config_dir, group))}"
+            return _no_choice(config_dir, group, value)
         return f"'{word}' chooses no file: {group} is no group of ours{suggest(group, composed.groups(config_dir))}"
     return "a group is given something else than the name of one of its files"
 
@@ -120,7 +120,12 @@ def _explain_missing(error: MissingConfigException, config_dir: Path, overrides:
     other, _, choice = value.partition("/")
     if other in composed.groups(config_dir) and other != group:
         return f"in the defaults of a file in {group}/, write '/{other}: {choice}': without the slash it means {wanted}"
-    return f"there is no {group} named '{value}'{suggest(value, composed.names(config_dir, group))}"
+    return _no_choice(config_dir, group, value)
+
+
+def _no_choice(config_dir: Path, group: str, value: str) -> str:
+    known = composed.names(config_dir, group)
+    return f"there is no {group} named '{value}'{suggest(value, known)}{listed(group)}"
 
 
 def _explain_key(cause: OmegaConfBaseException, config_dir: Path, file: str) -> str:

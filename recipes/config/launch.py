@@ -1,7 +1,8 @@
 """From a command line to a running task: compose the configuration, check it, run, and end with an exit code.
 
 Hydra composes YAML groups under the typed `Root`; `check` refuses a mistyped key, a wrong type or an impossible
-combination before anything is built. Torch is not imported: `--help` and most mistakes are answered without it.
+combination before anything is built. Torch is not imported: `--help`, the first words of a run and most mistakes are
+told without it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +26,40 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-from recipes.config.check import check, check_hydra
+from data.names import typed
+from recipes.config.check import check, check_hydra, check_procedure, check_settings
 from recipes.config.errors import UserError, failure_of
 from recipes.config.explain import explain
+from recipes.config.help import help_of
 from recipes.config.schema import Root
 from recipes.config.sources import register
 from recipes.config.words import as_typed, parse_options
+from recipes.runtime.traces import Before
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a task does before its job begins. Both functions get an unresolved copy of the configuration, and the name
+    of the file that was chosen of each group.
+
+    Args:
+        announce: says what will be done; called before the configuration is checked, and anything it names imported
+        answer: whether the job is done already, and has been answered for; called when all is right but for what the
+            procedure itself demands. Not in a sweep.
+    """
+
+    announce: Callable[[DictConfig, Mapping[str, str]], Any]
+    answer: Callable[[DictConfig], bool]
 
 
 def launch(
-    task: Callable[[DictConfig], Any], config_name: str, config_dir: Path, argv: Sequence[str] | None = None
+    task: Callable[[DictConfig], Any],
+    config_name: str,
+    config_dir: Path,
+    argv: Sequence[str] | None = None,
+    opening: Opening | None = None,
 ) -> None:
     """Compose, check, then run `task(cfg)` under `hydra.main`. The process ends by `SystemExit` if anything fails.
 
@@ -46,11 +72,12 @@ def launch(
         config_name: the primary YAML file, without suffix
         config_dir: its folder
         argv: replaces `sys.argv[1:]`, for good: launchers of further ranks repeat the command line from there
+        opening: what comes before
     """
     words = list(sys.argv[1:] if argv is None else argv)
     full = _full_errors()
     try:
-        _launch(task, config_name, config_dir, [as_typed(word) for word in words])
+        _launch(task, config_name, config_dir, [as_typed(word) for word in words], opening)
     except UserError as error:
         _say(*str(error).split("\n"))
         sys.exit(2)
@@ -64,30 +91,44 @@ def launch(
         sys.exit(2 if isinstance(error, ValueError | HydraException) else 1)
 
 
-def _launch(task: Callable[[DictConfig], Any], config_name: str, config_dir: Path, words: list[str]) -> None:
+def _launch(
+    task: Callable[[DictConfig], Any], config_name: str, config_dir: Path, words: list[str], opening: Opening | None
+) -> None:
     register()
     args, flags = parse_options(words)
-    sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
+    sweep, before = args.multirun or "hydra.mode=MULTIRUN" in args.overrides, Before(None)
     config_dir = Path(args.config_path or config_dir).resolve()
-    if not (args.help or args.hydra_help or args.shell_completion or args.info):
-        fixed = _refuse_mistakes(args, config_name, config_dir, sweep)
+    if args.help:
+        print(help_of(config_dir, args.config_name or config_name))
+        return
+    if not (args.hydra_help or args.shell_completion or args.info):
+        found = _refuse_mistakes(args, config_name, config_dir, sweep, None if sweep or args.cfg else opening)
+        if found is None:
+            return
+        fixed, place = found
+        before = Before(place)
         if sweep:  # a job's folder is named after the settings that differ between jobs
             fixed = ",".join(f"'{key}'" for key in (*fixed, "name", "runs"))
             args.overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]")
     sys.argv[1:] = [*args.overrides, *flags]  # Hydra's parser loses settings that follow a flag
-    codes = [0]
+    codes, sweeps = [0], set[str]()
 
     @functools.wraps(task)
     def job(cfg: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN and "name" in cfg and "runs" in cfg:
             with open_dict(cfg):
                 cfg.name = os.path.relpath(HydraConfig.get().runtime.output_dir, cfg.runs)
-        with _hydra_errors(shown):
+            sweeps.add(HydraConfig.get().sweep.dir)
+            if opening is not None:
+                opening.announce(deepcopy(cfg), HydraConfig.get().runtime.choices)
+        with _hydra_errors(shown), before.watched(Path(HydraConfig.get().runtime.output_dir)):
             codes.append(_guard(_checked(task), cfg))
 
     shown = os.environ.get("HYDRA_FULL_ERROR")
     with _hydra_errors("1"):  # otherwise Hydra prints errors itself and ends the process
         hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(job)()
+    if len(sweeps) == 1 and not _rank():  # several, if the name is swept
+        print(f"next      {typed('python', '-m', 'recipes.sweep', f'runs={sweeps.pop()}')}", flush=True)
     if any(codes):
         sys.exit(max(codes))
 
@@ -120,10 +161,16 @@ def _checked(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
 # ---- before the run -------------------------------------------------------------------------------------------------
 
 
-def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool) -> list[str]:
-    """Compose and check the run, or each value of a sweep once. Returns the keys that the sweep leaves fixed."""
-    overrides, name = list(args.overrides), args.config_name or config_name
-    extra = [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
+def _refuse_mistakes(
+    args: Any, config_name: str, config_dir: Path, sweep: bool, opening: Opening | None
+) -> tuple[list[str], Path | None] | None:
+    """Compose and check the run, or each value of a sweep once.
+
+    Returns:
+        The keys that the sweep leaves fixed, and the folder of the run or sweep, None where only the job can tell it;
+        None: the run has been answered for.
+    """
+    overrides, name, place = list(args.overrides), args.config_name or config_name, None
     fixed: list[str] = []
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_dir)):
@@ -131,15 +178,23 @@ def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool)
             if sweep:
                 jobs, fixed = _jobs(overrides)
             for job in jobs:
-                cfg = compose(name, [*job, *extra], return_hydra_config=True)
+                cfg = compose(name, [*job, *_further(args)], return_hydra_config=True)
                 own = OmegaConf.select(cfg, "hydra")
+                with suppress(OmegaConfBaseException):
+                    place = Path(OmegaConf.select(cfg, f"hydra.{'sweep' if sweep else 'run'}.dir"))
                 with open_dict(cfg):
                     cfg.pop("hydra", None)
                 if args.cfg:  # shows the composed configuration, right or wrong
                     continue
                 if OmegaConf.get_type(cfg) is not Root:
                     raise UserError(f"{name} is no configuration of a run: its defaults do not begin with root_schema")
-                if errors := [*check_hydra(own), *check(cfg)]:
+                if opening is not None:
+                    opening.announce(deepcopy(cfg), own.runtime.choices)
+                if errors := [*check_hydra(own), *check_settings(cfg)]:
+                    raise UserError("\n".join(errors))
+                if opening is not None and opening.answer(deepcopy(cfg)):
+                    return None
+                if errors := check_procedure(cfg):
                     raise UserError("\n".join(errors))
     except UserError:
         raise
@@ -147,7 +202,12 @@ def _refuse_mistakes(args: Any, config_name: str, config_dir: Path, sweep: bool)
         if _full_errors():
             raise
         raise UserError(explain(error, config_dir, overrides, name)) from error
-    return fixed
+    return fixed, place
+
+
+def _further(args: Any) -> list[str]:
+    """The setting by which Hydra also looks into --config-dir."""
+    return [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
 
 
 def _jobs(overrides: Sequence[str]) -> tuple[list[list[str]], list[str]]:

@@ -21,7 +21,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from edit.inputs.trust import accepted, cut, is_kind, refuse_enormous, said
 from edit.inputs.trust import hints as annotations
 from recipes.config.errors import one_line
-from recipes.config.suggestions import nearest, suggest
+from recipes.config.suggestions import LISTS, nearest, suggest
 from recipes.config.values import breaches, choices, fits, spell
 
 
@@ -71,7 +71,7 @@ def _check_sizes(node: DictConfig | ListConfig, path: str) -> Iterator[str]:
 # dotted keys of train.py's configuration where an object is built, and its class; * is any name
 BUILT = {
     "backbone": "edit.denoiser.Spec",
-    "data.set": "data.split.Splits",
+    "data.set": "edit.data_set.Splits",
     "edits.*": "edit.edits.Edit",
     "objective": "edit.objectives.Objective",
     "data_weight": "edit.objectives.Ramp",
@@ -135,7 +135,8 @@ def locate(path: Any, trusted: Sequence[str]) -> Any:
             if name not in submodules:
                 options = {n for n in (*dir(found), *submodules) if not n.startswith("_")}
                 close = nearest(name, options)
-                raise ValueError(f"{parent} has no {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"{parent} has no {name!r}{hint}{LISTS * (top == 'edit')}")
             _import(f"{parent}.{name}")
         found = getattr(found, name)
     if not callable(found):

@@ -34,7 +34,9 @@ def _rename_classes(node: Any) -> None:
 
 
 def _rename_command(stage: Any) -> None:
-    """`stage`: the words of one command; the first may name a module."""
+    """`stage`: the words of one command, or a name with them; the first word may name a module."""
+    if isinstance(stage, DictConfig) and len(stage) == 1:
+        stage = stage._get_node(next(iter(stage)))
     if isinstance(stage, ListConfig) and len(stage):
         word = stage._get_node(0)._value()
         if isinstance(word, str) and word in COMMANDS:

@@ -148,8 +148,11 @@ class Root:
     critic: CriticConfig = field(default_factory=CriticConfig)
     # node with _target_: the procedure (recipes/procedure.py); null: few steps if there is a matching, else diffusion
     recipe: Any = None
-    # runs to finish first: lists of key=value words for train.py, or for the module that the first word names
+    # runs to finish first: lists of key=value words for train.py, or for the module that the first word names. A list
+    # may have a name, teacher: [...]; see recipes/config/staged.py
     before: list[Any] = field(default_factory=list)
+    # words of the command line for these, by the stage's name: before.teacher.trainer.max_steps=6
+    stages: dict[str, Any] = field(default_factory=dict)
     # modules to run afterwards on the artifact, each a list of its name and settings
     after: list[Any] = field(default_factory=list)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

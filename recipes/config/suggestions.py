@@ -7,6 +7,14 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 FEW, MANY = 12, 30  # names listed beside a near one, and where none is near
+# the end of a sentence about an unknown method, edit, backbone or solver
+LISTS = "; python -m recipes.list lists them"
+LISTED = ("backbone", "edits", "experiment", "method", "sampler")  # groups whose files name such classes
+
+
+def listed(group: str) -> str:
+    """Where the choices of a group are told of, if they are methods."""
+    return LISTS if group in LISTED else ""
 
 
 def nearest(word: str, options: Iterable[str]) -> list[str]:

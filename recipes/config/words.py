@@ -16,13 +16,14 @@ from hydra.errors import HydraException
 from data.names import legible
 from recipes.config.errors import UserError, refuse
 from recipes.config.schema import Root
+from recipes.config.staged import gathered
 from recipes.config.values import spell
 
 KEY = re.compile(r"(\+{1,2}|~)?[\w./@:$-]+(=|$)")  # how a setting begins
 
 
 def parse_options(words: list[str]) -> tuple[Any, list[str]]:
-    """Hydra's namespace of options and settings, and the words that are options.
+    """Hydra's namespace of options and settings, those for stages gathered, and the words that are options.
 
     Raises:
         UserError: for words that are neither settings nor options of this program
@@ -40,7 +41,9 @@ def parse_options(words: list[str]) -> tuple[Any, list[str]]:
         raise UserError("--experimental-rerun reads a pickle, which may run anything: give the command again instead")
     if args.config_dir is not None and not Path(args.config_dir).is_dir():
         raise UserError(f"--config-dir={args.config_dir}: there is no such folder")
-    return args, [word for word in words if word not in args.overrides]
+    flags = [word for word in words if word not in args.overrides]
+    args.overrides = gathered(args.overrides)
+    return args, flags
 
 
 def as_typed(word: str) -> str:

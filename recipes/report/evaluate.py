@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from recipes.config.errors import UserError
 from recipes.config.schema import Evaluation
-from recipes.report.page import save_grid, show, write_report
-from recipes.report.request import short_names
+from recipes.report.grids import save_grid
+from recipes.report.origin import methods, origin
+from recipes.report.page import write_report
+from recipes.report.request import run_folder, short_names
 from recipes.report.routed import measure_decisions
 from recipes.report.routing_map import drawn
 from recipes.report.samples import Reference, Subject, picture_key, sample_and_measure
+from recipes.report.terminal import show
 from recipes.report.turns import Row, dense_row, time_rows
 from recipes.report.yardstick import progress
 from recipes.runtime.machine import environment, pick_device
@@ -43,6 +46,7 @@ def run(
     debug: bool = False,
     variants: Sequence[Variant] = (),
     record: Callable[[dict[str, Any]], object] = lambda report: None,
+    command: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure artifacts and variants of them, print the comparison, write report.json, report.html and the grids into
     `out`.
@@ -58,6 +62,7 @@ def run(
         debug: raise the first error as it is
         variants: training-free changes, each of every artifact
         record: called with the report so far whenever something was added to it
+        command: words after `python` that asked for this report
 
     Returns:
         The report, as in report.json.
@@ -68,6 +73,7 @@ def run(
     device = pick_device(chosen.device)
     report: dict[str, Any] = {
         "format": FORMAT,
+        "command": list(command),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": environment(device),
         "settings": asdict(chosen) | {"reference": None if reference is None else os.fspath(reference)},
@@ -227,12 +233,13 @@ def describe(subject: Subject, out: Path) -> dict[str, Any]:
     Returns:
         JSON values: the artifact, how it is measured, and for a variant, how it was made.
     """
+    from edit.catalogue import papers_of
     from edit.edits import describe as described
 
     artifact, space = subject.artifact, subject.space
     real = f"grids/{subject.plain_stem}_real.png"
     if subject.variant is None:
-        save_grid(space.some_real, out / real, space.columns)
+        save_grid(space.some_real, out / real, space.columns, space.some_told)
     denoiser = artifact.denoiser
     balanced = "balanced: sample k has class k modulo the number of classes"
     entry = {
@@ -247,6 +254,11 @@ def describe(subject: Subject, out: Path) -> dict[str, Any]:
         "extractor": space.identity(),
         "reference": space.description | {"grid": real, "world": subject.world},
     }
+    if subject.variant is None:
+        entry["origin"] = origin(run_folder(artifact.path))
+    run = (entry.get("origin") or {}).get("config", {})
+    ways = [run.get(key) for key in ("matching", "terms", "backbone")] if run else []
+    entry["papers"] = papers_of(methods(entry["edits"], *ways, described(artifact.sampler)))
     if artifact.home not in (None, artifact.path):
         entry["weights"] = os.fspath(artifact.home)
     if (made := subject.variant) is not None:
@@ -274,6 +286,7 @@ def evaluate_at(
     """
     import torch
 
+    from edit.data_set import told
     from edit.edits import describe as described
     from edit.measuring.cost import Timed, cost
 
@@ -292,7 +305,7 @@ def evaluate_at(
         sets.append(measured)
         seconds += took
         if seed == chosen.seed[0]:
-            save_grid(images, out / grid, space.columns)
+            save_grid(images, out / grid, space.columns, told(space.checked or space.data, len(images)))
     one = subject.condition(torch.zeros(1, dtype=torch.int64))
     real = bool(artifact.denoiser.applied)  # decisions of an edit may depend on the image
     counted = cost(artifact.denoiser, sampler, artifact.objective, one, real=real)

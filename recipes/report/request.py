@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.names import legible, matching
+from edit.artifacts.measured import run_folder
 from edit.inputs import words as command
 from recipes.config.errors import UserError
 from recipes.config.schema import Evaluation
@@ -70,16 +71,11 @@ def folders(given: Sequence[str]) -> list[Path]:
     return list(once.values())
 
 
-def default_out(paths: Sequence[Path]) -> Path:
-    """The run folder of a single artifact; for several, a folder of reports/ named after them."""
-    if len(paths) == 1:
+def default_out(paths: Sequence[Path], variants: Sequence[str] = ()) -> Path:
+    """The run folder of a single artifact; for several, or variants by name, a folder of reports/ named after them."""
+    if len(paths) == 1 and not variants:
         return run_folder(paths[0])
-    return Path("reports") / "_".join(name.replace("/", "-") for name in short_names(paths))[:100]
-
-
-def run_folder(artifact: Path) -> Path:
-    """The folder of the run that made an artifact, or the artifact's own."""
-    return artifact.parent if artifact.name == "artifact" else artifact
+    return Path("reports") / "_".join(name.replace("/", "-") for name in (*short_names(paths), *variants))[:100]
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

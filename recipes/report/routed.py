@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.data_set import captions, null_condition
-from recipes.report.page import save_png, strip
+from recipes.report.grids import save_png, strip
 from recipes.report.routing_map import SHOWN, Decisions, draw, groups, numbers
 from recipes.report.samples import Subject
 
@@ -39,6 +38,7 @@ def measure_decisions(subject: Subject, sampler: Any, counted: Cost, out: Path, 
     """
     import torch
 
+    from edit.data_set import captions, null_condition
     from edit.measuring.cost import count_generation, twin
 
     artifact, space, chosen = subject.artifact, subject.space, subject.chosen
@@ -64,7 +64,8 @@ def measure_decisions(subject: Subject, sampler: Any, counted: Cost, out: Path, 
     pictures, maps = {}, seen.maps()
     for name, found in maps.items():
         pictures[name] = f"grids/routing_{stem}_{name.replace('/', '_')}.png"
-        picture = draw(found, whom, lambda k: strip(data.to_frames(samples[0][k : k + 1]))[0].cpu().numpy())
+        decides = artifact.denoiser.applied[name].decides
+        picture = draw(found, whom, lambda k: strip(data.to_frames(samples[0][k : k + 1]))[0].cpu().numpy(), decides)
         save_png(picture, out / pictures[name])
     return {"cost": costs, "routing": {n: numbers(m) for n, m in maps.items()}, "routing_maps": pictures}
 

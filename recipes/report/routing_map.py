@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from textwrap import shorten
+from textwrap import wrap
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 CLASSES, PROMPTS = 10, 6  # most small maps in a row
 SHOWN = 4  # samples whose tokens are shown
 MOMENTS = 7  # most steps at which they are shown
+LARGE, SMALL = 3.0, 1.9  # inches: height of a map, and of a row of small ones
+BRANCHES = {"cond": "with the class or prompt", "uncond": "without it, for guidance"}
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,12 @@ def summary(shares: Tensor) -> dict[str, Any]:
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 
-def draw(maps: Maps, groups: Mapping[str, Sequence[int]], look: Look = lambda k: None) -> Image:
+def draw(
+    maps: Maps,
+    groups: Mapping[str, Sequence[int]],
+    look: Look = lambda k: None,
+    decides: Mapping[str, str] = MappingProxyType({}),
+) -> Image:
     """For each quantity: a map of units against time, mean over samples; small maps; tokens where the edit chooses any.
 
     Small maps and tokens show the first branch, the conditional one.
@@ -167,6 +175,7 @@ def draw(maps: Maps, groups: Mapping[str, Sequence[int]], look: Look = lambda k:
         maps: of one edit
         groups: the samples averaged in each small map, by its title
         look: sample number -> its picture, uint8 y x 3, shown beside its tokens; None without a picture
+        decides: of what each quantity is the share, in plain words
     """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -175,11 +184,13 @@ def draw(maps: Maps, groups: Mapping[str, Sequence[int]], look: Look = lambda k:
 
     rows: list[tuple[float, Callable[[Any], None]]] = []  # height in inches, and the function that draws
     for quantity, branches in maps.items():
-        rows.append((2.7, partial(_large, quantity, branches)))
+        what = decides.get(quantity, f"{quantity}, as the edit tells it")
+        rows.append((LARGE, partial(_large, what, branches)))
         first = next(iter(branches.values()))
-        rows.append((1.5, partial(_small, first, groups)))
+        if len(groups) > 1:
+            rows.append((SMALL, partial(_small, first, groups)))
         if first.tokens is not None:
-            rows.append((0.4 + 1.2 * first.tokens.shape[1], partial(_tokens, first, look)))
+            rows.append((0.7 + 1.2 * first.tokens.shape[1], partial(_tokens, first, look)))
     heights = [height for height, _ in rows]
     figure = Figure(figsize=(11, sum(heights)), dpi=110, layout="constrained")
     parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -194,39 +205,57 @@ def _heat(axes: Any, values: Tensor, aspect: str = "auto") -> Any:
     return axes.imshow(values.numpy(), vmin=0, vmax=1, cmap="viridis", aspect=aspect, interpolation="nearest")
 
 
-def _large(quantity: str, branches: Mapping[str, Map], part: Any) -> None:
+def _head(part: Any, text: str, bold: bool = False) -> None:
+    part.suptitle(text, x=0.01, ha="left", fontsize=11 if bold else 9, fontweight="bold" if bold else "normal")
+
+
+def _large(what: str, branches: Mapping[str, Map], part: Any) -> None:
+    _head(part, f"Share of {what}", bold=True)
     places = part.subplots(1, len(branches), squeeze=False)[0]
     for axes, (name, seen) in zip(places, branches.items(), strict=True):
         heat = _heat(axes, seen.shares.mean(2).T)
         times = list(seen.times.values())
         columns = spaced(len(times), 8)
         axes.set_xticks(columns, [f"{times[i]:.2f}" for i in columns], fontsize=8)
+        axes.tick_params(axis="y", labelsize=8)
         axes.yaxis.get_major_locator().set_params(integer=True)
-        axes.set(xlabel="time (1 = noise)", ylabel="unit")
-        axes.set_title(f"{quantity}, {name}: {seen.shares.mean():.1%}", fontsize=10)
-    part.colorbar(heat, ax=places.tolist())
+        axes.set_xlabel("level of noise, from noise (1) to image (0)", fontsize=9)
+        axes.set_ylabel("unit, 0 is the first", fontsize=9)
+        axes.set_title(f"{BRANCHES.get(name, name)}: {seen.shares.mean():.1%} on average", fontsize=9)
+    bar = part.colorbar(heat, ax=places.tolist(), ticks=[0, 0.5, 1])
+    bar.ax.set_yticklabels(["0 %, none", "50 %", "100 %, all"], fontsize=8)
 
 
 def _small(seen: Map, groups: Mapping[str, Sequence[int]], part: Any) -> None:
+    _head(part, "The same for single classes or prompts: units downwards, noise on the left, image on the right")
     places = part.subplots(1, len(groups), squeeze=False)[0]
     for axes, (title, members) in zip(places, groups.items(), strict=True):
         _heat(axes, seen.shares[:, :, list(members)].mean(2).T)
         axes.set(xticks=[], yticks=[])
-        axes.set_title(shorten(title, 150 // len(groups), placeholder=" …"), fontsize=8, parse_math=False)
+        axes.set_title(_folded(title, len(groups)), fontsize=8, parse_math=False)
+
+
+def _folded(title: str, count: int) -> str:
+    """A title in at most three lines, as wide as one of `count` small maps."""
+    return "\n".join(wrap(title, max(6, 150 // count), max_lines=3, placeholder=" …"))
 
 
 def _tokens(seen: Map, look: Look, part: Any) -> None:
     tokens, grid = seen.tokens, seen.grid
     assert tokens is not None and grid is not None
+    frames = "" if grid[0] == 1 else ", frames beside each other"
+    _head(part, f"The same for each token of single images, mean over units: a square is a token at its place{frames}")
     labels, moments = list(seen.times.values()), spaced(len(seen.times), MOMENTS)
     places = part.subplots(tokens.shape[1], 1 + len(moments), squeeze=False)
     for k, (left, *right) in enumerate(places):
         if (image := look(k)) is not None:
             left.imshow(image, interpolation="nearest")
+            if k == 0:
+                left.set_title("image", fontsize=8)
         for axes, i in zip(right, moments, strict=True):
             _heat(axes, side_by_side(tokens[i, k], grid), "equal")
             if k == 0:
-                axes.set_title(f"time {labels[i]:.2f}", fontsize=8)
+                axes.set_title(f"noise {labels[i]:.2f}", fontsize=8)
         for axes in (left, *right):
             axes.set_axis_off()
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes.config.errors import UserError
 from recipes.config.schema import Evaluation
-from recipes.data_set import build_data, check_told, conditions, null_condition
+from recipes.data_set import build_data, check_told
 from recipes.report.yardstick import GRID, Yardstick
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class Subject:
             UserError, ValueError, OSError: if one of them cannot be opened, or they do not fit together
         """
         import edit
+        from edit.data_set import conditions
 
         artifact = edit.load(path, device, tuple(chosen.trusted), beside=beside)
         data = build_data(artifact, chosen.trusted)
@@ -169,12 +170,10 @@ def adjusted(artifact: Artifact, guidance: float, steps: int | None, shape: tupl
         UserError: if the solver has times of its own, and other steps are given
         ValueError: if an edit was not made for this sampler
     """
-    from edit.artifacts.variant import at_steps
+    from edit.sampling import at_guidance, at_steps
 
-    told = artifact.denoiser.facts.told
-    weight = {"guidance": 1.0, "told": float(guidance)} if told else {"guidance": float(guidance)}
     try:
-        sampler = at_steps(replace(artifact.sampler, **weight), steps)
+        sampler = at_steps(at_guidance(artifact.sampler, artifact.denoiser, guidance), steps)
     except ValueError as error:
         raise UserError(str(error)) from error
     sampler.check(artifact.denoiser, artifact.objective, shape)
@@ -210,6 +209,7 @@ def sample_and_measure(
     """
     import torch
 
+    from edit.data_set import null_condition
     from edit.measuring.quality import generate, joined
 
     artifact, space, chosen = subject.artifact, subject.space, subject.chosen

@@ -51,7 +51,8 @@ def time_rows(rows: Sequence[Row], dense: Timed | None, rounds: int, first: bool
     timed = with_times([*models, dense] if dense is not None else models, rounds)
     plain, whole = timed[0], timed[-1] if dense is not None else timed[0] if first else None
     for i, (row, found) in enumerate(zip(rows, timed, strict=False)):
-        times = {k: v for k, v in found.counted.as_dict().items() if k in ("forward", "generation", "peak_memory")}
+        measured = ("forward", "generation", "peak_memory", "resident")
+        times = {k: v for k, v in found.counted.as_dict().items() if k in measured}
         if "share" in row.result["cost"]:
             times["forward"] = None  # it differs between images
         speed = {}

@@ -42,6 +42,7 @@ class Yardstick:
     moments: Gaussian | None  # of `real`
     train_x: Tensor  # n c *sizes, for the search of copies
     some_real: Tensor  # uint8 n f y x 3, for a grid
+    some_told: list[str]  # their classes or captions; empty where these are not known
     checked: CheckedSet | None  # the data set, if it can check its captions
     description: dict[str, Any]
 
@@ -50,6 +51,7 @@ class Yardstick:
         """Read real images, make or load the feature space, and measure the real images themselves."""
         from data.one_size import OneSize
         from data.split import CheckedSet
+        from edit.data_set import class_name
         from edit.measuring.quality import Gaussian, digest, frechet, nearest
 
         heldout = data.heldout()
@@ -69,8 +71,12 @@ class Yardstick:
         train_x, _ = stack(train, spread(len(train), fitting(train, chosen.references)))
         if checked:  # in the order of the generated grid: image k has caption k
             some = data.to_frames(stack(real, range(min(GRID, len(real))))[0]).cpu()
+            told = checked.heldout().captions[: len(some)]
         else:
-            some = data.to_frames(x[for_grid(labels, data.num_classes, len(x))]).cpu()
+            chosen_ones = for_grid(labels, data.num_classes, len(x))
+            some = data.to_frames(x[chosen_ones]).cpu()
+            known = labels is not None and data.num_classes
+            told = [class_name(data, int(labels[i])) for i in chosen_ones] if known else []
         description: dict[str, Any] = {
             "split": ("held-out" if heldout else "training set") + real.part,
             "n": min(len(real), chosen.references),
@@ -92,7 +98,7 @@ class Yardstick:
             if heldout:
                 others = real_features(data, train, "train", space, node, chosen, cache)
                 description["floor"] = frechet(moments, Gaussian.of(others))
-        return cls(data, real.shape, space, judge, features, moments, train_x, some, checked, description)
+        return cls(data, real.shape, space, judge, features, moments, train_x, some, told, checked, description)
 
     @property
     def columns(self) -> int:

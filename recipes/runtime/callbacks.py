@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
 import resource
 import signal
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,29 +22,25 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from edit.artifacts.checksums import of_file, of_files
+from edit.artifacts.checksums import of_files
 from edit.sampling import Sampler
 from edit.stream import Condition
 from recipes.config.errors import UserError
 from recipes.recipe import Recipe
 from recipes.report.routing_map import Decisions, draw, drawn, groups
+from recipes.runtime.atomic import AtomicIO
 from recipes.runtime.checkpoint_files import (
     RANKS,
     WHOLE,
-    AtomicIO,
-    checksum_of,
-    rank_damage,
+    checkpoints,
+    files_in,
     rank_file,
-    read_checksums,
     remove,
     sweep,
 )
-from recipes.runtime.files import is_first, write
+from recipes.runtime.files import write
 from recipes.runtime.loggers import log_image
 
-NAME = r"step_(\d+)\.ckpt"
-# parts of a checkpoint that resuming needs
-NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step")
 STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # SLURM warns by SIGUSR1 before its time limit
 
 
@@ -187,9 +180,10 @@ class Preview(StepCallback):
         count: images
         sampler: how to generate
         folder: for `step_000500.png`, and `routing_<edit>_000500.png` where an edit tells decisions
-        grid: (denoised samples b c *sizes) -> picture, uint8 y x 3
+        grid: (denoised samples b c *sizes, their labels or none) -> picture, uint8 y x 3
         condition: makes the condition of `count` samples
         captions: describes the conditions in words, for samples without classes
+        labels: of the samples, for the grid; empty where there is nothing to say
         negative: one unconditional counterpart for all; None: the denoiser's own
         seed: of the noise
         metrics: its clock is paused meanwhile
@@ -201,16 +195,17 @@ class Preview(StepCallback):
         count: int,
         sampler: Sampler,
         folder: Path,
-        grid: Callable[[torch.Tensor], np.ndarray] | None,
+        grid: Callable[[torch.Tensor, list[str]], np.ndarray] | None,
         condition: Callable[[int], Any],
         captions: Callable[[int], list[str]],
+        labels: Callable[[int], list[str]],
         negative: Condition | None,
         seed: int,
         metrics: Metrics,
     ):
         self.every, self.count, self.sampler, self.folder = every, count, sampler, folder
         self.grid, self.condition, self.captions, self.negative = grid, condition, captions, negative
-        self.seed, self.metrics = seed, metrics
+        self.labels, self.seed, self.metrics = labels, seed, metrics
 
     def on_step(self, trainer: pl.Trainer, module: Recipe, step: int) -> None:
         if not self.every or (step % self.every and step != trainer.max_steps):
@@ -226,21 +221,22 @@ class Preview(StepCallback):
         if not trainer.is_global_zero:
             return
         x = x.cpu()
-        if (picture := self._picture(x)) is not None:
+        if (picture := self._picture(x, self.labels(self.count))) is not None:
             self._put(trainer, "samples", f"step_{step:06d}.png", picture, step)
         if seen is not None:
             whom = groups(told.label, self.captions(self.count))
             for name, maps in seen.maps().items():
-                picture = np.asarray(draw(maps, whom, lambda k: self._picture(x[k : k + 1])))
+                decides = module.ema.applied[name].decides
+                picture = np.asarray(draw(maps, whom, lambda k: self._picture(x[k : k + 1], []), decides))
                 file = f"routing_{name.replace('/', '_')}_{step:06d}.png"
                 self._put(trainer, f"routing/{name}", file, picture, step)
 
-    def _picture(self, x: torch.Tensor) -> np.ndarray | None:
+    def _picture(self, x: torch.Tensor, labels: list[str]) -> np.ndarray | None:
         """Samples as a grid; None: they cannot be decoded."""
         if self.grid is None:
             return None
         try:
-            return self.grid(x)
+            return self.grid(x, labels)
         except (FileNotFoundError, ValueError) as error:  # no VAE to decode with: not worth a training run
             print(f"no more previews: {error}", flush=True)
             self.grid = None
@@ -327,83 +323,3 @@ def leave_terminal() -> None:
         except OSError:
             os.dup2(nowhere, output)
     os.close(nowhere)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    found = [p for p in folder.glob("step_*.ckpt") if re.fullmatch(NAME, p.name)]
-    return sorted((p for p in found if p.is_file() or (p / WHOLE).exists()), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    match = re.fullmatch(NAME, checkpoint.name)
-    assert match, checkpoint
-    return int(match.group(1))
-
-
-def files_in(checkpoint: Path) -> list[str]:
-    """All files of a checkpoint folder except WHOLE."""
-    names = (str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file())
-    return sorted(name for name in names if name != WHOLE)
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint; damaged ones are named and skipped. None: there are no checkpoints.
-
-    Every rank reads and hashes the files, and so all choose the same.
-
-    Raises:
-        UserError: if there are checkpoints, and all are damaged
-    """
-    damaged: list[str] = []
-    for path in reversed(checkpoints(folder)):
-        if (complaint := damage(path)) is None:
-            return path
-        damaged.append(f"{path.name}: {complaint}")
-        if is_first():
-            print(f"warning: {path} is damaged ({complaint}); trying an older checkpoint", flush=True)
-    if damaged:
-        raise UserError(
-            f"no checkpoint in {folder} is whole ({'; '.join(damaged)}): bring one back from a copy, or delete them to "
-            "train from the start"
-        )
-    return None
-
-
-def damage(path: Path) -> str | None:
-    """The damage of a checkpoint, in words; None: it is whole.
-
-    A checkpoint without a checksum (of an earlier version, or after a kill) must be readable.
-
-    Raises:
-        PermissionError: if it may not be read, which is no damage
-    """
-    try:
-        if path.is_dir():
-            kept = read_checksums(path / WHOLE)
-            wrong = [name for name, sum in kept.items() if not (path / name).is_file() or of_file(path / name) != sum]
-            return f"{wrong[0]} is not what was saved" if wrong else None
-        if (kept := read_checksums(checksum_of(path)).get(path.name)) and kept != of_file(path):
-            return "its bytes are not those that were saved"
-        if not kept and (torn := torn_record(path)):
-            return f"{torn} in it is torn"
-        mapped = str(path).isprintable()  # torch maps no file whose name is no UTF-8
-        content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-        missing = [key for key in NEEDED if not isinstance(content, dict) or key not in content]
-        if missing:
-            return f"it has no {missing[0]}"
-        if content["global_step"] != step_of(path):
-            return f"it holds step {content['global_step']}"
-        return rank_damage(path, content.get(RANKS, 0))
-    except Exception as error:  # damaged files raise whatever they run into
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
-            raise
-        return f"it cannot be read, {type(error).__name__}"
-
-
-def torn_record(path: Path) -> str | None:
-    """The first part of a checkpoint file that fails the zip archive's own, weaker checksums; None: there is none."""
-    if not zipfile.is_zipfile(path):
-        return None
-    with zipfile.ZipFile(path) as archive:
-        return archive.testzip()

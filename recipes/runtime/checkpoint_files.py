@@ -3,80 +3,31 @@
 step_00000500.ckpt                  weights, average, optimiser, schedule, places in the data: written by rank 0
 step_00000500.ckpt.rank_0_of_2      what a rank alone knows (`Recipe.kept`): written before it, where there is any
 *.sha256                            of each
+
+Torch is imported inside: what a folder holds is told without it. `recipes.runtime.atomic` writes.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-
-from edit.artifacts.checksums import of_file
 from recipes.config.errors import UserError
-from recipes.runtime.files import write
+from recipes.runtime.files import is_first
+
+NAME = r"step_(\d+)\.ckpt"
+# parts of a checkpoint that resuming needs
+NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step")
 
 WHOLE = "whole"  # file of checksums in a checkpoint folder (DeepSpeed), written when all ranks have finished
 CHECKSUM = ".sha256"  # suffix to the name of a checkpoint file
 RANKS = "ranks"  # key of a checkpoint: how many files of ranks belong to it; absent: none
-
-
-class Hashed:
-    """A file to write to, and the SHA-256 of its content."""
-
-    def __init__(self, file: IO[bytes]):
-        self.file, self.sha256 = file, hashlib.sha256()
-
-    def write(self, content: Any) -> int:
-        self.sha256.update(content)
-        return self.file.write(content)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-class AtomicIO(TorchCheckpointIO):
-    """Write a checkpoint to a temporary file and move it when whole, so that a kill leaves the previous one.
-
-    A kill corrupts Lightning's own write where TMPDIR is another file system. The checksum is computed while writing,
-    2 GB/s, and stored in a file of its own. A failed write is kept in `error` and not raised: other ranks wait at a
-    barrier, and `Checkpoints` tells them.
-    """
-
-    error: UserError | None = None
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        try:
-            with open(temporary, "wb") as f:
-                hashed = Hashed(f)
-                torch.save(checkpoint, hashed)
-                f.flush()
-                os.fsync(f.fileno())
-            # between these a kill leaves a checkpoint without a checksum, which is taken, never one with another's
-            checksum_of(path).unlink(missing_ok=True)
-            os.replace(temporary, path)
-            write(checksum_of(path), f"{hashed.sha256.hexdigest()}  {path.name}\n")
-        except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-            temporary.unlink(missing_ok=True)
-            cause = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(cause, OSError) and "write" not in str(error):
-                raise
-            reason = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(error)
-            full = shutil.disk_usage(path.parent).free < 2**20 or "space" in reason
-            cure = "free some space" if full else "check the disk and its limits"
-            self.error = UserError(
-                f"could not write {path} ({reason.lower()}): earlier checkpoints are whole; {cure} and give the same "
-                "command, which resumes from them"
-            )
 
 
 def checksum_of(checkpoint: Path) -> Path:
@@ -108,6 +59,8 @@ def read_rank(checkpoint: Path, rank: int, world: int) -> dict[str, Any] | None:
         UserError: if it is of another number of ranks, each of which was in the middle of a generation
     """
     if (path := rank_file(checkpoint, rank, world)).is_file():
+        import torch
+
         return torch.load(path, map_location="cpu", weights_only=True)
     if others := sorted(checkpoint.parent.glob(f"{checkpoint.name}.rank_0_of_*")):
         before = others[0].name.removesuffix(CHECKSUM).rpartition("_")[2]
@@ -120,6 +73,8 @@ def read_rank(checkpoint: Path, rank: int, world: int) -> dict[str, Any] | None:
 
 def rank_damage(checkpoint: Path, world: int) -> str | None:
     """The first file of a rank that is not what was saved, in words; None: all are whole."""
+    from edit.artifacts.checksums import of_file
+
     for path in (rank_file(checkpoint, rank, world) for rank in range(world)):
         if not path.is_file():
             return f"{path.name} is missing"
@@ -148,3 +103,100 @@ def sweep(folder: Path) -> None:
     for left in (*folder.glob(f"step_*.ckpt{CHECKSUM}"), *folder.glob("step_*.ckpt.rank_*")):
         if not left.with_name(left.name.partition(".ckpt")[0] + ".ckpt").exists():
             left.unlink()
+
+
+# ---- whole ones ------------------------------------------------------------------------------------------------------
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    found = [p for p in folder.glob("step_*.ckpt") if re.fullmatch(NAME, p.name)]
+    return sorted((p for p in found if p.is_file() or (p / WHOLE).exists()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    match = re.fullmatch(NAME, checkpoint.name)
+    assert match, checkpoint
+    return int(match.group(1))
+
+
+def files_in(checkpoint: Path) -> list[str]:
+    """All files of a checkpoint folder except WHOLE."""
+    names = (str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file())
+    return sorted(name for name in names if name != WHOLE)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint; damaged ones are named and skipped. None: there are no checkpoints.
+
+    Every rank reads and hashes the files, and so all choose the same.
+
+    Raises:
+        UserError: if there are checkpoints, and all are damaged
+    """
+    damaged: list[str] = []
+    for path in reversed(checkpoints(folder)):
+        if (complaint := damage(path)) is None:
+            return path
+        damaged.append(f"{path.name}: {complaint}")
+        if is_first():
+            print(f"warning: {path} is damaged ({complaint}); trying an older checkpoint", flush=True)
+    if damaged:
+        raise UserError(
+            f"no checkpoint in {folder} is whole ({'; '.join(damaged)}): bring one back from a copy, or delete them to "
+            "train from the start"
+        )
+    return None
+
+
+def unchanged(path: Path) -> bool:
+    """Whether a checkpoint file is what was saved, by its checksum; torch is not needed for that. False: it is not, or
+    `damage` must tell."""
+    kept = read_checksums(checksum_of(path)).get(path.name) if path.is_file() else None
+    if kept is None:
+        return False
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == kept
+
+
+def damage(path: Path) -> str | None:
+    """The damage of a checkpoint, in words; None: it is whole.
+
+    A checkpoint without a checksum (of an earlier version, or after a kill) must be readable.
+
+    Raises:
+        PermissionError: if it may not be read, which is no damage
+    """
+    import torch
+
+    from edit.artifacts.checksums import of_file
+
+    try:
+        if path.is_dir():
+            kept = read_checksums(path / WHOLE)
+            wrong = [name for name, sum in kept.items() if not (path / name).is_file() or of_file(path / name) != sum]
+            return f"{wrong[0]} is not what was saved" if wrong else None
+        if (kept := read_checksums(checksum_of(path)).get(path.name)) and kept != of_file(path):
+            return "its bytes are not those that were saved"
+        if not kept and (torn := torn_record(path)):
+            return f"{torn} in it is torn"
+        mapped = str(path).isprintable()  # torch maps no file whose name is no UTF-8
+        content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        missing = [key for key in NEEDED if not isinstance(content, dict) or key not in content]
+        if missing:
+            return f"it has no {missing[0]}"
+        if content["global_step"] != step_of(path):
+            return f"it holds step {content['global_step']}"
+        return rank_damage(path, content.get(RANKS, 0))
+    except Exception as error:  # damaged files raise whatever they run into
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
+            raise
+        return f"it cannot be read, {type(error).__name__}"
+
+
+def torn_record(path: Path) -> str | None:
+    """The first part of a checkpoint file that fails the zip archive's own, weaker checksums; None: there is none."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()

@@ -41,13 +41,14 @@ def is_first() -> bool:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, which is made; the kernel releases it when this process dies.
 
+    Its file is removed at the end.
     On a file system without locks, a warning is printed and nothing is locked.
 
     Raises:
         UserError: if another process holds the lock; names its number and machine
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
+    path, mine = folder / LOCK, False
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
@@ -58,6 +59,9 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_at(descriptor, path):  # its holder has just ended, and removed the file
+                raise BlockingIOError
+            mine = True
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         except BlockingIOError:
@@ -71,7 +75,34 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         if descriptor in _held:  # not in a forked child
             _held.remove(descriptor)
+            if mine and _is_at(descriptor, path):
+                path.unlink(missing_ok=True)
             os.close(descriptor)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process, or this one, holds the lock of a folder."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:  # no locks here
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one of this path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _cannot_tell(folder: Path, error: OSError) -> None:

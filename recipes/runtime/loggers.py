@@ -2,7 +2,10 @@
 
 W&B never prompts, hangs or ends a run. Without a key, a network or access to the server, an online run becomes an
 offline one and says so. A network lost later costs at most `UPLOAD` seconds of waiting for the artifact, and as many
-for the rest. A resumed run continues under the same id.
+for the rest. A resumed run continues under the same id, and its rows carry the optimiser's step, W&B's own step too. A
+run that was offline is a folder of each attempt with that id; `wandb sync wandb/offline-run-*` sends them one after the
+other, as one run, whose charts go on where the attempt before ended. Steps that an attempt repeated, because the one
+before was killed after its last checkpoint, are in the files twice: which of them a server keeps has not been tried.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich import print
 from rich.markup import escape
@@ -31,6 +34,7 @@ from recipes.runtime.files import write
 
 CONNECT = 5  # seconds to wait for an address to answer
 OPEN = 20  # seconds to wait for W&B to open a run, once it can be reached
+STEP = "trainer/global_step"  # the axis of charts
 UPLOAD = 300  # seconds to wait for an upload; `wandb sync` sends the rest later
 
 
@@ -106,6 +110,14 @@ class CSVLogger(Logger):
             ) from error
 
 
+class Wandb(WandbLogger):
+    """W&B counts rows from 0 in each attempt at a run: here a row's number is the optimiser's step."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        self.experiment.log({**metrics, STEP: step}, step=step)
+
+
 def make_loggers(settings: LoggerConfig, out: Path, name: str, config: Mapping[str, Any]) -> list[Logger]:
     """The run's loggers, csv first. Called on every rank; only rank 0 opens anything.
 
@@ -133,19 +145,18 @@ def make_wandb(settings: LoggerConfig, out: Path, name: str, config: Mapping[str
     """The W&B logger; on rank 0 its run is open already, offline if an online one cannot be opened."""
     try:
         import wandb
-        from lightning.pytorch.loggers import WandbLogger
     except ModuleNotFoundError as error:
         raise UserError("logger wandb is not installed: pip install 'edit-dit[wandb]'") from error
 
     if rank_zero_only.rank != 0:
-        return WandbLogger()  # never opens: its experiment is a dummy here
+        return Wandb()  # never opens: its experiment is a dummy here
 
     def opened(mode: str) -> Logger:
-        logger = WandbLogger(
+        run = wandb.init(  # Lightning's own call gives settings that W&B has removed
             id=run_id(out),
             name=name,
-            save_dir=str(out),
-            mode=mode,  # Lightning's offline=True would set WANDB_MODE for all that follows in this process
+            dir=str(out),
+            mode=mode,
             project=settings.wandb.project,
             entity=settings.wandb.entity,
             tags=list(settings.wandb.tags),
@@ -153,8 +164,9 @@ def make_wandb(settings: LoggerConfig, out: Path, name: str, config: Mapping[str
             config=dict(config),
             settings=wandb.Settings(init_timeout=OPEN, finish_timeout=UPLOAD, finish_timeout_raises=True, silent=True),
         )
-        logger.experiment  # noqa: B018 - opens the run
-        return logger
+        run.define_metric(STEP)
+        run.define_metric("*", step_metric=STEP, step_sync=True)
+        return Wandb(experiment=run, save_dir=str(out))
 
     client = wandb.setup().settings  # from the environment and W&B's own files
     if settings.wandb.mode == "online" and client.mode == "online":  # WANDB_MODE=offline counts, too
@@ -220,7 +232,7 @@ def log_image(loggers: list[Logger], name: str, image: np.ndarray, step: int) ->
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(name, image, step, dataformats="HWC")
-        elif type(logger).__name__ == "WandbLogger":
+        elif isinstance(logger, Wandb):
             logger.log_image(key=name, images=[image], step=step)
 
 
@@ -235,7 +247,12 @@ def log_artifact(loggers: list[Logger], folder: Path) -> None:
 
         try:
             artifact = wandb.Artifact(f"{run.id}-model", type="model")
-            artifact.add_dir(str(folder), policy="immutable", skip_cache=True)  # no copies in the home folder
+            files = sorted(p for p in folder.rglob("*") if p.is_file())
+            if not files:
+                raise FileNotFoundError("it holds no files")
+            for file in files:  # add_dir would print
+                name = file.relative_to(folder).as_posix()
+                artifact.add_file(str(file), name, policy="immutable", skip_cache=True)  # no copies in the home folder
             logged = run.log_artifact(artifact)
             if not run.offline:
                 logged.wait(UPLOAD)
@@ -265,7 +282,7 @@ def close(loggers: list[Logger]) -> None:
 
 def wandb_runs(loggers: list[Logger]) -> Iterator[Any]:
     """The open W&B runs among the loggers: one or none."""
-    return (logger.experiment for logger in loggers if type(logger).__name__ == "WandbLogger")
+    return (logger.experiment for logger in loggers if isinstance(logger, Wandb))
 
 
 def failed(what: str, error: Exception) -> None:

@@ -32,6 +32,14 @@ def pick_device(name: str) -> torch.device:
         raise UserError(str(error)) from error
 
 
+def device_name(device: torch.device) -> str:
+    """A device as numbers that were measured on it tell it."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({cpu})"
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Everything that a number depends on besides artifact and settings: hardware, revision, versions."""
     import torch
@@ -51,9 +59,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         except (OSError, subprocess.TimeoutExpired):
             return ""
 
-    cpu = platform.processor() or platform.machine()
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({cpu})",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "revision": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
         "edit": edit.__version__,

@@ -1,6 +1,7 @@
 """The folder of a run: where it is, whether this command may continue what is in it, what is written at the start.
 
-A run lives in `runs/<name>/`: config.yaml, env.json, metrics.csv, samples/, checkpoints/, artifact/.
+A run lives in `runs/<name>/`: index.html, config.yaml, env.json, metrics.csv, samples/, checkpoints/, artifact/. Torch
+is imported inside: what is in the folder is told without it.
 """
 
 from __future__ import annotations
@@ -9,28 +10,29 @@ import importlib
 import inspect
 import json
 import os
+import sys
 from collections.abc import Mapping
+from itertools import dropwhile
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from edit.artifacts.fingerprint import fingerprint
+from data.names import setting
 from edit.inputs.trust import load_yaml
 from recipes.config.errors import UserError
 from recipes.config.older import bring_up_to_date
 from recipes.config.schema import Root
-from recipes.runtime.callbacks import checkpoints
+from recipes.runtime.checkpoint_files import checkpoints
 from recipes.runtime.files import write
 from recipes.runtime.machine import environment
 
 # settings that may change between two attempts at one run; all others decide its numbers
 FREE = {"name", "runs", "logger", "checkpoint", "preview", "evaluate", "log_every", "debug", "trusted", "before"}
-FREE |= {"after", "world"} | {  # what refers to the world is compared by its value
+FREE |= {"stages", "after", "world"} | {  # what refers to the world is compared by its value
     f"trainer.{k}"
     for k in ("max_steps", "accelerator", "strategy", "compile", "gradient_checkpointing", "threads", "memory")
 }
@@ -130,7 +132,19 @@ def begin(cfg: DictConfig, out: Path, resumes: bool) -> None:
     """
     refuse_other_teacher(cfg, out, resumes)
     write(out / "config.yaml", OmegaConf.to_yaml(cfg))
-    write(out / "env.json", json.dumps(here(), indent=2))
+    write(out / "env.json", json.dumps(here() | {"command": command_of(cfg)}, indent=2))
+
+
+def command_of(cfg: DictConfig) -> list[str]:
+    """The words after `python` that make this very run, a job of a sweep included; empty if no command line did."""
+    if not HydraConfig.initialized():
+        return []
+    given = HydraConfig.get().overrides
+    settings = [word for word in given.task if word.partition("=")[0] != "name"]
+    settings += [word for word in given.hydra if word.startswith("hydra.searchpath=")]
+    options = dropwhile(lambda word: not word.startswith("-"), sys.argv[1:])  # they come last: `recipes.config.launch`
+    flags = [word for word in options if word not in ("-m", "--multirun")]
+    return [sys.argv[0], *settings, setting("name", cfg.name), *flags]
 
 
 def refuse_other_teacher(cfg: DictConfig, out: Path, resumes: bool) -> None:
@@ -141,6 +155,8 @@ def refuse_other_teacher(cfg: DictConfig, out: Path, resumes: bool) -> None:
     """
     if cfg.teacher.path is None:
         return
+    from edit.artifacts.fingerprint import fingerprint
+
     kept, now = out / "teacher.json", fingerprint(cfg.teacher.path)
     try:
         before = json.loads(kept.read_text())["fingerprint"] if resumes and kept.exists() else now
@@ -156,6 +172,9 @@ def refuse_other_teacher(cfg: DictConfig, out: Path, resumes: bool) -> None:
 
 def here() -> dict[str, Any]:
     """Everything besides the configuration that the numbers of this run depend on: device, versions, revision."""
+    import lightning.pytorch as pl
+    import torch
+
     return environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")) | {"lightning": pl.__version__}
 
 

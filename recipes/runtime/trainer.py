@@ -1,4 +1,4 @@
-"""From the `trainer` group to a Lightning trainer: devices, strategies, launch environments."""
+"""From the `trainer` group to a Lightning trainer: strategies, launch environments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
@@ -15,42 +14,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 
 from recipes.config.errors import UserError
 from recipes.config.schema import TrainerConfig
-from recipes.runtime.checkpoint_files import AtomicIO
-
-
-def accelerator_of(t: TrainerConfig) -> str:
-    if t.accelerator == "auto":
-        return "gpu" if torch.cuda.is_available() else "cpu"
-    return t.accelerator
-
-
-def precision_of(t: TrainerConfig) -> str:
-    """The precision of the run: fp32, or bf16 autocast over fp32 weights."""
-    if t.precision == "auto":
-        return "bf16-mixed" if accelerator_of(t) == "gpu" else "32-true"
-    return t.precision
-
-
-def recipe_casts(t: TrainerConfig) -> bool:
-    """Whether the recipe casts: DeepSpeed's own bf16 would round weights and average to bf16."""
-    return t.strategy.startswith("zero") and precision_of(t) == "bf16-mixed"
-
-
-def count_devices(t: TrainerConfig) -> int:
-    """The number of devices per node.
-
-    Raises:
-        UserError: if there are fewer than asked for
-    """
-    kind = accelerator_of(t)
-    here = torch.cuda.device_count() if kind == "gpu" else None
-    if kind == "gpu" and not here:
-        raise UserError("trainer.accelerator=gpu, but torch sees no GPU here: use trainer=cpu, or check the driver")
-    if t.devices == "auto":
-        return here or 1
-    if here is not None and t.devices > here:
-        raise UserError(f"trainer.devices={t.devices}, but this machine has {here} GPUs: ask for at most {here}")
-    return t.devices
+from recipes.runtime.atomic import AtomicIO
+from recipes.runtime.devices import accelerator_of, count_devices, precision_of, recipe_casts
 
 
 def make_strategy(t: TrainerConfig, devices: int, turns: bool) -> Strategy | str:

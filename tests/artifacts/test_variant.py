@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import edit
-from edit.artifacts.variant import at_steps, same_weights, twin, variant
+from edit.artifacts.variant import same_weights, twin, variant
 from edit.caching.reuse import Reuse
 from edit.pruning.depth import DepthPruning
-from edit.sampling import Sampler
+from edit.sampling import Sampler, at_steps
 from edit.solvers import Euler, Grid
 from edit.tuning.lora import LoRA
 

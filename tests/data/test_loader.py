@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from data.loader import EndlessLoader, collate
+from data.loader import EndlessLoader
+from edit.data_set import collate
 
 
 class Numbers:

@@ -19,8 +19,8 @@ import edit
 from data.sets.digits import Digits
 from data.sets.image_folder import ImageFolder
 from data.sets.image_shards import ImageShards
-from data.split import Splits, opened
 from edit.artifacts.description import edits_of
+from edit.data_set import Splits, opened
 from edit.denoiser import Edit, Spec
 from edit.edits import describe, rebuild
 from edit.few_step.method import FewStepMethod

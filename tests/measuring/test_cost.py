@@ -201,6 +201,8 @@ def test_measuring_reports_time_and_memory_beside_the_counts(dit):
     weights = sum(v.nbytes for v in dit.state_dict().values())
     assert weights < measured.peak_memory < 3 * weights
     assert json.loads(json.dumps(measured.as_dict()))["forward"]["median"] > 0
+    weights = 4 * sum(v.numel() for v in (*dit.parameters(), *dit.buffers()))
+    assert measured.resident == weights < measured.peak_memory
 
 
 def test_nothing_can_be_timed_on_the_meta_device():
@@ -244,7 +246,11 @@ def test_a_lower_bound_is_called_one_in_the_table(capsys):
 def test_the_table_names_its_numbers(capsys):
     assert main(["backbone=dit_tiny"]) == 0
     text = capsys.readouterr().out
-    assert "MACs per image" in text and "parameters" in text
+    lines = [line.strip("│ ").split("│")[0].strip() for line in text.splitlines()]
+    assert "parameters" in lines
+    # MACs of 50 forwards and FLOPs of one training step are told apart by what they are for
+    generate, train = lines.index("to generate one image: forwards"), lines.index("to train on one sample: forwards")
+    assert lines[generate + 1] == "MACs of all of them" and lines[train + 1] == "FLOPs (2 per MAC)"
 
 
 @pytest.mark.parametrize(

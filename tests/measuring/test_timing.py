@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from edit.measuring.timing import Spread, faster, in_turns, latency, peak_memory, ratio
+from edit.measuring.timing import Spread, distinct_bytes, faster, in_turns, latency, peak_memory, ratio, steadiest
 
 
 def test_quartiles_are_those_of_the_values():
@@ -62,3 +62,22 @@ def test_calls_take_turns_and_another_one_begins_each_round():
 def test_a_slow_round_does_not_change_a_quotient():
     spread = faster([1.0, 10.0, 1.0], [2.0, 20.0, 2.0])
     assert (spread.median, spread.low, spread.high) == (2.0, 2.0, 2.0)
+
+
+def test_an_unsteady_measurement_is_repeated_at_most_thrice_and_the_steadiest_is_kept():
+    steady, uneven, worse = [[1.0, 1.0, 1.1]], [[1.0, 2.0, 3.0]], [[1.0, 2.0, 9.0]]
+
+    def measured(*found: list[list[float]]) -> tuple[list[list[float]], int]:
+        left = list(found)
+        return steadiest(lambda: left.pop(0)), len(found) - len(left)
+
+    assert measured(steady, uneven) == (steady, 1)
+    assert measured(uneven, steady, worse) == (steady, 2)
+    assert measured(worse, uneven, worse, steady) == (uneven, 3)
+    both = [[1.0, 1.0, 1.0], [1.0, 2.0, 3.0]]  # one unsteady call is enough
+    assert measured(both, steady) == (steady, 2)
+
+
+def test_storages_that_tensors_share_are_counted_once():
+    x, y = torch.zeros(100), torch.zeros(10)
+    assert distinct_bytes([x, x[:50], x.view(10, 10), y]) == 440

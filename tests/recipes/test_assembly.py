@@ -1,10 +1,15 @@
 """A configuration becomes one checked run, and what does not fit is refused in the same words wherever it is found."""
 
+import re
+
 import pytest
-from small_runs import config
+from hydra import compose, initialize_config_dir
+from small_runs import CONFIGS, config
 
 from recipes.assembly import assemble
 from recipes.config.errors import UserError
+from recipes.config.sources import register
+from recipes.models import cures
 from recipes.plan import Assumptions, drafted
 from recipes.training import settle
 
@@ -30,6 +35,7 @@ def test_a_run_holds_what_its_configuration_names_and_builds_no_weights(tmp_path
 @pytest.mark.parametrize(
     "words, sentence",
     [
+        (("backbone.input_size=12",), "the data has samples of 1x8x8, the backbone takes 1x12x12: set backbone.input"),
         (("backbone.num_classes=5",), "the data has 10 classes, the backbone 5: build it for as many"),
         ((LADD, "edits=lora", "teacher.placement=tied"), "LADD looks at the teacher's tokens, whose weights must stay"),
     ],
@@ -42,6 +48,46 @@ def test_training_and_planning_refuse_in_the_same_words(tmp_path, words, sentenc
     with pytest.raises(UserError, match=sentence) as refused:
         assemble(cfg)
     assert str(planned.value) == str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ("backbone=sit", "size=S/2"),
+            "takes 4x32x32: set backbone.in_channels=1 backbone.input_size=8, choose another backbone= and size=",
+        ),
+        (("backbone=dit_pixel_32", "backbone.in_channels=1"), "takes 1x32x32: set backbone.input_size=8, choose"),
+        (
+            ("backbone=flux", "size=tiny", "data=shapes", "backbone.in_channels=192"),
+            "takes 48x8x8: set backbone.in_channels=48, choose",
+        ),
+    ],
+)
+def test_samples_that_do_not_fit_are_refused_with_the_keys_that_make_them_fit(words, sentence):
+    """What the sentence says to set does fit."""
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        cfg = compose("train", [*words, "trainer.devices=1"])
+    with pytest.raises(UserError, match=re.escape(sentence)) as refused:
+        settle(cfg)
+        assemble(cfg)
+    told = re.search(r": set (.*?), choose", str(refused.value))[1].split()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        cfg = compose("train", [*words, *told])
+    settle(cfg)
+    assert assemble(cfg).models.skeleton.accepts(assemble(cfg).models.data.shape)
+
+
+def test_data_that_are_made_in_any_size_name_theirs(tmp_path):
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        cfg = compose(
+            "train", ["backbone=sd3_tiny", "data=shapes", "data.set.size=64", "backbone.pos_embed_max_size=4"]
+        )
+    assert list(cures(cfg, (12, 8, 8), (12, 16, 16))) == ["set data.set.size=32"]
+    cfg.init = "runs/a"
+    assert list(cures(cfg, (12, 8, 8), (3, 16, 16))) == ["choose data that init=runs/a was made for"]
 
 
 def test_a_teacher_that_training_needs_is_stood_in_for_by_planning_alone(tmp_path):

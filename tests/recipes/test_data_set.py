@@ -6,8 +6,9 @@ import torch
 import edit
 from data.sets.digits import Digits
 from data.sets.shapes import Shapes
+from edit.data_set import captions, conditions
 from recipes.config.errors import UserError
-from recipes.data_set import build_data, captions, conditions
+from recipes.data_set import build_data
 
 
 def test_an_artifact_cannot_name_a_data_set_outside_of_the_data_package(make_dit, tmp_path):

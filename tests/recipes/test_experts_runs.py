@@ -17,7 +17,7 @@ from edit.backbones.dit import DiTConfig
 from edit.denoiser import Denoiser
 from edit.stream import Condition
 from recipes.roles import shard
-from recipes.runtime.callbacks import newest
+from recipes.runtime.checkpoint_files import newest
 
 EXPERTS = ("+edits.experts._target_=experts.Experts", "trusted=[experts]")
 

@@ -13,7 +13,7 @@ import edit
 from edit.denoiser import Edit
 from recipes.config.errors import UserError
 from recipes.roles import Origin
-from recipes.runtime.callbacks import newest
+from recipes.runtime.checkpoint_files import newest
 
 MATCHING = "matching={_target_: edit.few_step.distribution_matching.DistributionMatching, every: 2}"
 GRID = ("sampler=grid", "sampler.solver.renoise=true", "label_drop=0.1", "optimizer.warmup=0", "optimizer.lr=1e-3")

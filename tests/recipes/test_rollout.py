@@ -25,8 +25,7 @@ from recipes.assembly import assemble
 from recipes.config.chosen import procedure_of
 from recipes.config.errors import UserError
 from recipes.rollout import Rollout
-from recipes.runtime.callbacks import checkpoints, newest
-from recipes.runtime.checkpoint_files import read_rank
+from recipes.runtime.checkpoint_files import checkpoints, newest, read_rank
 
 TOYS = Path(__file__).parents[1] / "toys"
 SAMPLE, SAMPLE_3 = Sampler(Euler(4), 2.0), Sampler(Euler(4), 3.0)

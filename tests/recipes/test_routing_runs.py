@@ -28,7 +28,7 @@ from recipes.diffusion import Diffusion
 from recipes.recipe import local
 from recipes.report.routing_map import Decisions
 from recipes.runtime import callbacks
-from recipes.runtime.callbacks import newest
+from recipes.runtime.checkpoint_files import newest
 
 RATIO = Ramp(0.7, 0.4, begin=0.25, until=0.75)
 COMMON = (

@@ -11,7 +11,7 @@ from small_runs import config, losses, train
 from edit.measuring.turns import calls_of
 from recipes.config.errors import UserError
 from recipes.plan import Assumptions, drafted
-from recipes.runtime.callbacks import newest
+from recipes.runtime.checkpoint_files import newest
 
 GRID = ("sampler=grid", "sampler.solver.renoise=true", "label_drop=0.0", "optimizer.schedule=constant")
 

@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from omegaconf import OmegaConf
 from ranks import run_ranks
-from small_runs import config, rows
+from small_runs import CONFIGS, config, rows
 
 from data.names import setting
 from recipes.config.errors import UserError
@@ -25,13 +25,14 @@ RECORD = """
 import sys
 with open({log!r}, "a") as f:
     f.write(" ".join(sys.argv[1:]) + "\\n")
-sys.exit(int(dict(w.split("=", 1) for w in sys.argv[1:]).get("code", 0)))
+sys.exit(int(dict(w.split("=", 1) for w in sys.argv[1:]).get("seed", 0)))
 """
 
 
 def recorder(folder: Path) -> tuple[Path, Path]:
     """A script that writes its words into a file, in place of train.py."""
     log, script = folder / "log", folder / "script.py"
+    (folder / "configs").symlink_to(CONFIGS)  # beside it, as beside train.py
     script.write_text(RECORD.format(log=str(log)))
     return script, log
 
@@ -59,7 +60,7 @@ def test_what_is_shared_is_accepted_by_train(tmp_path):
 
 def test_a_run_that_fails_ends_the_command_with_its_code(tmp_path):
     script, log = recorder(tmp_path)
-    cfg = config(tmp_path, "name=a", "before=[['code=3'],['name=never']]")
+    cfg = config(tmp_path, "name=a", "before=[['seed=3'],['name=never']]")
     with pytest.raises(SystemExit) as ended:
         run_before(cfg, script)
     assert ended.value.code == 3 and len(log.read_text().splitlines()) == 1
@@ -82,7 +83,7 @@ def test_a_module_of_ours_is_run_with_its_own_words_alone(tmp_path, monkeypatch,
         run_before(cfg, script)
     said, error = capfd.readouterr()
     assert ended.value.code == 2 and "error: prompts is missing" in error  # nothing else was given to it
-    assert "before    -m data.generate teacher=a\n" in said and len(log.read_text().splitlines()) == 1
+    assert "python -m data.generate teacher=a\n" in said and len(log.read_text().splitlines()) == 1
 
 
 def test_what_follows_a_run_comes_in_order_and_ends_the_command_with_its_code(tmp_path, capfd):
@@ -114,7 +115,7 @@ def test_what_follows_a_run_is_the_first_ranks(tmp_path, monkeypatch, name, capf
     for rank, times in (("1", 0), ("0", 1)):
         monkeypatch.setenv(name, rank)
         run_after(cfg)
-        assert capfd.readouterr().out.count("after     -m data.generate") == times
+        assert capfd.readouterr().out.count("after     python -m data.generate") == times
 
 
 @pytest.mark.parametrize("stage", ["before", "after"])
@@ -154,6 +155,11 @@ sys.exit(int("stop" in sys.argv[-1]) * 7)
 """
 
 
+def slow_script(folder: Path) -> None:
+    (folder / "script.py").write_text(SLOW.format(log=str(folder / "log")))
+    (folder / "configs").symlink_to(CONFIGS)
+
+
 def _before(folder: Path, *before: list[str]) -> tuple[int, list[str]]:
     """The exit code that a rank of a torchrun launch ends with, and what it then finds written."""
     cfg = unchecked(folder, before=list(before))
@@ -166,14 +172,14 @@ def _before(folder: Path, *before: list[str]) -> tuple[int, list[str]]:
 
 
 def test_under_torchrun_rank_0_runs_each_once_by_itself_and_all_ranks_wait(tmp_path):
-    (tmp_path / "script.py").write_text(SLOW.format(log=str(tmp_path / "log")))
+    slow_script(tmp_path)
     answers = run_ranks(_before, world=3, args=(tmp_path, ["name=one"], ["name=two"]))
     once = [json.dumps([name, []]) for name in ("name=one", "name=two")]  # and without this launch's ranks and port
     assert answers == [(0, once)] * 3
 
 
 def test_under_torchrun_a_run_that_fails_ends_every_rank_with_its_code(tmp_path):
-    (tmp_path / "script.py").write_text(SLOW.format(log=str(tmp_path / "log")))
+    slow_script(tmp_path)
     answers = run_ranks(_before, args=(tmp_path, ["name=stop"], ["name=never"]))
     assert [code for code, _ in answers] == [7, 7] and all(len(lines) == 1 for _, lines in answers)
 
@@ -192,8 +198,9 @@ def _under_slurm(folder: Path) -> int:
 
 def test_under_slurm_the_first_task_runs_modules_one_by_one_and_all_tasks_wait(tmp_path, capfd):
     (tmp_path / "log").touch()
+    (tmp_path / "configs").symlink_to(CONFIGS)
     assert run_ranks(_under_slurm, args=(tmp_path,)) == [2, 2]
-    assert capfd.readouterr().out.count("before    -m data.generate") == 3
+    assert capfd.readouterr().out.count("before    python -m data.generate") == 3
 
 
 @pytest.mark.slow
@@ -278,7 +285,7 @@ def test_runs_in_a_folder_of_any_name_are_what_the_stages_are_told(tmp_path, cap
     cfg = config(tmp_path, "name=a", "before=[['name=one',\"init=${runs}/x\"]]")
     cfg.runs = str(runs)
     run_before(cfg, script)
-    words = shlex.split(capsys.readouterr().out.splitlines()[-1])[2:]  # printed as they can be typed
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])[3:]  # printed as they can be typed
     assert words[-1] == setting("init", f"{runs}/x")
     told = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(words)}
     assert (told["runs"], told["init"]) == (str(runs), f"{runs}/x")

@@ -12,6 +12,7 @@ from weights import randomise
 import edit
 from edit.backbones.flux import Flux
 from recipes.config.errors import UserError
+from recipes.config.staged import stages_of
 
 EXPERIMENT = "experiment=flux_tiny/endpoint_cached"
 TINY = ("backbone.num_layers=1", "backbone.num_single_layers=1")
@@ -35,9 +36,9 @@ def make(cfg, folder):
     randomise(teacher)
     world = {"_target_": "data.sets.shapes.Shapes", "count": 8, "held": 4}
     edit.save(teacher, folder / "flux_tiny_teacher", data=world)
-    first, *stages = cfg.before
-    assert first == ["experiment=flux_tiny/teacher"]
-    for module, *words in stages:
+    first, *stages = stages_of(cfg)
+    assert (first.name, first.all) == ("teacher", ["experiment=flux_tiny/teacher"])
+    for module, *words in (stage.all for stage in stages):
         words = ["count=8" if w.startswith("count=") else "device=cpu" if w.startswith("device=") else w for w in words]
         for _ in range(2):  # a finished stage answers, and changes nothing
             assert import_module(module).main(words) == 0

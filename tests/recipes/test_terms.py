@@ -13,7 +13,7 @@ from edit.losses import Draws
 from recipes.config.errors import UserError
 from recipes.diffusion import Diffusion
 from recipes.models import refuse_unending
-from recipes.runtime.callbacks import newest
+from recipes.runtime.checkpoint_files import newest
 
 SELF = "+terms.sra={_target_: toy_terms.SelfAlignment}"
 VISION = "+terms.haste={_target_: toy_terms.VisionAlignment, ends: 6}"

@@ -21,7 +21,7 @@ from edit.stream import Condition
 from recipes import prune, stages
 from recipes.recipe import local
 from recipes.roles import shard
-from recipes.runtime.callbacks import newest
+from recipes.runtime.checkpoint_files import newest
 
 ROOT = Path(__file__).parents[2]
 DEEP = ("backbone.depth=4", "optimizer.warmup=0")  # a model whose units do something, so that gates have gradients

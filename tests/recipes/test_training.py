@@ -15,7 +15,7 @@ from edit.denoiser import Edit
 from edit.losses import Term
 from edit.stream import Condition
 from recipes.config.errors import UserError
-from recipes.runtime.callbacks import newest
+from recipes.runtime.checkpoint_files import newest
 
 
 def close(a, b, tolerance):
@@ -385,7 +385,7 @@ def test_fsdp2_trains_lora_with_accumulation_as_one_process_does(tmp_path):
 
 def test_more_gpus_than_the_machine_has_are_refused(monkeypatch):
     from recipes.config.schema import TrainerConfig
-    from recipes.runtime.trainer import count_devices
+    from recipes.runtime.devices import count_devices
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="trainer.devices=8, but this machine has 2 GPUs: ask for at most 2"):

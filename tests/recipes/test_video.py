@@ -91,7 +91,7 @@ def video() -> Denoiser:
 
 def test_a_run_previews_its_videos_as_rows_of_frames_and_its_artifact_loads(folder):
     with Image.open(folder / "t/samples/step_000004.png") as sheet:
-        assert sheet.size == (3 * 4 * 64 + 2 * 2, 64)  # three videos of four frames, 32 pixels twice as large
+        assert sheet.size == (3 * 4 * 64 + 2 * 2, 64 + 15)  # three of four frames, 32 pixels twice as large, captions
     loaded = edit.load(folder / "t").denoiser
     assert loaded.sample_shape == (12, 4, 8, 8) and loaded(*inputs(loaded)).sample.shape == (2, 12, 4, 8, 8)
 

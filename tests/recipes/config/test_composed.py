@@ -54,7 +54,9 @@ def followed(value):
     items = []
     for i in range(len(value)):
         try:
-            items.append(followed(value[i]))
+            item = value[i]
+            named = OmegaConf.is_dict(item) and len(item) == 1  # a stage under a name: its words
+            items.append(followed(next(iter(item.values())) if named else item))
         except Exception as error:
             items.append(f"!{type(error).__name__}")
     return items if isinstance(value, ListConfig) else {}

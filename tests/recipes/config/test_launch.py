@@ -452,10 +452,29 @@ def test_each_job_of_a_sweep_has_a_name_and_folder_of_its_own_after_what_was_swe
     assert seen == {f"digits/optimizer.lr-{lr}_seed-{seed}": (seed, lr, True) for seed in (0, 1) for lr in (0.1, 0.2)}
 
 
-def test_a_swept_name_is_the_folder(project):
+def test_a_swept_name_is_the_folder(project, capsys):
     seen = []
     assert run(project, "-m", "name=a,b", task=lambda cfg: seen.append(cfg.name)) == 0
     assert seen == ["a", "b"]
+    assert "recipes.sweep" not in capsys.readouterr().out  # which folder would it be
+
+
+def test_a_run_writes_down_the_command_that_makes_it_alone(project):
+    from recipes.runtime.run_folder import command_of
+
+    seen, script = [], sys.argv[0]
+    words = ["seed=0,1", "-m", "+backbone.label='a b'", "name=x"]
+    assert run(project, *words, task=lambda cfg: seen.append(command_of(cfg))) == 0
+    assert seen == [[script, f"seed={k}", "+backbone.label='a b'", f"name=x/seed-{k}"] for k in (0, 1)]
+    again = []
+    for command in list(seen):
+        assert run(project, *command[1:], task=lambda cfg: again.append((cfg.seed, cfg.backbone.label, cfg.name))) == 0
+    assert again == [(k, "a b", command[-1].removeprefix("name=")) for k, command in enumerate(seen)]
+    (project / "mine/experiment").mkdir(parents=True)
+    (project / "mine/experiment/own.yaml").write_text("# @package _global_\nseed: 9\n")
+    seen.clear()
+    assert run(project, "--config-dir", "mine", "experiment=own", task=lambda cfg: seen.append(command_of(cfg))) == 0
+    assert seen == [[script, "experiment=own", "name=digits", "--config-dir", "mine"]]
 
 
 def test_lightnings_child_command_lands_in_the_same_folder(project):
@@ -504,7 +523,8 @@ def test_an_error_inside_a_constructor_names_the_key_and_the_reason(project, mon
 def test_a_failing_job_does_not_stop_the_sweep_but_shows_in_the_exit_code(project, monkeypatch):
     result = forked(project, monkeypatch, "-m", "seed=0,1", FAIL="first")
     assert result.returncode == 1
-    assert result.stdout.splitlines() == ["RAN digits/seed-0 0 True", "RAN digits/seed-1 1 True"]
+    ran = ["RAN digits/seed-0 0 True", "RAN digits/seed-1 1 True"]
+    assert result.stdout.splitlines() == [*ran, "next      python -m recipes.sweep runs=runs/digits"]
     assert result.stderr == "error: the first one fails\n"
 
 

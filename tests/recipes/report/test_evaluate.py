@@ -24,7 +24,7 @@ from edit.pruning.depth import DepthPruning
 from edit.sampling import Sampler
 from edit.solvers import Euler
 from recipes.apply import main as apply
-from recipes.config.schema import Evaluation
+from recipes.config.schema import Evaluation, Root
 from recipes.report.evaluate import Work, run
 from recipes.report.samples import Reference, sample_and_measure
 from recipes.report.yardstick import progress
@@ -50,8 +50,9 @@ def cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def runs(make_dit, tmp_path) -> Path:
-    """Two runs, `whole` and `shallow` (one of three units dropped), of untrained digit models."""
+def runs(make_dit, tmp_path, monkeypatch) -> Path:
+    """Two runs in the working folder, `whole` and `shallow` (a unit dropped), of untrained digit models."""
+    monkeypatch.chdir(tmp_path)
     for name in ("whole", "shallow"):
         denoiser = make_dit(in_channels=1, patch_size=4)
         if name == "shallow":
@@ -107,8 +108,10 @@ def test_a_run_of_any_name_is_evaluated_by_the_command_that_training_prints(
     Path("whole").rename(name)
     Path("shallow").rename("run1")  # which run[1] matches as a pattern
     print_any_name()
-    finish(OmegaConf.create({"evaluate": None}), Path(name) / "artifact")
-    said = capsys.readouterr().out.splitlines()[-1].removeprefix("next      ")
+    cfg = OmegaConf.structured(Root)
+    cfg.name, cfg.backbone = name, {}
+    finish(cfg, Path(name) / "artifact")
+    (said,) = (w.removeprefix("next      ") for w in capsys.readouterr().out.splitlines() if w.startswith("next"))
     command = ["bash", "-c", f"printf '%s\\0' {said}"]
     python, script, *words = map(os.fsdecode, subprocess.run(command, capture_output=True).stdout.split(b"\0")[:-1])
     assert (python, script, len(words)) == ("python", "eval.py", 1)
@@ -163,7 +166,7 @@ def test_several_artifacts_are_compared_side_by_side_with_the_reference(cli, run
     assert shallow["cost"]["macs"] < 0.75 * whole["cost"]["macs"]  # two of three units remain, and the embedders
     assert len(whole["quality"]["frechet"]["values"]) == 2 and "2 seeds" in whole["quality"]["frechet"]["over"]
     page = (out / "report.html").read_text()
-    assert page.count("<figure>") == 3  # real images and two artifacts
+    assert page.count("<figure>") == 3 + 2  # real images, two artifacts, and quality against two costs
 
 
 def test_fewer_steps_are_compared_with_the_artifacts_own(cli, runs, quick):
@@ -213,7 +216,7 @@ def test_variants_of_one_artifact_are_rows_beside_it_from_one_load(cli, runs, ba
     monkeypatch.setattr(
         edit, "load", lambda *args, load=edit.load, **more: loaded.append(args[0]) or load(*args, **more)
     )
-    assert cli.main([f"artifact={runs / 'whole'}", *FAST, *bare]) == 0
+    assert cli.main([f"artifact={runs / 'whole'}", f"out={runs / 'whole'}", *FAST, *bare]) == 0
     assert loaded == [runs / "whole/artifact"]
     entries = results(runs / "whole")
     assert [a["name"] for a in entries] == ["whole", "whole + fast", "whole + few"]
@@ -227,28 +230,60 @@ def test_variants_of_one_artifact_are_rows_beside_it_from_one_load(cli, runs, ba
     assert (fast["cost"]["evaluations"], few["cost"]["evaluations"]) == (4, 2)
     assert few["cost"]["speed"]["plain"]["median"] > 1.3  # half the work
     page, table = (runs / "whole/report.html").read_text(), capsys.readouterr().out
-    assert "reuse interval=4" in page and "reuse interval=4" in table and "times as fast as plain" in table
-    assert page.count("<figure>") == 4 + 1  # real images once, three rows, and what the cache decided
+    assert "reuse interval=4" in page and "reuse interval=4" in table and "Times as fast as plain" in table
+    assert page.count("<figure>") == 4 + 1 + 2  # real images once, three rows, what the cache decided, and two plots
+
+
+def test_variants_do_not_write_over_the_report_of_the_run(cli, runs, bare):
+    assert cli.main([f"artifact={runs / 'whole'}", *bare]) == 0
+    before = (runs / "whole/report.json").read_text()
+    assert cli.main([f"artifact={runs / 'whole'}", *FAST, *bare]) == 0
+    assert (runs / "whole/report.json").read_text() == before
+    found = json.loads((runs / "reports/whole_fast_few/report.json").read_text())
+    assert len(found["artifacts"]) == 3 and found["command"][:2] == ["eval.py", f"artifact={runs / 'whole'}"]
+
+
+def test_a_report_tells_where_its_artifacts_come_from(cli, runs, bare):
+    (runs / "whole/config.yaml").write_text("backbone: {_target_: edit.backbones.dit.DiTConfig}\nname: whole\n")
+    (runs / "whole/metrics.csv").write_text("step,train/loss\n10,1.5\n")
+    assert cli.main([f"artifact={runs / 'whole'}", "variant.fast=reuse", f"out={runs / 'out'}", *bare]) == 0
+    whole, fast = results(runs / "out")
+    assert whole["origin"]["losses"] == {"step": [10], "loss": [1.5]} and whole["origin"]["config"]["name"] == "whole"
+    assert whole["papers"] == {"DiTConfig": ["2212.09748", "2401.08740", "2501.01423"]}
+    assert "origin" not in fast and fast["papers"] == {"Reuse": ["2407.01425"]}
+    page = (runs / "out/report.html").read_text()
+    assert "arxiv.org/abs/2407.01425" in page and "training loss" in page and "python eval.py" in page
 
 
 def test_the_plain_images_are_those_of_the_same_noise_whether_kept_or_made_again(cli, runs, bare, monkeypatch):
     seen = []
     for kept in (2**30, 0):
         monkeypatch.setattr(Reference, "KEPT", kept)
-        assert cli.main([f"artifact={runs / 'whole'}", *FAST, "seed=[0,1]", "batch=5", *bare]) == 0
+        assert (
+            cli.main([f"artifact={runs / 'whole'}", f"out={runs / 'whole'}", *FAST, "seed=[0,1]", "batch=5", *bare])
+            == 0
+        )
         seen.append([a["results"][0]["compared"] for a in results(runs / "whole")])
     assert seen[0] == seen[1] and len(seen[0][1]["psnr"]["values"]) == 2
 
 
 def test_a_variant_that_changes_nothing_is_the_plain_one(cli, runs, bare):
-    assert cli.main([f"artifact={runs / 'shallow'}", "variant.same=none", "steps=2", *bare]) == 0
+    assert (
+        cli.main([f"artifact={runs / 'shallow'}", f"out={runs / 'shallow'}", "variant.same=none", "steps=2", *bare])
+        == 0
+    )
     plain, same = (a["results"][0] for a in results(runs / "shallow"))
     assert same["compared"]["psnr"]["value"] == 100 and same["cost"]["macs"] == plain["cost"]["macs"]
     assert same["cost"]["evaluations"] == plain["cost"]["evaluations"] == 2
 
 
 def test_a_reference_that_is_asked_for_is_that_of_variants_too(cli, runs, bare):
-    words = [f"artifact={runs / 'shallow'}", f"reference={runs / 'whole'}", "variant.same=none"]
+    words = [
+        f"artifact={runs / 'shallow'}",
+        f"reference={runs / 'whole'}",
+        "variant.same=none",
+        f"out={runs / 'shallow'}",
+    ]
     assert cli.main([*words, *bare]) == 0
     plain, same = (a["results"][0] for a in results(runs / "shallow"))
     assert plain["compared"] == same["compared"] and plain["compared"]["psnr"]["value"] < 100
@@ -287,7 +322,7 @@ def run_quietly(paths, chosen, out):
 
 
 def test_an_edit_that_needs_training_becomes_a_row_with_the_reason(cli, runs, bare, capsys):
-    words = [f"artifact={runs / 'whole'}", "variant.mine=lora", "variant.few.steps=2"]
+    words = [f"artifact={runs / 'whole'}", f"out={runs / 'whole'}", "variant.mine=lora", "variant.few.steps=2"]
     assert cli.main([*words, *bare]) == 1
     whole, mine, few = results(runs / "whole")
     assert "not training-free" in mine["error"] and "error" not in whole and len(few["results"]) == 1
@@ -306,14 +341,14 @@ def test_what_was_measured_stays_when_the_command_is_stopped(cli, runs, bare, mo
 
     monkeypatch.setattr("recipes.report.evaluate.sample_and_measure", stopped)
     before = signal.getsignal(signal.SIGTERM)
-    assert cli.main([f"artifact={runs / 'whole'}", *FAST, *bare]) == 130
+    assert cli.main([f"artifact={runs / 'whole'}", f"out={runs / 'whole'}", *FAST, *bare]) == 130
     page = runs / "whole/report.html"
     assert capsys.readouterr().err == f"interrupted: 2 of 3 rows are in {page}\n"
     assert [len(a["results"]) for a in results(runs / "whole")] == [1, 1]
     assert "This report is not complete: 2 of 3 rows are measured" in page.read_text()
     assert signal.getsignal(signal.SIGTERM) is before
     monkeypatch.undo()
-    assert cli.main([f"artifact={runs / 'whole'}", *FAST, *bare]) == 0
+    assert cli.main([f"artifact={runs / 'whole'}", f"out={runs / 'whole'}", *FAST, *bare]) == 0
     assert "not complete" not in page.read_text() and json.loads((runs / "whole/report.json").read_text())["complete"]
 
 
@@ -334,7 +369,7 @@ def test_a_row_is_kept_when_a_later_guidance_weight_fails(cli, runs, bare, monke
         return measure(subject, sampler, *rest)
 
     monkeypatch.setattr("recipes.report.evaluate.sample_and_measure", diverges)
-    words = [f"artifact={runs / 'whole'}", "variant.few.steps=2", *bare]
+    words = [f"artifact={runs / 'whole'}", f"out={runs / 'whole'}", "variant.few.steps=2", *bare]
     assert cli.main([*(w for w in words if "guidance" not in w), "guidance=[1,2]"]) == 1
     plain, few = results(runs / "whole")
     assert [r["guidance"] for r in plain["results"]] == [1, 2] and [r["guidance"] for r in few["results"]] == [1]
@@ -398,7 +433,7 @@ def test_images_that_no_judge_can_see_are_measured_without_one(cli, make_dit, tm
     edit.save(denoiser, tmp_path / "run", sampler=Sampler(Euler(2)), data=data)
     words = [f"artifact={tmp_path / 'run'}", "n=8", "rounds=0", "guidance=1", f"cache={tmp_path}"]
     assert cli.main(words) == 0
-    assert "set features=<folder of a transformers image model>" in capsys.readouterr().out
+    assert "set features=<folder of a transformers image model>" in " ".join(capsys.readouterr().out.split())
     (entry,) = results(tmp_path / "run")
     assert entry["extractor"] is None and set(entry["results"][0]["quality"]) == {"nearest_train"}
     assert cli.main([*words, "features=judge"]) == 1

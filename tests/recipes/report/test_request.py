@@ -6,13 +6,20 @@ from pathlib import Path
 import pytest
 
 import edit
-from recipes.report.request import folders, parse, run_folder, short_names
+from recipes.report.request import default_out, folders, parse, run_folder, short_names
 
 
 def test_names_are_as_short_as_they_can_be():
     assert short_names([Path("runs/a/artifact"), Path("runs/b")]) == ["a", "b"]
     assert short_names([Path("x/a/artifact"), Path("y/a/artifact")]) == ["x/a", "y/a"]
     assert run_folder(Path("runs/a/artifact")) == Path("runs/a")
+
+
+def test_a_report_of_variants_has_a_folder_of_its_own():
+    one, two = Path("runs/a/artifact"), Path("runs/b")
+    assert default_out([one]) == Path("runs/a") and default_out([one, two]) == Path("reports/a_b")
+    assert default_out([one], ["fast", "few"]) == Path("reports/a_fast_few")
+    assert default_out([one, two], ["fast"]) == Path("reports/a_b_fast")
 
 
 def test_paths_are_taken_as_they_are_typed_and_patterns_only_where_there_is_no_such_folder(

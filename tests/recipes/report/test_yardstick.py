@@ -8,7 +8,9 @@ import torch
 from data.sets.shapes import Shapes
 from data.split import CheckedSet
 from recipes.config.schema import Evaluation
-from recipes.report.page import html, notes, save_grid
+from recipes.report.grids import save_grid
+from recipes.report.notes import notes
+from recipes.report.page import html
 from recipes.report.yardstick import GRID, Yardstick, prompts
 
 SHAPES = {"_target_": "data.sets.shapes.Shapes"}

@@ -17,8 +17,8 @@ from edit.artifacts.checksums import of_files
 from edit.pruning.depth import DepthPruning
 from edit.tuning.lora import LoRA
 from recipes.config.errors import UserError
-from recipes.runtime.callbacks import Checkpoints, checkpoints, files_in, newest
-from recipes.runtime.checkpoint_files import WHOLE, checksum_of
+from recipes.runtime.callbacks import Checkpoints
+from recipes.runtime.checkpoint_files import WHOLE, checkpoints, checksum_of, files_in, newest
 from recipes.runtime.loggers import CSVLogger
 from recipes.runtime.run_folder import read_config, refuse_other_run
 

@@ -1,8 +1,10 @@
 """metrics.csv survives everything; W&B never prompts, never hangs, never ends a run, and keeps one id per run."""
 
 import csv
+import json
 import os
 import socket
+import struct
 import time
 
 import numpy as np
@@ -194,3 +196,42 @@ def test_tensorboard_gets_numbers_and_pictures(tmp_path):
 def test_float_pictures_are_refused(tmp_path):
     with pytest.raises(TypeError, match="uint8"):
         log_image([], "samples", np.zeros((4, 4, 3), np.float32), 0)
+
+
+def history(file):
+    """The rows of a .wandb file: records in blocks of 32 KiB, each part with checksum, length and kind in front."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, parts, found = file.read_bytes(), 7, b"", []
+    while place + 7 <= len(content):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        length, kind = struct.unpack("<HB", content[place + 4 : place + 7])
+        parts += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = Record.FromString(parts)
+            parts = b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+                found.append({"number": record.history.step.num, **row})
+    return found
+
+
+def test_an_offline_run_that_is_resumed_continues_its_steps_without_a_warning(tmp_path, no_wandb, capfd):
+    import wandb
+
+    words = ("name=a", "logger=wandb", "logger.wandb.mode=offline", "preview.every=3", "preview.count=4")
+    for steps in (4, 8):
+        train(tmp_path, *words, f"trainer.max_steps={steps}")
+        wandb.teardown()
+    files = sorted((tmp_path / "a/wandb").glob("offline-run-*/*.wandb"), key=lambda f: f.stat().st_mtime_ns)
+    one, two = ([row["number"] for row in history(file)] for file in files)
+    assert (one, two) == ([1, 2, 3, 4], [5, 6, 7, 8])
+    for row in (row for file in files for row in history(file)):
+        assert row["trainer/global_step"] == row["number"] and "train/loss" in row
+        assert ("samples" in str(row)) == (row["number"] in (3, 4, 6, 8))
+    out, err = capfd.readouterr()
+    assert "wandb: " not in out + err

@@ -16,7 +16,7 @@ from ranks import run_ranks
 from small_runs import TWO_RANKS, kill_when, losses, rows, train, train_ranks
 
 from recipes.config.errors import UserError
-from recipes.runtime.callbacks import checkpoints, newest
+from recipes.runtime.checkpoint_files import checkpoints, newest
 
 ONE = ("trainer.accumulate=2", "data.batch_size=100", "data.workers=1")  # 1437 digits: epochs end inside the run
 

@@ -1,0 +1,113 @@
+"""What is to be done before a run is known and said before it starts; words for a stage reach all that it concerns."""
+
+import json
+import re
+
+import pytest
+from hydra import compose, initialize_config_dir
+from small_runs import CONFIGS, config
+
+from recipes.ahead import look_ahead, timed, told
+from recipes.config.errors import UserError
+from recipes.config.sources import register
+from recipes.config.staged import gathered
+
+TINYFUSION = "experiment=dit_digits/tinyfusion"
+
+
+def ahead_of(folder, *words):
+    return look_ahead(config(folder, *gathered(words)), CONFIGS)
+
+
+def finish(folder, name, step):
+    """What a finished run leaves, as far as names of files tell."""
+    (folder / name / "checkpoints").mkdir(parents=True)
+    (folder / name / "checkpoints" / f"step_{step:08d}.ckpt").touch()
+    (folder / name / "artifact").mkdir()
+
+
+def test_every_stage_is_named_with_its_steps_and_folder_before_the_first_starts(tmp_path):
+    lines = told(ahead_of(tmp_path, TINYFUSION, "before.teacher.trainer.max_steps=6"))
+    assert lines[0].startswith(f"teacher: 6 steps of training into {tmp_path}/dit_digits_deep, how long is not known")
+    assert lines[1].startswith(f"search: 1,200 steps of training into {tmp_path}/dit_digits_tinyfusion_search")
+    assert lines[2] == f"prune: recipes.prune into {tmp_path}/dit_digits_tinyfusion_pruned"
+    assert "before.teacher.trainer.max_steps=100" in lines[3] and len(lines) == 4
+
+
+def test_complete_stages_are_one_word_and_no_work(tmp_path):
+    finish(tmp_path, "dit_digits_deep", 1500)
+    (tmp_path / "dit_digits_tinyfusion_pruned").mkdir()
+    (tmp_path / "dit_digits_tinyfusion_pruned" / "pruning.json").touch()
+    lines = told(ahead_of(tmp_path, TINYFUSION))
+    assert lines[0] == "teacher, prune: complete"
+    assert lines[1].startswith("search: ") and len(lines) == 3
+    finish(tmp_path, "dit_digits_tinyfusion_search", 1200)
+    assert told(ahead_of(tmp_path, TINYFUSION)) == ["teacher, search, prune: complete"]
+
+
+def test_a_stage_that_was_stopped_goes_on_from_its_step(tmp_path):
+    finish(tmp_path, "dit_digits_deep", 500)
+    assert told(ahead_of(tmp_path, TINYFUSION))[0].startswith("teacher: steps 500 to 1,500 into")
+
+
+def test_words_for_a_stage_reach_the_same_run_where_a_later_stage_needs_it(tmp_path):
+    """Else the search would train its model on, from 6 steps to 1500."""
+    teacher, search, _ = ahead_of(tmp_path, TINYFUSION, "before.teacher.trainer.max_steps=6")
+    (again,) = search.before
+    assert search.stage.all[-1] == "before.teacher.trainer.max_steps=6"
+    assert again.out == teacher.out and again.cfg.trainer.max_steps == 6
+    other = ahead_of(tmp_path, TINYFUSION, "before.teacher.name=other", "before.search.before.teacher.seed=2")[1]
+    assert other.before[0].cfg.seed == 2 and other.before[0].out == tmp_path / "dit_digits_deep"
+
+
+def test_stages_of_stages_are_named_by_the_way_to_them(tmp_path):
+    words = ("experiment=flux_dev/small_and_fast", "backbone.path=dev", "before.student.before.generate.size=8")
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        student, _ = look_ahead(compose("train", [f"runs={tmp_path}", *gathered(words)]), CONFIGS)
+    assert [item.place for item in student.inside()] == ["before.student.before.generate"]
+    assert "size=8" in student.before[0].stage.all
+    assert any(line.startswith("student.before.generate: data.generate into") for line in told([student]))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("before.teacher.trainer.max_stps=6",), "before.teacher: unknown key 'trainer.max_stps'"),
+        (("before.teacher.experiment=dit_digits/depp",), "before.teacher: there is no experiment named"),
+        (("before.search.before.techer.seed=6",), "before.search: before.techer: this run has no stage 'techer'"),
+        (("before.teacher.seed=1,2",), "before.teacher: seed=1,2 gives several values"),
+        (("before.teacher.name=dit_digits_tinyfusion",), "needs itself first"),
+    ],
+)
+def test_a_word_that_a_stage_does_not_take_is_refused_before_anything_starts(tmp_path, words, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        ahead_of(tmp_path, TINYFUSION, *words)
+
+
+def timed_run(folder, name, speed, device, **changes):
+    """A folder of a run as `begin` writes it."""
+    from omegaconf import OmegaConf
+
+    cfg = OmegaConf.to_container(config(folder, f"name={name}"), resolve=True)
+    cfg["backbone"] |= changes
+    (folder / name).mkdir()
+    (folder / name / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(cfg)))
+    (folder / name / "env.json").write_text(json.dumps({"device": device}))
+    rows = "\n".join(f"{step},{speed}" for step in (1, 2, 3))
+    (folder / name / "metrics.csv").write_text(f"step,images_per_second\n{rows}\n")
+
+
+def test_the_time_is_that_of_a_run_of_the_same_kind_on_this_device(tmp_path):
+    from recipes.runtime.machine import device_name, pick_device
+
+    device = device_name(pick_device("cpu"))
+    cfg = config(tmp_path, "name=a", "trainer.accelerator=cpu", "data.batch_size=8", "trainer.accumulate=2")
+    assert timed(cfg) is None
+    timed_run(tmp_path, "other_model", 5.0, device, depth=7)
+    timed_run(tmp_path, "other_device", 5.0, "a faster one")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/metrics.csv").write_text("step\n")
+    assert timed(cfg) is None
+    timed_run(tmp_path, "like_it", 32.0, device)
+    assert timed(cfg) == (0.5, tmp_path / "like_it")  # 16 images a step
