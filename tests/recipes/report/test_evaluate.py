@@ -114,7 +114,7 @@ def test_a_run_of_any_name_is_evaluated_by_the_command_that_training_prints(
     (said,) = (w.removeprefix("next      ") for w in capsys.readouterr().out.splitlines() if w.startswith("next"))
     command = ["bash", "-c", f"printf '%s\\0' {said}"]
     python, script, *words = map(os.fsdecode, subprocess.run(command, capture_output=True).stdout.split(b"\0")[:-1])
-    assert (python, script, len(words)) == ("python", "eval.py", 1)
+    assert (python, Path(script).name, len(words)) == ("python", "eval.py", 1)
     assert not name.isprintable() or shlex.split(said)[2:] == words
     assert cli.main([*words, "features=none", "guidance=1", "n=8", "rounds=0"]) == 0
     (told,) = results(Path(name))

@@ -56,7 +56,7 @@ def test_what_was_trained_stays_without_a_lock(tmp_path):
     assert launch(tmp_path, "name=good").returncode == 0
     kept = sorted(f.name for f in (tmp_path / "runs/good").iterdir())
     assert {"config.yaml", "checkpoints", "artifact"} <= set(kept) and LOCK not in kept
-    assert launch(tmp_path, "name=good", "seed=5").returncode == 1
+    assert launch(tmp_path, "name=good", "seed=5").returncode == 2
     assert kept == sorted(f.name for f in (tmp_path / "runs/good").iterdir())
 
 
