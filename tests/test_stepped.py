@@ -188,7 +188,7 @@ def test_a_state_is_a_copy_and_fits_its_own_walk_alone(make_dit):
     state, before = walk.state(), stored(walk.state())
     for value in walk.memory.values():
         for branch in value.values():
-            branch.image.zero_()
+            branch["value"].image.zero_()
     walk.given[0].zero_()
     assert state["given"][0].equal(before["given"][0]) and str(state["memory"]) == str(before["memory"])
     with pytest.raises(ValueError, match=r"generation at the times 1, 0.75, .*this sampler's are 1, 0.6667"):
@@ -327,7 +327,7 @@ def test_a_whole_rollout_has_one_graph_unless_it_is_cut(make_dit):
     denoiser, _ = cached(make_dit, Euler(2), "flow")
 
     def remembered(walk: Walk) -> list[bool]:
-        return [b.image.requires_grad for unit in walk.memory.values() for b in unit.values()]
+        return [b["value"].image.requires_grad for unit in walk.memory.values() for b in unit.values()]
 
     def trained(cut: bool) -> Tensor:
         walk = begin(denoiser, Sampler(Euler(2)))

@@ -15,6 +15,7 @@ from recipes.config.sources import register
 from recipes.cost import main as cost
 from recipes.details import arguments, details, example, worlds
 from recipes.list import WRITTEN, main, meant, page
+from recipes.variants import variants
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,6 @@ def test_it_is_printed(capsys):
         ("method/lcm", ["Consistency"]),
         ("heun", ["Heun"]),
         ("backbone/flux", ["FluxConfig"]),
-        ("caching", ["Reuse"]),
         ("solvers", None),
         ("Few-step", None),
         ("consistency.py", ["Consistency"]),
@@ -150,6 +150,9 @@ def test_every_example_is_a_command_that_works_as_printed(rows):
             assert words[:1] == ["python"], f"{name} has no example: say one in {catalogue.CATALOGUE.name}"
             if words[1] == "train.py":
                 assert check(compose("train", words[2:])) == [], command
+            elif words[1] == "eval.py":
+                told = dict(word.split("=", 1) for word in words[2:])
+                assert variants({key: text for key, text in told.items() if key.startswith("variant.")}), command
             else:
                 assert words[1:3] == ["-m", "recipes.cost"] and words[3].startswith("backbone=")
 
