@@ -21,25 +21,24 @@ Specification: methods/cg-taylor.md.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from edit.caching.engine import Cached, Gate, Predictor, Span, covered, units_between
+from edit.caching.engine import Gate, Predictor, SpanCached
 from edit.caching.taylor import Ladder, Order, RowLadder
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, Natural, NotNegative, check_numbers
-from edit.stream import Branch, Step, Stream
+from edit.stream import Branch, Stream
 from edit.unit import Unit
 
 Reduction = Literal["batch_mean", "batch_max", "per_sample"]
 
 
 @dataclass
-class CGTaylor(Cached):
+class CGTaylor(SpanCached):
     """A cache that extrapolates as long as it is confident; it needs no training.
 
     Args:
@@ -65,6 +64,10 @@ class CGTaylor(Cached):
     def __post_init__(self):
         check_numbers(self)
 
+    @property
+    def spared(self) -> tuple[int, int]:
+        return 1, 0
+
     def check(self, sampler: Any, times: tuple[float, ...]) -> None:
         if (count := len(times) - 1) <= self.warmup + 2:
             raise ValueError(
@@ -72,18 +75,10 @@ class CGTaylor(Cached):
                 f"{count} of this sampler: take more steps, or lower warmup"
             )
 
-    def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:
-        return covered(denoiser, units_between(self, denoiser, 1, 0))
-
     def apply(self, denoiser: Denoiser) -> None:
-        units = units_between(self, denoiser, 1, 0)
-        self.refuse_cached(denoiser)
         ladder = RowLadder if self.reduction == "per_sample" else Ladder
         gate = Confidence(self.tau, ladder(self.order_gate), self.warmup, self.max_skip, self.reduction)
-        Span(self, units[0], units[-1], gate, ladder(self.order_target), "hidden", self.at).wrap(denoiser)
-
-    def at(self, step: Step) -> float:
-        return float(step.index)
+        self.cache(denoiser, gate, ladder(self.order_target), "hidden")
 
 
 @dataclass(frozen=True)

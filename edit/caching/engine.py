@@ -137,6 +137,10 @@ class Cached(Edit):
     def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:
         """Unit and branch of all that this cache predicts, for caches that are applied together."""
 
+    def at(self, step: Step) -> float:
+        """The place of an evaluation, for the predictor."""
+        return float(step.index)
+
     def refuse_cached(self, denoiser: Denoiser) -> None:
         """Raises ValueError if another cache predicts one of the branches that this one does."""
         mine = set(self.covers(denoiser))
@@ -170,21 +174,6 @@ def covered(denoiser: Denoiser, units: Sequence[int], branches: Collection[str] 
     return {(i, n) for i in units for n in names_of(core(denoiser.units[i])) if not branches or n in branches}
 
 
-def units_between(edit: Cached, denoiser: Denoiser, front: int, back: int) -> range:
-    """The units of a denoiser but so many in front and behind.
-
-    Raises:
-        ValueError: if none is left
-    """
-    depth = len(denoiser.units)
-    if not (found := range(front, depth - back)):
-        raise ValueError(
-            f"{type(edit).__name__}: of the {depth} units of this {denoiser.name} the first {front} and the last "
-            f"{back} always run, so none is left to cache: lower these numbers"
-        )
-    return found
-
-
 # ---- site: residual branches ----------------------------------------------------------------------------------------
 
 
@@ -208,10 +197,6 @@ class BranchCached(Cached):
     def remembers(self, step: Step, branch: str) -> bool:
         """Whether an evaluation that follows will need this one's value."""
         return True
-
-    def at(self, step: Step) -> float:
-        """The place of an evaluation, for the predictor."""
-        return float(step.index)
 
     def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:
         return covered(denoiser, self.units or range(len(denoiser.units)), self.branches)
@@ -365,6 +350,45 @@ class Span:
         """The stream behind the last unit with these tokens."""
         text = {"kept": stream.text, "written": tokens.text, "ended": None}[self.text]
         return replace(stream, image=tokens.image, text=text)
+
+
+class SpanCached(Cached):
+    """A cache of one span: all units but those that always run."""
+
+    @property
+    def spared(self) -> tuple[int, int]:
+        """Units in front of the span and behind it, which always run."""
+        return 0, 0
+
+    def units_of(self, denoiser: Denoiser) -> range:
+        """The units of the span.
+
+        Raises:
+            ValueError: if there are none
+        """
+        depth, (front, back) = len(denoiser.units), self.spared
+        if not (found := range(front, depth - back)):
+            raise ValueError(
+                f"{type(self).__name__}: of the {depth} units of this {denoiser.name} the first {front} and the last "
+                f"{back} always run, so none is left to cache: lower these numbers"
+            )
+        return found
+
+    def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:
+        return covered(denoiser, self.units_of(denoiser))
+
+    def cache(
+        self,
+        denoiser: Denoiser,
+        gate: Gate,
+        predictor: Predictor,
+        target: Target = "residual",
+        front: int | None = None,
+    ) -> None:
+        """Stand around the units of the span; arguments as of `Span` and `Span.wrap`."""
+        units = self.units_of(denoiser)
+        self.refuse_cached(denoiser)
+        Span(self, units[0], units[-1], gate, predictor, target, self.at).wrap(denoiser, front)
 
 
 class Front(Wrapper):

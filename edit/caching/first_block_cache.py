@@ -14,20 +14,19 @@ Specification: methods/feature-cache-baselines.md.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from edit.caching.engine import Cached, Gate, Latest, Predictor, Span, covered, distance, units_between
+from edit.caching.engine import Gate, Latest, SpanCached, distance
 from edit.caching.taylor import Ladder, Order
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, Natural, NotNegative, check_numbers
-from edit.stream import Step, Stream
+from edit.stream import Stream
 from edit.unit import Unit
 
 
 @dataclass
-class FirstBlockCache(Cached):
+class FirstBlockCache(SpanCached):
     """A cache that decides by the change of the first unit; it needs no training.
 
     Args:
@@ -41,22 +40,12 @@ class FirstBlockCache(Cached):
     def __post_init__(self):
         check_numbers(self)
 
-    def parts(self) -> tuple[int, int, Gate, Predictor]:
-        """Units that always run, in front and behind; gate; predictor."""
-        return 1, 0, Change(self.threshold), Latest()
-
-    def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:
-        front, back, *_ = self.parts()
-        return covered(denoiser, units_between(self, denoiser, front, back))
+    @property
+    def spared(self) -> tuple[int, int]:
+        return 1, 0
 
     def apply(self, denoiser: Denoiser) -> None:
-        front, back, gate, predictor = self.parts()
-        units = units_between(self, denoiser, front, back)
-        self.refuse_cached(denoiser)
-        Span(self, units[0], units[-1], gate, predictor, "residual", self.at).wrap(denoiser, front=0)
-
-    def at(self, step: Step) -> float:
-        return float(step.index)
+        self.cache(denoiser, Change(self.threshold), Latest(), front=0)
 
 
 @dataclass
@@ -83,9 +72,13 @@ class DBCache(FirstBlockCache):
     budget: NotNegative | None = None
     order: Order = 0
 
-    def parts(self) -> tuple[int, int, Gate, Predictor]:
+    @property
+    def spared(self) -> tuple[int, int]:
+        return self.front, self.back
+
+    def apply(self, denoiser: Denoiser) -> None:
         gate = Change(self.threshold, self.warmup, self.most, self.most_in_a_row, self.budget)
-        return self.front, self.back, gate, Ladder(self.order) if self.order else Latest()
+        self.cache(denoiser, gate, Ladder(self.order) if self.order else Latest(), front=0)
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,13 @@ Specification: methods/feature-cache-baselines.md.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edit.caching.engine import Cached, Gate, Latest, Span, covered
+from edit.caching.engine import Gate, Latest, SpanCached
 from edit.calibration import Calibration
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, NotNegative, Share, Steps, check_numbers
@@ -44,7 +43,7 @@ class Ratios(nn.Module):
 
 
 @dataclass
-class MagCache(Cached):
+class MagCache(SpanCached):
     """A cache with a measured table; it needs calibration, and no training.
 
     Args:
@@ -62,18 +61,10 @@ class MagCache(Cached):
     def __post_init__(self):
         check_numbers(self)
 
-    def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:
-        return covered(denoiser, range(len(denoiser.units)))
-
     def apply(self, denoiser: Denoiser) -> nn.Module:
-        self.refuse_cached(denoiser)
         own = Ratios(self.length)
-        gate = Budget(self, own)
-        Span(self, 0, len(denoiser.units) - 1, gate, Latest(), "residual", self.at).wrap(denoiser)
+        self.cache(denoiser, Budget(self, own), Latest())
         return own
-
-    def at(self, step: Step) -> float:
-        return float(step.index)
 
     def calibrate(self, denoiser: Denoiser, batches: Calibration, own: nn.Module | None) -> None:
         assert isinstance(own, Ratios)

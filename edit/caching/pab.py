@@ -44,7 +44,7 @@ class PAB(BranchCached):
     def __post_init__(self):
         check_numbers(self)
         self.window = tuple(self.window)
-        if len(self.window) != 2 or not 0 <= self.window[0] < self.window[1] <= 1000:
+        if not 0 <= self.window[0] < self.window[1] <= 1000:
             raise ValueError(f"PAB: window is two timesteps from 0 to 1000, the smaller first, got {list(self.window)}")
 
     def apply(self, denoiser: Denoiser) -> None:

@@ -14,17 +14,16 @@ Specification: methods/feature-cache-baselines.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 
-from edit.caching.engine import Cached, Latest, Scheduled, Span, covered, units_between
+from edit.caching.engine import Latest, Scheduled, SpanCached
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, Natural, Share, check_numbers
 from edit.stream import Step
 
 
 @dataclass
-class SpanReuse(Cached):
+class SpanReuse(SpanCached):
     """A cache of a span's residual; it needs no training.
 
     Args:
@@ -42,18 +41,14 @@ class SpanReuse(Cached):
     def __post_init__(self):
         check_numbers(self)
 
-    def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:
-        return covered(denoiser, units_between(self, denoiser, self.front, self.back))
+    @property
+    def spared(self) -> tuple[int, int]:
+        return self.front, self.back
 
     def apply(self, denoiser: Denoiser) -> None:
-        units = units_between(self, denoiser, self.front, self.back)
-        self.refuse_cached(denoiser)
-        Span(self, units[0], units[-1], Scheduled(self.due), Latest(), "residual", self.at).wrap(denoiser)
+        self.cache(denoiser, Scheduled(self.due), Latest())
 
     def due(self, step: Step) -> bool:
         """Whether the span is computed."""
         place = step.index - math.ceil(self.start * step.count)
         return place < 0 or place % self.interval == 0
-
-    def at(self, step: Step) -> float:
-        return float(step.index)

@@ -24,7 +24,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from edit.caching.engine import Axis, BranchCached, Predictor, Scheduled, Span, covered, place, units_between
+from edit.caching.engine import Axis, BranchCached, Predictor, Scheduled, SpanCached, place
 from edit.caching.taylor import Form, Ladder, Order
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, check_numbers
@@ -34,7 +34,7 @@ Schedule = Literal["paper", "diffusers", "cache_dit"]
 
 
 @dataclass
-class TaylorSeer(BranchCached):
+class TaylorSeer(BranchCached, SpanCached):
     """A cache that extrapolates; it needs no training, and does nothing while the model is trained.
 
     Args:
@@ -94,14 +94,15 @@ class TaylorSeer(BranchCached):
                 f"{len(times) - 1} of this sampler {anchors} are: lower order to {anchors - 1} at most, or interval"
             )
 
+    @property
+    def spared(self) -> tuple[int, int]:
+        return self.spare
+
     def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:
-        return covered(denoiser, units_between(self, denoiser, *self.spare))
+        return SpanCached.covers(self, denoiser)
 
     def apply(self, denoiser: Denoiser) -> None:
         if self.site == "module":
-            return super().apply(denoiser)
-        units = units_between(self, denoiser, *self.spare)
-        self.refuse_cached(denoiser)
-        target = "hidden" if self.site == "last" else "residual"
+            return BranchCached.apply(self, denoiser)
         gate = Scheduled(lambda step: self.due(step, ""))
-        Span(self, units[0], units[-1], gate, self.predictor, target, self.at).wrap(denoiser)
+        self.cache(denoiser, gate, self.predictor, "hidden" if self.site == "last" else "residual")

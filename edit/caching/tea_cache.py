@@ -16,12 +16,12 @@ Specification: methods/feature-cache-baselines.md.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from edit.caching.engine import Cached, Gate, Latest, Span, covered, distance
+from edit.caching.engine import Gate, Latest, SpanCached, distance
 from edit.denoiser import Denoiser
 from edit.inputs.limits import NotNegative, check_numbers
 from edit.stream import Step, Stream
@@ -31,7 +31,7 @@ FLUX = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 
 
 @dataclass
-class TeaCache(Cached):
+class TeaCache(SpanCached):
     """A cache that decides by the change of the modulated input; it needs no training.
 
     Args:
@@ -50,16 +50,8 @@ class TeaCache(Cached):
         if not self.polynomial:
             raise ValueError("TeaCache: polynomial has no coefficient: [1, 0] is the change itself")
 
-    def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:
-        return covered(denoiser, range(len(denoiser.units)))
-
     def apply(self, denoiser: Denoiser) -> None:
-        self.refuse_cached(denoiser)
-        gate = Accumulated(self.threshold, self.polynomial)
-        Span(self, 0, len(denoiser.units) - 1, gate, Latest(), "residual", self.at).wrap(denoiser)
-
-    def at(self, step: Step) -> float:
-        return float(step.index)
+        self.cache(denoiser, Accumulated(self.threshold, self.polynomial), Latest())
 
 
 @dataclass(frozen=True)
