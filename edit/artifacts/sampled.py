@@ -196,7 +196,10 @@ def bar(total: int, wanted: bool) -> Iterator[Callable[[float], None]]:
         with _notebook(total) as done:
             yield done
         return
-    with Progress(console=console, transient=True, disable=not (wanted and console.is_terminal)) as shown:
+    if not (wanted and console.is_terminal):  # older releases of rich end a disabled bar by an empty line
+        yield lambda images: None
+        return
+    with Progress(console=console, transient=True) as shown:
         task = shown.add_task("sampling", total=total)
         yield lambda images: shown.advance(task, images)
 
