@@ -3,10 +3,14 @@
     python -m benchmarks.claim flux_tiny_distill
     python -m benchmarks.claim flux_tiny_distill runs=/data/runs seeds=[0] trainer.max_steps=200
 
-A claim is a file of benchmarks/claims: arms (words for train.py), what is measured, and which arm should win, or which
-arm should be no worse than which other (`within`). Every arm is trained with every seed under
-runs/claims/<claim>/<arm>_<seed>; finished runs are not repeated. All of them are then measured with the same noise. A
-winner is compared seed by seed; an arm is within another's spread where its mean is worse by no more than that one's
+A claim is a file of benchmarks/claims: arms (words for train.py), what is measured, and which arm should win, be better
+than which other (`better`), or no worse than which other (`within`). Every arm is trained with every seed under
+runs/claims/<claim>/<arm>_<seed>; finished runs are not repeated. All of them are then measured with the same noise.
+
+Arms of training-free edits (`variants`, as in eval.py's words) share one model (`model`: words for train.py), which is
+trained once; seeds are those of the noise, and each is measured by a report of its own, in <claim>/noise_<seed>.
+
+Winners are compared seed by seed; an arm is within another's spread where its mean is worse by no more than that one's
 standard deviation over seeds; `at_most` bounds a measure of one arm by a multiple of another's, seed by seed. A claim
 that does not hold is reported as not holding; the exit code is 0 all the same.
 """
@@ -79,8 +83,11 @@ def main(words: list[str]) -> int:
         raise ValueError(f"seeds is a list of whole numbers from 0 to {LAST_SEED}, got {claim.seeds}")
     runs = Path(claim.get("runs", "runs"))
     folder = runs / "claims" / name
-    folders = train(claim, name, runs, [word for word in settings if word not in own])
-    values = evaluate(claim, runs, folder, folders)
+    passed = [word for word in settings if word not in own]
+    if claim.get("variants"):
+        values = vary(claim, runs, folder, passed)
+    else:
+        values = evaluate(claim, runs, folder, train(claim, name, runs, passed))
     comparisons = compare(claim, values)
     holds = all(c["holds"] for c in comparisons)
     outcome = {"claim": claim.claim, "seeds": list(claim.seeds), "values": values, "comparisons": comparisons}
@@ -121,24 +128,76 @@ def evaluate(
     reference = [f"reference={runs / claim.reference}"] if claim.get("reference") else []
     options = [f"{k}={v}" for k, v in claim.evaluate.items()]
     run("eval.py", *measured, *reference, *options, f"out={folder}")
-    report = json.loads((folder / "report.json").read_text())
-    if failed := [a["name"] for a in report["artifacts"] if "error" in a]:
-        sys.exit(f"error: {', '.join(failed)} could not be measured: see {folder / 'report.json'}")
-    results = {Path(a["path"]).resolve().parent: a["results"][0] for a in report["artifacts"]}
-    measures = {*claim.measures, *(measure for _, _, measure, _ in claim.get("at_most", []))}
-    values: dict[str, dict[str, list[float]]] = {}
-    for arm, paths in folders.items():
-        for measure in sorted(measures):
-            found = [value_of(results[p.resolve()], measure) for p in paths]
-            if None in found:
-                sys.exit(f"error: the report measures no {measure}: see {folder / 'report.json'}")
-            values.setdefault(arm, {})[measure] = [v for v in found if v is not None]
+    results = {Path(a["path"]).resolve().parent: a["results"][0] for a in measured_in(folder)}
+    return {
+        arm: {m: [required(results[p.resolve()], m, folder) for p in paths] for m in measures_of(claim)}
+        for arm, paths in folders.items()
+    }
+
+
+def vary(claim: Any, runs: Path, folder: Path, passed: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+    """Measure training-free edits of one model, with the noise of each seed; `passed` are further words for train.py.
+
+    Returns:
+        By arm and measure, the value of each seed.
+
+    Raises:
+        SystemExit: if a variant could not be measured, or a measure is missing
+    """
+    run("train.py", *claim.model, f"runs={runs}", *passed)
+    arms: Any = OmegaConf.to_container(claim.variants)
+    words = [word for arm, changes in arms.items() for word in spelled(arm, changes)]
+    options = [f"{k}={v}" for k, v in claim.evaluate.items()]
+    values: dict[str, dict[str, list[float]]] = {arm: {m: [] for m in measures_of(claim)} for arm in arms}
+    for seed in claim.seeds:
+        out = folder / f"noise_{seed}"
+        run("eval.py", f"artifact={runs / claim.artifact}", *words, f"seed={seed}", *options, f"out={out}")
+        results = {a["variant"]: a["results"][0] for a in measured_in(out) if "variant" in a}
+        for arm, measures in values.items():
+            for measure, found in measures.items():
+                found.append(required(results[arm], measure, out))
     return values
+
+
+def spelled(arm: str, changes: Mapping[str, Any]) -> list[str]:
+    """The words of eval.py for a variant: `edits` names files of configs/edits, the other keys are its settings."""
+    given = {f"variant.{arm}.{key}": value for key, value in changes.items() if key != "edits"}
+    first = {f"variant.{arm}": changes["edits"]} if "edits" in changes else {}
+    return [f"{key}={value}" for key, value in {**first, **given}.items()]
+
+
+def measures_of(claim: Any) -> list[str]:
+    """All that a claim compares."""
+    return sorted({*claim.measures, *(measure for _, _, measure, _ in claim.get("at_most", []))})
+
+
+def measured_in(folder: Path) -> list[dict[str, Any]]:
+    """The entries of a report.
+
+    Raises:
+        SystemExit: if one could not be measured
+    """
+    entries = json.loads((folder / "report.json").read_text())["artifacts"]
+    if failed := [a["name"] for a in entries if "error" in a]:
+        sys.exit(f"error: {', '.join(failed)} could not be measured: see {folder / 'report.json'}")
+    return entries
+
+
+def required(result: Mapping[str, Any], measure: str, folder: Path) -> float:
+    """A measure of one entry of the report in `folder`.
+
+    Raises:
+        SystemExit: if it has none
+    """
+    if (value := value_of(result, measure)) is None:
+        sys.exit(f"error: the report measures no {measure}: see {folder / 'report.json'}")
+    return value
 
 
 def compare(claim: Any, values: Mapping[str, Mapping[str, Sequence[float]]]) -> list[dict[str, Any]]:
     """Every comparison that the claim is made of, and whether it holds."""
     won = [(claim.winner, other, verdict) for other in values if other != claim.winner] if claim.get("winner") else []
+    won += [(*pair, verdict) for pair in claim.get("better", [])]
     kept = [(*pair, within) for pair in claim.get("within", [])]
     comparisons = [
         {"arm": arm, "other": other, "measure": measure}

@@ -1,12 +1,17 @@
 """Claims are compared seed by seed, and their arms are settings that train.py accepts."""
 
+import json
+from pathlib import Path
+
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from benchmarks.claim import CLAIMS, ROOT, main, value_of, verdict, within
+from benchmarks.claim import CLAIMS, ROOT, main, spelled, value_of, verdict, within
 from recipes.config.check import check
+from recipes.config.schema import Evaluation
 from recipes.config.sources import register
+from recipes.variants import variants
 
 
 def test_a_winner_must_be_better_on_every_seed():
@@ -40,14 +45,66 @@ def test_seeds_that_no_run_takes_are_refused_before_one_begins(seeds, monkeypatc
 @pytest.mark.parametrize("path", sorted(CLAIMS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_arm_composes_and_those_that_are_judged_are_among_them(path):
     claim = OmegaConf.load(path)
+    arms = OmegaConf.to_container(claim.get("variants") or claim.arms, resolve=False)
     judged = [claim.winner] if "winner" in claim else []
-    judged += [arm for pair in (*claim.get("within", []), *(b[:2] for b in claim.get("at_most", []))) for arm in pair]
-    assert judged and set(judged) <= claim.arms.keys() and len(claim.arms) > 1 and len(claim.seeds) >= 3
+    pairs = (*claim.get("within", []), *claim.get("better", []), *(b[:2] for b in claim.get("at_most", [])))
+    judged += [arm for pair in pairs for arm in pair]
+    assert judged and set(judged) <= arms.keys() and len(arms) > 1 and len(claim.seeds) >= 3
     assert set(claim.measures.values()) <= {"higher", "lower"}
+    trained = [claim.model] if "variants" in claim else arms.values()
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
-        for settings in OmegaConf.to_container(claim.arms, resolve=False).values():
+        for settings in trained:
             assert check(compose("train", [*settings, "name=a", "seed=1"])) == []
+    if "variants" in claim:
+        words = [word for arm, changes in arms.items() for word in spelled(arm, changes)]
+        made = variants(dict(word.split("=", 1) for word in words))
+        assert [v.name for v in made] == list(arms) and all(v.edits() or v.steps for v in made)
+        Evaluation.of(claim.evaluate)
+
+
+def test_variants_are_measured_once_for_each_seed_on_one_model(monkeypatch, tmp_path):
+    """The commands of the training and of the reports, and the verdict over what these say."""
+    file = tmp_path / "caches.yaml"
+    file.write_text(
+        "claim: a\nmodel: [experiment=dit_pixels/teacher]\nartifact: dit_pixels_teacher\nseeds: [3, 5]\n"
+        "variants: {one: {edits: reuse, reuse.interval: 3}, few: {steps: 9}}\nbetter: [[one, few]]\n"
+        "measures: {psnr: higher}\nat_most: [[one, few, macs, 1.0]]\nevaluate: {n: 8}\n"
+    )
+    ran = []
+
+    def run(script, *words):
+        ran.append((script, *words))
+        if script == "eval.py":
+            out, seed = words[-1].removeprefix("out="), int(words[-3].removeprefix("seed="))
+            rows = [{"name": "m"}] + [
+                {"name": arm, "variant": arm, "results": [{"compared": {"psnr": {"value": v}}, "cost": {"macs": 2.0}}]}
+                for arm, v in (("one", 20.0 + seed), ("few", 24.0))
+            ]
+            Path(out).mkdir(parents=True)
+            (Path(out) / "report.json").write_text(json.dumps({"artifacts": rows}))
+
+    monkeypatch.setattr("benchmarks.claim.run", run)
+    monkeypatch.setattr("benchmarks.claim.CLAIMS", tmp_path)
+    assert main(["caches", f"runs={tmp_path}"]) == 0
+    assert ran[0] == ("train.py", "experiment=dit_pixels/teacher", f"runs={tmp_path}")
+    words = ("variant.one=reuse", "variant.one.reuse.interval=3", "variant.few.steps=9")
+    folder = tmp_path / "claims" / "caches"
+    assert ran[1:] == [
+        (
+            "eval.py",
+            f"artifact={tmp_path / 'dit_pixels_teacher'}",
+            *words,
+            f"seed={s}",
+            "n=8",
+            f"out={folder}/noise_{s}",
+        )
+        for s in (3, 5)
+    ]
+    outcome = json.loads((folder / "claim.json").read_text())
+    assert outcome["values"]["one"] == {"macs": [2.0, 2.0], "psnr": [23.0, 25.0]}
+    assert outcome["comparisons"][0]["gains"] == [-1.0, 1.0] and not outcome["holds"]
+    assert outcome["comparisons"][1]["ratio"] == 1.0 and outcome["comparisons"][1]["holds"]
 
 
 def test_without_a_claim_it_says_which_there_are(capsys):
