@@ -91,7 +91,7 @@ def test_variants_are_measured_once_for_each_seed_on_one_model(monkeypatch, tmp_
     words = ("variant.one=reuse", "variant.one.reuse.interval=3", "variant.few.steps=9")
     folder = tmp_path / "claims" / "caches"
     assert ran[1:] == [
-        (
+        ("eval.py", f"artifact={tmp_path / 'dit_pixels_teacher'}", *words, f"seed={s}", "n=8", f"out={folder}/noise_{s}")
             "eval.py",
             f"artifact={tmp_path / 'dit_pixels_teacher'}",
             *words,
