@@ -7,8 +7,8 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
+from time import monotonic
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -18,7 +18,7 @@ from recipes.config.errors import UserError
 from recipes.config.help import keys_of
 from recipes.config.schema import EVALUATION, Evaluation
 from recipes.report.evaluate import run
-from recipes.report.page import write_report
+from recipes.report.page import write_json, write_report
 from recipes.report.request import OWN, default_out, folders, parse
 from recipes.variants import variants
 
@@ -53,14 +53,33 @@ Read on
 
 
 class Kept:
-    """The report on disk, which is written again whenever it has grown."""
+    """The report on disk: report.json whenever it has grown; the page, which takes a second to draw, now and then.
 
-    def __init__(self):
-        self.said = "interrupted: no row was measured, and no report was written"
+    Args:
+        out: folder of the report
+        pause: seconds between two pages
+    """
 
-    def into(self, out: Path, report: dict[str, Any]) -> None:
-        page, count = write_report(report, out)[-1], report["rows"]
-        self.said = f"interrupted: {count['measured']} of {count['planned']} rows are in {page}"
+    def __init__(self, out: Path, pause: float = 30.0):
+        self.out, self.pause = out, pause
+        self.drawn: float | None = None  # when the last page was
+        self.report: dict[str, Any] | None = None  # the last that came
+
+    def take(self, report: dict[str, Any]) -> None:
+        """A report that has grown."""
+        self.report = report
+        if self.drawn is not None and monotonic() - self.drawn < self.pause:
+            write_json(report, self.out)
+        else:
+            self.draw()
+
+    def draw(self) -> str:
+        """Write report and page; what is in them, for someone who has stopped the work."""
+        if self.report is None:
+            return "interrupted: no row was measured, and no report was written"
+        page, count = write_report(self.report, self.out)[-1], self.report["rows"]
+        self.drawn = monotonic()
+        return f"interrupted: {count['measured']} of {count['planned']} rows are in {page}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,12 +118,12 @@ def compare(words: Sequence[str], debug: bool) -> int:
     out = default_out(paths, [one.name for one in asked]) if given.get("out") is None else Path(given["out"])
     if (there := next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))) and not there.is_dir():
         raise UserError(f"out={out} cannot be written: {there} is no folder; give another out=")
-    kept = Kept()
+    kept = Kept(out)
     try:
         with working(UserError, ValueError, OSError):
-            report = run(paths, chosen, out, reference, debug, asked, partial(kept.into, out), ("eval.py", *words))
+            report = run(paths, chosen, out, reference, debug, asked, kept.take, ("eval.py", *words))
     except KeyboardInterrupt:
-        print(kept.said, file=sys.stderr)
+        print(kept.draw(), file=sys.stderr)
         return 130
     if failed := [a["name"] for a in report["artifacts"] if "error" in a]:
         what = f"{len(paths)} artifacts" + (f" and {len(paths) * len(asked)} variants" if asked else "")

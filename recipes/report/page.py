@@ -221,5 +221,14 @@ def write_report(report: Mapping[str, Any], folder: Path) -> list[Path]:
     Raises:
         ValueError: if the report holds values that are not JSON, NaN included
     """
+    return [write_json(report, folder), write(folder / "report.html", html(report, folder))]
+
+
+def write_json(report: Mapping[str, Any], folder: Path) -> Path:
+    """Write report.json alone.
+
+    Raises:
+        ValueError: if the report holds values that are not JSON, NaN included
+    """
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    return [write(folder / "report.json", text + "\n"), write(folder / "report.html", html(report, folder))]
+    return write(folder / "report.json", text + "\n")
