@@ -60,7 +60,7 @@ class Predictor(ABC):
     """What stands in for a value that is not computed. Its state is a dict of tensors, numbers, lists and `Branch`."""
 
     @abstractmethod
-    def observe(self, state: dict, at: float, value: Branch, rows: Tensor | None = None) -> None:
+    def observe(self, state: dict, at: Any, value: Branch, rows: Tensor | None = None) -> None:
         """Take a computed value at a place (`place`).
 
         Args:
@@ -71,7 +71,7 @@ class Predictor(ABC):
         """
 
     @abstractmethod
-    def predict(self, state: dict, at: float) -> Branch:
+    def predict(self, state: dict, at: Any) -> Branch:
         """The value at a later place; called after `observe`."""
 
 
@@ -79,10 +79,10 @@ class Predictor(ABC):
 class Latest(Predictor):
     """The last computed value."""
 
-    def observe(self, state: dict, at: float, value: Branch, rows: Tensor | None = None) -> None:
+    def observe(self, state: dict, at: Any, value: Branch, rows: Tensor | None = None) -> None:
         state["value"] = value if rows is None else put(state["value"], rows, value)
 
-    def predict(self, state: dict, at: float) -> Branch:
+    def predict(self, state: dict, at: Any) -> Branch:
         return state["value"]
 
 
@@ -137,8 +137,8 @@ class Cached(Edit):
     def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:
         """Unit and branch of all that this cache predicts, for caches that are applied together."""
 
-    def at(self, step: Step) -> float:
-        """The place of an evaluation, for the predictor."""
+    def at(self, step: Step) -> Any:
+        """The place of an evaluation, for the predictor: a number, or what the predictor takes in its place."""
         return float(step.index)
 
     def refuse_cached(self, denoiser: Denoiser) -> None:
@@ -266,7 +266,7 @@ class Span:
     gate: Gate
     predictor: Predictor
     target: Target
-    at: Callable[[Step], float]
+    at: Callable[[Step], Any]
     text: Literal["kept", "written", "ended"] = "kept"
 
     def wrap(self, denoiser: Denoiser, front: int | None = None) -> None:
@@ -308,6 +308,8 @@ class Span:
         are computed, None: all.
         """
         chosen = self.gate.computes(core(unit), stream, memory.setdefault("gate", {}))
+        if "value" not in memory:  # the sampler has begun to join branches, or ended, between two computed evaluations
+            chosen = True
         flags = [chosen] if isinstance(chosen, bool) else chosen.tolist()  # the host waits here alone
         memory["computed"], memory["whole"], memory["rows"] = any(flags), stream, None
         if not memory["computed"]:

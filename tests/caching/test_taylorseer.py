@@ -229,7 +229,7 @@ def test_a_generation_holds_order_plus_one_tensors_for_each_site_and_the_next_be
         parts = step.memory["cache", 0, "joint"]
         states = [parts[n] for n in ("attention", "feed")] if site == "module" else [parts["value"]]
         held.append([len(s["ladder"]) for s in states])
-        assert len(step.memory) == (len(net.units) if site == "module" else 1)
+        assert len(step.memory) == (len(net.units) if site == "module" else 1) + 1  # and the clock of all
 
     first = paint(net, 9, watch)
     assert held[-1] == [order + 1] * len(held[-1]) and held[0] == [1] * len(held[0])
