@@ -23,10 +23,10 @@ import edit
 from benchmarks.common import CONFIGS, arguments, cast, prepare, race, show, write
 from benchmarks.pruned import families
 from benchmarks.routing import flux1
-from edit.artifacts.checkpoint import default_objective
 from edit.caching.reuse import Reuse
 from edit.denoiser import Denoiser
 from edit.measuring.cost import count_generation, twin
+from edit.objectives import default_objective
 from edit.sampling import Sampler
 from edit.solvers import DDIMSolver, Euler
 from recipes.cost import from_file

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -140,6 +140,10 @@ class Cached(Edit):
     def at(self, step: Step) -> Any:
         """The place of an evaluation, for the predictor: a number, or what the predictor takes in its place."""
         return float(step.index)
+
+    def kind(self, step: Step) -> Hashable:
+        """What is decided at an evaluation besides what is computed, where that is known beforehand (`graphs`)."""
+        return None
 
     def refuse_cached(self, denoiser: Denoiser) -> None:
         """Raises ValueError if another cache predicts one of the branches that this one does."""
@@ -305,7 +309,7 @@ class Span:
         """Decide; the stream of the first unit, of the samples that are computed; where none is, that behind the last.
 
         What is kept until the last unit leaves the memory there: `whole`, the stream of all samples; `rows`, those that
-        are computed, None: all.
+        are computed, None: all; `computed`, whether there are any.
         """
         chosen = self.gate.computes(core(unit), stream, memory.setdefault("gate", {}))
         if "value" not in memory:  # the sampler has begun to join branches, or ended, between two computed evaluations
@@ -322,9 +326,9 @@ class Span:
 
     def leave(self, stream: Stream, memory: dict) -> Stream:
         """Take the computed value; the stream of all samples behind the last unit, with what was computed."""
-        whole, rows = memory.pop("whole"), memory.pop("rows")
+        whole, rows, computed = memory.pop("whole"), memory.pop("rows"), memory.pop("computed")
         assert whole.step is not None
-        if memory["computed"]:
+        if computed:
             value, at = self.tokens(stream), self.at(whole.step)
             entry = self.tokens(whole)
             if self.target == "residual":
@@ -333,7 +337,7 @@ class Span:
                 joined = put(self.predicted(whole, memory), rows, self.tokens(stream))
                 stream = replace(self.rebuilt(whole, joined), trace=whole.trace)
             self.predictor.observe(memory.setdefault("value", {}), at, value, rows)
-        executed = whole.image.new_full((len(whole.image),), float(memory["computed"]))
+        executed = whole.image.new_full((len(whole.image),), float(computed))
         if rows is not None:
             executed = torch.zeros_like(executed).index_fill(0, rows, 1.0)
         return replace(stream, trace={**stream.trace, **{self.edit.record(i): executed for i in self.places}})

@@ -114,6 +114,11 @@ class TaylorSeer(BranchCached, SpanCached):
         clock = step.recall(self.name, CLOCK)
         return present(clock, step.index - clock["first"])
 
+    def kind(self, step: Step) -> bool:
+        """Whether it is at the place of the one before."""
+        clock = step.memory.get((self.name, CLOCK, step.branch))
+        return bool(clock) and step.index - clock["first"] in clock["again"]
+
     def check(self, sampler: Any, times: tuple[float, ...]) -> None:
         anchors = sum(self.computed(s) for s in range(len(times) - 1))
         if self.interval > 1 and anchors <= self.order:
