@@ -16,10 +16,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from edit.denoiser import Denoiser, Edit
 from edit.edits import chosen
+from edit.routing.batches import sharded
 from edit.stream import Branch, Step, Stream
 from edit.unit import Run, Unit, Wrapper, core
 
@@ -102,7 +104,8 @@ class Gate(ABC):
             state: of the gate in this generation and guidance branch
 
         Returns:
-            For all samples, or b bool, each for its own; the samples that are computed run as one batch
+            For all samples, or b bool, each for its own; the samples that are computed run as one batch. A decision for
+            all samples is the same on all ranks where the unit is sharded (`quotient`, `anywhere`)
         """
 
 
@@ -117,11 +120,33 @@ class Scheduled(Gate):
         return self.due(stream.step)
 
 
-def distance(new: Tensor, old: Tensor) -> float:
-    """The mean absolute difference over the mean absolute value of `old`: of all samples together, as published, so
-    that a decision depends on the batch. The host waits for it."""
+def distance(unit: Unit, new: Tensor, old: Tensor) -> Tensor:
+    """The mean absolute difference over the mean absolute value of `old`, a scalar: of all samples together, as
+    published, so that a decision depends on the batch; where the unit is sharded, of those of all ranks."""
     new, old = new.float(), old.float()
-    return ((new - old).abs().mean() / old.abs().mean()).item()
+    return quotient(unit, (new - old).abs().mean(), old.abs().mean(), len(new))
+
+
+def quotient(unit: Unit, above: Tensor, below: Tensor, samples: int) -> Tensor:
+    """Of two means over a batch, scalars; where the unit is sharded, over the batches of all ranks.
+
+    Calling a sharded unit is a collective, which a rank that decides otherwise would leave out: the others would wait
+    for it for ever.
+    """
+    above, below = over_ranks(torch.stack((above, below)) * samples) if sharded(unit) else (above, below)
+    return above / below
+
+
+def anywhere(unit: Unit, flag: bool, device: torch.device) -> bool:
+    """Whether it is so; where the unit is sharded, on any rank."""
+    return over_ranks(torch.tensor(float(flag), device=device)).item() > 0 if sharded(unit) else flag
+
+
+def over_ranks(v: Tensor) -> Tensor:
+    """The sum over all ranks, the same to the last bit on each."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(v)
+    return v
 
 
 # ---- the edit -------------------------------------------------------------------------------------------------------
@@ -315,20 +340,24 @@ class Span:
         if "value" not in memory:  # the sampler has begun to join branches, or ended, between two computed evaluations
             chosen = True
         flags = [chosen] if isinstance(chosen, bool) else chosen.tolist()  # the host waits here alone
-        memory["computed"], memory["whole"], memory["rows"] = any(flags), stream, None
-        if not memory["computed"]:
+        some = any(flags) if isinstance(chosen, bool) else anywhere(core(unit), any(flags), stream.image.device)
+        memory["computed"], memory["whole"], memory["rows"] = some, stream, None
+        if not some:
             return self.rebuilt(stream, self.predicted(stream, memory))
         if all(flags):
             return stream
         assert isinstance(chosen, Tensor)
         rows = memory["rows"] = chosen.nonzero().flatten()
-        return stream.map(lambda v: v[rows])
+        run = rows if any(flags) else slice(1)  # for the other ranks alone: what comes out is left
+        return stream.map(lambda v: v[run])
 
     def leave(self, stream: Stream, memory: dict) -> Stream:
         """Take the computed value; the stream of all samples behind the last unit, with what was computed."""
         whole, rows, computed = memory.pop("whole"), memory.pop("rows"), memory.pop("computed")
         assert whole.step is not None
-        if computed:
+        if rows is not None and not len(rows):
+            stream = replace(self.rebuilt(whole, self.predicted(whole, memory)), trace=whole.trace)
+        elif computed:
             value, at = self.tokens(stream), self.at(whole.step)
             entry = self.tokens(whole)
             if self.target == "residual":
