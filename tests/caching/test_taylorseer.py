@@ -327,3 +327,12 @@ def test_bytes_held_are_order_plus_one_tensors_of_tokens_for_each_site_and_branc
         counted = cost(net, sampler(net, 9, guidance=guidance), condition=told(net, 1), real=real)
         assert counted.held == sites * (order + 1) * tokens * branches + clock
     assert cost(family("dit")).held is None
+
+
+def test_bytes_held_are_the_most_of_a_generation():
+    """Behind the guidance interval one branch is left, and what the two remembered is gone."""
+    net = family("dit", cache=TaylorSeer(2, 1, first=2, site="last"))
+    whole, first = (
+        cost(net, sampler(net, 9, interval=interval), condition=told(net, 1)).held for interval in ((0, 1), (0.5, 1))
+    )
+    assert whole == first
