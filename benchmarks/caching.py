@@ -20,39 +20,40 @@ import torch
 from torch import Tensor
 
 import edit
-from benchmarks.common import CONFIGS, arguments, cast, prepare, race, show, write
-from benchmarks.pruned import families
-from benchmarks.routing import flux1
-from edit.artifacts.checkpoint import default_objective
+from benchmarks.common import arguments, cast, from_file, prepare, race, show, write
+from benchmarks.pruned import FAMILIES
+from benchmarks.routing import dit_tiny, flux1
 from edit.caching.reuse import Reuse
 from edit.denoiser import Denoiser
 from edit.measuring.cost import count_generation, twin
+from edit.objectives import default_objective
 from edit.sampling import Sampler
 from edit.solvers import DDIMSolver, Euler
-from recipes.cost import from_file
 
 BAR = 1 / 0.97  # time of interval 1 over the plain model's
 
 
 def flux_tiny() -> Denoiser:
     """As in the world of its name: 16 image tokens, where Python takes the time."""
-    return replace(from_file(CONFIGS, "backbone", "flux_tiny"), sample_size=(8, 8)).build()
+    return replace(from_file("backbone", "flux_tiny"), sample_size=(8, 8)).build()
 
 
 @torch.no_grad()
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument(
-        "--families", default="dit,flux_tiny", help="of dit, flux, flux_tiny, sd3, pixart, flux1 (dit,flux_tiny)"
+        "--families",
+        default="dit,flux_tiny",
+        help="of dit, flux, flux_tiny, sd3, pixart, flux1, dit_tiny (dit,flux_tiny)",
     )
     parser.add_argument("--intervals", default="1,2,3", help="(1,2,3)")
     parser.add_argument("--steps", type=int, default=6, help="evaluations of a generation (6)")
     args = parser.parse_args()
     device = prepare(args)
-    rows, known = [], families() | {"flux_tiny": flux_tiny()}
+    rows, known = [], FAMILIES | {"flux_tiny": flux_tiny, "flux1": flux1, "dit_tiny": dit_tiny}
     for name in args.families.split(","):
         torch.manual_seed(0)
-        plain = (flux1() if name == "flux1" else known[name]).eval().to(device)
+        plain = known[name]().eval().to(device)
         for p in plain.parameters():
             p.add_(0.02 * torch.randn_like(p))  # a fresh model is the identity
         if args.precision == "bf16":
@@ -77,7 +78,7 @@ def main() -> None:
             bar = f"  bar {BAR:.3f}: {'kept' if time.median <= BAR else 'broken'}" if n == "reuse 1" else ""
             print(f"{'':28s} {n}: time {time.median:.3f} [{time.low:.3f}, {time.high:.3f}]  macs {share:.3f}{bar}")
         rows.append(row | {"macs": macs})
-    write(args, device, rows)
+        write(args, device, rows)
 
 
 if __name__ == "__main__":

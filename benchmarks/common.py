@@ -12,7 +12,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,9 +27,9 @@ from edit.backbones.dit_conversion import to_diffusers
 from edit.measuring.devices import device_name
 from edit.measuring.timing import Spread, stopwatch
 from edit.stream import Condition
-from recipes.cost import from_file
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+PUBLISHED = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}  # width, depth, heads
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x b c y x, t b, label b) -> prediction b c y x
 
 
@@ -146,30 +146,44 @@ class PlainDiT(nn.Module):
 # ---- the three models -----------------------------------------------------------------------------------------------
 
 
+def from_file(group: str, name: str) -> Any:
+    """What a configuration describes. It is read with OmegaConf, which timings of DiT's own sizes do without."""
+    from recipes.cost import from_file
+
+    return from_file(CONFIGS, group, name)
+
+
 def config_of(size: str) -> DiTConfig:
     """A preset by the end of its name ("tiny", "s_2"), with the sinusoid of diffusers and one time for all."""
-    config = from_file(CONFIGS, "backbone", f"dit_{size}")
+    name, _, patch = size.partition("_")
+    if name in PUBLISHED:
+        width, depth, heads = PUBLISHED[name]
+        config = DiTConfig(patch_size=int(patch), hidden_size=width, depth=depth, num_heads=heads)
+    else:
+        config = from_file("backbone", f"dit_{size}")
     return replace(config, frequency_shift=1.0, time="flow", learn_sigma=False)
 
 
-def trio(config: DiTConfig, device: torch.device, compile: bool) -> dict[str, nn.Module]:
-    """Ours, the plain one and that of diffusers, with the same random weights.
+def rivals(config: DiTConfig, device: torch.device, compile: bool, others: Collection[str]) -> dict[str, nn.Module]:
+    """Ours, and of "plain" and "diffusers" those that are named, with the same random weights.
 
     All are in eval mode: that of diffusers would draw its label drop in training mode, which the others do outside.
     """
-    from diffusers import DiTTransformer2DModel
-
     torch.manual_seed(0)
     ours = config.build()
     with torch.no_grad():
         for p in ours.parameters():
             p.add_(0.02 * torch.randn_like(p))  # a fresh DiT is the identity with zero output
-    plain = PlainDiT(config)
-    plain.load_state_dict(ours.model.state_dict())
-    stock_config, stock_state = to_diffusers(ours.config, ours.model.state_dict())
-    stock = DiTTransformer2DModel.from_config(stock_config)
-    stock.load_state_dict(stock_state, strict=False)  # its position table is a buffer of its own
-    models = {"edit": ours, "plain": plain, "diffusers": stock}
+    models: dict[str, nn.Module] = {"edit": ours}
+    if "plain" in others:
+        models["plain"] = PlainDiT(config)
+        models["plain"].load_state_dict(ours.model.state_dict())
+    if "diffusers" in others:
+        from diffusers import DiTTransformer2DModel
+
+        stock_config, stock_state = to_diffusers(ours.config, ours.model.state_dict())
+        models["diffusers"] = DiTTransformer2DModel.from_config(stock_config)
+        models["diffusers"].load_state_dict(stock_state, strict=False)  # its position table is a buffer of its own
     for model in models.values():
         model.eval().to(device)
         if compile:
@@ -178,13 +192,13 @@ def trio(config: DiTConfig, device: torch.device, compile: bool) -> dict[str, nn
 
 
 def predictors(models: Mapping[str, nn.Module]) -> dict[str, Predict]:
-    """The three models behind one signature."""
-    ours, plain, stock = models["edit"], models["plain"], models["diffusers"]
-    return {
-        "edit": lambda x, t, y: ours(x, t, Condition(label=y)).sample,
-        "plain": lambda x, t, y: plain(x, t, y),
-        "diffusers": lambda x, t, y: stock(x, timestep=t, class_labels=y, return_dict=False)[0],
+    """The models behind one signature."""
+    calls: dict[str, Predict] = {
+        "edit": lambda x, t, y: models["edit"](x, t, Condition(label=y)).sample,
+        "plain": lambda x, t, y: models["plain"](x, t, y),
+        "diffusers": lambda x, t, y: models["diffusers"](x, timestep=t, class_labels=y, return_dict=False)[0],
     }
+    return {name: calls[name] for name in models}
 
 
 def check_equal(predict: Mapping[str, Predict], x: Tensor, t: Tensor, y: Tensor, tolerance: float) -> float:
@@ -195,7 +209,7 @@ def check_equal(predict: Mapping[str, Predict], x: Tensor, t: Tensor, y: Tensor,
     """
     with torch.no_grad():
         outputs = [f(x, t, y).float() for f in predict.values()]
-    worst = max(float((o - outputs[0]).abs().max() / outputs[0].abs().max()) for o in outputs[1:])
+    worst = max((float((o - outputs[0]).abs().max() / outputs[0].abs().max()) for o in outputs[1:]), default=0.0)
     if not worst <= tolerance:
         raise ValueError(f"the models disagree by {worst:.2e}, more than {tolerance:.0e}: nothing was timed")
     return worst
@@ -253,6 +267,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--compile", action="store_true", help="torch.compile all models, each as a whole")
+    parser.add_argument("--rivals", default="plain,diffusers", help="of plain, diffusers (both)")
     parser.add_argument("--json", type=Path, help="file to write the results to")
     return parser
 
@@ -277,7 +292,7 @@ def show(label: str, seconds: Mapping[str, Spread], ratios: Mapping[str, Spread]
 
 
 def write(args: argparse.Namespace, device: torch.device, rows: list[dict[str, Any]]) -> None:
-    """Results with what they depend on, written whole or not at all."""
+    """The results so far with what they depend on, written whole or not at all; called after each row."""
     if args.json is None:
         return
     about = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}

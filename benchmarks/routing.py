@@ -25,8 +25,8 @@ from torch import Tensor
 
 import edit
 from benchmarks.common import arguments, cast, prepare, race, show, write
-from benchmarks.pruned import families
-from edit.backbones.flux import FluxConfig
+from benchmarks.pruned import FAMILIES
+from edit.backbones.dit import DiTConfig
 from edit.denoiser import Denoiser, Edit
 from edit.measuring.flops import Flops
 from edit.routing.dydit import DyDiT
@@ -41,7 +41,14 @@ BELOW: dict[str, dict[str, Edit]] = {"dydit": {}, "td_lora": {"td_lora": TDLoRA(
 
 def flux1() -> Denoiser:
     """One double and two single blocks of FLUX.1-dev, a nineteenth of its depth, for latents of 128 x 128."""
+    from edit.backbones.flux import FluxConfig
+
     return FluxConfig(num_layers=1, num_single_layers=2).build()
+
+
+def dit_tiny() -> Denoiser:
+    """One that shows on a CPU that all of this runs, for a test."""
+    return DiTConfig(16, 4, 2, 64, 3, 8, num_classes=10).build()
 
 
 def elastic(dense: Denoiser, budget: float) -> tuple[Denoiser, Callable[[int, Tensor, Any], Tensor]]:
@@ -89,7 +96,7 @@ def executed(run: Callable[[], Any]) -> int:
 @torch.no_grad()
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--families", default="dit,flux", help="of dit, flux, sd3, pixart, flux1 (dit,flux)")
+    parser.add_argument("--families", default="dit,flux", help="of dit, flux, sd3, pixart, flux1, dit_tiny (dit,flux)")
     parser.add_argument(
         "--methods",
         default="elastic,dydit",
@@ -101,10 +108,10 @@ def main() -> None:
     if unknown := set(args.methods.split(",")) - {"elastic", *BELOW}:
         parser.error(f"--methods are elastic, {', '.join(BELOW)}, got {', '.join(sorted(unknown))}")
     device = prepare(args)
-    rows, known = [], families()
+    rows, known = [], FAMILIES | {"flux1": flux1, "dit_tiny": dit_tiny}
     for name in args.families.split(","):
         torch.manual_seed(0)
-        dense = (flux1() if name == "flux1" else known[name]).eval().to(device)
+        dense = known[name]().eval().to(device)
         for p in dense.parameters():
             p.add_(0.02 * torch.randn_like(p))  # a fresh model is the identity, and its tokens are all alike
         if args.precision == "bf16":
@@ -139,7 +146,7 @@ def main() -> None:
                     time = ratios["routed"].median
                     print(f"{'':28s} time {time:.3f}  macs {macs:.3f}  over {time - macs:+.3f}", flush=True)
                     rows.append(row | {"macs": macs, "over": time - macs})
-    write(args, device, rows)
+                    write(args, device, rows)
 
 
 if __name__ == "__main__":

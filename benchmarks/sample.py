@@ -22,8 +22,8 @@ from benchmarks.common import (
     predictors,
     prepare,
     race,
+    rivals,
     show,
-    trio,
     write,
 )
 from edit.objectives import FlowMatching
@@ -56,7 +56,7 @@ def main() -> None:
     rows = []
     for size in args.sizes.split(","):
         config = config_of(size)
-        models = trio(config, device, args.compile)
+        models = rivals(config, device, args.compile, args.rivals.split(","))
         predict = predictors(models)
         x, t, y = inputs(config, args.batch, device)
         with cast(args.precision, device):
@@ -73,10 +73,10 @@ def main() -> None:
                 with cast(args.precision, device):
                     return plain_loop(f, torch.randn_like(x), y, null, args.steps, guidance)
 
-            runs = {"edit": ours} | {n: lambda f=predict[n], go=theirs: go(f) for n in ("plain", "diffusers")}
+            runs = {"edit": ours} | {n: lambda f=predict[n], go=theirs: go(f) for n in list(models)[1:]}
             seconds, ratios = race(runs, device, args.rounds, args.warmup)
             rows.append(show(f"{size} batch {args.batch} guidance {guidance:g}", seconds, ratios))
-    write(args, device, rows)
+            write(args, device, rows)
 
 
 if __name__ == "__main__":

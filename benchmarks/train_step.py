@@ -20,24 +20,23 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.common import (
-    CONFIGS,
     Predict,
     arguments,
     cast,
     check_equal,
     config_of,
+    from_file,
     inputs,
     predictors,
     prepare,
     race,
+    rivals,
     show,
-    trio,
     write,
 )
 from edit.denoiser import Denoiser
 from edit.measuring.timing import Spread
 from edit.stream import Condition
-from recipes.cost import from_file
 
 
 def recipe_step(device: torch.device, batch: int, rounds: int, warmup: int, precision: str) -> dict[str, Any]:
@@ -62,7 +61,7 @@ def recipe_step(device: torch.device, batch: int, rounds: int, warmup: int, prec
 
     quiet()
     steps, split = warmup + rounds, Digits().train()
-    spec = from_file(CONFIGS, "backbone", "dit_digits")
+    spec = from_file("backbone", "dit_digits")
     settings = OptimizerConfig(lr=2e-3, betas=[0.9, 0.99], warmup=100, schedule="cosine")
     objective = FlowMatching(LogitNormal())
     torch.manual_seed(0)
@@ -142,7 +141,7 @@ def main() -> None:
     rows = []
     for size in args.sizes.split(","):
         config = config_of(size)
-        models = trio(config, device, args.compile)
+        models = rivals(config, device, args.compile, args.rivals.split(","))
         predict = predictors(models)
         x, t, y = inputs(config, args.batch, device)
         target = torch.randn_like(x)
@@ -158,7 +157,7 @@ def main() -> None:
         runs = {name: lambda f=f, m=models[name], go=step: go(f, m) for name, f in predict.items()}
         seconds, ratios = race(runs, device, args.rounds, args.warmup)
         rows.append(show(f"{size} batch {args.batch}", seconds, ratios))
-    write(args, device, rows)
+        write(args, device, rows)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from torch import Tensor
 from edit.inputs.limits import Count, Inside, Limits, NotNegative, Positive, check_numbers
 from edit.paths import column, corrupt, mean, noise_to_velocity
 from edit.stream import Output
+
+if TYPE_CHECKING:
+    from edit.denoiser import Denoiser
 
 # ---- times: maps of a uniform number in (0, 1), so that a sample's time depends on its number alone -----------------
 
@@ -283,3 +286,8 @@ Weight = NotNegative | Ramp
 
 def weight_at(weight: Weight, progress: float) -> float:
     return weight(progress) if isinstance(weight, Ramp) else float(weight)
+
+
+def default_objective(denoiser: Denoiser) -> Objective:
+    """That of the denoiser's convention: of noise, or of the velocity."""
+    return DDPM() if denoiser.prediction == "noise" else FlowMatching()

@@ -213,7 +213,9 @@ def show(report: Mapping[str, Any]) -> None:
     least = "at least " if r["uncounted"] else ""
     table.add_row("MACs per forward", least + short(r["macs"]), end_section=True)
     table.add_row("to generate one image: forwards", f"{r['evaluations']}")
-    table.add_row("  MACs of all of them", least + short(r["macs_per_image"]), end_section=True)
+    table.add_row("  MACs of all of them", least + short(r["macs_per_image"]), end_section="held" not in r)
+    if "held" in r:
+        table.add_row("  held by caches in between", f"{r['held'] / 2**20:,.3g} MiB", end_section=True)
     table.add_row("to train on one sample: forwards", "1, and its backward pass as 2")
     table.add_row("  FLOPs (2 per MAC)", least + short(r["training_flops"]), end_section=True)
     if least:

@@ -18,10 +18,10 @@ from torch import Tensor
 from weights import randomise
 
 import edit
-from edit.artifacts.checkpoint import default_objective
 from edit.denoiser import Denoiser, Edit
 from edit.edits import trains
 from edit.measuring.flops import Flops
+from edit.objectives import default_objective
 from edit.sampling import Sampler, default_sampler
 from edit.stream import Condition, Output
 from edit.unit import core

@@ -13,10 +13,10 @@ from data import manifest
 from data.making.frozen import PromptEncoders
 from data.making.request import Request
 from data.sets.latents import padded, text_length
-from edit.artifacts.checkpoint import default_objective
 from edit.artifacts.location import find, is_hub_id
 from edit.data_set import collate
 from edit.denoiser import Denoiser
+from edit.objectives import default_objective
 from edit.solvers import (
     DDIMSolver,
     DDPMSolver,

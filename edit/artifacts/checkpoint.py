@@ -47,7 +47,7 @@ from edit.artifacts.weights import (
 from edit.artifacts.whole import replacing
 from edit.denoiser import Denoiser, Edit
 from edit.inputs import trust
-from edit.objectives import DDPM, FlowMatching, Objective
+from edit.objectives import Objective, default_objective
 from edit.replaced import gone
 from edit.sampling import Sampler, default_sampler
 from edit.solvers import StockEuler
@@ -148,10 +148,6 @@ def _system_errors(path: Path) -> Iterator[None]:
         if code := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
         raise
-
-
-def default_objective(denoiser: Denoiser) -> Objective:
-    return DDPM() if denoiser.prediction == "noise" else FlowMatching()
 
 
 def load(

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from edit.caching.engine import Gate, Predictor, SpanCached
+from edit.caching.engine import Gate, Predictor, SpanCached, anywhere, quotient
 from edit.caching.taylor import Ladder, Order, RowLadder
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, Natural, NotNegative, check_numbers
@@ -98,11 +98,11 @@ class Confidence(Gate):
         if step.index <= self.warmup or step.index == step.count - 1 or "ladder" not in state:
             computed: bool | Tensor = True
         else:
-            computed = self.wrong(self.ladder.predict(state["ladder"], at).image, image)
+            computed = self.wrong(unit, self.ladder.predict(state["ladder"], at).image, image)
             if self.max_skip is not None:
                 computed = computed | (row >= self.max_skip)
         if self.reduction != "per_sample":
-            computed = bool(torch.as_tensor(computed).any())
+            computed = anywhere(unit, bool(torch.as_tensor(computed).any()), image.device)
         if computed is False:
             state["row"] = row + 1
             return False
@@ -113,9 +113,10 @@ class Confidence(Gate):
             self.ladder.observe(state.setdefault("ladder", {}), at, tokens, rows)
         return computed
 
-    def wrong(self, guess: Tensor, image: Tensor) -> Tensor:
+    def wrong(self, unit: Unit, guess: Tensor, image: Tensor) -> Tensor:
         """Whether the relative error is not below the tolerance: b bool, or of the whole batch, 1 bool."""
         guess, image = guess.float(), image.float()
         if self.reduction == "batch_mean":
-            return ((guess - image).abs().mean() / image.abs().mean()).reshape(1) >= self.tau
+            error = quotient(unit, (guess - image).abs().mean(), image.abs().mean(), len(image))
+            return error.reshape(1) >= self.tau
         return (guess - image).abs().mean((1, 2)) / image.abs().mean((1, 2)) >= self.tau

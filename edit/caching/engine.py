@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from edit.denoiser import Denoiser, Edit
 from edit.edits import chosen
+from edit.routing.batches import sharded
 from edit.stream import Branch, Step, Stream
 from edit.unit import Run, Unit, Wrapper, core
 
@@ -60,7 +62,7 @@ class Predictor(ABC):
     """What stands in for a value that is not computed. Its state is a dict of tensors, numbers, lists and `Branch`."""
 
     @abstractmethod
-    def observe(self, state: dict, at: float, value: Branch, rows: Tensor | None = None) -> None:
+    def observe(self, state: dict, at: Any, value: Branch, rows: Tensor | None = None) -> None:
         """Take a computed value at a place (`place`).
 
         Args:
@@ -71,7 +73,7 @@ class Predictor(ABC):
         """
 
     @abstractmethod
-    def predict(self, state: dict, at: float) -> Branch:
+    def predict(self, state: dict, at: Any) -> Branch:
         """The value at a later place; called after `observe`."""
 
 
@@ -79,10 +81,10 @@ class Predictor(ABC):
 class Latest(Predictor):
     """The last computed value."""
 
-    def observe(self, state: dict, at: float, value: Branch, rows: Tensor | None = None) -> None:
+    def observe(self, state: dict, at: Any, value: Branch, rows: Tensor | None = None) -> None:
         state["value"] = value if rows is None else put(state["value"], rows, value)
 
-    def predict(self, state: dict, at: float) -> Branch:
+    def predict(self, state: dict, at: Any) -> Branch:
         return state["value"]
 
 
@@ -102,7 +104,8 @@ class Gate(ABC):
             state: of the gate in this generation and guidance branch
 
         Returns:
-            For all samples, or b bool, each for its own; the samples that are computed run as one batch
+            For all samples, or b bool, each for its own; the samples that are computed run as one batch. A decision for
+            all samples is the same on all ranks where the unit is sharded (`quotient`, `anywhere`)
         """
 
 
@@ -117,11 +120,33 @@ class Scheduled(Gate):
         return self.due(stream.step)
 
 
-def distance(new: Tensor, old: Tensor) -> float:
-    """The mean absolute difference over the mean absolute value of `old`: of all samples together, as published, so
-    that a decision depends on the batch. The host waits for it."""
+def distance(unit: Unit, new: Tensor, old: Tensor) -> Tensor:
+    """The mean absolute difference over the mean absolute value of `old`, a scalar: of all samples together, as
+    published, so that a decision depends on the batch; where the unit is sharded, of those of all ranks."""
     new, old = new.float(), old.float()
-    return ((new - old).abs().mean() / old.abs().mean()).item()
+    return quotient(unit, (new - old).abs().mean(), old.abs().mean(), len(new))
+
+
+def quotient(unit: Unit, above: Tensor, below: Tensor, samples: int) -> Tensor:
+    """Of two means over a batch, scalars; where the unit is sharded, over the batches of all ranks.
+
+    Calling a sharded unit is a collective, which a rank that decides otherwise would leave out: the others would wait
+    for it for ever.
+    """
+    above, below = over_ranks(torch.stack((above, below)) * samples) if sharded(unit) else (above, below)
+    return above / below
+
+
+def anywhere(unit: Unit, flag: bool, device: torch.device) -> bool:
+    """Whether it is so; where the unit is sharded, on any rank."""
+    return over_ranks(torch.tensor(float(flag), device=device)).item() > 0 if sharded(unit) else flag
+
+
+def over_ranks(v: Tensor) -> Tensor:
+    """The sum over all ranks, the same to the last bit on each."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(v)
+    return v
 
 
 # ---- the edit -------------------------------------------------------------------------------------------------------
@@ -137,9 +162,13 @@ class Cached(Edit):
     def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:
         """Unit and branch of all that this cache predicts, for caches that are applied together."""
 
-    def at(self, step: Step) -> float:
-        """The place of an evaluation, for the predictor."""
+    def at(self, step: Step) -> Any:
+        """The place of an evaluation, for the predictor: a number, or what the predictor takes in its place."""
         return float(step.index)
+
+    def kind(self, step: Step) -> Hashable:
+        """What is decided at an evaluation besides what is computed, where that is known beforehand (`graphs`)."""
+        return None
 
     def refuse_cached(self, denoiser: Denoiser) -> None:
         """Raises ValueError if another cache predicts one of the branches that this one does."""
@@ -266,7 +295,7 @@ class Span:
     gate: Gate
     predictor: Predictor
     target: Target
-    at: Callable[[Step], float]
+    at: Callable[[Step], Any]
     text: Literal["kept", "written", "ended"] = "kept"
 
     def wrap(self, denoiser: Denoiser, front: int | None = None) -> None:
@@ -305,24 +334,30 @@ class Span:
         """Decide; the stream of the first unit, of the samples that are computed; where none is, that behind the last.
 
         What is kept until the last unit leaves the memory there: `whole`, the stream of all samples; `rows`, those that
-        are computed, None: all.
+        are computed, None: all; `computed`, whether there are any.
         """
         chosen = self.gate.computes(core(unit), stream, memory.setdefault("gate", {}))
+        if "value" not in memory:  # the sampler has begun to join branches, or ended, between two computed evaluations
+            chosen = True
         flags = [chosen] if isinstance(chosen, bool) else chosen.tolist()  # the host waits here alone
-        memory["computed"], memory["whole"], memory["rows"] = any(flags), stream, None
-        if not memory["computed"]:
+        some = any(flags) if isinstance(chosen, bool) else anywhere(core(unit), any(flags), stream.image.device)
+        memory["computed"], memory["whole"], memory["rows"] = some, stream, None
+        if not some:
             return self.rebuilt(stream, self.predicted(stream, memory))
         if all(flags):
             return stream
         assert isinstance(chosen, Tensor)
         rows = memory["rows"] = chosen.nonzero().flatten()
-        return stream.map(lambda v: v[rows])
+        run = rows if any(flags) else slice(1)  # for the other ranks alone: what comes out is left
+        return stream.map(lambda v: v[run])
 
     def leave(self, stream: Stream, memory: dict) -> Stream:
         """Take the computed value; the stream of all samples behind the last unit, with what was computed."""
-        whole, rows = memory.pop("whole"), memory.pop("rows")
+        whole, rows, computed = memory.pop("whole"), memory.pop("rows"), memory.pop("computed")
         assert whole.step is not None
-        if memory["computed"]:
+        if rows is not None and not len(rows):
+            stream = replace(self.rebuilt(whole, self.predicted(whole, memory)), trace=whole.trace)
+        elif computed:
             value, at = self.tokens(stream), self.at(whole.step)
             entry = self.tokens(whole)
             if self.target == "residual":
@@ -331,7 +366,7 @@ class Span:
                 joined = put(self.predicted(whole, memory), rows, self.tokens(stream))
                 stream = replace(self.rebuilt(whole, joined), trace=whole.trace)
             self.predictor.observe(memory.setdefault("value", {}), at, value, rows)
-        executed = whole.image.new_full((len(whole.image),), float(memory["computed"]))
+        executed = whole.image.new_full((len(whole.image),), float(computed))
         if rows is not None:
             executed = torch.zeros_like(executed).index_fill(0, rows, 1.0)
         return replace(stream, trace={**stream.trace, **{self.edit.record(i): executed for i in self.places}})

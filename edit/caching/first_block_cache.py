@@ -100,18 +100,18 @@ class Change(Gate):
         added = stream.image - state.pop("front")
         if "added" not in state:
             state.update(predicted=0, row=0, spent=0.0)
-        if not self.predicts(stream.step.index, state, added):
+        if not self.predicts(unit, stream.step.index, state, added):
             state.update(added=added, row=0, spent=0.0)
             return True
         state["predicted"] += 1
         state["row"] += 1
         return False
 
-    def predicts(self, index: int, state: dict, added: Any) -> bool:
+    def predicts(self, unit: Unit, index: int, state: dict, added: Any) -> bool:
         full = self.most is not None and state["predicted"] >= self.most
         full |= self.most_in_a_row is not None and state["row"] >= self.most_in_a_row
         if "added" not in state or index < self.warmup or full:
             return False
-        change = distance(added, state["added"])
+        change = distance(unit, added, state["added"]).item()
         state["spent"] += change
         return change <= self.threshold and (self.budget is None or state["spent"] <= self.budget)

@@ -21,15 +21,18 @@ Specification: methods/taylorseer.md.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from edit.caching.engine import Axis, BranchCached, Predictor, Scheduled, SpanCached, place
-from edit.caching.taylor import Form, Ladder, Order
+from torch import Tensor, nn
+
+from edit.caching.engine import Axis, BranchCached, Scheduled, SpanCached, place
+from edit.caching.taylor import Form, Ladder, Order, Row, present, tick
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, check_numbers
-from edit.stream import Step
+from edit.stream import Condition, Step, Stream
 
+CLOCK = -1  # in place of a unit's number: memory of all units together
 Schedule = Literal["paper", "diffusers", "cache_dit"]
 
 
@@ -69,7 +72,7 @@ class TaylorSeer(BranchCached, SpanCached):
             raise ValueError(f"TaylorSeer: spare is two numbers of units, for site=span alone, got {list(self.spare)}")
 
     @property
-    def predictor(self) -> Predictor:
+    def predictor(self) -> Ladder:
         return Ladder(self.order, self.form, self.fp32)
 
     def computed(self, index: int) -> bool:
@@ -83,8 +86,38 @@ class TaylorSeer(BranchCached, SpanCached):
     def remembers(self, step: Step, branch: str) -> bool:
         return self.interval > 1
 
-    def at(self, step: Step) -> float:
-        return place(step, self.axis)
+    # ---- the places of evaluations -----------------------------------------------------------------------------------
+
+    def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
+        step = stream.step
+        if step is None or not self.foreseen(step):
+            return stream
+        clock = step.recall(self.name, CLOCK)
+        to_come: list[Step] = []
+        if not clock:
+            clock["first"] = step.index
+            times = step.times or (step.sigma,) * (step.count + 1)
+            to_come = [replace(step, index=s, sigma=times[s]) for s in range(step.index, step.count)]
+        places, computed = [place(s, self.axis) for s in to_come], [self.computed(s.index) for s in to_come]
+        tick(clock, self.predictor, places, computed, stream.image.device)
+        return stream
+
+    def foreseen(self, step: Step) -> bool:
+        """Whether the places of all evaluations to come are known."""
+        return self.order > 0 and self.interval > 1 and (self.axis == "step" or bool(step.times))
+
+    def at(self, step: Step) -> float | Row:
+        if self.order == 0:
+            return Row(())
+        if not self.foreseen(step):
+            return place(step, self.axis)
+        clock = step.recall(self.name, CLOCK)
+        return present(clock, step.index - clock["first"])
+
+    def kind(self, step: Step) -> bool:
+        """Whether it is at the place of the one before."""
+        clock = step.memory.get((self.name, CLOCK, step.branch))
+        return bool(clock) and step.index - clock["first"] in clock["again"]
 
     def check(self, sampler: Any, times: tuple[float, ...]) -> None:
         anchors = sum(self.computed(s) for s in range(len(times) - 1))

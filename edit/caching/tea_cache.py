@@ -24,6 +24,7 @@ from torch import Tensor
 from edit.caching.engine import Gate, Latest, SpanCached, distance
 from edit.denoiser import Denoiser
 from edit.inputs.limits import NotNegative, check_numbers
+from edit.routing.batches import gathered
 from edit.stream import Step, Stream
 from edit.unit import Unit
 
@@ -64,15 +65,17 @@ class Accumulated(Gate):
     def computes(self, unit: Unit, stream: Stream, state: dict) -> bool:
         step = stream.step
         assert step is not None
-        return self.after(unit.enter(stream, unit.modulate(stream)).image, step, state)
+        with gathered(unit):
+            entered = unit.enter(stream, unit.modulate(stream)).image
+        return self.after(unit, entered, step, state)
 
-    def after(self, entered: Tensor, step: Step, state: dict) -> bool:
+    def after(self, unit: Unit, entered: Tensor, step: Step, state: dict) -> bool:
         """The decision for these modulated tokens, b n d."""
         before, state["entered"] = state.get("entered"), entered
         if before is None or step.index in (0, step.count - 1):
             state["sum"] = 0.0
             return True
-        state["sum"] += value_of(self.polynomial, distance(entered, before))
+        state["sum"] += value_of(self.polynomial, distance(unit, entered, before).item())
         if state["sum"] < self.threshold:
             return False
         state["sum"] = 0.0

@@ -2,7 +2,8 @@
 
 A file names classes, never functions. A class must be of the kind that its place expects, and its own module must lie
 in a trusted package: what a module has only imported is not its own. What may stand at an argument is what the
-constructor's annotation says. Sizes are bounded before anything is built. No torch is imported here.
+constructor's annotation says. Sizes are bounded before anything is built. No torch is imported here, and what reads
+YAML where it is read alone: models are edited and sampled with torch and einops.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import typing
 from collections.abc import Collection, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from typing import TYPE_CHECKING, Any, Literal
 
 from edit.moved import current
+
+if TYPE_CHECKING:
+    import yaml
+    from omegaconf import DictConfig, ListConfig
 
 JSON_BYTES = 2**24  # edits.json, config.json, an index of shards: kilobytes in practice
 YAML_BYTES = 2**20
@@ -235,6 +237,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def load_yaml(path: Path) -> DictConfig | ListConfig:
     """A YAML file of settings; raises as `read` does, and ValueError for other YAML, or endless expansion."""
+    import yaml
+    from omegaconf import OmegaConf
+
     try:
         return OmegaConf.load(io.StringIO(read_yaml(path)))
     except yaml.MarkedYAMLError as error:
@@ -259,6 +264,8 @@ def read_yaml(path: Path) -> str:
 
 def _refuse_bomb(text: str, path: Path) -> None:
     """Raises ValueError if anchors, written out, make a small file large, or endless."""
+    import yaml
+
     sizes: dict[int, int] = {}
     above: set[int] = set()
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edit import edits as editing
-from edit.artifacts.checkpoint import default_objective
+from edit.caching.engine import Cached
 from edit.denoiser import Denoiser
 from edit.measuring.devices import device_name
 from edit.measuring.flops import Flops, Uncounted, uncounted
 from edit.measuring.timing import Spread, distinct_bytes, in_turns, peak_memory, steadiest, tensors
-from edit.objectives import Objective
+from edit.objectives import Objective, default_objective
 from edit.sampling import Sampler, default_sampler
 from edit.stream import Condition, Output, Step
 
@@ -46,6 +46,7 @@ class Cost:
     resident: int | None = None  # of these bytes, those of weights and tables
     uncounted: tuple[str, ...] = ()  # operators without a FLOP formula that ran: with any, MACs are a lower bound
     per_token: int | None = None  # of the parameters, those that a token is computed with (`Edit.activated`); None: all
+    held: int | None = None  # bytes that caches remember of one image between evaluations, at most; None: no cache
 
     @property
     def training_flops(self) -> int:
@@ -53,9 +54,10 @@ class Cost:
         return 6 * self.macs
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values, spreads as nested objects; without `per_token` where a token takes all parameters."""
+        """JSON values, spreads as nested objects; without `per_token` where a token takes all parameters, and without
+        `held` where there is no cache."""
         values = asdict(self) | {"training_flops": self.training_flops, "uncounted": list(self.uncounted)}
-        return {name: value for name, value in values.items() if name != "per_token" or value is not None}
+        return {name: v for name, v in values.items() if name not in ("per_token", "held") or v is not None}
 
 
 def cost(
@@ -107,6 +109,7 @@ def cost(
         device=device_name(_device(denoiser)),
         uncounted=tuple(sorted({*one.uncounted, *whole.uncounted})),
         per_token=None if taken == parameters else taken,
+        held=None if whole.held is None else round(whole.held / batch),
     )
     if not rounds:
         return counted
@@ -174,6 +177,7 @@ class Count:
     activated: int  # parameter elements that were computed with
     forwards: int  # per image: two branches in one batch are two
     uncounted: tuple[str, ...] = ()  # operators without a formula: with any, `macs` is a lower bound
+    held: int | None = None  # bytes that caches remember of all samples between evaluations, at most; None: no cache
 
 
 def macs(denoiser: Denoiser, condition: Condition | None = None) -> int:
@@ -237,6 +241,8 @@ class _Meter:
         self.macs = self.samples = 0
         self.reads = _Reads()
         self.known: dict[tuple, tuple[int, Output]] = {}  # by the shapes of sample and text, and the taps
+        self.caches = {name for name, e in denoiser.applied.items() if isinstance(e, Cached)}
+        self.held = 0  # bytes of what caches remember, at most
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.denoiser, name)
@@ -251,6 +257,9 @@ class _Meter:
         shapes = x.shape, None if condition.text is None else condition.text.shape, tuple(taps)
         if shapes not in self.known:
             executed, out = self._run(x, t, condition, step, taps)
+            if self.caches and step is not None:
+                remembered = (v for key, v in step.memory.items() if key[0] in self.caches)
+                self.held = max(self.held, distinct_bytes(tensors(remembered)))
             if self.device.type != "meta":
                 self.macs += executed
                 return out
@@ -290,7 +299,8 @@ class _Meter:
                 Uncounted,
                 stacklevel=3,
             )
-        return Count(self.macs, self.reads.elements(self.denoiser), self.samples // batch, missed)
+        held = self.held if self.caches else None
+        return Count(self.macs, self.reads.elements(self.denoiser), self.samples // batch, missed, held)
 
 
 class _Reads(TorchDispatchMode):

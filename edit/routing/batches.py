@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -84,4 +85,17 @@ def mean_over_ranks(local: Tensor) -> Tensor:
 
 def sharded(unit: nn.Module) -> bool:
     """Whether calling it is a collective (FSDP2, ZeRO-3), which no rank may leave out."""
-    return isinstance(unit, FSDPModule) or hasattr(next(unit.parameters()), "ds_id")
+    return isinstance(unit, FSDPModule) or hasattr(next(unit.parameters(), None), "ds_id")
+
+
+@contextmanager
+def gathered(unit: nn.Module) -> Iterator[None]:
+    """A block in which the weights of a unit are whole without a call of it (FSDP2); all ranks enter it, or none."""
+    if not isinstance(unit, FSDPModule):
+        yield
+        return
+    unit.unshard()
+    try:
+        yield
+    finally:
+        unit.reshard()

@@ -102,6 +102,12 @@ def _cost(name: str, factor: float = 1.0) -> Callable[[Row], Any]:
     return pick
 
 
+def _computed(row: Row) -> float | None:
+    """Part of what caches cover that is computed, not predicted, in percent: a mean over evaluations and units."""
+    shares = [found["executed"]["mean"] for found in (row.get("routing") or {}).values() if "executed" in found]
+    return 100 * sum(shares) / len(shares) if shares else None
+
+
 def _working(row: Row) -> float | None:
     """Peak memory without the weights, in MiB."""
     peak, resident = row["cost"].get("peak_memory"), row["cost"].get("resident")
@@ -146,6 +152,8 @@ GROUPS: dict[str, tuple[Column, ...]] = {
         Column("activated", "M", _cost("activated", 1e-6), None, -1),
         Column("MACs per image", "G", _cost("macs_per_image", 1e-9), None, -1, counted=True),
         Column("share of MACs run", "%", _cost("share", 100), 1),
+        Column("computed by caches", "%", _computed, 1),
+        Column("held by caches per image", "MiB", _cost("held", 2**-20), None, -1),
         Column("peak memory", "MiB", _cost("peak_memory", 2**-20), None, -1),
         Column("of it not weights", "MiB", _working, None, -1),
     ),

@@ -94,6 +94,11 @@ def _costs(report: Mapping[str, Any], table: Sequence[Row]) -> Iterator[str]:
             f"~: not to be relied on, a time whose spread is above {UNSTEADY:.0%} however often it was repeated. Other "
             "work was on the machine, or a call is too short for the clock."
         )
+    if any(row["cost"].get("held") is not None for row in table):
+        yield (
+            "Held by caches: what they remember of one image between evaluations, of all guidance branches, at most. "
+            "Computed by caches: of the units that a cache covers, the part that runs, a mean over evaluations."
+        )
     if any(row["cost"].get("peak_memory") is not None for row in table):
         on_gpu = not report["environment"]["device"].startswith(("cpu", "mps"))
         how = "what the allocator has handed out" if on_gpu else "storages of all tensors, without operators' scratch"

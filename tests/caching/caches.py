@@ -9,9 +9,9 @@ from torch import Tensor
 from weights import randomise
 
 import edit
-from edit.artifacts.checkpoint import default_objective
 from edit.caching.engine import EXECUTED
 from edit.denoiser import Denoiser
+from edit.objectives import default_objective
 from edit.sampling import Sampler
 from edit.solvers import DDIMSolver, Euler
 from edit.stream import Condition, Step

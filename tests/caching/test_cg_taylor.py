@@ -7,9 +7,10 @@ import torch
 from caches import executed, family, paint, sampler, told
 
 import edit
-from edit.artifacts.checkpoint import default_objective
 from edit.caching.cg_taylor import CGTaylor
 from edit.caching.taylor import Ladder, RowLadder
+from edit.measuring.cost import cost
+from edit.objectives import default_objective
 from edit.stream import Branch
 from edit.unit import core
 
@@ -114,3 +115,10 @@ def test_settings_that_cannot_be_are_refused(make_dit):
     with pytest.raises(ValueError, match="CGTaylor: max_skip must be at least 1 or None, got 0"):
         CGTaylor(max_skip=0)
     assert executed(edit.apply(make_dit(), {"cache": CGTaylor()}), 5, "cache")["joint"][:3] == [[1.0, 1.0]] * 3
+
+
+def test_bytes_held_are_the_tensors_of_both_ladders():
+    net = family("dit", cache=CGTaylor(1e6, order_gate=2, order_target=1))
+    tokens = 4 * net.config["hidden_size"] * (net.config["input_size"] // net.config["patch_size"]) ** 2
+    counted = cost(net, sampler(net, 9, guidance=1.0), condition=told(net, 1), real=True)
+    assert counted.held == (3 + 2) * tokens + 4  # and how long ago each sample was computed

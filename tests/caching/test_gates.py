@@ -1,7 +1,10 @@
 """Gates on scripted signals: each decides as computed by hand."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
 from edit.caching.cg_taylor import Confidence
 from edit.caching.first_block_cache import Change
@@ -9,6 +12,8 @@ from edit.caching.mag_cache import Budget, MagCache, Ratios, nearest
 from edit.caching.taylor import Ladder
 from edit.caching.tea_cache import FLUX, Accumulated, value_of
 from edit.stream import Layout, Step, Stream
+
+UNIT: Any = nn.Identity()  # one that is on no other rank
 
 
 def stream(value, index: int, count: int) -> Stream:
@@ -23,7 +28,7 @@ def decided(gate, values, front=None) -> list[int]:
     for i, value in enumerate(values):
         if front is not None:
             state["front"] = torch.full((2, 3, 4), float(front))
-        if gate.computes(None, stream(value, i, len(values)), state):
+        if gate.computes(UNIT, stream(value, i, len(values)), state):
             found.append(i)
     return found
 
@@ -54,7 +59,7 @@ def test_limits_of_dbcache_force_evaluations():
 def after(gate: Accumulated, values) -> list[int]:
     state: dict = {}
     steps = [Step(i, len(values), 0.5) for i in range(len(values))]
-    return [i for i, v in enumerate(values) if gate.after(torch.full((1, 2, 2), v), steps[i], state)]
+    return [i for i, v in enumerate(values) if gate.after(UNIT, torch.full((1, 2, 2), v), steps[i], state)]
 
 
 def test_changes_from_evaluation_to_evaluation_add_up_until_the_threshold():
@@ -80,7 +85,7 @@ def budgeted(table, count: int, **settings) -> list[int]:
     own = Ratios(len(table))
     own.table.copy_(torch.tensor(table))
     gate, state = Budget(MagCache(length=len(table), **settings), own), {}
-    return [i for i in range(count) if gate.computes(None, stream(1.0, i, count), state)]
+    return [i for i in range(count) if gate.computes(UNIT, stream(1.0, i, count), state)]
 
 
 def test_the_error_of_the_magnitude_adds_up_and_runs_in_a_row_are_limited():

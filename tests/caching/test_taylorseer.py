@@ -12,7 +12,7 @@ from edit.artifacts.checkpoint import default_objective, load, save
 from edit.caching.reuse import Reuse
 from edit.caching.taylor import Ladder
 from edit.caching.taylorseer import TaylorSeer
-from edit.measuring.cost import count_generation, twin
+from edit.measuring.cost import cost, count_generation, twin
 from edit.measuring.flops import Flops
 from edit.stream import Branch, Step
 from edit.unit import core
@@ -229,7 +229,7 @@ def test_a_generation_holds_order_plus_one_tensors_for_each_site_and_the_next_be
         parts = step.memory["cache", 0, "joint"]
         states = [parts[n] for n in ("attention", "feed")] if site == "module" else [parts["value"]]
         held.append([len(s["ladder"]) for s in states])
-        assert len(step.memory) == (len(net.units) if site == "module" else 1)
+        assert len(step.memory) == (len(net.units) if site == "module" else 1) + 1  # and the clock of all
 
     first = paint(net, 9, watch)
     assert held[-1] == [order + 1] * len(held[-1]) and held[0] == [1] * len(held[0])
@@ -313,3 +313,26 @@ def test_settings_that_cannot_be_are_refused(make_dit):
         with pytest.raises(ValueError, match="TaylorSeer: 'reuse' caches attention of unit 1 already"):
             edit.apply(net, {"cache": small(site=site)})
     edit.apply(net, {"cache": small(site="span", spare=(2, 0))})
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("site, order", [("module", 2), ("last", 1), ("span", 3)])
+def test_bytes_held_are_order_plus_one_tensors_of_tokens_for_each_site_and_branch(site, order, guidance):
+    """Counted while the real model and a twin without weights generate."""
+    net = family("dit", cache=TaylorSeer(2, order, first=order + 1, site=site))
+    tokens = 4 * net.config["hidden_size"] * (net.config["input_size"] // net.config["patch_size"]) ** 2
+    sites, branches = 2 * len(net.units) if site == "module" else 1, 2 if guidance > 1 else 1
+    clock = (9 + 1) * 4 * order + 8  # the numbers of nine evaluations, those of the present one, which is next
+    for real in (True, False):
+        counted = cost(net, sampler(net, 9, guidance=guidance), condition=told(net, 1), real=real)
+        assert counted.held == sites * (order + 1) * tokens * branches + clock
+    assert cost(family("dit")).held is None
+
+
+def test_bytes_held_are_the_most_of_a_generation():
+    """Behind the guidance interval one branch is left, and what the two remembered is gone."""
+    net = family("dit", cache=TaylorSeer(2, 1, first=2, site="last"))
+    whole, first = (
+        cost(net, sampler(net, 9, interval=interval), condition=told(net, 1)).held for interval in ((0, 1), (0.5, 1))
+    )
+    assert whole == first

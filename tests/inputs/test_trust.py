@@ -186,8 +186,8 @@ def test_what_a_module_has_only_imported_is_not_its_own(monkeypatch):
 
 def test_a_class_that_has_moved_is_found_under_its_old_path():
     """A module that imports it from its new home names a class of ours."""
-    old = {"_target_": "edit.artifacts.checkpoint.FlowMatching", "time": {"_target_": "edit.objectives.Uniform"}}
-    assert rebuild(old, kind=Objective) == FlowMatching(time=import_module("edit.objectives").Uniform())
+    old = {"_target_": "edit.artifacts.checkpoint.Sampler", "solver": {"_target_": "edit.solvers.Euler", "steps": 3}}
+    assert rebuild(old, kind=Sampler) == Sampler(import_module("edit.solvers").Euler(3))
 
 
 KINDS = (Edit, Objective, Sampler, Solver, Term, FewStepMethod, Ramp)

@@ -25,6 +25,7 @@ from edit.sampling import Sampler
 from edit.solvers import Euler
 from recipes.apply import main as apply
 from recipes.config.schema import Evaluation, Root
+from recipes.report.columns import COLUMNS
 from recipes.report.evaluate import Work, run
 from recipes.report.samples import Reference, sample_and_measure
 from recipes.report.yardstick import progress
@@ -229,8 +230,18 @@ def test_variants_of_one_artifact_are_rows_beside_it_from_one_load(cli, runs, ba
         assert made["cost"]["speed"]["plain"]["count"] == 2 and "dense" not in made["cost"]["speed"]
     assert (fast["cost"]["evaluations"], few["cost"]["evaluations"]) == (4, 2)
     assert few["cost"]["speed"]["plain"]["median"] > 1.3  # half the work
+    shown = {c.name: c for c in COLUMNS}
+    held, computed = (
+        [shown[f"{name} caches{more}"].value(row) for row in (plain, fast, few)]
+        for name, more in (("held by", " per image"), ("computed by", ""))
+    )
+    c = entries[0]["config"]  # fp32 tokens of two branches of each unit
+    tokens = 4 * 2 * c["depth"] * c["hidden_size"] * (c["input_size"] // c["patch_size"]) ** 2
+    assert fast["cost"]["held"] == tokens and held == [None, tokens / 2**20, None]
+    assert computed == [None, 25.0, None]
     page, table = (runs / "whole/report.html").read_text(), capsys.readouterr().out
     assert "reuse interval=4" in page and "reuse interval=4" in table and "Times as fast as plain" in table
+    assert "held by caches per image" in page and "Held by caches: what they remember of one image" in page
     assert page.count("<figure>") == 4 + 1 + 2  # real images once, three rows, what the cache decided, and two plots
 
 
