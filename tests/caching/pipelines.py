@@ -1,6 +1,7 @@
 """Tiny stock pipelines of the families, around stock transformers, and the same pictures by our sampler."""
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import diffusers
@@ -77,6 +78,7 @@ def conditions(name: str) -> tuple[Condition, Condition]:
     return wanted, wanted.map(lambda v: v if v.dtype in (torch.bool, torch.int64) else 0.5 * v.flip(0))
 
 
+@cache
 def words(name: str) -> dict[str, Any]:
     """Arguments of a pipeline for two samples."""
     net: Any = family(name)
@@ -106,6 +108,13 @@ def painted(pipe: Any, name: str, **options: Any) -> Tensor:
     return pipe(**{**words(name), **options}, return_dict=False)[0]
 
 
+@cache
+def plain(name: str) -> tuple[Tensor, tuple[float, ...]]:
+    """The picture without a cache, and the times of its evaluations."""
+    pipe = pipeline(name)
+    return painted(pipe, name), tuple(t / 1000 for t in pipe.scheduler.timesteps.tolist())
+
+
 def sampled(net: Denoiser, name: str) -> Tensor:
     """The same by our sampler: the family's, which takes the steps of the pipeline."""
     ours = net.sampler()
@@ -119,3 +128,19 @@ def sampled(net: Denoiser, name: str) -> Tensor:
 def relative(a: Tensor, b: Tensor) -> float:
     """The largest difference over the largest value of `b`."""
     return float((a - b).abs().max() / b.abs().max())
+
+
+def evaluated(pipe: Any, name: str) -> tuple[Tensor, list[int]]:
+    """A picture, and the evaluations at which the second block computed its attention, counted over all calls."""
+    calls, computed = [0], []
+    blocks = getattr(pipe.transformer, "transformer_blocks", None) or pipe.transformer.blocks
+    attention = getattr(blocks[1], "attn", None) or blocks[1].attn1
+    hooks = [
+        pipe.transformer.register_forward_hook(lambda m, a, out: calls.append(0)),
+        attention.to_q.register_forward_pre_hook(lambda m, a: computed.append(len(calls) - 1)),
+    ]
+    try:
+        return painted(pipe, name), computed
+    finally:
+        for hook in hooks:
+            hook.remove()
