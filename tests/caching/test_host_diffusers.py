@@ -27,7 +27,7 @@ CACHES = {
     "first block": FirstBlockCache(0.99),
     "db, a first block": DBCache(0.8, front=1, warmup=0),
     "mag": MagCache(0.06, most=3, retention=0.2, length=8),
-    "mag, another length, a retention that is rounded": MagCache(0.1, most=2, retention=0.28, length=5),
+    "mag, another length, a retention that is rounded": MagCache(0.2, most=2, retention=0.28, length=5),
     "mag, none retained": MagCache(9.0, most=3, retention=0.0, length=8),
     "taylor": TaylorSeer(3, 2, first=3, **DIFFUSERS),
     "taylor, fp32, a line": TaylorSeer(4, 1, first=1, fp32=True, **DIFFUSERS),
