@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from edit.artifacts.artifact import Artifact as Artifact
     from edit.artifacts.checkpoint import load as load
     from edit.artifacts.checkpoint import save as save
+    from edit.backbones.attached import attach as attach
+    from edit.backbones.attached import detach as detach
     from edit.catalogue import methods as methods
     from edit.denoiser import Denoiser as Denoiser
     from edit.denoiser import Edit as Edit
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "apply": "edit.edits",
+    "attach": "edit.backbones.attached",
+    "detach": "edit.backbones.attached",
     "fold": "edit.edits",
     "Edit": "edit.denoiser",
     "save": "edit.artifacts.checkpoint",

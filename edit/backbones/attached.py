@@ -1,5 +1,9 @@
 """A denoiser inside the stock `diffusers` pipeline: the pipeline's calls are the evaluations of one generation.
 
+    denoiser = edit.attach(pipeline)
+    edit.apply(denoiser, {"cache": TaylorSeer(interval=4, order=1, site="last")})
+    image = pipeline("a cat").images[0]
+
 Pipelines with two transformers (Wan 2.2: one for high noise, one for low noise, divided at `boundary_ratio`) take two
 denoisers, each with edits of its own. Both see one generation: the step's index, their number and the grid of times run
 over all of it. What edits remember is kept apart.
@@ -15,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edit.artifacts.description import readers
 from edit.backbones.stock import StockDenoiser
 from edit.stream import Condition, Step, Stream
 
@@ -25,6 +30,50 @@ TOLD = {  # arguments of stock models, which edits read as fields of `Condition`
     "guidance": "guidance",
 }
 UNTOLD = "cond_uncond"  # the cache context of pipelines that send both guidance branches in one batch, or one alone
+PLACES = ("transformer", "transformer_2")
+
+
+def attach(pipeline: Any) -> StockDenoiser:
+    """The transformer of a stock `diffusers` pipeline as a denoiser around the same weights, in its place from now on.
+
+    What `edit.apply` does to the denoiser it does to the pipeline's next call, too; `detach` gives the pipeline its own
+    transformer back, which is not touched meanwhile. Edits meet the pipeline's steps as in `attached`.
+
+    Raises:
+        ValueError: if the pipeline has no transformer of a family here, has two, or has a denoiser attached already
+    """
+    own, kind = getattr(pipeline, PLACES[0], None), type(pipeline).__name__
+    if getattr(pipeline, PLACES[1], None) is not None:
+        raise ValueError(
+            f"this {kind} has two transformers, which take a denoiser each: make both by the family's `of`, and use "
+            "edit.backbones.attached.attached(pipeline, high, second=low)"
+        )
+    if _calls_of(own) is not None:
+        raise ValueError(f"this {kind} has a denoiser attached already: apply edits to that one, or detach it first")
+    config = {**getattr(own, "config", {}), "_class_name": type(own).__name__}
+    found = [family for family in readers(config) if issubclass(family, StockDenoiser)]
+    if own is None or not found:
+        known = "DiT, FLUX.1, PixArt, Qwen-Image, SD3 and Wan"
+        raise ValueError(f"this {kind} has a {type(own).__name__} as its transformer, and known here are {known}")
+    denoiser = found[0].of(own)
+    generation = _Generation(pipeline, noise=denoiser.prediction == "noise")
+    _put(pipeline, PLACES[0], _Calls(generation, denoiser, own))
+    return denoiser
+
+
+def detach(pipeline: Any) -> None:
+    """Give a pipeline its own transformers back; denoiser and edits stay as they are, outside of it.
+
+    Raises:
+        ValueError: if no denoiser is attached
+    """
+    there = [place for place in PLACES if _calls_of(getattr(pipeline, place, None)) is not None]
+    if not there:
+        raise ValueError(
+            f"no denoiser is attached to this {type(pipeline).__name__}: edit.attach(pipeline) attaches one"
+        )
+    for place in there:
+        _take_back(pipeline, place)
 
 
 @contextmanager
@@ -46,8 +95,7 @@ def attached(pipeline: Any, denoiser: StockDenoiser | None, second: StockDenoise
         ValueError: if there is no such transformer, it is of another class, an edit makes the denoiser a flow map, one
             denoiser is given twice, or, in a call, an edit is `separate` and the pipeline sends a joint batch
     """
-    places = {"transformer": denoiser, "transformer_2": second}
-    given = {place: ours for place, ours in places.items() if ours is not None}
+    given = {p: ours for p, ours in zip(PLACES, (denoiser, second), strict=True) if ours is not None}
     for place, ours in given.items():
         _refuse_unfit(pipeline, place, ours)
     if denoiser is not None and denoiser is second:
@@ -55,7 +103,8 @@ def attached(pipeline: Any, denoiser: StockDenoiser | None, second: StockDenoise
     generation = _Generation(pipeline, noise=any(ours.prediction == "noise" for ours in given.values()))
     with ExitStack() as stack:
         for place, ours in given.items():
-            stack.enter_context(_replaced(pipeline, place, ours, _Calls(generation, ours)))
+            _put(pipeline, place, _Calls(generation, ours, getattr(pipeline, place)))
+            stack.callback(_take_back, pipeline, place)
         yield pipeline
 
 
@@ -71,20 +120,30 @@ def _refuse_unfit(pipeline: Any, place: str, denoiser: StockDenoiser) -> None:
         raise ValueError(
             f"a {type(pipeline).__name__} has no {place} here for this {denoiser.name} to stand in for: leave it out"
         )
+    if _calls_of(denoiser.model) is not None:
+        raise ValueError(f"this {denoiser.name} is attached to a pipeline already: detach it, or make a second one")
     if type(own).__name__ != denoiser.stock:
         raise ValueError(f"the pipeline has a {type(own).__name__}, a {denoiser.name} stands in for {denoiser.stock}")
 
 
-@contextmanager
-def _replaced(pipeline: Any, place: str, denoiser: StockDenoiser, calls: _Calls) -> Iterator[None]:
-    own, model = getattr(pipeline, place), denoiser.model
+def _put(pipeline: Any, place: str, calls: _Calls) -> None:
+    model = calls.denoiser.model
     model.forward, model.cache_context = calls.forward, calls.cache_context  # type: ignore[method-assign, assignment]
     setattr(pipeline, place, model)
-    try:
-        yield
-    finally:
-        setattr(pipeline, place, own)
-        del model.forward, model.cache_context
+
+
+def _take_back(pipeline: Any, place: str) -> None:
+    model = getattr(pipeline, place)
+    calls = _calls_of(model)
+    assert calls is not None
+    setattr(pipeline, place, calls.own)
+    del model.forward, model.cache_context
+
+
+def _calls_of(model: Any) -> _Calls | None:
+    """What a pipeline's calls of this transformer arrive at; None: the transformer itself."""
+    owner = getattr(getattr(model, "forward", None), "__self__", None)
+    return owner if isinstance(owner, _Calls) else None
 
 
 class _Generation:
@@ -164,10 +223,16 @@ class _Generation:
 
 
 class _Calls:
-    """A pipeline's calls of one transformer, as steps of a generation."""
+    """A pipeline's calls of one transformer, as steps of a generation.
 
-    def __init__(self, generation: _Generation, denoiser: StockDenoiser):
-        self.generation, self.denoiser = generation, denoiser
+    Args:
+        generation: of the pipeline
+        denoiser: that answers
+        own: the pipeline's own transformer
+    """
+
+    def __init__(self, generation: _Generation, denoiser: StockDenoiser, own: Any):
+        self.generation, self.denoiser, self.own = generation, denoiser, own
         self.named: str | None = None  # by the pipeline's cache context
         self.told: Mapping[str, Any] = {}  # by the same: step_index, num_inference_steps, sigma
         self.number = 0  # of the generation that this is about

@@ -248,25 +248,35 @@ class CachedBranch:
     def __init__(self, unit: Unit, index: int, edit: BranchCached):
         self.before, self.index, self.edit = unit.slots.branch, index, edit
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable(recursive=False)  # what is run stays compiled
     def __call__(self, stream: Stream, name: str, run: Run) -> Branch:
         step, edit = stream.step, self.edit
         if step is None or (edit.branches and name not in edit.branches):
             return self.before(stream, name, run)
+        if (branch := self.predicted(stream, step, name)) is None:
+            branch = self.before(stream, name, run)
+            self.observe(step, name, branch)
+        return branch
+
+    @torch.compiler.disable  # places and factors are Python numbers: compiled, each evaluation would compile anew
+    def predicted(self, stream: Stream, step: Step, name: str) -> Branch | None:
+        """The value of a branch that is not computed at this evaluation; None: it is."""
+        edit = self.edit
         state = step.memory.get((edit.name, self.index, step.branch), {}).get(name)
         executed = state is None or edit.due(step, name)
-        if executed:
-            branch = self.before(stream, name, run)
-            if edit.remembers(step, name):
-                state = step.recall(edit.name, self.index).setdefault(name, {})
-                edit.predictor.observe(state, edit.at(step), branch)
-        else:
-            branch = edit.predictor.predict(state, edit.at(step))
         layout, record = stream.layout, edit.record(self.index)
         assert layout.notes is not None
         if record not in layout.notes:  # the same of all branches
             layout.note(record, stream.image.new_full((len(stream.image),), float(executed)))
-        return branch
+        return None if executed else edit.predictor.predict(state, edit.at(step))
+
+    @torch.compiler.disable
+    def observe(self, step: Step, name: str, branch: Branch) -> None:
+        """Take a computed value, where an evaluation that follows will need it."""
+        edit = self.edit
+        if edit.remembers(step, name):
+            state = step.recall(edit.name, self.index).setdefault(name, {})
+            edit.predictor.observe(state, edit.at(step), branch)
 
 
 # ---- site: a span of units ------------------------------------------------------------------------------------------
