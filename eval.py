@@ -20,6 +20,7 @@ from recipes.config.schema import EVALUATION, Evaluation
 from recipes.report.evaluate import run
 from recipes.report.page import write_report
 from recipes.report.request import OWN, default_out, folders, parse
+from recipes.report.run_index import renew_pages
 from recipes.variants import variants
 
 HELP = """Measure quality and cost of artifacts, print a comparison, write report.json and report.html.
@@ -57,9 +58,11 @@ class Kept:
 
     def __init__(self):
         self.said = "interrupted: no row was measured, and no report was written"
+        self.written = False
 
     def into(self, out: Path, report: dict[str, Any]) -> None:
         page, count = write_report(report, out)[-1], report["rows"]
+        self.written = True
         self.said = f"interrupted: {count['measured']} of {count['planned']} rows are in {page}"
 
 
@@ -106,6 +109,9 @@ def compare(words: Sequence[str], debug: bool) -> int:
     except KeyboardInterrupt:
         print(kept.said, file=sys.stderr)
         return 130
+    finally:
+        if kept.written:
+            renew_pages(out)  # that of the run shows its report
     if failed := [a["name"] for a in report["artifacts"] if "error" in a]:
         what = f"{len(paths)} artifacts" + (f" and {len(paths) * len(asked)} variants" if asked else "")
         raise Failed(f"{len(failed)} of {what} could not be measured: {', '.join(failed)}")

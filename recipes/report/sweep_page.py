@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from data.names import legible
 from recipes.report.curves import dress, label_of, png_of
-from recipes.report.figures import number
 from recipes.report.html import document, figure, image
 from recipes.report.run_index import SWEEP_PAGE
 from recipes.report.run_page import PAGE, STYLE, link
 from recipes.report.swept import Setting, Sweep, canonical, next_command, shown, told
+from recipes.report.values import number
 from recipes.runtime.files import write
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def show(sweep: Sweep) -> None:
 
 
 def heads_of(sweep: Sweep) -> tuple[str, ...]:
-    return (f"{sweep.figure.title} {'↑' if sweep.figure.better > 0 else '↓'}", "± over seeds", "seeds")
+    return (f"{sweep.figure.title} {sweep.figure.arrow}", "± over seeds", "seeds")
 
 
 def cells_of(sweep: Sweep, setting: Setting) -> list[str]:
