@@ -79,16 +79,14 @@ class Column:
         if value is None:
             return "–", ""
         sign = "≥ " if self.at_least(row) else "~" if self.unsteady(row) else ""
-        return sign + self.show(value), "" if spread is None else f"± {spread:,.{self._digits(value)}f}"
+        return sign + self.show(value), "" if spread is None else f"± {self.show(spread, value)}"
 
-    def show(self, value: float) -> str:
-        return f"{value:,.{self._digits(value)}f}"
-
-    def _digits(self, value: float) -> int:
-        """After the point."""
-        if self.digits is not None:
-            return self.digits
-        return max(0, self.figures - 1 - floor(log10(abs(value)))) if value and isfinite(value) else 0
+    def show(self, value: float, beside: float | None = None) -> str:
+        """A value in words, or its spread with as many digits as the value `beside` it has."""
+        size, digits = abs(value if beside is None else beside), self.digits
+        if digits is None:
+            digits = max(0, self.figures - 1 - floor(log10(size))) if size and isfinite(size) else 0
+        return f"{value:,.{digits}f}"
 
 
 def _quality(name: str, factor: float = 1.0) -> Callable[[Row], Any]:

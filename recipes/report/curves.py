@@ -19,7 +19,7 @@ HELD = ("heldout/", "held_out/", "held/", "val/", "validation/")  # beginnings o
 SEVERAL = 12  # curves that a plot or a set of plots has at most
 LOSS = "train/loss"
 HELD_LOSS = "heldout/loss"  # of the average, see recipes/heldout.py
-NAMES = {LOSS: "training", HELD_LOSS: "held-out data, average"}  # in plots
+NAMES = {LOSS: "training", HELD_LOSS: "held-out data, averaged weights"}  # in plots
 PLAIN = ("step", "lr", "grad_norm", "skipped_steps", "images_per_second", "memory_gb", "mfu")
 
 

@@ -25,12 +25,12 @@ SWEEP_PAGE = "sweep.html"  # in the folder of a sweep
 SMALL = 150  # px of a picture in the list
 LARGE = 2_000_000  # pixels from which on the small picture is kept beside the run, not made anew each time
 KEPT = ".picture.png"
-LOSSES = {"last loss": LOSS, "on held-out data": HELD_LOSS}  # the last of metrics.csv; by the titles of their columns
+LOSSES = {"training loss": LOSS, "held-out loss": HELD_LOSS}  # by the titles of their columns
 PATIENCE = 10.0  # seconds to wait for another process that writes the list
 STYLE = f"""<style>
 table.runs td {{ vertical-align: top; white-space: normal; max-width: 22rem }}
 table.runs td.number {{ white-space: nowrap }}
-table.runs th, table.runs td + td {{ overflow-wrap: normal }} table.runs td + td.text {{ min-width: 6rem }}
+table.runs th, table.runs td + td {{ overflow-wrap: normal }} table.runs td + td.text {{ min-width: 4.5rem }}
 table.runs td:first-child {{ min-width: {SMALL + 24}px }}
 table.runs td.text, table.runs th.text {{ text-align: left }}
 table.runs img {{ max-height: 7rem; width: auto; display: block; margin-bottom: .3rem; image-rendering: auto }}
@@ -138,8 +138,8 @@ def html(root: Path, records: Sequence[Record]) -> str:
     count = "1 run" if len(ordered) == 1 else f"{len(ordered)} runs"
     parts = [
         STYLE,
-        f"<p class=dim>{count}, newest first. Figures are the best over guidance weights; of different data they "
-        "cannot be compared.</p>",
+        f"<p class=dim>{count}, newest first. Figures are the best over guidance weights, losses the last that "
+        "were logged; of different data they cannot be compared.</p>",
         *_sweeps(root, ordered),
         f"<div class=wide><table class=runs><thead><tr>{''.join(heads)}{''.join(titles)}<th>date</th>"
         f"<th class=text>more</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>",
@@ -160,8 +160,8 @@ def _rows(record: Record, root: Path, figures: Sequence[Column], losses: Sequenc
     numbers = ["–" if record.steps is None else f"{record.steps:,}"]
     numbers += ["–" if (best := best_of(f, record.results)) is None else f.show(best) for f in figures]
     numbers += ["–" if (loss := record.last.get(key)) is None else f"{loss:.4g}" for key in losses]
-    numbers += [f"{record.date:%Y-%m-%d %H:%M}" if record.date else "–"]
     cells += [f"<td class=number>{escape(text)}</td>" for text in numbers]
+    cells.append(f"<td class=number>{f'{record.date:%Y-%m-%d<br>%H:%M}' if record.date else '–'}</td>")
     more = [("report", "report.html"), ("configuration", "config.yaml"), ("numbers", "metrics.csv")]
     links = [f"<a href='{link(os.path.join(where, f))}'>{n}</a>" for n, f in more if (record.folder / f).is_file()]
     yield f"<tr>{''.join(cells)}<td class=text>{', '.join(links) or '–'}</td></tr>"

@@ -61,7 +61,7 @@ def heads_of(sweep: Sweep) -> tuple[str, ...]:
 
 def cells_of(sweep: Sweep, setting: Setting) -> list[str]:
     """A row of the table: values of the swept settings, mean, spread, number of seeds."""
-    spread = "–" if setting.spread is None else f"± {sweep.figure.show(setting.spread)}"
+    spread = "–" if setting.spread is None else f"± {sweep.figure.show(setting.spread, setting.mean)}"
     values = [shown(value) for value in setting.place]
     return [*values, sweep.figure.show(setting.mean), spread, str(len(setting.jobs))]
 
@@ -115,7 +115,7 @@ def _best(sweep: Sweep) -> Iterator[str]:
 
 def _in_words(sweep: Sweep, setting: Setting) -> str:
     where = ", ".join(told(sweep.keys, setting.place)) or "the only setting"
-    spread = "" if setting.spread is None else f" ± {sweep.figure.show(setting.spread)}"
+    spread = "" if setting.spread is None else f" ± {sweep.figure.show(setting.spread, setting.mean)}"
     count = f"{len(setting.jobs)} seed{'s' * (len(setting.jobs) != 1)}"
     return f"{where}: {sweep.figure.title} {sweep.figure.show(setting.mean)}{spread} ({count})"
 

@@ -261,8 +261,14 @@ def words_of(record: Record) -> dict[str, Any]:
 
 
 def _plainest(keys: Sequence[str], records: Sequence[Record]) -> str:
-    """Of settings that change together: the one in the names of the folders, else the shortest."""
-    return min(keys, key=lambda k: (not all(f"{k}-" in r.folder.name for r in records), k.count("."), len(k)))
+    """Of settings that change together: that of a stage, whose folder others name; the one in the names of the runs'
+    folders; else the shortest."""
+
+    def rank(key: str) -> tuple[bool, bool, int, int]:
+        named = all(f"{key}-" in r.folder.name for r in records)
+        return not key.startswith("before."), not named, key.count("."), len(key)
+
+    return min(keys, key=rank)
 
 
 def _once(keys: Iterable[str]) -> list[str]:

@@ -9,6 +9,7 @@ from data.sets.digits import Digits
 from edit.data_set import opened
 from edit.stream import Condition
 from recipes.calibrate import Calibrating
+from recipes.diffusion import Diffusion
 from recipes.few_step import FewStep
 from recipes.heldout import HeldOut
 from recipes.recipe import Recipe
@@ -25,7 +26,7 @@ def folder(tmp_path_factory):
     train(folder, "name=with", *HELD)
     train(folder, "name=without", *HELD, "heldout.every=0")
     train(folder, "name=stopped", *HELD, "trainer.max_steps=6")
-    train(folder, "name=stopped", *HELD)
+    train(folder, "name=stopped", *HELD, "heldout.every=2")  # decides no other numbers, and may change
     return folder
 
 
@@ -130,3 +131,19 @@ def test_a_set_without_held_out_samples_has_none(tmp_path, monkeypatch):
     monkeypatch.setattr(Digits, "heldout", lambda self: None)
     train(tmp_path, "name=a", *HELD, "trainer.max_steps=4")
     assert "heldout/loss" not in rows(tmp_path, "a")[0]
+
+
+def test_a_student_that_is_told_a_scale_of_guidance_is_told_one_that_it_learns(tmp_path, folder, monkeypatch):
+    heldout, seen = Diffusion.heldout, []
+
+    def watched(self, *drawn):
+        hook = self.ema.register_forward_pre_hook(lambda model, given: seen.append(given[2].guidance))
+        loss = heldout(self, *drawn)
+        hook.remove()
+        return loss
+
+    monkeypatch.setattr(Diffusion, "heldout", watched)
+    words = ("+edits.told._target_=edit.tuning.guidance.GuidanceInput", f"teacher.path={folder / 'with'}")
+    words += ("+terms.output._target_=edit.distillation.output.OutputKD", "teacher.guidance=[2,4]")
+    train(tmp_path, "name=a", *HELD, *words, "trainer.max_steps=2")
+    assert len(seen) == 4 and all((scale == 3).all() for scale in seen)

@@ -131,8 +131,12 @@ def test_two_alike_are_numbered():
 
 def test_stages_of_our_own_configurations_have_names_that_say_what_they_are():
     register()
-    found = set()
+    found, methods = set(), set()
     for experiment in names(CONFIGS, "experiment"):
+        file, method = CONFIGS / f"experiment/{experiment}.yaml", experiment.rpartition("/")[2]
+        if method in methods and not (file.is_file() and "before" in file.read_text()):
+            continue  # the stages of a method are the same on every world
+        methods.add(method)
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
             cfg = compose("train", [f"experiment={experiment}"])
         for entry in cfg.before:

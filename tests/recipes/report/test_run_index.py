@@ -32,10 +32,10 @@ def test_runs_are_listed_newest_first_with_picture_state_figures_and_links(tmp_p
 
 def test_the_last_losses_are_beside_each_other_where_they_were_measured(tmp_path):
     made_run(tmp_path, "plain")
-    assert "on held-out data" not in write_index(tmp_path).read_text()
+    assert "held-out loss" not in write_index(tmp_path).read_text()
     made_run(tmp_path, "held", columns={"heldout/loss": (2.5, 2.125)})
     page = write_index(tmp_path).read_text()
-    assert re.search(r"<th>last loss</th><th>on held-out data</th>", page)
+    assert re.search(r"<th>training loss</th><th>held-out loss</th>", page)
     cells = {
         name: re.findall(r"<td class=number>([^<]*)", row)[1:3]
         for row in page.split("<tr>")[2:]
