@@ -116,32 +116,34 @@ def test_a_word_that_a_stage_does_not_take_is_refused_before_anything_starts(tmp
         ahead_of(tmp_path, TINYFUSION, *words)
 
 
-def timed_run(folder, name, speeds, device, *words, when=None, **changes):
+def timed_run(cfg, name, speeds, device, when=None, **changes):
     """A folder of a run as `begin` writes it."""
-    cfg = OmegaConf.to_container(config(folder, f"name={name}", *words), resolve=True)
-    cfg["backbone"] |= changes
-    (folder / name).mkdir(parents=True)
-    (folder / name / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(cfg)))
-    (folder / name / "env.json").write_text(json.dumps({"device": device}))
+    own, folder = OmegaConf.to_container(cfg, resolve=True), Path(cfg.runs) / name
+    own["backbone"] |= changes
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(own)))
+    (folder / "env.json").write_text(json.dumps({"device": device}))
     rows = "\n".join(f"{step},{speed}" for step, speed in enumerate(speeds))
-    (folder / name / "metrics.csv").write_text(f"step,images_per_second\n{rows}\n")
+    (folder / "metrics.csv").write_text(f"step,images_per_second\n{rows}\n")
     if when is not None:
-        os.utime(folder / name / "metrics.csv", (when, when))
+        os.utime(folder / "metrics.csv", (when, when))
 
 
 def test_the_time_is_that_of_the_newest_run_of_the_same_kind_on_this_device(tmp_path):
     device = device_name(pick_device("cpu"))
     cfg = config(tmp_path, "name=a", "trainer.accelerator=cpu", "data.batch_size=8", "trainer.accumulate=2")
     assert timed(cfg) is None
-    timed_run(tmp_path, "other_model", [5.0], device, depth=7)
-    timed_run(tmp_path, "other_device", [5.0], "a faster one")
-    timed_run(tmp_path, "no_rows", [], device)
+    timed_run(cfg, "other_model", [5.0], device, depth=7)
+    timed_run(cfg, "other_device", [5.0], "a faster one")
+    timed_run(cfg, "no_rows", [], device)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged/metrics.csv").write_text("step\n")
+    timed_run(cfg, "no_speed", [1.0], device)
+    (tmp_path / "no_speed/metrics.csv").write_text("step\n1\n")
     assert timed(cfg) is None
-    timed_run(tmp_path, "sweep/like_it", [8.0, 32.0, 32.0], device, when=2e9)  # slow at first
-    timed_run(tmp_path, "older", [64.0], device, when=1e9)
+    timed_run(cfg, "sweep/like_it", [8.0, 32.0, 32.0], device, when=2e9)  # slow at first
+    timed_run(cfg, "older", [64.0], device, when=1e9)
     assert timed(cfg) == (0.5, tmp_path / "sweep/like_it")  # 16 images a step
-    two = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
-    timed_run(tmp_path, "two", [32.0], device, *two)
-    assert timed(config(tmp_path, "name=b", *two, "data.batch_size=8")) == (0.5, tmp_path / "two")
+    two = config(tmp_path, "name=b", "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
+    timed_run(two, "two", [32.0], device)
+    assert timed(two) == (1.0, tmp_path / "two")  # 16 images on each of two
