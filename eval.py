@@ -20,6 +20,7 @@ from recipes.config.schema import EVALUATION, Evaluation
 from recipes.report.evaluate import run
 from recipes.report.page import write_json, write_report
 from recipes.report.request import OWN, default_out, folders, parse
+from recipes.report.run_index import renew_pages
 from recipes.variants import variants
 
 HELP = """Measure quality and cost of artifacts, print a comparison, write report.json and report.html.
@@ -125,6 +126,9 @@ def compare(words: Sequence[str], debug: bool) -> int:
     except KeyboardInterrupt:
         print(kept.draw(), file=sys.stderr)
         return 130
+    finally:
+        if kept.report is not None:
+            renew_pages(out)  # that of the run shows its report
     if failed := [a["name"] for a in report["artifacts"] if "error" in a]:
         what = f"{len(paths)} artifacts" + (f" and {len(paths) * len(asked)} variants" if asked else "")
         raise Failed(f"{len(failed)} of {what} could not be measured: {', '.join(failed)}")

@@ -102,6 +102,18 @@ class Diffusion(Recipe):
         self._record(batch_index, {"loss": loss, **(means if len(means) > 1 else {}), **watched})
         return loss
 
+    def heldout(self, batch: dict[str, Tensor], u: Tensor, eps: Tensor) -> Tensor | None:
+        """The objective's own losses, without terms; none where the data themselves have no part in training."""
+        if self.data_weight == 0:
+            return None
+        x, t, condition = batch["x"], self.objective.times(u), Condition.of(batch)
+        x_t = self.objective.corrupt(x, eps, t)
+        if self.told and self.guidance is not None:  # it knows no other scales than its teacher's
+            condition = replace(condition, guidance=self.guidance.scale(torch.full_like(t, 0.5)))
+        with self.casting():
+            out = self.ema(x_t, t, condition)
+        return torch.stack(list(self.objective.losses(out, x, eps, x_t, t).values())).sum(0)
+
     def _asked(self, null: Condition, scale: Tensor) -> Asked:
         told = None if self.guidance is None else scale
         return Asked(self.objective, self.denoiser, self.ema, self.teacher, None, null, scale, told, self.casting)

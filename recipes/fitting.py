@@ -23,6 +23,7 @@ from edit.measuring.cost import macs
 from edit.measuring.devices import peak_flops
 from recipes.assembly import Run
 from recipes.config.errors import UserError
+from recipes.heldout import HeldOut
 from recipes.recipe import Recipe
 from recipes.runtime.callbacks import Checkpoints, Metrics, Preview, ProgressBar
 from recipes.runtime.checkpoint_files import read_rank
@@ -88,7 +89,7 @@ def fit(run: Run, module: Recipe, out: Path, resume: Path | None, done: int, tur
 def trainer_of(run: Run, out: Path, loggers: list[Logger], turns: bool) -> pl.Trainer:
     """The run's trainer with its callbacks: numbers, progress, previews, checkpoints."""
     cfg, data = run.config, run.models.data
-    metrics = Metrics(cfg.log_every, images_per_step(cfg), *speed_limits(run))
+    metrics = Metrics(cfg.log_every, images_per_step(cfg), *speed_limits(run), HeldOut.of(run))
     preview = Preview(
         cfg.preview.every,
         cfg.preview.count,

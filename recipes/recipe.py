@@ -116,6 +116,17 @@ class Recipe(pl.LightningModule, ABC):
     def restore(self, kept: dict[str, Any] | None) -> None:  # noqa: B027 - most keep nothing
         """Go on from what `kept` gave, its tensors on the CPU; called before a run is continued."""
 
+    def heldout(self, batch: dict[str, Tensor], u: Tensor, eps: Tensor) -> Tensor | None:
+        """The loss of each held-out sample by the average, [b], without a graph; None: this procedure has none that
+        would say anything.
+
+        Args:
+            batch: samples as a step gets them, without `draw`
+            u: quantiles of the law of times, b in (0, 1)
+            eps: noise, b c *sizes
+        """
+        return None
+
     def updated(self) -> None:  # noqa: B027 - few have anything to do
         """Called after each update, before the average follows it."""
 

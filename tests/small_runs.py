@@ -24,6 +24,7 @@ SMALL = (
     "data.batch_size=16",
     "log_every=1",
     "preview.every=0",
+    "heldout.every=0",
     "evaluate=null",
     "trainer.max_steps=12",
     "checkpoint.every=4",

@@ -75,6 +75,21 @@ def test_every_kind_of_addition_has_an_example():
     ]
 
 
+def test_the_walk_leads_through_as_many_files_and_lines_as_it_says():
+    """To a twentieth: every change of one of them would be a change of the page otherwise."""
+    walk = PAGE.split("### A newcomer's walk")[1].split("\n\n")[1]
+    files = list(dict.fromkeys(re.findall(r"`([\w/]+\.py)`", walk)))
+    names = "one two three four five six seven eight nine ten".split()
+    told, lines = re.search(r"That is (\w+) files of ([\d,]+) lines", walk).groups()
+    assert told == names[len(files) - 1]
+    assert sum(len((ROOT / file).read_text().splitlines()) for file in files) == pytest.approx(
+        int(lines.replace(",", "")), rel=0.05
+    )
+    assert "def run(" in (ROOT / files[2]).read_text() and files[2] == "recipes/training.py"
+    (algorithm,) = re.findall(r"`([\w/]+\.py)` \(`training_step` is the algorithm", walk)
+    assert "def training_step(" in (ROOT / algorithm).read_text() and files[-1] == "edit/denoiser.py"
+
+
 def test_a_world_is_trained_and_a_method_of_three_files_works_on_it(clone, teacher):
     run(config(clone, "experiment=stripes/skip", "before=[]"))
     whole, half = (edit.load(folder).denoiser for folder in (teacher, clone / "runs/stripes_skip"))

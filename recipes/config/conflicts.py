@@ -15,13 +15,14 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
+from data.names import typed
 from edit.inputs.command import DEBUG
 from edit.inputs.trust import cut
 from recipes.config.chosen import procedure_of
 from recipes.config.errors import UserError, one_line, refuse
 from recipes.config.mistakes import locate
 from recipes.config.schema import Evaluation
-from recipes.config.staged import Stage, stages_of
+from recipes.config.staged import Stage, is_swept, key_of, stages_of
 from recipes.config.suggestions import suggest
 from recipes.config.values import unplaceable
 
@@ -244,6 +245,14 @@ def _check_stage(place: str, stage: Stage, written: Sequence[str]) -> Iterator[s
         yield f"{place}: expected settings, {dashes}key=value, after the first word, got {cut(odd)}"
     elif module is not None and (wrong := _refused_by(module, settings)):
         yield f"{place}: {module}: {wrong}"
+    elif module is None and (swept := next(filter(is_swept, stage.given), None)):
+        own = [word for word in stage.words if key_of(word) not in (key_of(swept), "name")]
+        alone = typed("python", "train.py", "-m", *own, swept, f"name={stage.name}_sweep")
+        yield (
+            f"{place}: {swept} gives several values, and all jobs of a sweep share the one folder that a stage fills: "
+            f"train these first, {alone}, and sweep this run over their folders, with before=[] and init=... or "
+            "teacher.path=..."
+        )
 
 
 def _refused_by(module: str, words: Sequence[str]) -> str | None:

@@ -92,6 +92,16 @@ class PreviewConfig:
 
 
 @dataclass
+class HeldoutConfig:
+    """The loss of the averaged weights on held-out data, where the data set has some."""
+
+    # optimiser steps between two, each in the next row of metrics.csv; null: those of the previews, and without these
+    # of the checkpoints; 0: never
+    every: int | None = rule(None, low=0)
+    count: int = rule(256, low=1, high=1_000_000)  # samples, always the same with the same noise and times
+
+
+@dataclass
 class TeacherConfig:
     """The frozen model that terms compare with. A run has one if `path` is given or the placement is tied."""
 
@@ -163,6 +173,7 @@ class Root:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     evaluate: Any = None  # the keys of configs/eval.yaml; null: training ends without a report
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
     seed: int = rule(0, low=0, high=LAST_SEED)
     log_every: int = rule(10, low=1)  # optimiser steps per row of metrics.csv
     label_drop: float = rule(0.1, low=0, high=1)  # share of conditions replaced by the null condition

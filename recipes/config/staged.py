@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from data.names import in_quotes, setting
@@ -27,6 +29,7 @@ SHARED = ("runs", "logger.kinds", "logger.wandb.mode", "logger.wandb.project", "
 SHARED += ("trainer.accelerator", "trainer.threads")  # not devices: their number decides the batch, and with it the run
 NAME = re.compile(r"[A-Za-z_][\w-]*")  # of a stage: no index of a list
 FOR_A_STAGE = re.compile(rf"(?P<prefix>\+{{1,2}}|~)?before\.(?P<stage>{NAME.pattern})(?P<rest>[^\w-].*|$)", re.DOTALL)
+GATHERED = re.compile(rf"\+\+stages\.({NAME.pattern})=")
 DASHED = ("data.precompute",)  # modules whose words are --key=value
 
 
@@ -93,6 +96,27 @@ def gathered(words: Iterable[str]) -> list[str]:
             )
         stages.setdefault(name, []).append((found["prefix"] or "") + rest[1:])
     return [*others, *(f"++stages.{name}=[{','.join(map(in_quotes, told))}]" for name, told in stages.items())]
+
+
+def as_given(words: Iterable[str]) -> list[str]:
+    """The words that `gathered` was given, but for the places of those for stages, which come last."""
+    found = list[str]()
+    for word in words:
+        if own := GATHERED.match(word):
+            found += [
+                for_stage(f"before.{own[1]}", given) for given in OverridesParser.create().parse_override(word).value()
+            ]
+        else:
+            found.append(word)
+    return found
+
+
+def is_swept(word: str) -> bool:
+    """Whether a word for train.py gives several values, for a job each."""
+    try:
+        return OverridesParser.create().parse_override(word).is_sweep_override()
+    except HydraException:  # told when it is read
+        return False
 
 
 def for_stage(path: str, word: str) -> str:
@@ -185,9 +209,6 @@ def _shared(cfg: DictConfig) -> Iterator[str]:
 
 def readable(word: str) -> str:
     """A word for train.py, in quotes where Hydra cannot read it otherwise, such as a path with odd characters."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     try:
         OverridesParser.create().parse_override(word)
         return word

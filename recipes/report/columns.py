@@ -1,14 +1,17 @@
 """The columns of a report: which number of a row each one is, its unit and digits, and which of its values is the best.
 
-A report is a dict of JSON values, made by `recipes.report.evaluate`.
+A report is a dict of JSON values, made by `recipes.report.evaluate`; one that is read from a file may be damaged, and a
+number that is none is missing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import floor, log10
+from math import floor, isfinite, log10
 from typing import Any
+
+from recipes.report.values import at, number
 
 Row = Mapping[str, Any]  # one result of one artifact, with "label" and "reference" added by `rows`
 UNSTEADY = 0.2  # spread of a time, as a share of it, from which on it is marked
@@ -28,6 +31,8 @@ class Column:
         counted: a lower bound if an operator without a FLOP formula ran
         timed: by a clock
         once: measured once, so that its spread is not known and none is the best
+        key: by which a command line asks for it and runs are compared; "": they are not compared by it
+        figures: that count, where `digits` does not tell
     """
 
     name: str
@@ -39,6 +44,8 @@ class Column:
     counted: bool = False
     timed: bool = False
     once: bool = False
+    key: str = ""
+    figures: int = 3
 
     @property
     def title(self) -> str:
@@ -51,7 +58,7 @@ class Column:
 
     def at_least(self, row: Row) -> bool:
         """Whether a row's value is only a lower bound."""
-        return self.counted and bool(row["cost"].get("uncounted"))
+        return self.counted and bool(at(row, "cost", "uncounted"))
 
     def value(self, row: Row) -> float | None:
         picked = self.pick(row)
@@ -71,32 +78,34 @@ class Column:
         value, spread = self.value(row), self.spread(row)
         if value is None:
             return "–", ""
-        digits = self.digits
-        if digits is None:
-            digits = max(0, 2 - floor(log10(abs(value)))) if value else 0
         sign = "≥ " if self.at_least(row) else "~" if self.unsteady(row) else ""
-        return f"{sign}{value:,.{digits}f}", "" if spread is None else f"± {spread:,.{digits}f}"
+        return sign + self.show(value), "" if spread is None else f"± {self.show(spread, value)}"
+
+    def show(self, value: float, beside: float | None = None) -> str:
+        """A value in words, or its spread with as many digits as the value `beside` it has."""
+        size, digits = abs(value if beside is None else beside), self.digits
+        if digits is None:
+            digits = max(0, self.figures - 1 - floor(log10(size))) if size and isfinite(size) else 0
+        return f"{value:,.{digits}f}"
 
 
 def _quality(name: str, factor: float = 1.0) -> Callable[[Row], Any]:
-    return lambda row: _measure(row["quality"].get(name), factor)
+    return lambda row: _measure(at(row, "quality", name), factor)
 
 
 def _compared(name: str) -> Callable[[Row], Any]:
-    return lambda row: (row.get("compared") or {}).get(name)
+    return lambda row: _measure(at(row, "compared", name), 1.0)
 
 
-def _measure(found: Mapping[str, Any] | None, factor: float) -> dict[str, Any] | None:
+def _measure(found: Any, factor: float) -> dict[str, Any] | None:
     """A measure in another unit."""
-    if found is None:
-        return None
-    spread = found.get("spread")
-    return {"value": found["value"] * factor, "spread": None if spread is None else spread * factor}
+    value, spread = (number(at(found, part)) for part in ("value", "spread"))
+    return None if value is None else {"value": value * factor, "spread": None if spread is None else spread * factor}
 
 
 def _cost(name: str, factor: float = 1.0) -> Callable[[Row], Any]:
     def pick(row: Row) -> float | None:
-        value = row["cost"].get(name)
+        value = number(at(row, "cost", name))
         return None if value is None else value * factor
 
     return pick
@@ -110,34 +119,39 @@ def _computed(row: Row) -> float | None:
 
 def _working(row: Row) -> float | None:
     """Peak memory without the weights, in MiB."""
-    peak, resident = row["cost"].get("peak_memory"), row["cost"].get("resident")
+    peak, resident = (number(at(row, "cost", part)) for part in ("peak_memory", "resident"))
     return None if peak is None or resident is None else max(0, peak - resident) * 2**-20
 
 
 def _speed(other: str) -> Callable[[Row], Any]:
     """How many times faster than another model; the spread is half the distance between the quartiles."""
-    return lambda row: _half((row["cost"].get("speed") or {}).get(other), 1.0)
+    return lambda row: _half(at(row, "cost", "speed", other), 1.0)
 
 
 def _time(name: str) -> Callable[[Row], Any]:
     """Milliseconds; the spread is half the distance between the quartiles."""
-    return lambda row: _half(row["cost"].get(name), 1e3)
+    return lambda row: _half(at(row, "cost", name), 1e3)
 
 
-def _half(found: Mapping[str, float] | None, factor: float) -> dict[str, float] | None:
-    return found and {"value": factor * found["median"], "spread": factor * (found["high"] - found["low"]) / 2}
+def _half(found: Any, factor: float) -> dict[str, Any] | None:
+    value, low, high = (number(at(found, part)) for part in ("median", "low", "high"))
+    spread = None if low is None or high is None else factor * (high - low) / 2
+    return None if value is None else {"value": factor * value, "spread": spread}
 
 
 PROMPTED = ("count", "colour", "kind", "digit", "size", "place", "relation")
 REAL, REFERENCE, COUNTED, TIMED = "against real images", "against the reference", "work and memory", "time"
 GROUPS: dict[str, tuple[Column, ...]] = {
     REAL: (
-        Column("Fréchet distance", "", _quality("frechet"), 2, -1, judged=True),
-        Column("class accuracy", "%", _quality("accuracy", 100), 1, 1, judged=True),
-        Column("prompt accuracy", "%", _quality("prompt_accuracy", 100), 1, 1, judged=True),
-        *(Column(f"{p} as prompted", "%", _quality(f"prompt_{p}", 100), 1, 1, judged=True) for p in PROMPTED),
-        Column("precision", "", _quality("precision"), 3, 1, judged=True),
-        Column("recall", "", _quality("recall"), 3, 1, judged=True),
+        Column("Fréchet distance", "", _quality("frechet"), 2, -1, judged=True, key="frechet"),
+        Column("class accuracy", "%", _quality("accuracy", 100), 1, 1, judged=True, key="accuracy"),
+        Column("prompt accuracy", "%", _quality("prompt_accuracy", 100), 1, 1, judged=True, key="prompt_accuracy"),
+        *(
+            Column(f"{p} as prompted", "%", _quality(f"prompt_{p}", 100), 1, 1, judged=True, key=f"prompt_{p}")
+            for p in PROMPTED
+        ),
+        Column("precision", "", _quality("precision"), 3, 1, judged=True, key="precision"),
+        Column("recall", "", _quality("recall"), 3, 1, judged=True, key="recall"),
         Column("distance to training set", "", _quality("nearest_train"), 2),
     ),
     REFERENCE: (
@@ -150,7 +164,7 @@ GROUPS: dict[str, tuple[Column, ...]] = {
         Column("parameters", "M", _cost("parameters", 1e-6), None, -1),
         Column("activated per token", "M", _cost("per_token", 1e-6), None, -1),
         Column("activated", "M", _cost("activated", 1e-6), None, -1),
-        Column("MACs per image", "G", _cost("macs_per_image", 1e-9), None, -1, counted=True),
+        Column("MACs per image", "G", _cost("macs_per_image", 1e-9), None, -1, counted=True, key="macs_per_image"),
         Column("share of MACs run", "%", _cost("share", 100), 1),
         Column("computed by caches", "%", _computed, 1),
         Column("held by caches per image", "MiB", _cost("held", 2**-20), None, -1),
@@ -159,13 +173,17 @@ GROUPS: dict[str, tuple[Column, ...]] = {
     ),
     TIMED: (
         Column("ms per forward", "", _time("forward"), None, -1, timed=True),
-        Column("ms per image", "", _time("generation"), None, -1, timed=True),
+        Column("ms per image", "", _time("generation"), None, -1, timed=True, key="generation"),
         Column("times as fast as plain", "", _speed("plain"), 2, 1, timed=True),
         Column("times as fast as dense", "", _speed("dense"), 2, 1, timed=True),
         Column("images/s", "", _cost("images_per_second"), None, 1, once=True),
     ),
 }
 COLUMNS = tuple(column for columns in GROUPS.values() for column in columns)
+KEYED = {column.key: column for column in COLUMNS if column.key}
+# what the pages of runs show
+QUALITIES = tuple(KEYED[key] for key in ("frechet", "prompt_accuracy", "accuracy", "precision", "recall"))
+COSTS = tuple(KEYED[key] for key in ("macs_per_image", "generation"))
 WHOLE = {"activated", "activated per token"}  # told only where it is not all parameters
 
 
@@ -182,6 +200,23 @@ def rows(report: Mapping[str, Any]) -> list[Row]:
         for a in measured(report)
         for result in a["results"]
     ]
+
+
+def own_results(report: Mapping[str, Any]) -> list[Row]:
+    """The rows of the artifact itself, one per guidance weight; variants and artifacts with an error have none."""
+    entries = report.get("artifacts")
+    for entry in entries if isinstance(entries, Sequence) else ():
+        if isinstance(entry, Mapping) and "of" not in entry and isinstance(entry.get("results"), Sequence):
+            return [
+                row for row in entry["results"] if isinstance(row, Mapping) and number(row.get("guidance")) is not None
+            ]
+    return []
+
+
+def best_of(column: Column, results: Sequence[Row]) -> float | None:
+    """The best value over guidance weights; None: no row has one."""
+    found = [v for row in results if (v := column.value(row)) is not None]
+    return min(found, key=lambda v: -column.better * v) if found else None
 
 
 def measured(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:

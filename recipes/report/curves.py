@@ -18,6 +18,8 @@ DECADES = 20.0  # largest over smallest value, from which on an axis is logarith
 HELD = ("heldout/", "held_out/", "held/", "val/", "validation/")  # beginnings of columns on held-out data
 SEVERAL = 12  # curves that a plot or a set of plots has at most
 LOSS = "train/loss"
+HELD_LOSS = "heldout/loss"  # of the average, see recipes/heldout.py
+NAMES = {LOSS: "training", HELD_LOSS: "held-out data, averaged weights"}  # in plots
 PLAIN = ("step", "lr", "grad_norm", "skipped_steps", "images_per_second", "memory_gb", "mfu")
 
 
@@ -153,7 +155,7 @@ def _plot(title: str, curves: Sequence[Curve], smooth: bool = False) -> Plot:
     figure.subplots_adjust(left=0.15, right=0.97, bottom=0.15, top=0.93)  # a computed layout takes as long as drawing
     for i, curve in enumerate(curves):
         steps, values = curve.thin()
-        label = label_of("training" if curve.name == LOSS else curve.name.removeprefix("train/"))
+        label = label_of(NAMES.get(curve.name, curve.name).removeprefix("train/"))
         noisy = smooth and not curve.held and len(values) > 20
         if noisy:
             axes.plot(steps, values, color=f"C{i % 10}", alpha=0.25, linewidth=0.8)
@@ -173,7 +175,7 @@ def _plot(title: str, curves: Sequence[Curve], smooth: bool = False) -> Plot:
 
 def _said(curve: Curve) -> str:
     """A curve in words, for those who do not see it."""
-    name = "training loss" if curve.name == LOSS else curve.name
+    name = {LOSS: "training loss", HELD_LOSS: "held-out loss"}.get(curve.name, curve.name)
     lost = f", {curve.lost} values not finite" if curve.lost else ""
     return f"{name} {curve.values[0]:.4g} at step {curve.steps[0]:,}, {curve.end:.4g} at step {curve.steps[-1]:,}{lost}"
 

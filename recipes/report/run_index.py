@@ -13,21 +13,24 @@ from pathlib import Path
 from types import TracebackType
 
 from data.names import legible, typed
-from recipes.report.figures import COSTS, QUALITIES, Figure, best_of
+from recipes.report.columns import COSTS, QUALITIES, Column, best_of
+from recipes.report.curves import HELD_LOSS, LOSS
 from recipes.report.html import document, image
 from recipes.report.run_page import PAGE, link, write_page
 from recipes.report.run_record import Record, find_runs, is_run, read
+from recipes.report.values import at
 from recipes.runtime.files import write
 
 SWEEP_PAGE = "sweep.html"  # in the folder of a sweep
 SMALL = 150  # px of a picture in the list
 LARGE = 2_000_000  # pixels from which on the small picture is kept beside the run, not made anew each time
 KEPT = ".picture.png"
+LOSSES = {"training loss": LOSS, "held-out loss": HELD_LOSS}  # by the titles of their columns
 PATIENCE = 10.0  # seconds to wait for another process that writes the list
 STYLE = f"""<style>
 table.runs td {{ vertical-align: top; white-space: normal; max-width: 22rem }}
 table.runs td.number {{ white-space: nowrap }}
-table.runs th, table.runs td + td {{ overflow-wrap: normal }} table.runs td + td.text {{ min-width: 6rem }}
+table.runs th, table.runs td + td {{ overflow-wrap: normal }} table.runs td + td.text {{ min-width: 4.5rem }}
 table.runs td:first-child {{ min-width: {SMALL + 24}px }}
 table.runs td.text, table.runs th.text {{ text-align: left }}
 table.runs img {{ max-height: 7rem; width: auto; display: block; margin-bottom: .3rem; image-rendering: auto }}
@@ -37,16 +40,31 @@ table.runs img {{ max-height: 7rem; width: auto; display: block; margin-bottom: 
 # ---- pages of a run that has just ended ------------------------------------------------------------------------------
 
 
-def write_pages(folder: Path, root: Path) -> None:
+def renew_pages(folder: Path) -> None:
+    """Write the pages of a run anew whose folder has another report by now; a folder that is no run's is left alone.
+
+    The list is written, too, where the run is still in the folder of all runs that it was made in: a copy of a run may
+    lie beside anything.
+    """
+    if not is_run(folder):
+        return
+    record = read(folder)
+    home = at(record.config, "runs")
+    whole = isinstance(home, str) and Path(home).absolute().name == record.root.absolute().name
+    write_pages(folder, record.root if whole else None)
+
+
+def write_pages(folder: Path, root: Path | None) -> None:
     """Write the page of a run and the list of all runs; print where. A failure is printed, not raised.
 
     Args:
         folder: of the run
-        root: folder of all runs
+        root: folder of all runs; None: there is no list
     """
     try:
-        page = write_page(read(folder), [read(f) for f in find_runs(root)])
-        write_index(root)
+        page = write_page(read(folder), [] if root is None else [read(f) for f in find_runs(root)])
+        if root is not None:
+            write_index(root)
         said = os.fspath(page)
     except Exception as error:  # the run is done and saved: a page must not take that away
         said = f"not written: {legible(' '.join(f'{type(error).__name__}: {error}'.split()))}"
@@ -111,23 +129,25 @@ def html(root: Path, records: Sequence[Record]) -> str:
     title = f"Runs in {legible(os.fspath(root))}"
     if not ordered:
         return document(title, [STYLE, "<p>There are no runs yet: <code>python train.py</code> makes the first.</p>"])
-    figures = [f for f in (*QUALITIES, *COSTS) if any(best_of(f, r.results) for r in ordered)]
+    figures = [f for f in (*QUALITIES, *COSTS) if any(best_of(f, r.results) is not None for r in ordered)]
+    titles = [f"<th>{escape(f.title)} {f.arrow}</th>" for f in figures]
+    losses = [(name, key) for name, key in LOSSES.items() if any(key in r.last for r in ordered)]
+    titles += [f"<th>{name}</th>" for name, _ in losses]
     heads = ("<th>run</th>", *(f"<th class=text>{h}</th>" for h in ("model", "method", "state")), "<th>steps</th>")
-    titles = [f"<th>{escape(f.title)} {'↑' if f.better > 0 else '↓'}</th>" for f in figures]
-    rows = [row for record in ordered for row in _rows(record, root, figures)]
+    rows = [row for record in ordered for row in _rows(record, root, figures, [key for _, key in losses])]
     count = "1 run" if len(ordered) == 1 else f"{len(ordered)} runs"
     parts = [
         STYLE,
-        f"<p class=dim>{count}, newest first. Figures are the best over guidance weights; of different data they "
-        "cannot be compared.</p>",
+        f"<p class=dim>{count}, newest first. Figures are the best over guidance weights, losses the last that "
+        "were logged; of different data they cannot be compared.</p>",
         *_sweeps(root, ordered),
-        f"<div class=wide><table class=runs><thead><tr>{''.join(heads)}{''.join(titles)}<th>last loss</th><th>date</th>"
+        f"<div class=wide><table class=runs><thead><tr>{''.join(heads)}{''.join(titles)}<th>date</th>"
         f"<th class=text>more</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>",
     ]
     return document(title, parts)
 
 
-def _rows(record: Record, root: Path, figures: Sequence[Figure]) -> Iterator[str]:
+def _rows(record: Record, root: Path, figures: Sequence[Column], losses: Sequence[str]) -> Iterator[str]:
     """A run's row, and one more for each damaged file."""
     where = os.path.relpath(record.folder, root)
     label = escape(legible(where))
@@ -137,11 +157,11 @@ def _rows(record: Record, root: Path, figures: Sequence[Figure]) -> Iterator[str
     picture = image(png, f"picture of {legible(where)}") if png else ""
     told = (record.backbone, ", ".join(record.methods) or "–", record.state)
     cells = [f"<td>{picture}{name}</td>", *(f"<td class=text>{escape(text)}</td>" for text in told)]
-    loss = record.last.get("train/loss")
     numbers = ["–" if record.steps is None else f"{record.steps:,}"]
-    numbers += ["–" if (best := best_of(f, record.results)) is None else f.show(best[0]) for f in figures]
-    numbers += ["–" if loss is None else f"{loss:.4g}", f"{record.date:%Y-%m-%d %H:%M}" if record.date else "–"]
+    numbers += ["–" if (best := best_of(f, record.results)) is None else f.show(best) for f in figures]
+    numbers += ["–" if (loss := record.last.get(key)) is None else f"{loss:.4g}" for key in losses]
     cells += [f"<td class=number>{escape(text)}</td>" for text in numbers]
+    cells.append(f"<td class=number>{f'{record.date:%Y-%m-%d<br>%H:%M}' if record.date else '–'}</td>")
     more = [("report", "report.html"), ("configuration", "config.yaml"), ("numbers", "metrics.csv")]
     links = [f"<a href='{link(os.path.join(where, f))}'>{n}</a>" for n, f in more if (record.folder / f).is_file()]
     yield f"<tr>{''.join(cells)}<td class=text>{', '.join(links) or '–'}</td></tr>"

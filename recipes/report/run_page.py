@@ -16,10 +16,11 @@ from urllib.parse import quote
 
 from data.names import legible, our_script, typed
 from edit.inputs.trust import named
-from recipes.report.curves import Curve, Plot, others, plots, read_curves, seconds
-from recipes.report.figures import COSTS, QUALITIES, at, number, present
+from recipes.report.columns import COSTS, QUALITIES
+from recipes.report.curves import HELD_LOSS, Curve, Plot, others, plots, read_curves, seconds
 from recipes.report.html import details, document, figure, image
 from recipes.report.run_record import Record, parameters, writer
+from recipes.report.values import at, number
 from recipes.runtime.files import write
 
 PAGE = "index.html"
@@ -132,13 +133,13 @@ def sentence(record: Record, curves: Mapping[str, Curve]) -> str:
 
 def _figures(record: Record) -> Iterator[str]:
     results = record.results
-    figures = present(results, (*QUALITIES, *COSTS))
+    figures = [f for f in (*QUALITIES, *COSTS) if any(f.value(row) is not None for row in results)]
     if figures:
         yield "<h2>Quality and cost</h2><div class=wide><table><thead><tr><th>guidance weight</th>"
-        yield from (f"<th>{escape(f.title)} {'↑' if f.better > 0 else '↓'}</th>" for f in figures)
+        yield from (f"<th>{escape(f.title)} {f.arrow}</th>" for f in figures)
         yield "</tr></thead><tbody>"
         for row in results:
-            cells = ("–" if (value := f.of(row)) is None else f.show(value) for f in figures)
+            cells = ("–" if (value := f.value(row)) is None else f.show(value) for f in figures)
             yield f"<tr><td>{float(row['guidance']):g}</td>{''.join(f'<td>{escape(c)}</td>' for c in cells)}</tr>"
         yield "</tbody></table></div>"
         n = number(at(results[0], "n"))
@@ -155,6 +156,10 @@ def _curves(curves: Mapping[str, Curve]) -> Iterator[str]:
         if lost:
             yield f"<p class=partial>The loss was not finite in {lost:,} logged steps.</p>"
         yield f"<div class=plots>{''.join(map(_plotted, main))}</div>"
+    if HELD_LOSS in curves:
+        yield "<p class=dim>On held-out data: the objective's loss of the averaged weights, the artifact's, of samples "
+        yield "that are not trained on, with the same noise and times at each step and in every run. The training loss "
+        yield "is of the weights under way, of other samples at each step, and has every term in it.</p>"
     if more := others(curves):
         yield "<details><summary>what else was logged</summary>"
         yield f"<div class='small plots'>{''.join(map(_plotted, more))}</div></details>"

@@ -22,7 +22,9 @@ import yaml
 from data.names import legible
 from edit.artifacts.reference import home
 from edit.inputs.trust import read_json, read_yaml
-from recipes.report.figures import at, number, own_results
+from recipes.report.columns import own_results
+from recipes.report.curves import HELD
+from recipes.report.values import at, number
 from recipes.runtime.files import LOCK
 
 MARKS = ("config.yaml", "artifact", "metrics.csv", "checkpoints", "pruning.json")  # one of them makes a folder a run's
@@ -42,7 +44,7 @@ class Record:
         report: from report.json
         environment: from env.json
         pruning: from pruning.json
-        last: the last row of metrics.csv, by column
+        last: the last row of metrics.csv, by column; numbers on held-out data of the last row that has them
         faults: a sentence for each damaged file
     """
 
@@ -203,7 +205,8 @@ def read_settings(path: Path) -> Any:
 
 
 def last_row(path: Path) -> dict[str, float]:
-    """The last whole row of metrics.csv, by column, without reading the others.
+    """The last whole row of metrics.csv, by column, without reading more than the end of the file. Numbers on held-out
+    data are of the last row that has them.
 
     Raises:
         OSError, ValueError: if it cannot be read
@@ -212,13 +215,14 @@ def last_row(path: Path) -> dict[str, float]:
         columns = file.readline(2**20).decode().strip().split(",")
         file.seek(max(file.tell(), path.stat().st_size - 2**16))
         rows = file.read(2**16).decode(errors="replace").splitlines()
-    for row in reversed(rows):
-        cells = row.split(",")
-        if len(cells) == len(columns) and cells[0].isdigit():
-            return {
-                name: value for name, cell in zip(columns, cells, strict=True) if (value := _float(cell)) is not None
-            }
-    return {}
+    whole = [cells for row in rows if len(cells := row.split(",")) == len(columns) and cells[0].isdigit()]
+    found = {}
+    for place, name in enumerate(columns):
+        for row in reversed(whole if name.startswith(HELD) else whole[-1:]):
+            if (value := _float(row[place])) is not None:
+                found[name] = value
+                break
+    return found
 
 
 def find_runs(root: Path, depth: int = DEEP) -> Iterator[Path]:

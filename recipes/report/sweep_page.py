@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from data.names import legible
 from recipes.report.curves import dress, label_of, png_of
-from recipes.report.figures import number
 from recipes.report.html import document, figure, image
 from recipes.report.run_index import SWEEP_PAGE
 from recipes.report.run_page import PAGE, STYLE, link
 from recipes.report.swept import Setting, Sweep, canonical, next_command, shown, told
+from recipes.report.values import number
 from recipes.runtime.files import write
 
 if TYPE_CHECKING:
@@ -56,12 +56,12 @@ def show(sweep: Sweep) -> None:
 
 
 def heads_of(sweep: Sweep) -> tuple[str, ...]:
-    return (f"{sweep.figure.title} {'↑' if sweep.figure.better > 0 else '↓'}", "± over seeds", "seeds")
+    return (f"{sweep.figure.title} {sweep.figure.arrow}", "± over seeds", "seeds")
 
 
 def cells_of(sweep: Sweep, setting: Setting) -> list[str]:
     """A row of the table: values of the swept settings, mean, spread, number of seeds."""
-    spread = "–" if setting.spread is None else f"± {sweep.figure.show(setting.spread)}"
+    spread = "–" if setting.spread is None else f"± {sweep.figure.show(setting.spread, setting.mean)}"
     values = [shown(value) for value in setting.place]
     return [*values, sweep.figure.show(setting.mean), spread, str(len(setting.jobs))]
 
@@ -115,7 +115,7 @@ def _best(sweep: Sweep) -> Iterator[str]:
 
 def _in_words(sweep: Sweep, setting: Setting) -> str:
     where = ", ".join(told(sweep.keys, setting.place)) or "the only setting"
-    spread = "" if setting.spread is None else f" ± {sweep.figure.show(setting.spread)}"
+    spread = "" if setting.spread is None else f" ± {sweep.figure.show(setting.spread, setting.mean)}"
     count = f"{len(setting.jobs)} seed{'s' * (len(setting.jobs) != 1)}"
     return f"{where}: {sweep.figure.title} {sweep.figure.show(setting.mean)}{spread} ({count})"
 

@@ -17,17 +17,19 @@ from statistics import mean, stdev
 from typing import Any
 
 from data.names import legible, our_script, setting, typed
-from recipes.report.curves import HELD, LOSS, Curve, read_curves
-from recipes.report.figures import FIGURES, Figure, dotted, number, present
+from recipes.report.columns import KEYED, Column
+from recipes.report.curves import HELD, HELD_LOSS, LOSS, Curve, read_curves
 from recipes.report.run_record import Record, find_runs, read
+from recipes.report.values import at, dotted, number
 
 # sections that do not decide a run's numbers, or repeat what others say
 APART = {"name", "runs", "world", "logger", "debug", "before", "after", "preview", "checkpoint", "log_every", "trusted"}
+APART |= {"heldout"}
 SEED = "seed"
 MOST = 6  # swept settings; more are no sweep
 LONGER = 2  # times the steps of the best setting, in the next command
 ABSENT = "–"
-WORD = re.compile(r"\+{0,2}([\w.@/]+)=(.*)", re.DOTALL)
+WORD = re.compile(r"\+{0,2}([\w.@/-]+)=(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Sweep:
     keys: tuple[str, ...]
     settings: tuple[Setting, ...]
     left: tuple[Job, ...]
-    figure: Figure
+    figure: Column
     note: str
     seeds: tuple[str, ...]
     absent: tuple[str, ...] = ()
@@ -129,7 +131,7 @@ class Sweep:
 class Measure:
     """What runs are compared by: a figure and how it is read off a run."""
 
-    figure: Figure
+    figure: Column
     note: str
     value: Callable[[Record], float | None]
 
@@ -206,7 +208,7 @@ def swept(records: Sequence[Record]) -> tuple[tuple[str, ...], str, Callable[[st
     Returns:
         The swept keys without the seed; the key of the seed; and a function of key and record, the value there.
     """
-    configs = {id(r): dict(dotted(r.config)) for r in records}
+    configs = {id(r): settings_of(r) for r in records}
     words = {id(r): words_of(r) for r in records}
 
     def value(key: str, record: Record) -> Any:
@@ -219,7 +221,7 @@ def swept(records: Sequence[Record]) -> tuple[tuple[str, ...], str, Callable[[st
         first = {text: i for i, text in reversed(list(enumerate(texts)))}
         return tuple(first[text] for text in texts)
 
-    known = _once(key for config in configs.values() for key in config if key.partition(".")[0] not in APART)
+    known = _once(key for config in configs.values() for key in config if decides(key))
     alike: dict[tuple[int, ...], list[str]] = {}
     for key in known:
         if len(set(split := pattern(key))) > 1 and key.rpartition(".")[2] != SEED:
@@ -232,19 +234,41 @@ def swept(records: Sequence[Record]) -> tuple[tuple[str, ...], str, Callable[[st
     return tuple(keys), SEED, value
 
 
+def settings_of(record: Record) -> dict[str, Any]:
+    """The settings of a run by their dotted keys; words for a stage as on a command line, before.<stage>.<key>."""
+    found = dict(dotted({k: v for k, v in record.config.items() if k != "stages"}))
+    stages = at(record.config, "stages")
+    for stage, words in stages.items() if isinstance(stages, Mapping) else ():
+        for word in words if isinstance(words, list) else ():
+            if match := WORD.fullmatch(str(word)):
+                found[f"before.{stage}.{match[1]}"] = _number_or_text(match[2])
+    return found
+
+
+def decides(key: str) -> bool:
+    """Whether a setting decides a run's numbers, and no other does."""
+    return key.partition(".")[0] not in APART or key.startswith("before.")
+
+
 def words_of(record: Record) -> dict[str, Any]:
     """Keys and values of the command that made a run; numbers as numbers."""
     found = {}
     for word in record.command[1:]:
         if match := WORD.fullmatch(word):
-            if match[1].partition(".")[0] not in APART:
+            if decides(match[1]):
                 found[match[1]] = _number_or_text(match[2])
     return found
 
 
 def _plainest(keys: Sequence[str], records: Sequence[Record]) -> str:
-    """Of settings that change together: the one in the names of the folders, else the shortest."""
-    return min(keys, key=lambda k: (not all(f"{k}-" in r.folder.name for r in records), k.count("."), len(k)))
+    """Of settings that change together: that of a stage, whose folder others name; the one in the names of the runs'
+    folders; else the shortest."""
+
+    def rank(key: str) -> tuple[bool, bool, int, int]:
+        named = all(f"{key}-" in r.folder.name for r in records)
+        return not key.startswith("before."), not named, key.count("."), len(key)
+
+    return min(keys, key=rank)
 
 
 def _once(keys: Iterable[str]) -> list[str]:
@@ -297,31 +321,30 @@ def choose(
         ValueError: if no run has the one that is asked for
     """
     curves = {id(r): _curves(r) for r in records}
-    reported = [f for f in FIGURES if any(present(r.results, [f]) for r in records)]
+    reported = {
+        key: c for key, c in KEYED.items() if any(c.value(row) is not None for r in records for row in r.results)
+    }
     columns = _once(name for found in curves.values() for name in found)
     loss = [n for n in columns if n.startswith(HELD) and "loss" in n] + [n for n in columns if n == LOSS]
 
     def measure(name: str) -> Measure:
-        figure = next((f for f in reported if f.name == name), None)
-        if figure is not None:
-            return _of_report(figure, records, guidance, place)
+        if name in reported:
+            return _of_report(reported[name], records, guidance, place)
         return _of_column(name, {key: found.get(name) for key, found in curves.items()})
 
     if by is not None:
-        if by not in (known := [*(f.name for f in reported), *columns]):
+        if by not in (known := [*reported, *columns]):
             raise ValueError(f"by={by}: no finished run has it; there is {', '.join(known) or 'nothing yet'}")
         return measure(by)
-    quality = [f.name for f in reported if f.name in ("frechet", "prompt_accuracy", "accuracy")]
+    quality = [key for key in ("frechet", "prompt_accuracy", "accuracy") if key in reported]
     offered = [measure(name) for name in (*quality, *loss)]
     if not offered:
-        return Measure(
-            Figure(LOSS, "training loss", -1, "{:.4g}"), "no finished run has logged one", lambda record: None
-        )
+        return Measure(_logged(LOSS), "no finished run has logged one", lambda record: None)
     return max(offered, key=lambda m: sum(m.value(r) is not None for r in records))  # the first of equals
 
 
 def _of_report(
-    figure: Figure,
+    figure: Column,
     records: Sequence[Record],
     guidance: float | None,
     place: Callable[[Record], tuple[Any, ...]],
@@ -330,7 +353,7 @@ def _of_report(
     found: dict[float, dict[str, list[float]]] = {}  # by weight and setting
     for record in records:
         for row in record.results:
-            if (measured := figure.of(row)) is not None:
+            if (measured := figure.value(row)) is not None:
                 group = found.setdefault(float(row["guidance"]), {})
                 group.setdefault(canonical(place(record)), []).append(measured)
     if guidance is not None and guidance not in found:
@@ -342,7 +365,7 @@ def _of_report(
         weight = min(common, key=lambda w: min(-figure.better * mean(v) for v in common[w].values()))
 
     def value(record: Record) -> float | None:
-        return next((figure.of(row) for row in record.results if float(row["guidance"]) == weight), None)
+        return next((figure.value(row) for row in record.results if float(row["guidance"]) == weight), None)
 
     chosen = "" if guidance is not None or len(common) < 2 else ", at which the best setting is best"
     return Measure(figure, f"of the reports, at guidance weight {weight:g}{chosen}", value)
@@ -351,9 +374,6 @@ def _of_report(
 def _of_column(name: str, curves: Mapping[int, Curve | None]) -> Measure:
     """A column of metrics.csv: the last number on held-out data, the mean of the last tenth of the rows otherwise."""
     held = name.startswith(HELD)
-    title = "training loss" if name == LOSS else name
-    more = name in ("images_per_second", "mfu") or "accuracy" in name
-    figure = Figure(name, title, 1 if more else -1, "{:.4g}")
 
     def value(record: Record) -> float | None:
         curve = curves.get(id(record))
@@ -363,7 +383,14 @@ def _of_column(name: str, curves: Mapping[int, Curve | None]) -> Measure:
             return end  # it diverged
         return None if not curve.values else curve.values[-1] if held else curve.end
 
-    return Measure(figure, "the last of metrics.csv" if held else "mean of the last tenth of metrics.csv", value)
+    return Measure(_logged(name), "the last of metrics.csv" if held else "mean of the last tenth of metrics.csv", value)
+
+
+def _logged(name: str) -> Column:
+    """A column of metrics.csv as one of a report."""
+    title = {LOSS: "training loss", HELD_LOSS: "held-out loss"}.get(name, name)
+    more = name in ("images_per_second", "mfu") or "accuracy" in name
+    return Column(title, "", lambda row: None, better=1 if more else -1, key=name, figures=4)
 
 
 def _curves(record: Record) -> dict[str, Curve]:
@@ -384,7 +411,7 @@ def next_command(sweep: Sweep) -> tuple[str, str] | None:
     if sweep.best is None:
         return None
     jobs = sweep.best.jobs
-    reported = any(f.name == sweep.figure.name for f in FIGURES)
+    reported = sweep.figure.key in KEYED
     words, steps = jobs[0].record.command, jobs[0].record.planned
     name = f"{jobs[0].record.name.rpartition('/')[0] or sweep.root.name}_best"
     if reported and words and steps:

@@ -26,7 +26,9 @@ from edit.artifacts.checksums import of_files
 from edit.sampling import Sampler
 from edit.stream import Condition
 from recipes.config.errors import UserError
+from recipes.heldout import HeldOut
 from recipes.recipe import Recipe
+from recipes.report.curves import HELD_LOSS
 from recipes.report.routing_map import Decisions, draw, drawn, groups
 from recipes.runtime.atomic import AtomicIO
 from recipes.runtime.checkpoint_files import (
@@ -70,10 +72,18 @@ class Metrics(StepCallback):
         batch: images per optimiser step, over all ranks
         flops: training FLOPs per image, for MFU, the share of the device's peak; None: not known
         peak: FLOP/s of one device; None: not known
+        held: measures the loss on held-out data for some of the rows; None: it is not measured
     """
 
-    def __init__(self, every: int, batch: int, flops: float | None = None, peak: float | None = None):
-        self.every, self.batch, self.flops, self.peak = every, batch, flops, peak
+    def __init__(
+        self,
+        every: int,
+        batch: int,
+        flops: float | None = None,
+        peak: float | None = None,
+        held: HeldOut | None = None,
+    ):
+        self.every, self.batch, self.flops, self.peak, self.held = every, batch, flops, peak, held
         self.values: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: Recipe) -> None:
@@ -105,6 +115,10 @@ class Metrics(StepCallback):
         values |= {"skipped_steps": module.skipped[0].item(), "images_per_second": speed, "memory_gb": memory(module)}
         if self.flops and self.peak:
             values["mfu"] = speed * self.flops / (self.peak * trainer.world_size)
+        if self.held is not None and self.held.due(step, trainer.max_steps):
+            with self.paused():
+                loss = self.held.loss(trainer, module)
+            values |= {} if loss is None else {HELD_LOSS: loss}
         self.values = values
         for logger in trainer.loggers:
             logger.log_metrics(values, step)

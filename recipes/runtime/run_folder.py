@@ -26,13 +26,14 @@ from edit.inputs.trust import load_yaml
 from recipes.config.errors import UserError
 from recipes.config.older import bring_up_to_date
 from recipes.config.schema import Root
+from recipes.config.staged import as_given
 from recipes.runtime.checkpoint_files import checkpoints
 from recipes.runtime.files import write
 from recipes.runtime.machine import environment
 
 # settings that may change between two attempts at one run; all others decide its numbers
 FREE = {"name", "runs", "logger", "checkpoint", "preview", "evaluate", "log_every", "debug", "trusted", "before"}
-FREE |= {"stages", "after", "world"} | {  # what refers to the world is compared by its value
+FREE |= {"heldout", "stages", "after", "world"} | {  # what refers to the world is compared by its value
     f"trainer.{k}"
     for k in ("max_steps", "accelerator", "strategy", "compile", "gradient_checkpointing", "threads", "memory")
 }
@@ -140,7 +141,7 @@ def command_of(cfg: DictConfig) -> list[str]:
     if not HydraConfig.initialized():
         return []
     given = HydraConfig.get().overrides
-    settings = [word for word in given.task if word.partition("=")[0] != "name"]
+    settings = [word for word in as_given(given.task) if word.partition("=")[0] != "name"]
     settings += [word for word in given.hydra if word.startswith("hydra.searchpath=")]
     options = dropwhile(lambda word: not word.startswith("-"), sys.argv[1:])  # they come last: `recipes.config.launch`
     flags = [word for word in options if word not in ("-m", "--multirun")]

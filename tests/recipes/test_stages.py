@@ -18,8 +18,10 @@ from ranks import run_ranks
 from small_runs import CONFIGS, config, rows
 
 from data.names import setting
+from recipes import stages
 from recipes.config.errors import UserError
-from recipes.stages import LAUNCHER, launched, run_after, run_before, shared
+from recipes.config.staged import gathered, shared
+from recipes.stages import FORWARDED, LAUNCHER, _slurm_tasks, launched, pasteable, run_after, run_before
 
 RECORD = """
 import sys
@@ -52,10 +54,64 @@ def test_runs_come_in_order_with_what_all_share_before_their_own_words(tmp_path)
 
 
 def test_what_is_shared_is_accepted_by_train(tmp_path):
-    cfg = config(tmp_path, "name=a", "logger=wandb", "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
-    again = config(tmp_path, "name=b", *shared(cfg))
-    for key in ("logger.kinds", "trainer.accelerator", "trainer.threads"):
-        assert OmegaConf.select(again, key) == OmegaConf.select(cfg, key)
+    words = ("logger=wandb", "logger.wandb.mode=disabled", "logger.wandb.project=x", "debug=true", "trainer.threads=2")
+    cfg = config(tmp_path, "name=a", *words, "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
+    again, usual = config(tmp_path, "name=b", *shared(cfg)), config(tmp_path, "name=c", "trainer=gpu")
+    for key in ("logger.kinds", "logger.wandb.mode", "logger.wandb.project", "debug", "trainer.threads"):
+        assert OmegaConf.select(again, key) == OmegaConf.select(cfg, key) != OmegaConf.select(usual, key)
+    assert again.trainer.accelerator == "cpu" != usual.trainer.accelerator and again.trainer.devices == 1
+
+
+def test_words_for_a_stage_reach_the_same_run_where_another_needs_it_and_what_is_to_be_done_is_said(tmp_path, capsys):
+    script, log = recorder(tmp_path)
+    stages_of_both = "before=[{one: ['name=x']},{two: ['name=y',\"before=[{one: ['name=x']}]\"]}]"
+    cfg = config(tmp_path, "name=a", *gathered([stages_of_both, "before.one.trainer.max_steps=3"]))
+    run_before(cfg, script)
+    first, second = log.read_text().splitlines()
+    assert first.endswith("name=x trainer.max_steps=3") and second.endswith("before.one.trainer.max_steps=3")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"before    one: 3 steps of training into {tmp_path}/x")
+    assert said[1].startswith("before    two: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "met"), [({}, True), ({"SLURM_NTASKS": "1"}, False), ({"TORCHELASTIC_RUN_ID": "a"}, False)]
+)
+def test_tasks_of_slurm_meet_at_a_port_of_each_stage(monkeypatch, changes, met):
+    known = {"PROCID": "1", "LOCALID": "1", "NODEID": "0", "NTASKS": "2", "NTASKS_PER_NODE": "2", "JOB_NAME": "job"}
+    for name, value in {**{f"SLURM_{k}": v for k, v in known.items()}, "SLURM_NODELIST": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("MASTER_PORT", "20000")
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+    first, second = (_slurm_tasks(number) for number in (0, 1))
+    assert (first is not None) == met
+    if met:
+        assert first.endswith("?rank=1&world_size=2") and first != second and ":20000?" not in first
+
+
+def test_a_stage_that_is_killed_has_the_code_of_a_shell_and_signals_are_as_before():
+    before = [signal.getsignal(number) for number in FORWARDED]
+    kill = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
+    assert stages._run([sys.executable, "-c", kill]) == 143
+    assert [signal.getsignal(number) for number in FORWARDED] == before
+
+
+def test_a_line_is_pasteable_and_a_stage_finds_our_modules_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "_installed", lambda: False)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.chdir(tmp_path)
+    words = ["-m", "data.generate", "out=a b"]
+    assert pasteable(words) == f"PYTHONPATH={stages.OURS} python -m data.generate 'out=a b'"
+    assert pasteable([str(stages.OURS / "train.py")]).startswith("python ")
+    assert stages._environment()["PYTHONPATH"] == str(stages.OURS)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{stages.OURS}")
+    assert pasteable(words).startswith("python -m")
+    assert stages._environment()["PYTHONPATH"] == f"{stages.OURS}{os.pathsep}{tmp_path}{os.pathsep}{stages.OURS}"
+    monkeypatch.delenv("PYTHONPATH")
+    monkeypatch.chdir(stages.OURS)
+    assert pasteable(words).startswith("python -m")
 
 
 def test_a_run_that_fails_ends_the_command_with_its_code(tmp_path):
@@ -171,11 +227,12 @@ def _before(folder: Path, *before: list[str]) -> tuple[int, list[str]]:
     return code, (folder / "log").read_text().splitlines()
 
 
-def test_under_torchrun_rank_0_runs_each_once_by_itself_and_all_ranks_wait(tmp_path):
+def test_under_torchrun_rank_0_runs_each_once_by_itself_and_all_ranks_wait(tmp_path, capfd):
     slow_script(tmp_path)
     answers = run_ranks(_before, world=3, args=(tmp_path, ["name=one"], ["name=two"]))
     once = [json.dumps([name, []]) for name in ("name=one", "name=two")]  # and without this launch's ranks and port
     assert answers == [(0, once)] * 3
+    assert capfd.readouterr().out.count("before    one: ") == 1  # said by the first alone
 
 
 def test_under_torchrun_a_run_that_fails_ends_every_rank_with_its_code(tmp_path):

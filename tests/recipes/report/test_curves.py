@@ -24,7 +24,7 @@ def test_training_and_held_out_loss_share_a_plot_and_the_rest_is_apart(tmp_path)
     assert [c.name for c in losses(found)] == ["train/loss", "heldout/loss"]
     assert [p.title for p in plots(found)] == ["loss", "learning rate", "gradient norm"]
     assert [p.title for p in others(found)] == ["lora/size", "images_per_second"]
-    assert "training loss 2 at step 10, 1 at step 20; heldout/loss 3 at step 10, 2 at step 20" == plots(found)[0].text
+    assert "training loss 2 at step 10, 1 at step 20; held-out loss 3 at step 10, 2 at step 20" == plots(found)[0].text
 
 
 def test_where_roles_take_turns_the_parts_are_shown_not_their_mixture(tmp_path):

@@ -91,6 +91,18 @@ def test_one_artifact_gives_a_report_in_its_run_folder_with_everything_named(cli
     assert (runs / "whole" / plain["grid"]).is_file()
 
 
+def test_the_page_of_the_run_is_never_older_than_its_report(cli, runs, quick, capsys):
+    words = [f"artifact={runs / 'whole'}", "guidance=1", "n=8", "rounds=0", "features=none"]
+    assert cli.main(words) == 0
+    assert f"page      {runs / 'whole/index.html'}" in capsys.readouterr().out
+    page, report = (runs / "whole" / name for name in ("index.html", "report.json"))
+    assert page.stat().st_mtime_ns >= report.stat().st_mtime_ns
+    assert not (runs / "index.html").exists()  # no run says that its folder is that of all runs
+    page.unlink()
+    assert cli.main([*words, "out=apart"]) == 0
+    assert not page.exists() and sorted(p.name for p in (runs / "apart").glob("*.html")) == ["report.html"]
+
+
 def test_the_same_command_gives_the_same_qualities_at_any_batch_size(cli, runs, quick):
     seen = []
     for batch in (16, 24):

@@ -7,7 +7,7 @@ from pages import faults, needs_chromium
 from PIL import Image
 
 from recipes.report import run_index
-from recipes.report.run_index import at_failure, thumbnail, write_index, write_pages
+from recipes.report.run_index import at_failure, renew_pages, thumbnail, write_index, write_pages
 from recipes.report.run_record import read
 
 
@@ -28,6 +28,33 @@ def test_runs_are_listed_newest_first_with_picture_state_figures_and_links(tmp_p
     assert "href='sweep/lr-1/report.html'" in rows[0] and "2001-" not in rows[0] and "2008-01" in rows[0]
     assert ">LoRA</td>" in rows[1] and "stopped at step 20 of 20" in rows[2]
     assert "python -m recipes.sweep runs=" in page  # the sweep has no page yet
+
+
+def test_the_last_losses_are_beside_each_other_where_they_were_measured(tmp_path):
+    made_run(tmp_path, "plain")
+    assert "held-out loss" not in write_index(tmp_path).read_text()
+    made_run(tmp_path, "held", columns={"heldout/loss": (2.5, 2.125)})
+    page = write_index(tmp_path).read_text()
+    assert re.search(r"<th>training loss</th><th>held-out loss</th>", page)
+    cells = {
+        name: re.findall(r"<td class=number>([^<]*)", row)[1:3]
+        for row in page.split("<tr>")[2:]
+        for name in names("<tr>" + row)
+    }
+    assert cells == {"plain": ["1", "–"], "held": ["1", "2.125"]}
+
+
+def test_a_new_report_renews_the_page_of_its_run_and_the_list_that_it_is_in(tmp_path, capsys):
+    run = made_run(tmp_path / "runs", "sweep/a", {"runs": "runs"}, frechet={1.0: 2.5})
+    renew_pages(run)
+    assert "2.50" in (run / "index.html").read_text() and "sweep/a" in (tmp_path / "runs/index.html").read_text()
+    copy = made_run(tmp_path / "elsewhere", "a", {"runs": "runs"}, frechet={1.0: 2.5})
+    renew_pages(copy)
+    assert (copy / "index.html").exists() and not (tmp_path / "elsewhere/index.html").exists()
+    (tmp_path / "reports").mkdir()
+    capsys.readouterr()
+    renew_pages(tmp_path / "reports")
+    assert not list((tmp_path / "reports").iterdir()) and not capsys.readouterr().out
 
 
 def test_a_broken_folder_is_listed_as_such_and_hides_no_other(tmp_path):

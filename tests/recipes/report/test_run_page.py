@@ -41,6 +41,13 @@ def test_the_picture_comes_first_then_what_was_trained_the_figures_the_curves_an
     assert "<script" not in page and "http" not in re.sub(r"data:image/png;base64,[^\"]*", "", page)
 
 
+def test_the_loss_on_held_out_data_is_explained_where_there_is_one(run, tmp_path):
+    page = html(read(run))
+    assert "training loss 3 at step 0" in page and "; held-out loss 2 at step 0" in page
+    assert "loss of the averaged weights" in page
+    assert "averaged weights" not in html(read(made_run(tmp_path, "b")))
+
+
 def test_first_some_between_and_last_grids_are_shown(run):
     shown = [int(s) for s in re.findall(r"<figcaption>step (\d+)<", html(read(run)))]
     steps = [step for step, _ in read(run).samples]

@@ -1,5 +1,5 @@
 import pytest
-from made_runs import made_run
+from made_runs import made_run, result
 
 from recipes.report.run_record import read
 from recipes.report.swept import next_command, summarise, swept
@@ -7,6 +7,19 @@ from recipes.report.swept import next_command, summarise, swept
 
 def names(sweep):
     return [(s.place, s.mean, s.spread) for s in sweep.settings]
+
+
+def test_every_figure_that_runs_are_compared_by_is_read_off_a_report(tmp_path):
+    from recipes.report.columns import KEYED
+
+    row = result(1.0, 2.5)
+    run = made_run(tmp_path, "a", frechet={1.0: 2.5})
+    found = {key: column.value(r) for r in read(run).results for key, column in KEYED.items()}
+    assert {k: v for k, v in found.items() if v is not None} == {
+        "frechet": 2.5, "accuracy": 90.0, "macs_per_image": 2.0, "generation": 20.0
+    }  # fmt: skip
+    row["quality"]["frechet"], row["cost"] = {"value": "x"}, {"generation": 3}
+    assert all(column.value(row) is None for column in (KEYED["frechet"], KEYED["generation"]))
 
 
 def test_mean_and_sample_standard_deviation_over_seeds(tmp_path):
@@ -41,8 +54,20 @@ def test_quality_comes_before_held_out_loss_and_that_before_training_loss(tmp_pa
         made_run(tmp_path / "h", f"{seed}", {"seed": seed}, columns={"heldout/loss": (3.0, 2.5)})
         made_run(tmp_path / "q", f"{seed}", {"seed": seed}, columns={"heldout/loss": (3.0, 2.5)}, frechet={1.0: 1.0})
     chosen = {kind: summarise(tmp_path / kind) for kind in "thq"}
-    assert [chosen[k].figure.name for k in "thq"] == ["train/loss", "heldout/loss", "frechet"]
+    assert [chosen[k].figure.key for k in "thq"] == ["train/loss", "heldout/loss", "frechet"]
     assert chosen["h"].best.mean == 2.5  # the last
+
+
+def test_words_for_a_stage_are_settings_under_the_names_by_which_they_are_given(tmp_path):
+    for steps in (100, 200):
+        for seed in (0, 1):
+            words = [f"trainer.max_steps={steps}", "seed=5"]
+            changes = {"seed": seed, "stages": {"big-teacher": words}, "init": f"runs/t{steps}"}
+            command = ["train.py", f"before.big-teacher.trainer.max_steps={steps}", f"init=runs/t{steps}"]
+            made_run(tmp_path, f"{steps}-{seed}", changes, losses=[1 / steps], command=command)
+    sweep = summarise(tmp_path)
+    assert sweep.keys == ("before.big-teacher.trainer.max_steps",)  # its folder changes with it
+    assert [s.place for s in sweep.settings] == [(200,), (100,)]
 
 
 def test_more_is_better_where_it_is(tmp_path):
