@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from importlib.metadata import version
 from itertools import dropwhile
 from math import prod
 from pathlib import Path
@@ -172,10 +173,10 @@ def refuse_other_teacher(cfg: DictConfig, out: Path, resumes: bool) -> None:
 
 def here() -> dict[str, Any]:
     """Everything besides the configuration that the numbers of this run depend on: device, versions, revision."""
-    import lightning.pytorch as pl
     import torch
 
-    return environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")) | {"lightning": pl.__version__}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return environment(device) | {"lightning": version("lightning")}
 
 
 def dotted(node: Any, prefix: str = "") -> dict[str, Any]:
