@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
+from edit.importing import uncollected
 from edit.losses import Loss
 from edit.measuring.probe import Probe
 from edit.measuring.turns import Turn
@@ -177,7 +178,8 @@ class Fit(Procedure):
         return Stand(done >= cfg.trainer.max_steps and (out / "artifact").is_dir(), done, resume)
 
     def perform(self, run: Run, out: Path, stand: Stand) -> Result | None:
-        from recipes.fitting import fit, full_state  # with it comes Lightning
+        with uncollected():
+            from recipes.fitting import fit, full_state  # with it comes Lightning
 
         cfg, module = run.config, self.module(run)
         trainer = fit(run, module, out, stand.resume, stand.step, self.turns(run))

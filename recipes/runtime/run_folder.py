@@ -63,20 +63,24 @@ def refuse_other_run(cfg: DictConfig, out: Path) -> None:
     """
     if not (out / "config.yaml").exists() or not (checkpoints(out / "checkpoints") or (out / "artifact").exists()):
         return
-    before, now = (dotted(OmegaConf.to_container(c)) for c in (read_config(out / "config.yaml"), cfg))
-    for settings_ in (before, now):
-        factors = [settings_.get(k) or 1 for k in BATCH]
-        whole = all(isinstance(v, int) for v in factors)  # not in a damaged file
-        settings_["data.batch_size x trainer.devices x trainer.num_nodes"] = prod(factors) if whole else factors
+    before, now = decisive(read_config(out / "config.yaml")), decisive(cfg)
     defaults = dotted(OmegaConf.to_container(OmegaConf.structured(Root)))  # an older run may not know every setting
     for key in {**before, **now}:
-        free = key in FREE or key.split(".")[0] in FREE
         was = before[key] if key in before else defaults.get(key, default_of(key, now))
-        if not free and was != now.get(key):
+        if was != now.get(key):
             raise UserError(
                 f"{out} holds a run with {key}={was}, this command says {now.get(key)}: give the new run "
                 f"another name=, or restore the setting to resume"
             )
+
+
+def decisive(cfg: DictConfig) -> dict[str, Any]:
+    """The settings that decide a run's numbers, with dotted keys."""
+    found = dotted(OmegaConf.to_container(cfg))
+    factors = [found.get(k) or 1 for k in BATCH]
+    whole = all(isinstance(v, int) for v in factors)  # not in a damaged file
+    found["data.batch_size x trainer.devices x trainer.num_nodes"] = prod(factors) if whole else factors
+    return {k: v for k, v in found.items() if k not in FREE and k.split(".")[0] not in FREE}
 
 
 def default_of(key: str, settings: Mapping[str, Any]) -> Any:
