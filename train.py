@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from recipes.config.launch import Opening, launch
-from recipes.opening import announce, answer
+from recipes.opening import announce, answer, known
 
 
 def main(cfg) -> None:
@@ -18,4 +18,4 @@ def main(cfg) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, "train", Path(__file__).parent / "configs", opening=Opening(announce, answer))
+    launch(main, "train", Path(__file__).parent / "configs", opening=Opening(known, announce, answer))

@@ -121,13 +121,13 @@ def recipe(case: Case, device: torch.device, checkpointing: bool, half: bool) ->
     from edit.distillation.guidance import TeacherGuidance
     from edit.objectives import FlowMatching
     from recipes.config.schema import OptimizerConfig, TrainerConfig
-    from recipes.diffusion import Diffusion
-    from recipes.few_step import FewStep
-    from recipes.recipe import Training
     from recipes.roles import Teacher
     from recipes.runtime.callbacks import Metrics
     from recipes.runtime.loggers import CSVLogger
     from recipes.runtime.trainer import make_trainer
+    from recipes.settings import Training
+    from recipes.steps.diffusion import Diffusion
+    from recipes.steps.few_step import FewStep
     from recipes.training import quiet
 
     quiet()

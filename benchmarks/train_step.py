@@ -40,7 +40,7 @@ from edit.stream import Condition
 
 
 def recipe_step(device: torch.device, batch: int, rounds: int, warmup: int, precision: str) -> dict[str, Any]:
-    """Training steps of `recipes.diffusion.Diffusion` under Lightning against the same step as a bare loop.
+    """Training steps of `recipes.steps.diffusion.Diffusion` under Lightning against the same step as a bare loop.
 
     On the digits, with the default run's model, optimiser and log; both read through their own `EndlessLoader`. After
     each step of the trainer one bare step is run and timed, so that both see the same machine. The recipe's time is all
@@ -52,11 +52,11 @@ def recipe_step(device: torch.device, batch: int, rounds: int, warmup: int, prec
     from data.sets.digits import Digits
     from edit.objectives import FlowMatching, LogitNormal
     from recipes.config.schema import OptimizerConfig, TrainerConfig
-    from recipes.diffusion import Diffusion
-    from recipes.recipe import Training
     from recipes.runtime.callbacks import Metrics
     from recipes.runtime.loggers import CSVLogger
     from recipes.runtime.trainer import make_trainer
+    from recipes.settings import Training
+    from recipes.steps.diffusion import Diffusion
     from recipes.training import quiet
 
     quiet()

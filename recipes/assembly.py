@@ -22,10 +22,10 @@ from edit.sampling import Sampler
 from edit.stream import Condition
 from recipes.config.errors import UserError
 from recipes.models import Files, Models, losses_of, made, models_of
-from recipes.recipe import Training
 from recipes.roles import Teacher
 from recipes.runtime.devices import recipe_casts
 from recipes.seen import Sight
+from recipes.settings import Training
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from recipes.config.errors import UserError
 from recipes.procedure import Procedure, Result, Stand
 from recipes.runtime.devices import accelerator_of
 from recipes.runtime.files import is_first
-from recipes.runtime.loggers import make_loggers
 
 APART = 2**31  # from the run's seed to that of calibration: evaluations, at small seeds, have other noise
 WITHOUT_END = 10**9  # batches: an edit may ask for any number of samples
@@ -80,6 +79,8 @@ class Calibrating(Procedure):
         return Stand(finished=(out / "artifact").is_dir())
 
     def perform(self, run: Run, out: Path, stand: Stand) -> Result:
+        from recipes.runtime.loggers import make_loggers  # with them comes Lightning
+
         cfg = run.config
         loggers = make_loggers(cfg.logger, out, cfg.name, OmegaConf.to_container(cfg))  # type: ignore[arg-type]
         with torch.device("cpu"):  # the same weights on every device

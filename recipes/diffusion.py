@@ -1,180 +1,21 @@
-"""Diffusion training: one denoiser, one objective, any edits and terms. The step reads as the algorithm."""
+"""Diffusion training, as plans and runs know it. Its step is in `recipes.steps.diffusion`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
 
-from edit import noise
-from edit.denoiser import Denoiser
-from edit.losses import Draws, Seen, Term, wanted
+from edit.losses import wanted
 from edit.measuring.turns import Turn, phases
-from edit.objectives import Objective, Weight, weight_at
-from edit.stream import Branch, Condition, Forced, Output
 from recipes.assembly import Run
-from recipes.ending import forget
 from recipes.models import Models, made
 from recipes.procedure import Fit, Probed
-from recipes.recipe import Recipe, Training
-from recipes.roles import Teacher
-from recipes.seen import Asked, Sight
 
-
-class Diffusion(Recipe):
-    """Train a denoiser on data, on a teacher's predictions at the same noisy samples, or on both.
-
-    Args:
-        build, structure, objective, settings, teacher, null, sight: as of `Recipe`
-        terms: further losses, by name
-        data_weight: weight of the objective's own losses, which compare with the data
-        strata: the time law is divided into so many parts of equal probability, and sample k of the run draws its time
-            from part k mod strata; so the batch of all ranks spans all times
-    """
-
-    def __init__(
-        self,
-        build: Callable[[], Denoiser],
-        structure: Callable[[], Denoiser],
-        objective: Objective,
-        settings: Training,
-        teacher: Teacher | None = None,
-        null: Condition | None = None,
-        terms: Mapping[str, Term] | None = None,
-        data_weight: Weight = 1.0,
-        strata: int = 1,
-        sight: Sight | None = None,
-    ):
-        super().__init__(build, structure, objective, settings, teacher, null, sight)
-        self.terms, self.data_weight, self.strata = dict(terms or {}), data_weight, strata
-        self.guidance = None if teacher is None else teacher.guidance  # which the student is told
-        self.taps, self.branches, self.maps = wanted(self.terms.values())
-        self.own = nn.ModuleDict()  # trainable parameters of terms
-
-    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        x, draw = batch["x"], batch["draw"]  # b c *sizes, b
-        self._seed_dropout(batch_index)
-        self.advance(self.denoiser)
-        seed = self.settings.seed
-        u = (draw % self.strata + noise.uniform(seed, draw, noise.TIME)) / self.strata
-        t = self.objective.times(u.clamp_max(1 - 2**-24))  # the sum may be rounded up, and 1 is no quantile
-        eps = noise.gaussian(seed, draw, noise.NOISE, tuple(x.shape[1:]))
-        whole, condition, null = self.conditions(batch)
-        x_t = self.objective.corrupt(x, eps, t)
-        scale, taught = torch.ones_like(t), None
-        if self.guidance is not None:
-            scale = self.guidance.scale(noise.uniform(seed, draw, noise.GUIDANCE))
-        with self.casting():
-            if self.teacher is not None:  # at the same noisy sample, time and condition
-                taught = self.teacher(self.denoiser, x_t, t, condition, null, scale)
-            if self.told and self.guidance is not None:
-                condition = replace(condition, guidance=scale)
-            forced = {} if taught is None else self._forced(taught, draw)
-            out = self.denoiser(
-                x_t, t, condition, taps=self.taps, branches=self.branches, forced=forced, maps=self.maps
-            )
-
-        weight = weight_at(self.data_weight, self.progress)
-        losses = self.objective.losses(out, x, eps, x_t, t) if weight else {}
-        if weight != 1:
-            losses = {name: weight * loss for name, loss in losses.items()}
-        if self.terms:
-            asked = self._asked(null, scale)
-            draws = Draws(seed, draw, self.micro(batch_index), tuple(x.shape[1:]))
-            seen = Seen(condition, null, scale, draws, self.progress, x, eps, **asked.callables())
-            seen = replace(seen, output=out, taught=taught, x_t=x_t, t=t, whole=whole, batch=batch)
-            losses |= self._scored(replace(seen, step=self.trainer.global_step))
-        watched = {}
-        for name, edit in self.denoiser.applied.items():
-            losses |= {f"{name}/{k}": v for k, v in edit.losses(out.trace).items()}
-            for further, prediction in edit.further(out).items() if weight else ():
-                scored = self.objective.losses(prediction, x, eps, x_t, t)
-                losses |= {f"{name}/{further}/{k}": weight * v for k, v in scored.items()}
-            watched |= {f"{name}/{k}": v.float().mean() for k, v in edit.metrics(out.trace).items()}
-        means = {name: loss.mean() for name, loss in losses.items()}
-        loss = sum(means.values(), start=torch.zeros((), device=x.device))
-        if not weight:  # no term may reach the last units, and DDP waits for the gradient of every parameter
-            loss = loss + 0.0 * out.sample.float().sum()
-        self._record(batch_index, {"loss": loss, **(means if len(means) > 1 else {}), **watched})
-        return loss
-
-    def heldout(self, batch: dict[str, Tensor], u: Tensor, eps: Tensor) -> Tensor | None:
-        """The objective's own losses, without terms; none where the data themselves have no part in training."""
-        if self.data_weight == 0:
-            return None
-        x, t, condition = batch["x"], self.objective.times(u), Condition.of(batch)
-        x_t = self.objective.corrupt(x, eps, t)
-        if self.told and self.guidance is not None:  # it knows no other scales than its teacher's
-            condition = replace(condition, guidance=self.guidance.scale(torch.full_like(t, 0.5)))
-        with self.casting():
-            out = self.ema(x_t, t, condition)
-        return torch.stack(list(self.objective.losses(out, x, eps, x_t, t).values())).sum(0)
-
-    def _asked(self, null: Condition, scale: Tensor) -> Asked:
-        told = None if self.guidance is None else scale
-        return Asked(self.objective, self.denoiser, self.ema, self.teacher, None, null, scale, told, self.casting)
-
-    def _scored(self, seen: Seen) -> dict[str, Tensor]:
-        """The losses of all terms."""
-        losses = {}
-        for name, term in self.terms.items():
-            own = self.own[name] if name in self.own else None
-            mine = replace(seen, own=own, draws=seen.draws.of(name), **self.sight.of(term))
-            losses |= {f"{name}/{k}": v for k, v in term.losses(mine).items()}
-        return losses
-
-    def _forced(self, taught: Output, draw: Tensor) -> dict[int, Forced]:
-        """Teacher tokens that replace the inputs of units, as loss terms ask, in a share of the samples."""
-        forced = {}
-        for term in self.terms.values():
-            sources, share = term.forced(self.progress)
-            if not sources or not share:
-                continue
-            where = noise.uniform(self.settings.seed, draw, noise.FORCE) < share
-            for unit, source in sources.items():
-                tokens = Branch(taught.trace[f"unit.{source}"], taught.trace.get(f"unit.{source}.text"))
-                forced[unit] = Forced(tokens, where)
-        return forced
-
-    # ---- models and terms -----------------------------------------------------------------------------------------
-
-    def configure_parts(self) -> None:
-        self._leave(self.begun)
-        whole_teacher = None
-        if self.teacher is not None:
-            whole_teacher = self.teacher.configure(self.denoiser, *wanted(self.terms.values(), teacher=True))
-        torch.manual_seed(self.settings.seed)  # the same on every rank, also where rank 0 alone builds weights
-        for name, term in self.terms.items():
-            if (own := term.build(self.denoiser, whole_teacher)) is not None:
-                self.own[name] = self.whole_or_sharded(own)
-
-    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        super().on_train_batch_start(batch, batch_index)
-        if gone := self._leave(self.trainer.global_step):
-            forget(self.trainer, self, gone)
-            self.trained = [p for p in self.parameters() if p.requires_grad]
-
-    def _leave(self, step: int) -> list[nn.Parameter]:
-        """Let go of the terms that have ended by this step, and of what they alone needed. Returns their parameters."""
-        over = [name for name, term in self.terms.items() if term.ends is not None and term.ends <= step]
-        if not over:
-            return []
-        taught = any(term.needs_teacher for term in self.terms.values())
-        gone = [p for name in over if name in self.own for p in self.own.pop(name).parameters()]
-        for name in over:
-            del self.terms[name]
-        self.taps, self.branches, self.maps = wanted(self.terms.values())
-        self.sight.keep(self.terms.values())
-        if self.teacher is not None and taught and not any(term.needs_teacher for term in self.terms.values()):
-            self.teacher.release()
-            self.teacher = None
-        elif self.teacher is not None:
-            self.teacher.taps, self.teacher.branches, self.teacher.maps = wanted(self.terms.values(), teacher=True)
-        return gone
+if TYPE_CHECKING:
+    from recipes.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -196,7 +37,9 @@ class Denoising(Fit):
         asks = probed.models.teacher is not None
         return phases(terms, probed.student, probed.teacher, own, probed.guided, steps, asks, probed.decoder)
 
-    def module(self, run: Run) -> Diffusion:
+    def module(self, run: Run) -> Recipe:
+        from recipes.steps.diffusion import Diffusion  # with it comes Lightning
+
         cfg, models = run.config, run.models
         weight = made(cfg.data_weight) if OmegaConf.is_config(cfg.data_weight) else cfg.data_weight
         return Diffusion(

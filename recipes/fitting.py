@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from data.loader import EndlessLoader
@@ -31,6 +31,7 @@ from recipes.runtime.devices import accelerator_of
 from recipes.runtime.files import is_first
 from recipes.runtime.loggers import CSVLogger, make_loggers
 from recipes.runtime.trainer import make_trainer
+from recipes.settings import images_per_step, world_size
 
 
 def fit(run: Run, module: Recipe, out: Path, resume: Path | None, done: int, turns: bool) -> pl.Trainer:
@@ -106,15 +107,6 @@ def trainer_of(run: Run, out: Path, loggers: list[Logger], turns: bool) -> pl.Tr
     saver = Checkpoints(out / "checkpoints", cfg.checkpoint.every, cfg.checkpoint.keep, metrics)
     callbacks: list[Callback] = [metrics, ProgressBar(metrics), preview, saver]
     return make_trainer(cfg.trainer, out, loggers, callbacks, turns)
-
-
-def world_size(cfg: DictConfig) -> int:
-    return cfg.trainer.devices * cfg.trainer.num_nodes
-
-
-def images_per_step(cfg: DictConfig) -> int:
-    """Samples per optimiser step, over all ranks."""
-    return cfg.data.batch_size * cfg.trainer.accumulate * world_size(cfg)
 
 
 def speed_limits(run: Run) -> tuple[float | None, float | None]:

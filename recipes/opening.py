@@ -15,11 +15,12 @@ from omegaconf.errors import OmegaConfBaseException
 from data.names import legible
 from edit.inputs.command import print_any_name
 from edit.inputs.trust import read_json
+from recipes.config.errors import UserError
 from recipes.onward import onward
 from recipes.runtime.checkpoint_files import checkpoints, step_of, unchanged
 from recipes.runtime.devices import count_devices, precision_of
 from recipes.runtime.files import is_first
-from recipes.runtime.run_folder import folder_of, refuse_other_run
+from recipes.runtime.run_folder import decisive, folder_of, read_config, refuse_other_run
 
 if TYPE_CHECKING:
     from recipes.assembly import Run
@@ -52,6 +53,28 @@ def answer(cfg: DictConfig) -> bool:
         return False
     decide(cfg)
     refuse_other_run(cfg, out)
+    return answered(cfg, out)
+
+
+def known(cfg: DictConfig) -> bool:
+    """`answer` for settings of which nothing is known but that the folder's run was made with the same: those were
+    right. What they leave to the machine is as it was then, so torch is not asked. False: the checks tell more.
+    """
+    try:
+        out = named(cfg)
+        if not checkpoints(out / "checkpoints"):
+            return False
+        made = read_config(out / "config.yaml")
+        for key in ("devices", "precision"):
+            if cfg.trainer[key] == "auto":
+                cfg.trainer[key] = made.trainer[key]
+        return decisive(made) == decisive(cfg) and answered(cfg, out)
+    except (UserError, OmegaConfBaseException, OSError):
+        return False
+
+
+def answered(cfg: DictConfig, out: Path) -> bool:
+    """Whether nothing is left to do for a run, which has then been said."""
     if cfg.before or cfg.after or (cfg.evaluate and not (out / "report.json").exists()):
         return False
     if (steps := finished(cfg, out)) is None:

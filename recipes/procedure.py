@@ -11,22 +11,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
+from edit.importing import uncollected
 from edit.losses import Loss
 from edit.measuring.probe import Probe
 from edit.measuring.turns import Turn
 from recipes.assembly import Run
-from recipes.fitting import fit, full_state, images_per_step
 from recipes.models import Models, losses_of
-from recipes.recipe import Recipe
 from recipes.runtime.checkpoint_files import newest, step_of
 from recipes.runtime.run_folder import refuse_overrun
+from recipes.settings import images_per_step
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+    from recipes.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,9 @@ class Fit(Procedure):
         return Stand(done >= cfg.trainer.max_steps and (out / "artifact").is_dir(), done, resume)
 
     def perform(self, run: Run, out: Path, stand: Stand) -> Result | None:
+        with uncollected():
+            from recipes.fitting import fit, full_state  # with it comes Lightning
+
         cfg, module = run.config, self.module(run)
         trainer = fit(run, module, out, stand.resume, stand.step, self.turns(run))
         state = full_state(module.ema, trainer)

@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from math import cos, pi
 from typing import Any
@@ -31,39 +30,7 @@ from edit.objectives import Objective
 from edit.stream import Condition
 from recipes.roles import Teacher, shard, units_of
 from recipes.seen import Sight
-
-
-@dataclass(frozen=True)
-class Training:
-    """The settings of training that all recipes share.
-
-    Args:
-        optimizer: a `recipes.config.schema.OptimizerConfig`
-        max_steps: optimiser steps of the whole run, for the schedule
-        accumulate: batches per optimiser step
-        clip: largest norm of the gradient; None: no clipping
-        label_drop: probability with which a sample's condition is replaced by the null condition
-        ema_decay: decay of the moving average in [0, 1); 0 keeps no history
-        ema_ramp: limit the decay to (1 + k) / (10 + k) after k updates; for short runs
-        compile: compile each unit
-        gradient_checkpointing: recompute units in the backward pass
-        autocast: the recipe runs the denoiser in bf16, not the trainer: DeepSpeed's bf16 would round the average away
-        patience: the run stops after so many consecutive steps with a non-finite gradient; each of them is skipped
-        seed: of times, noise, label drop and dropout
-    """
-
-    optimizer: Any
-    max_steps: int
-    accumulate: int = 1
-    clip: float | None = 1.0
-    label_drop: float = 0.1
-    ema_decay: float = 0.9999
-    ema_ramp: bool = False
-    compile: bool = False
-    gradient_checkpointing: bool = False
-    autocast: bool = False
-    patience: int = 20
-    seed: int = 0
+from recipes.settings import Training
 
 
 class Recipe(pl.LightningModule, ABC):

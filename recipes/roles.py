@@ -8,13 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from edit.denoiser import Denoiser
 from edit.distillation.guidance import TeacherGuidance
@@ -22,6 +19,10 @@ from edit.edits import shards, without
 from edit.measuring.memory import Placement
 from edit.stream import Condition, Output
 from edit.unit import Unit
+
+if TYPE_CHECKING:  # torch.distributed takes a second, and one process alone needs none of it
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
 class Origin(NamedTuple):
@@ -99,6 +100,9 @@ class Teacher:
         return model
 
     def _shard(self) -> Denoiser:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
         assert self.build is not None and self.structure is not None
         if not torch.distributed.is_initialized():
             raise ValueError(
@@ -193,6 +197,9 @@ def shard(
 
     A unit is gathered for its own call, and so is what edits name (`Edit.shards`); all else for the whole forward.
     """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     with torch.device("meta"):
         net = structure()
     for module in shards(net):

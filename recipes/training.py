@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from edit.importing import uncollected
 from edit.inputs.command import print_any_name
 from recipes.config.errors import UserError
 from recipes.config.schema import Evaluation
@@ -50,9 +51,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 def perform(cfg: DictConfig, out: Path) -> dict[str, Any]:
     """`run` for a run that its folder alone does not tell to be finished."""
-    from recipes.assembly import assemble  # here, not above: with it come torch, Lightning and the models
-    from recipes.config.chosen import procedure_of
-    from recipes.runtime.loggers import close, log_artifact, log_summary
+    with uncollected():
+        from recipes.assembly import assemble  # here, not above: with it come torch and the models
+        from recipes.config.chosen import procedure_of
 
     set_up_torch(cfg)
     procedure, job = procedure_of(cfg), assemble(cfg)
@@ -69,6 +70,8 @@ def perform(cfg: DictConfig, out: Path) -> dict[str, Any]:
         result = procedure.perform(job, out, stand)
         if result is None:
             return {}
+        from recipes.runtime.loggers import close, log_artifact, log_summary  # with them comes Lightning
+
         artifact = keep(job, result, out, procedure.cure)
         log_artifact(result.loggers, artifact)  # before the evaluation, which may fail
         try:

@@ -31,8 +31,8 @@ def slow_steps(say=lambda *_, **__: None):
     """Make a step last long enough to be killed inside the run, and say so."""
     import time
 
-    from recipes.diffusion import Diffusion
-    from recipes.rollout import Rollout
+    from recipes.steps.diffusion import Diffusion
+    from recipes.steps.rollout import Rollout
 
     for recipe in (Diffusion, Rollout):
 

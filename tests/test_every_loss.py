@@ -29,12 +29,12 @@ from recipes.assembly import Run, make_sight, training_of
 from recipes.config import composed
 from recipes.config.chosen import procedure_of
 from recipes.config.sources import register
-from recipes.few_step import FewStep
 from recipes.models import Sources, losses_of, made, models_of
 from recipes.plan import draft_of
 from recipes.procedure import Fit
 from recipes.recipe import Recipe
 from recipes.roles import Origin
+from recipes.steps.few_step import FewStep
 
 TERMS, METHODS = classes(Term), classes(FewStepMethod)
 COUNT = 3  # samples of a batch

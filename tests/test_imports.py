@@ -1,4 +1,5 @@
 import ast
+import gc
 import pkgutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import edit
+from edit.importing import uncollected
 
 ROOT = Path(edit.__file__).parents[1]
 MAY_IMPORT = {"edit": {"edit"}, "data": {"edit", "data"}, "recipes": {"edit", "data", "recipes"}}
@@ -81,6 +83,21 @@ def test_heavy_libraries_wait_for_the_function_that_needs_them(imported):
     assert not loaded & {"diffusers", "transformers", "peft", "sklearn", "matplotlib", "torchmetrics", *HEAVY}
 
 
+def test_the_collector_is_off_while_something_is_imported_and_as_before_afterwards():
+    assert gc.isenabled()
+    with pytest.raises(ImportError), uncollected():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
 def test_a_name_that_edit_does_not_offer_is_refused_with_those_it_does():
     with pytest.raises(AttributeError, match="module 'edit' has no attribute 'laod'; it offers .*load"):
         edit.laod  # noqa: B018
@@ -112,6 +129,29 @@ def imports(tree: ast.Module, known: Collection[str]) -> set[str]:
             inside = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
             found |= {module if module in known else node.module for module in inside.values()}
     return found
+
+
+def at_import(tree: ast.Module, known: Collection[str]) -> set[str]:
+    """Modules that an import of this one imports: none in functions or TYPE_CHECKING blocks."""
+    body = []
+    for node in tree.body:
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        body += [node] if not isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+    return imports(ast.Module(body, []), known)
+
+
+PLANNING = ("recipes.plan", "recipes.cost", "recipes.page", "recipes.sweep", "recipes.apply", "recipes.report.evaluate")
+PROCEDURES = ("recipes.diffusion", "recipes.few_step", "recipes.rollout", "recipes.calibrate")
+
+
+@pytest.mark.parametrize("start", [*PLANNING, *PROCEDURES])
+def test_commands_that_do_not_train_and_the_procedures_that_they_ask_import_no_lightning(sources, start):
+    graph = {name: at_import(tree, sources) for name, tree in sources.items()}
+    inside = {name: others & set(sources) for name, others in graph.items()}
+    slow = ("lightning", "torchmetrics", "torch.distributed", "diffusers", "transformers")
+    for name in sorted({start, *reached(inside, start)}):
+        assert not [other for other in graph[name] if other.startswith(slow)], name
 
 
 def reached(graph: dict[str, set[str]], start: str) -> set[str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
 from edit.facts import Facts
+from edit.importing import uncollected
 from edit.stream import Branch, Condition, Layout, Stream
 from edit.unit import Features, Unit
 
@@ -119,9 +120,10 @@ class StockDenoiser(Denoiser):
 
     @classmethod
     def stock_class(cls) -> Any:
-        import diffusers
+        with uncollected():
+            import diffusers
 
-        return getattr(diffusers, cls.stock)
+            return getattr(diffusers, cls.stock)
 
     @classmethod
     def of(cls, model: nn.Module, **extras: Any) -> StockDenoiser:

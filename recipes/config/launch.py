@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from data.names import typed
+from edit.importing import uncollected
 from recipes.config.check import check, check_hydra, check_procedure, check_settings
 from recipes.config.errors import UserError, failure_of
 from recipes.config.explain import explain
@@ -41,15 +42,18 @@ from recipes.runtime.traces import Before
 
 @dataclass(frozen=True)
 class Opening:
-    """What a task does before its job begins. Both functions get an unresolved copy of the configuration, and the name
+    """What a task does before its job begins. The functions get an unresolved copy of the configuration, and the name
     of the file that was chosen of each group.
 
     Args:
+        known: whether the job's folder alone tells that it is done, which has then been said; called first, before the
+            configuration is checked. Not in a sweep.
         announce: says what will be done; called before the configuration is checked, and anything it names imported
         answer: whether the job is done already, and has been answered for; called when all is right but for what the
             procedure itself demands. Not in a sweep.
     """
 
+    known: Callable[[DictConfig], bool]
     announce: Callable[[DictConfig, Mapping[str, str]], Any]
     answer: Callable[[DictConfig], bool]
 
@@ -189,8 +193,12 @@ def _refuse_mistakes(
                 if OmegaConf.get_type(cfg) is not Root:
                     raise UserError(f"{name} is no configuration of a run: its defaults do not begin with root_schema")
                 if opening is not None:
+                    if opening.known(deepcopy(cfg)):
+                        return None
                     opening.announce(deepcopy(cfg), own.runtime.choices)
-                if errors := [*check_hydra(own), *check_settings(cfg)]:
+                with uncollected():  # the classes that it names are imported
+                    errors = [*check_hydra(own), *check_settings(cfg)]
+                if errors:
                     raise UserError("\n".join(errors))
                 if opening is not None and opening.answer(deepcopy(cfg)):
                     return None

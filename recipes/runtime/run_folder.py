@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from importlib.metadata import version
 from itertools import dropwhile
 from math import prod
 from pathlib import Path
@@ -63,20 +64,24 @@ def refuse_other_run(cfg: DictConfig, out: Path) -> None:
     """
     if not (out / "config.yaml").exists() or not (checkpoints(out / "checkpoints") or (out / "artifact").exists()):
         return
-    before, now = (dotted(OmegaConf.to_container(c)) for c in (read_config(out / "config.yaml"), cfg))
-    for settings_ in (before, now):
-        factors = [settings_.get(k) or 1 for k in BATCH]
-        whole = all(isinstance(v, int) for v in factors)  # not in a damaged file
-        settings_["data.batch_size x trainer.devices x trainer.num_nodes"] = prod(factors) if whole else factors
+    before, now = decisive(read_config(out / "config.yaml")), decisive(cfg)
     defaults = dotted(OmegaConf.to_container(OmegaConf.structured(Root)))  # an older run may not know every setting
     for key in {**before, **now}:
-        free = key in FREE or key.split(".")[0] in FREE
         was = before[key] if key in before else defaults.get(key, default_of(key, now))
-        if not free and was != now.get(key):
+        if was != now.get(key):
             raise UserError(
                 f"{out} holds a run with {key}={was}, this command says {now.get(key)}: give the new run "
                 f"another name=, or restore the setting to resume"
             )
+
+
+def decisive(cfg: DictConfig) -> dict[str, Any]:
+    """The settings that decide a run's numbers, with dotted keys."""
+    found = dotted(OmegaConf.to_container(cfg))
+    factors = [found.get(k) or 1 for k in BATCH]
+    whole = all(isinstance(v, int) for v in factors)  # not in a damaged file
+    found["data.batch_size x trainer.devices x trainer.num_nodes"] = prod(factors) if whole else factors
+    return {k: v for k, v in found.items() if k not in FREE and k.split(".")[0] not in FREE}
 
 
 def default_of(key: str, settings: Mapping[str, Any]) -> Any:
@@ -173,10 +178,10 @@ def refuse_other_teacher(cfg: DictConfig, out: Path, resumes: bool) -> None:
 
 def here() -> dict[str, Any]:
     """Everything besides the configuration that the numbers of this run depend on: device, versions, revision."""
-    import lightning.pytorch as pl
     import torch
 
-    return environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")) | {"lightning": pl.__version__}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return environment(device) | {"lightning": version("lightning")}
 
 
 def dotted(node: Any, prefix: str = "") -> dict[str, Any]:

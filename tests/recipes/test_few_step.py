@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def watched(monkeypatch):
     """(step, part) -> whether an optimiser step changed it, and what student and critic were after it."""
-    from recipes.few_step import FewStep
+    from recipes.steps.few_step import FewStep
 
     step, moved, after = FewStep.optimizer_step, {}, []
 
@@ -130,7 +130,7 @@ def _train(folder, overrides):
 
 
 def test_with_lora_student_critic_and_teacher_share_one_base(folder, watched, monkeypatch):
-    from recipes.few_step import FewStep
+    from recipes.steps.few_step import FewStep
 
     shared = []
     start = FewStep.on_train_start

@@ -4,15 +4,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from small_runs import SMALL, config, train
 
-from recipes.opening import announced, answer, finished
+from recipes.opening import announced, answer, finished, known
+from recipes.runtime import devices
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("diffusers", "lightning", "torchmetrics", "transformers")
-# train.py in a process of its own, which tells on stderr what of HEAVY and torch was imported in the end
+HEAVY = ("torch", "diffusers", "lightning", "torchmetrics", "transformers")
+# train.py in a process of its own, which tells on stderr what of HEAVY was imported in the end
 CODE = """
 import atexit, runpy, sys
 atexit.register(lambda: print("LOADED", *(m for m in %r if m in sys.modules), file=sys.stderr))
@@ -21,7 +23,7 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
-def command(*words: str, code: str = CODE % (("torch", *HEAVY),)) -> tuple[subprocess.CompletedProcess, set[str]]:
+def command(*words: str, code: str = CODE % (HEAVY,)) -> tuple[subprocess.CompletedProcess, set[str]]:
     env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, env=env)
     loaded = [line.split()[1:] for line in done.stderr.splitlines() if line.startswith("LOADED")]
@@ -35,7 +37,7 @@ def runs(tmp_path_factory):
     return folder
 
 
-def test_a_finished_run_is_answered_without_models_or_lightning(runs):
+def test_a_finished_run_is_answered_without_torch(runs):
     done, loaded = command(f"runs={runs}", "name=done", *SMALL, "trainer.max_steps=1")
     assert done.returncode == 0 and f"{runs}/done is complete (1 steps)" in done.stdout
     assert not loaded & set(HEAVY)
@@ -45,7 +47,10 @@ def test_a_finished_run_is_answered_without_models_or_lightning(runs):
 def test_a_missing_gpu_is_told_without_models_or_lightning(tmp_path):
     done, loaded = command(f"runs={tmp_path}", "name=a", "trainer=gpu")
     assert done.returncode == 2 and "torch sees no GPU here" in done.stderr
-    assert not loaded & set(HEAVY) and not (tmp_path / "a").exists()
+    assert (
+        not loaded & (set(HEAVY) - (set() if not devices.may_have_gpu() else {"torch"}))
+        and not (tmp_path / "a").exists()
+    )
 
 
 def test_the_first_words_come_before_torch_is_imported(tmp_path):
@@ -103,6 +108,46 @@ def test_only_a_whole_run_is_finished(runs):
     assert finished(cfg, out) is None
     (out / "elsewhere").rename(out / "artifact")
     assert finished(cfg, out) == 1
+
+
+def test_a_finished_run_is_known_by_the_same_settings_alone_whatever_this_machine_has(runs, monkeypatch):
+    monkeypatch.setattr(devices, "gpus", lambda: pytest.fail("the machine was asked"))
+    cfg = config(runs, "name=done", "trainer.max_steps=1")
+    cfg.trainer.accelerator = "gpu"  # of the run there is nothing left to do on one
+    assert known(cfg.copy())
+    for word in (
+        "trainer.max_steps=2",
+        "optimizer.lr=0.5",
+        "trainer.precision=bf16-mixed",
+        "+edits.a={_target_: no.Such}",
+    ):
+        assert not known(config(runs, "name=done", "trainer.max_steps=1", word)), word
+    assert not known(config(runs, "name=nowhere", "trainer.max_steps=1"))
+
+
+@pytest.mark.parametrize(
+    ("version", "driver", "may"),
+    [
+        ("cuda = '13.0'; hip = None", False, False),
+        ("cuda = '13.0'; hip = None", True, True),
+        ("cuda = None; hip = None", True, False),
+        ("cuda = None; hip = '6.4'", False, True),
+        ("cuda = None; hip = None; xpu = '2025'", False, True),
+        ("debug = False", False, True),
+    ],
+)
+def test_torch_is_asked_for_gpus_unless_it_cannot_have_any(tmp_path, monkeypatch, version, driver, may):
+    (tmp_path / "version.py").write_text(version)
+    origin = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(devices, "find_spec", lambda name: origin)
+    monkeypatch.setattr(devices.sys, "platform", "linux")
+
+    def load(name: str) -> None:
+        if not driver:
+            raise OSError(name)
+
+    monkeypatch.setattr(devices.ctypes, "CDLL", load)
+    assert devices.may_have_gpu() == may
 
 
 def test_a_run_with_stages_or_without_its_report_is_not_answered_at_once(runs):

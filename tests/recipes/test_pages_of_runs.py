@@ -20,7 +20,7 @@ def test_a_run_ends_with_its_page_and_the_list_and_says_where(tmp_path, capsys):
 
 
 def test_a_run_that_fails_leaves_a_page_that_tells_how_far_it_came(tmp_path, monkeypatch):
-    from recipes.diffusion import Diffusion
+    from recipes.steps.diffusion import Diffusion
 
     step = Diffusion.training_step
 

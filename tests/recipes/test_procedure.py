@@ -86,7 +86,7 @@ def test_a_new_procedure_is_one_file_of_a_trusted_package(tmp_path, monkeypatch)
         (["recipe=diffusion", MATCHING], "leave one of the two out"),
         (["recipe={_target_: recipes.list.main}"], "recipes.procedure.Procedure was expected, got recipes.list.main"),
         (["recipe={_target_: recipes.assembly.Run}"], "a recipes.procedure.Procedure was expected, got"),
-        (["recipe={_target_: recipes.diffusion.Diffusion}"], "a recipes.procedure.Procedure was expected, got"),
+        (["recipe={_target_: recipes.steps.diffusion.Diffusion}"], "a recipes.procedure.Procedure was expected, got"),
         (["recipe={_target_: recipes.procedure.Procedure}"], "recipe: .*abstract"),
         (["recipe={_target_: os.system}"], "in none of the trusted packages"),
         (["recipe={_target_: edit.caching.reuse.Reuse}"], "a recipes.procedure.Procedure was expected"),

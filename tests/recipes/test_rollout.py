@@ -24,8 +24,8 @@ from edit.stream import Condition, pack
 from recipes.assembly import assemble
 from recipes.config.chosen import procedure_of
 from recipes.config.errors import UserError
-from recipes.rollout import Rollout
 from recipes.runtime.checkpoint_files import checkpoints, newest, read_rank
+from recipes.steps.rollout import Rollout
 
 TOYS = Path(__file__).parents[1] / "toys"
 SAMPLE, SAMPLE_3 = Sampler(Euler(4), 2.0), Sampler(Euler(4), 3.0)

@@ -24,11 +24,11 @@ from edit.stream import Condition
 from edit.tuning.td_lora import TDLoRA
 from recipes import stages
 from recipes.config.errors import UserError
-from recipes.diffusion import Diffusion
 from recipes.recipe import local
 from recipes.report.routing_map import Decisions
 from recipes.runtime import callbacks
 from recipes.runtime.checkpoint_files import newest
+from recipes.steps.diffusion import Diffusion
 
 RATIO = Ramp(0.7, 0.4, begin=0.25, until=0.75)
 COMMON = (

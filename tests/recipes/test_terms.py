@@ -11,9 +11,9 @@ from small_runs import TWO_RANKS, losses, rows, train, train_ranks
 
 from edit.losses import Draws
 from recipes.config.errors import UserError
-from recipes.diffusion import Diffusion
 from recipes.models import refuse_unending
 from recipes.runtime.checkpoint_files import newest
+from recipes.steps.diffusion import Diffusion
 
 SELF = "+terms.sra={_target_: toy_terms.SelfAlignment}"
 VISION = "+terms.haste={_target_: toy_terms.VisionAlignment, ends: 6}"

@@ -190,7 +190,7 @@ class Explode:
     """Turns the loss into NaN from a step on."""
 
     def __init__(self, monkeypatch, from_step, to_step=10**9):
-        from recipes.diffusion import Diffusion
+        from recipes.steps.diffusion import Diffusion
 
         step = Diffusion.training_step
 
@@ -252,7 +252,7 @@ class Watched(Edit):
 
 def train_with(folder, overrides, **changes):
     """`train` with further arguments of `Diffusion`."""
-    from recipes.diffusion import Diffusion
+    from recipes.steps.diffusion import Diffusion
 
     build = Diffusion.__init__
 
@@ -289,7 +289,7 @@ def test_parameters_of_terms_are_trained_alike_on_two_ranks(tmp_path, strategy):
 
 
 def test_what_edits_report_and_ask_for_is_logged_under_their_name(tmp_path):
-    from recipes.diffusion import Diffusion
+    from recipes.steps.diffusion import Diffusion
 
     build = Diffusion.configure_model
 

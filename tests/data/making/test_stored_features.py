@@ -9,7 +9,7 @@ from data.sets.latents import Latents
 from edit.sampling import Sampler
 from edit.solvers import Euler
 from edit.stream import Condition
-from recipes.rollout import stored_answer
+from recipes.steps.rollout import stored_answer
 
 TAPS = (0, -1)
 

@@ -12,7 +12,7 @@ import edit
 from recipes.config.check import check
 from recipes.config.errors import UserError
 from recipes.config.words import as_typed
-from recipes.diffusion import Diffusion
+from recipes.steps.diffusion import Diffusion
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,7 @@ def test_small_updates_of_bf16_weights_are_kept_on_average():
 
 
 def test_a_step_without_finite_gradient_is_skipped_in_a_run(tmp_path, monkeypatch):
-    from recipes.diffusion import Diffusion
+    from recipes.steps.diffusion import Diffusion
 
     step = Diffusion.training_step
     poisoned = lambda m, *args: step(m, *args) * (torch.nan if m.trainer.global_step in (2, 3) else 1.0)  # noqa: E731
