@@ -248,7 +248,7 @@ class Unit(nn.Module, ABC):
         layout = given if stream.layout is noted else replace(stream.layout, notes=None)
         return laid(stream, layout, {**stream.trace, **notes} if notes else stream.trace)
 
-    def residual(self, stream: Stream, name: str, run: Run, gate: Branch | None) -> Stream:
+    def residual(self, stream: Stream, name: str, run: Run, gate: Branch | None, read: Stream | None = None) -> Stream:
         """x + gate * branch. Every branch of every family passes here.
 
         Args:
@@ -257,8 +257,9 @@ class Unit(nn.Module, ABC):
             run: computes the branch, its norm included; not called if the slot `branch` has an answer of its own. A
                 closure: compiled, torch 2.11 takes one `functools.partial` for another
             gate: of image and, where the branch writes it, text; None: the branch has none
+            read: what the branch reads, where that is not `stream`; the slot `branch` sees it
         """
-        branch = self.part("branch")(stream, name, run)
+        branch = self.part("branch")(stream if read is None else read, name, run)
         if stream.tap:
             stream = record_branch(stream, f"{stream.tap}.{name}", branch)
         return add(stream, branch, gate)

@@ -1,6 +1,6 @@
-"""DMD: features of evaluations that are not computed go on as the exponentials that fit the last computed ones.
+"""Dynamic mode decomposition: features that are not computed go on as the exponentials that fit the last computed ones.
 
-Dynamic mode decomposition (Schmid 2010), Prony's method for vectors; no distribution matching. With snapshots Y_0, ...,
+DMD (Schmid 2010), Prony's method for vectors; nothing to do with distribution matching. With snapshots Y_0, ...,
 Y_m of a feature at computed evaluations an even gap apart, X = (Y_0 ... Y_(m-1)) and X' = (Y_1 ... Y_m), the linear map
 that leads from each snapshot to the next is looked for in the space of the first m:
 

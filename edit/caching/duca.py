@@ -52,6 +52,8 @@ class DuCa(TokenCached):
     def __post_init__(self):
         check_numbers(self)
         self.units = tuple(self.units)
+        if self.by not in ("random", "norm"):
+            raise ValueError(f"DuCa: by must be one of random, norm, got {self.by!r}")
 
     def kind(self, step: Step) -> Kind:
         place = step.index % self.interval

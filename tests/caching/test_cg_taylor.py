@@ -1,4 +1,4 @@
-"""CG-Taylor: its gate on scripted signals; in generations what runs, what is held, samples that decide for themselves."""
+"""CG-Taylor: its gate on scripted signals; what runs and is held in generations, samples that decide for themselves."""
 
 from collections import Counter
 
