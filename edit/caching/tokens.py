@@ -5,8 +5,8 @@ runs on the k tokens of the highest score alone, gathered into a shorter sequenc
 the cache, and the others stay. Attention is never run on a part of the tokens.
 
 Image tokens and, in two-stream families, text tokens are chosen apart, the same part of each; k is rounded down.
-Fused units run as the two branches that they are made of, so that the feed-forward has tokens of its own; their
-computed evaluations then differ from the plain model's in the last bit.
+In a generation fused units run as the two branches that they are made of, so that the feed-forward has tokens of its
+own; their computed evaluations then differ from the plain model's in the last bit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from edit.caching.engine import BranchCached, Latest, Predictor, each, names_of
 from edit.denoiser import Denoiser
 from edit.stream import Branch, Layout, Step, Stream
-from edit.unit import Run, Unit
+from edit.unit import Divides, Run, Unit
 
 Kind = Literal["computed", "partial", "replayed"]
 FEED = "feed"
@@ -86,8 +86,6 @@ class TokenCached(BranchCached):
             unit.slots.branch = TokenBranch(unit, i, len(denoiser.units), self)
             if self.interval > 1:
                 self.watched(unit, i)
-                if unit.anatomy.fused:
-                    unit.slots.ffn = unit.own_ffn  # filled, so attention and feed-forward are branches of their own
 
     def refuse_filled(self, unit: Unit, index: int, denoiser: Denoiser, slots: tuple[str, ...], why: str) -> None:
         """Raises ValueError if another edit has filled one of these slots of a unit."""
@@ -98,7 +96,7 @@ class TokenCached(BranchCached):
             )
 
 
-class TokenBranch:
+class TokenBranch(Divides):
     """The slot `branch`: computed, repeated, or renewed in part."""
 
     def __init__(self, unit: Unit, index: int, depth: int, edit: TokenCached):
@@ -122,6 +120,9 @@ class TokenBranch:
             branch, executed = state["value"], 0.0
         self.note(stream, executed)
         return branch
+
+    def divides(self, stream: Stream) -> bool:
+        return stream.step is not None and self.edit.interval > 1
 
     def note(self, stream: Stream, executed: float) -> None:
         """The executed part of the unit: the mean over its branches."""

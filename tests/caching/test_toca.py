@@ -172,6 +172,15 @@ def test_the_best_tokens_are_run_and_the_others_stay(name):
         assert torch.equal(found, best(scores.image, found.shape[1]))
 
 
+def test_where_age_decides_tokens_are_run_by_turns():
+    """A quarter at each of the evaluations 1 to 4, and again from 5 on."""
+    net, runs = family("dit", cache=ToCa(8, ratio=0.1, by_unit=0.0, by_step=0.0, age=1e3, spread=0.0)), []
+    paint(net, 12, lambda step, out: runs.append(step.memory["cache", 0, "joint"]["feed"]["run"].image))
+    assert computed(8, 12) == [11, 0]
+    for at, first in ((4, 1), (7, 4)):
+        assert all(sorted(row) == [float(first + i // 4) for i in range(16)] for row in runs[at].tolist())
+
+
 def test_attention_runs_at_computed_evaluations_alone_and_the_feed_forward_on_fewer_tokens_at_the_others():
     net = family("dit", cache=ToCa(4, ratio=0.1, by_unit=0.0, by_step=0.0))
     sizes: dict[str, list[int]] = {"attn.qkv": [], "mlp.fc1": [], "mlp.fc2": []}
