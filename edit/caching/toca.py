@@ -15,8 +15,8 @@ With s = T - 1, ..., 0 evaluations counted down, the part of unit l of L that is
 and the interval is round(N / (1 + 0.4 - 0.8 s / T)), as it was at the last computed evaluation, but 2 while s is 20 to
 40 % of T: an evaluation is computed where it divides s. N = 1 computes all.
 
-The map is not kept: its column sums are made of queries and keys at computed evaluations, in chunks of queries, which
-costs the product of both once more. DuCa does without.
+The map is not kept: its column sums are made of queries and keys at computed evaluations that others follow, in chunks
+of queries, which costs the product of both once more. DuCa does without.
 
 Inferred: k is rounded down; cross-attention and a second attention have ratio 0 like the first; w2 = 1 and w3 = 0.25
 (the release for PixArt scores by s2 alone); text tokens of two-stream families are scored by s1 and s3. Scores of cond

@@ -69,7 +69,8 @@ class TokenCached(BranchCached):
         return self.kind(step) == "computed"
 
     def remembers(self, step: Step, branch: str) -> bool:
-        return self.interval > 1
+        after = step.index + 1
+        return self.interval > 1 and after < step.count and self.kind(replace(step, index=after)) != "computed"
 
     def apply(self, denoiser: Denoiser) -> None:
         """Raises ValueError, too, if tokens of a unit's feed-forward cannot be run apart."""
@@ -179,7 +180,7 @@ def gathered(stream: Stream, tokens: Branch) -> Stream:
 
 
 class Watched:
-    """A slot of an attention with what it had before, and something more that is remembered at computed evaluations.
+    """A slot of an attention with what it had before, and something more, remembered where tokens are renewed next.
 
     Args:
         before: what the slot had
@@ -203,7 +204,7 @@ class Watched:
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, step: Step | None) -> Tensor:
-        if step is not None:
+        if step is not None and self.edit.remembers(step, ""):
             seen = self.seen(q, k, v, layout)
             parts = layout.split(seen) if self.joint else Branch(seen)
             step.recall(self.edit.name, self.index)[self.name] = parts

@@ -201,7 +201,7 @@ def test_a_generation_executes_less_by_what_is_repeated_and_by_the_tokens_that_a
     scoring = 2 * tokens * (tokens + (text if name == "pixart" else 0)) * width  # of two units
     cost = generated(family(name, cache=ToCa(4, ratio=0.1, by_unit=0.0, by_step=0.0)), 6)
     repeated = sum(parts.values()) - feed + feed * (tokens - 4) // tokens
-    assert cost == 2 * (6 * whole - 4 * repeated + 2 * scoring)
+    assert cost == 2 * (6 * whole - 4 * repeated + scoring)  # none follows the last
 
 
 def test_the_executed_part_of_a_unit_is_told():
