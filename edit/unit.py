@@ -108,7 +108,8 @@ class Slots:
     A new value is *not* registered as a sub-module: an edit's parameters live in `denoiser.edits`, so that the weights
     of the block keep their names. A slot hands a value to the trace with `layout.note(name, value)`. A part that is
     replaced switches the faster path off that would leave it out. A slot with a memory, which changes at every step,
-    is decorated with `torch.compiler.disable(recursive=False)`: the unit around it, and `run`, stay compiled.
+    is decorated with `torch.compiler.disable(recursive=False)`: the unit around it, and `run`, stay compiled. One of
+    `branch` that wants attention and feed-forward of a fused unit apart says so: `Divides`.
     """
 
     __slots__ = ("_unit",)
@@ -135,6 +136,14 @@ class Slots:
             there = ", ".join(s for s in SLOTS if hasattr(self._unit, f"own_{s}"))
             raise AttributeError(f"a {type(self._unit).__name__} has no slot {name!r}; there are {there}")
         return name
+
+
+class Divides(ABC):
+    """A value of the slot `branch` that takes fused units to pieces: their branches are then "attention" and "feed"."""
+
+    @abstractmethod
+    def divides(self, stream: Stream) -> bool:
+        """Whether the unit's call on this stream is to have two branches in place of one."""
 
 
 # ---- units ----------------------------------------------------------------------------------------------------------
@@ -195,6 +204,13 @@ class Unit(nn.Module, ABC):
     def own_branch(self, stream: Stream, name: str, run: Run) -> Branch:
         return run(stream)
 
+    def divided(self, stream: Stream) -> bool:
+        """Whether a fused unit runs its attention and its feed-forward as two branches, of the same tokens."""
+        if stream.tap or ("fused" not in self.filled and not {"mixer", "ffn"}.isdisjoint(self.filled)):
+            return True
+        branch = self.filled.get("branch")
+        return isinstance(branch, Divides) and branch.divides(stream)
+
     def attended(self, q: Tensor, k: Tensor, v: Tensor, stream: Stream) -> Tensor:
         """The slot `attention` with the factors of its heads, the heads joined: b h s e each -> b s (h e)."""
         layout = stream.layout
@@ -248,7 +264,7 @@ class Unit(nn.Module, ABC):
         layout = given if stream.layout is noted else replace(stream.layout, notes=None)
         return laid(stream, layout, {**stream.trace, **notes} if notes else stream.trace)
 
-    def residual(self, stream: Stream, name: str, run: Run, gate: Branch | None) -> Stream:
+    def residual(self, stream: Stream, name: str, run: Run, gate: Branch | None, read: Stream | None = None) -> Stream:
         """x + gate * branch. Every branch of every family passes here.
 
         Args:
@@ -257,8 +273,9 @@ class Unit(nn.Module, ABC):
             run: computes the branch, its norm included; not called if the slot `branch` has an answer of its own. A
                 closure: compiled, torch 2.11 takes one `functools.partial` for another
             gate: of image and, where the branch writes it, text; None: the branch has none
+            read: what the branch reads, where that is not `stream`; the slot `branch` sees it
         """
-        branch = self.part("branch")(stream, name, run)
+        branch = self.part("branch")(stream if read is None else read, name, run)
         if stream.tap:
             stream = record_branch(stream, f"{stream.tap}.{name}", branch)
         return add(stream, branch, gate)

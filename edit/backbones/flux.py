@@ -211,9 +211,9 @@ class SingleUnit(StockUnit):
 
     def compute(self, stream: Stream) -> Stream:
         m, given = self.modulate(stream), {"image": stream.image, "text": stream.text}
-        if stream.tap or ("fused" not in self.filled and not {"mixer", "ffn"}.isdisjoint(self.filled)):
+        if self.divided(stream):
             stream = self.residual(stream, "attention", lambda s: self.attend(s, m), m.gate)
-            stream = self.residual(stream, "feed", lambda s: self.feed(replace(s, **given), m), m.gate)
+            stream = self.residual(stream, "feed", lambda s: self.feed(s, m), m.gate, replace(stream, **given))
         else:
             stream = self.residual(stream, "fused", lambda s: self.fuse(s, m), m.gate)
         if stream.image.dtype == torch.float16:

@@ -227,16 +227,25 @@ class BranchCached(Cached):
         """Whether an evaluation that follows will need this one's value."""
         return True
 
-    def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:
-        return covered(denoiser, self.units or range(len(denoiser.units)), self.branches)
+    def sites(self, denoiser: Denoiser) -> dict[int, Unit]:
+        """The units with such branches, by index.
 
-    def apply(self, denoiser: Denoiser) -> None:
+        Raises:
+            ValueError: if there are none, or one of those that are named is not there
+        """
         units = {i: core(denoiser.units[i]) for i in chosen(type(self).__name__, self.units, denoiser)}
         there = {name: None for unit in units.values() for name in names_of(unit)}
         if unknown := [name for name in self.branches if name not in there]:
             raise ValueError(
                 f"{type(self).__name__}: these units have the branches {', '.join(there)}, got {unknown[0]!r}"
             )
+        return units
+
+    def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:
+        return covered(denoiser, list(self.sites(denoiser)), self.branches)
+
+    def apply(self, denoiser: Denoiser) -> None:
+        units = self.sites(denoiser)
         self.refuse_cached(denoiser)
         for i, unit in units.items():
             unit.slots.branch = CachedBranch(unit, i, self)
@@ -296,7 +305,7 @@ class Span:
             "hidden", the tokens behind the last unit
         at: the place of an evaluation, for the predictor
         text: what the span does to the text: "kept", it writes none that is read afterwards; "written"; "ended", the
-            last unit leaves none; found by `wrap`
+            last unit leaves none; found by `read`
     """
 
     edit: Cached
@@ -317,11 +326,15 @@ class Span:
         """
         if front is not None:
             denoiser.units[front] = Front(denoiser.units[front], self)
+        self.read(denoiser)
+        for i in self.places:
+            denoiser.units[i] = SpanUnit(denoiser.units[i], i, self)
+
+    def read(self, denoiser: Denoiser) -> None:
+        """Find what the span does to the text."""
         kinds = [core(denoiser.units[i]).anatomy.text for i in self.places]
         ends = self.last == len(denoiser.units) - 1  # nothing reads the text behind it
         self.text = "ended" if kinds[-1] == "ends" else "written" if "along" in kinds and not ends else "kept"
-        for i in self.places:
-            denoiser.units[i] = SpanUnit(denoiser.units[i], i, self)
 
     def tokens(self, stream: Stream) -> Branch:
         """The tokens that the span writes."""

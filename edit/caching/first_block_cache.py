@@ -7,7 +7,8 @@ other units ran,
     mean|r_s - r_ref| / mean|r_ref| <= threshold:   h <- h + R,   else the other units run and r_ref <- r_s
 
 where R predicts what the units F, ..., depth - 1 - B add, of image and text; the last B units always run.
-FirstBlockCache has F = 1, B = 0 and R the last one; DBCache has F = 8, limits and a polynomial for R.
+FirstBlockCache has F = 1, B = 0 and R the last one; DBCache has F = 8, limits and a predictor of R: a
+polynomial, exponentials (DMD) or an ODE (FoCa).
 
 Specification: methods/feature-cache-baselines.md.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from edit.caching.engine import Gate, Latest, SpanCached, distance
+from edit.caching.engine import Gate, Latest, Predictor, SpanCached, distance
 from edit.caching.taylor import Ladder, Order
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, Natural, NotNegative, check_numbers
@@ -61,6 +62,7 @@ class DBCache(FirstBlockCache):
         most_in_a_row: predicted evaluations one after the other at most
         budget: limit of the sum of the changes since the last computed evaluation
         order: of the polynomial that predicts; 0 repeats the last value
+        predictor: another one in its place: `edit.caching.dmd.Modes`, `edit.caching.foca.Calibrated`
     """
 
     threshold: NotNegative = 0.08
@@ -71,6 +73,15 @@ class DBCache(FirstBlockCache):
     most_in_a_row: Natural | None = None
     budget: NotNegative | None = None
     order: Order = 0
+    predictor: Predictor | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.predictor is not None and self.order:
+            raise ValueError(
+                f"DBCache: order {self.order} is of a polynomial, and predictor is {type(self.predictor).__name__}: "
+                "leave one of the two out"
+            )
 
     @property
     def spared(self) -> tuple[int, int]:
@@ -78,7 +89,7 @@ class DBCache(FirstBlockCache):
 
     def apply(self, denoiser: Denoiser) -> None:
         gate = Change(self.threshold, self.warmup, self.most, self.most_in_a_row, self.budget)
-        self.cache(denoiser, gate, Ladder(self.order) if self.order else Latest(), front=0)
+        self.cache(denoiser, gate, self.predictor or (Ladder(self.order) if self.order else Latest()), front=0)
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edit.caching.engine import BranchCached, Latest, Predictor, names_of
+from edit.caching.engine import BranchCached, Latest, Predictor
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, check_numbers
 from edit.stream import Step
-from edit.unit import core
+from edit.unit import Unit, core
 
 
 @dataclass
@@ -39,7 +39,7 @@ class PAB(BranchCached):
     window: tuple[float, float] = (100.0, 800.0)
 
     units = ()
-    branches = ()
+    branches = ("attention", "second", "cross")  # those of them that a unit has
 
     def __post_init__(self):
         check_numbers(self)
@@ -47,15 +47,12 @@ class PAB(BranchCached):
         if not 0 <= self.window[0] < self.window[1] <= 1000:
             raise ValueError(f"PAB: window is two timesteps from 0 to 1000, the smaller first, got {list(self.window)}")
 
-    def apply(self, denoiser: Denoiser) -> None:
+    def sites(self, denoiser: Denoiser) -> dict[int, Unit]:
         """Raises ValueError if no unit has an attention of its own."""
-        units = [i for i, unit in enumerate(denoiser.units) if not core(unit).anatomy.fused]
+        units = {i: core(unit) for i, unit in enumerate(denoiser.units) if not core(unit).anatomy.fused}
         if not units:
             raise ValueError(f"PAB: all units of this {denoiser.name} are fused, so no attention can be repeated alone")
-        self.units = tuple(units) if len(units) < len(denoiser.units) else ()
-        kinds = {name for i in units for name in names_of(core(denoiser.units[i]))}
-        self.branches = tuple(name for name in ("attention", "second", "cross") if name in kinds)
-        super().apply(denoiser)
+        return units
 
     @property
     def predictor(self) -> Predictor:

@@ -1,16 +1,16 @@
 """Interval reuse: residual branches are computed at every N-th evaluation of a generation and repeated in between.
 
-FORA (arXiv 2407.01425), the naive baseline of feature caches. With F a branch before its gate, norm included, s the
-evaluation and s0 the first one after the warm-up:
+FORA's idea (arXiv 2407.01425), the naive baseline of feature caches, with evaluations counted from the first one. With
+F a branch before its gate, norm included, s the evaluation and s0 the first one after the warm-up:
 
     F_s = F(x_s)  where s < s0 or (s - s0) mod N = 0,  else F_s = F_(s-1);  x <- x + g_s F_s
 
 Gates and modulation are those of the present step. A repeated branch runs neither norm nor product. Each guidance
 branch repeats its own; where the sampler begins or ends to join two of them, all is computed.
 
-FORA's release for DiT counts evaluations down to 0, so that the last is computed (`backwards`). Ours: families other
-than DiT, where image and text are repeated together; chosen units and branches; a warm-up. Between two evaluations the
-model keeps one tensor of tokens for each branch.
+FORA as released, which counts them down to 0, is `edit.caching.fora.FORA`; `backwards` is the same here. Ours: families
+other than DiT, where image and text are repeated together; chosen units and branches; a warm-up. Between two
+evaluations the model keeps one tensor of tokens for each branch.
 
 Specification: methods/feature-cache-baselines.md.
 """

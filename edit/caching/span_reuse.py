@@ -6,7 +6,7 @@ last B,
 
     R = h_E - h_F at computed evaluations;   h_E = h_F + R at the others
 
-Delta-DiT (arXiv 2406.01125) repeats the units at one end of the stack: `front` or `back` choose which end runs.
+`edit.caching.delta_dit.DeltaDiT` repeats one end of the stack, and later the other.
 
 Specification: methods/feature-cache-baselines.md.
 """

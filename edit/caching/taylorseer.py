@@ -1,16 +1,8 @@
 """TaylorSeer: features of evaluations that are not computed are extrapolated from those that were.
 
 TaylorSeer (arXiv 2503.06923). Instead of its last value, a feature f that is not computed has the value of a polynomial
-through its last computed ones (`edit.caching.taylor`). Evaluations s = 0, 1, ... are computed by a schedule, of which
-three are public under the same letters:
-
-    paper      s < E, then every N-th: s = E + N - 1, E + 2N - 1, ...
-    diffusers  s < E or (s - E - 1) mod N = 0
-    cache_dit  s < E or (s - E + 1) mod N = 0
-
-Features are the residual branches of all units before their gates (`site="module"`, the paper's), the tokens behind the
-last unit ("last", its Lite variant), or what the units first, ..., depth - 1 - last add to the tokens ("span").
-Gates, modulation and the output layer are those of the present evaluation.
+through its last computed ones (`edit.caching.taylor`). Sites and schedules are those of `edit.caching.forecast`, which
+tells three of one name apart; the paper's are `site="module"` and `schedule="paper"`, "last" is its Lite variant.
 
 Defaults are those of the release for DiT. For FLUX it has N = 6, m = 1 or 2, E = 3, for video N = 5, m = 1, E = 1. With
 `module` a generation holds m + 1 tensors of tokens for each branch of each unit: beyond small models "last" or "span".
@@ -20,24 +12,22 @@ Specification: methods/taylorseer.md.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
-from edit.caching.engine import Axis, BranchCached, Scheduled, SpanCached, place
+from edit.caching.engine import Axis, place
+from edit.caching.forecast import Forecast, Schedule, Site
 from edit.caching.taylor import Form, Ladder, Order, Row, present, tick
-from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, check_numbers
 from edit.stream import Condition, Step, Stream
 
 CLOCK = -1  # in place of a unit's number: memory of all units together
-Schedule = Literal["paper", "diffusers", "cache_dit"]
 
 
 @dataclass
-class TaylorSeer(BranchCached, SpanCached):
+class TaylorSeer(Forecast):
     """A cache that extrapolates; it needs no training, and does nothing while the model is trained.
 
     Args:
@@ -56,35 +46,19 @@ class TaylorSeer(BranchCached, SpanCached):
     order: Order = 4
     first: Count = 2
     schedule: Schedule = "paper"
-    site: Literal["module", "last", "span"] = "module"
+    site: Site = "module"
     spare: tuple[int, int] = (0, 0)
     axis: Axis = "step"
     form: Form = "taylor"
     fp32: bool = False
 
-    units = ()
-    branches = ()
-
     def __post_init__(self):
         check_numbers(self)
-        self.spare = tuple(self.spare)
-        if len(self.spare) != 2 or min(self.spare) < 0 or (any(self.spare) and self.site != "span"):
-            raise ValueError(f"TaylorSeer: spare is two numbers of units, for site=span alone, got {list(self.spare)}")
+        self.check_spare()
 
     @property
     def predictor(self) -> Ladder:
         return Ladder(self.order, self.form, self.fp32)
-
-    def computed(self, index: int) -> bool:
-        """Whether evaluation `index` is computed."""
-        place = index - self.first
-        return place < 0 or (place - {"paper": -1, "diffusers": 1, "cache_dit": -1}[self.schedule]) % self.interval == 0
-
-    def due(self, step: Step, branch: str) -> bool:
-        return self.computed(step.index)
-
-    def remembers(self, step: Step, branch: str) -> bool:
-        return self.interval > 1
 
     # ---- the places of evaluations -----------------------------------------------------------------------------------
 
@@ -120,22 +94,8 @@ class TaylorSeer(BranchCached, SpanCached):
         return bool(clock) and step.index - clock["first"] in clock["again"]
 
     def check(self, sampler: Any, times: tuple[float, ...]) -> None:
-        anchors = sum(self.computed(s) for s in range(len(times) - 1))
-        if self.interval > 1 and anchors <= self.order:
+        if self.interval > 1 and (anchors := self.anchors(times)) <= self.order:
             raise ValueError(
                 f"{self.name} (TaylorSeer): order {self.order} needs {self.order + 1} computed evaluations, and of the "
                 f"{len(times) - 1} of this sampler {anchors} are: lower order to {anchors - 1} at most, or interval"
             )
-
-    @property
-    def spared(self) -> tuple[int, int]:
-        return self.spare
-
-    def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:
-        return SpanCached.covers(self, denoiser)
-
-    def apply(self, denoiser: Denoiser) -> None:
-        if self.site == "module":
-            return BranchCached.apply(self, denoiser)
-        gate = Scheduled(lambda step: self.due(step, ""))
-        self.cache(denoiser, gate, self.predictor, "hidden" if self.site == "last" else "residual")

@@ -11,10 +11,13 @@ from weights import randomise
 import edit
 from edit.caching.engine import EXECUTED
 from edit.denoiser import Denoiser
+from edit.measuring.cost import count_generation, twin
+from edit.measuring.flops import Flops
 from edit.objectives import default_objective
 from edit.sampling import Sampler
 from edit.solvers import DDIMSolver, Euler
 from edit.stream import Condition, Step
+from edit.unit import core
 
 MADE = {**CONFIGS, "sd3 dual": replace(CONFIGS["sd3"], num_layers=2, dual_attention_layers=(0,), qk_norm="rms_norm")}
 FEW = ["dit", "flux", "sd3 dual", "pixart"]
@@ -56,3 +59,27 @@ def executed(denoiser: Denoiser, steps: int = 4, name: str = "reuse", **options:
 
     paint(denoiser, steps, watch, **options)
     return seen
+
+
+def branches_of(denoiser: Denoiser) -> tuple[int, dict[tuple[int, str], int]]:
+    """Multiply-accumulates of one evaluation of one sample, and of each branch of each unit."""
+    condition = told(denoiser, 1).map(lambda v: v.to("meta"))
+    denoiser, spent = twin(denoiser), {}
+    for i, unit in enumerate(denoiser.units):
+
+        def spy(stream, branch, run, i=i):
+            with Flops() as flops:
+                out = run(stream)
+            spent[i, branch] = flops.total // 2
+            return out
+
+        core(unit).slots.branch = spy
+    with Flops() as flops, torch.no_grad():
+        denoiser(torch.zeros(1, *denoiser.sample_shape, device="meta"), torch.zeros(1, device="meta"), condition)
+    return flops.total // 2, spent
+
+
+def generated(denoiser: Denoiser, steps: int) -> int:
+    """Multiply-accumulates of a guided generation of one sample."""
+    given = default_objective(denoiser), told(denoiser, 1), 1
+    return count_generation(twin(denoiser), sampler(denoiser, steps), *given).macs

@@ -1,13 +1,14 @@
-"""CG-Taylor in generations: what runs, what is held, samples that decide for themselves. `test_gates` has its gate."""
+"""CG-Taylor: its gate on scripted signals; what runs and is held in generations, samples that decide for themselves."""
 
 from collections import Counter
 
 import pytest
 import torch
 from caches import executed, family, paint, sampler, told
+from gates import decided
 
 import edit
-from edit.caching.cg_taylor import CGTaylor
+from edit.caching.cg_taylor import CGTaylor, Confidence
 from edit.caching.taylor import Ladder, RowLadder
 from edit.measuring.cost import cost
 from edit.objectives import default_objective
@@ -103,6 +104,48 @@ def test_a_sample_that_is_left_out_keeps_its_anchor_and_its_ladder():
         rows.observe(state, at, Branch(torch.full((2, 1, 1), v)))
     rows.observe(state, 3.0, Branch(torch.full((1, 1, 1), 9.0)), torch.tensor([1]))  # slope 4 of the second
     assert rows.predict(state, 5.0).image.flatten().tolist() == [5.0, 17.0]
+
+
+# ---- the gate --------------------------------------------------------------------------------------------------------
+
+
+def confident(values, tau, order=1, warmup=1, max_skip=None) -> list[int]:
+    return decided(Confidence(tau, Ladder(order), warmup, max_skip), values)
+
+
+def test_lines_are_trusted_after_two_anchors_and_the_ends_are_always_computed():
+    line = [1.0 + 0.5 * s for s in range(10)]
+    assert confident(line, 1e-5) == [0, 1, 9]
+    assert confident(line, 1e-5, warmup=3) == [0, 1, 2, 3, 9]
+    assert confident(line, 0.0) == list(range(10))
+    assert confident(line, 1e-5, max_skip=2) == [0, 1, 4, 7, 9]
+
+
+def test_infinite_tolerance_computes_the_warm_up_and_the_last():
+    g = torch.Generator().manual_seed(0)
+    assert confident(torch.randn(10, generator=g).tolist(), float("inf"), warmup=2) == [0, 1, 2, 9]
+
+
+def test_a_kink_is_noticed_where_it_is_and_the_ladder_refreshed_there():
+    """The slope changes after evaluation 5; an extrapolation from 0 and 1 is wrong from 6 on, and those from (1, 6) and
+    (6, 7) are wrong at 7 and right at 8."""
+    kink = [1.0 + s for s in range(6)] + [6.0 - 3 * (s - 5) / 4 for s in range(6, 12)]
+    assert confident(kink, 1e-4) == [0, 1, 6, 7, 11]
+
+
+def test_a_ladder_that_is_refreshed_at_every_evaluation_would_miss_a_drift():
+    """A slow curve: each point is close to the line through the two before it, and far from an old one."""
+    curve = [1.0 + 0.02 * s * s for s in range(12)]
+    computed = confident(curve, 0.05)
+    one_step = max(abs(curve[s] - (2 * curve[s - 1] - curve[s - 2])) / curve[s] for s in range(2, 12))
+    assert one_step < 0.05 and len(computed) > 3
+
+
+def test_decisions_do_not_depend_on_the_scale_of_features_and_loosen_with_the_tolerance():
+    curve = [1.0 + 0.02 * s * s for s in range(12)]
+    assert confident(curve, 0.05) == confident([1000 * v for v in curve], 0.05)
+    counts = [len(confident(curve, tau)) for tau in (0.0, 0.01, 0.05, 0.2, 10.0)]
+    assert counts == sorted(counts, reverse=True) and counts[0] == 12 and counts[-1] == 3
 
 
 def test_settings_that_cannot_be_are_refused(make_dit):

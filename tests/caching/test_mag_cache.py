@@ -1,11 +1,12 @@
-"""MagCache's table is measured on generations of the model; TestGates has its decisions."""
+"""MagCache: its table is measured on generations of the model, and decides as computed by hand."""
 
 import pytest
 import torch
 from caches import family, paint, sampler, told
+from gates import UNIT, stream
 
 from edit.artifacts.checkpoint import default_objective, load, save
-from edit.caching.mag_cache import MagCache
+from edit.caching.mag_cache import Budget, MagCache, Ratios, nearest
 from edit.calibrating import OnData, calibrate
 
 
@@ -58,3 +59,33 @@ def test_measured_again_it_is_the_same_and_it_is_stored_with_the_artifact(tmp_pa
     save(net, tmp_path / "artifact")
     read = load(tmp_path / "artifact").denoiser
     assert torch.equal(read.edits["cache"].table, table) and torch.equal(paint(read, 8), images)
+
+
+# ---- decisions -------------------------------------------------------------------------------------------------------
+
+
+def budgeted(table, count: int, **settings) -> list[int]:
+    own = Ratios(len(table))
+    own.table.copy_(torch.tensor(table))
+    gate, state = Budget(MagCache(length=len(table), **settings), own), {}
+    return [i for i in range(count) if gate.computes(UNIT, stream(1.0, i, count), state)]
+
+
+def test_the_error_of_the_magnitude_adds_up_and_runs_in_a_row_are_limited():
+    """Ratios of 0.98: errors 0.02, 0.0396 more, 0.0588 more."""
+    table = [1.0, *[0.98] * 9]
+    assert budgeted(table, 10, threshold=0.06, most=9, retention=0.1) == [0, 3, 6, 9]
+    assert budgeted(table, 10, threshold=9.0, most=4, retention=0.1) == [0, 5]
+    assert budgeted(table, 10, threshold=9.0, most=9, retention=0.5) == [0, 1, 2, 3, 4]
+    assert budgeted(table, 10, threshold=0.0, most=9, retention=0.0) == list(range(10))
+    assert budgeted([1.0, *[1.0] * 9], 10, threshold=0.0, most=3, retention=0.0) == [0, 4, 8]
+
+
+def test_a_table_is_read_at_the_nearest_place():
+    assert [nearest(i, 5, 9) for i in range(5)] == [0, 2, 4, 6, 8]
+    assert [nearest(i, 9, 5) for i in range(9)] == [0, 0, 1, 2, 2, 2, 3, 4, 4]
+    assert nearest(0, 1, 5) == 0
+
+
+def test_without_a_table_all_is_computed():
+    assert budgeted([0.0] * 4, 8) == list(range(8))

@@ -27,13 +27,15 @@ def test_both_ends_of_the_window_are_outside():
 
 
 @pytest.mark.parametrize(
-    "name, units, branches", [("flux", (0, 1), ("attention",)), ("pixart", (), ("attention", "cross"))]
+    "name, fused, branches", [("flux", (2, 3), {"attention"}), ("pixart", (), {"attention", "cross"})]
 )
-def test_fused_units_and_feed_forwards_always_run(name, units, branches):
+def test_fused_units_and_feed_forwards_always_run_and_the_edit_stays_as_it_was_written(name, fused, branches):
     net = family(name, cache=PAB())
     cache = net.applied["cache"]
-    assert (cache.units, cache.branches) == (units, branches)
-    assert all("branch" not in core(net.units[i]).slots for i in range(len(net.units)) if units and i not in units)
+    alone = [i for i in range(len(net.units)) if i not in fused]
+    assert set(cache.covers(net)) == {(i, branch) for i in alone for branch in branches}
+    assert [i for i, unit in enumerate(net.units) if "branch" in core(unit).slots] == alone
+    assert vars(cache) == vars(PAB()) | {"name": "cache"}
     assert 0.0 in [s for row in executed(net, 8, "cache")["joint"] for s in row]
 
 

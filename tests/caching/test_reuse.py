@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 import torch.distributed as dist
-from caches import FEW, MADE, executed, family, paint, sampler, told
+from caches import FEW, MADE, branches_of, executed, family, generated, paint, told
 from operators import Operators
 from ranks import run_ranks
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -22,8 +22,6 @@ from edit.backbones.stock import tokens_of
 from edit.caching.engine import EXECUTED
 from edit.caching.reuse import Reuse
 from edit.denoiser import Denoiser
-from edit.measuring.cost import count_generation, twin
-from edit.measuring.flops import Flops
 from edit.pruning.tinyfusion import Gated, TinyFusion
 from edit.routing.dydit import DyDiT
 from edit.stream import Step
@@ -96,30 +94,6 @@ def test_chosen_units_and_branches_alone_are_repeated(make_flux):
 
 
 # ---- what it costs ---------------------------------------------------------------------------------------------------
-
-
-def branches_of(denoiser: Denoiser) -> tuple[int, dict[tuple[int, str], int]]:
-    """Multiply-accumulates of one evaluation of one sample, and of each branch of each unit."""
-    condition = told(denoiser, 1).map(lambda v: v.to("meta"))
-    denoiser, spent = twin(denoiser), {}
-    for i, unit in enumerate(denoiser.units):
-
-        def spy(stream, branch, run, i=i):
-            with Flops() as flops:
-                out = run(stream)
-            spent[i, branch] = flops.total // 2
-            return out
-
-        core(unit).slots.branch = spy
-    with Flops() as flops, torch.no_grad():
-        denoiser(torch.zeros(1, *denoiser.sample_shape, device="meta"), torch.zeros(1, device="meta"), condition)
-    return flops.total // 2, spent
-
-
-def generated(denoiser: Denoiser, steps: int) -> int:
-    """Multiply-accumulates of a guided generation of one sample."""
-    given = default_objective(denoiser), told(denoiser, 1), 1
-    return count_generation(twin(denoiser), sampler(denoiser, steps), *given).macs
 
 
 @pytest.mark.parametrize("name", MADE)

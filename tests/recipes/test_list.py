@@ -79,7 +79,7 @@ def test_it_is_printed(capsys):
         ("consistency.py", ["Consistency"]),
         ("width", ["FeedForwardWidth", "TextFeedForwardLinear"]),
         ("distill", ["FeatureKD", "OutputKD"]),
-        ("2407.01425", ["Reuse"]),
+        ("2407.01425", ["FORA", "Reuse"]),
     ],
 )
 def test_a_word_means_a_family_a_class_a_file_a_configuration_or_a_paper(rows, word, names):
