@@ -111,9 +111,9 @@ def test_a_damaged_file_is_told_in_a_sentence(tmp_path):
 
 def test_the_last_numbers_are_of_the_last_row_and_on_held_out_data_of_the_last_that_has_them(tmp_path):
     run = made_run(tmp_path, "a")
-    rows = "\n".join(f"{k},{k / 1000},{k if k % 500 == 0 else ''},{'' if k > 900 else 7}" for k in range(1, 901))
+    rows = "\n".join(f"{k},{k / 1000},{k if k % 400 == 0 else ''},{'' if k > 900 else 7}" for k in range(1, 901))
     (run / "metrics.csv").write_text(f"step,train/loss,heldout/loss,lr\n{rows}\n901,0.5,,\n902,0.4")
-    assert read(run).last == {"step": 901, "train/loss": 0.5, "heldout/loss": 500}
+    assert read(run).last == {"step": 901, "train/loss": 0.5, "heldout/loss": 800}
 
 
 def test_methods_are_told_by_their_classes(tmp_path):
