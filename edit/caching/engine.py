@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from edit.denoiser import Denoiser, Edit
@@ -144,6 +143,8 @@ def anywhere(unit: Unit, flag: bool, device: torch.device) -> bool:
 
 def over_ranks(v: Tensor) -> Tensor:
     """The sum over all ranks, the same to the last bit on each."""
+    import torch.distributed as dist  # a second, which commands that do not train are spared
+
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(v)
     return v

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from edit.caching.engine import Cached, Predictor
+from edit.caching.engine import Cached, Predictor, place
 from edit.caching.first_block_cache import DBCache, FirstBlockCache
 from edit.caching.hosts import cache_of, evaluations, refused
 from edit.caching.span_reuse import SpanReuse
@@ -71,7 +71,7 @@ def to_cache_dit(denoiser: Denoiser, steps: int, times: Sequence[float] = ()) ->
     if not whole and cache.order == 0:
         return config, None
     exact = cache.form == "taylor" and cache.axis == "step" and _builds_up_alike(mask, cache.order)
-    places = None if exact else [cache.at(step) for step in made]
+    places = None if exact else [place(step, cache.axis) for step in made]
     return config, _calibrated(cache.predictor, places, "hidden_states" if whole else "residual")
 
 
@@ -87,6 +87,8 @@ def _dynamic(cache: FirstBlockCache, steps: int) -> tuple[Any, Any]:
         return _config(cache, cache.spared, steps, residual_diff_threshold=cache.threshold, max_warmup_steps=0), None
     if cache.budget is not None:
         raise refused(cache, HOST, "its budget is of a whole generation, ours since the last computed one")
+    if cache.predictor is not None:
+        raise refused(cache, HOST, f"it has no {type(cache.predictor).__name__}: choose order, or the last value")
     config = _config(
         cache,
         cache.spared,

@@ -8,9 +8,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from edit.stream import Stream
 
@@ -76,6 +74,8 @@ def mean_over_ranks(local: Tensor) -> Tensor:
 
     A squared error of it has, once gradients are averaged over ranks, the gradient of the whole batch's.
     """
+    import torch.distributed as dist
+
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return local
     everywhere = local.detach().clone()
@@ -85,13 +85,19 @@ def mean_over_ranks(local: Tensor) -> Tensor:
 
 def sharded(unit: nn.Module) -> bool:
     """Whether calling it is a collective (FSDP2, ZeRO-3), which no rank may leave out."""
-    return isinstance(unit, FSDPModule) or hasattr(next(unit.parameters(), None), "ds_id")
+    return sliced(unit) or hasattr(next(unit.parameters(), None), "ds_id")
+
+
+def sliced(unit: nn.Module) -> bool:
+    """Whether FSDP2 shards its weights. Its class is not imported: a second, which commands that do not train are
+    spared."""
+    return hasattr(unit, "unshard")
 
 
 @contextmanager
 def gathered(unit: nn.Module) -> Iterator[None]:
     """A block in which the weights of a unit are whole without a call of it (FSDP2); all ranks enter it, or none."""
-    if not isinstance(unit, FSDPModule):
+    if not sliced(unit):
         yield
         return
     unit.unshard()

@@ -12,6 +12,7 @@ from test_host_diffusers import CLOSE
 
 import edit
 from edit.caching.cg_taylor import CGTaylor
+from edit.caching.dmd import Modes
 from edit.caching.first_block_cache import DBCache, FirstBlockCache
 from edit.caching.host_cache_dit import LadderCalibrator, to_cache_dit
 from edit.caching.mag_cache import MagCache
@@ -108,6 +109,7 @@ REFUSED = {
     "its first block always runs": [SpanReuse(2, front=0), TaylorSeer(3, 1, first=2, site="span")],
     "a threshold of 1 or more": [FirstBlockCache(1.0)],
     "its budget is of a whole generation": [DBCache(0.1, front=1, budget=0.3)],
+    "it has no Modes": [DBCache(0.1, front=1, predictor=Modes())],
     "axis=sigma needs the times": [TaylorSeer(3, 1, first=2, axis="sigma", **SPAN)],
 }
 
