@@ -69,6 +69,7 @@ class CGTaylor(SpanCached):
         return 1, 0
 
     def check(self, sampler: Any, times: tuple[float, ...]) -> None:
+        super().check(sampler, times)
         if (count := len(times) - 1) <= self.warmup + 2:
             raise ValueError(
                 f"{self.name} (CGTaylor): evaluations 0 to {self.warmup} and the last are computed, which are all "

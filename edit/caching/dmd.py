@@ -66,6 +66,7 @@ class DMD(Forecast):
         return Modes(self.window, self.growth)
 
     def check(self, sampler: Any, times: tuple[float, ...]) -> None:
+        super().check(sampler, times)
         if self.interval > 1 and (anchors := self.anchors(times)) < 3:
             raise ValueError(
                 f"{self.name} (DMD): exponentials are fitted to 3 computed evaluations and more, and of the "

@@ -21,10 +21,12 @@ from torch import Tensor
 from edit.denoiser import Denoiser, Edit
 from edit.edits import chosen
 from edit.routing.batches import sharded
+from edit.solvers import Grid
 from edit.stream import Branch, Step, Stream
 from edit.unit import Run, Unit, Wrapper, core
 
 EXECUTED = "executed"
+FEW = 8  # evaluations of a few-step sampler, below which gates hardly ever predict
 Axis = Literal["step", "t", "sigma", "logsnr"]
 Target = Literal["residual", "hidden"]
 
@@ -162,6 +164,15 @@ class Cached(Edit):
     @abstractmethod
     def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:
         """Unit and branch of all that this cache predicts, for caches that are applied together."""
+
+    def check(self, sampler: Any, times: tuple[float, ...]) -> None:
+        """Raises ValueError, too, for a few-step student's sampler with fewer than `FEW` evaluations: each of them goes
+        all the way to the data or to the next one, and their features have little to do with one another."""
+        if isinstance(getattr(sampler, "solver", None), Grid) and (count := len(times) - 1) < FEW:
+            raise ValueError(
+                f"{self.name} ({type(self).__name__}): the {count} evaluations of a few-step sampler are too far apart "
+                f"to predict one from another: take {FEW} or more, or leave the cache out"
+            )
 
     def at(self, step: Step) -> Any:
         """The place of an evaluation, for the predictor: a number, or what the predictor takes in its place."""

@@ -59,6 +59,7 @@ class FoCa(Forecast):
         return Calibrated()
 
     def check(self, sampler: Any, times: tuple[float, ...]) -> None:
+        super().check(sampler, times)
         if self.interval > 1 and (anchors := self.anchors(times)) < 2:
             raise ValueError(
                 f"{self.name} (FoCa): a slope needs 2 computed evaluations, and of the {len(times) - 1} of this "

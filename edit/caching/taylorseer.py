@@ -94,6 +94,7 @@ class TaylorSeer(Forecast):
         return bool(clock) and step.index - clock["first"] in clock["again"]
 
     def check(self, sampler: Any, times: tuple[float, ...]) -> None:
+        super().check(sampler, times)
         if self.interval > 1 and (anchors := self.anchors(times)) <= self.order:
             raise ValueError(
                 f"{self.name} (TaylorSeer): order {self.order} needs {self.order + 1} computed evaluations, and of the "

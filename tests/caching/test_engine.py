@@ -23,7 +23,10 @@ from edit.caching.span_reuse import SpanReuse
 from edit.caching.taylorseer import TaylorSeer
 from edit.caching.tea_cache import TeaCache
 from edit.caching.toca import ToCa
+from edit.objectives import FlowMatching
 from edit.routing.dydit import DyDiT
+from edit.sampling import Sampler
+from edit.solvers import Grid
 from edit.stream import Step, pack
 from edit.unit import core
 
@@ -117,6 +120,16 @@ def test_two_caches_of_one_unit_and_routers_are_refused(make_dit):
         with pytest.raises(ValueError, match="cannot be applied together"):
             edit.apply(make_dit(), {"cache": replace(cache), "routers": DyDiT()})
     assert all(isinstance(c, Cached) for c in EXACT.values())
+
+
+def test_few_steps_of_a_student_are_refused_and_those_that_lie_close_are_not(make_dit):
+    times = [1 - k / 8 for k in range(8)]
+    for cache in (Reuse(), TaylorSeer(2, 1), CGTaylor()):
+        denoiser = edit.apply(make_dit(), {"cache": cache})
+        for jump in (False, True):
+            with pytest.raises(ValueError, match=rf"cache \({type(cache).__name__}\): the 4 evaluations of a few-step"):
+                Sampler(Grid(times[::2], renoise=jump)).check(denoiser, FlowMatching())
+        Sampler(Grid(times)).check(denoiser, FlowMatching())
 
 
 def test_a_span_of_no_unit_is_refused(make_dit):
