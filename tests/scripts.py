@@ -1,4 +1,4 @@
-"""`python script.py ...` in a fork of this process, which has imported what a new interpreter takes 8 s to import."""
+"""`python script.py ...` in a fork of this process, which has imported what a new interpreter takes 10 s to import."""
 
 import multiprocessing as mp
 import os
@@ -6,9 +6,23 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+HEAVY = (  # with them comes nearly all that train.py and eval.py import on the way
+    "lightning.pytorch",
+    "matplotlib.backends.backend_agg",
+    "recipes.calibrate",
+    "recipes.few_step",
+    "recipes.fitting",
+    "recipes.report.evaluate",
+    "recipes.rollout",
+    "recipes.steps.diffusion",
+    "recipes.training",
+    "sklearn.datasets",
+    "torch._dynamo",
+)
 
 
 def python(*words: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -17,6 +31,8 @@ def python(*words: str, cwd: Path, timeout: float = 300) -> subprocess.Completed
     Modules that this process has imported are not imported again: what an import does, or whether it happens, is
     seen in a real process only. A process that lasts longer than `timeout` seconds is killed and has returncode -9.
     """
+    for name in HEAVY:
+        import_module(name)
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = mp.get_context("fork").Process(target=_main, args=(words, cwd, out.fileno(), err.fileno()))
         process.start()

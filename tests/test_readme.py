@@ -39,11 +39,6 @@ def words(command):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Looks like a clone in which nothing has been run."""
-    import matplotlib.backends.backend_agg  # noqa: F401
-
-    import recipes.report.evaluate
-    import recipes.training  # noqa: F401  else each command would import torch and Lightning again
-
     folder = tmp_path_factory.mktemp("clone")
     for name in ("train.py", "eval.py", "configs"):
         (folder / name).symlink_to(ROOT / name)

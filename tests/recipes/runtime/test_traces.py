@@ -14,8 +14,6 @@ SHORT = ("evaluate=null", "preview.every=0", "trainer.max_steps=2", "backbone.de
 
 
 def launch(folder: Path, *words: str):
-    import recipes.report.evaluate
-    import recipes.training  # noqa: F401  once, before the forks
 
     assert config(folder / "unused") is not None and CONFIGS.is_dir()
     return python("train.py", f"runs={folder}/runs", *SHORT, *words, cwd=ROOT)
