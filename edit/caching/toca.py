@@ -104,6 +104,7 @@ class ToCa(TokenCached):
             None if at is None else F.normalize(read, dim=1) + self.age * at / self.interval
             for read, at in zip(memory["read"], age, strict=True)
         )
+        assert image is not None
         if "entropy" in memory:
             image = image + self.cross * F.normalize(memory["entropy"].image, dim=1)
         return Branch(spread(image, layout, self.spread), text)

@@ -103,9 +103,8 @@ def as_given(words: Iterable[str]) -> list[str]:
     found = list[str]()
     for word in words:
         if own := GATHERED.match(word):
-            found += [
-                for_stage(f"before.{own[1]}", given) for given in OverridesParser.create().parse_override(word).value()
-            ]
+            given: Any = OverridesParser.create().parse_override(word).value()  # a list, as `gathered` writes it
+            found += [for_stage(f"before.{own[1]}", one) for one in given]
         else:
             found.append(word)
     return found

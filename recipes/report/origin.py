@@ -68,7 +68,7 @@ def _settings(path: Path) -> dict[str, Any] | None:
     from edit.inputs.trust import load_yaml
 
     try:
-        found = OmegaConf.to_container(load_yaml(path))
+        found: Any = OmegaConf.to_container(load_yaml(path))
     except (OSError, ValueError, OmegaConfBaseException):
         return None
     return found if isinstance(found, dict) and json_values(found) else None
