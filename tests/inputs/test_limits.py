@@ -13,6 +13,7 @@ import pytest
 import edit
 from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig
+from edit.caching.delta_dit import DeltaDiT
 from edit.denoiser import Edit
 from edit.distillation.attention import AttentionKD, MapKD, RelationKD
 from edit.distillation.features import FeatureKD
@@ -40,6 +41,7 @@ NEEDED = {  # of those that cannot do without a setting
     ADD: {"vision": Vision("eye")},
     AttentionKD: {"pairs": ((0, 0),)},
     Collapse: {"intervals": ((0, 1),)},
+    DeltaDiT: {"blocks": 1},
     Combined: {"parts": {"a": Progressive()}, "weights": {"a": 1.0}, "critic_weights": {"a": 1.0}},
     FeatureKD: {"pairs": ((0, 0),), "weights": (1.0,)},
     IntervalKD: {"intervals": ((0, 1),)},

@@ -14,11 +14,11 @@ from edit.distillation.guidance import TeacherGuidance
 from edit.objectives import FlowMatching
 from edit.stream import Condition, Output
 from recipes.calibrate import Calibrating
-from recipes.diffusion import Diffusion
-from recipes.few_step import FewStep
 from recipes.heldout import HeldOut
 from recipes.recipe import Recipe
-from recipes.rollout import Rollout
+from recipes.steps.diffusion import Diffusion
+from recipes.steps.few_step import FewStep
+from recipes.steps.rollout import Rollout
 
 COUNT = 51  # of two ranks one has 26, and the other 25
 HELD = ("heldout.every=4", f"heldout.count={COUNT}", "backbone.depth=1", "optimizer.schedule=constant")
