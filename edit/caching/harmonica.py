@@ -8,9 +8,10 @@ no input, o the branch before its gate and C what is remembered of it:
     inference (hard):  r > theta: y = o, C <- o;  else y = C, and the branch runs neither norm nor product
 
 The first row is fixed: it computes all. `relaxation="ste"` trains with hard decisions and the gradient of the mixture,
-so that training sees what inference does. A router is soft while its own module is in training mode and there is a step:
-an update on a walk (`recipe=rollout`), or a generation in `StepWiseDenoising.refresh`. Previews and reports are of models
-in eval mode. Without a step the model is dense, which is the teacher.
+so that training sees what inference does; its lambda_i is 0 as long as the hard row i repeats nothing. A router is soft
+while its own module is in training mode and there is a step: an update on a walk (`recipe=rollout`), or a generation in
+`StepWiseDenoising.refresh`. Previews and reports are of models in eval mode. Without a step the model is dense, which
+is the teacher.
 
 At evaluation i the rollout minimises, at the student's own sample and with the guided predictions,
 

@@ -161,9 +161,7 @@ class TableBranch(CachedBranch):
 
     edit: Tabled
 
-    def __init__(
-        self, unit: Unit, index: int, edit: Tabled, columns: Mapping[str, int], rows: Callable[[Step], Rows]
-    ):
+    def __init__(self, unit: Unit, index: int, edit: Tabled, columns: Mapping[str, int], rows: Callable[[Step], Rows]):
         super().__init__(unit, index, edit)
         self.columns, self.rows = columns, rows
 
@@ -202,4 +200,3 @@ class TableBranch(CachedBranch):
         row, column = self.rows(step)[step.index + ahead], self.column(name)
         assert column is not None
         return row[column if len(row) > 1 else 0] == "1"
-
