@@ -112,6 +112,10 @@ class RolloutMethod(Loss):
         """Named, already weighted losses of an evaluation that trains, one number per sample or a scalar each. Those of
         the student's edits (`Edit.losses`) are added to them."""
 
+    def metrics(self, visit: Visit) -> dict[str, Tensor]:
+        """Numbers to log beside the losses of an evaluation that trains, and not to minimise: a scalar each."""
+        return {}
+
     def proceed(self, visit: Visit) -> Tensor:
         """The prediction with which the generation goes on, after the student was asked; called without gradients. The
         last chance to change what the student's edits remember (teacher forcing: `Visit.memory`)."""

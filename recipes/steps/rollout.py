@@ -88,7 +88,7 @@ class Rollout(Recipe):
         visit = replace(visit, student=self._ask(moment))
         losses = dict(self.method.losses(visit))
         traces = [out.trace for out in visit.student.outputs.values()]  # type: ignore[union-attr]
-        watched: dict[str, Tensor] = {}
+        watched = dict(self.method.metrics(visit))
         for trace in traces:  # of each guidance branch: their mean
             for name, loss in edit_losses(self.denoiser, [trace]).items():
                 losses[name] = losses.get(name, 0.0) + loss.mean() / len(traces)
