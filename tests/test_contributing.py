@@ -86,7 +86,7 @@ def test_the_walk_leads_through_as_many_files_and_lines_as_it_says():
         int(lines.replace(",", "")), rel=0.05
     )
     assert "def run(" in (ROOT / files[2]).read_text() and files[2] == "recipes/training.py"
-    (algorithm,) = re.findall(r"`([\w/]+\.py)` \(`training_step` is the algorithm", walk)
+    (algorithm,) = re.findall(r"`([\w/]+\.py)`\s\(`training_step` is the algorithm", walk)
     assert "def training_step(" in (ROOT / algorithm).read_text() and files[-1] == "edit/denoiser.py"
 
 

@@ -72,6 +72,7 @@ class Tabled(BranchCached):
         return found
 
     def check(self, sampler: Sampler, times: tuple[float, ...]) -> None:
+        super().check(sampler, times)
         who, count = type(self).__name__, len(times) - 1
         if count != self.count:
             raise ValueError(

@@ -533,6 +533,7 @@ def planted(beta: float, relaxation: str = "soft", updates: int = 600):
     return list(compact(denoiser).applied["it"].rows), own
 
 
+@pytest.mark.slow
 def test_a_planted_table_is_found():
     found, own = planted(6e-7)
     assert found == PLANTED
