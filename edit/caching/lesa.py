@@ -1,4 +1,4 @@
-"""LESA: the last hidden state of evaluations that are not computed is its newest value, moved along a learned direction.
+"""LESA: where the units do not run, the last hidden state is its newest value, moved along a learned direction.
 
 LESA (arXiv 2602.20497). Of T evaluations at the noise levels tau_0 > tau_1 > ... > tau_T = 0, s is computed if
 
@@ -117,7 +117,9 @@ class Learned(SpanCached):
                 f"{who} is of generations of {self.steps} evaluations, and this sampler has {len(times) - 1}: sample "
                 "in as many, or train another"
             )
-        if self.schedule is not None and any(abs(a - b) > 1e-6 for a, b in zip(self.schedule.times, times, strict=True)):
+        if self.schedule is not None and any(
+            abs(a - b) > 1e-6 for a, b in zip(self.schedule.times, times, strict=True)
+        ):
             raise ValueError(
                 f"{who} is of evaluations at the times {cut(self.schedule.times)}, and this sampler's are {cut(times)}: "
                 "choose the same solver and shift, or train another"
@@ -162,7 +164,7 @@ class LESA(Learned):
         network: of alpha: a KAN, or, as an ablation, a perceptron
         hidden: width of its two hidden layers
         init: "reference", the release's, or "reuse": alpha is 0, and what is predicted is the newest value
-        start: a run or artifact with such an edit under the same name, whose weights are taken over; none: there is none
+        start: a run or artifact with such an edit of the same name, whose weights are taken over; none: of nowhere
     """
 
     interval: Count = 7
@@ -244,7 +246,9 @@ def weights_of(path: str, edit: LESA) -> dict[str, Tensor]:
     other = skeleton(path).applied.get(edit.name)
     if not isinstance(other, LESA):
         there = "a table, which is not trained" if isinstance(other, BakedLESA) else "none"
-        raise ValueError(f"{edit.name} (LESA): start={path} has {there} under this name: give the run of its first stage")
+        raise ValueError(
+            f"{edit.name} (LESA): start={path} has {there} under this name: give the run of its first stage"
+        )
     same = ("interval", "first", "forced", "steps", "boundaries", "windows", "guided", "network", "hidden")
     if odd := next((name for name in same if getattr(other, name) != getattr(edit, name)), None):
         raise ValueError(
