@@ -117,11 +117,10 @@ class Learned(SpanCached):
                 f"{who} is of generations of {self.steps} evaluations, and this sampler has {len(times) - 1}: sample "
                 "in as many, or train another"
             )
-        if self.schedule is not None and any(
-            abs(a - b) > 1e-6 for a, b in zip(self.schedule.times, times, strict=True)
-        ):
+        mine = times if self.schedule is None else self.schedule.times
+        if any(abs(a - b) > 1e-6 for a, b in zip(mine, times, strict=True)):
             raise ValueError(
-                f"{who} is of evaluations at the times {cut(self.schedule.times)}, and this sampler's are {cut(times)}: "
+                f"{who} is of evaluations at the times {cut(mine)}, and this sampler's are {cut(times)}: "
                 "choose the same solver and shift, or train another"
             )
         if sampler.perturbation:

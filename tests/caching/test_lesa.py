@@ -443,12 +443,12 @@ def run(mixed: Mixed, truth: list, closed: bool, update=None) -> float:
     return sum(errors) / len(errors)
 
 
-def taught(omega: torch.Tensor, updates: int, closed: float = 0.0, **fields) -> Mixed:
+def taught(omega: torch.Tensor, updates: int, closed: float = 0.0, rate: float = 3e-3, **fields) -> Mixed:
     """A predictor after so many updates, the last part of them on its own history."""
     torch.manual_seed(0)
     lesa = LESA(**{"interval": 7, "steps": len(omega), "hidden": 16, "guided": False, **fields})
     mixed = Mixed(lesa, Predictors(lesa))
-    optimizer = torch.optim.AdamW(mixed.own.parameters(), 3e-3)
+    optimizer = torch.optim.AdamW(mixed.own.parameters(), rate)
     done = 0
 
     def update(loss):
@@ -457,7 +457,7 @@ def taught(omega: torch.Tensor, updates: int, closed: float = 0.0, **fields) -> 
         loss.backward()
         torch.nn.utils.clip_grad_norm_(mixed.own.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * (1 - min(1.0, done / updates)) + 1e-5
+            group["lr"] = rate * (1 - min(1.0, done / updates)) + 1e-5
         optimizer.step()
         done += 1
 
