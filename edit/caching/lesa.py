@@ -244,7 +244,7 @@ def weights_of(path: str, edit: LESA) -> dict[str, Tensor]:
 
     other = skeleton(path).applied.get(edit.name)
     if not isinstance(other, LESA):
-        there = "a table, which is not trained" if isinstance(other, BakedLESA) else "none"
+        there = "a table" if isinstance(other, BakedLESA) else "none"
         raise ValueError(
             f"{edit.name} (LESA): start={path} has {there} under this name: give the run of its first stage"
         )
