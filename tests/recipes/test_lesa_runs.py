@@ -85,8 +85,8 @@ def test_the_artifact_samples_with_its_own_sampler_and_refuses_others(folder):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("edits.lesa.start={f}/it",), "has a table of this name: give the run of the first stage"),
-        (("edits.lesa.start={f}/model",), "has none of this name: give the run of the first stage"),
+        (("edits.lesa.start={f}/it",), "has a table under this name: give the run of its first stage"),
+        (("edits.lesa.start={f}/model",), "has none under this name: give the run of its first stage"),
         (("edits.lesa.start={f}/it_truth", "edits.lesa.interval=4"), "has interval=3, and this one 4: train both"),
         (("edits.lesa.start={f}/absent",), "there is no such folder"),
         (("recipe.method.interval=5",), "interval is 5, and that of the edit lesa is 3: give one number"),
