@@ -22,6 +22,7 @@ Specification: methods/lesa.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -376,7 +377,7 @@ class Mixed(Predictor):
         history, window = state["history"], self.edit.windows[self.edit.stage(at.sigma)]
         chosen = SETS[at.branch]
         self.tick(state, at, history[-1].device)
-        with torch.autocast(history[-1].device.type, enabled=False):
+        with uncast(history[-1].device):
             mix, bias, alpha = self.own.now(chosen, at) if self.learns else self.looked_up(state, chosen, at)
             image = ahead(history, mix[:, -window:], bias, alpha)
         remember(state, image)
@@ -393,7 +394,7 @@ class Mixed(Predictor):
         if "next" in state:
             state["next"] = state["next"] + 1
             return
-        with torch.autocast(device.type, enabled=False):
+        with uncast(device):
             state["table"] = self.own.alphas(at.times)
         state["next"] = torch.full((1,), at.index, dtype=torch.int64, device=device)
 
@@ -401,6 +402,11 @@ class Mixed(Predictor):
         mix, bias = self.own.mixtures()
         stage, table = self.edit.stage(at.sigma), state["table"][chosen]
         return mix[chosen, stage], bias[chosen, stage], table.index_select(1, state["next"])[:, 0]
+
+
+def uncast(device: torch.device) -> AbstractContextManager[Any]:
+    """Whatever is cast outside, fp32 stays; there is nothing to cast on the meta device."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def ahead(history: Sequence[Tensor], mix: Tensor, bias: Tensor, alpha: Tensor) -> Tensor:

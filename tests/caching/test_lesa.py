@@ -9,6 +9,7 @@ from caches import executed, family, paint, sampler, told
 
 import edit
 from edit.caching.engine import Latest, Scheduled, SpanCached
+from edit.caching.graphs import Graphed
 from edit.caching.kan import BASES, Kan, KanLayer, bases
 from edit.caching.lesa import LESA, RING, BakedLESA, Mixed, Predictors, Schedule, Table, full
 from edit.caching.lesa_training import FollowHistory
@@ -240,6 +241,28 @@ def test_step_sizes_know_nothing_of_the_prompt():
             walk.moment.give(walk.moment.ask())
         seen.append(walk.memory["lesa", 0, "joint"]["value"]["table"])
     assert torch.equal(*seen)
+
+
+def of_table(steps: int):
+    """A model with a table of random numbers."""
+    net, g = family("dit", lesa=BakedLESA(interval=3, steps=steps)), torch.Generator().manual_seed(5)
+    for buffer in net.edits["lesa"].buffers():
+        buffer.copy_(0.3 * torch.randn(buffer.shape, generator=g))
+    return net
+
+
+def test_a_generation_by_table_is_a_few_recorded_kinds_of_evaluations():
+    wanted, net = paint(of_table(24), 24), Graphed(of_table(24))
+    assert torch.equal(paint(net, 24), wanted) and torch.equal(paint(net, 24), wanted)
+    recorded = [k for k in net.kinds.values() if k is not None]
+    assert len(recorded) == len(net.kinds) < 16  # computed or not in each stage, and while the history grows
+
+
+def test_no_number_is_read_from_the_device():
+    net = of_table(8).to("meta")
+    condition = told(net).map(lambda v: v.to("meta"))
+    x = Sampler(Euler(8), 2.0)(net, default_objective(net), condition, torch.arange(2, device="meta"))
+    assert x.device.type == "meta"
 
 
 # ---- what learns -----------------------------------------------------------------------------------------------------
