@@ -4,10 +4,10 @@
     cache_dit.enable_cache(pipeline, cache_config=config, calibrator_config=calibrator)
 
 SpanReuse and TaylorSeer of the sites "span" and "last" become a static mask of steps, FirstBlockCache and DBCache the
-dynamic gate. cache-dit's own TaylorSeer stands in where it does the same: it takes no difference at the first three
-steps. Elsewhere, and for the form newton and other axes, ours is registered with it (`LadderCalibrator`). With
-site="last" cache-dit runs its first block at each step, which changes nothing. Its calibrators DMD and FoCa are none of
-ours.
+dynamic gate, and what is left of a trained LESA a mask with a calibrator of ours. cache-dit's own TaylorSeer stands in
+where it does the same: it takes no difference at the first three steps. Elsewhere, and for the form newton and other
+axes, ours is registered with it (`LadderCalibrator`). With site="last" and LESA cache-dit runs its first block at each
+step, which changes nothing. Its calibrators DMD and FoCa are none of ours.
 
 Where a pipeline calls the transformer twice in a step, cache-dit takes every other call for the other guidance branch.
 
@@ -24,11 +24,13 @@ from torch import Tensor
 from edit.caching.engine import Cached, Predictor, place
 from edit.caching.first_block_cache import DBCache, FirstBlockCache
 from edit.caching.hosts import cache_of, evaluations, refused
+from edit.caching.lesa import BakedLESA, Mixed
 from edit.caching.span_reuse import SpanReuse
 from edit.caching.taylor import Ladder
 from edit.caching.taylorseer import TaylorSeer
 from edit.denoiser import Denoiser
-from edit.stream import Branch
+from edit.sampling import Sampler
+from edit.stream import Branch, Step
 
 HOST = "cache-dit"
 CALIBRATOR = "edit"  # the type of ours among cache-dit's calibrators
@@ -55,6 +57,8 @@ def to_cache_dit(denoiser: Denoiser, steps: int, times: Sequence[float] = ()) ->
         return _dynamic(cache, steps)
     if isinstance(cache, SpanReuse):
         return _masked(cache, [cache.due(step) for step in made], cache.spared), None
+    if isinstance(cache, BakedLESA):
+        return _by_table(cache, denoiser.edits[cache.name], made)
     if not isinstance(cache, TaylorSeer) or cache.site == "module":
         raise refused(
             cache,
@@ -78,6 +82,15 @@ def to_cache_dit(denoiser: Denoiser, steps: int, times: Sequence[float] = ()) ->
 def _masked(cache: Cached, mask: list[bool], spared: tuple[int, int]) -> Any:
     """A static mask of steps around a span."""
     return _config(cache, spared, len(mask), steps_computation_mask=list(map(int, mask)), max_warmup_steps=0)
+
+
+def _by_table(cache: BakedLESA, own: Any, made: Sequence[Step]) -> tuple[Any, Any]:
+    """A trained predictor of the last hidden state; the first block runs at each step, which changes nothing."""
+    if cache.guided:
+        raise refused(cache, HOST, "its calibrators do not know the guidance branch: train one with guided=false")
+    cache.check(Sampler(), (*(step.sigma for step in made), 0.0))
+    config = _masked(cache, [cache.computed(step.index) for step in made], (1, 0))
+    return config, _calibrated(Mixed(cache, own), made, "hidden_states")
 
 
 def _dynamic(cache: FirstBlockCache, steps: int) -> tuple[Any, Any]:
@@ -127,7 +140,7 @@ def _builds_up_alike(mask: Sequence[bool], order: int) -> bool:
     return all(min(order, len(b) - 1) == min(order, sum(s >= 3 for s in b)) for b in before)
 
 
-def _calibrated(ladder: Predictor, places: list[float] | None, kind: str) -> Any:
+def _calibrated(ladder: Predictor, places: Sequence[float | Step] | None, kind: str) -> Any:
     """A calibrator's configuration; without places cache-dit's own TaylorSeer."""
     from cache_dit.caching.cache_contexts.calibrators import CalibratorConfig, TaylorSeerCalibratorConfig
 
@@ -166,10 +179,10 @@ class LadderCalibrator:
 
     Args:
         ladder: the predictor
-        places: of the evaluations, in its axis
+        places: of the evaluations, as the predictor takes them
     """
 
-    def __init__(self, ladder: Predictor, places: Sequence[float]):
+    def __init__(self, ladder: Predictor, places: Sequence[float | Step]):
         self.ladder, self.places = ladder, places
         self.reset_cache()
 

@@ -15,6 +15,7 @@ from edit.caching.cg_taylor import CGTaylor
 from edit.caching.dmd import Modes
 from edit.caching.first_block_cache import DBCache, FirstBlockCache
 from edit.caching.host_cache_dit import LadderCalibrator, to_cache_dit
+from edit.caching.lesa import BakedLESA
 from edit.caching.mag_cache import MagCache
 from edit.caching.pab import PAB
 from edit.caching.reuse import Reuse
@@ -41,6 +42,7 @@ CACHES = {  # and whose polynomial stands in
     "last, order 0": (TaylorSeer(3, 0, first=2, site="last"), THEIRS),
     "last, early": (TaylorSeer(3, 1, first=2, site="last"), OURS),
     "last, theirs": (TaylorSeer(3, 1, first=4, site="last"), THEIRS),
+    "a table": (BakedLESA(3, first=2, forced=None, steps=STEPS, guided=False), OURS),
     "first block": (FirstBlockCache(0.99), None),
     "db": (DBCache(0.99, front=1, back=1, warmup=2, most_in_a_row=2), None),
     "db, few": (DBCache(0.99, front=1, warmup=2, most=2), None),
@@ -56,6 +58,10 @@ GUIDED = {
 def compared(name: str, cache: Any, whose: str | None) -> None:
     ours, theirs, (dense, times) = pipeline(name), pipeline(name), plain(name)
     denoiser = edit.apply(edit.attach(ours), {"cache": replace(cache)})
+    if isinstance(cache, BakedLESA):
+        g = torch.Generator().manual_seed(0)
+        for buffer in denoiser.edits["cache"].buffers():
+            buffer.copy_(0.3 * torch.randn(buffer.shape, generator=g))
     mine, computed = evaluated(ours, name)
     config, calibrator = to_cache_dit(denoiser, STEPS, times)
     assert whose == (None if calibrator is None else calibrator.calibrator_type)
@@ -110,6 +116,7 @@ REFUSED = {
     "a threshold of 1 or more": [FirstBlockCache(1.0)],
     "its budget is of a whole generation": [DBCache(0.1, front=1, budget=0.3)],
     "it has no Modes": [DBCache(0.1, front=1, predictor=Modes())],
+    "do not know the guidance branch": [BakedLESA(steps=STEPS)],
     "axis=sigma needs the times": [TaylorSeer(3, 1, first=2, axis="sigma", **SPAN)],
 }
 

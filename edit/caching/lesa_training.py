@@ -1,0 +1,106 @@
+"""How the predictor of `edit.caching.lesa` is trained, in two runs of the rollout recipe.
+
+LESA (arXiv 2602.20497). At every evaluation that is not computed
+
+    L = mean |h_s - h'_s|,   h'_s of the un-accelerated model's own generation from the same noise
+
+is one update. First with the true history: h'_s is remembered in place of h_s, and no unit runs. Then with the
+predictor's own: computed evaluations run the units on the student's sample, and h_s is remembered, without its graph.
+Each run has its own optimiser and schedule, parameters in fp32 and gradients of all ranks, which the release lacks; its
+behaviour is not offered. The un-accelerated generation is made beside the student's, or was stored (`data.generate
+taps=...`).
+
+Specification: methods/lesa.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from edit.caching.lesa import LESA, full, remember
+from edit.denoiser import Denoiser
+from edit.inputs.limits import Count, Natural, check_numbers
+from edit.paths import mean
+from edit.rollout import Answer, RolloutMethod, Visit
+from edit.sampling import Sampler
+from edit.stream import Output
+
+
+@dataclass(frozen=True)
+class FollowHistory(RolloutMethod):
+    """Predicted tokens follow those of the un-accelerated generation.
+
+    Args:
+        edit: name of the edit
+        interval, first, forced: of that edit, which say what is predicted
+        true_history: remember the un-accelerated generation, as the first stage does; else what was predicted
+    """
+
+    edit: str = "lesa"
+    interval: Count = 7
+    first: Count = 3
+    forced: Natural | None = 3
+    true_history: bool = False
+
+    taps = (-1,)
+    teacher_taps = (-1,)
+    asks = "path"
+
+    def __post_init__(self):
+        check_numbers(self)
+
+    def check(self, student: Denoiser, sampler: Sampler, times: tuple[float, ...]) -> None:
+        edit = student.applied.get(self.edit)
+        if not isinstance(edit, LESA):
+            there = ", ".join(f"{n} ({type(e).__name__})" for n, e in student.applied.items()) or "none"
+            raise ValueError(f"the student has no LESA named {self.edit!r}, its edits: {there}: choose edits=lesa")
+        for name in ("interval", "first", "forced"):
+            if (mine := getattr(self, name)) != (theirs := getattr(edit, name)):
+                raise ValueError(f"{name} is {mine}, and that of the edit {self.edit} is {theirs}: give one number")
+        if edit.guided and sampler.guidance == 1:
+            raise ValueError(
+                f"{self.edit} has weights for uncond, which guidance 1 does not train: set edits.{self.edit}.guided to "
+                "false, or sampler.guidance"
+            )
+
+    def trains(self, index: int, count: int) -> bool:
+        return not full(index, self.interval, self.first, self.forced)
+
+    def passing(self, visit: Visit) -> Tensor | None:
+        if not self.true_history:
+            return None
+        assert visit.teacher is not None
+        for branch, output in visit.teacher.outputs.items():
+            state = replace(visit.step, branch=branch).recall(self.edit, 0).setdefault("value", {})
+            remember(state, tokens(output))
+        return visit.teacher.prediction
+
+    def losses(self, visit: Visit) -> dict[str, Tensor]:
+        found, truth = behind(visit.student), behind(visit.teacher)
+        return {"tokens": mean((found.float() - truth.float()).abs())}
+
+    def proceed(self, visit: Visit) -> Tensor:
+        assert visit.student is not None and visit.teacher is not None
+        if not self.true_history:
+            return visit.student.prediction
+        for branch, memory in visit.memory(self.edit, 0).items():
+            memory["value"]["history"][-1] = tokens(visit.teacher.outputs[branch])
+        return visit.teacher.prediction
+
+
+def last_unit(output: Output) -> str:
+    """The name of the record of the tapped unit's image tokens."""
+    return next(name for name in output.trace if name.startswith("unit.") and not name.endswith(".text"))
+
+
+def tokens(output: Output) -> Tensor:
+    """Behind the last unit: b n d."""
+    return output.trace[last_unit(output)]
+
+
+def behind(answer: Answer | None) -> Tensor:
+    """Tokens behind the last unit of all guidance branches, one after the other: k b n d."""
+    assert answer is not None
+    return answer.record(last_unit(next(iter(answer.outputs.values()))))

@@ -1,0 +1,111 @@
+"""LESA from the command: a predictor is trained in two stages, and what it leaves samples by a table."""
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
+from small_runs import CONFIGS, losses, train
+from weights import randomise
+
+import edit
+from edit.backbones.dit import DiTConfig
+from edit.caching.lesa import LESA, BakedLESA
+from edit.objectives import FlowMatching
+from edit.sampling import Sampler
+from edit.solvers import Euler
+from edit.stream import Condition
+from recipes.config.check import check
+from recipes.config.errors import UserError
+from recipes.config.sources import register
+from recipes.models import made
+
+SHORT = ("before=[]", "sampler.solver.steps=8", "edits.lesa.interval=3", "+edits.lesa.hidden=8", "data.batch_size=4")
+
+
+def words(folder, stage, name, *more):
+    keys = (*SHORT, f"world.path={folder}/model", "trainer.max_steps=3")
+    changed = {w.split("=")[0] for w in more}
+    return (
+        f"experiment=dit_digits/{stage}",
+        f"name={name}",
+        *(w for w in keys if w.split("=")[0] not in changed),
+        *more,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With a model of random weights and both stages of a predictor."""
+    folder = tmp_path_factory.mktemp("lesa")
+    model = DiTConfig(8, 1, 4, 32, 2, 2, num_classes=10, learn_sigma=False, time="flow", frequency_shift=1).build()
+    randomise(model, 0)
+    edit.save(model, folder / "model", sampler=Sampler(Euler(4)))
+    train(folder, *words(folder, "lesa_truth", "it_truth"))
+    train(folder, *words(folder, "lesa", "it"))
+    return folder
+
+
+def test_the_first_stage_leaves_the_network_and_the_second_a_table(folder):
+    first, second = (edit.load(folder / name).denoiser for name in ("it_truth", "it"))
+    assert type(first.applied["lesa"]) is LESA and type(second.applied["lesa"]) is BakedLESA
+    assert first.edits["lesa"].sets[1][2].network[0].base.shape == (8, 9)
+    assert {k for k in second.state_dict() if k.startswith("edits")} == {
+        f"edits.lesa.{k}" for k in ("mix", "bias", "table")
+    }
+    model = edit.load(folder / "model").denoiser.state_dict()
+    assert all(torch.equal(v, second.state_dict()[k]) for k, v in model.items())
+    assert all(float(v) > 0 for name in ("it_truth", "it") for v in losses(folder, name))
+
+
+def test_the_second_stage_begins_where_the_first_ended(folder):
+    """Stages that no evaluation of these updates lies in are the first's, unchanged."""
+    first = edit.load(folder / "it_truth").denoiser.edits["lesa"]
+    mix = edit.load(folder / "it").denoiser.edits["lesa"].mix
+    for c in (0, 1):
+        assert torch.equal(mix[c, 0, -4:], first.sets[c][0].mix.weight[0])
+        assert not torch.equal(mix[c, 2], first.sets[c][2].mix.weight[0])
+
+
+def test_the_artifact_samples_with_its_own_sampler_and_refuses_others(folder):
+    artifact = edit.load(folder / "it")
+    seen = []
+    given = artifact.denoiser, artifact.objective, Condition(label=torch.arange(2)), torch.arange(2)
+    x = artifact.sampler(
+        *given, watch=lambda step, out: seen.append(artifact.denoiser.applied["lesa"].decisions(out.trace))
+    )
+    assert x.isfinite().all() and [bool(d["executed"].all()) for d in seen] == [s in (0, 1, 2, 3, 5) for s in range(8)]
+    for other, said in (
+        (Sampler(Euler(10)), "is of generations of 8 evaluations, and this sampler has 10: sample in as many"),
+        (Sampler(Euler(8, 2.0)), "choose the same solver and shift, or train another"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            other(*given)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("edits.lesa.start={f}/it",), "has a table under this name: give the run of its first stage"),
+        (("edits.lesa.start={f}/model",), "has none under this name: give the run of its first stage"),
+        (("edits.lesa.start={f}/it_truth", "edits.lesa.interval=4"), "has interval=3, and this one 4: train both"),
+        (("edits.lesa.start={f}/absent",), "there is no such folder"),
+        (("recipe.method.interval=5",), "interval is 5, and that of the edit lesa is 3: give one number"),
+        (("sampler.guidance=1.0",), "has weights for uncond, which guidance 1 does not train"),
+        (("sampler.solver.steps=4", "edits.lesa.interval=1"), "trains none of 4 evaluations: sample in more steps"),
+        (("edits.lesa.steps=9",), "steps is 9, and schedule has 8 evaluations: give one number"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_in_one_sentence(folder, more, said):
+    with pytest.raises((UserError, ValueError, FileNotFoundError, InstantiationException), match=said):
+        train(folder, *words(folder, "lesa", "refused", *(w.format(f=folder) for w in more)))
+
+
+@pytest.mark.parametrize("world", ["dit_digits", "dit_pixels", "flux_tiny", "flux_wide", "qwen_image_tiny", "sd3_tiny"])
+def test_both_stages_are_of_the_worlds_sampler(world):
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        cfg = compose("train", [f"experiment={world}/lesa"])
+    assert check(cfg) == []
+    (lesa,), sampler = made(cfg.edits).values(), made(cfg.sampler)
+    assert lesa.schedule.times == sampler.solver.times_of(FlowMatching(), ()) and lesa.steps == 50
+    assert cfg.before[1]["truth"][0] == f"experiment={world}/lesa_truth"
