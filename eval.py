@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from time import monotonic
 from types import FrameType
@@ -68,7 +69,7 @@ class Kept:
 
     def take(self, report: dict[str, Any]) -> None:
         """A report that has grown."""
-        self.report = report
+        self.report = deepcopy(report)  # it goes on growing, row by row
         if self.drawn is not None and monotonic() - self.drawn < self.pause:
             write_json(report, self.out)
         else:

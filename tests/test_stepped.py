@@ -34,14 +34,14 @@ FLOW = [
     Euler(3, 3.0),
     StockEuler(4, dynamic=(0.5, 1.15, 4, 64), terminal=0.02),
     StockEuler(4, 3.0, even=False),
-    Grid((0.9, 0.4), shift=2.0),
-    Grid((1.0, 0.5, 0.25), renoise=True),
+    Grid((0.9, 0.7, 0.4, 0.2), shift=2.0),
+    Grid((1.0, 0.75, 0.5, 0.25), renoise=True),
     Heun(3, 2.0),
     EulerMaruyama(4),
     DPMSolver(4, 3),
     PolicySolver(3, substeps=6),
 ]
-NOISE = [DDPMSolver(4), DDIMSolver(4), DPMSolver(4), Grid((0.9, 0.4))]
+NOISE = [DDPMSolver(4), DDIMSolver(4), DPMSolver(4), Grid((0.9, 0.7, 0.4, 0.2))]
 SOLVERS: list[tuple[Solver, str]] = [(s, "flow") for s in FLOW] + [(s, "ddpm") for s in NOISE]
 GUIDED = [
     {},

@@ -26,7 +26,7 @@ from edit.stream import Branch, Step, Stream
 from edit.unit import Run, Unit, Wrapper, core
 
 EXECUTED = "executed"
-FEW = 8  # evaluations of a few-step sampler, below which gates hardly ever predict
+FEW = 4  # evaluations of a few-step sampler, below which there is next to nothing to predict
 Axis = Literal["step", "t", "sigma", "logsnr"]
 Target = Literal["residual", "hidden"]
 
