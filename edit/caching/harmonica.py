@@ -125,7 +125,7 @@ class HarmoniCa(Tabled):
         return own
 
     def trainable(self, name: str) -> bool:
-        return name.startswith("edits.")
+        return name.startswith("edits.") and not name.endswith(".rho.0")  # the first row is fixed
 
     def losses(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weights = self.weights(trace)
