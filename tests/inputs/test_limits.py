@@ -14,6 +14,7 @@ import edit
 from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig
 from edit.caching.delta_dit import DeltaDiT
+from edit.caching.table_reuse import TableReuse
 from edit.denoiser import Edit
 from edit.distillation.attention import AttentionKD, MapKD, RelationKD
 from edit.distillation.features import FeatureKD
@@ -50,6 +51,7 @@ NEEDED = {  # of those that cannot do without a setting
     RelationKD: {"pairs": ((0, 0),)},
     Sampler: {"channels": 3, "told": 3.5, "norm_patch": 2},
     StockEuler: {"dynamic": (0.5, 1.15, 256, 4096), "terminal": 0.02},
+    TableReuse: {"rows": ("1",)},
     TextFeedForwardLinear: {"units": (0,)},
     Vision: {"path": "eye", "crop": 8},
 }
