@@ -101,6 +101,9 @@ def compiled(name: str, cache: str) -> None:
     assert (graphs["made"], counters["frames"]["total"]) == seen[0]
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 14), reason="2.11 compiles some frames again, with the same numbers; 2.14 does not"
+)
 @pytest.mark.parametrize(
     "name, cache",
     [("dit", "taylorseer"), ("dit", "taylorseer last"), ("dit", "span_reuse"), ("dit", "pab")]
