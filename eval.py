@@ -127,6 +127,9 @@ def compare(words: Sequence[str], debug: bool) -> int:
     except KeyboardInterrupt:
         print(kept.draw(), file=sys.stderr)
         return 130
+    except Exception:
+        kept.draw()  # with the reasons of the last rows
+        raise
     finally:
         if kept.report is not None:
             renew_pages(out)  # that of the run shows its report

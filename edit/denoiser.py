@@ -67,6 +67,7 @@ class Edit(ABC):
     separate: ClassVar[bool] = False  # treats guidance branches differently: each is an evaluation of its own
     last: ClassVar[bool] = False  # copies units, and later edits would miss the copies: none is applied after it
     adaptive: ClassVar[bool] = False  # the work depends on samples or times: its cost is counted on real samples
+    caches: ClassVar[bool] = False  # keeps values of the model between evaluations, whose bytes reports count
     batchwise: ClassVar[bool] = False  # decides once for all samples of a batch: a picture depends on its batch
     leads: ClassVar[bool] = False  # the model becomes a flow map: it takes the time at which a step ends
     # With all edits off that can be (`off`) and the same condition, the output equals the unedited model's.

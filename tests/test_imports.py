@@ -154,6 +154,13 @@ def test_commands_that_do_not_train_and_the_procedures_that_they_ask_import_no_l
         assert not [other for other in graph[name] if other.startswith(slow)], name
 
 
+def test_commands_that_do_not_train_import_no_cache(sources):
+    """The engine's classes are decorated by torch's compiler, which brings two seconds of torch._dynamo."""
+    inside = {name: at_import(tree, sources) & set(sources) for name, tree in sources.items()}
+    for start in PLANNING:
+        assert "edit.caching.engine" not in reached(inside, start), start
+
+
 def reached(graph: dict[str, set[str]], start: str) -> set[str]:
     seen, ahead = set(), [start]
     while ahead:

@@ -158,6 +158,7 @@ def over_ranks(v: Tensor) -> Tensor:
 class Cached(Edit):
     """An edit that predicts parts of the model at some evaluations. It does nothing while the model is trained."""
 
+    caches = True
     excludes = ("Elastic", "DyDiT")  # they run parts of a batch, whose samples a memory of the whole does not find
     decides = {"executed": "units that were computed, not predicted"}
 
@@ -168,7 +169,7 @@ class Cached(Edit):
     def check(self, sampler: Any, times: tuple[float, ...]) -> None:
         """Raises ValueError, too, for a few-step student's sampler with fewer than `FEW` evaluations: each of them goes
         all the way to the data or to the next one, and their features have little to do with one another."""
-        if isinstance(getattr(sampler, "solver", None), Grid) and (count := len(times) - 1) < FEW:
+        if isinstance(sampler.solver, Grid) and (count := len(times) - 1) < FEW:
             raise ValueError(
                 f"{self.name} ({type(self).__name__}): the {count} evaluations of a few-step sampler are too far apart "
                 f"to predict one from another: take {FEW} or more, or leave the cache out"

@@ -66,7 +66,7 @@ def to_cache_dit(denoiser: Denoiser, steps: int, times: Sequence[float] = ()) ->
             "it caches a span of whole blocks, by a mask of steps or the change of the first ones: choose SpanReuse, "
             "DBCache, or TaylorSeer with site=span or site=last",
         )
-    cache.check(None, (*(s.sigma for s in made), 0.0))
+    cache.check(Sampler(), (*(s.sigma for s in made), 0.0))
     if cache.axis != "step" and not times:
         raise refused(cache, HOST, f"a polynomial in axis={cache.axis} needs the times of the evaluations")
     mask = [cache.due(step, "") for step in made]

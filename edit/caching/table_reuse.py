@@ -79,7 +79,7 @@ class Tabled(BranchCached):
                 f"{who}: the table is of {self.count} evaluations, this sampler makes {count}: sample in as many, or "
                 "make a table for them"
             )
-        if self.sampler is None or sampler is None:
+        if self.sampler is None:
             return
         if sampler.solver != self.sampler.solver:
             raise ValueError(

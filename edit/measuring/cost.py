@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edit import edits as editing
-from edit.caching.engine import Cached
 from edit.denoiser import Denoiser
 from edit.measuring.devices import device_name
 from edit.measuring.flops import Flops, Uncounted, uncounted
@@ -241,7 +240,7 @@ class _Meter:
         self.macs = self.samples = 0
         self.reads = _Reads()
         self.known: dict[tuple, tuple[int, Output]] = {}  # by the shapes of sample and text, and the taps
-        self.caches = {name for name, e in denoiser.applied.items() if isinstance(e, Cached)}
+        self.caches = {name for name, e in denoiser.applied.items() if e.caches}
         self.held = 0  # bytes of what caches remember, at most
 
     def __getattr__(self, name: str) -> Any:
