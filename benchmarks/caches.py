@@ -32,7 +32,6 @@ import edit
 from benchmarks.caching import flux_tiny
 from benchmarks.common import arguments, prepare, race, show, write
 from benchmarks.routing import flux1
-from edit.artifacts.checkpoint import default_objective
 from edit.backbones.flux import Flux, FluxConfig
 from edit.caching.engine import BranchCached, Cached
 from edit.caching.first_block_cache import FirstBlockCache
@@ -45,6 +44,7 @@ from edit.caching.span_reuse import SpanReuse
 from edit.caching.taylorseer import TaylorSeer
 from edit.measuring.cost import count_generation, twin
 from edit.measuring.timing import stopwatch
+from edit.objectives import default_objective
 from edit.sampling import Sampler
 from edit.solvers import Euler
 from edit.stream import Branch

@@ -23,13 +23,14 @@ from rich.console import Console
 from rich.table import Table
 
 from edit import edits as editing
-from edit.artifacts.checkpoint import default_objective, load
+from edit.artifacts.checkpoint import load
 from edit.denoiser import Spec
 from edit.inputs import trust, words
 from edit.inputs.command import Parser, guarded
 from edit.inputs.limits import Limits
 from edit.measuring.cost import cost
 from edit.measuring.devices import find_device, mfu
+from edit.objectives import default_objective
 from edit.sampling import Sampler, default_sampler
 from recipes.config import composed
 

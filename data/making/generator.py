@@ -36,9 +36,10 @@ from data.making.teacher import (
     solver_of,
     stored_times,
 )
-from edit.artifacts.checkpoint import default_objective, skeleton
+from edit.artifacts.checkpoint import skeleton
 from edit.artifacts.location import find
 from edit.measuring.devices import find_device
+from edit.objectives import default_objective
 
 # fields of a request on which its samples do not depend
 PASSING = ("out", "batch", "processes", "device", "rank", "world")

@@ -21,13 +21,14 @@ import torch
 import edit
 from edit import edits as editing
 from edit.artifacts.card import Card, Licence, Origin, base_of, common, licence_files, origin, origins
-from edit.artifacts.checkpoint import Artifact, default_objective, load
+from edit.artifacts.checkpoint import Artifact, load
 from edit.artifacts.flux_single_file import read_original
 from edit.artifacts.formats import write_model, write_single_file
 from edit.artifacts.lora import write_lora
 from edit.artifacts.pipeline import pipeline_index, write_pipeline
 from edit.artifacts.usage import Usage
 from edit.artifacts.whole import replacing
+from edit.objectives import default_objective
 from edit.sampling import default_sampler
 
 FORMAT = 1
