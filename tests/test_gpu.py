@@ -70,7 +70,8 @@ def test_an_entry_that_hangs_is_ended_with_its_children_and_keeps_its_rows(tmp_p
 
 
 def test_no_entry_is_begun_after_the_minutes_are_over(tmp_path):
-    report = measure([entry("a", WRITE), entry("b", WRITE)], tmp_path, "cpu", minutes=0.001, say=lambda line: None)
+    slow = entry("a", f"{WRITE}; import time; time.sleep(1)")  # longer than the minutes on any machine
+    report = measure([slow, entry("b", WRITE)], tmp_path, "cpu", minutes=0.01, say=lambda line: None)
     assert [e["state"] for e in report["entries"]] == ["done", "not begun"]
 
 
