@@ -8,7 +8,9 @@ than which other (`better`), or no worse than which other (`within`). Every arm 
 runs/claims/<claim>/<arm>_<seed>; finished runs are not repeated. All of them are then measured with the same noise.
 
 Arms of training-free edits (`variants`, as in eval.py's words) share one model (`model`: words for train.py), which is
-trained once; seeds are those of the noise, and each is measured by a report of its own, in <claim>/noise_<seed>.
+trained once; seeds are those of the noise, and each is measured by a report of its own, in <claim>/noise_<seed>. A claim
+with both kinds of arms measures them in the same reports, against the arm `reference`: an arm that was trained with a seed in
+the report of this noise. There `model.<key>=<value>` are further words for the model's training, all others for the arms'.
 
 Winners are compared seed by seed; an arm is within another's spread where its mean is worse by no more than that one's
 standard deviation over seeds; `at_most` bounds a measure of one arm by a multiple of another's, seed by seed. A claim
@@ -84,7 +86,9 @@ def main(words: list[str]) -> int:
     runs = Path(claim.get("runs", "runs"))
     folder = runs / "claims" / name
     passed = [word for word in settings if word not in own]
-    if claim.get("variants"):
+    if claim.get("variants") and claim.get("arms"):
+        values = mix(claim, name, runs, folder, passed)
+    elif claim.get("variants"):
         values = vary(claim, runs, folder, passed)
     else:
         values = evaluate(claim, runs, folder, train(claim, name, runs, passed))
@@ -156,6 +160,40 @@ def vary(claim: Any, runs: Path, folder: Path, passed: Sequence[str]) -> dict[st
         for arm, measures in values.items():
             for measure, found in measures.items():
                 found.append(required(results[arm], measure, out))
+    return values
+
+
+def mix(claim: Any, name: str, runs: Path, folder: Path, passed: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+    """Measure trained arms and training-free edits of one model together, with the noise of each seed.
+
+    Returns:
+        By arm and measure, the value of each seed.
+
+    Raises:
+        SystemExit: if a run could not be measured, or a measure is missing
+    """
+    of_model = [word for word in passed if word.startswith("model.")]
+    model = runs / claim.artifact
+    run("train.py", *claim.model, f"runs={runs}", *(word.removeprefix("model.") for word in of_model))
+    folders = train(claim, name, runs, [word for word in passed if word not in of_model])
+    arms: Any = OmegaConf.to_container(claim.variants)
+    for arm, changes in arms.items():
+        out = folder / arm
+        given = {("" if key == "steps" else "edits.") + key: value for key, value in changes.items() if key != "edits"}
+        words = [f"{key}={value}" for key, value in given.items()]
+        run("-m", "recipes.apply", f"artifact={model}", f"edits={changes.get('edits', 'none')}", *words, f"out={out}")
+        folders[arm] = [out] * len(claim.seeds)
+    options = [f"{k}={v}" for k, v in claim.evaluate.items()]
+    reference = folders.pop(claim.reference)[0]
+    values: dict[str, dict[str, list[float]]] = {arm: {m: [] for m in measures_of(claim)} for arm in folders}
+    for seed, *paths in zip(claim.seeds, *folders.values(), strict=True):
+        out = folder / f"noise_{seed}"
+        measured = [f"artifact={p}" for p in (reference, *paths)]
+        run("eval.py", *measured, f"reference={reference}", f"seed={seed}", *options, f"out={out}")
+        results = {Path(a["path"]).resolve().parent: a["results"][0] for a in measured_in(out)}
+        for path, measures in zip(paths, values.values(), strict=True):
+            for measure, found in measures.items():
+                found.append(required(results[path.resolve()], measure, out))
     return values
 
 

@@ -45,21 +45,24 @@ def test_seeds_that_no_run_takes_are_refused_before_one_begins(seeds, monkeypatc
 @pytest.mark.parametrize("path", sorted(CLAIMS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_arm_composes_and_those_that_are_judged_are_among_them(path):
     claim = OmegaConf.load(path)
-    arms = OmegaConf.to_container(claim.get("variants") or claim.arms, resolve=False)
+    told = OmegaConf.to_container(claim, resolve=False)
+    changed, learned = told.get("variants", {}), told.get("arms", {})
+    arms = {**changed, **learned}
     judged = [claim.winner] if "winner" in claim else []
     pairs = (*claim.get("within", []), *claim.get("better", []), *(b[:2] for b in claim.get("at_most", [])))
     judged += [arm for pair in pairs for arm in pair]
     assert judged and set(judged) <= arms.keys() and len(arms) > 1 and len(claim.seeds) >= 3
     assert set(claim.measures.values()) <= {"higher", "lower"}
-    trained = [claim.model] if "variants" in claim else arms.values()
+    trained = [*([claim.model] if changed else []), *learned.values()]
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
         for settings in trained:
             assert check(compose("train", [*settings, "name=a", "seed=1"])) == []
-    if "variants" in claim:
-        words = [word for arm, changes in arms.items() for word in spelled(arm, changes)]
+    if changed:
+        words = [word for arm, changes in changed.items() for word in spelled(arm, changes)]
         made = variants(dict(word.split("=", 1) for word in words))
-        assert [v.name for v in made] == list(arms) and all(v.edits() or v.steps for v in made)
+        assert [v.name for v in made] == list(changed) and all(v.edits() or v.steps for v in made)
+        assert not learned or claim.reference in changed
         Evaluation.of(claim.evaluate)
 
 
@@ -96,6 +99,47 @@ def test_variants_are_measured_once_for_each_seed_on_one_model(monkeypatch, tmp_
     assert outcome["values"]["one"] == {"macs": [2.0, 2.0], "psnr": [23.0, 25.0]}
     assert outcome["comparisons"][0]["gains"] == [-1.0, 1.0] and not outcome["holds"]
     assert outcome["comparisons"][1]["ratio"] == 1.0 and outcome["comparisons"][1]["holds"]
+
+
+def test_trained_arms_and_edits_of_one_model_are_measured_in_one_report_of_each_seed(monkeypatch, tmp_path):
+    file = tmp_path / "both.yaml"
+    file.write_text(
+        "claim: a\nmodel: [experiment=dit_pixels/teacher]\nartifact: dit_pixels_teacher\nseeds: [3, 5]\nreference: all\n"
+        "arms: {lesa: [experiment=dit_pixels/lesa]}\nvariants: {all: {steps: 50}, one: {edits: reuse, reuse.interval: 3}}\n"
+        "better: [[lesa, one]]\nmeasures: {psnr: higher}\nevaluate: {n: 8}\n"
+    )
+    ran = []
+
+    def run(*words):
+        ran.append(words)
+        if words[0] == "eval.py":
+            out = Path(words[-1].removeprefix("out="))
+            paths = [w.removeprefix("artifact=") for w in words if w.startswith("artifact=")]
+            found = [20.0, 24.0 if words[-3] == "seed=3" else 19.0, 22.0]
+            rows = [
+                {"name": p, "path": f"{p}/artifact", "results": [{"compared": {"psnr": {"value": v}}}]}
+                for p, v in zip(paths, found, strict=True)
+            ]
+            out.mkdir(parents=True)
+            (out / "report.json").write_text(json.dumps({"artifacts": rows}))
+
+    monkeypatch.setattr("benchmarks.claim.run", run)
+    monkeypatch.setattr("benchmarks.claim.CLAIMS", tmp_path)
+    assert main(["both", f"runs={tmp_path}", "model.trainer.max_steps=7", "trainer.max_steps=9"]) == 0
+    folder = tmp_path / "claims" / "both"
+    assert ran[0] == ("train.py", "experiment=dit_pixels/teacher", f"runs={tmp_path}", "trainer.max_steps=7")
+    assert [w[2] for w in ran[1:3]] == ["name=claims/both/lesa_3", "name=claims/both/lesa_5"]
+    assert all("trainer.max_steps=9" in w for w in ran[1:3])
+    read = f"artifact={tmp_path / 'dit_pixels_teacher'}"
+    assert ran[3:5] == [
+        ("-m", "recipes.apply", read, "edits=none", "steps=50", f"out={folder}/all"),
+        ("-m", "recipes.apply", read, "edits=reuse", "edits.reuse.interval=3", f"out={folder}/one"),
+    ]
+    measured = [f"artifact={folder}/{name}" for name in ("all", "lesa_3", "one")]
+    assert ran[5] == ("eval.py", *measured, f"reference={folder}/all", "seed=3", "n=8", f"out={folder}/noise_3")
+    outcome = json.loads((folder / "claim.json").read_text())
+    assert outcome["values"] == {"lesa": {"psnr": [24.0, 19.0]}, "one": {"psnr": [22.0, 22.0]}}
+    assert outcome["comparisons"][0]["gains"] == [2.0, -3.0] and not outcome["holds"]
 
 
 def test_without_a_claim_it_says_which_there_are(capsys):

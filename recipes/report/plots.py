@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from recipes.report.columns import Column, Row, present, rows
@@ -19,9 +20,10 @@ DPI = 130
 def plots(report: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
     """Quality against each cost: what is shown, and a PNG; none where no row has both."""
     table = rows(report)
-    quality = next((c for c in present(table) if c.title in ("Fréchet distance", "PSNR to reference, dB")), None)
-    for cost in (c for c in present(table) if c.title in ("MACs per image, G", "ms per image")):
-        if quality and any(cost.value(row) and quality.value(row) is not None for row in table):
+    qualities = [c for c in present(table) if c.title in ("Fréchet distance", "PSNR to reference, dB")]
+    costs = [c for c in present(table) if c.title in ("MACs per image, G", "ms per image")]
+    for quality, cost in product(qualities, costs):
+        if any(cost.value(row) and quality.value(row) is not None for row in table):
             yield f"{quality.title} {quality.arrow} against {cost.title} {cost.arrow}", _against(quality, cost, table)
 
 

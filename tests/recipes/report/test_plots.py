@@ -18,7 +18,11 @@ def test_quality_is_drawn_against_each_cost_where_a_row_has_both(report):
     assert all(png.startswith(b"\x89PNG") for png in found.values())
     for a in report["artifacts"][:2]:
         for result in a["results"]:
-            result["quality"] = {}
+            result["compared"] = {"psnr": {"value": 20.0}}
+    assert [text.split(" ↑ against ")[0] for text, _ in plots(report)][2:] == ["PSNR to reference, dB"] * 2
+    for a in report["artifacts"][:2]:
+        for result in a["results"]:
+            result["quality"], result["compared"] = {}, None
     assert not list(plots(report))
 
 
@@ -33,4 +37,4 @@ def test_a_name_that_matplotlib_would_read_is_drawn(tmp_path, name):
     report = whole_report(tmp_path, 1)
     report["artifacts"][0]["name"] = name
     report["artifacts"][1]["origin"] = report["artifacts"][0]["origin"]
-    assert len(list(plots(report))) == 2 and losses(report)
+    assert len(list(plots(report))) == 4 and losses(report)
