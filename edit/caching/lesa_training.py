@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from edit.caching.lesa import LESA, full, remember
+from edit.caching.lesa import LESA, full
+from edit.caching.lesa_predictor import remember
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, Natural, check_numbers
 from edit.paths import mean

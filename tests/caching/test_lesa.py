@@ -11,7 +11,8 @@ import edit
 from edit.caching.engine import Latest, Scheduled, SpanCached
 from edit.caching.graphs import Graphed
 from edit.caching.kan import BASES, Kan, KanLayer, bases
-from edit.caching.lesa import LESA, RING, BakedLESA, Mixed, Predictors, Schedule, Table, full
+from edit.caching.lesa import LESA, BakedLESA, Schedule, full
+from edit.caching.lesa_predictor import RING, Mixed, Predictors, Table
 from edit.caching.lesa_training import FollowHistory
 from edit.caching.taylor import Ladder
 from edit.edits import compact, trains
