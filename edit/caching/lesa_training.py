@@ -23,6 +23,7 @@ from edit.caching.lesa import LESA, full
 from edit.caching.lesa_predictor import remember
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, Natural, check_numbers
+from edit.objectives import default_objective
 from edit.paths import mean
 from edit.rollout import Answer, RolloutMethod, Visit
 from edit.sampling import Sampler
@@ -60,6 +61,13 @@ class FollowHistory(RolloutMethod):
         for name in ("interval", "first", "forced"):
             if (mine := getattr(self, name)) != (theirs := getattr(edit, name)):
                 raise ValueError(f"{name} is {mine}, and that of the edit {self.edit} is {theirs}: give one number")
+        objective = default_objective(student) if edit.schedule is None else edit.schedule.objective
+        used = {edit.stage(objective.level(t)) for i, t in enumerate(times[:-1]) if not edit.computed(i)}
+        if used and (idle := sorted({*range(len(edit.windows))} - used)):
+            raise ValueError(
+                f"of the {len(times) - 1} evaluations none is predicted in stage {idle[0]} of {len(edit.windows)}, and "
+                f"its weights would not train: sample in more steps, or give edits.{self.edit} fewer boundaries"
+            )
         if edit.guided and sampler.guidance == 1:
             raise ValueError(
                 f"{self.edit} has weights for uncond, which guidance 1 does not train: set edits.{self.edit}.guided to "

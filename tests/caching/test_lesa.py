@@ -16,10 +16,10 @@ from edit.caching.lesa_predictor import RING, Mixed, Predictors, Table
 from edit.caching.lesa_training import FollowHistory
 from edit.caching.taylor import Ladder
 from edit.edits import compact, trains
-from edit.objectives import FlowMatching, default_objective
+from edit.objectives import DDPM, FlowMatching, default_objective, schedule_tables
 from edit.rollout import Answer, Visit
 from edit.sampling import Sampler
-from edit.solvers import Euler, Heun, times
+from edit.solvers import DDIMSolver, Euler, Heun, times
 from edit.stream import Branch, Step, pack
 
 STEPS = 8
@@ -151,6 +151,24 @@ def test_stages_lie_between_noise_levels():
     assert (found.index(1), found.index(2)) == (13, 38)
 
 
+def test_of_a_model_of_noise_stages_and_offsets_are_of_noise_levels():
+    """Halfway through its thousand steps DDPM's sample is three quarters noise."""
+    net, objective = moved(family("pixart", lesa=small(steps=10))), DDPM()
+    walk = sampler(net, 10).walk(net, objective, told(net), torch.arange(2))
+    step = walk.moment.step
+    signal, spread, *_ = schedule_tables(1000, 1e-4, 0.02, torch.device("cpu"))
+    at_ = (torch.tensor(step.times[:-1]) * 1000).round().long() - 1
+    torch.testing.assert_close(torch.tensor(step.levels[:-1]), (spread / (signal + spread))[at_])
+    assert step.levels[-1] == 0 and step.levels == Schedule(DDIMSolver(10), objective).levels
+    edit_, own = net.applied["lesa"], net.edits["lesa"]
+    assert [edit_.kind(replace(step, index=i))[0] for i in range(10)] == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+    seen = []
+    own.offsets = lambda levels: seen.append(levels) or Predictors.offsets(own, levels)
+    own.now(slice(0, 1), replace(step, index=5))
+    own.alphas(step.levels)
+    assert seen == [step.levels] * 2
+
+
 # ---- the network and its table ---------------------------------------------------------------------------------------
 
 
@@ -220,13 +238,14 @@ def test_the_table_is_the_network_at_every_evaluation_and_nothing_else_is_left(n
     assert LESA().compact(Predictors(LESA(hidden=8))) is None  # of no schedule: there is no table
 
 
-@pytest.mark.parametrize("name", ["dit", "flux"])
+@pytest.mark.parametrize("name", ["dit", "flux", "pixart"])
 def test_the_artifact_has_the_table_and_paints_the_same(name, tmp_path):
-    net = moved(family(name, lesa=small(schedule=OF_8)))
+    of = Schedule(DDIMSolver(STEPS), DDPM()) if name == "pixart" else OF_8
+    net = moved(family(name, lesa=small(schedule=of)))
     wanted = paint(net, STEPS)
     edit.save(compact(net), tmp_path / "a")
     loaded = edit.load(tmp_path / "a").denoiser
-    assert type(loaded.applied["lesa"]) is BakedLESA and loaded.applied["lesa"].schedule == OF_8
+    assert type(loaded.applied["lesa"]) is BakedLESA and loaded.applied["lesa"].schedule == of
     assert {k for k in loaded.state_dict() if k.startswith("edits.")} == {
         f"edits.lesa.{k}" for k in ("mix", "bias", "table")
     }
@@ -425,13 +444,13 @@ def test_wrong_fields_are_refused(fields, said):
         small(**fields)
 
 
-def test_a_model_of_noise_is_refused():
-    with pytest.raises(ValueError, match="this pixart predicts a noise: choose a model of velocities"):
-        family("pixart", lesa=small())
+def test_the_predictor_of_a_flow_is_refused_by_a_model_of_noise():
+    with pytest.raises(ValueError, match="schedule is of a model of the velocity, and this pixart predicts the noise"):
+        family("pixart", lesa=small(schedule=OF_8))
 
 
 def test_a_method_for_another_edit_is_refused():
-    net = SimpleNamespace(applied={"lesa": small()})
+    net = SimpleNamespace(applied={"lesa": small(boundaries=(0.4, 0.2))}, prediction="velocity")
     guided = Sampler(Euler(STEPS), 2.0)
     follow().check(net, guided, OF_8.times)
     with pytest.raises(ValueError, match="interval is 4, and that of the edit lesa is 3: give one number"):
@@ -440,6 +459,9 @@ def test_a_method_for_another_edit_is_refused():
         follow().check(net, Sampler(Euler(STEPS)), OF_8.times)
     with pytest.raises(ValueError, match="no LESA named 'other', its edits: lesa .LESA.: choose edits=lesa"):
         replace(follow(), edit="other").check(net, guided, OF_8.times)
+    net.applied["lesa"].boundaries = (0.9, 0.4)
+    with pytest.raises(ValueError, match="of the 8 evaluations none is predicted in stage 0 of 3, and its weights"):
+        follow().check(net, guided, OF_8.times)
 
 
 # ---- whether it learns -----------------------------------------------------------------------------------------------
