@@ -102,7 +102,10 @@ def test_the_artifact_samples_with_its_own_sampler_and_refuses_others(folder):
         (("sampler.solver.steps=4", "edits.lesa.interval=1"), "trains none of 4 evaluations: sample in more steps"),
         (("sampler.solver.steps=6", "edits.lesa.start=null"), "of the 6 evaluations none is predicted in stage 2 of 3"),
         (("init={f}/other",), "was trained for another model, as its .* tells: train both stages for the same init"),
-        (("edits.lesa.start={f}/shifted_truth",), "was trained with Euler.steps=8, shift=2.0., and this one is for Euler"),
+        (
+            ("edits.lesa.start={f}/shifted_truth",),
+            "was trained with Euler.steps=8, shift=2.0., and this one is for Euler",
+        ),
         (("edits.lesa.steps=9",), "steps is 9, and schedule has 8 evaluations: give one number"),
     ],
 )
@@ -111,9 +114,9 @@ def test_parts_that_do_not_fit_are_refused_in_one_sentence(folder, more, said):
         train(folder, *words(folder, "lesa", "refused", *(w.format(f=folder) for w in more)))
 
 
-@pytest.mark.parametrize("world", [
-    "dit_digits", "dit_pixels", "flux_tiny", "flux_wide", "pixart_tiny", "qwen_image_tiny", "sd3_tiny"
-])
+@pytest.mark.parametrize(
+    "world", ["dit_digits", "dit_pixels", "flux_tiny", "flux_wide", "pixart_tiny", "qwen_image_tiny", "sd3_tiny"]
+)
 def test_both_stages_are_of_the_worlds_sampler(world):
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
