@@ -104,7 +104,8 @@ class RollingOut(Fit):
             teacher = None
         elif self.method.asks == "path":
             branches = 1 + (sampler.guidance != 1)
-            tokens = sum(v[0].numel() for v in (probed.teacher or student).tapped(taps).values()) if taps else 0
+            trace = (probed.teacher or student).tapped(taps) if taps else {}
+            tokens = sum(v[0].numel() for k, v in trace.items() if k.startswith("unit.") and not k.endswith(".text"))
             each = 2 * (math.prod(student.shape) + branches * tokens) * (len(times) - 1)
             probed.notes.append(
                 f"its teacher's answers, stored by data.generate taps=..., would take {each / 1e6:.3g} MB per sample "
