@@ -250,7 +250,9 @@ class Stream:
     signal: Tensor | None = None  # b d, all that modulates the units: time, class, pooled text, guidance; for routers
     step: Step | None = None  # None: outside of a generation, where nothing is remembered; so while training
     trace: Mapping[str, Tensor] = field(default_factory=dict)
-    tap: str | None = None  # prefix under which the next unit records its branches and maps; None: it records none
+    # prefix under which the next unit records its branches and maps; behind the last one, records of the readout with
+    # spaces between them; None: nothing is recorded
+    tap: str | None = None
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Stream:
         """Apply `f` to every tensor with one row per sample but the trace (select, repeat)."""

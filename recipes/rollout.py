@@ -105,7 +105,8 @@ class RollingOut(Fit):
         elif self.method.asks == "path":
             branches = 1 + (sampler.guidance != 1)
             trace = (probed.teacher or student).tapped(taps) if taps else {}
-            tokens = sum(v[0].numel() for k, v in trace.items() if k.startswith("unit.") and not k.endswith(".text"))
+            kept = [v for k, v in trace.items() if k.startswith(("unit.", "end.")) and not k.endswith(".text")]
+            tokens = sum(v[0].numel() for v in kept)
             each = 2 * (math.prod(student.shape) + branches * tokens) * (len(times) - 1)
             probed.notes.append(
                 f"its teacher's answers, stored by data.generate taps=..., would take {each / 1e6:.3g} MB per sample "
@@ -207,6 +208,11 @@ def refuse_other_features(stored: Mapping[str, Any], method: RolloutMethod, samp
             f"{guidance:g} in {sampler.interval}: choose it alike"
         )
     depth = len(run.models.skeleton.units)
+    if ends := [name for name in method.teacher_taps if isinstance(name, str)]:
+        raise UserError(
+            f"recipe.method wants the teacher's tokens behind the last {ends[0]}, and data.generate stores those of "
+            "units: leave data.set.features out"
+        )
     if lacking := [unit for unit in method.teacher_taps if unit % depth not in stored["taps"]]:
         raise UserError(
             f"recipe.method wants the teacher's tokens behind unit {lacking[0]}, stored are those of {stored['taps']}: "

@@ -90,6 +90,8 @@ def _by_table(cache: BakedLESA, own: Any, made: Sequence[Step]) -> tuple[Any, An
     """A trained predictor of the last hidden state; the first block runs at each step, which changes nothing."""
     if cache.guided:
         raise refused(cache, HOST, "its calibrators do not know the guidance branch: train one with guided=false")
+    if cache.site != "last_hidden":
+        raise refused(cache, HOST, f"it caches tokens behind blocks, and not at {cache.site}: train at last_hidden")
     cache.check(Sampler(), (*(step.sigma for step in made), 0.0))
     levels = () if cache.schedule is None else cache.schedule.levels
     made = [replace(step, levels=levels) for step in made]

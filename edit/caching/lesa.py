@@ -10,8 +10,10 @@ The expert's network sees times alone, so its step size is one number of each ev
 schedule becomes a table (`BakedLESA`), and no network is left. tau is s / (a + s) of a sample a x + s noise, so stages
 of models of noise are where those of flows are.
 
-It is trained by `edit.caching.lesa_training`. Site `last_hidden` of the specification; its `post_norm` needs a seam
-inside `Denoiser.readout`, which is not here.
+Sites behind the last unit have today's modulation in the value, too: "post_norm" lies in front of the output layer,
+"velocity" behind it, so that nothing is computed. What was trained at one is of no use at another.
+
+It is trained by `edit.caching.lesa_training`.
 
 Specification: methods/lesa.md.
 """
@@ -26,7 +28,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from edit.caching.engine import Scheduled, SpanCached
+from edit.caching.engine import End, Scheduled, SpanCached
 from edit.caching.lesa_predictor import RING, Mixed, Predictors, Table
 from edit.denoiser import Denoiser
 from edit.edits import rebuild
@@ -36,6 +38,9 @@ from edit.sampling import Sampler
 from edit.solvers import Solver
 from edit.stream import Step
 from edit.walk import cut
+
+Site = Literal["last_hidden", "post_norm", "velocity"]
+SITES: dict[str, End] = {"last_hidden": "units", "post_norm": "norm", "velocity": "output"}
 
 
 def full(index: int, interval: int, first: int, forced: int | None) -> bool:
@@ -72,6 +77,8 @@ class Schedule:
 class Learned(SpanCached):
     """A cache with a predictor, be it a network or a table; fields as of `LESA`."""
 
+    excludes = (*SpanCached.excludes, "MixtureHead")  # a head on tokens behind the last unit, which sites pass by
+
     interval: Count = 7
     first: Count = 3
     forced: Natural | None = 3
@@ -80,11 +87,14 @@ class Learned(SpanCached):
     boundaries: tuple[float, ...] = (0.9, 0.5)
     windows: tuple[int, ...] = (4, 8, 8)
     guided: bool = True
+    site: Site = "last_hidden"
 
     def __post_init__(self):
         check_numbers(self)
         who = type(self).__name__
         self.boundaries, self.windows = tuple(self.boundaries), tuple(self.windows)
+        if self.site not in SITES:
+            raise ValueError(f"{who}: site is one of {', '.join(SITES)}, got {self.site!r}")
         if list(self.boundaries) != sorted(set(self.boundaries), reverse=True):
             raise ValueError(f"{who}: boundaries fall from stage to stage, got {list(self.boundaries)}")
         if len(self.windows) != len(self.boundaries) + 1 or not all(1 <= k <= RING for k in self.windows):
@@ -147,7 +157,8 @@ class Learned(SpanCached):
                 f"the {denoiser.prediction}: take the predictor of this model, or train another"
             )
         own = self.weights()
-        self.cache(denoiser, Scheduled(lambda step: self.computed(step.index)), Mixed(self, own), "hidden")
+        gate = Scheduled(lambda step: self.computed(step.index))
+        self.cache(denoiser, gate, Mixed(self, own), "hidden", end=SITES[self.site])
         return own
 
 
@@ -164,6 +175,8 @@ class LESA(Learned):
         boundaries: noise levels above which the stages lie, but for the last; 0.9 and 0.4 for Qwen-Image
         windows: K of each stage, at most 8
         guided: weights of their own for cond and uncond; false: for cond alone
+        site: of what is predicted: "last_hidden", tokens behind the last unit; "post_norm", behind the last norm;
+            "velocity", behind the output layer
         network: of alpha: a KAN, or, as an ablation, a perceptron
         hidden: width of its two hidden layers
         init: "reference", the release's, or "reuse": alpha is 0, and what is predicted is the newest value
@@ -203,7 +216,7 @@ class BakedLESA(Learned):
     """What is left of a trained `LESA`: weights of the history and a table of step sizes. It is no longer trained.
 
     Args:
-        interval, first, forced, steps, schedule, boundaries, windows, guided: as of `LESA`
+        interval, first, forced, steps, schedule, boundaries, windows, guided, site: as of `LESA`
     """
 
     def weights(self) -> Table:

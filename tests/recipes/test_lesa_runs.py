@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
         edit.save(model, folder / name, sampler=Sampler(Euler(4)))
     train(folder, *words(folder, "lesa_truth", "it_truth"))
     train(folder, *words(folder, "lesa", "it", "trainer.max_steps=2"))
-    train(folder, *words(folder, "lesa_truth", "shifted_truth", "sampler.solver.shift=2.0"))
+    train(folder, *words(folder, "lesa_truth", "shifted_truth", "+sampler.solver.shift=1.2"))
     return folder
 
 
@@ -104,8 +104,9 @@ def test_the_artifact_samples_with_its_own_sampler_and_refuses_others(folder):
         (("init={f}/other",), "was trained for another model, as its .* tells: train both stages for the same init"),
         (
             ("edits.lesa.start={f}/shifted_truth",),
-            "was trained with Euler.steps=8, shift=2.0., and this one is for Euler",
+            "was trained with Euler.steps=8, shift=1.2., and this one is for Euler",
         ),
+        (("edits.lesa.site=velocity",), "has site=last_hidden, and this one velocity: train both stages alike"),
         (("edits.lesa.steps=9",), "steps is 9, and schedule has 8 evaluations: give one number"),
     ],
 )
