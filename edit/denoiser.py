@@ -49,6 +49,8 @@ def first_names(names: Sequence[str]) -> str:
 
 
 _NOTHING: Mapping[int, Any] = MappingProxyType({})
+ENDS = {"norm", "output"}
+End = Callable[[Stream, Callable[[Stream], Stream]], Stream]  # (stream, run) -> stream; `run` is the family's own
 
 
 class Edit(ABC):
@@ -250,6 +252,7 @@ class Denoiser(nn.Module, ABC):
         self.units: list[Callable[[Stream], Stream]] = list(units)
         self.edits = nn.ModuleDict()
         self.applied: dict[str, Edit] = {}  # live edits by name, in order of application
+        self.ends: dict[str, End] = {}  # slots around "norm" and "output", the two parts of `projected`
         self.folded: list[dict] = []  # provenance of the edits that are part of the weights
         self.base = self.config  # configuration to which live edits are applied when an artifact is read
         self.gradient_checkpointing = False
@@ -289,7 +292,17 @@ class Denoiser(nn.Module, ABC):
     def embed(self, **native: Any) -> Stream: ...
 
     @abstractmethod
-    def readout(self, stream: Stream) -> Output: ...
+    def readout(self, stream: Stream) -> Output:
+        """The output from the stream behind the last unit; of families with `last_norm`, from its `projected`."""
+
+    def last_norm(self, stream: Stream) -> Stream:
+        """Image tokens behind the last norm and its modulation, b n d without registers: in front of the output layer.
+        Families that have both apart, so that edits can stand around them (`ends`)."""
+        raise NotImplementedError
+
+    def last_layer(self, stream: Stream) -> Stream:
+        """Behind the output layer, b n c: all that `readout` arranges to a sample."""
+        raise NotImplementedError
 
     @abstractmethod
     def keep(self, indices: Sequence[int]) -> None:
@@ -352,7 +365,7 @@ class Denoiser(nn.Module, ABC):
         t: Tensor,
         condition: Condition,
         step: Step | None = None,
-        taps: Collection[int] = (),
+        taps: Collection[int | str] = (),
         branches: Collection[int] = (),
         forced: Mapping[int, Forced] = _NOTHING,
         maps: Mapping[int, int] = _NOTHING,
@@ -365,7 +378,8 @@ class Denoiser(nn.Module, ABC):
             condition: labels, text, ... of the same batch
             step: the sampling step; None outside of a generation, where edits with memory predict as the dense model
             taps: units whose output tokens are returned as trace["unit.<index>"], b n d, and in two-stream families
-                trace["unit.<index>.text"], b l d. Negative indices count from the end.
+                trace["unit.<index>.text"], b l d. Negative indices count from the end. "norm" and "output": image
+                tokens behind the last norm and the output layer, as trace["end.norm"] and trace["end.output"]
             branches: units whose branches before the gate are returned as trace["unit.<index>.attention"] and
                 trace["unit.<index>.feed"] (or as the family names them), each with ".text" in two-stream families
             forced: replacements for the input tokens of units
@@ -385,7 +399,7 @@ class Denoiser(nn.Module, ABC):
         stream: Stream,
         t: Tensor,
         condition: Condition,
-        taps: Collection[int] = (),
+        taps: Collection[int | str] = (),
         branches: Collection[int] = (),
         forced: Mapping[int, Forced] = _NOTHING,
         maps: Mapping[int, int] = _NOTHING,
@@ -399,11 +413,19 @@ class Denoiser(nn.Module, ABC):
                     f"edit {name!r} makes {len(stream.image)} samples of {len(t)}, on which tokens are to be forced: "
                     f"{remedy}, or leave out what forces them"
                 )
-        stream = self.run(stream, taps, branches, forced, maps)
-        output = self.readout(stream)
+        stream = self.run(stream, [i for i in taps if i not in ENDS], branches, forced, maps)
+        output = self.readout(replace(stream, tap=" ".join(f"end.{i}" for i in taps if i in ENDS)))
         for name, edit in self.applied.items():
             output = edit.readout(output, stream, self.edits[name] if name in self.edits else None)
         return output._replace(grid=stream.layout.grid)
+
+    def projected(self, stream: Stream) -> Stream:
+        """The stream behind the output layer, each part with what an edit put around it."""
+        for name, run in (("norm", self.last_norm), ("output", self.last_layer)):
+            stream = self.ends[name](stream, run) if name in self.ends else run(stream)
+            if (record := f"end.{name}") in (stream.tap or "").split():
+                stream = stream.record(record, stream.image)
+        return stream
 
     def run(
         self,
@@ -456,14 +478,14 @@ class Denoiser(nn.Module, ABC):
         """Whether samples of this shape (without the batch) can be denoised."""
         return shape == self.sample_shape
 
-    def _check(self, x: Tensor, t: Tensor, taps: Collection[int]) -> None:
+    def _check(self, x: Tensor, t: Tensor, taps: Collection[int | str]) -> None:
         if not self.accepts(tuple(x.shape[1:])):
             given, wanted = "x".join(map(str, x.shape[1:])), "x".join(map(str, self.sample_shape))
             raise ValueError(f"{self.name} takes samples of {wanted}, got {given}: change the backbone or the data")
         if t.shape != x.shape[:1]:
             raise ValueError(f"t must be one time per sample, shape ({len(x)},), got {tuple(t.shape)}")
         depth = len(self.units)
-        if bad := [i for i in taps if not -depth <= i < depth]:
+        if bad := [i for i in taps if i not in ENDS and not -depth <= i < depth]:
             raise ValueError(f"cannot tap unit {bad[0]} of a {self.name} with {depth} units (0 to {depth - 1})")
 
     def extra_repr(self) -> str:

@@ -86,6 +86,10 @@ class Objective(ABC):
         """Training times from uniform numbers in (0, 1): [b] -> [b]."""
         return self.time(u)
 
+    def level(self, t: float) -> float:
+        """The noise level s / (a + s) at a time, where x_t = a x + s noise: in [0, 1], 1 = pure noise."""
+        return t
+
     @abstractmethod
     def corrupt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The noisy sample at times t [b]: b c *sizes -> the same."""
@@ -167,6 +171,11 @@ class DDPM(Objective):
         # (i + 1) / steps in float32 may come back as a hair more than i + 1, which must not be the next step
         return (t * self.steps - 1e-3).ceil().long().sub_(1).clamp_(0, self.steps - 1)
 
+    def level(self, t: float) -> float:
+        i = math.ceil(t * self.steps - 1e-3) - 1  # as `index`
+        levels = linear_levels(self.steps, self.beta_start, self.beta_end)
+        return 0.0 if t <= 0 else levels[min(max(i, 0), self.steps - 1)]
+
     def corrupt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         signal, spread, *_ = (column(v[self.index(t)], x).to(x.dtype) for v in self._tables(x.device))
         return signal * x + spread * noise
@@ -221,6 +230,13 @@ class DDPM(Objective):
 def linear_betas(steps: int, start: float, end: float) -> Tensor:
     """Variances added by each of DDPM's steps: [steps], float64 on the CPU."""
     return torch.linspace(start, end, steps, dtype=torch.float64, device="cpu")
+
+
+@lru_cache(maxsize=8)
+def linear_levels(steps: int, start: float, end: float) -> tuple[float, ...]:
+    """s / (a + s) of each of DDPM's steps."""
+    kept = torch.cumprod(1 - linear_betas(steps, start, end), 0)
+    return tuple(((1 - kept).sqrt() / (kept.sqrt() + (1 - kept).sqrt())).tolist())
 
 
 @lru_cache(maxsize=8)  # called several times a step: each copy to a GPU would block

@@ -127,7 +127,8 @@ class Sampler:
             lambda k: noise.gaussian(seed, samples, noise.SOLVER + k, shape),
         )
         guided = self.guided(denoiser, condition, samples, negative, watch)
-        return Walk(guided, path, self.solver.times_of(objective, shape), progress, state)
+        times = self.solver.times_of(objective, shape)
+        return Walk(guided, path, times, progress, state, tuple(map(objective.level, times)))
 
     def guided(
         self,

@@ -111,6 +111,13 @@ class Step:
     branch: str = "cond"  # guidance pass: "cond", "uncond", "perturbed", or "joint": cond and uncond in one batch
     memory: dict = field(default_factory=dict, repr=False, compare=False)
     times: tuple[float, ...] = field(default=(), repr=False)  # count + 1: of each evaluation, then 0; (): unknown
+    # of each time s / (a + s), where x = a data + s noise (`Objective.level`); (): the times are levels, as of a flow
+    levels: tuple[float, ...] = field(default=(), repr=False)
+
+    @property
+    def level(self) -> float:
+        """The noise level of this evaluation."""
+        return self.levels[self.index] if self.levels else self.sigma
 
     def recall(self, owner: str, unit: int) -> dict:
         """The memory of one edit at one unit in this guidance branch.
@@ -243,7 +250,9 @@ class Stream:
     signal: Tensor | None = None  # b d, all that modulates the units: time, class, pooled text, guidance; for routers
     step: Step | None = None  # None: outside of a generation, where nothing is remembered; so while training
     trace: Mapping[str, Tensor] = field(default_factory=dict)
-    tap: str | None = None  # prefix under which the next unit records its branches and maps; None: it records none
+    # prefix under which the next unit records its branches and maps; behind the last one, records of the readout with
+    # spaces between them; None: nothing is recorded
+    tap: str | None = None
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Stream:
         """Apply `f` to every tensor with one row per sample but the trace (select, repeat)."""

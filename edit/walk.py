@@ -38,6 +38,7 @@ class Walk:
         times: of the evaluations, then 0
         progress: called as (evaluations done, evaluations in all) after each
         state: `state()` of a walk with the same arguments, which goes on from there
+        levels: of noise at the times (`Objective.level`); (): they are the times
 
     Attributes:
         x: b c *sizes float32, where the model is asked next; data after the last evaluation
@@ -53,8 +54,10 @@ class Walk:
         times: tuple[float, ...],
         progress: Callable[[int, int], None] | None = None,
         state: Mapping[str, Any] | None = None,
+        levels: tuple[float, ...] = (),
     ):
         self.guided, self.path, self.times, self.progress = guided, path, times, progress
+        self.levels = levels
         self.memory: dict = {}
         self.given: list[Tensor] = []
         self.x: Tensor
@@ -81,7 +84,7 @@ class Walk:
         except StopIteration as end:
             self.moment, self.x = None, end.value
             return
-        step = Step(index, len(self.times) - 1, query.t, memory=self.memory, times=self.times)
+        step = Step(index, len(self.times) - 1, query.t, memory=self.memory, times=self.times, levels=self.levels)
         self.moment, self.x = Moment(self, query, step), query.x
 
     def detach(self) -> None:

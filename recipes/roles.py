@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from edit.denoiser import Denoiser
+from edit.denoiser import ENDS, Denoiser
 from edit.distillation.guidance import TeacherGuidance
 from edit.edits import shards, without
 from edit.measuring.memory import Placement
@@ -58,14 +58,14 @@ class Teacher:
         self.build, self.structure, self.guidance = build, structure, guidance
         self.placement, self.dtype = placement, dtype
         self.denoiser: Denoiser | None = None
-        self.taps: tuple[int, ...] = ()
+        self.taps: tuple[int | str, ...] = ()
         self.branches: tuple[int, ...] = ()
         self.maps: Mapping[int, int] = {}
 
     def configure(
         self,
         student: Denoiser,
-        taps: tuple[int, ...],
+        taps: tuple[int | str, ...],
         branches: tuple[int, ...],
         maps: Mapping[int, int] = MappingProxyType({}),
     ) -> Denoiser:
@@ -95,7 +95,7 @@ class Teacher:
         if self.denoiser is not None:
             self.denoiser.requires_grad_(False).eval()
         depth = len(model.units)
-        if bad := [i for i in (*taps, *branches, *maps) if not -depth <= i < depth]:
+        if bad := [i for i in (*taps, *branches, *maps) if i not in ENDS and not -depth <= i < depth]:
             raise ValueError(f"a term compares with unit {bad[0]} of the teacher, which has {depth} units")
         return model
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from data import manifest
 from data.loader import EndlessLoader
 from edit.calibrating import OnData
 from edit.denoiser import Denoiser
@@ -28,7 +29,7 @@ from edit.solvers import DDIMSolver, DDPMSolver, DPMSolver, Euler, Heun
 from recipes.assembly import Run, make_sight
 from recipes.calibrate import APART, WITHOUT_END
 from recipes.config.errors import UserError
-from recipes.models import Models, made
+from recipes.models import Models, is_official, made
 from recipes.procedure import Fit, Probed
 from recipes.settings import world_size
 
@@ -103,7 +104,9 @@ class RollingOut(Fit):
             teacher = None
         elif self.method.asks == "path":
             branches = 1 + (sampler.guidance != 1)
-            tokens = sum(v[0].numel() for v in (probed.teacher or student).tapped(taps).values()) if taps else 0
+            trace = (probed.teacher or student).tapped(taps) if taps else {}
+            kept = [v for k, v in trace.items() if k.startswith(("unit.", "end.")) and not k.endswith(".text")]
+            tokens = sum(v[0].numel() for v in kept)
             each = 2 * (math.prod(student.shape) + branches * tokens) * (len(times) - 1)
             probed.notes.append(
                 f"its teacher's answers, stored by data.generate taps=..., would take {each / 1e6:.3g} MB per sample "
@@ -150,6 +153,8 @@ class RollingOut(Fit):
             stored = {}
         if stored and method.asks == "path":
             refuse_other_features(stored, method, run.sampler, run)
+            refuse_another_teacher(stored, run.config.init if models.teacher is None else run.config.teacher.path)
+            refuse_few(len(models.data.train()), run.config)
         return Rollout(
             *models.student,
             run.objective,
@@ -203,8 +208,33 @@ def refuse_other_features(stored: Mapping[str, Any], method: RolloutMethod, samp
             f"{guidance:g} in {sampler.interval}: choose it alike"
         )
     depth = len(run.models.skeleton.units)
+    if ends := [name for name in method.teacher_taps if isinstance(name, str)]:
+        raise UserError(
+            f"recipe.method wants the teacher's tokens behind the last {ends[0]}, and data.generate stores those of "
+            "units: leave data.set.features out"
+        )
     if lacking := [unit for unit in method.teacher_taps if unit % depth not in stored["taps"]]:
         raise UserError(
             f"recipe.method wants the teacher's tokens behind unit {lacking[0]}, stored are those of {stored['taps']}: "
             "run data.generate with this tap, or leave data.set.features out"
+        )
+
+
+def refuse_another_teacher(stored: Mapping[str, Any], path: str | None) -> None:
+    """Raises UserError if stored features are of another model than the one at `path`, the run's teacher."""
+    found = None if path is None or is_official(path) else manifest.teacher_hash(path)
+    if found != stored["teacher"]:
+        told = "a model with fresh weights" if path is None else f"{path}, {(found or 'no artifact'):.12}"
+        raise UserError(
+            f"the stored features are of the teacher {stored['teacher']:.12}, and the run's is {told}: run "
+            "data.generate with this teacher, or leave data.set.features out"
+        )
+
+
+def refuse_few(count: int, cfg: DictConfig) -> None:
+    """Raises UserError if there are fewer stored generations than a batch has samples: it would have one twice."""
+    if (batch := cfg.data.batch_size * world_size(cfg)) > count:
+        raise UserError(
+            f"a batch has {batch} generations, and {count} are stored: run data.generate with more prompts, or lower "
+            "data.batch_size"
         )

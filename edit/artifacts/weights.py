@@ -128,6 +128,29 @@ def load_weights(denoiser: Denoiser, path: Path, shared: Mapping[str, Tensor] | 
         p.requires_grad_(trainable[n])
 
 
+def first_difference(denoiser: Denoiser, path: Path) -> str | None:
+    """The first stock weight, by its stored name, in which a model differs from the stock files of a folder; None: in
+    none. Of each weight the first row is read: training moves all rows.
+
+    Args:
+        denoiser: with weights
+        path: folder that holds the files
+    """
+    mine = denoiser.to_stock(denoiser.config, stock_state(denoiser))[1]
+    headers = Headers(path)
+    for name in (*mine, *headers):
+        if name not in headers or name not in mine or mine[name].shape != headers[name].shape:
+            return name
+    for file in headers.files:
+        with told_in_text(file) as name, safe_open(name, framework="pt") as f:
+            for key in f.keys():
+                stored = f.get_slice(key)[:1] if mine[key].ndim else f.get_tensor(key)
+                own = mine[key][:1] if mine[key].ndim else mine[key]
+                if not torch.equal(own.detach().to(stored), stored):
+                    return key
+    return None
+
+
 @contextmanager
 def told_in_text(file: Path) -> Iterator[Path]:
     """Another name of a file where its own is no UTF-8, which safetensors does not read; for as long as this lasts."""

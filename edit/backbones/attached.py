@@ -163,6 +163,7 @@ class _Generation:
         self.number = 0  # of the generation
         self.begin = self.position = 0  # of the generation and of its latest evaluation, in `timesteps`
         self.times: tuple[float, ...] = ()  # of all evaluations, in [0, 1], 1 = noise; one more, 0, at the end
+        self.levels: tuple[float, ...] = ()  # of noise at these times; (): they are the times
 
     @property
     def index(self) -> int:
@@ -198,7 +199,7 @@ class _Generation:
         if timesteps is not self.timesteps or position < self.position:  # the next generation has begun
             self.timesteps, self.number = timesteps, self.number + 1
             self.begin = position if begin is None else begin
-            self.times = self._times()
+            self.times, self.levels = self._times(), self._levels()
         self.position = position
 
     def _position(self, timestep: Tensor) -> int:
@@ -220,6 +221,13 @@ class _Generation:
         else:
             times = [1 - k / count for k in range(count)]
         return (*times[self.begin : count], 0.0)
+
+    def _levels(self) -> tuple[float, ...]:
+        """s / (a + s) of samples a data + s noise, as the schedulers of models of noise have them, and 0."""
+        if not self.noise:
+            return ()
+        kept = self.pipeline.scheduler.alphas_cumprod[self.timesteps[self.begin :].long().cpu()].double()
+        return (*((1 - kept).sqrt() / (kept.sqrt() + (1 - kept).sqrt())).tolist(), 0.0)
 
 
 class _Calls:
@@ -274,6 +282,7 @@ class _Calls:
             branch=self._branch(generation.position),
             memory=self.memory,
             times=generation.times,
+            levels=generation.levels,
         )
 
     def _sigma(self) -> float:

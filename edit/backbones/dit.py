@@ -271,9 +271,9 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(c.hidden_size, c.patch_size**2 * c.out_channels)
         self.adaLN_modulation = make_modulation(c.hidden_size, 2)
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:  # b n d, b d -> b n (p p c)
+    def normed(self, x: Tensor, cond: Tensor) -> Tensor:  # b n d, b d -> b n d
         shift, scale = self.adaLN_modulation(cond)[:, None].chunk(2, dim=-1)
-        return self.linear(torch.addcmul(shift, self.norm_final(x), 1 + scale))
+        return torch.addcmul(shift, self.norm_final(x), 1 + scale)
 
 
 class DiTWeights(nn.Module):
@@ -380,9 +380,16 @@ class DiT(Denoiser):
         layout = Layout(grid=(1, c.grid, c.grid), registers=c.registers, rope=m.rope)
         return Stream(image=x, cond=cond, time=time, signal=cond, layout=layout)
 
+    def last_norm(self, stream: Stream) -> Stream:
+        image = stream.image[:, self.spec.registers :]
+        return replace(stream, image=self.model.final_layer.normed(image, stream.cond))
+
+    def last_layer(self, stream: Stream) -> Stream:
+        return replace(stream, image=self.model.final_layer.linear(stream.image))
+
     def readout(self, stream: Stream) -> Output:
-        c = self.spec
-        x = self.model.final_layer(stream.image[:, c.registers :], stream.cond)
+        c, stream = self.spec, self.projected(stream)
+        x = stream.image  # b n (p p c)
         _, rows, columns = stream.layout.grid
         p = c.patch_size
         x = rearrange(x, "b (y x) (p q c) -> b c (y p) (x q)", y=rows, x=columns, p=p, q=p)

@@ -153,15 +153,16 @@ class PatchDenoiser(StockDenoiser):
         tokens = embed(x.to(embed.proj.weight.dtype)).contiguous()
         return tokens, (1, x.shape[2] // embed.patch_size, x.shape[3] // embed.patch_size)
 
-    def unpatch(self, tokens: Tensor, layout: Layout) -> Tensor:
+    def arranged(self, stream: Stream) -> Tensor:
         """b (y x) (p q c) -> b c (y p) (x q)."""
-        _, rows, columns = layout.grid
+        tokens, (_, rows, columns) = stream.image, stream.layout.grid
         patch = self.model.config.patch_size
         x = tokens.view(len(tokens), rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(len(x), -1, rows * patch, columns * patch)
 
     def readout(self, stream: Stream) -> Output:
-        x = self.native(stream)
+        stream = self.projected(stream)
+        x = self.arranged(stream)
         sample, variance = x.chunk(2, dim=1) if x.shape[1] == 2 * self.channels else (x, None)
         return Output(sample, variance, stream.trace)
 
@@ -274,11 +275,13 @@ class DiTDiffusers(PatchDenoiser):
         time, label = first.tell_all(layout)
         return Stream(image=image, cond=time + label, time=time, signal=time + label, layout=layout)
 
-    def native(self, stream: Stream) -> Tensor:
+    def last_norm(self, stream: Stream) -> Stream:
         m = self.model
         shift, scale = m.proj_out_1(F.silu(stream.cond))[:, None].chunk(2, dim=2)
-        tokens = m.proj_out_2(torch.addcmul(shift, m.norm_out(stream.image), 1 + scale))
-        return self.unpatch(tokens, stream.layout)
+        return replace(stream, image=torch.addcmul(shift, m.norm_out(stream.image), 1 + scale))
+
+    def last_layer(self, stream: Stream) -> Stream:
+        return replace(stream, image=self.model.proj_out_2(stream.image))
 
     def null(self, condition: Condition) -> Condition:
         assert condition.label is not None

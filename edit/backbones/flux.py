@@ -328,11 +328,15 @@ class Flux(StockDenoiser):
         layout = Layout(grid=grid, text_length=text.shape[1], rope=torch.stack((cos[:, ::2], sin[:, ::2])))
         return Stream(image=image, text=text, cond=cond, time=time, signal=cond, layout=layout)
 
-    def native(self, stream: Stream) -> Tensor:
-        return self.model.proj_out(self.model.norm_out(stream.image, stream.cond))
+    def last_norm(self, stream: Stream) -> Stream:
+        return replace(stream, image=self.model.norm_out(stream.image, stream.cond))
+
+    def last_layer(self, stream: Stream) -> Stream:
+        return replace(stream, image=self.model.proj_out(stream.image))
 
     def readout(self, stream: Stream) -> Output:
-        return Output(latent_of(self.native(stream), stream.layout.grid), None, stream.trace)
+        stream = self.projected(stream)
+        return Output(latent_of(stream.image, stream.layout.grid), None, stream.trace)
 
     def packed(self, sample: Tensor) -> Tensor:
         return tokens_of(sample)

@@ -198,8 +198,10 @@ class PixArt(PatchDenoiser):
         layout = Layout(grid=grid, text_length=text.shape[1], text_mask=None if mask is None else mask.bool())
         return Stream(image=image, text=text, cond=cond, time=time, signal=time, layout=layout)
 
-    def native(self, stream: Stream) -> Tensor:
+    def last_norm(self, stream: Stream) -> Stream:
         m = self.model
         shift, scale = (m.scale_shift_table + stream.time[:, None]).chunk(2, dim=1)  # type: ignore[index]
-        tokens = m.proj_out(torch.addcmul(shift, m.norm_out(stream.image), 1 + scale))
-        return self.unpatch(tokens, stream.layout)
+        return replace(stream, image=torch.addcmul(shift, m.norm_out(stream.image), 1 + scale))
+
+    def last_layer(self, stream: Stream) -> Stream:
+        return replace(stream, image=self.model.proj_out(stream.image))

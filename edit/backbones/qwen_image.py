@@ -276,11 +276,15 @@ class QwenImage(StockDenoiser):
         )
         return Stream(image=image, text=text, cond=time, time=time, signal=time, layout=layout)
 
-    def native(self, stream: Stream) -> Tensor:
-        return self.model.proj_out(self.model.norm_out(stream.image, stream.cond))
+    def last_norm(self, stream: Stream) -> Stream:
+        return replace(stream, image=self.model.norm_out(stream.image, stream.cond))
+
+    def last_layer(self, stream: Stream) -> Stream:
+        return replace(stream, image=self.model.proj_out(stream.image))
 
     def readout(self, stream: Stream) -> Output:
-        return Output(latent_of(self.native(stream), stream.layout.grid), None, stream.trace)
+        stream = self.projected(stream)
+        return Output(latent_of(stream.image, stream.layout.grid), None, stream.trace)
 
     def packed(self, sample: Tensor) -> Tensor:
         return tokens_of(sample)

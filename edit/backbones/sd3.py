@@ -318,12 +318,18 @@ class SD3(StockDenoiser):
         layout = Layout(grid=(1, rows, columns), text_length=text.shape[1])
         return Stream(image=image, text=text, cond=cond, time=time, signal=cond, layout=layout)
 
-    def native(self, stream: Stream) -> Tensor:
+    def last_norm(self, stream: Stream) -> Stream:
+        return replace(stream, image=self.model.norm_out(stream.image, stream.cond))
+
+    def last_layer(self, stream: Stream) -> Stream:
+        return replace(stream, image=self.model.proj_out(stream.image))
+
+    def arranged(self, stream: Stream) -> Tensor:
         """b (y x) (p q c) -> b c (y p) (x q)."""
-        m, (_, rows, columns) = self.model, stream.layout.grid
-        tokens, patch = m.proj_out(m.norm_out(stream.image, stream.cond)), m.config.patch_size
+        tokens, (_, rows, columns), patch = stream.image, stream.layout.grid, self.model.config.patch_size
         x = tokens.view(len(tokens), rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(len(x), -1, rows * patch, columns * patch)
 
     def readout(self, stream: Stream) -> Output:
-        return Output(self.native(stream), None, stream.trace)
+        stream = self.projected(stream)
+        return Output(self.arranged(stream), None, stream.trace)

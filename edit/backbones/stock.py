@@ -204,8 +204,12 @@ class StockDenoiser(Denoiser):
         )
 
     def native(self, stream: Stream) -> Tensor:
-        """The output of the stock model's forward from the last stream."""
-        raise NotImplementedError
+        """The output of the stock model's forward from the stream behind the last unit."""
+        return self.arranged(self.projected(stream))
+
+    def arranged(self, stream: Stream) -> Tensor:
+        """The same from the stream behind the output layer, whose tokens some stock models give as they are."""
+        return stream.image
 
     def packed(self, sample: Tensor) -> Tensor:
         """A prediction, b c *sizes, as the stock model gives it: families that read packed tokens pack it again."""

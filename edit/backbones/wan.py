@@ -225,13 +225,20 @@ class Wan(StockDenoiser):
         layout = Layout(grid=grid, text_length=text.shape[1], rope=torch.stack((cos, sin)).float())
         return Stream(image=image, text=text, cond=cond.unflatten(1, (6, -1)), time=time, signal=time, layout=layout)
 
-    def native(self, stream: Stream) -> Tensor:
-        """b (f y x) (o p q c) -> b c (f o) (y p) (x q)."""
+    def last_norm(self, stream: Stream) -> Stream:
         m: Any = self.model
         shift, scale = (m.scale_shift_table + stream.time[:, None]).chunk(2, dim=1)  # type: ignore[index]
-        tokens = m.proj_out(modulated(m.norm_out, stream.image, shift, scale))
-        x = tokens.view(len(tokens), *stream.layout.grid, *m.config.patch_size, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return replace(stream, image=modulated(m.norm_out, stream.image, shift, scale))
+
+    def last_layer(self, stream: Stream) -> Stream:
+        return replace(stream, image=self.model.proj_out(stream.image))
+
+    def arranged(self, stream: Stream) -> Tensor:
+        """b (f y x) (o p q c) -> b c (f o) (y p) (x q)."""
+        tokens, patch = stream.image, self.model.config.patch_size
+        x = tokens.view(len(tokens), *stream.layout.grid, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
         return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def readout(self, stream: Stream) -> Output:
-        return Output(self.native(stream), None, stream.trace)
+        stream = self.projected(stream)
+        return Output(self.arranged(stream), None, stream.trace)

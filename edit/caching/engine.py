@@ -29,6 +29,7 @@ EXECUTED = "executed"
 FEW = 4  # evaluations of a few-step sampler, below which there is next to nothing to predict
 Axis = Literal["step", "t", "sigma", "logsnr"]
 Target = Literal["residual", "hidden"]
+End = Literal["units", "norm", "output"]
 
 
 def place(step: Step, axis: Axis) -> float:
@@ -317,6 +318,8 @@ class Span:
         target: "residual", tokens behind the last unit less those in front of the first, added to the present ones; or
             "hidden", the tokens behind the last unit
         at: the place of an evaluation, for the predictor
+        end: "units"; or the value is taken further behind, where the last unit is the model's: after the last "norm",
+            or after the "output" layer, and what is passed by ends there
         text: what the span does to the text: "kept", it writes none that is read afterwards; "written"; "ended", the
             last unit leaves none; found by `read`
     """
@@ -328,6 +331,7 @@ class Span:
     predictor: Predictor
     target: Target
     at: Callable[[Step], Any]
+    end: End = "units"
     text: Literal["kept", "written", "ended"] = "kept"
 
     def wrap(self, denoiser: Denoiser, front: int | None = None) -> None:
@@ -342,6 +346,8 @@ class Span:
         self.read(denoiser)
         for i in self.places:
             denoiser.units[i] = SpanUnit(denoiser.units[i], i, self)
+        for name in {"units": (), "norm": ("norm",), "output": ("norm", "output")}[self.end]:
+            denoiser.ends[name] = SpanEnd(self, name)
 
     def read(self, denoiser: Denoiser) -> None:
         """Find what the span does to the text."""
@@ -362,7 +368,7 @@ class Span:
             stream = self.enter(unit, stream, memory)
         if memory["computed"]:
             stream = unit(stream)
-        if index == self.last:
+        if index == self.last and self.end == "units":
             stream = self.leave(stream, memory)
         return stream
 
@@ -379,7 +385,7 @@ class Span:
         some = any(flags) if isinstance(chosen, bool) else anywhere(core(unit), any(flags), stream.image.device)
         memory["computed"], memory["whole"], memory["rows"] = some, stream, None
         if not some:
-            return self.rebuilt(stream, self.predicted(stream, memory))
+            return stream if self.end != "units" else self.rebuilt(stream, self.predicted(stream, memory))
         if all(flags):
             return stream
         assert isinstance(chosen, Tensor)
@@ -423,6 +429,24 @@ class Span:
         return replace(stream, image=tokens.image, text=text)
 
 
+class SpanEnd:
+    """A part of the readout that belongs to a span: a slot of `Denoiser.ends`."""
+
+    def __init__(self, span: Span, name: str):
+        self.span, self.name = span, name
+
+    def __call__(self, stream: Stream, run: Callable[[Stream], Stream]) -> Stream:
+        if stream.step is None:
+            return run(stream)
+        memory = stream.step.recall(self.span.edit.name, self.span.first)
+        last = self.name == self.span.end
+        if memory["computed"]:
+            stream = run(stream)
+        elif last:
+            stream = self.span.rebuilt(stream, self.span.predicted(stream, memory))
+        return self.span.leave(stream, memory) if last else stream
+
+
 class SpanCached(Cached):
     """A cache of one span: all units but those that always run."""
 
@@ -455,11 +479,21 @@ class SpanCached(Cached):
         predictor: Predictor,
         target: Target = "residual",
         front: int | None = None,
+        end: End = "units",
     ) -> None:
-        """Stand around the units of the span; arguments as of `Span` and `Span.wrap`."""
+        """Stand around the units of the span; arguments as of `Span` and `Span.wrap`.
+
+        Raises:
+            ValueError: if the family's readout has no such end, or another cache predicts one of these units
+        """
         units = self.units_of(denoiser)
         self.refuse_cached(denoiser)
-        Span(self, units[0], units[-1], gate, predictor, target, self.at).wrap(denoiser, front)
+        if end != "units" and denoiser.family.last_norm is Denoiser.last_norm:
+            raise ValueError(
+                f"{type(self).__name__}: this {denoiser.name} does not tell its last norm from its output layer: cache "
+                "behind the last unit"
+            )
+        Span(self, units[0], units[-1], gate, predictor, target, self.at, end).wrap(denoiser, front)
 
 
 class Front(Wrapper):

@@ -17,6 +17,7 @@ Specification: methods/feature-cache-baselines.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +25,8 @@ from torch import Tensor
 from edit.caching.engine import Cached, Predictor, place
 from edit.caching.first_block_cache import DBCache, FirstBlockCache
 from edit.caching.hosts import cache_of, evaluations, refused
-from edit.caching.lesa import BakedLESA, Mixed
+from edit.caching.lesa import BakedLESA
+from edit.caching.lesa_predictor import Mixed
 from edit.caching.span_reuse import SpanReuse
 from edit.caching.taylor import Ladder
 from edit.caching.taylorseer import TaylorSeer
@@ -88,7 +90,11 @@ def _by_table(cache: BakedLESA, own: Any, made: Sequence[Step]) -> tuple[Any, An
     """A trained predictor of the last hidden state; the first block runs at each step, which changes nothing."""
     if cache.guided:
         raise refused(cache, HOST, "its calibrators do not know the guidance branch: train one with guided=false")
+    if cache.site != "last_hidden":
+        raise refused(cache, HOST, f"it caches tokens behind blocks, and not at {cache.site}: train at last_hidden")
     cache.check(Sampler(), (*(step.sigma for step in made), 0.0))
+    levels = () if cache.schedule is None else cache.schedule.levels
+    made = [replace(step, levels=levels) for step in made]
     config = _masked(cache, [cache.computed(step.index) for step in made], (1, 0))
     return config, _calibrated(Mixed(cache, own), made, "hidden_states")
 

@@ -19,9 +19,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from edit.caching.lesa import LESA, full, remember
+from edit.caching.lesa import LESA, SITES, Site, full
+from edit.caching.lesa_predictor import remember
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, Natural, check_numbers
+from edit.objectives import default_objective
 from edit.paths import mean
 from edit.rollout import Answer, RolloutMethod, Visit
 from edit.sampling import Sampler
@@ -34,7 +36,7 @@ class FollowHistory(RolloutMethod):
 
     Args:
         edit: name of the edit
-        interval, first, forced: of that edit, which say what is predicted
+        interval, first, forced, site: of that edit, which say what is predicted
         true_history: remember the un-accelerated generation, as the first stage does; else what was predicted
     """
 
@@ -42,23 +44,40 @@ class FollowHistory(RolloutMethod):
     interval: Count = 7
     first: Count = 3
     forced: Natural | None = 3
+    site: Site = "last_hidden"
     true_history: bool = False
 
-    taps = (-1,)
-    teacher_taps = (-1,)
     asks = "path"
 
     def __post_init__(self):
         check_numbers(self)
+        if self.site not in SITES:
+            raise ValueError(f"FollowHistory: site is one of {', '.join(SITES)}, got {self.site!r}")
+
+    @property
+    def taps(self) -> tuple[int | str, ...]:  # type: ignore[override]
+        end = SITES[self.site]
+        return (-1 if end == "units" else end,)
+
+    @property
+    def teacher_taps(self) -> tuple[int | str, ...]:  # type: ignore[override]
+        return self.taps
 
     def check(self, student: Denoiser, sampler: Sampler, times: tuple[float, ...]) -> None:
         edit = student.applied.get(self.edit)
         if not isinstance(edit, LESA):
             there = ", ".join(f"{n} ({type(e).__name__})" for n, e in student.applied.items()) or "none"
             raise ValueError(f"the student has no LESA named {self.edit!r}, its edits: {there}: choose edits=lesa")
-        for name in ("interval", "first", "forced"):
+        for name in ("interval", "first", "forced", "site"):
             if (mine := getattr(self, name)) != (theirs := getattr(edit, name)):
                 raise ValueError(f"{name} is {mine}, and that of the edit {self.edit} is {theirs}: give one number")
+        objective = default_objective(student) if edit.schedule is None else edit.schedule.objective
+        used = {edit.stage(objective.level(t)) for i, t in enumerate(times[:-1]) if not edit.computed(i)}
+        if used and (idle := sorted({*range(len(edit.windows))} - used)):
+            raise ValueError(
+                f"of the {len(times) - 1} evaluations none is predicted in stage {idle[0]} of {len(edit.windows)}, and "
+                f"its weights would not train: sample in more steps, or give edits.{self.edit} fewer boundaries"
+            )
         if edit.guided and sampler.guidance == 1:
             raise ValueError(
                 f"{self.edit} has weights for uncond, which guidance 1 does not train: set edits.{self.edit}.guided to "
@@ -90,17 +109,17 @@ class FollowHistory(RolloutMethod):
         return visit.teacher.prediction
 
 
-def last_unit(output: Output) -> str:
-    """The name of the record of the tapped unit's image tokens."""
-    return next(name for name in output.trace if name.startswith("unit.") and not name.endswith(".text"))
+def tapped(output: Output) -> str:
+    """The name of the record of the tapped image tokens."""
+    return next(name for name in output.trace if name.startswith(("unit.", "end.")) and not name.endswith(".text"))
 
 
 def tokens(output: Output) -> Tensor:
-    """Behind the last unit: b n d."""
-    return output.trace[last_unit(output)]
+    """At the site: b n d."""
+    return output.trace[tapped(output)]
 
 
 def behind(answer: Answer | None) -> Tensor:
-    """Tokens behind the last unit of all guidance branches, one after the other: k b n d."""
+    """Tokens at the site of all guidance branches, one after the other: k b n d."""
     assert answer is not None
-    return answer.record(last_unit(next(iter(answer.outputs.values()))))
+    return answer.record(tapped(next(iter(answer.outputs.values()))))

@@ -11,14 +11,16 @@ import edit
 from edit.caching.engine import Latest, Scheduled, SpanCached
 from edit.caching.graphs import Graphed
 from edit.caching.kan import BASES, Kan, KanLayer, bases
-from edit.caching.lesa import LESA, RING, BakedLESA, Mixed, Predictors, Schedule, Table, full
+from edit.caching.lesa import LESA, SITES, BakedLESA, Schedule, full
+from edit.caching.lesa_predictor import RING, Mixed, Predictors, Table
 from edit.caching.lesa_training import FollowHistory
 from edit.caching.taylor import Ladder
+from edit.denoiser import Denoiser
 from edit.edits import compact, trains
-from edit.objectives import FlowMatching, default_objective
+from edit.objectives import DDPM, FlowMatching, default_objective, schedule_tables
 from edit.rollout import Answer, Visit
 from edit.sampling import Sampler
-from edit.solvers import Euler, Heun, times
+from edit.solvers import DDIMSolver, Euler, Heun, times
 from edit.stream import Branch, Step, pack
 
 STEPS = 8
@@ -67,13 +69,17 @@ class Hold(SpanCached):
     """Interval reuse of the last hidden state."""
 
     interval: int = 3
+    end: str = "units"
 
     def apply(self, denoiser):
-        self.cache(denoiser, Scheduled(lambda step: full(step.index, self.interval, 3, 3)), Latest(), "hidden")
+        gate = Scheduled(lambda step: full(step.index, self.interval, 3, 3))
+        self.cache(denoiser, gate, Latest(), "hidden", end=self.end)
 
 
-@pytest.mark.parametrize("name", ["dit", "flux"])
-@pytest.mark.parametrize("network", ["kan", "mlp"])
+SITED = [("dit", site) for site in SITES] + [("flux", "post_norm"), ("sd3 dual", "velocity"), ("pixart", "post_norm")]
+
+
+@pytest.mark.parametrize(("name", "network"), [("dit", "kan"), ("dit", "mlp"), ("flux", "kan")])
 def test_without_a_step_size_it_is_interval_reuse_to_the_bit(name, network):
     wanted = paint(family(name, held=Hold()), STEPS)
     found = paint(family(name, lesa=small(init="reuse", network=network)), STEPS)
@@ -81,8 +87,34 @@ def test_without_a_step_size_it_is_interval_reuse_to_the_bit(name, network):
     assert not torch.equal(paint(family(name, lesa=small(network=network)), STEPS), wanted)  # as the release begins
 
 
-def test_with_interval_1_it_is_the_dense_sampler_to_the_bit():
-    assert torch.equal(paint(family("dit", lesa=small(interval=1)), STEPS), paint(family("dit"), STEPS))
+@pytest.mark.parametrize(("name", "site"), SITED[1:])
+def test_at_every_site_it_is_interval_reuse_there_without_a_step_size(name, site):
+    wanted = paint(family(name, held=Hold(end=SITES[site])), STEPS)
+    assert torch.equal(paint(family(name, lesa=small(init="reuse", site=site)), STEPS), wanted)
+    assert not torch.equal(paint(family(name, held=Hold()), STEPS), wanted)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_with_interval_1_it_is_the_dense_sampler_to_the_bit(site):
+    assert torch.equal(paint(family("dit", lesa=small(interval=1, site=site)), STEPS), paint(family("dit"), STEPS))
+
+
+@pytest.mark.parametrize(("site", "norms", "layers"), [("last_hidden", 8, 8), ("post_norm", 5, 8), ("velocity", 5, 5)])
+def test_a_predicted_evaluation_runs_what_lies_behind_its_site_alone(site, norms, layers):
+    net, calls = family("dit", lesa=small(site=site)), []
+    last = net.model.final_layer
+    last.norm_final.register_forward_hook(lambda *_: calls.append("norm"))
+    last.linear.register_forward_hook(lambda *_: calls.append("layer"))
+    paint(net, STEPS)
+    assert (calls.count("norm"), calls.count("layer")) == (norms, layers)  # of 8 evaluations 5 are computed
+
+
+def test_a_family_that_has_its_readout_in_one_piece_is_cached_behind_the_last_unit_alone(monkeypatch):
+    from edit.backbones.dit import DiT
+
+    monkeypatch.setattr(DiT, "last_norm", Denoiser.last_norm)
+    with pytest.raises(ValueError, match="LESA: this dit does not tell its last norm from its output layer: cache"):
+        family("dit", lesa=small(site="post_norm"))
 
 
 def test_separate_branches_are_predicted_as_those_that_share_a_batch():
@@ -148,6 +180,24 @@ def test_stages_lie_between_noise_levels():
     shifted = times(50, 3.1582)  # FLUX at 1024 x 1024: mu = 1.15
     found = [edit_.stage(t) for t in shifted[:-1]]
     assert (found.index(1), found.index(2)) == (13, 38)
+
+
+def test_of_a_model_of_noise_stages_and_offsets_are_of_noise_levels():
+    """Halfway through its thousand steps DDPM's sample is three quarters noise."""
+    net, objective = moved(family("pixart", lesa=small(steps=10))), DDPM()
+    walk = sampler(net, 10).walk(net, objective, told(net), torch.arange(2))
+    step = walk.moment.step
+    signal, spread, *_ = schedule_tables(1000, 1e-4, 0.02, torch.device("cpu"))
+    at_ = (torch.tensor(step.times[:-1]) * 1000).round().long() - 1
+    torch.testing.assert_close(torch.tensor(step.levels[:-1]), (spread / (signal + spread))[at_])
+    assert step.levels[-1] == 0 and step.levels == Schedule(DDIMSolver(10), objective).levels
+    edit_, own = net.applied["lesa"], net.edits["lesa"]
+    assert [edit_.kind(replace(step, index=i))[0] for i in range(10)] == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+    seen = []
+    own.offsets = lambda levels: seen.append(levels) or Predictors.offsets(own, levels)
+    own.now(slice(0, 1), replace(step, index=5))
+    own.alphas(step.levels)
+    assert seen == [step.levels] * 2
 
 
 # ---- the network and its table ---------------------------------------------------------------------------------------
@@ -219,13 +269,17 @@ def test_the_table_is_the_network_at_every_evaluation_and_nothing_else_is_left(n
     assert LESA().compact(Predictors(LESA(hidden=8))) is None  # of no schedule: there is no table
 
 
-@pytest.mark.parametrize("name", ["dit", "flux"])
-def test_the_artifact_has_the_table_and_paints_the_same(name, tmp_path):
-    net = moved(family(name, lesa=small(schedule=OF_8)))
+@pytest.mark.parametrize(
+    ("name", "site"), [("dit", "velocity"), ("flux", "last_hidden"), ("pixart", "last_hidden"), ("flux", "post_norm")]
+)
+def test_the_artifact_has_the_table_and_paints_the_same(name, site, tmp_path):
+    of = Schedule(DDIMSolver(STEPS), DDPM()) if name == "pixart" else OF_8
+    net = moved(family(name, lesa=small(schedule=of, site=site)))
     wanted = paint(net, STEPS)
     edit.save(compact(net), tmp_path / "a")
     loaded = edit.load(tmp_path / "a").denoiser
-    assert type(loaded.applied["lesa"]) is BakedLESA and loaded.applied["lesa"].schedule == OF_8
+    assert type(loaded.applied["lesa"]) is BakedLESA and loaded.applied["lesa"].site == site
+    assert loaded.applied["lesa"].schedule == of
     assert {k for k in loaded.state_dict() if k.startswith("edits.")} == {
         f"edits.lesa.{k}" for k in ("mix", "bias", "table")
     }
@@ -361,17 +415,19 @@ def test_units_run_in_no_evaluation_on_the_true_history_and_else_in_full_ones_al
     assert calls.count(True) == (0 if true_history else anchors * len(net.units))
 
 
-def test_what_is_remembered_is_the_truth_or_what_was_predicted():
+@pytest.mark.parametrize("site", SITES)
+def test_what_is_remembered_is_the_truth_or_what_was_predicted(site):
     for true_history in (True, False):
-        net, seen = student(), []
-        method = follow(true_history=true_history)
+        net, seen = student(site=site), []
+        method = follow(true_history=true_history, site=site)
+        (record,) = (f"end.{tap}" if tap != -1 else "unit.1" for tap in method.taps)
 
-        def proceed(self, visit, keep=FollowHistory.proceed, seen=seen):
+        def proceed(self, visit, keep=FollowHistory.proceed, seen=seen, record=record):
             given = keep(self, visit)
             if visit.student is not None and self.trains(visit.step.index, STEPS):
                 (memory,) = visit.memory("lesa", 0).values()
                 new = memory["value"]["history"][-1]
-                truth, mine = (next(iter(a.outputs.values())).trace["unit.1"] for a in (visit.teacher, visit.student))
+                truth, mine = (next(iter(a.outputs.values())).trace[record] for a in (visit.teacher, visit.student))
                 seen.append((torch.equal(new, truth), torch.equal(new, mine)))
             return given
 
@@ -417,6 +473,7 @@ def test_guidance_in_an_interval_is_refused_and_a_sampler_that_fits_is_not():
         ({"boundaries": (0.5, 0.9)}, "fall from stage to stage"),
         ({"schedule": OF_8, "steps": 9}, "steps is 9, and schedule has 8"),
         ({"interval": 0}, "interval must be at least 1"),
+        ({"site": "nowhere"}, "site is one of last_hidden, post_norm, velocity, got 'nowhere'"),
     ],
 )
 def test_wrong_fields_are_refused(fields, said):
@@ -424,21 +481,26 @@ def test_wrong_fields_are_refused(fields, said):
         small(**fields)
 
 
-def test_a_model_of_noise_is_refused():
-    with pytest.raises(ValueError, match="this pixart predicts a noise: choose a model of velocities"):
-        family("pixart", lesa=small())
+def test_the_predictor_of_a_flow_is_refused_by_a_model_of_noise():
+    with pytest.raises(ValueError, match="schedule is of a model of the velocity, and this pixart predicts the noise"):
+        family("pixart", lesa=small(schedule=OF_8))
 
 
 def test_a_method_for_another_edit_is_refused():
-    net = SimpleNamespace(applied={"lesa": small()})
+    net = SimpleNamespace(applied={"lesa": small(boundaries=(0.4, 0.2))}, prediction="velocity")
     guided = Sampler(Euler(STEPS), 2.0)
     follow().check(net, guided, OF_8.times)
     with pytest.raises(ValueError, match="interval is 4, and that of the edit lesa is 3: give one number"):
         FollowHistory(interval=4).check(net, guided, OF_8.times)
+    with pytest.raises(ValueError, match="site is post_norm, and that of the edit lesa is last_hidden: give one"):
+        follow(site="post_norm").check(net, guided, OF_8.times)
     with pytest.raises(ValueError, match="has weights for uncond, which guidance 1 does not train"):
         follow().check(net, Sampler(Euler(STEPS)), OF_8.times)
     with pytest.raises(ValueError, match="no LESA named 'other', its edits: lesa .LESA.: choose edits=lesa"):
         replace(follow(), edit="other").check(net, guided, OF_8.times)
+    net.applied["lesa"].boundaries = (0.9, 0.4)
+    with pytest.raises(ValueError, match="of the 8 evaluations none is predicted in stage 0 of 3, and its weights"):
+        follow().check(net, guided, OF_8.times)
 
 
 # ---- whether it learns -----------------------------------------------------------------------------------------------

@@ -60,7 +60,8 @@ NEEDED = {  # of those that cannot do without a setting
 def settings() -> Iterator[type]:
     for module in pkgutil.walk_packages(edit.__path__, "edit."):
         for cls in vars(import_module(module.name)).values():
-            if inspect.isclass(cls) and cls.__module__ == module.name and is_dataclass(cls):
+            own = inspect.isclass(cls) and cls.__module__ == module.name and is_dataclass(cls)
+            if own and not inspect.isabstract(cls):
                 if issubclass(cls, FAMILIES) or cls in OTHERS or cls.__name__.endswith("Config"):
                     yield cls
 

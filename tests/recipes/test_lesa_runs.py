@@ -10,7 +10,6 @@ from weights import randomise
 import edit
 from edit.backbones.dit import DiTConfig
 from edit.caching.lesa import LESA, BakedLESA
-from edit.objectives import FlowMatching
 from edit.sampling import Sampler
 from edit.solvers import Euler
 from edit.stream import Condition
@@ -19,7 +18,14 @@ from recipes.config.errors import UserError
 from recipes.config.sources import register
 from recipes.models import made
 
-SHORT = ("before=[]", "sampler.solver.steps=8", "edits.lesa.interval=3", "+edits.lesa.hidden=8", "data.batch_size=4")
+SHORT = (
+    "before=[]",
+    "sampler.solver.steps=8",
+    "edits.lesa.interval=3",  # predicted are 4, 6 and 7, one in each stage
+    "+edits.lesa.boundaries=[0.4,0.2]",
+    "+edits.lesa.hidden=8",
+    "data.batch_size=4",
+)
 
 
 def words(folder, stage, name, *more):
@@ -38,10 +44,12 @@ def folder(tmp_path_factory):
     """With a model of random weights and both stages of a predictor."""
     folder = tmp_path_factory.mktemp("lesa")
     model = DiTConfig(8, 1, 4, 32, 2, 2, num_classes=10, learn_sigma=False, time="flow", frequency_shift=1).build()
-    randomise(model, 0)
-    edit.save(model, folder / "model", sampler=Sampler(Euler(4)))
+    for name, seed in (("other", 1), ("model", 0)):
+        randomise(model, seed)
+        edit.save(model, folder / name, sampler=Sampler(Euler(4)))
     train(folder, *words(folder, "lesa_truth", "it_truth"))
-    train(folder, *words(folder, "lesa", "it"))
+    train(folder, *words(folder, "lesa", "it", "trainer.max_steps=2"))
+    train(folder, *words(folder, "lesa_truth", "shifted_truth", "+sampler.solver.shift=1.2"))
     return folder
 
 
@@ -58,12 +66,12 @@ def test_the_first_stage_leaves_the_network_and_the_second_a_table(folder):
 
 
 def test_the_second_stage_begins_where_the_first_ended(folder):
-    """Stages that no evaluation of these updates lies in are the first's, unchanged."""
+    """The stage that none of its two updates lies in is the first's, unchanged."""
     first = edit.load(folder / "it_truth").denoiser.edits["lesa"]
     mix = edit.load(folder / "it").denoiser.edits["lesa"].mix
     for c in (0, 1):
-        assert torch.equal(mix[c, 0, -4:], first.sets[c][0].mix.weight[0])
-        assert not torch.equal(mix[c, 2], first.sets[c][2].mix.weight[0])
+        assert torch.equal(mix[c, 2], first.sets[c][2].mix.weight[0])
+        assert not torch.equal(mix[c, 0, -4:], first.sets[c][0].mix.weight[0])
 
 
 def test_the_artifact_samples_with_its_own_sampler_and_refuses_others(folder):
@@ -92,6 +100,13 @@ def test_the_artifact_samples_with_its_own_sampler_and_refuses_others(folder):
         (("recipe.method.interval=5",), "interval is 5, and that of the edit lesa is 3: give one number"),
         (("sampler.guidance=1.0",), "has weights for uncond, which guidance 1 does not train"),
         (("sampler.solver.steps=4", "edits.lesa.interval=1"), "trains none of 4 evaluations: sample in more steps"),
+        (("sampler.solver.steps=6", "edits.lesa.start=null"), "of the 6 evaluations none is predicted in stage 2 of 3"),
+        (("init={f}/other",), "was trained for another model, as its .* tells: train both stages for the same init"),
+        (
+            ("edits.lesa.start={f}/shifted_truth",),
+            "was trained with Euler.steps=8, shift=1.2., and this one is for Euler",
+        ),
+        (("edits.lesa.site=velocity",), "has site=last_hidden, and this one velocity: train both stages alike"),
         (("edits.lesa.steps=9",), "steps is 9, and schedule has 8 evaluations: give one number"),
     ],
 )
@@ -100,12 +115,16 @@ def test_parts_that_do_not_fit_are_refused_in_one_sentence(folder, more, said):
         train(folder, *words(folder, "lesa", "refused", *(w.format(f=folder) for w in more)))
 
 
-@pytest.mark.parametrize("world", ["dit_digits", "dit_pixels", "flux_tiny", "flux_wide", "qwen_image_tiny", "sd3_tiny"])
+@pytest.mark.parametrize(
+    "world", ["dit_digits", "dit_pixels", "flux_tiny", "flux_wide", "pixart_tiny", "qwen_image_tiny", "sd3_tiny"]
+)
 def test_both_stages_are_of_the_worlds_sampler(world):
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
         cfg = compose("train", [f"experiment={world}/lesa"])
     assert check(cfg) == []
     (lesa,), sampler = made(cfg.edits).values(), made(cfg.sampler)
-    assert lesa.schedule.times == sampler.solver.times_of(FlowMatching(), ()) and lesa.steps == 50
+    objective = made(cfg.objective)
+    assert lesa.schedule.times == sampler.solver.times_of(objective, ()) and lesa.steps == 50
+    assert {lesa.stage(v) for s, v in enumerate(lesa.schedule.levels[:-1]) if not lesa.computed(s)} == {0, 1, 2}
     assert cfg.before[1]["truth"][0] == f"experiment={world}/lesa_truth"

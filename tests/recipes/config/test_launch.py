@@ -573,6 +573,7 @@ SHIPPED += [f"backbone={name}" for name in composed.names(CONFIGS, "backbone")]
 
 NEED_A_START = ("experiment=dit_digits/depth", "experiment=dit_digits/lora")
 NEED_A_START += (
+    "experiment=dit_xl_2/harmonica",
     "experiment=dit_xl_2/tinyfusion_search",
     "experiment=sit_xl_2/tinyfusion_search",
     "experiment=sit_xl_2/dydit",
