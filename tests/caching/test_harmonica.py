@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from caches import FEW, branches_of, executed, family, generated, paint, sampler, told
-from small_runs import config, losses, rows, train
+from hydra import compose, initialize_config_dir
+from small_runs import CONFIGS, TWO_RANKS, config, losses, rows, train, train_ranks
 from torch import Tensor
 from weights import randomise
 
@@ -23,6 +24,9 @@ from edit.sampling import Sampler
 from edit.solvers import DDIMSolver, Euler, Heun
 from edit.stream import Branch, Condition, Step, pack
 from edit.unit import core
+from recipes.config.check import check
+from recipes.config.sources import register
+from recipes.models import made
 
 T = 4
 
@@ -454,6 +458,30 @@ def test_a_run_that_stops_inside_a_generation_goes_on_bit_equal(folder, run):
     assert losses(folder, "stopped") == losses(folder, "run")
     one, two = (edit.load(folder / name).denoiser.applied["harmonica"] for name in ("stopped", "run"))
     assert one.rows == two.rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_train_the_table_of_one_process(folder, strategy, run):
+    """Weights of evaluations are measured on the same generations on each rank, and gradients are of both."""
+    two = (f"trainer={strategy}", *TWO_RANKS[:3], "trainer.gradient_checkpointing=false", "trainer.max_steps=5")
+    told = [w for w in words(folder, f"two_{strategy}", *two) if not w.startswith("data.batch_size")]
+    train_ranks(folder, *told, "data.batch_size=2", "recipe.batches=8", world=2)
+    for key in ("train/loss", "train/effect_soft", "train/harmonica/weight"):
+        one, two = ([float(r[key]) for r in rows(folder, n)] for n in ("run", f"two_{strategy}"))
+        assert one == pytest.approx(two, rel=1e-4) and len(one) == 5
+    one, two = (edit.load(folder / n).denoiser.applied["harmonica"] for n in ("run", f"two_{strategy}"))
+    assert one.rows == two.rows
+
+
+@pytest.mark.parametrize("world", ["dit_pixels", "flux_tiny", "pixart_tiny"])
+def test_the_table_is_of_the_worlds_sampler(world):
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        cfg = compose("train", [f"experiment={world}/harmonica"])
+    assert check(cfg) == []
+    (router,), its = made(cfg.edits).values(), made(cfg.sampler)
+    assert router.steps == its.solver.evaluations == 10 and router.sampler == its and its.guidance > 1
 
 
 def test_a_model_without_a_router_is_refused_before_the_run(folder):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
-from small_runs import CONFIGS, losses, train
+from killed_runs import kill_at
+from small_runs import CONFIGS, TWO_RANKS, losses, train, train_ranks
 from weights import randomise
 
 import edit
@@ -100,19 +101,57 @@ def test_the_artifact_samples_with_its_own_sampler_and_refuses_others(folder):
         (("recipe.method.interval=5",), "interval is 5, and that of the edit lesa is 3: give one number"),
         (("sampler.guidance=1.0",), "has weights for uncond, which guidance 1 does not train"),
         (("sampler.solver.steps=4", "edits.lesa.interval=1"), "trains none of 4 evaluations: sample in more steps"),
-        (("sampler.solver.steps=6", "edits.lesa.start=null"), "of the 6 evaluations none is predicted in stage 2 of 3"),
-        (("init={f}/other",), "was trained for another model, as its .* tells: train both stages for the same init"),
+        (("sampler.solver.steps=6", "edits.lesa.start=null"), "of the 6 evaluations none is predicted in stage 0 of 3"),
+        (
+            ("init={f}/other", "edits.lesa.start={f}/it_truth"),
+            "was trained for another model, as its .* tells: train both stages for the same init",
+        ),
         (
             ("edits.lesa.start={f}/shifted_truth",),
             "was trained with Euler.steps=8, shift=1.2., and this one is for Euler",
         ),
-        (("edits.lesa.site=velocity",), "has site=last_hidden, and this one velocity: train both stages alike"),
+        (
+            ("edits.lesa.site=velocity", "recipe.method.site=velocity", "edits.lesa.start={f}/it_truth"),
+            "has site=last_hidden, and this one velocity: train both stages alike",
+        ),
         (("edits.lesa.steps=9",), "steps is 9, and schedule has 8 evaluations: give one number"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_in_one_sentence(folder, more, said):
     with pytest.raises((UserError, ValueError, FileNotFoundError, InstantiationException), match=said):
         train(folder, *words(folder, "lesa", "refused", *(w.format(f=folder) for w in more)))
+
+
+# ---- ranks and stops -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_the_second_stage_on_two_ranks_is_that_of_one_process(folder, strategy):
+    """Gradients are of all ranks, and so are norms that are clipped; the artifact is written once."""
+    two = (f"trainer={strategy}", *TWO_RANKS[:3], "trainer.gradient_checkpointing=false", "data.batch_size=2")
+    start = f"edits.lesa.start={folder}/it_truth"
+    train_ranks(folder, *words(folder, "lesa", f"two_{strategy}", start, "trainer.max_steps=6", *two), world=2)
+    if not (folder / "whole").exists():
+        train(folder, *words(folder, "lesa", "whole", start, "trainer.max_steps=6"))
+    one, two = ([float(v) for v in losses(folder, name)] for name in ("whole", f"two_{strategy}"))
+    assert one == pytest.approx(two, rel=1e-4) and len(one) == 6  # samples of a batch are summed in another order
+    one, two = (edit.load(folder / name).denoiser.edits.state_dict() for name in ("whole", f"two_{strategy}"))
+    for key, v in one.items():
+        torch.testing.assert_close(two[key], v, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_second_stage_goes_on_bit_equal(folder):
+    """Killed after step 6, from the checkpoint of step 4, inside the second generation: three updates in each."""
+    more = (f"edits.lesa.start={folder}/it_truth", "trainer.max_steps=12", "checkpoint.every=4")
+    train_ranks(folder, *words(folder, "lesa", "unbroken", *more))
+    told = words(folder, "lesa", "killed", *more)
+    kill_at(folder, "killed", 6, *(w for w in told if not w.startswith("name=")))
+    train_ranks(folder, *told)
+    assert losses(folder, "killed") == losses(folder, "unbroken") and len(losses(folder, "killed")) == 12
+    one, two = (edit.load(folder / name).denoiser.edits.state_dict() for name in ("killed", "unbroken"))
+    assert all(torch.equal(v, two[key]) for key, v in one.items())
 
 
 @pytest.mark.parametrize(
