@@ -162,7 +162,7 @@ class PixArt(PatchDenoiser):
         }
 
     def told(self, like: Tensor, rows: int, columns: int) -> dict[str, Tensor] | None:
-        """The size of a latent for as many samples as `like` has, of its precision; None: the model has no such input."""
+        """The size of a latent for as many samples as `like` has, of its precision; None: there is no such input."""
         if not self.model.use_additional_conditions:
             return None
         size = torch.tensor([rows * self.pixels, columns * self.pixels], dtype=like.dtype, device=like.device)
