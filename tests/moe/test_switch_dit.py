@@ -307,6 +307,23 @@ def test_gates_depend_on_the_time_alone(name):
     assert torch.equal(again[P], first[P]) and torch.equal(again[CHOSEN], first[CHOSEN])
 
 
+@torch.no_grad()
+def test_gates_are_a_softmax_over_the_experts_of_each_unit_and_drawn_for_each_alone():
+    net = edit.apply(small(hidden_size=64, num_heads=4), {"switch": SwitchDiT()})
+    own, (x, t, condition) = own_of(net), batch()
+    e = net.model.t_embedder(t)
+    for i in range(3):
+        w, c = own.router.weight[3 * i : 3 * i + 3], own.router.bias[3 * i : 3 * i + 3]
+        assert w.abs().max() < (bound := math.sqrt(6 / (64 + 3))) and w.std() == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert not c.any()
+        c.copy_(torch.tensor([0.5, -0.5, 0.0]))
+        p = (e / (1 + (-e).exp()) @ w.T + c).softmax(1)
+        out = net(x, t, condition)
+        torch.testing.assert_close(out.trace[P][:, i], p)
+        for row, kept in zip(p, out.trace[CHOSEN][:, i], strict=True):  # the two largest, as they are
+            assert kept.tolist() == pytest.approx([v if v > row.min() else 0.0 for v in row.tolist()], abs=1e-6)
+
+
 @pytest.mark.parametrize("time", ["flow", "sit", "ddpm"])
 @torch.no_grad()
 def test_the_table_is_what_a_forward_decides_at_each_time(time):
