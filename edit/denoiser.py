@@ -149,7 +149,8 @@ class Edit(ABC):
         return {}
 
     def decisions(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Executed fraction of each unit, in [0, 1], for reports: u b, or u b n where tokens are chosen."""
+        """Executed fraction of each unit, in [0, 1], for reports: u b, or u b n where tokens are chosen. Of experts
+        (SwitchDiT), which always cost the same: the fraction that one of them serves, by its name."""
         return {}
 
     def further(self, output: Output) -> dict[str, Output]:
@@ -303,6 +304,14 @@ class Denoiser(nn.Module, ABC):
     def last_layer(self, stream: Stream) -> Stream:
         """Behind the output layer, b n c: all that `readout` arranges to a sample."""
         raise NotImplementedError
+
+    def embed_times(self, t: Tensor) -> Tensor:
+        """`Stream.time` of times without their samples: b in [0, 1] -> b d. For tables over all times.
+
+        Raises:
+            ValueError: if the family does not embed the time alone
+        """
+        raise ValueError(f"this {self.name} embeds no times alone: use a family whose Denoiser.embed_times does")
 
     @abstractmethod
     def keep(self, indices: Sequence[int]) -> None:

@@ -19,6 +19,7 @@ MATCHING, SHARED = 200, 100  # MATCHING + k: uses of a few-step method; + SHARED
 RESAMPLE, SHUFFLE = 101, 102  # latents from their moments; the order of an epoch
 MOVE, GRAIN = 103, 104  # where a picture is moved; the grain of one that shows nothing
 PICK = 105  # which tokens are run
+SHUFFLED = 106  # the columns of a matching, for ties
 SOLVER = 1000  # SOLVER + k: noise of the sampler's k-th step
 TERMS = 1 << 20  # TERMS + a number of 42 bits: uses of a loss term
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from families import BACKBONES, inputs
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -35,6 +36,21 @@ def test_a_state_dict_that_does_not_fit_is_refused_in_one_sentence(given, compla
 
 
 # ---- the forward pass ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.no_grad()
+def test_times_are_embedded_alone_as_they_are_with_their_samples(name):
+    torch.manual_seed(0)
+    denoiser = BACKBONES[name].build()
+    randomise(denoiser)
+    x, t, condition = inputs(denoiser, 3)
+    wanted = denoiser.embed(**denoiser.pack(x.float(), t.float(), condition.map(whole))).time
+    assert torch.equal(denoiser.embed_times(t.float()), wanted)
+
+
+def whole(v: Tensor) -> Tensor:
+    return v.float() if v.is_floating_point() else v
 
 
 @torch.no_grad()

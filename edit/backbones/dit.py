@@ -358,16 +358,21 @@ class DiT(Denoiser):
             m.rope.copy_(rope_table(c.hidden_size // c.num_heads, c.grid, c.registers))
 
     def pack(self, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Tensor]:
+        if condition.label is None:
+            raise ValueError("dit is class-conditional: condition.label is missing; use a data set with labels")
+        return {"sample": x, "timestep": self.times(t), "label": condition.label}
+
+    def times(self, t: Tensor) -> Tensor:
         """Times as the network was trained on them.
 
         "flow": t itself, 1 = noise. "sit": 1 - t, since the official SiT runs from noise at 0 to data at 1 (`readout`
         turns the sign of its velocity). "ddpm": the index 1000 t - 1 in 0..999; t = 0 is clean data, before index 0.
         """
-        if condition.label is None:
-            raise ValueError("dit is class-conditional: condition.label is missing; use a data set with labels")
         c = self.spec
-        native = t if c.time == "flow" else 1 - t if c.time == "sit" else torch.round(t.float() * 1000 - 1)
-        return {"sample": x, "timestep": native, "label": condition.label}
+        return t if c.time == "flow" else 1 - t if c.time == "sit" else torch.round(t.float() * 1000 - 1)
+
+    def embed_times(self, t: Tensor) -> Tensor:
+        return self.model.t_embedder(self.times(t))
 
     def embed(self, sample: Tensor, timestep: Tensor, label: Tensor) -> Stream:
         m, c = self.model, self.spec

@@ -269,11 +269,19 @@ class DiTDiffusers(PatchDenoiser):
             missing = "timestep" if timestep is None else "class_labels"
             raise ValueError(f"{self.name} needs {missing}, one per sample")
         image, grid = self.patches(hidden_states)
-        first = self.model.transformer_blocks[0]
-        sinusoid = first.norm1.emb.time_proj(timestep).to(image.dtype)
-        layout = Told(grid=grid, label=class_labels, sinusoid=sinusoid)
-        time, label = first.tell_all(layout)
+        layout = self.told(grid, class_labels, timestep, image.dtype)
+        time, label = self.model.transformer_blocks[0].tell_all(layout)
         return Stream(image=image, cond=time + label, time=time, signal=time + label, layout=layout)
+
+    def told(self, grid: tuple[int, int, int], label: Tensor, timestep: Tensor, dtype: torch.dtype) -> Told:
+        """What all units are told, for their own embeddings: stock times b, classes b."""
+        sinusoid = self.model.transformer_blocks[0].norm1.emb.time_proj(timestep).to(dtype)
+        return Told(grid=grid, label=label, sinusoid=sinusoid)
+
+    def embed_times(self, t: Tensor) -> Tensor:
+        label = torch.zeros(len(t), dtype=torch.int64, device=t.device)
+        layout = self.told((1, 1, 1), label, self.times(t), self.model.pos_embed.proj.weight.dtype)
+        return self.model.transformer_blocks[0].tell_all(layout)[0]
 
     def last_norm(self, stream: Stream) -> Stream:
         m = self.model

@@ -313,10 +313,8 @@ class Flux(StockDenoiser):
         m = self.model
         dtype = m.x_embedder.weight.dtype
         image, text = m.x_embedder(hidden_states.to(dtype)), m.context_embedder(encoder_hidden_states.to(dtype))
-        # times stay in fp32, where stock rounds them: a bf16 teacher must be asked at the student's time
         e, pooled = m.time_text_embed, pooled_projections.to(dtype)
-        time = e.timestep_embedder(e.time_proj(timestep.float() * 1000).to(dtype))
-        cond = time
+        cond = time = self.embed_times(timestep)
         if guidance is not None:
             cond = cond + e.guidance_embedder(e.time_proj(guidance.float() * 1000).to(dtype))
         cond = cond + e.text_embedder(pooled)
@@ -327,6 +325,11 @@ class Flux(StockDenoiser):
             grid = (last[0] + 1, last[1] + 1, last[2] + 1)
         layout = Layout(grid=grid, text_length=text.shape[1], rope=torch.stack((cos[:, ::2], sin[:, ::2])))
         return Stream(image=image, text=text, cond=cond, time=time, signal=cond, layout=layout)
+
+    def embed_times(self, t: Tensor) -> Tensor:
+        """Times stay in fp32, where stock rounds them: a bf16 teacher must be asked at the student's time."""
+        e, dtype = self.model.time_text_embed, self.model.x_embedder.weight.dtype
+        return e.timestep_embedder(e.time_proj(t.float() * 1000).to(dtype))
 
     def last_norm(self, stream: Stream) -> Stream:
         return replace(stream, image=self.model.norm_out(stream.image, stream.cond))

@@ -153,18 +153,26 @@ class PixArt(PatchDenoiser):
         self.need(condition)
         if condition.guidance is not None:
             raise ValueError("pixart was not distilled for guidance: leave condition.guidance out")
-        told = None
-        if self.model.use_additional_conditions:
-            rows, columns = x.shape[2:]
-            size = torch.tensor([rows * self.pixels, columns * self.pixels], dtype=x.dtype, device=x.device)
-            told = {"resolution": size.repeat(len(x), 1), "aspect_ratio": x.new_full((len(x), 1), rows / columns)}
         return {
             "hidden_states": x,
             "encoder_hidden_states": condition.text,
             "timestep": self.times(t),
-            "added_cond_kwargs": told,
+            "added_cond_kwargs": self.told(x, *x.shape[2:]),
             "encoder_attention_mask": condition.text_mask,
         }
+
+    def told(self, like: Tensor, rows: int, columns: int) -> dict[str, Tensor] | None:
+        """The size of a latent for as many samples as `like` has, of its precision; None: there is no such input."""
+        if not self.model.use_additional_conditions:
+            return None
+        size = torch.tensor([rows * self.pixels, columns * self.pixels], dtype=like.dtype, device=like.device)
+        return {"resolution": size.repeat(len(like), 1), "aspect_ratio": like.new_full((len(like), 1), rows / columns)}
+
+    def embed_times(self, t: Tensor) -> Tensor:
+        """With the model's own size in it, where it is told one."""
+        told = self.told(t, *self.sample_shape[1:]) or {"resolution": None, "aspect_ratio": None}
+        dtype = self.model.pos_embed.proj.weight.dtype
+        return self.model.adaln_single.emb(self.times(t), **told, batch_size=len(t), hidden_dtype=dtype)
 
     def embed(
         self,

@@ -276,6 +276,9 @@ class QwenImage(StockDenoiser):
         )
         return Stream(image=image, text=text, cond=time, time=time, signal=time, layout=layout)
 
+    def embed_times(self, t: Tensor) -> Tensor:
+        return self.model.time_text_embed(t.float(), self.model.img_in.weight)
+
     def last_norm(self, stream: Stream) -> Stream:
         return replace(stream, image=self.model.norm_out(stream.image, stream.cond))
 

@@ -312,11 +312,19 @@ class SD3(StockDenoiser):
         # the convolution leaves them channels first: a layout that every later sum would inherit
         image = m.pos_embed(hidden_states.to(dtype)).contiguous()
         text = m.context_embedder(encoder_hidden_states.to(dtype))
-        time = e.timestep_embedder(e.time_proj(timestep).to(dtype))
+        time = self._embedded(timestep)
         cond = time + e.text_embedder(pooled_projections.to(dtype))
         rows, columns = (s // patch for s in hidden_states.shape[2:])
         layout = Layout(grid=(1, rows, columns), text_length=text.shape[1])
         return Stream(image=image, text=text, cond=cond, time=time, signal=cond, layout=layout)
+
+    def _embedded(self, timestep: Tensor) -> Tensor:
+        """Stock times, b in [0, 1000] -> b d."""
+        e = self.model.time_text_embed
+        return e.timestep_embedder(e.time_proj(timestep).to(self.model.pos_embed.proj.weight.dtype))
+
+    def embed_times(self, t: Tensor) -> Tensor:
+        return self._embedded(t * 1000)
 
     def last_norm(self, stream: Stream) -> Stream:
         return replace(stream, image=self.model.norm_out(stream.image, stream.cond))

@@ -225,6 +225,10 @@ class Wan(StockDenoiser):
         layout = Layout(grid=grid, text_length=text.shape[1], rope=torch.stack((cos, sin)).float())
         return Stream(image=image, text=text, cond=cond.unflatten(1, (6, -1)), time=time, signal=time, layout=layout)
 
+    def embed_times(self, t: Tensor) -> Tensor:
+        e, dtype = self.model.condition_embedder, self.model.patch_embedding.weight.dtype
+        return e.time_embedder(e.timesteps_proj(t * 1000).to(dtype))
+
     def last_norm(self, stream: Stream) -> Stream:
         m: Any = self.model
         shift, scale = (m.scale_shift_table + stream.time[:, None]).chunk(2, dim=1)  # type: ignore[index]
