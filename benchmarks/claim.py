@@ -11,6 +11,7 @@ Arms of training-free edits (`variants`, as in eval.py's words) share one model 
 trained once; seeds are those of the noise, and each is measured by a report of its own, in <claim>/noise_<seed>. A claim
 with both kinds of arms measures them in the same reports, against the arm `reference`: an arm that was trained with a seed in
 the report of this noise. There `model.<key>=<value>` are further words for the model's training, all others for the arms'.
+`<arm>.<key>=<value>` is a word for one arm alone.
 
 Winners are compared seed by seed; an arm is within another's spread where its mean is worse by no more than that one's
 standard deviation over seeds; `at_most` bounds a measure of one arm by a multiple of another's, seed by seed. A claim
@@ -102,7 +103,7 @@ def main(words: list[str]) -> int:
 
 
 def train(claim: Any, name: str, runs: Path, passed: Sequence[str]) -> dict[str, list[Path]]:
-    """Train every arm with every seed; `passed` are further words for train.py.
+    """Train every arm with every seed; `passed` are further words for train.py, of one arm if they begin with its name.
 
     Returns:
         The run folders of each arm, in the order of the seeds.
@@ -110,9 +111,11 @@ def train(claim: Any, name: str, runs: Path, passed: Sequence[str]) -> dict[str,
     folders: dict[str, list[Path]] = {}
     arms: Any = OmegaConf.to_container(claim.arms, resolve=False)  # ${...} in them is train.py's
     for arm, settings in arms.items():
+        others = [word for word in passed if word.partition(".")[0] not in arms]
+        more = [*others, *(word.removeprefix(f"{arm}.") for word in passed if word.startswith(f"{arm}."))]
         for seed in claim.seeds:
             run_name = f"claims/{name}/{arm}_{seed}"
-            run("train.py", *settings, f"name={run_name}", f"seed={seed}", f"runs={runs}", "evaluate=null", *passed)
+            run("train.py", *settings, f"name={run_name}", f"seed={seed}", f"runs={runs}", "evaluate=null", *more)
             folders.setdefault(arm, []).append(runs / run_name)
     return folders
 

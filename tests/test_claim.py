@@ -125,11 +125,11 @@ def test_trained_arms_and_edits_of_one_model_are_measured_in_one_report_of_each_
 
     monkeypatch.setattr("benchmarks.claim.run", run)
     monkeypatch.setattr("benchmarks.claim.CLAIMS", tmp_path)
-    assert main(["both", f"runs={tmp_path}", "model.trainer.max_steps=7", "trainer.max_steps=9"]) == 0
+    assert main(["both", f"runs={tmp_path}", "model.trainer.max_steps=7", "trainer.max_steps=9", "lesa.seed=4"]) == 0
     folder = tmp_path / "claims" / "both"
     assert ran[0] == ("train.py", "experiment=dit_pixels/teacher", f"runs={tmp_path}", "trainer.max_steps=7")
     assert [w[2] for w in ran[1:3]] == ["name=claims/both/lesa_3", "name=claims/both/lesa_5"]
-    assert all("trainer.max_steps=9" in w for w in ran[1:3])
+    assert all("trainer.max_steps=9" in w and "seed=4" in w for w in ran[1:3])
     read = f"artifact={tmp_path / 'dit_pixels_teacher'}"
     assert ran[3:5] == [
         ("-m", "recipes.apply", read, "edits=none", "steps=50", f"out={folder}/all"),
