@@ -8,10 +8,11 @@ than which other (`better`), or no worse than which other (`within`). Every arm 
 runs/claims/<claim>/<arm>_<seed>; finished runs are not repeated. All of them are then measured with the same noise.
 
 Arms of training-free edits (`variants`, as in eval.py's words) share one model (`model`: words for train.py), which is
-trained once; seeds are those of the noise, and each is measured by a report of its own, in <claim>/noise_<seed>. A claim
-with both kinds of arms measures them in the same reports, against the arm `reference`: an arm that was trained with a seed in
-the report of this noise. There `model.<key>=<value>` are further words for the model's training, all others for the arms'.
-`<arm>.<key>=<value>` is a word for one arm alone.
+trained once; seeds are those of the noise, and each is measured by a report of its own, in <claim>/noise_<seed>.
+
+A claim with both kinds of arms measures them in the same reports, against the arm `reference`: an arm that was trained
+with a seed in the report of this noise. There `model.<key>=<value>` are further words for the model's training, all
+others for the arms'. `<arm>.<key>=<value>` is a word for one arm alone.
 
 Winners are compared seed by seed; an arm is within another's spread where its mean is worse by no more than that one's
 standard deviation over seeds; `at_most` bounds a measure of one arm by a multiple of another's, seed by seed. A claim

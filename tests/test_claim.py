@@ -104,8 +104,9 @@ def test_variants_are_measured_once_for_each_seed_on_one_model(monkeypatch, tmp_
 def test_trained_arms_and_edits_of_one_model_are_measured_in_one_report_of_each_seed(monkeypatch, tmp_path):
     file = tmp_path / "both.yaml"
     file.write_text(
-        "claim: a\nmodel: [experiment=dit_pixels/teacher]\nartifact: dit_pixels_teacher\nseeds: [3, 5]\nreference: all\n"
-        "arms: {lesa: [experiment=dit_pixels/lesa]}\nvariants: {all: {steps: 50}, one: {edits: reuse, reuse.interval: 3}}\n"
+        "claim: a\nmodel: [experiment=dit_pixels/teacher]\nartifact: dit_pixels_teacher\nseeds: [3, 5]\n"
+        "arms: {lesa: [experiment=dit_pixels/lesa]}\nreference: all\n"
+        "variants: {all: {steps: 50}, one: {edits: reuse, reuse.interval: 3}}\n"
         "better: [[lesa, one]]\nmeasures: {psnr: higher}\nevaluate: {n: 8}\n"
     )
     ran = []
