@@ -237,7 +237,8 @@ class Denoiser(nn.Module, ABC):
     latent or pixels b c *sizes (b c y x for images, b c f y x for video), `t` lies in [0, 1] with 1 = pure noise.
 
     A family implements `config`, `from_config`, `facts`, `sample_shape`, `pack`, `embed`, `readout`, `keep`, `null` and
-    the two converters `to_stock` / `from_stock`; everything else is here.
+    the two converters `to_stock` / `from_stock`; everything else is here. One whose readout has a last norm apart from
+    its output layer gives both (`last_norm`, `last_layer`) and reads out what `projected` returns.
     """
 
     name: ClassVar[str]  # short family name for messages, e.g. "dit"

@@ -224,12 +224,7 @@ class BakedLESA(Learned):
 
 
 def weights_of(path: str, edit: LESA, denoiser: Denoiser) -> Mapping[str, Tensor]:
-    """The weights of the edit of this name in a run or artifact.
-
-    Args:
-        path: of the run or artifact
-        edit: that takes them over
-        denoiser: that it was applied to
+    """The weights of the edit of this name in the run or artifact at a path, for this edit of this denoiser.
 
     Raises:
         ValueError: if there is none, or it is of another model, or predicts other evaluations or in another way
@@ -254,10 +249,8 @@ def weights_of(path: str, edit: LESA, denoiser: Denoiser) -> Mapping[str, Tensor
         )
     theirs = rebuild(told["sampler"], kind=Sampler).solver
     if edit.schedule is not None and theirs != edit.schedule.solver:
-        raise ValueError(
-            f"{who} was trained with {theirs}, and this one is for {edit.schedule.solver}: train both stages with one "
-            "solver"
-        )
+        mine = edit.schedule.solver
+        raise ValueError(f"{who} was trained with {theirs}, and this one is for {mine}: train both with one solver")
     if weight := first_difference(denoiser, home(folder, told)):
         raise ValueError(
             f"{who} was trained for another model, as its {weight} tells: train both stages for the same init"

@@ -13,7 +13,7 @@ from weights import randomise
 
 import edit
 from edit.backbones.dit import DiTConfig
-from edit.caching.harmonica import HarmoniCa, StepWiseDenoising
+from edit.caching.harmonica import Effects, HarmoniCa, StepWiseDenoising
 from edit.caching.reuse import Reuse
 from edit.caching.table_reuse import TableReuse
 from edit.calibrating import OnData
@@ -213,15 +213,24 @@ def test_where_old_and_new_agree_beta_alone_pushes_r_down():
     torch.testing.assert_close(row.grad, beta / len(r) * r * (1 - r))
 
 
-def test_where_they_differ_the_distance_pushes_r_up():
-    denoiser = routed(soft=True, beta=0.0)
-    fill(denoiser, 0.2)
+@pytest.mark.parametrize(("relaxation", "r"), [("soft", 0.2), ("ste", 0.05)])
+def test_where_they_differ_the_distance_pushes_r_up(relaxation, r):
+    denoiser = routed(soft=True, beta=0.0, relaxation=relaxation)
+    fill(denoiser, r)
     walk = walk_of(denoiser)
     with torch.no_grad():
         walk.moment.give(walk.moment.ask())
     student, teacher = ask(walk.moment), ask(walk.moment, dense=True)
     (student.prediction - teacher.prediction.detach()).square().mean().backward()
     assert denoiser.edits["it"].rho[1].grad.sum() < 0
+
+
+def test_the_distance_of_an_evaluation_weighs_as_much_as_its_replay_changes_the_latent():
+    own = Effects(T)
+    own.weights[2] = 3.0
+    one, zero = Answer(torch.full((2, 1, 2, 2), 2.0), {}), Answer(torch.zeros(2, 1, 2, 2), {})
+    visit = SimpleNamespace(step=Step(2, T, 0.5), student=one, teacher=zero, own=own)
+    assert StepWiseDenoising().losses(visit)["distance"].tolist() == [12.0, 12.0]
 
 
 # ---- 4: IEPO ---------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from edit.objectives import DDPM, FlowMatching, default_objective, schedule_tabl
 from edit.rollout import Answer, Visit
 from edit.sampling import Sampler
 from edit.solvers import DDIMSolver, Euler, Heun, times
-from edit.stream import Branch, Step, pack
+from edit.stream import Branch, Output, Step, pack
 
 STEPS = 8
 OF_8 = Schedule(Euler(STEPS), FlowMatching())
@@ -228,6 +228,9 @@ def test_the_layer_has_the_gradients_of_its_values_and_without_weights_gives_0()
     layer = KanLayer(3, 2).double()
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
+    with torch.no_grad():
+        layer.spline.zero_()
+        torch.testing.assert_close(layer(x), torch.nn.functional.silu(x) @ layer.base.T)
     layer.zero()
     assert not layer(x).any()
 
@@ -284,6 +287,13 @@ def test_the_artifact_has_the_table_and_paints_the_same(name, site, tmp_path):
         f"edits.lesa.{k}" for k in ("mix", "bias", "table")
     }
     assert torch.equal(paint(loaded, STEPS), wanted)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart"])
+def test_while_it_trains_it_predicts_as_afterwards(name):
+    """With a graph, weights are those of one evaluation; else they are looked up among those of all."""
+    net = moved(family(name, lesa=small()))
+    torch.testing.assert_close(paint(net.train(), STEPS), paint(net.eval(), STEPS), rtol=1e-4, atol=1e-5)
 
 
 def test_step_sizes_know_nothing_of_the_prompt():
@@ -361,6 +371,14 @@ def generations(net, method: FollowHistory, update, numbers=(0, 1)) -> list:
         walk.detach()
         pack(walk.memory, lambda v: pytest.fail("a graph in the memory") if v.requires_grad else v)
     return samples
+
+
+def test_the_loss_is_the_mean_absolute_distance_of_each_sample_and_branch():
+    def answer(value):
+        return Answer(torch.zeros(2), {"joint": Output(torch.zeros(2), None, {"unit.1": torch.full((4, 3, 2), value)})})
+
+    visit = SimpleNamespace(student=answer(2.0), teacher=answer(-1.0))
+    assert follow().losses(visit)["tokens"].tolist() == [3.0] * 4
 
 
 def test_gradients_reach_the_stage_of_the_evaluation_alone():
