@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edit.denoiser import Denoiser
 from edit.moe.grouped import grouped
 from edit.moe.routing import Choice, Gate, Router, check_gate, choose, record
 from edit.stream import Layout
@@ -251,11 +252,39 @@ def dense(unit: Unit, features: Features) -> Dense:
     return Dense(into, joined([w.bias for w in writers]), out, reader.bias if own else None)
 
 
+def layers_of(denoiser: Denoiser, unit: Unit, features: Features) -> list[str]:
+    """Full names of the layers that are a feed-forward's alone (`Edit.replaces`): a fused unit's output layer is not.
+
+    Args:
+        denoiser: around the unit
+        unit: of the family
+        features: as of `dense`
+    """
+    at = next(name for name, m in denoiser.named_modules() if m is unit)
+    readers = [path for path, _ in features.readers if unit.get_submodule(path).in_features == features.size]
+    return [f"{at}.{path}" for path in (*(path for path, _ in features.writers), *readers)]
+
+
+def divided(who: str, hidden: int, shared: int, experts: int) -> int:
+    """The width of each routed expert where hidden channels are divided among a shared one and E equal ones.
+
+    Raises:
+        ValueError: naming `who`, if they do not divide
+    """
+    rest = hidden - shared
+    if rest <= 0 or rest % experts:
+        raise ValueError(
+            f"{who}: {hidden} hidden channels less {shared} shared ones cannot be divided among {experts} experts of "
+            "one width: choose another number of experts or of shared channels"
+        )
+    return rest // experts
+
+
 @torch.no_grad()
 def take_neurons(moe: MoE, source: Dense, shared: Tensor | None, routed: Tensor) -> None:
-    """Give a layer the hidden channels of a dense feed-forward: the partition of Dense2MoE, or copies.
+    """Give a layer the hidden channels of a dense feed-forward: divided, as in Dense2MoE, or copies.
 
-    The shared expert takes b2, where it has one; routed experts have none of it.
+    b2 goes whole to whatever has one: the shared expert of a divided feed-forward alone, each of the copies.
 
     Args:
         moe: whose weights are written
@@ -273,6 +302,8 @@ def take_neurons(moe: MoE, source: Dense, shared: Tensor | None, routed: Tensor)
     biases = None if source.into_bias is None else source.into_bias.chunk(1 + moe.experts.gated)
     if biases is not None and moe.experts.into_bias is not None:
         moe.experts.into_bias.copy_(rows(biases, routed))
+    if source.out_bias is not None and moe.experts.out_bias is not None:
+        moe.experts.out_bias.copy_(source.out_bias.expand_as(moe.experts.out_bias))
     if shared is None or moe.shared is None:
         return
     moe.shared.into.weight.copy_(rows(parts, shared))

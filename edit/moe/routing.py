@@ -133,6 +133,12 @@ def record(layout: Layout, name: str, choice: Choice, samples: int, kept: Tensor
     layout.note(f"{name}.{PROBABILITIES}", mean)
 
 
+def layers(trace: Mapping[str, Tensor], edit: str) -> list[str]:
+    """Names of the layers of an edit that have recorded a load, in the order of units: <edit>.<unit>[.<which>]."""
+    found = [k.removesuffix(f".{LOADS}") for k in trace if k.startswith(f"{edit}.") and k.endswith(f".{LOADS}")]
+    return sorted(found, key=lambda name: (int(name.removeprefix(f"{edit}.").partition(".")[0]), name))
+
+
 def recorded(trace: Mapping[str, Tensor], names: Sequence[str], what: str) -> Tensor:
     """LOADS or PROBABILITIES of some layers: u b E."""
     return torch.stack([trace[f"{name}.{what}"] for name in names])
