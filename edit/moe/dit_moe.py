@@ -15,7 +15,7 @@ K / E, which changes it.)
 
 Specification: methods/dit-moe.md. Code and paper differ in alpha: 0.01 and 0.005, which is the best of their table and
 ours. Beyond class-conditional DiTs it is ours: of two-stream units the image's feed-forward is replaced; fused units
-(FLUX's single ones) are refused. "Deep half better than shallow half" (their ablation) is `half`.
+(FLUX's single ones) stay dense. "Deep half better than shallow half" (their ablation) is `half`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class DiTMoE(Edit):
         aux_scope: "batch" or "sample"
         gate_norm: "none", or "topk": gates divided by their sum
         start: "fresh", or "copies" of the trained feed-forwards
-        units: whose feed-forwards are replaced, counted from 0; none given: all that `every` and `half` leave
+        units: whose feed-forwards are replaced, counted from 0; none given: all that have one by itself, and of them
+            those that `every` and `half` leave
         every: the last of each so many units
         half: "all", or the "deep" or "shallow" half of the units
         ratio: width of a routed expert in widths of a token; with copies it is that of what they are copies of
@@ -93,11 +94,6 @@ class DiTMoE(Edit):
         own = nn.ModuleDict()
         for i in self.places(denoiser):
             unit = core(denoiser.units[i])
-            if unit.anatomy.fused:
-                raise ValueError(
-                    f"DiTMoE: unit {i} of this {denoiser.name} shares an output layer between attention and "
-                    "feed-forward: list others in units"
-                )
             weight = next(unit.parameters())
             with weight.device:
                 layer = self.layer(denoiser, f"{self.name}.{i}", hidden_of(unit), unit)
@@ -111,12 +107,18 @@ class DiTMoE(Edit):
         """The units whose feed-forwards are replaced."""
         depth, middle = len(denoiser.units), (len(denoiser.units) + 1) // 2
         halves = {"all": range(depth), "deep": range(middle, depth), "shallow": range(middle)}
-        found = [i for i in chosen("DiTMoE", self.units, denoiser) if i in halves[self.half]]
+        fused = {i for i, unit in enumerate(denoiser.units) if core(unit).anatomy.fused}
+        if odd := sorted(fused & {*self.units}):
+            raise ValueError(
+                f"DiTMoE: unit {odd[0]} of this {denoiser.name} has one output layer for attention and feed-forward: "
+                "list others in units"
+            )
+        found = [i for i in chosen("DiTMoE", self.units, denoiser) if i in halves[self.half] and i not in fused]
         found = [i for i in found if (i + 1) % self.every == 0]
         if not found:
             raise ValueError(
-                f"DiTMoE: none of the {depth} units of this {denoiser.name} is left by every={self.every} and "
-                f"half={self.half}: choose a smaller every"
+                f"DiTMoE: every={self.every} and half={self.half} leave none of the {depth} units of this "
+                f"{denoiser.name} whose feed-forward is a layer of its own: choose a smaller every"
             )
         return found
 
