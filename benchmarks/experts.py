@@ -53,8 +53,10 @@ def forward(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def both(model: nn.Module, x: Tensor) -> None:
+    for p in (x, *model.parameters()):
+        p.grad = None
     y = forward(model, x)
-    torch.autograd.grad(y, [x, *model.parameters()], torch.ones_like(y))
+    y.backward(torch.ones_like(y))
 
 
 class Traffic(TorchDispatchMode):
