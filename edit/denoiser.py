@@ -153,6 +153,11 @@ class Edit(ABC):
         (SwitchDiT), which always cost the same: the fraction that one of them serves, by its name."""
         return {}
 
+    def loads(self, trace: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Of each layer with experts, by its unit ("3", "3.text"), the share of the assignments that each expert has,
+        for reports: b E."""
+        return {}
+
     def further(self, output: Output) -> dict[str, Output]:
         """Further predictions of the same samples, from the trace; the objective scores them like the first."""
         return {}

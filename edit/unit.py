@@ -38,6 +38,7 @@ class Features:
     # Writers whose outputs one module normalises together, with its path (an RMSNorm across all heads): such a writer
     # runs whole whichever features are left, for the others are in the mean.
     norms: tuple[tuple[str, str], ...] = ()
+    gate: Callable[[Tensor], Tensor] | None = None  # of a gated feed-forward: the activation of the first of two parts
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ class DiTBlock(Unit):
     def anatomy(self) -> Anatomy:
         a, m = self.attn, self.mlp
         if isinstance(m, SwiGLU):
-            feed = Features(m.w3.in_features, (("mlp.w12", 2),), (("mlp.w3", 0),))
+            feed = Features(m.w3.in_features, (("mlp.w12", 2),), (("mlp.w3", 0),), gate=F.silu)
         else:
             feed = Features(m.fc2.in_features, (("mlp.fc1", 1),), (("mlp.fc2", 0),), None, gelu)
         size = a.proj.in_features

@@ -1,0 +1,314 @@
+"""A feed-forward of experts: each token goes through k of E, and all tokens through a shared one.
+
+    y = f_shared(u) + sum_{i in S} g_i f_i(u),  f(u) = W2 a(W1 u + b1) + b2,  or gated: W2 (a(W1 u) * W3 u)
+
+Tokens are brought into the order of their experts, each matrix is one grouped product, and each token gathers its
+outputs again: no loop over experts, no wait for the device, no token dropped, and no sum whose order is left open,
+forward and backward. Weights of all experts are one parameter each: FSDP2 shards them by experts, ZeRO-3 gathers them
+whole, and an expert that no token has reached has a gradient of zero.
+
+Specifications: methods/dit-moe.md ("Inference procedure"), methods/dense2moe.md.
+
+Letters in shape comments: b samples, s tokens of a sample, n = b s tokens, r = n k rows, d width, E experts, k experts
+of a token, h hidden channels of an expert, w rows of W1: h, or 2 h where it is gated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edit.denoiser import Denoiser
+from edit.moe.grouped import grouped
+from edit.moe.routing import Choice, Gate, Router, check_gate, choose, record
+from edit.stream import Layout
+from edit.unit import Features, Unit
+
+Activation = Callable[[Tensor], Tensor]
+
+
+# ---- order ----------------------------------------------------------------------------------------------------------
+
+
+class Order(NamedTuple):
+    """Rows by expert. A row is a token at one of its k experts; tokens' own order is that of (token, place)."""
+
+    rows: Tensor  # r, int64: which row stands at each place
+    places: Tensor  # r, int64, the inverse: where each row stands
+    ends: Tensor  # E, int32: the place behind each expert's rows
+    experts: Tensor  # r, int64: the expert at each place
+
+
+def ordered(experts: Tensor, count: int) -> Order:
+    """The order of rows for the experts that tokens take: n k -> Order. Among one expert's rows it is the tokens'."""
+    each = experts.flatten()
+    found, rows = each.sort(stable=True)
+    places = torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows), device=rows.device))
+    counts = torch.zeros(count, dtype=torch.int32, device=each.device)
+    counts = counts.scatter_add_(0, each, torch.ones_like(each, dtype=torch.int32))  # bincount's shape would wait
+    return Order(rows, places, counts.cumsum(0, dtype=torch.int32), found)
+
+
+class _Gathered(torch.autograd.Function):
+    """x[rows], with a gradient that is gathered, too, instead of being added up in whatever order.
+
+    It has no forward mode, as torch's grouped product has none, and compilers take no function with one of its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, back: Tensor, times: int) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.times = times
+        return x[rows]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (back,) = ctx.saved_tensors
+        g = gradients[0][back]
+        return g if ctx.times == 1 else g.unflatten(0, (-1, ctx.times)).sum(1), None, None, None
+
+
+def to_experts(tokens: Tensor, order: Order, k: int) -> Tensor:
+    """A row for each expert of each token, by expert: n d -> r d."""
+    return _Gathered.apply(tokens, order.rows // k, order.places, k)
+
+
+def to_tokens(rows: Tensor, order: Order, gates: Tensor) -> Tensor:
+    """The gated sum of each token's rows, in fp32: r d, n k -> n d."""
+    own = _Gathered.apply(rows, order.places, order.rows, 1)
+    return (own.unflatten(0, gates.shape) * gates[..., None]).sum(1)
+
+
+# ---- feed-forwards --------------------------------------------------------------------------------------------------
+
+
+def computing(x: Tensor) -> torch.dtype:
+    """The precision of matrix products: that of autocast, which knows no grouped ones, else the tensor's own."""
+    kind = "cpu" if x.is_meta else x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def activated(hidden: Tensor, activation: Activation, gated: bool) -> Tensor:
+    """... w -> ... h; the gate is the first half."""
+    if not gated:
+        return activation(hidden)
+    gate, value = hidden.chunk(2, -1)
+    return activation(gate) * value
+
+
+class FeedForward(nn.Module):
+    """One feed-forward for all tokens: ... d -> ... d.
+
+    Args:
+        width: d
+        hidden: h
+        activation: of hidden channels
+        gated: whether half of the rows of `into` are gates
+        bias: b1
+        out_bias: b2
+    """
+
+    def __init__(
+        self, width: int, hidden: int, activation: Activation, gated: bool, bias: bool = False, out_bias: bool = False
+    ):
+        super().__init__()
+        self.activation, self.gated = activation, gated
+        self.into = nn.Linear(width, (1 + gated) * hidden, bias=bias)
+        self.out = nn.Linear(hidden, width, bias=out_bias)
+        for part in (*self.into.weight.detach().chunk(1 + gated), self.out.weight):
+            nn.init.xavier_uniform_(part)
+        for b in (self.into.bias, self.out.bias):
+            if b is not None:
+                nn.init.zeros_(b)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(activated(self.into(tokens), self.activation, self.gated))
+
+
+class Experts(nn.Module):
+    """E feed-forwards, of which each token goes through those that were chosen for it.
+
+    Args:
+        count: E
+        width: d
+        hidden: h
+        activation, gated, bias, out_bias: as of `FeedForward`
+    """
+
+    def __init__(
+        self,
+        count: int,
+        width: int,
+        hidden: int,
+        activation: Activation,
+        gated: bool,
+        bias: bool = False,
+        out_bias: bool = False,
+    ):
+        super().__init__()
+        self.activation, self.gated = activation, gated
+        self.into = nn.Parameter(torch.empty(count, (1 + gated) * hidden, width))
+        self.out = nn.Parameter(torch.empty(count, width, hidden))
+        self.into_bias = nn.Parameter(torch.zeros(count, (1 + gated) * hidden)) if bias else None
+        self.out_bias = nn.Parameter(torch.zeros(count, width)) if out_bias else None
+        for stack in (*self.into.detach().chunk(1 + gated, 1), self.out):
+            bound = (6 / (stack.shape[1] + stack.shape[2])) ** 0.5  # Xavier, each expert by itself
+            nn.init.uniform_(stack, -bound, bound)
+
+    def forward(self, tokens: Tensor, choice: Choice) -> Tensor:
+        """The gated sum of the chosen experts: n d -> n d."""
+        dtype, k = computing(tokens), choice.experts.shape[1]
+        order = ordered(choice.experts, len(self.into))
+        rows = self.compute(to_experts(tokens.to(dtype), order, k), order)
+        return to_tokens(rows, order, choice.gates).to(dtype)
+
+    def compute(self, rows: Tensor, order: Order) -> Tensor:
+        """Each row through its expert: r d -> r d, in the order of experts."""
+
+        def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            y = grouped(x, weight.to(x.dtype), order.ends)
+            return y if bias is None else y + F.embedding(order.experts, bias.to(x.dtype))
+
+        hidden = activated(product(rows, self.into, self.into_bias), self.activation, self.gated)
+        return product(hidden, self.out, self.out_bias)
+
+
+class MoE(nn.Module):
+    """A feed-forward of experts with its router: the slot `ffn` or `text_ffn` of a unit, and what FSDP2 gathers by
+    itself (`Edit.shards`).
+
+    Args:
+        name: of the layer's records in the trace, `<name>.loads` and `<name>.probabilities`
+        router: of E logits
+        experts: E of them; None: there is the shared one alone
+        shared: of all tokens, not weighted; None: there is none
+        k: experts of a token, 0 to E. It may be changed at any time: with 0 the shared one alone is run
+        gate, scale: as of `choose`
+        text: whether it stands in the slot `text_ffn`: padding then has no part in the load
+    """
+
+    def __init__(
+        self,
+        name: str,
+        router: Router,
+        experts: Experts,
+        shared: FeedForward | None,
+        k: int,
+        gate: Gate = "softmax",
+        scale: float = 1.0,
+        text: bool = False,
+    ):
+        super().__init__()
+        check_gate(name, gate, len(experts.into), k)
+        self.name, self.k, self.gate, self.scale, self.text = name, k, gate, scale, text
+        self.router, self.experts, self.shared = router, experts, shared
+
+    def forward(self, tokens: Tensor, layout: Layout) -> Tensor:  # b s d -> b s d
+        always = None if self.shared is None else self.shared(tokens)
+        if self.k == 0:
+            return torch.zeros_like(tokens) if always is None else always
+        flat = tokens.flatten(0, 1)
+        choice = choose(self.router(flat), self.k, self.gate, self.scale)
+        record(layout, self.name, choice, len(tokens), layout.text_mask if self.text else None)
+        y = self.experts(flat, choice).view(tokens.shape)
+        return y if always is None else always + y
+
+
+# ---- from and to dense feed-forwards --------------------------------------------------------------------------------
+
+
+class Dense(NamedTuple):
+    """The weights of a dense feed-forward."""
+
+    into: Tensor  # w d
+    into_bias: Tensor | None
+    out: Tensor  # d h
+    out_bias: Tensor | None  # None, too, where the layer is another branch's as well (fused units)
+
+
+def dense(unit: Unit, features: Features) -> Dense:
+    """The feed-forward of a unit, as views on its weights.
+
+    Args:
+        unit: of any family
+        features: its hidden channels: `unit.anatomy.feed` or `text_feed`
+    """
+
+    def joined(parts: list[Tensor | None]) -> Tensor | None:
+        known = [p for p in parts if p is not None]
+        return None if not known else known[0] if len(known) == 1 else torch.cat(known)
+
+    writers: list[Any] = [unit.get_submodule(path) for path, _ in features.writers]
+    (path, first), *_ = features.readers
+    reader: Any = unit.get_submodule(path)
+    own = reader.in_features == features.size
+    into = joined([w.weight for w in writers])
+    assert into is not None
+    out = reader.weight[:, first : first + features.size]
+    return Dense(into, joined([w.bias for w in writers]), out, reader.bias if own else None)
+
+
+def layers_of(denoiser: Denoiser, unit: Unit, features: Features) -> list[str]:
+    """Full names of the layers that are a feed-forward's alone (`Edit.replaces`): a fused unit's output layer is not.
+
+    Args:
+        denoiser: around the unit
+        unit: of the family
+        features: as of `dense`
+    """
+    at = next(name for name, m in denoiser.named_modules() if m is unit)
+    readers = [path for path, _ in features.readers if unit.get_submodule(path).in_features == features.size]
+    return [f"{at}.{path}" for path in (*(path for path, _ in features.writers), *readers)]
+
+
+def divided(who: str, hidden: int, shared: int, experts: int) -> int:
+    """The width of each routed expert where hidden channels are divided among a shared one and E equal ones.
+
+    Raises:
+        ValueError: naming `who`, if they do not divide
+    """
+    rest = hidden - shared
+    if rest <= 0 or rest % experts:
+        raise ValueError(
+            f"{who}: {hidden} hidden channels less {shared} shared ones cannot be divided among {experts} experts of "
+            "one width: choose another number of experts or of shared channels"
+        )
+    return rest // experts
+
+
+@torch.no_grad()
+def take_neurons(moe: MoE, source: Dense, shared: Tensor | None, routed: Tensor) -> None:
+    """Give a layer the hidden channels of a dense feed-forward: divided, as in Dense2MoE, or copies.
+
+    b2 goes whole to whatever has one: the shared expert of a divided feed-forward alone, each of the copies.
+
+    Args:
+        moe: whose weights are written
+        source: of h channels
+        shared: those of the shared expert, int64; None: it keeps its weights
+        routed: E x channels of an expert, int64
+    """
+    parts = source.into.chunk(1 + moe.experts.gated)
+
+    def rows(of: tuple[Tensor, ...], which: Tensor) -> Tensor:
+        return torch.cat([part[which] for part in of], which.ndim - 1)
+
+    moe.experts.into.copy_(rows(parts, routed))
+    moe.experts.out.copy_(source.out[:, routed].movedim(0, 1))
+    biases = None if source.into_bias is None else source.into_bias.chunk(1 + moe.experts.gated)
+    if biases is not None and moe.experts.into_bias is not None:
+        moe.experts.into_bias.copy_(rows(biases, routed))
+    if source.out_bias is not None and moe.experts.out_bias is not None:
+        moe.experts.out_bias.copy_(source.out_bias.expand_as(moe.experts.out_bias))
+    if shared is None or moe.shared is None:
+        return
+    moe.shared.into.weight.copy_(rows(parts, shared))
+    moe.shared.out.weight.copy_(source.out[:, shared])
+    if biases is not None and moe.shared.into.bias is not None:
+        moe.shared.into.bias.copy_(rows(biases, shared))
+    if source.out_bias is not None and moe.shared.out.bias is not None:
+        moe.shared.out.bias.copy_(source.out_bias)
