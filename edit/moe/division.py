@@ -69,6 +69,6 @@ def magnitude(whole: Dense, gated: bool) -> Tensor:
 
 
 def names_inside(denoiser: Denoiser, units: Iterable[int]) -> tuple[str, ...]:
-    """Beginnings of the full names of the parameters of some units."""
-    wanted = {id(core(denoiser.units[i])) for i in units}
+    """Beginnings of the full names of the parameters of some units, and of what edits have put in their slots."""
+    wanted = {id(m) for i in units for unit in [core(denoiser.units[i])] for m in (unit, *unit.filled.values())}
     return tuple(f"{name}." for name, module in denoiser.named_modules() if id(module) in wanted)
