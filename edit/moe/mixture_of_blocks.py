@@ -47,13 +47,13 @@ class MixtureOfBlocks(Edit):
     """Routers in front of groups of units.
 
     Args:
-        groups: (first unit, units, units that a sample takes), increasing and disjoint; see `block_groups.layout`
+        blocks: groups, (first unit, units, units that a sample takes), increasing and disjoint; see `block_groups.layout`
         alpha: part of tokens in a router's logits, the rest is the conditioning's
         selection: "topk", the likeliest units, or "window", adjacent ones
         others: train the units outside of groups, and what is in none, too
     """
 
-    groups: Groups
+    blocks: Groups
     alpha: Share = 0.5
     selection: Literal["topk", "window"] = "topk"
     others: bool = False
@@ -64,18 +64,18 @@ class MixtureOfBlocks(Edit):
 
     def __post_init__(self):
         check_numbers(self)
-        self.groups = as_groups("MixtureOfBlocks", self.groups)
+        self.blocks = as_groups("MixtureOfBlocks", self.blocks)
         if self.selection not in ("topk", "window"):
             raise ValueError(f"MixtureOfBlocks: selection must be topk or window, got {self.selection!r}")
 
     def apply(self, denoiser: Denoiser) -> nn.ModuleList:
-        check_groups("MixtureOfBlocks", self.groups, denoiser)
+        check_groups("MixtureOfBlocks", self.blocks, denoiser)
         facts, units = denoiser.facts, list(denoiser.units)
         first = next(core(units[0]).parameters())
         with first.device:
             parts = 2 if facts.text else 1
-            own = nn.ModuleList(BlockRouter(facts.width, parts, m, self.alpha) for _, m, _ in self.groups)
-        for g, (a, m, _) in enumerate(self.groups):
+            own = nn.ModuleList(BlockRouter(facts.width, parts, m, self.alpha) for _, m, _ in self.blocks)
+        for g, (a, m, _) in enumerate(self.blocks):
             for place in range(m):
                 units[a + place] = GroupedUnit(units[a + place], own[g], self, g, place)
         denoiser.units, self.depth = units, len(units)
@@ -85,13 +85,13 @@ class MixtureOfBlocks(Edit):
     @property
     def members(self) -> list[int]:
         """All units that are in groups."""
-        return [i for a, m, _ in self.groups for i in range(a, a + m)]
+        return [i for a, m, _ in self.blocks for i in range(a, a + m)]
 
     def trainable(self, name: str) -> bool:
         return self.others or name.startswith((*self.inside, f"edits.{self.name}."))
 
     def activated(self, denoiser: Denoiser) -> Mapping[str, float]:
-        shares = {i: kappa / m for a, m, kappa in self.groups for i in range(a, a + m)}
+        shares = {i: kappa / m for a, m, kappa in self.blocks for i in range(a, a + m)}
         names, found = [name for name, _ in denoiser.named_parameters()], {}
         for i, share in shares.items():
             beginnings = names_inside(denoiser, [i])
@@ -106,7 +106,7 @@ class MixtureOfBlocks(Edit):
         if f"{self.name}.0.q" not in trace:
             return {}
         sharp, taken, each = [], [], {}
-        for g, (a, m, kappa) in enumerate(self.groups):
+        for g, (a, m, kappa) in enumerate(self.blocks):
             q, opened = (trace[f"{self.name}.{g}.{what}"].detach() for what in ("q", "open"))
             usage = opened.mean(0)
             sharp.append(torch.special.entr(q).sum(1).mean() / math.log(max(m, 2)))
@@ -118,7 +118,7 @@ class MixtureOfBlocks(Edit):
         """Which units were run: u b."""
         if f"{self.name}.0.open" not in trace:
             return {}
-        rows = [trace[f"{self.name}.{g}.open"].detach().T for g in range(len(self.groups))]
+        rows = [trace[f"{self.name}.{g}.open"].detach().T for g in range(len(self.blocks))]
         members = torch.tensor(self.members, device=rows[0].device)
         everywhere = rows[0].new_ones(self.depth, rows[0].shape[1])
         return {"open": everywhere.index_copy(0, members, torch.cat(rows))}
@@ -204,7 +204,7 @@ class GroupedUnit(Wrapper):
 
     def decide(self, stream: Stream) -> Stream:
         """The stream with the group's decision in its trace: b m each."""
-        r, kappa = self.router(stream), self.edit.groups[self.group][2]
+        r, kappa = self.router(stream), self.edit.blocks[self.group][2]
         log_q = r.log_softmax(1)
         opened = selected(r, kappa, self.edit.selection)
         gates = opened * (log_q - log_q.detach()).exp()  # q / stopgrad(q), also where q is too small for a quotient
