@@ -81,14 +81,14 @@ def layout(lengths: Sequence[int], active: Sequence[int] | float) -> Groups:
     groups, start = [], 0
     for size, taken in zip(lengths, wanted, strict=True):
         left = size - taken
-        threes = max(0, 2 * left - (size - 2))
+        threes = max(0, 2 * left - max(0, size - 2)) if left else 0
         twos = left - 2 * threes
         if left < 0 or twos < 0:
             raise ValueError(
                 f"layout: {taken} of {size} units cannot be what groups of two and three take, where the first and the "
-                f"last always run: choose {size - (2 * (size - 2)) // 3} to {size}"
+                f"last always run: choose {size - 2 * max(0, size - 2) // 3} to {size}"
             )
-        count, free, at = twos + threes, size - 2 - 2 * twos - 3 * threes, start + 1
+        count, free, at = twos + threes, max(0, size - 2) - 2 * twos - 3 * threes, start + 1
         for j in range(count):
             m = 3 if (j + 1) * threes // count > j * threes // count else 2
             gap = (j + 1) * free // (count + 1) - j * free // (count + 1)

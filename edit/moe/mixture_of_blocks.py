@@ -47,7 +47,8 @@ class MixtureOfBlocks(Edit):
     """Routers in front of groups of units.
 
     Args:
-        blocks: groups, (first unit, units, units that a sample takes), increasing and disjoint; see `block_groups.layout`
+        blocks: groups of (first unit, units, units that a sample takes), increasing and disjoint; see
+            `edit.moe.block_groups.layout`
         alpha: part of tokens in a router's logits, the rest is the conditioning's
         selection: "topk", the likeliest units, or "window", adjacent ones
         others: train the units outside of groups, and what is in none, too
