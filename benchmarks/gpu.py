@@ -90,6 +90,16 @@ ENTRIES = (
         "diffusers",
     ),
     Entry(
+        "experts",
+        "a layer of experts against dense feed-forwards, at FLUX.1's widths",
+        "experts against dense feed-forwards",
+        module(
+            "experts", "--precision bf16 --tokens 1024,4096,8192,16384,65536 --layouts dense2moe,dit_moe --rounds 10"
+        ),
+        module("experts", "--width 64 --tokens 128 --layouts dense2moe,dit_moe --rounds 1 --warmup 0"),
+        180,
+    ),
+    Entry(
         "caching_flux1",
         "interval reuse on true blocks of FLUX.1",
         "interval reuse, six guided steps",

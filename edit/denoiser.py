@@ -150,6 +150,11 @@ class Edit(ABC):
         """Executed fraction of each unit, in [0, 1], for reports: u b, or u b n where tokens are chosen."""
         return {}
 
+    def loads(self, trace: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Of each layer with experts, by its unit ("3", "3.text"), the share of the assignments that each expert has,
+        for reports: b E."""
+        return {}
+
     def further(self, output: Output) -> dict[str, Output]:
         """Further predictions of the same samples, from the trace; the objective scores them like the first."""
         return {}

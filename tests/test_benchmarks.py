@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.experts import LAYOUTS, both, counted, forward
 from benchmarks.routing import BELOW, DYDIT, ELASTIC, dydit, elastic, executed
 from edit.backbones.dit import DiTConfig
 from edit.routing.elastic import forced
@@ -32,3 +33,13 @@ def test_the_work_that_is_timed_falls_with_the_budget(method, budgets):
         shares.append(share)
         assert budget - 0.2 < share < budget + 0.3
     assert shares == sorted(shares, reverse=True) and shares[-1] < 0.8
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_do_the_work_of_a_dense_feed_forward_as_wide_as_what_a_token_takes(layout):
+    work = {step: counted(layout, 64, 96, torch.float32, step) for step in (forward, both)}
+    router = 2 * 96 * 64 * LAYOUTS[layout][0] / 1e9
+    found = {name: each["gflop"] for name, each in work[forward].items()}
+    assert found["experts"] == pytest.approx(found["activated"] + router) and found["total"] > 2 * found["activated"]
+    assert work[both]["experts"]["gflop"] == pytest.approx(3 * found["experts"], rel=0.02)
+    assert work[forward]["experts"]["gb"] > work[forward]["activated"]["gb"]

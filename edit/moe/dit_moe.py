@@ -199,8 +199,8 @@ class DiTMoE(Edit):
         found = recorded(trace, layers(trace, self.name), LOADS).mean(1)
         return {"unevenness": unevenness(found).mean(), "idle": (found == 0).float().sum(-1).mean()}
 
-    def loads(self, trace: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        return {int(name.rpartition(".")[2]): trace[f"{name}.{LOADS}"] for name in layers(trace, self.name)}
+    def loads(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name.removeprefix(f"{self.name}."): trace[f"{name}.{LOADS}"] for name in layers(trace, self.name)}
 
 
 def hidden(unit: Unit) -> Features:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes.config.errors import UserError
 from recipes.config.schema import Evaluation
+from recipes.report.experts_map import loaded
 from recipes.report.grids import save_grid
 from recipes.report.origin import methods, origin
 from recipes.report.page import write_report
@@ -310,7 +311,11 @@ def evaluate_at(
     real = bool(artifact.denoiser.applied)  # decisions of an edit may depend on the image
     counted = cost(artifact.denoiser, sampler, artifact.objective, one, real=real)
     parts = {"cost": counted.as_dict(), "routing": {}, "routing_maps": {}}
-    if drawn(artifact.denoiser) or any(e.adaptive for e in artifact.denoiser.applied.values()):
+    if (
+        drawn(artifact.denoiser)
+        or loaded(artifact.denoiser)
+        or any(e.adaptive for e in artifact.denoiser.applied.values())
+    ):
         parts = measure_decisions(subject, sampler, counted, out, f"{subject.stem}_w{guidance:g}")
     result = {
         "guidance": guidance,

@@ -6,7 +6,7 @@ A report is a dict of JSON values, made by `recipes.report.evaluate`. Nothing he
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from recipes.report.columns import (
     measured,
     rows,
 )
+from recipes.report.experts_map import load_sentence
 from recipes.report.html import details, document, figure, image
 from recipes.report.notes import notes, partial
 from recipes.report.plots import losses, plots
@@ -168,13 +169,22 @@ def _captions(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _routing(table: Sequence[Row], folder: Path) -> Iterator[str]:
-    """The decisions of edits: a sentence per quantity, and the map."""
-    found = [(row, name, path) for row in table for name, path in row.get("routing_maps", {}).items()]
+    """The decisions of edits and the loads of experts: a sentence per quantity, and the map."""
+    maps = [(row, name, path) for row in table for name, path in row.get("routing_maps", {}).items()]
+    found = [entry for entry in maps if "load" not in entry[0]["routing"][entry[1]]]
     if found:
         yield "<h2>Routing</h2><p class=dim>What edits decided while the images were made whose cost was counted. A "
         yield "column of a map is a moment of the generation, from noise on the left to the image on the right; a row "
         yield "is a unit of the model, the first on top. Bright: what stands above the map is so for all images; dark: "
         yield "for none. Small maps are those of single classes or prompts.</p>"
+        yield from _maps(found, sentence, folder)
+    if loads := [entry for entry in maps if entry not in found]:
+        yield "<h2>Experts</h2><p class=dim>How many tokens each expert took while the images were made whose cost was "
+        yield "counted, over the mean of all experts: 1 where the load is even, 0 for an expert without a token.</p>"
+        yield from _maps(loads, lambda _, n: load_sentence(n), folder)
+
+
+def _maps(found: Sequence[tuple[Row, str, str]], sentence: Callable[..., str], folder: Path) -> Iterator[str]:
     for row, name, path in found:
         said = " ".join(sentence(quantity, n) for quantity, n in row["routing"][name].items())
         caption = f"{row['label']}, {name}"

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes.report.experts_map import Loading, draw_loads, idle_experts, load_numbers, together
 from recipes.report.grids import save_png, strip
 from recipes.report.routing_map import SHOWN, Decisions, draw, groups, numbers
 from recipes.report.samples import Subject
@@ -29,11 +30,14 @@ def measure_decisions(subject: Subject, sampler: Any, counted: Cost, out: Path, 
         out: folder of the report; pictures go to `out`/grids
         stem: part of the pictures' file names
 
+    Prints:
+        the experts that no token has reached
+
     Returns:
         cost: as `counted`; with adaptive edits, MACs are means over these images; `share`: of the MACs that the same
             model needs without these edits; `counted`: number of images. `activated` and `forward` are None: parameters
             that run and the time of a forward differ between images
-        routing: numbers by edit and quantity
+        routing: numbers by edit and quantity; of experts' loads by edit and "load"
         routing_maps: file of each edit's picture, below `out`
     """
     import torch
@@ -44,19 +48,19 @@ def measure_decisions(subject: Subject, sampler: Any, counted: Cost, out: Path, 
     artifact, space, chosen = subject.artifact, subject.space, subject.chosen
     data, count = space.data, min(chosen.n, chosen.batch, ROUTED)
     first = torch.arange(count)
-    told, negative = subject.condition(first), null_condition(data)
-    seen, samples = Decisions(artifact.denoiser), []
+    condition, negative = subject.condition(first), null_condition(data)
+    seen, loading, samples = Decisions(artifact.denoiser), Loading(artifact.denoiser), []
 
     def generate(*what: Any) -> Tensor:
-        x = sampler(*what, seed=chosen.seed[0], negative=negative, shape=space.shape, watch=seen)
+        x = sampler(*what, seed=chosen.seed[0], negative=negative, shape=space.shape, watch=together(seen, loading))
         samples.append(x[:SHOWN])
         return x
 
-    run = count_generation(artifact.denoiser, generate, artifact.objective, told, count)  # type: ignore[arg-type]
+    run = count_generation(artifact.denoiser, generate, artifact.objective, condition, count)  # type: ignore[arg-type]
     costs = counted.as_dict()
     if any(e.adaptive for e in artifact.denoiser.applied.values()):
         dense = partial(sampler, negative=negative, shape=space.shape)
-        whole = count_generation(twin(artifact.denoiser, adaptive=False), dense, artifact.objective, told, count)
+        whole = count_generation(twin(artifact.denoiser, adaptive=False), dense, artifact.objective, condition, count)
         costs = means(counted, run, whole, count)
 
     labels = first % data.num_classes if data.num_classes else None
@@ -67,7 +71,15 @@ def measure_decisions(subject: Subject, sampler: Any, counted: Cost, out: Path, 
         decides = artifact.denoiser.applied[name].decides
         picture = draw(found, whom, lambda k: strip(data.to_frames(samples[0][k : k + 1]))[0].cpu().numpy(), decides)
         save_png(picture, out / pictures[name])
-    return {"cost": costs, "routing": {n: numbers(m) for n, m in maps.items()}, "routing_maps": pictures}
+    told: dict[str, Any] = {name: numbers(found) for name, found in maps.items()}
+    for name, loads in loading.found().items():
+        entry = name if name not in told else f"{name} experts"
+        pictures[entry] = f"grids/experts_{stem}_{name.replace('/', '_')}.png"
+        save_png(draw_loads(loads), out / pictures[entry])
+        told[entry] = {"load": load_numbers(loads)}
+        if idle := idle_experts(told[entry]["load"]):
+            print(f"warning: {name}: in {count} images {idle}: raise its balance loss, or have fewer", flush=True)
+    return {"cost": costs, "routing": told, "routing_maps": pictures}
 
 
 def means(counted: Cost, run: Count, whole: Count, count: int) -> dict[str, Any]:

@@ -188,9 +188,12 @@ def _own_pictures(record: Record) -> Iterator[str]:
     """What runs of some kinds have: how units were chosen, what routers decided."""
     found = [("pruning", record.folder / "pruning.png", "how the units were chosen")]
     newest: dict[str, Path] = {}
-    for path in sorted((record.folder / "samples").glob("routing_*.png")):
-        newest[path.stem.rpartition("_")[0]] = path  # the last step of each edit
-    found += [("routing", path, f"decisions of {n.removeprefix('routing_')}") for n, path in newest.items()]
+    for kind in ("routing", "experts"):
+        for path in sorted((record.folder / "samples").glob(f"{kind}_*.png")):
+            newest[path.stem.rpartition("_")[0]] = path  # the last step of each edit
+    for name, path in newest.items():
+        kind, _, edit = name.partition("_")
+        found.append((kind, path, f"decisions of {edit}" if kind == "routing" else f"loads of the experts of {edit}"))
     for title, path, caption in found:
         if path != record.picture and path.is_file() and (png := scaled(path)):
             caption = legible(caption)

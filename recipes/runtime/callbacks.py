@@ -29,6 +29,7 @@ from recipes.config.errors import UserError
 from recipes.heldout import HeldOut
 from recipes.recipe import Recipe
 from recipes.report.curves import HELD_LOSS
+from recipes.report.experts_map import Loading, draw_loads, idle_experts, load_numbers, loaded, together
 from recipes.report.routing_map import Decisions, draw, drawn, groups
 from recipes.runtime.atomic import AtomicIO
 from recipes.runtime.checkpoint_files import (
@@ -193,7 +194,8 @@ class Preview(StepCallback):
         every: optimiser steps; 0: never
         count: images
         sampler: how to generate
-        folder: for `step_000500.png`, and `routing_<edit>_000500.png` where an edit tells decisions
+        folder: for `step_000500.png`, and `routing_<edit>_000500.png` where an edit tells decisions, and
+            `experts_<edit>_000500.png` where it tells loads of experts
         grid: (denoised samples b c *sizes, their labels or none) -> picture, uint8 y x 3
         condition: makes the condition of `count` samples
         captions: describes the conditions in words, for samples without classes
@@ -230,7 +232,9 @@ class Preview(StepCallback):
     def _draw(self, trainer: pl.Trainer, module: Recipe, step: int) -> None:
         numbers, told = torch.arange(self.count), self.condition(self.count)
         seen = Decisions(module.ema) if trainer.is_global_zero and drawn(module.ema) else None
-        x = self.sampler(module.ema, module.objective, told, numbers, self.seed, self.negative, watch=seen)
+        loading = Loading(module.ema) if trainer.is_global_zero and loaded(module.ema) else None
+        watch = together(seen, loading)
+        x = self.sampler(module.ema, module.objective, told, numbers, self.seed, self.negative, watch=watch)
         module.reshard()
         if not trainer.is_global_zero:
             return
@@ -244,6 +248,11 @@ class Preview(StepCallback):
                 picture = np.asarray(draw(maps, whom, lambda k: self._picture(x[k : k + 1], []), decides))
                 file = f"routing_{name.replace('/', '_')}_{step:06d}.png"
                 self._put(trainer, f"routing/{name}", file, picture, step)
+        for name, loads in {} if loading is None else loading.found().items():
+            file = f"experts_{name.replace('/', '_')}_{step:06d}.png"
+            self._put(trainer, f"experts/{name}", file, np.asarray(draw_loads(loads)), step)
+            if step == trainer.max_steps and (idle := idle_experts(load_numbers(loads))):
+                print(f"warning: {name}: in the last preview {idle}", flush=True)
 
     def _picture(self, x: torch.Tensor, labels: list[str]) -> np.ndarray | None:
         """Samples as a grid; None: they cannot be decoded."""
