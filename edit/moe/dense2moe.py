@@ -243,6 +243,10 @@ class Dense2MoE(Edit):
         found = recorded(trace, names, LOADS).mean(1)
         return {"unevenness": unevenness(found).mean(), "idle": (found == 0).float().sum(-1).mean()}
 
+    def loads(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name.removeprefix(f"{self.name}."): trace[f"{name}.{LOADS}"] for name in layers(trace, self.name)}
+
+
 
 def take(denoiser: Denoiser, k: int) -> None:
     """Let every token take another number of experts from now on, without training; 0: the shared expert alone.

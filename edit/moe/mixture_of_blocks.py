@@ -9,7 +9,8 @@ A group (a, m, kappa) is the units a .. a + m - 1, of one kind. Its router sees 
 The gate is 1 or 0, and has the gradient of log q_i where it is 1, so kappa = m computes the dense stack and trains the
 router all the same. `selection="window"` takes the kappa adjacent units whose mean r is largest: one source says that
 adjacent ones are meant, the formula above is quoted from the paper. Training computes every unit and multiplies;
-afterwards a group decides once, and each unit runs on the samples that take it.
+afterwards a group decides once, and each unit runs on the samples that take it; what such a unit records (loads of
+experts) is then left out, as it is of some samples.
 
 Only units inside groups and the routers are trained (stage C of Dense2MoE; `others` trains the rest, too). Nothing
 balances the routers, and none is published: a router that ignores its input is static depth pruning, which `entropy`
@@ -196,7 +197,8 @@ class GroupedUnit(Wrapper):
                 text = mix(stream.text, text, m)
             return replace(after, image=mix(stream.image, after.image, m), text=text)
         taken = stream.trace[f"{self.head}.host"][:, self.place].tolist()
-        return run_grouped(stream, [key or None for key in taken], lambda _, part: self.unit(part))
+        after = run_grouped(stream, [key or None for key in taken], lambda _, part: self.unit(part))
+        return replace(after, trace=stream.trace)  # what the unit records is of some samples, if of any
 
     def factored(self, stream: Stream) -> bool:
         """Whether the unit runs on all samples, times 0 or 1: where gradients are wanted, where it is a collective that

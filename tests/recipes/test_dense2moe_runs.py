@@ -58,6 +58,7 @@ def changed(states, before: str, after: str) -> set[str]:
     return {k for k in one if not torch.equal(one[k], other[k])}
 
 
+@pytest.mark.slow
 def test_each_run_leaves_the_artifact_of_its_stage(states):
     kinds = {name: [type(e) for e in denoiser.applied.values()] for name, (denoiser, _) in states.items()}
     assert kinds["it_ranking"] == [TaylorRanking] and kinds["it_shared"] == kinds["it_experts"] == [Dense2MoE]
@@ -67,6 +68,7 @@ def test_each_run_leaves_the_artifact_of_its_stage(states):
     assert states["it"][0].applied["mixture_of_blocks"].blocks == ((1, 2, 1),)
 
 
+@pytest.mark.slow
 def test_the_shared_expert_has_the_channels_of_largest_importance(states):
     """Routed experts are not trained in stage A, so they tell which channels they have."""
     whole, scores = states["model"][1], states["it_ranking"][1]
@@ -78,6 +80,7 @@ def test_the_shared_expert_has_the_channels_of_largest_importance(states):
         assert torch.equal(into[0, 1], rest[23]) and torch.equal(into[11, 1], rest[12])  # and back
 
 
+@pytest.mark.slow
 def test_each_stage_changes_what_it_trains_and_nothing_else(states):
     b, c = changed(states, "it_shared", "it_experts"), changed(states, "it_experts", "it")
     assert all(".experts." in k or ".router." in k for k in b) and any(".router." in k for k in b)
@@ -93,6 +96,7 @@ def changed_in_a(states) -> set[str]:
     return {k for k in whole if k in after and not torch.equal(whole[k], after[k])}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_after_stage_b_without_routed_experts_it_is_stage_as_model_bit_for_bit(folder):
     a, b = (edit.load(folder / name).denoiser for name in ("it_shared", "it_experts"))
@@ -101,6 +105,7 @@ def test_after_stage_b_without_routed_experts_it_is_stage_as_model_bit_for_bit(f
     assert torch.equal(a(x, t, label).sample, b(x, t, label).sample)
 
 
+@pytest.mark.slow
 def test_losses_and_what_is_watched_are_logged(folder):
     shared, experts, last = (rows(folder, name)[-1] for name in ("it_shared", "it_experts", "it"))
     wanted = {"train/output/output_kd", "train/features/balanced_features", "train/features/raw/0"}
@@ -112,6 +117,7 @@ def test_losses_and_what_is_watched_are_logged(folder):
     assert all(float(row["train/loss"]) > 0 for row in (shared, experts, last))
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_started_from_the_wrong_one_is_refused_in_one_sentence(folder):
     said = "dense2moe .Dense2MoE.: stage=experts begins with the artifact of stage=shared, and start=.*it_ranking has"
     with pytest.raises((UserError, ValueError), match=said):
