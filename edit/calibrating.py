@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from edit import noise
-from edit.calibration import Calibration, Noisy
+from edit.calibration import Calibration, Noisy, Scored
 from edit.denoiser import Denoiser, Edit
 from edit.inputs.limits import Count, Seed, check_numbers
 from edit.objectives import Objective
 from edit.sampling import Sampler, Watch
-from edit.stream import Condition
+from edit.stream import Condition, Output
 
 
 def calibrates(edit: Edit) -> bool:
@@ -82,6 +82,9 @@ class OnData(Calibration):
         return self.batches
 
     def __iter__(self) -> Iterator[Noisy]:
+        return (noisy for noisy, _ in self.scored())
+
+    def scored(self) -> Iterator[Scored]:
         device = next(self.denoiser.parameters()).device
         for done, batch in enumerate(islice(self.data(), self.batches)):
             if "x" not in batch:
@@ -92,7 +95,12 @@ class OnData(Calibration):
             x, draw = batch["x"].to(device), batch["draw"].to(device)
             t = self.objective.times(noise.uniform(self.seed, draw, noise.TIME))
             eps = noise.gaussian(self.seed, draw, noise.NOISE, tuple(x.shape[1:]))
-            yield Noisy(self.objective.corrupt(x, eps, t), t, self._condition(batch, len(x)))
+            x_t = self.objective.corrupt(x, eps, t)
+
+            def loss(out: Output, x: Tensor = x, eps: Tensor = eps, x_t: Tensor = x_t, t: Tensor = t) -> Tensor:
+                return torch.stack(list(self.objective.losses(out, x, eps, x_t, t).values())).sum(0)
+
+            yield Scored(Noisy(x_t, t, self._condition(batch, len(x))), loss)
             self.progress(f"{self.title}: batches", done + 1, self.batches)
 
     def generate(self, watch: Watch | None = None, samples: int | None = None, seed: int | None = None) -> list[Tensor]:

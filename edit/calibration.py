@@ -22,10 +22,18 @@ class Noisy(NamedTuple):
     condition: Condition
 
 
+class Scored(NamedTuple):
+    """A noisy batch with the loss that training has there."""
+
+    noisy: Noisy
+    loss: Callable[[Output], Tensor]  # of a model's output at that batch, on the data: b, with its gradient
+
+
 class Calibration(ABC):
     """Noisy batches and generations for one edit. Every pass gives the same: all is a function of the seed.
 
     for x_t, t, condition in calibration: ...
+    for noisy, loss in calibration.scored(): loss(denoiser(*noisy))
     calibration.generate(watch=lambda step, output: ...)
     """
 
@@ -43,6 +51,10 @@ class Calibration(ABC):
         Raises:
             ValueError: if the data have conditions alone, and no samples
         """
+
+    @abstractmethod
+    def scored(self) -> Iterator[Scored]:
+        """The same pass, each batch with the objective's loss on its data; raises likewise."""
 
     @abstractmethod
     def generate(

@@ -175,8 +175,8 @@ class Edit(ABC):
         return {}
 
     def activated(self, denoiser: Denoiser) -> Mapping[str, float]:
-        """Of parameters (full names): the fraction that a token is computed with, above 0 and at most 1. Of E experts
-        that each token takes K of (DiT-MoE, Dense2MoE) it is K / E. Parameters that are not named are used whole."""
+        """Of parameters (full names): the fraction that a token is computed with, 0 to 1. Of E experts that each token
+        takes K of (DiT-MoE, Dense2MoE) it is K / E. Parameters that are not named are used whole."""
         return {}
 
     def replaces(self, denoiser: Denoiser) -> Collection[str]:

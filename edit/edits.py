@@ -141,8 +141,8 @@ def per_token(denoiser: Denoiser) -> int:
     shares: dict[str, float] = {}
     for name, edit in denoiser.applied.items():
         for key, share in _known(denoiser, name, edit.activated(denoiser), "activated").items():
-            if not 0 < share <= 1:
-                raise ValueError(f"{name}: activated is a fraction, above 0 and at most 1, of {key} it is {share}")
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}: activated is a fraction, 0 to 1, of {key} it is {share}")
             shares[key] = shares.get(key, 1.0) * share
     return sum(round(p.numel() * shares.get(key, 1.0)) for key, p in denoiser.named_parameters())
 

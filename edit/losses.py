@@ -184,6 +184,10 @@ class Term(Loss):
     def losses(self, seen: Seen) -> dict[str, Tensor]:
         """Named, already weighted loss terms, one number per sample [b]."""
 
+    def metrics(self, seen: Seen) -> dict[str, Tensor]:
+        """Numbers to log beside the losses: distances before they were weighted."""
+        return {}
+
 
 def wanted(terms: Iterable[Term], teacher: bool = False) -> tuple[tuple[int, ...], tuple[int, ...], dict[int, int]]:
     """The taps, branches and maps that all terms need, as arguments of `Denoiser.forward`.

@@ -84,6 +84,7 @@ BUILT = {
 HOMES: Mapping[str, Sequence[str]] = {"recipe": ("recipes",)}
 # pure functions that may stand in place of a value
 FUNCTIONS = ("edit.pruning.patterns.aligned",)
+FUNCTIONS += tuple(f"edit.moe.block_groups.{name}" for name in ("layout", "ends", "outside"))
 # Hydra's own keys in a node, and their only accepted values, which are the defaults
 HYDRA = {"_partial_": False, "_recursive_": True, "_convert_": "all"}
 

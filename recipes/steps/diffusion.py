@@ -78,7 +78,7 @@ class Diffusion(Recipe):
             )
 
         weight = weight_at(self.data_weight, self.progress)
-        losses = self.objective.losses(out, x, eps, x_t, t) if weight else {}
+        losses, watched = self.objective.losses(out, x, eps, x_t, t) if weight else {}, {}
         if weight != 1:
             losses = {name: weight * loss for name, loss in losses.items()}
         if self.terms:
@@ -86,8 +86,8 @@ class Diffusion(Recipe):
             draws = Draws(seed, draw, self.micro(batch_index), tuple(x.shape[1:]))
             seen = Seen(condition, null, scale, draws, self.progress, x, eps, **asked.callables())
             seen = replace(seen, output=out, taught=taught, x_t=x_t, t=t, whole=whole, batch=batch)
-            losses |= self._scored(replace(seen, step=self.trainer.global_step))
-        watched = {}
+            scored, watched = self._scored(replace(seen, step=self.trainer.global_step))
+            losses |= scored
         for name, edit in self.denoiser.applied.items():
             losses |= {f"{name}/{k}": v for k, v in edit.losses(out.trace).items()}
             for further, prediction in edit.further(out).items() if weight else ():
@@ -117,14 +117,15 @@ class Diffusion(Recipe):
         told = None if self.guidance is None else scale
         return Asked(self.objective, self.denoiser, self.ema, self.teacher, None, null, scale, told, self.casting)
 
-    def _scored(self, seen: Seen) -> dict[str, Tensor]:
-        """The losses of all terms."""
-        losses = {}
+    def _scored(self, seen: Seen) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The losses of all terms, and what they log beside them."""
+        losses, watched = {}, {}
         for name, term in self.terms.items():
             own = self.own[name] if name in self.own else None
             mine = replace(seen, own=own, draws=seen.draws.of(name), **self.sight.of(term))
             losses |= {f"{name}/{k}": v for k, v in term.losses(mine).items()}
-        return losses
+            watched |= {f"{name}/{k}": v.float().mean() for k, v in term.metrics(mine).items()}
+        return losses, watched
 
     def _forced(self, taught: Output, draw: Tensor) -> dict[int, Forced]:
         """Teacher tokens that replace the inputs of units, as loss terms ask, in a share of the samples."""

@@ -17,6 +17,7 @@ from edit.caching.delta_dit import DeltaDiT
 from edit.caching.table_reuse import TableReuse
 from edit.denoiser import Edit
 from edit.distillation.attention import AttentionKD, MapKD, RelationKD
+from edit.distillation.balanced_features import BalancedFeatureKD
 from edit.distillation.features import FeatureKD
 from edit.distillation.guidance import TeacherGuidance
 from edit.distillation.intervals import IntervalKD
@@ -29,6 +30,7 @@ from edit.few_step.progressive import Progressive
 from edit.few_step.vision import Vision
 from edit.inputs.limits import hint_of
 from edit.losses import Term
+from edit.moe.mixture_of_blocks import MixtureOfBlocks
 from edit.objectives import DDPM, LogitNormal, Objective, Ramp, Shifted
 from edit.pruning.collapse import Collapse
 from edit.pruning.width import TextFeedForwardLinear
@@ -41,12 +43,14 @@ OTHERS = (LogitNormal, Shifted, Ramp, Sampler, TeacherGuidance, Vision)
 NEEDED = {  # of those that cannot do without a setting
     ADD: {"vision": Vision("eye")},
     AttentionKD: {"pairs": ((0, 0),)},
+    BalancedFeatureKD: {"pairs": ((0, 0),)},
     Collapse: {"intervals": ((0, 1),)},
     DeltaDiT: {"blocks": 1},
     Combined: {"parts": {"a": Progressive()}, "weights": {"a": 1.0}, "critic_weights": {"a": 1.0}},
     FeatureKD: {"pairs": ((0, 0),), "weights": (1.0,)},
     IntervalKD: {"intervals": ((0, 1),)},
     MapKD: {"pairs": ((0, 0),), "heads": 1},
+    MixtureOfBlocks: {"blocks": ((0, 2, 1),)},
     Ramp: {"start": 1.0, "levels": 2},
     RelationKD: {"pairs": ((0, 0),)},
     Sampler: {"channels": 3, "told": 3.5, "norm_patch": 2},
