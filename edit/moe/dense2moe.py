@@ -247,7 +247,6 @@ class Dense2MoE(Edit):
         return {name.removeprefix(f"{self.name}."): trace[f"{name}.{LOADS}"] for name in layers(trace, self.name)}
 
 
-
 def take(denoiser: Denoiser, k: int) -> None:
     """Let every token take another number of experts from now on, without training; 0: the shared expert alone.
 
