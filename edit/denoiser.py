@@ -303,8 +303,7 @@ class Denoiser(nn.Module, ABC):
         """The output from the stream behind the last unit; of families with `last_norm`, from its `projected`."""
 
     def last_norm(self, stream: Stream) -> Stream:
-        """Image tokens behind the last norm and its modulation, b n d without registers: in front of the output layer.
-        Families that have both apart, so that edits can stand around them (`ends`)."""
+        """Image tokens behind the last norm, modulated, b n d without registers; edits stand around it (`ends`)."""
         raise NotImplementedError
 
     def last_layer(self, stream: Stream) -> Stream:
@@ -312,11 +311,7 @@ class Denoiser(nn.Module, ABC):
         raise NotImplementedError
 
     def embed_times(self, t: Tensor) -> Tensor:
-        """`Stream.time` of times without their samples: b in [0, 1] -> b d. For tables over all times.
-
-        Raises:
-            ValueError: if the family does not embed the time alone
-        """
+        """`Stream.time` of times without their samples, b in [0, 1] -> b d, or ValueError: not all families can."""
         raise ValueError(f"this {self.name} embeds no times alone: use a family whose Denoiser.embed_times does")
 
     @abstractmethod

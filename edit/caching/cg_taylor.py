@@ -27,7 +27,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from edit.caching.engine import Gate, Predictor, SpanCached, anywhere, quotient
+from edit.caching.engine import Gate, Predictor, anywhere, quotient
+from edit.caching.spans import SpanCached
 from edit.caching.taylor import Ladder, Order, RowLadder
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, Natural, NotNegative, check_numbers

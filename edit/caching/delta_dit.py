@@ -21,7 +21,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edit.caching.engine import Cached, Latest, Scheduled, Span, covered
+from edit.caching.engine import Cached, Latest, Scheduled, covered
+from edit.caching.spans import Span
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, Share, Units, check_numbers
 from edit.stream import Step, Stream

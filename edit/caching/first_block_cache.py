@@ -18,7 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from edit.caching.engine import Gate, Latest, Predictor, SpanCached, distance
+from edit.caching.engine import Gate, Latest, Predictor, distance
+from edit.caching.spans import SpanCached
 from edit.caching.taylor import Ladder, Order
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, Natural, NotNegative, check_numbers

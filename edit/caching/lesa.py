@@ -28,8 +28,9 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from edit.caching.engine import End, Scheduled, SpanCached
+from edit.caching.engine import Scheduled
 from edit.caching.lesa_predictor import RING, Mixed, Predictors, Table
+from edit.caching.spans import End, SpanCached
 from edit.denoiser import Denoiser
 from edit.edits import rebuild
 from edit.inputs.limits import Count, Limits, Natural, Steps, check_numbers

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edit.caching.engine import Gate, Latest, SpanCached
+from edit.caching.engine import Gate, Latest
+from edit.caching.spans import SpanCached
 from edit.calibration import Calibration
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, NotNegative, Share, Steps, check_numbers

@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from edit.caching.engine import Latest, Scheduled, SpanCached
+from edit.caching.engine import Latest, Scheduled
+from edit.caching.spans import SpanCached
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, Natural, Share, check_numbers
 from edit.stream import Step

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from edit.caching.engine import Gate, Latest, SpanCached, distance
+from edit.caching.engine import Gate, Latest, distance
+from edit.caching.spans import SpanCached
 from edit.denoiser import Denoiser
 from edit.inputs.limits import NotNegative, check_numbers
 from edit.routing.batches import gathered

@@ -8,12 +8,13 @@ import torch
 from caches import executed, family, paint, sampler, told
 
 import edit
-from edit.caching.engine import Latest, Scheduled, SpanCached
+from edit.caching.engine import Latest, Scheduled
 from edit.caching.graphs import Graphed
 from edit.caching.kan import BASES, Kan, KanLayer, bases
 from edit.caching.lesa import LESA, SITES, BakedLESA, Schedule, full
 from edit.caching.lesa_predictor import RING, Mixed, Predictors, Table
 from edit.caching.lesa_training import FollowHistory
+from edit.caching.spans import SpanCached
 from edit.caching.taylor import Ladder
 from edit.denoiser import Denoiser
 from edit.edits import compact, trains
