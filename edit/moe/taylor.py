@@ -160,13 +160,16 @@ def channels(terms: Tensor, first: int, size: int) -> Tensor:
 
 @contextmanager
 def differentiated(denoiser: Denoiser, wanted: Sequence[nn.Parameter]) -> Iterator[None]:
-    """A block in which these parameters alone have gradients; afterwards all have what they had."""
-    before = [(p, p.requires_grad) for p in denoiser.parameters()]
+    """A block in which these parameters alone have gradients, and activations are computed twice instead of being kept;
+    afterwards all is as before."""
+    before, checkpointing = [(p, p.requires_grad) for p in denoiser.parameters()], denoiser.gradient_checkpointing
     try:
+        denoiser.gradient_checkpointing = True
         denoiser.requires_grad_(False)
         for p in wanted:
             p.requires_grad_(True)
         yield
     finally:
+        denoiser.gradient_checkpointing = checkpointing
         for p, had in before:
             p.requires_grad_(had)
