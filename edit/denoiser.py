@@ -154,8 +154,7 @@ class Edit(ABC):
         return {}
 
     def loads(self, trace: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Of each layer with experts, by its unit ("3", "3.text"), the share of the assignments that each expert has,
-        for reports: b E."""
+        """Of each layer with experts ("3", "3.text"), the share of assignments that each has, for reports: b E."""
         return {}
 
     def further(self, output: Output) -> dict[str, Output]:
@@ -306,8 +305,7 @@ class Denoiser(nn.Module, ABC):
         """Image tokens behind the last norm, modulated, b n d without registers; edits stand around it (`ends`)."""
         raise NotImplementedError
 
-    def last_layer(self, stream: Stream) -> Stream:
-        """Behind the output layer, b n c: all that `readout` arranges to a sample."""
+    def last_layer(self, stream: Stream) -> Stream:  # behind the output layer, b n c: `readout` arranges it
         raise NotImplementedError
 
     def embed_times(self, t: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,28 @@ from edit.caching.engine import Predictor
 from edit.caching.kan import Kan
 from edit.stream import Branch, Step
 
-if TYPE_CHECKING:
-    from edit.caching.lesa import LESA, BakedLESA, Learned
-
 RING = 8  # evaluations that are remembered
 SETS = {"cond": slice(0, 1), "uncond": slice(1, 2), "joint": slice(0, 2)}  # of weights, by guidance branch
+
+
+class Told(Protocol):
+    """Fields of `edit.caching.lesa.Learned` that a predictor reads."""
+
+    interval: int
+    steps: int
+    windows: tuple[int, ...]
+    guided: bool
+
+    def stage(self, level: float) -> int: ...
+
+
+class Untrained(Told, Protocol):
+    """And those of `edit.caching.lesa.LESA`."""
+
+    network: Any
+    hidden: int
+    init: Any
+
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
@@ -38,7 +55,7 @@ Weights = tuple[Tensor, Tensor, Tensor]  # w, b and alpha
 class Expert(nn.Module):
     """w, b and the network of one stage and guidance branch."""
 
-    def __init__(self, edit: LESA, window: int):
+    def __init__(self, edit: Untrained, window: int):
         super().__init__()
         sizes = (edit.steps + 1, edit.hidden, edit.hidden, 1)
         self.mix = nn.Linear(window, 1)
@@ -59,7 +76,7 @@ def perceptron(sizes: Sequence[int]) -> nn.Sequential:
 class Predictors(nn.Module):
     """The experts of all stages, for cond and, if guided, for uncond. They stay in fp32."""
 
-    def __init__(self, edit: LESA):
+    def __init__(self, edit: Untrained):
         super().__init__()
         self.edit = edit
         self.sets = nn.ModuleList(
@@ -106,7 +123,7 @@ class Table(nn.Module):
     bias: Tensor
     table: Tensor
 
-    def __init__(self, edit: BakedLESA):
+    def __init__(self, edit: Told):
         super().__init__()
         sets, stages = 2 if edit.guided else 1, len(edit.windows)
         self.register_buffer("mix", torch.zeros(sets, stages, RING))
@@ -136,7 +153,7 @@ class Mixed(Predictor):
     is a number on the device (`edit.caching.graphs`).
     """
 
-    edit: Learned
+    edit: Told
     own: Any  # Predictors | Table
 
     def observe(self, state: dict, at: Step, value: Branch, rows: Tensor | None = None) -> None:

@@ -6,7 +6,8 @@ are: by their edits, whose fields are stored.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -14,14 +15,21 @@ from torch import nn
 from edit.denoiser import Denoiser, check_layout
 from edit.moe.taylor import TaylorRanking
 
-if TYPE_CHECKING:
-    from edit.moe.dense2moe import Dense2MoE
-
 STAGES = ("shared", "experts", "blocks")
 SAME = ("r_s", "n", "r_n", "gate", "gate_scale", "units")  # of all stages of a model
 
 
-def ranking_of(new: Dense2MoE) -> nn.Module:
+class Staged(Protocol):
+    """What a stage of `edit.moe.dense2moe.Dense2MoE` is asked here."""
+
+    name: str
+    stage: str
+    start: str | None
+
+    def replaces(self, denoiser: Denoiser) -> Sequence[str]: ...
+
+
+def ranking_of(new: Staged) -> nn.Module:
     """The scores that a stage "shared" begins with.
 
     Raises:
@@ -41,7 +49,7 @@ def ranking_of(new: Dense2MoE) -> nn.Module:
 
 
 @torch.no_grad()
-def take_over(new: Dense2MoE, denoiser: Denoiser) -> None:
+def take_over(new: Staged, denoiser: Denoiser) -> None:
     """Take over all weights of the stage before.
 
     Args:

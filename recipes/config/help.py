@@ -49,7 +49,9 @@ def choices(config_dir: Path) -> Iterator[str]:
 
 def _chosen(config_dir: Path, part: str) -> list[str]:
     """Worlds, or the methods that are not only a part of others."""
-    return [name for name in composed.names(config_dir, part) if not composed.about(config_dir, part, name).get("part of")]
+    return [
+        name for name in composed.names(config_dir, part) if not composed.about(config_dir, part, name).get("part of")
+    ]
 
 
 def _sizes(config_dir: Path) -> str:

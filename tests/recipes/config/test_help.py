@@ -54,11 +54,12 @@ def test_every_group_is_told_with_all_that_may_be_chosen():
     for group in composed.groups(CONFIGS):
         if group not in ("world", "method"):
             assert f"{group}: " in told
-    for name in ("dit_diffusers", "td_lora", "zero3", "B/2", "3.5-large", "pixart_tiny", "tinyfusion_search"):
+    for name in ("dit_diffusers", "td_lora", "zero3", "B/2", "3.5-large", "pixart_tiny", "tinyfusion_random"):
         assert name in told
     methods = told.partition("methods: ")[2].partition(" backbone:")[0].split(", ")
     runs = {name.partition("/")[2] for name in composed.names(CONFIGS, "experiment")}
-    assert set(methods) <= runs and "student" not in methods  # those that only others build on are not told
+    assert set(methods) <= runs and "student" not in methods  # those that only others build on are not told, nor stages
+    assert "tinyfusion_search" not in methods
 
 
 def test_keys_of_an_evaluation_are_told_with_their_defaults():

@@ -179,7 +179,7 @@ def test_several_artifacts_are_compared_side_by_side_with_the_reference(cli, run
     assert shallow["cost"]["macs"] < 0.75 * whole["cost"]["macs"]  # two of three units remain, and the embedders
     assert len(whole["quality"]["frechet"]["values"]) == 2 and "2 seeds" in whole["quality"]["frechet"]["over"]
     page = (out / "report.html").read_text()
-    assert page.count("<figure>") == 3 + 2  # real images, two artifacts, and quality against two costs
+    assert page.count("<figure>") == 3 + 4  # real images, two artifacts, and two qualities against two costs
 
 
 def test_fewer_steps_are_compared_with_the_artifacts_own(cli, runs, quick):
