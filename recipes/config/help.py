@@ -48,10 +48,9 @@ def choices(config_dir: Path) -> Iterator[str]:
 
 
 def _chosen(config_dir: Path, part: str) -> list[str]:
-    """Worlds, or the methods that are not only a part of others."""
-    return [
-        name for name in composed.names(config_dir, part) if not composed.about(config_dir, part, name).get("part of")
-    ]
+    """Worlds, or the methods that are neither a stage of another nor what others build on."""
+    names = composed.names(config_dir, part)
+    return [name for name in names if not {"part", "part of"} & composed.about(config_dir, part, name).keys()]
 
 
 def _sizes(config_dir: Path) -> str:
