@@ -179,7 +179,7 @@ def test_metrics_tell_a_router_that_ignores_its_input():
 
 
 def test_activated_parameters_are_the_share_of_units_that_is_taken():
-    denoiser = edit.apply(deep(4), {"mob": MixtureOfBlocks(((1, 2, 1),))})
+    denoiser = edit.apply(deep(5), {"mob": MixtureOfBlocks(((1, 3, 2),))})
     unit = sum(p.numel() for p in core(denoiser.units[0]).parameters())
     whole = sum(p.numel() for p in denoiser.parameters())
     assert edit.edits.per_token(denoiser) == whole - unit
