@@ -16,13 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from recipes.config.errors import UserError
 from recipes.config.schema import Evaluation
-from recipes.report.experts_map import loaded
 from recipes.report.grids import save_grid
 from recipes.report.origin import methods, origin
 from recipes.report.page import write_report
 from recipes.report.request import run_folder, short_names
-from recipes.report.routed import measure_decisions
-from recipes.report.routing_map import drawn
+from recipes.report.routed import measure_decisions, tells
 from recipes.report.samples import Reference, Subject, picture_key, sample_and_measure
 from recipes.report.terminal import show
 from recipes.report.turns import Row, dense_row, time_rows
@@ -311,11 +309,7 @@ def evaluate_at(
     real = bool(artifact.denoiser.applied)  # decisions of an edit may depend on the image
     counted = cost(artifact.denoiser, sampler, artifact.objective, one, real=real)
     parts = {"cost": counted.as_dict(), "routing": {}, "routing_maps": {}}
-    if (
-        drawn(artifact.denoiser)
-        or loaded(artifact.denoiser)
-        or any(e.adaptive for e in artifact.denoiser.applied.values())
-    ):
+    if tells(artifact.denoiser):
         parts = measure_decisions(subject, sampler, counted, out, f"{subject.stem}_w{guidance:g}")
     result = {
         "guidance": guidance,

@@ -7,17 +7,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.report.experts_map import Loading, draw_loads, idle_experts, load_numbers, together
+from recipes.report.experts_map import Loading, draw_loads, idle_experts, load_numbers, loaded, together
 from recipes.report.grids import save_png, strip
-from recipes.report.routing_map import SHOWN, Decisions, draw, groups, numbers
+from recipes.report.routing_map import SHOWN, Decisions, draw, drawn, groups, numbers
 from recipes.report.samples import Subject
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from edit.denoiser import Denoiser
     from edit.measuring.cost import Cost, Count
 
 ROUTED = 60  # images whose MACs are counted and whose decisions are drawn; classes are balanced
+
+
+def tells(denoiser: Denoiser) -> bool:
+    """Whether its work depends on the image, or its edits tell decisions or loads of experts."""
+    return bool(drawn(denoiser) or loaded(denoiser)) or any(e.adaptive for e in denoiser.applied.values())
 
 
 def measure_decisions(subject: Subject, sampler: Any, counted: Cost, out: Path, stem: str) -> dict[str, Any]:
