@@ -265,12 +265,14 @@ def test_in_bf16_it_predicts_what_it_does_in_fp32(name, backbone):
 
 @every
 def test_gradients_reach_all_that_is_trained_and_nothing_else(name, backbone):
-    denoisers = [moved(name, backbone, undecided=False), fresh(name, backbone)]  # by turns, until all was drawn
+    # by turns, until all was drawn; the last for choices that are drawn by the samples alone
+    denoisers = [moved(name, backbone, undecided=False), fresh(name, backbone), moved(name, backbone)]
     before = [{k: v.clone() for k, v in d.state_dict().items()} for d in denoisers]
     open_ = {n for n, p in denoisers[0].named_parameters() if p.requires_grad}
     reached: set[str] = set()
     for seed in range(DRAWS):
-        found, gradients = backward(denoisers[seed % 2], batch(denoisers[seed % 2]), seed)
+        denoiser = denoisers[seed % 3]
+        found, gradients = backward(denoiser, batch(denoiser), seed)
         assert all(v.isfinite().all() for v in (*found.values(), *gradients.values()))
         reached |= {n for n, g in gradients.items() if g.any()}
         if seed == 1:
@@ -405,7 +407,8 @@ def test_executed_macs_are_at_most_the_dense_models_and_what_is_decided_against_
     whole, open_, undecided = dense(backbone), fresh(name, backbone), moved(name, backbone)
     given, new = batch(open_), undecided.applied[NAME]
     most = executed(open_, given)  # two products of each added weight with each token, and 1 % for another operator
-    assert most <= 1.01 * executed(whole, batch(whole)) + 2 * added(open_) * tokens(open_, given)
+    dense_ = executed(whole, batch(whole))
+    assert most <= 1.01 * dense_ + 2 * added(open_) * tokens(open_, given)
     shares: list[Tensor] = []
 
     def watch(step, out: Output) -> None:
@@ -414,7 +417,8 @@ def test_executed_macs_are_at_most_the_dense_models_and_what_is_decided_against_
     sampler, condition = sampler_of(undecided, few(undecided)), replace(given[2], end=None)
     with Flops() as counter:
         sampler(undecided, default_objective(undecided), condition, torch.arange(3), watch=watch)
-    ceiling = 1.02 * 2 * sampler.solver.evaluations * most  # cond and uncond, and what a cache decides by
+    # cond and uncond, and what a cache decides by; a fresh mixture of units leaves some out already
+    ceiling = 1.02 * 2 * sampler.solver.evaluations * max(most, dense_ * new.adaptive)
     spares = new.adaptive or new.caches  # else decisions are which experts serve, and what runs is the same
     decided = torch.cat(shares).mean().item() if shares and spares else 1.0
     assert decided < 1 or not new.adaptive
