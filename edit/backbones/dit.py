@@ -275,6 +275,9 @@ class FinalLayer(nn.Module):
         shift, scale = self.adaLN_modulation(cond)[:, None].chunk(2, dim=-1)
         return torch.addcmul(shift, self.norm_final(x), 1 + scale)
 
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:  # b n d, b d -> b n (p p c)
+        return self.linear(self.normed(x, cond))
+
 
 class DiTWeights(nn.Module):
     """The weights under the names of the official checkpoints. `DiT` runs them."""

@@ -369,7 +369,7 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(wrong, sentence):
 FEW_UPDATES = (
     "experiment=dit_digits/harmonica",
     "before=[]",
-    "+edits.harmonica.beta=1e-3",
+    "edits.harmonica.beta=1e-3",
     "recipe.method.every=2",
     "recipe.samples=4",
     "sampler.solver.steps=4",

@@ -23,7 +23,7 @@ SHORT = (
     "before=[]",
     "sampler.solver.steps=8",
     "edits.lesa.interval=3",  # predicted are 4, 6 and 7, one in each stage
-    "+edits.lesa.boundaries=[0.4,0.2]",
+    "edits.lesa.boundaries=[0.4,0.2]",
     "+edits.lesa.hidden=8",
     "data.batch_size=4",
 )
