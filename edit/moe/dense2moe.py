@@ -37,8 +37,30 @@ from edit.groups import Group
 from edit.inputs.limits import Count, Natural, NotNegative, Positive, Seed, check_numbers
 from edit.moe.dense2moe_stages import STAGES, ranking_of, take_over
 from edit.moe.division import deal, magnitude, names_inside, united
-from edit.moe.experts import Dense, Experts, FeedForward, MoE, dense, divided, layers_of, take_neurons
-from edit.moe.routing import LOADS, PROBABILITIES, Gate, Router, balance, check_gate, layers, recorded, unevenness
+from edit.moe.experts import (
+    Dense,
+    Experts,
+    FeedForward,
+    MoE,
+    dense,
+    divided,
+    expert_groups,
+    layers_of,
+    routed_parameters,
+    take_neurons,
+)
+from edit.moe.routing import (
+    LOADS,
+    PROBABILITIES,
+    Gate,
+    Router,
+    balance,
+    check_gate,
+    layers,
+    load_metrics,
+    loads_of,
+    recorded,
+)
 from edit.moe.taylor import Site, sites
 from edit.pruning.width import narrow
 from edit.routing.batches import mean_over_ranks
@@ -207,21 +229,13 @@ class Dense2MoE(Edit):
     def activated(self, denoiser: Denoiser) -> Mapping[str, float]:
         own = denoiser.edits[self.name]
         share = next(layer.k for layer in own.values()) / self.n  # type: ignore[operator]
-        named = [*self.named(denoiser)]
+        named = [*routed_parameters(denoiser, self.name)]
         if not share:
             named += [f"edits.{self.name}.{key}.router.weight" for key in own]  # type: ignore[union-attr]
         return dict.fromkeys(named, share)
 
     def groups(self, denoiser: Denoiser) -> Mapping[str, Group]:
-        return {name: Group(kind="stack" if p.ndim == 3 else "vector") for name, p in self.named(denoiser).items()}
-
-    def named(self, denoiser: Denoiser) -> dict[str, nn.Parameter]:
-        """The routed experts' parameters by their full names."""
-        return {
-            f"edits.{self.name}.{key}.experts.{leaf}": p
-            for key, layer in denoiser.edits[self.name].items()  # type: ignore[operator]
-            for leaf, p in layer.experts.named_parameters()
-        }
+        return expert_groups(denoiser, self.name)
 
     def shards(self, denoiser: Denoiser) -> list[nn.Module]:
         return list(denoiser.edits[self.name].values())  # type: ignore[operator]
@@ -237,14 +251,10 @@ class Dense2MoE(Edit):
         return {"balance": self.balance * balance(f, p).mean(0)}
 
     def metrics(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Means over sites, of this rank's batch: the fullest expert's load over the mean, experts without a token."""
-        if not (names := layers(trace, self.name)):
-            return {}
-        found = recorded(trace, names, LOADS).mean(1)
-        return {"unevenness": unevenness(found).mean(), "idle": (found == 0).float().sum(-1).mean()}
+        return load_metrics(trace, self.name)
 
     def loads(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name.removeprefix(f"{self.name}."): trace[f"{name}.{LOADS}"] for name in layers(trace, self.name)}
+        return loads_of(trace, self.name)
 
 
 def take(denoiser: Denoiser, k: int) -> None:

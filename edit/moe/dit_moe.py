@@ -32,8 +32,8 @@ from edit.denoiser import Denoiser, Edit
 from edit.edits import chosen
 from edit.groups import Group
 from edit.inputs.limits import Count, Natural, NotNegative, Positive, check_numbers
-from edit.moe.experts import Experts, FeedForward, MoE, dense, layers_of, take_neurons
-from edit.moe.routing import LOADS, PROBABILITIES, Gate, Router, balance, layers, recorded, unevenness
+from edit.moe.experts import Experts, FeedForward, MoE, dense, expert_groups, layers_of, routed_parameters, take_neurons
+from edit.moe.routing import LOADS, PROBABILITIES, Gate, Router, balance, layers, load_metrics, loads_of, recorded
 from edit.routing.batches import mean_over_ranks
 from edit.unit import Features, Unit, core, hidden_of
 
@@ -167,18 +167,10 @@ class DiTMoE(Edit):
         return [path for unit in units for path in layers_of(denoiser, unit, hidden(unit))]
 
     def activated(self, denoiser: Denoiser) -> Mapping[str, float]:
-        return dict.fromkeys(self.named(denoiser), self.k / self.experts)
+        return dict.fromkeys(routed_parameters(denoiser, self.name), self.k / self.experts)
 
     def groups(self, denoiser: Denoiser) -> Mapping[str, Group]:
-        return {name: Group(kind="stack" if p.ndim == 3 else "vector") for name, p in self.named(denoiser).items()}
-
-    def named(self, denoiser: Denoiser) -> dict[str, nn.Parameter]:
-        """The experts' parameters by their full names."""
-        return {
-            f"edits.{self.name}.{i}.experts.{leaf}": p
-            for i, layer in self.stacks(denoiser).items()
-            for leaf, p in layer.experts.named_parameters()
-        }
+        return expert_groups(denoiser, self.name)
 
     def shards(self, denoiser: Denoiser) -> list[nn.Module]:
         return list(self.stacks(denoiser).values())
@@ -195,12 +187,10 @@ class DiTMoE(Edit):
         return {"balance": self.alpha * balance(f, p).sum(0)}
 
     def metrics(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Means over units, of this rank's batch: the fullest expert's load over the mean, experts without a token."""
-        found = recorded(trace, layers(trace, self.name), LOADS).mean(1)
-        return {"unevenness": unevenness(found).mean(), "idle": (found == 0).float().sum(-1).mean()}
+        return load_metrics(trace, self.name)
 
     def loads(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name.removeprefix(f"{self.name}."): trace[f"{name}.{LOADS}"] for name in layers(trace, self.name)}
+        return loads_of(trace, self.name)
 
 
 def hidden(unit: Unit) -> Features:

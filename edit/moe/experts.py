@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
+from edit.groups import Group
 from edit.moe.grouped import grouped
 from edit.moe.routing import Choice, Gate, Router, check_gate, choose, record
 from edit.stream import Layout
@@ -263,6 +264,21 @@ def layers_of(denoiser: Denoiser, unit: Unit, features: Features) -> list[str]:
     at = next(name for name, m in denoiser.named_modules() if m is unit)
     readers = [path for path, _ in features.readers if unit.get_submodule(path).in_features == features.size]
     return [f"{at}.{path}" for path in (*(path for path, _ in features.writers), *readers)]
+
+
+def routed_parameters(denoiser: Denoiser, edit: str) -> dict[str, nn.Parameter]:
+    """Routed experts' parameters by their full names, of an edit whose own module has its `MoE` layers by name."""
+    return {
+        f"edits.{edit}.{key}.experts.{leaf}": p
+        for key, layer in denoiser.edits[edit].named_children()
+        for leaf, p in layer.experts.named_parameters()  # type: ignore[union-attr]
+    }
+
+
+def expert_groups(denoiser: Denoiser, edit: str) -> dict[str, Group]:
+    """Their kinds of parameters (`Edit.groups`): matrices of experts are stacks."""
+    found = routed_parameters(denoiser, edit)
+    return {name: Group(kind="stack" if p.ndim == 3 else "vector") for name, p in found.items()}
 
 
 def divided(who: str, hidden: int, shared: int, experts: int) -> int:

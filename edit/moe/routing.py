@@ -144,6 +144,19 @@ def recorded(trace: Mapping[str, Tensor], names: Sequence[str], what: str) -> Te
     return torch.stack([trace[f"{name}.{what}"] for name in names])
 
 
+def loads_of(trace: Mapping[str, Tensor], edit: str) -> dict[str, Tensor]:
+    """The loads of an edit's layers by unit, b E each (`Edit.loads`)."""
+    return {name.removeprefix(f"{edit}."): trace[f"{name}.{LOADS}"] for name in layers(trace, edit)}
+
+
+def load_metrics(trace: Mapping[str, Tensor], edit: str) -> dict[str, Tensor]:
+    """Means over layers, of this rank's batch: the fullest expert's load over the mean, experts without a token."""
+    if not (names := layers(trace, edit)):
+        return {}
+    found = recorded(trace, names, LOADS).mean(1)
+    return {"unevenness": unevenness(found).mean(), "idle": (found == 0).float().sum(-1).mean()}
+
+
 def balance(loads: Tensor, probabilities: Tensor) -> Tensor:
     """E sum_i F_i P_i: ... E and ... E -> ...; 1 where all experts are alike, E / k where k have everything.
 
