@@ -353,6 +353,22 @@ def check_teacher(
             )
 
 
+def encoder_facts(path: str, side: int | None = None) -> dict[str, Any]:
+    """What a manifest says of a vision encoder: its name, and what `Encoder.identity` gives.
+
+    Args:
+        path: folder or hub id
+        side: as of `edit.alignment.encoder.Encoder`
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no encoder
+    """
+    from edit.alignment.encoder import Encoder
+
+    name = os.path.basename(os.path.abspath(path)) if os.path.isdir(path) else path  # a folder may be moved
+    return Encoder(path, side).identity() | {"name": name}
+
+
 def check_encoder(folder: Path, described: Mapping[str, Any], encoder: str | None) -> None:
     """Compare a cache's features with an expectation.
 
@@ -373,11 +389,7 @@ def check_encoder(folder: Path, described: Mapping[str, Any], encoder: str | Non
             f"{folder} has no features of a vision encoder, and those of {encoder} are expected: make it anew with "
             "data.precompute --features, or leave out encoded_by"
         )
-    wanted = encoder
-    if not SHA.fullmatch(encoder):
-        from edit.alignment.encoder import Encoder
-
-        wanted = Encoder(encoder).identity()["sha256"]
+    wanted = encoder if SHA.fullmatch(encoder) else encoder_facts(encoder)["sha256"]
     if made["sha256"] != wanted:
         raise ValueError(
             f"{folder} has features of another encoder, {made['name']} {made['sha256']:.12}..., expected is "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data import manifest
 from data.making.encoders import VAE, Encoded, TextEncoder
 from data.making.job import Job
 from data.making.request import Request
@@ -76,9 +77,8 @@ class Encoders(PromptEncoders):
         self.device = device
         self.vision, self.casting = None, partial(_casting, device, DTYPES[job.precision])
         if job.features:
-            spec = Encoder(job.features, job.features_side)
-            spec.check([(3, *size) for size in job.bucket_sizes or [(job.size, job.size)]])
-            self.vision, self.told = spec.load().to(device), spec.identity()
+            self.vision = Encoder(job.features, job.features_side).load().to(device)
+            self.told = manifest.encoder_facts(job.features, job.features_side)
 
     def encode(self, x: Tensor, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """Pixels b 3 y x in [-1, 1] and their captions -> members of each sample, in the stored type."""
@@ -105,7 +105,11 @@ class Encoders(PromptEncoders):
         return tokens
 
     def grid(self, size: Sequence[int]) -> list[int]:
-        """Rows and columns of the patch tokens of an image of `size`, rows and columns of pixels."""
+        """Rows and columns of the patch tokens of an image of `size`, rows and columns of pixels.
+
+        Raises:
+            ValueError: if it is smaller than a patch
+        """
         assert self.vision is not None
         with torch.no_grad():
             return list(self.vision(torch.zeros(1, 3, *size, device=self.device)).grid)

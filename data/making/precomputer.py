@@ -82,7 +82,7 @@ def settings_of(job: Job, source: Folder | TarImages, encoders: Encoders) -> dic
     """The settings of the folder, as JSON: all that decides the shards, and `sources`, the paths, which may change.
 
     Raises:
-        ValueError: if the VAE does not take images of this size, or of the buckets' sizes
+        ValueError: if the VAE or the vision encoder does not take images of this size, or of the buckets' sizes
     """
     sizes = job.bucket_sizes or []
     c2, y, x = encoders.vae.moments(torch.zeros(1, 3, job.size, job.size)).shape[1:]
@@ -99,7 +99,7 @@ def settings_of(job: Job, source: Folder | TarImages, encoders: Encoders) -> dic
     sources = {"vae": job.vae, "text": job.text_encoder, "pooled": job.pooled_encoder}
     seen: dict[str, Any] = {}  # folders without features stay as they were
     if encoders.vision is not None:
-        seen = {"features": encoders.told | {"side": job.features_side, "grid": encoders.grid((job.size, job.size))}}
+        seen = {"features": encoders.told | {"grid": encoders.grid((job.size, job.size))}}
         sources["features"] = job.features
         buckets = [bucket | {"grid": encoders.grid(bucket["size"])} for bucket in buckets]
     names = "\n".join(source.names).encode(errors="surrogateescape")

@@ -106,6 +106,8 @@ class Latents:
         # with trajectories or features: at which guidance and times
         self.stored: dict[str, Any] | None = self._train.path or self._train.made
         self.features = features
+        # what the manifest says of the vision encoder whose patch tokens samples have: sha256, width, side, grid
+        self.encoded: dict[str, Any] | None = self.manifest["features"] if encoded else None
         self._heldout = None
         if heldout is not None:
             other = manifest.verify(Path(heldout))
