@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 ARCHITECTURE = "vit_tiny_patch16_224"  # whose sizes are all replaced
 HIDDEN, OUT = 256, 128  # channels of P
-TURN, ZOOM, SHIFT, BRIGHT, GRAIN = 20.0, 0.2, 0.2, 0.3, 0.15  # of a view: degrees, factors, share of a side, deviation
+TURN, ZOOM, SHIFT, BRIGHT, GRAIN = 10.0, 0.1, 0.075, 0.15, 0.075  # of a view: degrees, factors, share of a side, deviation
 
 
 # ---- the network ----------------------------------------------------------------------------------------------------
