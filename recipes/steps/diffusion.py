@@ -157,12 +157,14 @@ class Diffusion(Recipe):
                 self.own[name] = self.whole_or_sharded(own)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["over"] = list(self.over)
+        checkpoint["over"] = {name: name not in self.terms for name in self.over}  # and whether their parts are gone
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Before its weights are read and an optimiser is made: without the parts of terms that were over by then."""
-        self.over = list(checkpoint.get("over", ()))
+        """Before its weights are read and an optimiser is made: let go of the terms whose parts were gone by then."""
+        over = checkpoint.get("over", {})
+        self.over = [name for name, gone in over.items() if gone]
         self._leave(self.begun)
+        self.over = list(over)
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         super().on_train_batch_start(batch, batch_index)
