@@ -36,6 +36,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokenizer", help="its tokenizer, if it lies elsewhere")
     p.add_argument("--pooled-encoder", help="CLIP text encoder for the pooled embedding, if the text encoder has none")
     p.add_argument("--pooled-tokenizer", help="its tokenizer, if it lies elsewhere")
+    p.add_argument(
+        "--features",
+        help="store patch tokens of a vision encoder, too, which REPA aligns with: a model of timm or transformers, "
+        "folder or hub id",
+    )
+    p.add_argument(
+        "--features-side",
+        type=int,
+        help="it looks at images of so many pixels, the longer side if they are no squares (as it was trained)",
+    )
     p.add_argument("--max-tokens", type=int, default=256, help="longer captions are cut (%(default)s)")
     p.add_argument(
         "--padding",

@@ -14,6 +14,7 @@ normalise before they resize, this one likewise.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,13 +83,16 @@ class Encoder(Frozen):
             return self._made(found(self.path, weights=False), weights=False)
 
     def identity(self) -> dict[str, Any]:
-        """By what cached features know their encoder: its name, the SHA-256 of its weights, its width and side."""
+        """By what cached features know their encoder: its name, the SHA-256 of its weights, its width and side.
+
+        Weights in several files have the SHA-256 over their names and sums.
+        """
         from edit.artifacts.checksums import of_file
 
         folder = found(self.path, weights=True)
-        files = sorted(folder.glob("*.safetensors"))
-        hashes = [of_file(file) for file in files]
-        sha256 = hashes[0] if len(hashes) == 1 else dict(zip([f.name for f in files], hashes, strict=True))
+        sums = {file.name: of_file(file) for file in sorted(folder.glob("*.safetensors"))}
+        several = hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+        sha256 = next(iter(sums.values())) if len(sums) == 1 else several
         return {"name": self.path, "sha256": sha256, "width": self.structure().width, "side": self.side}
 
     def _made(self, folder: Path, weights: bool) -> Looker:
