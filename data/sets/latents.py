@@ -30,7 +30,6 @@ from edit import noise
 from edit.data_set import collate, opened
 from edit.frames import by_sample, folded
 
-
 ENCODED = "float16"  # patch tokens are stored as
 
 

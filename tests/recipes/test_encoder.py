@@ -1,7 +1,6 @@
 """A small encoder, trained without labels: the folder that it leaves, its loss, and that it is a run like others."""
 
 import csv
-import json
 import math
 
 import pytest
@@ -102,7 +101,9 @@ def test_a_finished_encoder_is_not_trained_again_and_other_settings_are_refused(
     assert "is complete (3 steps): a new run needs another name=" in said and "eval.py" not in said
     assert file.stat().st_mtime_ns == written
     with pytest.raises(UserError, match="holds a run with recipe.width=16, this command says 32"):
-        train(runs, *SHORT, "recipe.width=32")
+        train(runs, *SHORT, "recipe.width=32", "trainer.max_steps=3")
+    with pytest.raises(UserError, match="holds an encoder of 3 steps, this command says trainer.max_steps=4"):
+        train(runs, *SHORT, "trainer.max_steps=4")
 
 
 def test_a_stopped_one_leaves_no_folder_and_begins_again_with_the_same_weights(runs, tmp_path, monkeypatch):
@@ -244,4 +245,4 @@ def test_the_mean_token_tells_held_out_digits_better_than_raw_pixels_and_an_untr
     run(composed(tmp_path, "experiment=dit_pixels/encoder"))
     with open(tmp_path / "dit_pixels_encoder/metrics.csv", newline="") as file:
         last = list(csv.DictReader(file))[-1]
-    assert float(last["probe/encoder"]) > max(float(last["probe/pixels"]), float(last["probe/untrained"])), json.dumps(last)
+    assert float(last["probe/encoder"]) > max(float(last["probe/pixels"]), float(last["probe/untrained"]))
