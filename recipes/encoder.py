@@ -96,8 +96,8 @@ class TrainingEncoder(Procedure):
         done, wanted = read_config(out / "config.yaml").trainer.max_steps, cfg.trainer.max_steps
         if done != wanted:  # other runs may be given a later end, and go on
             raise UserError(
-                f"{out} holds an encoder of {done} steps, this command says trainer.max_steps={wanted}: give the new one "
-                "another name=, or restore the setting"
+                f"{out} holds an encoder of {done} steps, this command says trainer.max_steps={wanted}: give the new "
+                "one another name=, or restore the setting"
             )
         return Stand(finished=True, step=done)
 
