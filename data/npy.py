@@ -26,14 +26,12 @@ def array_of(content: bytes, name: str, shape: tuple[int | None, ...]) -> np.nda
     file = io.BytesIO(content)
     try:
         found, dtype = header(file)
-        rest = len(content) - file.tell()
+        rest, needed = len(content) - file.tell(), math.prod(found) * dtype.itemsize
         if dtype.kind == "f":  # others are refused below, objects by numpy
             if len(found) != len(shape) or any(s not in (None, a) for s, a in zip(shape, found, strict=True)):
                 raise Damaged(f"{name} has shape {found}, expected {shape}")
-            if math.prod(found) * dtype.itemsize != rest:
-                raise ValueError(
-                    f"{found} in {dtype} take {math.prod(found) * dtype.itemsize} bytes, and it has {rest}"
-                )
+            if needed != rest:
+                raise ValueError(f"{found} in {dtype} take {needed} bytes, and it has {rest}")
         elif not dtype.hasobject:
             raise Damaged(f"{name} holds something else than finite floating-point numbers")
         file.seek(0)
