@@ -1,5 +1,6 @@
 """A small encoder, trained without labels: the folder that it leaves, its loss, and that it is a run like others."""
 
+import copy
 import csv
 import math
 
@@ -7,11 +8,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from small_runs import CONFIGS, config, train
 
 from edit.alignment.encoder import Encoder
 from recipes import encoder
 from recipes.ahead import look_ahead, told
+from recipes.config.chosen import procedure_of
 from recipes.config.errors import UserError
 from recipes.plan import main as plan
 from recipes.report.run_record import read
@@ -136,32 +139,47 @@ def test_there_is_no_training_of_a_denoiser_to_plan(capsys):
     assert "TrainingEncoder trains no denoiser, so there is no training to plan" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory):
+    """A configuration that is right."""
+    return composed(tmp_path_factory.mktemp("chosen"), "experiment=dit_pixels/encoder")
+
+
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("key", "value", "sentence"),
     [
-        ("matching={_target_: edit.few_step.progressive.Progressive}", "no denoiser: leave matching out"),
-        ("+terms.a={_target_: edit.distillation.output.OutputKD}", "no denoiser: leave terms out"),
-        ("edits=reuse", "no denoiser: leave edits out"),
-        ("teacher.path=x", "learns from images alone: leave the teacher out"),
-        ("trainer=ddp", "is the work of one device"),
-        ("trainer.accumulate=2", "is the work of one device"),
-        ("optimizer.kind=adamw8bit", "adamw8bit"),
-        ("data.batch_size=1", "set data.batch_size to at least 2"),
-        ("recipe.width=30", "recipe.width=30 is no multiple of 4"),
-        ("recipe.dropped=1.0", "recipe.dropped: expected float at least 0 and below 1"),
-        ("evaluate={n: 8}", "makes no denoiser that could be evaluated: set evaluate=null"),
+        ("matching", {"_target_": "edit.few_step.progressive.Progressive"}, "no denoiser: leave matching out"),
+        ("terms", {"a": {"_target_": "edit.distillation.output.OutputKD"}}, "no denoiser: leave terms out"),
+        ("edits", {"a": {"_target_": "edit.caching.reuse.Reuse"}}, "no denoiser: leave edits out"),
+        ("teacher.path", "x", "learns from images alone: leave the teacher out"),
+        ("teacher.placement", "tied", "learns from images alone: leave the teacher out"),
+        ("trainer.strategy", "ddp", "is the work of one device"),
+        ("trainer.accumulate", 2, "is the work of one device"),
+        ("optimizer.kind", "adamw8bit", "trains with one group of AdamW"),
+        ("data.batch_size", 1, "set data.batch_size to at least 2"),
+        ("evaluate", {"n": 8}, "makes no denoiser that could be evaluated: set evaluate=null"),
     ],
 )
-def test_what_it_cannot_have_is_refused_in_one_sentence(tmp_path, change, sentence):
-    with pytest.raises(UserError, match=sentence) as refused:
-        composed(tmp_path, "experiment=dit_pixels/encoder", change)
-    assert "\n" not in str(refused.value)
+def test_what_it_cannot_have_is_refused_in_one_sentence(chosen, key, value, sentence):
+    cfg = copy.deepcopy(chosen)
+    OmegaConf.update(cfg, key, value, merge=False)
+    (said,) = procedure_of(cfg).check(cfg)
+    assert sentence in said and "\n" not in said
 
 
-def test_without_timm_it_says_how_to_get_it(tmp_path, monkeypatch):
+def test_numbers_that_no_network_has_are_refused():
+    for wrong, sentence in (({"width": 30}, "recipe.width=30 is no multiple of 4"), ({"heads": 3}, "recipe.heads=3")):
+        with pytest.raises(ValueError, match=sentence):
+            encoder.TrainingEncoder(**wrong)
+    for wrong in ({"dropped": 1.0}, {"temperature": 0.0}, {"depth": 0}):
+        with pytest.raises(ValueError, match=f"TrainingEncoder: {next(iter(wrong))} must be "):
+            encoder.TrainingEncoder(**wrong)
+
+
+def test_without_timm_it_says_how_to_get_it(chosen, monkeypatch):
     monkeypatch.setattr(encoder, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"a model of timm, which is not installed: pip install 'edit-dit\[vision\]'"):
-        composed(tmp_path, "experiment=dit_pixels/encoder")
+    (said,) = procedure_of(chosen).check(chosen)
+    assert said.endswith("a model of timm, which is not installed: pip install 'edit-dit[vision]'")
 
 
 def test_data_that_are_no_images_are_refused(tmp_path):
