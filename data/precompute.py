@@ -77,7 +77,7 @@ def add_encoders(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--features-side",
         type=int,
-        help="it looks at images of so many pixels, the longer side if they are no squares (as it was trained)",
+        help="pixels of the shorter side of the images that it is given (by its patch size, as published)",
     )
     p.add_argument("--max-tokens", type=int, default=256, help="longer captions are cut (%(default)s)")
     p.add_argument(
