@@ -51,7 +51,7 @@ class TrainingEncoder(Procedure):
     """
 
     width: Count = 64
-    depth: Count = 3
+    depth: Count = 2
     heads: Count = 2
     dropped: Annotated[float, Limits(0, below=1)] = 0.5
     temperature: Positive = 0.2

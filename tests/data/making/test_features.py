@@ -116,7 +116,7 @@ def test_batches_have_the_features_of_their_samples(made):
 def test_each_sample_of_a_bucket_has_its_own_grid(job, tmp_path, vit):
     (tmp_path / "mixed").mkdir()
     for number in range(6):
-        image(number, *((32, 16) if number % 2 else (16, 32))).save(tmp_path / "mixed" / f"{number}.png")
+        image(number, *((32, 16), (16, 32), (20, 20))[number % 3]).save(tmp_path / "mixed" / f"{number}.png")
         (tmp_path / "mixed" / f"{number}.txt").write_text(caption(number))
     made = precompute(job(tmp_path / "mixed", features=str(vit), bucket_step=4), quiet).parent
     data, looker = Latents(str(made), encoded=True, flip=False), Encoder(str(vit)).load()
@@ -130,7 +130,11 @@ def test_each_sample_of_a_bucket_has_its_own_grid(job, tmp_path, vit):
         used.add((y, x))
         rows, columns = by_size[y, x]
         assert sample["encoded"].shape == (rows * columns, encoders.WIDTH)
-    assert len(used) == 2
+    assert len(used) == 3
+    last = max(i for i, b in enumerate(data.manifest["buckets"]) if b["count"])
+    rewrite(made, lambda told: told["buckets"][last].update(grid=[32, 32]))
+    with pytest.raises(Damaged, match=r"features\.npy has \d+ bytes, which is not what its shape needs"):
+        Latents(str(made), encoded=True)
 
 
 def test_a_larger_side_gives_the_features_of_the_enlarged_image(job, folder, vit):
@@ -239,7 +243,10 @@ def test_a_member_that_claims_more_numbers_than_it_has_takes_no_memory(made):
     huge = np.lib.format.magic(1, 0) + _header(header | {"shape": (2**20, 2**20)}) + whole[128:]
     short = np.lib.format.magic(1, 0) + _header(header) + whole[130:]
     read = split.tars.read
-    for content, message in ((huge, r"has shape \(1048576, 1048576\), expected"), (short, "is no array .*512 bytes, and it has 510")):
+    for content, message in (
+        (huge, r"has shape \(1048576, 1048576\), expected"),
+        (short, "is no array .*512 bytes, and it has 510"),
+    ):
         split.tars.read = lambda i, m, c=content: c if m == "features.npy" else read(i, m)
         with pytest.raises(Damaged, match=message):
             split.sample(0, 0)
