@@ -388,29 +388,35 @@ def test_a_run_without_its_encoder_or_with_too_small_images_is_refused_in_one_se
 @pytest.mark.slow
 @pytest.mark.parametrize("paired", [True, False])
 def test_the_cosine_grows_with_the_right_targets_and_stalls_at_the_mean_with_permuted_ones(paired):
+    """What permuted targets leave to learn is their mean at each place, with which they have a cosine of their own."""
     torch.manual_seed(0)
     student = DiTConfig(input_size=8, hidden_size=64, depth=4, num_heads=4, num_classes=10).build()
-    eye = nn.Sequential(nn.Linear(16, 64), nn.SiLU(), nn.Linear(64, 48)).requires_grad_(False)
+    eye = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 48)).requires_grad_(False)
     centres = torch.randn(10, 4, 8, 8)
+
+    def drawn(count):
+        label = torch.randint(10, (count,))
+        x = centres[label] + 0.5 * torch.randn(count, 4, 8, 8)
+        patches = x.unflatten(2, (4, 2)).unflatten(4, (4, 2)).permute(0, 2, 4, 1, 3, 5).reshape(count, 16, 16)
+        return label, x, eye(patches)
+
+    y = F.normalize(drawn(2000)[2], dim=-1)
+    marginal = F.cosine_similarity(y, y.mean(0), dim=-1).mean().item()
     term, objective = REPA(Encoder("none"), 1, cached=True), FlowMatching()
-    own = Projectors([projector(64, 48, 2048)])
+    own = Projectors([projector(64, 48, 256)])
     optimizer = torch.optim.AdamW([*student.parameters(), *own.parameters()], lr=1e-3)
     found = []
     for _ in range(300):
-        label = torch.randint(10, (32,))
-        x, noise, t = centres[label] + 0.5 * torch.randn(32, 4, 8, 8), torch.randn(32, 4, 8, 8), torch.rand(32)
-        patches = x.unflatten(2, (4, 2)).unflatten(4, (4, 2)).permute(0, 2, 4, 1, 3, 5).reshape(32, 16, 16)
-        y = eye(patches)[torch.arange(32) if paired else torch.randperm(32)]
+        (label, x, y), noise, t = drawn(32), torch.randn(32, 4, 8, 8), torch.rand(32)
         x_t = objective.corrupt(x, noise, t)
         out = student(x_t, t, Condition(label=label), taps=term.taps)
-        seen = replace(passed(out, t, own=own), batch={"encoded": y})
-        alignment = term.losses(seen)["repa"].mean()
+        given = {"encoded": y if paired else y[torch.randperm(32)]}
+        alignment = term.losses(replace(passed(out, t, own=own), batch=given))["repa"].mean()
         found.append(-2 * alignment.item())
         loss = sum(v.mean() for v in objective.losses(out, x, noise, x_t, t).values()) + alignment
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     last = sum(found[-10:]) / 10
-    print(found[0], last)
-    assert abs(found[0]) < 0.2
-    assert last > 0.65 if paired else last < 0.45
+    assert abs(found[0]) < 0.2 and marginal < 0.45
+    assert last > marginal + 0.25 if paired else last < marginal + 0.02, (found[0], last, marginal)
