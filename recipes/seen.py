@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
@@ -77,11 +76,7 @@ class Asked:
 
     def callables(self) -> dict[str, Any]:
         """The fields of `edit.losses.Seen`."""
-        found: dict[str, Any] = {
-            "student": self.ask_student,
-            "predict": self.ask_predict,
-            "gradient": self.ask_gradient,
-        }
+        found: dict[str, Any] = {"student": self.ask_student, "predict": self.ask_predict}
         found |= {"average": self.ask_average, "averaged": self.ask_averaged}
         if self.teacher is not None:
             found |= {"teacher": self.ask_teacher, "features": self.ask_features}
@@ -112,16 +107,6 @@ class Asked:
 
     def ask_average(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return self.ask_averaged(x_t, t, condition).sample
-
-    def ask_gradient(self, value: Tensor, unit: int) -> Tensor:
-        weights = [p for p in self.denoiser.units[unit].parameters() if p.requires_grad]
-        found = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
-        parts = (torch.zeros_like(p) if g is None else g for p, g in zip(weights, found, strict=True))
-        whole = torch.cat([part.float().flatten() for part in parts])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(whole)
-            whole /= dist.get_world_size()
-        return whole
 
     def ask_critic(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         assert self.critic is not None

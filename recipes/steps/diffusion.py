@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from edit import noise
@@ -88,7 +89,8 @@ class Diffusion(Recipe):
             seen = Seen(condition, null, scale, draws, self.progress, x, eps, **asked.callables())
             seen = replace(seen, output=out, taught=taught, x_t=x_t, t=t, whole=whole, batch=batch)
             data_loss = torch.stack(list(losses.values())).sum(0) if losses else None
-            scored, watched = self._scored(replace(seen, step=self.trainer.global_step, data_loss=data_loss))
+            seen = replace(seen, step=self.trainer.global_step, data_loss=data_loss, gradient=self._gradient)
+            scored, watched = self._scored(seen)
             losses |= scored
         for name, edit in self.denoiser.applied.items():
             losses |= {f"{name}/{k}": v for k, v in edit.losses(out.trace).items()}
@@ -118,6 +120,16 @@ class Diffusion(Recipe):
     def _asked(self, null: Condition, scale: Tensor) -> Asked:
         told = None if self.guidance is None else scale
         return Asked(self.objective, self.denoiser, self.ema, self.teacher, None, null, scale, told, self.casting)
+
+    def _gradient(self, value: Tensor, unit: int) -> Tensor:
+        weights = [p for p in self.denoiser.units[unit].parameters() if p.requires_grad]
+        found = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
+        parts = (torch.zeros_like(p) if g is None else g for p, g in zip(weights, found, strict=True))
+        whole = torch.cat([part.float().flatten() for part in parts])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(whole)
+            whole /= dist.get_world_size()
+        return whole
 
     def _scored(self, seen: Seen) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The losses of all terms, and what they log beside them."""
