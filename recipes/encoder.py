@@ -3,9 +3,9 @@
     python train.py experiment=dit_pixels/encoder      leaves runs/dit_pixels_encoder/encoder
 
 The folder is a model of `timm`, as `edit.alignment.encoder.Encoder` and `timm.create_model("local-dir:...")` read it.
-Its patches are the tokens of the run's backbone, whose weights are not made. Where the data have classes, a linear probe
-of the mean token tells how good it is, beside one of the raw pixels and of an untrained ViT. A command that was stopped
-begins again, a finished one is not run again. The step is in `recipes.steps.encoder`.
+Its patches are the tokens of the run's backbone, whose weights are not made. Where the data have classes, a linear
+probe of the mean token tells how good it is, beside one of the raw pixels and of an untrained ViT. A command that was
+stopped begins again, a finished one is not run again. The step is in `recipes.steps.encoder`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +31,7 @@ from recipes.config.errors import UserError
 from recipes.procedure import Procedure, Result, Stand
 from recipes.runtime.devices import accelerator_of
 from recipes.runtime.files import is_first
+from recipes.runtime.run_folder import read_config
 from recipes.steps import encoder as steps
 
 PROBED = 2000  # images at most that a probe is fitted on, and is tried on
@@ -91,7 +91,15 @@ class TrainingEncoder(Procedure):
     def stand(self, cfg: DictConfig, out: Path) -> Stand:
         if not is_first() or int(os.environ.get("WORLD_SIZE") or 1) > 1:
             raise UserError("recipe=encoder is the work of one process: start it without torchrun or srun")
-        return Stand(finished=(out / self.makes).is_dir(), step=cfg.trainer.max_steps)
+        if not (out / self.makes).is_dir():
+            return Stand()
+        done, wanted = read_config(out / "config.yaml").trainer.max_steps, cfg.trainer.max_steps
+        if done != wanted:  # other runs may be given a later end, and go on
+            raise UserError(
+                f"{out} holds an encoder of {done} steps, this command says trainer.max_steps={wanted}: give the new "
+                "one another name=, or restore the setting"
+            )
+        return Stand(finished=True, step=done)
 
     def perform(self, run: Run, out: Path, stand: Stand) -> Result | None:
         from recipes.runtime.loggers import close, make_loggers  # with them comes Lightning
@@ -106,7 +114,7 @@ class TrainingEncoder(Procedure):
         model = steps.new(told, self.dropped).to(device)
         print(f"encoder   {sum(p.numel() for p in model.parameters()):,} parameters, {told['img_size']} px", flush=True)
         probed = Probed.of(run, pixels)
-        found = {} if probed is None else {"probe/pixels": probed.pixels(), "probe/untrained": probed.score(model, device)}
+        found = {} if probed is None else {**probed.pixels(), "probe/untrained": probed.score(model, device)}
         for step, row in self.train(run, model, pixels, device):
             for logger in loggers:
                 logger.log_metrics(row, step)
@@ -228,13 +236,15 @@ class Probed:
         train, tried = (evenly(split) for split in (data.train(), held))
         return cls(pixels(train["x"]), train["label"], pixels(tried["x"]), tried["label"])
 
-    def pixels(self) -> float:
-        """Of raw pixels; not a number where they are too many."""
+    def pixels(self) -> dict[str, float]:
+        """The share by raw pixels; none where they are too many."""
         if self.train[0].numel() > WIDE:
-            return float("nan")
-        return steps.probe(self.train.flatten(1), self.labels, self.held.flatten(1), self.truth)
+            return {}
+        score = steps.probe(self.train.flatten(1), self.labels, self.held.flatten(1), self.truth)
+        return {"probe/pixels": score}
 
     def score(self, model: Any, device: torch.device) -> float:
+        """The share by the model's mean token."""
         own, tried = (steps.features(model, x, device) for x in (self.train, self.held))
         return steps.probe(own, self.labels, tried, self.truth)
 

@@ -23,7 +23,7 @@ class Job:
     pooled_encoder: str | None = None  # its pooled output becomes `pooled`; None: the text encoder's, if it pools
     pooled_tokenizer: str | None = None
     features: str | None = None  # vision encoder whose patch tokens are stored: folder or hub id
-    features_side: Side | None = None  # pixels of the images that it looks at, see `edit.alignment.encoder.Encoder`
+    features_side: Side | None = None  # pixels of the shorter side that it is given; None: see `Encoder`
     max_tokens: Count = 256
     padding: str = "none"  # of the text encoder's input: none, states or zeros, see TextEncoder
     size: Side = 256  # pixels; with buckets the side of the square whose area they all have, about

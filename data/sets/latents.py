@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import math
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -21,6 +19,7 @@ from data.decoder import Decoder
 from data.making.encoders import VAE
 from data.making.frozen import PromptEncoders
 from data.making.stored_text import encoders_of
+from data.npy import array_of
 from data.pixels import to_uint8
 from data.plain_text import LAST_LABEL
 from data.split import CheckedSet, Split, flipped
@@ -29,7 +28,6 @@ from data.tars import Tars
 from edit import noise
 from edit.data_set import collate, opened
 from edit.frames import by_sample, folded
-
 
 ENCODED = "float16"  # patch tokens are stored as
 
@@ -484,37 +482,7 @@ class LatentSplit:
         name = f"{self.tars.name(index)}.{member}"
         if content is None:
             raise Damaged(f"{name} is missing")
-        file = io.BytesIO(content)
-        try:
-            found, dtype = header(file)
-            if dtype.kind == "f":  # others are refused below, or by numpy
-                if len(found) != len(shape) or any(s not in (None, a) for s, a in zip(shape, found, strict=True)):
-                    raise Damaged(f"{name} has shape {found}, expected {shape}")
-                if math.prod(found) * dtype.itemsize != len(content) - file.tell():
-                    raise ValueError(f"its shape {found} in {dtype} does not need {len(content) - file.tell()} bytes")
-            file.seek(0)
-            array = np.load(file, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            if isinstance(error, Damaged):
-                raise
-            raise Damaged(f"{name} is no array ({error})") from error
-        if array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise Damaged(f"{name} holds something else than finite floating-point numbers")
-        return torch.from_numpy(array).float()
-
-
-def header(file: io.BytesIO) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of an npy file, whose numbers come next: asked before memory is taken for them.
-
-    Raises:
-        ValueError: if this is no npy file
-    """
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    version = np.lib.format.read_magic(file)
-    if version not in readers:
-        raise ValueError(f"npy version {version[0]}.{version[1]}")
-    shape, _, dtype = readers[version](file)
-    return shape, dtype
+        return torch.from_numpy(array_of(content, name, shape)).float()
 
 
 def _groups(tars: Tars, buckets: list[dict]) -> np.ndarray:

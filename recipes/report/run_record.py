@@ -28,7 +28,8 @@ from recipes.report.values import at, number
 from recipes.runtime.files import LOCK
 
 MARKS = ("config.yaml", "artifact", "metrics.csv", "checkpoints", "pruning.json")  # one of them makes a folder a run's
-INSIDE = {"artifact", "encoder", "checkpoints", "samples", "grids", "wandb", "tensorboard"}  # folders of a run that hold no runs
+# folders of a run that hold no runs
+INSIDE = {"artifact", "encoder", "checkpoints", "samples", "grids", "wandb", "tensorboard"}
 DEEP = 4  # folders below that of all runs
 STEP = re.compile(r"step_(\d+)\.(?:png|ckpt)")
 

@@ -63,9 +63,8 @@ def refuse_other_run(cfg: DictConfig, out: Path) -> None:
     Raises:
         UserError: naming the first setting that differs
     """
-    if not (out / "config.yaml").exists() or not (
-        checkpoints(out / "checkpoints") or any((out / made).exists() for made in MADE)
-    ):
+    begun = checkpoints(out / "checkpoints") or any((out / made).exists() for made in MADE)
+    if not (out / "config.yaml").exists() or not begun:
         return
     before, now = decisive(read_config(out / "config.yaml")), decisive(cfg)
     defaults = dotted(OmegaConf.to_container(OmegaConf.structured(Root)))  # an older run may not know every setting

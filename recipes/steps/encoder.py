@@ -1,18 +1,19 @@
-"""A small image encoder, trained without labels: SimCLR (arXiv 2002.05709) on a ViT of `timm` that sees half the patches.
+"""A small image encoder, trained without labels: SimCLR (arXiv 2002.05709) on a ViT of `timm` that sees half of it.
 
     h = mean_n f(v)_n,  z = P(h),  s_ij = cos(z_i, z_j) / tau
     L = -(1 / 2B) sum_i log( exp(s_i,i') / sum_{j != i} exp(s_ij) )
 
-v are two views of each of B images, 2B in all: turned, zoomed, shifted, of other brightness, with noise, and with half of
-the patches left out. f are the patch tokens behind the final norm, P an MLP that is thrown away; i' is the other view.
+v are two views of each of B images, 2B in all: turned, zoomed, shifted, of other brightness, with noise, and with half
+of the patches left out. f are the patch tokens behind the final norm, P an MLP that is thrown away; i' is the other
+view.
 
 Why this one: it needs neither a second network nor a decoder, so a minute of one core is enough. The mean is taken over
-patch tokens, with no class token that could know more than they do, and a token must tell of the digit from patches that
-differ between the views: so tokens mean something each by itself, as alignment needs.
+patch tokens, and there is no class token that could know more than they do. The views lack different patches, so each
+token must tell of the whole image.
 
-Inferred: the ViT starts with fixed sines and cosines as its positions, pixels as loud as these, and Xavier-uniform
-layers. With timm's own start, all weights 0.02, tokens of single pixels are so alike that nothing was learned in 240
-steps.
+Inferred: the ViT starts with sines and cosines as its positions, pixels as loud as these, and Xavier-uniform layers.
+With timm's own start, deviations of 0.02, tokens of single pixels are so alike that digits were learned in none of 240
+steps. Views are gentle: at twice these changes a probe told 91 % of the digits after 90 steps, and 96 % at these.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ from torch import Tensor, nn
 
 ARCHITECTURE = "vit_tiny_patch16_224"  # whose sizes are all replaced
 HIDDEN, OUT = 256, 128  # channels of P
-TURN, ZOOM, SHIFT, BRIGHT, GRAIN = 20.0, 0.2, 0.2, 0.3, 0.15  # of a view: degrees, factors, share of a side, deviation
+TURN, ZOOM, SHIFT, BRIGHT, GRAIN = (
+    10.0,
+    0.1,
+    0.075,
+    0.15,
+    0.075,
+)  # of a view: degrees, factors, share of a side, deviation
 
 
 # ---- the network ----------------------------------------------------------------------------------------------------
