@@ -14,9 +14,9 @@ from small_runs import TWO_RANKS, losses, rows, train
 from torch import nn
 from views import passed
 
-from edit.alignment import encoder as encoder_file
-from edit.alignment.encoder import Encoded, Encoder, Looker
+from edit.alignment.encoder import Encoder
 from edit.alignment.haste import HASTE, WHOLE, GradientAngle, Watched, by_frame, map_loss, regridded
+from edit.alignment.looker import Encoded, Looker
 from edit.alignment.repa import REPA
 from edit.backbones.dit import DiTConfig
 from edit.losses import wanted
@@ -339,11 +339,11 @@ def looks(folder, overrides) -> int:
         count[0] += 1
         return forward(self, images)
 
-    encoder_file.Looker.forward = counted
+    Looker.forward = counted
     try:
         train(folder, *overrides)
     finally:
-        encoder_file.Looker.forward = forward
+        Looker.forward = forward
     return count[0]
 
 

@@ -14,7 +14,8 @@ from views import passed
 from weights import randomise
 
 import edit
-from edit.alignment.encoder import Encoded, Encoder
+from edit.alignment.encoder import Encoder
+from edit.alignment.looker import Encoded
 from edit.alignment.repa import REPA, Projectors, averaged, projector, resized, standardised
 from edit.backbones.dit import DiTConfig
 from edit.backbones.pixart import PixArtConfig
