@@ -213,8 +213,9 @@ class StandIn:
         sample = self.x + self.x.new_zeros((), requires_grad=True)
         output = self._output(self.student, sample)
         seen = replace(self.seen(step, progress), output=output, taught=taught or output)
+        shapes = term.reads  # outside the mode: it may build a model to know them
         with self.fake, torch.device("cpu"):
-            read = {name: torch.zeros(BATCH, *shape) for name, shape in term.reads.items()}
+            read = {name: torch.zeros(BATCH, *shape) for name, shape in shapes.items()}
         return replace(seen, x_t=self.x, t=self.ones, batch={"x": self.x, "draw": self.samples, **read})
 
     def count(self, loss: Loss, losses: Any, seen: Seen, trained: str) -> list[Call]:

@@ -8,7 +8,7 @@ import encoders
 import pytest
 import torch
 import torch.nn.functional as F
-from small_runs import rows, train
+from small_runs import config, rows, train
 from torch import nn
 from views import passed
 from weights import randomise
@@ -22,9 +22,11 @@ from edit.backbones.pixart import PixArtConfig
 from edit.backbones.sd3 import SD3Config
 from edit.denoiser import Denoiser
 from edit.losses import Seen
+from edit.measuring.turns import calls_of
 from edit.objectives import FlowMatching
 from edit.stream import Condition
 from recipes.config.errors import UserError
+from recipes.plan import Assumptions, drafted
 from recipes.runtime.checkpoint_files import newest
 
 
@@ -381,6 +383,17 @@ def test_a_run_without_its_encoder_or_with_too_small_images_is_refused_in_one_se
     with pytest.raises(UserError, match="terms.repa .* images of 8 x 8 pixels are smaller than a patch of .*large"):
         train(tmp_path, "name=a", *words(folder / "large"))
     assert not (tmp_path / "a").exists()
+
+
+def test_a_plan_counts_the_encoder_unless_its_features_are_cached(folder, tmp_path):
+    for cached in (False, True):
+        settings = config(tmp_path, *words(folder / "eye", f"+terms.repa.cached={cached}", "trainer.devices=1"))
+        draft = drafted(Assumptions(), settings, [])
+        looks = {} if cached else {f"{name} of 1x8x8": {"nothing": 1.0} for name in ("decoder", "encoder.0")}
+        assert calls_of(draft.kinds) == {"student": {"weights": 1.0}, **looks} and draft.own > 0
+        assert draft.frozen == (
+            0 if cached else sum(p.numel() for p in Encoder(f"{folder}/eye").structure().parameters())
+        )
 
 
 # ---- oracle 9 -------------------------------------------------------------------------------------------------------
