@@ -2,6 +2,7 @@
 
 settings.json         what the folder is made with; written first, so that a restart with other settings is refused
 shard-000000.tar      <key>.moments.npy, .moments_flip.npy, .text.npy, .pooled.npy, .json (label, caption, name);
+                      with a vision encoder .features.npy, n d float16, and .features_flip.npy, of the mirrored image;
                       generated: <key>.latent.npy, as a model sees it, .text.npy, .pooled.npy, .json (caption, prompt,
                       number, seed), with points .trajectory.npy, k c *sizes, the solver's states at the manifest's k
                       times (1 = noise); with taps .predictions.npy, s c *sizes, guided, of all s evaluations, and
@@ -156,6 +157,11 @@ def _shape(value: Any) -> bool:
     return _list(value, lambda n: _whole(n, 1)) and 2 <= len(value) <= 5 and math.prod(value) <= 2**31
 
 
+def _grid(value: Any) -> bool:
+    """Rows and columns of patch tokens."""
+    return _list(value, lambda n: _whole(n, 1, 2**15)) and len(value) == 2
+
+
 def _object(**keys: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """A test for objects that have these keys with fitting values."""
     return lambda value: isinstance(value, dict) and all(k in value and fits(value[k]) for k, fits in keys.items())
@@ -191,6 +197,10 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "sources": ("an object", _object(vae=_maybe(_text))),
     "dtype": ("float16 or float32", lambda v: v in ("float16", "float32")),
     "shard_size": ("a whole number above 0", lambda n: _whole(n, 1)),
+    "features": (
+        "name, sha256, width and grid of a vision encoder",
+        _object(name=_text, sha256=_hash, width=lambda n: _whole(n, 1, 2**24), grid=_grid),
+    ),
     "buckets": (
         "a list of buckets with size, latent_shape and count",
         lambda v: _list(
@@ -233,6 +243,8 @@ def _misfit(manifest: Mapping[str, Any]) -> str | None:
     if (made := manifest.get("generated")) and not _list(made.get("times", []), _number):
         return "the times of the stored states are no numbers"
     buckets = manifest.get("buckets")
+    if "features" in manifest and not all(_grid(b.get("grid")) for b in buckets or ()):
+        return "a bucket has no grid of features, rows and columns"
     if buckets is not None and any(
         len(b["latent_shape"]) != len(shape) or b["latent_shape"][0] != channels for b in buckets
     ):
@@ -339,6 +351,50 @@ def check_teacher(
                 f"{folder} was generated with {name}={told[0]}, expected is {told[1]}: choose another folder, or "
                 f"generate it anew"
             )
+
+
+def encoder_facts(path: str, side: int | None = None) -> dict[str, Any]:
+    """What a manifest says of a vision encoder: its name, and what `Encoder.identity` gives.
+
+    Args:
+        path: folder or hub id
+        side: as of `edit.alignment.encoder.Encoder`
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no encoder
+    """
+    from edit.alignment.encoder import Encoder
+
+    name = os.path.basename(os.path.abspath(path)) if os.path.isdir(path) else path  # a folder may be moved
+    return Encoder(path, side).identity() | {"name": name}
+
+
+def check_encoder(folder: Path, described: Mapping[str, Any], encoder: str | None) -> None:
+    """Compare a cache's features with an expectation.
+
+    Args:
+        folder: of the cache, for messages
+        described: its manifest
+        encoder: sha256 of the vision encoder, or its folder or hub id; None expects nothing
+
+    Raises:
+        FileNotFoundError: if the encoder is given as a folder that is not there
+        ValueError: if the cache has no features, or those of another encoder
+    """
+    if encoder is None:
+        return
+    made = described.get("features")
+    if not made:
+        raise ValueError(
+            f"{folder} has no features of a vision encoder, and those of {encoder} are expected: make it anew with "
+            "data.precompute --features, or leave out encoded_by"
+        )
+    wanted = encoder if SHA.fullmatch(encoder) else encoder_facts(encoder)["sha256"]
+    if made["sha256"] != wanted:
+        raise ValueError(
+            f"{folder} has features of another encoder, {made['name']} {made['sha256']:.12}..., expected is "
+            f"{wanted:.12}...: give that encoder, or make the folder anew with data.precompute --features"
+        )
 
 
 def _alike(a: Any, b: Any) -> bool:

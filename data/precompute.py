@@ -31,19 +31,7 @@ def parser() -> argparse.ArgumentParser:
         "the images), or webdataset shards: a folder of .tar files, or a pattern as 'train-{0000..0127}.tar'",
     )
     p.add_argument("--out", required=True, help="folder to write; one begun with other encoders or sizes is refused")
-    p.add_argument("--vae", required=True, help="diffusers VAE: folder, hub id, or subfolder of one (owner/name:vae)")
-    p.add_argument("--text-encoder", help="T5 or CLIP of transformers, the same ways; needs captions")
-    p.add_argument("--tokenizer", help="its tokenizer, if it lies elsewhere")
-    p.add_argument("--pooled-encoder", help="CLIP text encoder for the pooled embedding, if the text encoder has none")
-    p.add_argument("--pooled-tokenizer", help="its tokenizer, if it lies elsewhere")
-    p.add_argument("--max-tokens", type=int, default=256, help="longer captions are cut (%(default)s)")
-    p.add_argument(
-        "--padding",
-        choices=("none", "states", "zeros"),
-        default="none",
-        help="keep real tokens only; or pad to --max-tokens and keep the states of the padding, as FLUX and SD3 are "
-        "trained; or fill up with zeros (%(default)s)",
-    )
+    add_encoders(p)
     p.add_argument("--size", type=int, default=256, help="centre crop in pixels (%(default)s)")
     p.add_argument(
         "--bucket-step",
@@ -72,6 +60,33 @@ def parser() -> argparse.ArgumentParser:
         help="damaged or uncaptioned images and damaged shards: stop, or name them and go on (%(default)s)",
     )
     return p
+
+
+def add_encoders(p: argparse.ArgumentParser) -> None:
+    """The options that name the encoders, and how captions go into theirs."""
+    p.add_argument("--vae", required=True, help="diffusers VAE: folder, hub id, or subfolder of one (owner/name:vae)")
+    p.add_argument("--text-encoder", help="T5 or CLIP of transformers, the same ways; needs captions")
+    p.add_argument("--tokenizer", help="its tokenizer, if it lies elsewhere")
+    p.add_argument("--pooled-encoder", help="CLIP text encoder for the pooled embedding, if the text encoder has none")
+    p.add_argument("--pooled-tokenizer", help="its tokenizer, if it lies elsewhere")
+    p.add_argument(
+        "--features",
+        help="store patch tokens of a vision encoder, too, which REPA aligns with: a model of timm or transformers, "
+        "folder or hub id",
+    )
+    p.add_argument(
+        "--features-side",
+        type=int,
+        help="pixels of the shorter side of the images that it is given (by its patch size, as published)",
+    )
+    p.add_argument("--max-tokens", type=int, default=256, help="longer captions are cut (%(default)s)")
+    p.add_argument(
+        "--padding",
+        choices=("none", "states", "zeros"),
+        default="none",
+        help="keep real tokens only; or pad to --max-tokens and keep the states of the padding, as FLUX and SD3 are "
+        "trained; or fill up with zeros (%(default)s)",
+    )
 
 
 @guarded(interrupted="interrupted: the same command goes on after the last finished shard")

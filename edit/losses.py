@@ -95,6 +95,7 @@ class Seen:
     whole: Condition | None = None  # the condition before label drop
     batch: Mapping[str, Tensor] = field(default_factory=dict)  # all that the data set gives
 
+    data_loss: Tensor | None = None  # b, the objective's own losses of this forward, weighted; None: they weigh nothing
     output: Output | None = None  # of the trained model at x_t, with the term's taps, branches and maps in its trace
     taught: Output | None = None  # of the teacher at the same x_t, t and condition, guided; None: no term needs it
     x_t: Tensor | None = None  # b c *sizes, in the objective's own convention
@@ -108,6 +109,8 @@ class Seen:
     teacher: Field = absent  # frozen, guided by `scale`, without a graph
     # the teacher unguided, with `teacher_taps` in its trace; gradients reach x_t
     features: Callable[[Tensor, Tensor, Condition], Output] = absent
+    # (a number, unit of the student) -> its gradient to the unit's trained weights as one vector, the mean over ranks
+    gradient: Callable[[Tensor, int], Tensor] = absent
     critic: Field = absent  # learns the student's distribution; with a graph, except under no_grad
     own: Any = None  # the module that `Loss.build` returned
     frozen: Mapping[str, nn.Module] = field(default_factory=dict)  # of `Loss.frozen`; gradients reach their inputs
@@ -152,6 +155,14 @@ class Loss(ABC):  # noqa: B024 - what is abstract, its two kinds say
         """Frozen models, found again by these names in `Seen.frozen`; equal ones of several losses are loaded once."""
         return {}
 
+    def check_data(self, data: Any, pixels: Sequence[tuple[int, ...]]) -> None:  # noqa: B027 - most take any
+        """Refuse a data set that the loss cannot be trained on, with a ValueError.
+
+        Args:
+            data: the data set
+            pixels: shapes (3, *sizes) of decoded samples; none where the loss does not decode
+        """
+
     def build(self, student: Denoiser, teacher: Denoiser | None = None) -> nn.Module | None:
         """The loss's own parameters (a projector, heads): trained, and saved with the run but not with the artifact.
 
@@ -175,6 +186,8 @@ class Term(Loss):
     teacher_branches: tuple[int, ...] = ()  # the same of the teacher, in `Seen.taught`
     teacher_maps: Mapping[int, int] = MappingProxyType({})
     ends: int | None = None  # optimiser step from which it is gone for good, with all that it alone needed; None: never
+    stops: bool = False  # may be `over` before that
+    reads: Mapping[str, tuple[int, ...]] = MappingProxyType({})  # what it reads of the batch: shapes of one sample
 
     def forced(self, progress: float) -> tuple[Mapping[int, int], float]:
         """Student units with the teacher unit whose output they take as input, and the fraction of the samples."""
@@ -183,6 +196,14 @@ class Term(Loss):
     @abstractmethod
     def losses(self, seen: Seen) -> dict[str, Tensor]:
         """Named, already weighted loss terms, one number per sample [b]."""
+
+    def over(self, seen: Seen) -> bool:
+        """Whether it is to be gone from the next optimiser step on, as after `ends`; asked where it `stops`.
+
+        Asked after `losses`, and all ranks must answer alike. What it remembers between steps is in buffers of its own
+        module; that it is gone, the checkpoint knows.
+        """
+        return False
 
     def metrics(self, seen: Seen) -> dict[str, Tensor]:
         """Numbers to log beside the losses: distances before they were weighted."""

@@ -84,7 +84,7 @@ class Ahead:
         if self.cfg is None:
             return (self.out / LAST.get(self.stage.module or "", "")).is_file()
         done, wanted = self.steps or (0, 0)
-        return done >= wanted and (self.out / "artifact").is_dir()
+        return done >= wanted and (self.out / procedure_of(self.cfg).makes).is_dir()
 
 
 def look_ahead(cfg: DictConfig, configs: Path, place: str = "before", folders: Sequence[Path] = ()) -> list[Ahead]:
@@ -187,7 +187,7 @@ def _short(item: Ahead) -> str:
 def _work(item: Ahead) -> str:
     where = "" if item.out is None else f" into {legible(str(item.out))}"
     if item.steps is None:
-        return (item.stage.module or "a run without training") + where
+        return (item.stage.module or "a run in one piece") + where
     done, wanted = item.steps
     if done >= wanted:
         return f"{wanted:,} steps are trained, the artifact is to be written{where}"

@@ -5,12 +5,14 @@ Each refusal is one sentence, and stands here or in `recipes.models` alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edit.data_set import conditions, null_condition
 from edit.denoiser import Denoiser
@@ -138,9 +140,17 @@ def make_sight(data: Any, losses: Mapping[str, Loss]) -> Sight:
                     sight.models[frozen] = frozen.load()
             if loss.decodes and sight.decoder is None:
                 sight.decoder = getattr(data, "decoder", nn.Identity)()
+            loss.check_data(data, pixels_of(sight.decoder, shapes) if loss.decodes else [])
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"{place} looks with a frozen model: {error}") from error
     return sight
+
+
+def pixels_of(decoder: nn.Module | None, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The shapes of decoded samples, (c, *sizes) each; nothing is computed."""
+    assert decoder is not None
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        return [tuple(decoder(torch.zeros(1, *shape)).shape[1:]) for shape in shapes]
 
 
 # ---- guidance -------------------------------------------------------------------------------------------------------

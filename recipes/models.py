@@ -63,6 +63,7 @@ def models_of(cfg: DictConfig, sources: Sources) -> Models:
     refuse_unfit_data(plan, data, cfg)
     terms, matching = made(cfg.terms) or {}, made(cfg.matching)
     refuse_unending(cfg.trainer.strategy, terms)
+    refuse_unstoppable(cfg.trainer, terms)
     needy = [f"terms.{name}" for name, term in terms.items() if term.needs_teacher]
     needy += ["matching"] if matching is not None and matching.needs_teacher else []
     teacher = teacher_of(cfg, sources, spec, needy, plan, data)
@@ -250,6 +251,17 @@ def refuse_unending(strategy: str, terms: Mapping[str, Term]) -> None:
         raise UserError(
             f"terms.{name} ends at step {step}, and trainer={strategy} keeps its parameters in flat pieces: use "
             "trainer=fsdp2 or ddp"
+        )
+
+
+def refuse_unstoppable(trainer: Any, terms: Mapping[str, Term]) -> None:
+    """Raises UserError if a term stops by gradients, which its step cannot look at."""
+    name = next((name for name, term in terms.items() if term.stops), None)
+    if name is not None and not (trainer.strategy in ("single", "ddp") and not trainer.compile):
+        what = "trainer.compile=true" if trainer.compile else f"trainer={trainer.strategy}"
+        raise UserError(
+            f"terms.{name} stops by gradients of single units, which {what} does not let it see: use trainer=ddp "
+            "without compile, or give the step at which it ends"
         )
 
 

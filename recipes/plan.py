@@ -247,8 +247,8 @@ def planned(cfg: DictConfig) -> Procedure:
         raise ValueError(f"recipe: {one_line(error.__cause__ or error)}") from error
     if not procedure.optimises:
         raise ValueError(
-            f"recipe: {type(procedure).__name__} trains nothing, so there is no training to plan: recipes.cost tells "
-            "what its model costs"
+            f"recipe: {type(procedure).__name__} trains {'nothing' if procedure.makes == 'artifact' else 'no denoiser'}"
+            ", so there is no training to plan: recipes.cost tells what its model costs"
         )
     return procedure
 

@@ -95,6 +95,7 @@ class Procedure(ABC):
     """How a run makes its artifact. A subclass is a frozen dataclass; its fields are the procedure's settings."""
 
     optimises: ClassVar[bool] = True  # its memory is planned as that of training
+    makes: ClassVar[str] = "artifact"  # the folder of the run that is there once it is finished, one of `MADE`
     cure: ClassVar[str] = "change the settings"  # where the weights that it made are not finite
 
     def check(self, cfg: DictConfig) -> Iterator[str]:
@@ -143,7 +144,7 @@ class Procedure(ABC):
             stand: how far the run is
 
         Returns:
-            On rank 0, what becomes the artifact; None on the others.
+            On rank 0, what becomes the artifact; None on the others, and where it has made something else itself.
 
         Raises:
             SystemExit: with 143, if the run was told to stop before its end

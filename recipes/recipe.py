@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import partial
-from math import cos, pi
 from typing import Any
 
 import lightning.pytorch as pl
@@ -250,7 +249,7 @@ class Recipe(pl.LightningModule, ABC):
         optimizer = optimizer_of(s.kind)(
             self._groups(), lr=s.lr, betas=tuple(s.betas), eps=s.eps, weight_decay=s.weight_decay
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.settings.rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -287,16 +286,6 @@ class Recipe(pl.LightningModule, ABC):
         """What the edits of all models say of parameters, by their names in the recipe."""
         models = ((role, m) for role, m in self.named_children() if isinstance(m, Denoiser))
         return {f"{role}.{name}": group for role, m in models for name, group in grouped(m).items()}
-
-    def _rate(self, step: int) -> float:
-        """The factor on the learning rate after `step` optimiser steps: linear warmup, then constant or cosine."""
-        s = self.settings.optimizer
-        if step < s.warmup:
-            return (step + 1) / s.warmup
-        if s.schedule == "cosine":
-            way = min(1.0, (step - s.warmup) / max(1, self.settings.max_steps - s.warmup))
-            return s.end + (1 - s.end) * 0.5 * (1 + cos(pi * way))
-        return 1.0
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clip by global norm; mark a step with a non-finite gradient to be skipped, without a synchronisation.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import cos, pi
 from typing import Any
 
 from omegaconf import DictConfig
@@ -39,6 +40,16 @@ class Training:
     autocast: bool = False
     patience: int = 20
     seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """The factor on the learning rate after `step` optimiser steps: linear warmup, then constant or cosine."""
+        s = self.optimizer
+        if step < s.warmup:
+            return (step + 1) / s.warmup
+        if s.schedule == "cosine":
+            way = min(1.0, (step - s.warmup) / max(1, self.max_steps - s.warmup))
+            return s.end + (1 - s.end) * 0.5 * (1 + cos(pi * way))
+        return 1.0
 
 
 def world_size(cfg: DictConfig) -> int:

@@ -64,7 +64,8 @@ def perform(cfg: DictConfig, out: Path) -> dict[str, Any]:
         if stand.finished:
             return complete(cfg, out, stand.step) if is_first() else {}
         if is_first():
-            print(told(job), flush=True)
+            if procedure.makes == "artifact":
+                print(told(job), flush=True)
             begin(cfg, out, stand.resume is not None)
             held.push(at_failure(out, Path(cfg.runs)))
         result = procedure.perform(job, out, stand)

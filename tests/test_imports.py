@@ -142,7 +142,7 @@ def at_import(tree: ast.Module, known: Collection[str]) -> set[str]:
 
 
 PLANNING = ("recipes.plan", "recipes.cost", "recipes.page", "recipes.sweep", "recipes.apply", "recipes.report.evaluate")
-PROCEDURES = ("recipes.diffusion", "recipes.few_step", "recipes.rollout", "recipes.calibrate")
+PROCEDURES = ("recipes.diffusion", "recipes.few_step", "recipes.rollout", "recipes.calibrate", "recipes.encoder")
 
 
 @pytest.mark.parametrize("start", [*PLANNING, *PROCEDURES])

@@ -1,16 +1,19 @@
-"""The frozen models of a command on one device: embeddings of prompts and latents of pixels, as they are stored."""
+"""The frozen models of a command on one device: embeddings of prompts, latents and features of pixels, as stored."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from data import manifest
 from data.making.encoders import VAE, Encoded, TextEncoder
 from data.making.job import Job
 from data.making.request import Request
+from edit.alignment.encoder import Encoder
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -61,22 +64,59 @@ class PromptEncoders:
 
 
 class Encoders(PromptEncoders):
-    """The text encoders and the VAE of a command on one device."""
+    """The text encoders, the VAE and the vision encoder of a command on one device.
+
+    Raises:
+        FileNotFoundError, ValueError: in one sentence, for a model that is not there, or does not take the images
+    """
 
     def __init__(self, job: Job, device: str):
         super().__init__(job, device)
         self.flips = job.flips
         self.vae = VAE(job.vae, device, DTYPES[job.precision])
+        self.device = device
+        self.vision, self.casting = None, partial(_casting, device, DTYPES[job.precision])
+        if job.features:
+            self.vision = Encoder(job.features, job.features_side).load().to(device)
+            self.told = manifest.encoder_facts(job.features, job.features_side)
 
     def encode(self, x: Tensor, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """Pixels b 3 y x in [-1, 1] and their captions -> members of each sample, in the stored type."""
         columns = {"moments": self.fit(self.vae.moments(x))}
         if self.flips:
             columns["moments_flip"] = self.fit(self.vae.moments(x.flip(-1)))
+        if self.vision is not None:
+            columns["features"] = self.look(x)
+            if self.flips:
+                columns["features_flip"] = self.look(x.flip(-1))
         rows = [{name: column[i] for name, column in columns.items()} for i in range(len(x))]
         for row, words in zip(rows, self.embed(captions) if self.needs_captions else [{}] * len(x), strict=True):
             row |= words
         return rows
+
+    @torch.no_grad()
+    def look(self, x: Tensor) -> Tensor:
+        """Pixels b 3 y x in [-1, 1] -> patch tokens b n d float16. Raises ValueError for values beyond its range."""
+        assert self.vision is not None
+        with self.casting():
+            tokens = self.vision(x.to(self.device)).tokens.to("cpu", torch.float16)
+        if not tokens.isfinite().all():
+            raise ValueError(f"features of {self.told['name']} do not fit float16: choose another encoder")
+        return tokens
+
+    def grid(self, size: Sequence[int]) -> list[int]:
+        """Rows and columns of the patch tokens of an image of `size`, rows and columns of pixels.
+
+        Raises:
+            ValueError: if it is smaller than a patch
+        """
+        assert self.vision is not None
+        with torch.no_grad():
+            return list(self.vision(torch.zeros(1, 3, *size, device=self.device)).grid)
+
+
+def _casting(device: str, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
 
 
 def _pooled(encoded: Encoded, name: str) -> Tensor:

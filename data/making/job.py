@@ -22,6 +22,8 @@ class Job:
     tokenizer: str | None = None  # None: with the text encoder
     pooled_encoder: str | None = None  # its pooled output becomes `pooled`; None: the text encoder's, if it pools
     pooled_tokenizer: str | None = None
+    features: str | None = None  # vision encoder whose patch tokens are stored: folder or hub id
+    features_side: Side | None = None  # pixels of the shorter side that it is given; None: see `Encoder`
     max_tokens: Count = 256
     padding: str = "none"  # of the text encoder's input: none, states or zeros, see TextEncoder
     size: Side = 256  # pixels; with buckets the side of the square whose area they all have, about
@@ -51,6 +53,10 @@ class Job:
         for name in ("images", "out", "vae"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: give a folder")
+        if self.features == "":
+            raise ValueError("features is empty: give a folder or hub id, or leave it out")
+        if self.features_side is not None and self.features is None:
+            raise ValueError("features_side is of a vision encoder, and there is none: give features, too")
         if self.bucket_step is not None:
             buckets.sizes(self.size, self.bucket_step, self.bucket_ratio)
 

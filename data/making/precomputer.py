@@ -82,7 +82,7 @@ def settings_of(job: Job, source: Folder | TarImages, encoders: Encoders) -> dic
     """The settings of the folder, as JSON: all that decides the shards, and `sources`, the paths, which may change.
 
     Raises:
-        ValueError: if the VAE does not take images of this size, or of the buckets' sizes
+        ValueError: if the VAE or the vision encoder does not take images of this size, or of the buckets' sizes
     """
     sizes = job.bucket_sizes or []
     c2, y, x = encoders.vae.moments(torch.zeros(1, 3, job.size, job.size)).shape[1:]
@@ -96,11 +96,18 @@ def settings_of(job: Job, source: Folder | TarImages, encoders: Encoders) -> dic
             f"the VAE makes one latent of {factor} px: --bucket-step must be a multiple, got {job.bucket_step}"
         )
     buckets = [{"size": list(s), "latent_shape": [c2 // 2, s[0] // factor, s[1] // factor]} for s in sizes]
+    sources = {"vae": job.vae, "text": job.text_encoder, "pooled": job.pooled_encoder}
+    seen: dict[str, Any] = {}  # folders without features stay as they were
+    if encoders.vision is not None:
+        seen = {"features": encoders.told | {"grid": encoders.grid((job.size, job.size))}}
+        sources["features"] = job.features
+        buckets = [bucket | {"grid": encoders.grid(bucket["size"])} for bucket in buckets]
     names = "\n".join(source.names).encode(errors="surrogateescape")
     return {
         "format": manifest.FORMAT,
         "vae": {"name": encoders.vae.name, "sha256": encoders.vae.sha256, "shift": shift, "scale": scale},
         **encoders.describe(),
+        **seen,
         "size": job.size,
         "latent_shape": [c2 // 2, y, x],
         **({"buckets": buckets} if buckets else {}),
@@ -110,8 +117,7 @@ def settings_of(job: Job, source: Folder | TarImages, encoders: Encoders) -> dic
         "shard_size": job.shard_size,
         "images": {"count": len(source), "names": hashlib.sha256(names).hexdigest()},
         "sources": {
-            name: os.path.abspath(spec) if spec and os.path.isdir(spec) else spec
-            for name, spec in (("vae", job.vae), ("text", job.text_encoder), ("pooled", job.pooled_encoder))
+            name: os.path.abspath(spec) if spec and os.path.isdir(spec) else spec for name, spec in sources.items()
         },
     }
 
@@ -135,14 +141,17 @@ def forecast(
         return f"{out}: all of this command's shards are there ({total} in all, {len(source):,} images)"
     width = encoders.stored.itemsize
     moments = 2 * math.prod(settings["latent_shape"]) * width
-    members = [moments] * (2 if job.flips else 1) + [150]  # the last is the json
-    about = ""
+    views = 2 if job.flips else 1
+    members, about = [moments] * views + [150], ""  # the last is the json
+    if seen := settings.get("features"):
+        members += [2 * math.prod(seen["grid"]) * seen["width"]] * views
+        about = f", features {math.prod(seen['grid'])} x {seen['width']}"
     if encoders.text is not None:
         probe = range(0, len(source), max(1, len(source) // 32))
         lengths = encoders.text.lengths([c for i in probe if (c := _caption(source, i)) is not None] or [""])
         tokens = sum(lengths) / len(lengths)
         members.append(round(tokens * settings["text"]["width"] * width))
-        about = f", captions of {tokens:.0f} tokens x {settings['text']['width']}"
+        about += f", captions of {tokens:.0f} tokens x {settings['text']['width']}"
     if settings["pooled"]:
         members.append(settings["pooled"]["width"] * width)
     each = sum(512 + 128 + math.ceil((m + 1) / 512) * 512 for m in members)  # tar header, npy header, padding

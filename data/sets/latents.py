@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -20,6 +19,7 @@ from data.decoder import Decoder
 from data.making.encoders import VAE
 from data.making.frozen import PromptEncoders
 from data.making.stored_text import encoders_of
+from data.npy import array_of
 from data.pixels import to_uint8
 from data.plain_text import LAST_LABEL
 from data.split import CheckedSet, Split, flipped
@@ -28,6 +28,8 @@ from data.tars import Tars
 from edit import noise
 from edit.data_set import collate, opened
 from edit.frames import by_sample, folded
+
+ENCODED = "float16"  # patch tokens are stored as
 
 
 class Latents:
@@ -52,6 +54,8 @@ class Latents:
         shift: refuse samples generated with another shift of the times
         trajectories: samples have the teacher's path, see `LatentSplit`
         features: samples have the teacher's answers of every evaluation, see `LatentSplit`
+        encoded: samples have the patch tokens of their image by a vision encoder, see `LatentSplit`
+        encoded_by: refuse patch tokens of any other encoder: its folder or hub id, or its sha256 in the manifest
 
     Raises:
         FileNotFoundError, ValueError: in one sentence, for a folder that cannot be used
@@ -73,12 +77,15 @@ class Latents:
         shift: float | None = None,
         trajectories: bool = False,
         features: bool = False,
+        encoded: bool = False,
+        encoded_by: str | None = None,
     ):
         if verify not in ("size", "full"):
             raise ValueError(f"verify is size or full, got {verify!r}")
         self.path, tolerance = Path(path), Tolerance(on_error)
         self.manifest = manifest.verify(self.path)
         manifest.check_teacher(self.path, self.manifest, generated_by, guidance, steps, shift)
+        manifest.check_encoder(self.path, self.manifest, encoded_by)
         flip = flip and not self.manifest.get("generated")
         if flip and not self.manifest["flips"]:
             raise ValueError(f"{path} has no flipped latents: set flip=false, or precompute with --flips")
@@ -93,10 +100,12 @@ class Latents:
         self.null = self._null()
         self._vae: VAE | None = None  # loaded when something is first looked at
         tars = shards(self.path, self.manifest, verify == "full", tolerance, cache)
-        self._train = LatentSplit(tars, self.manifest, flip, seed, trajectories, features)
+        self._train = LatentSplit(tars, self.manifest, flip, seed, trajectories, features, encoded)
         # with trajectories or features: at which guidance and times
         self.stored: dict[str, Any] | None = self._train.path or self._train.made
         self.features = features
+        # what the manifest says of the vision encoder whose patch tokens samples have: sha256, width, side, grid
+        self.encoded: dict[str, Any] | None = self.manifest["features"] if encoded else None
         self._heldout = None
         if heldout is not None:
             other = manifest.verify(Path(heldout))
@@ -295,9 +304,14 @@ def misfits(tars: Tars, described: dict) -> Iterator[Damaged]:
         wanted |= {f"tap{k}": np.full(len(tars), tokens) for k in made["taps"]}
     if described["pooled"]:
         wanted["pooled"] = np.full(len(tars), described["pooled"]["width"])
-    width = np.dtype(described["dtype"]).itemsize
+    if seen := described.get("features"):
+        grids = [b["grid"] for b in described.get("buckets", ())] or [seen["grid"]]
+        wanted["features"] = np.array(grids).prod(1)[groups] * seen["width"]
+        if described["flips"]:
+            wanted["features_flip"] = wanted["features"]
     for name, count in wanted.items():
         size = tars.size(f"{name}.npy")
+        width = np.dtype(ENCODED if name.startswith("features") else described["dtype"]).itemsize
         head = size - count * width  # of an npy file; numpy writes at most 256 bytes for so few numbers
         yield from _first(tars, name, size, (head <= 0) | (head > 256) | (head % 16 != 0))
     if described["text"]:
@@ -329,11 +343,24 @@ class LatentSplit:
     With `features` it has the teacher's answers of all s evaluations: `number`, of the noise; `predictions` s c *sizes,
     guided; `tap<unit>` s k n d, the tokens behind each tapped unit in k guidance branches, cond's first.
 
+    With `encoded` it has the patch tokens of its image by a frozen vision encoder: `encoded` n d, row-major, of the
+    mirrored image where the latents are the mirrored image's.
+
     Raises:
-        ValueError: for trajectories of samples that were not generated, or by a solver that adds noise of its own
+        ValueError: for trajectories of samples that were not generated, or by a solver that adds noise of its own; for
+            features or patch tokens that are not there
     """
 
-    def __init__(self, tars: Tars, described: dict, flip: bool, seed: int, trajectories: bool, features: bool = False):
+    def __init__(
+        self,
+        tars: Tars,
+        described: dict,
+        flip: bool,
+        seed: int,
+        trajectories: bool,
+        features: bool = False,
+        encoded: bool = False,
+    ):
         self.tars, self.flip, self.seed = tars, flip, seed
         self.shape: Sequence[int] = described["latent_shape"]
         self.text, self.pooled = described["text"], described["pooled"] is not None
@@ -345,6 +372,15 @@ class LatentSplit:
             raise ValueError(
                 f"{tars.paths[0].parent} has no features, which data.generate stores with taps=...: set features=false"
             )
+        self.width, self.grids = None, []  # of patch tokens; those of each bucket, or of all samples
+        if encoded:
+            if not (seen := described.get("features")):
+                raise ValueError(
+                    f"{tars.paths[0].parent} has no features of a vision encoder, which data.precompute stores with "
+                    "--features: set encoded=false, or make it anew"
+                )
+            self.width = seen["width"]
+            self.grids = [b["grid"] for b in described.get("buckets", ())] or [seen["grid"]]
         if trajectories and not self.generated:
             raise ValueError(
                 f"{tars.paths[0].parent} holds no generated data, which alone has trajectories: set "
@@ -376,16 +412,22 @@ class LatentSplit:
     def sample(self, index: int, draw: int) -> dict[str, Tensor]:
         first_good = self.tars.tolerance.first_good
         if self.groups is None:
-            return first_good(lambda i: self._sample(i, draw, self.shape), index, len(self))
+            return first_good(lambda i: self._sample(i, draw, self.shape, 0), index, len(self))
         group = self.groups[index]  # the substitute of a damaged sample has its shape
         first, end = self._first[group], self._first[group + 1]
         shape = self.shapes[group]
         return first_good(
-            lambda i: self._sample(int(self._order[first + i]), draw, shape), self._place[index] - first, end - first
+            lambda i: self._sample(int(self._order[first + i]), draw, shape, group),
+            self._place[index] - first,
+            end - first,
         )
 
-    def _sample(self, index: int, draw: int, shape: Sequence[int]) -> dict[str, Tensor]:
-        sample = {"x": self._latent(index, draw, shape)}
+    def _sample(self, index: int, draw: int, shape: Sequence[int], group: int) -> dict[str, Tensor]:
+        view = "_flip" if self.flip and flipped(self.seed, draw) else ""
+        sample = {"x": self._latent(index, draw, shape, view)}
+        if self.width is not None:
+            rows, columns = self.grids[group]
+            sample["encoded"] = self._array(index, f"features{view}.npy", (rows * columns, self.width))
         if self.num_classes is not None:
             sample["label"] = torch.tensor(self._label(index, self.num_classes))
         if self.text:
@@ -426,12 +468,11 @@ class LatentSplit:
         found["predictions"] = self._array(index, "predictions.npy", (count, *shape))
         return found | {f"tap{k}": self._array(index, f"tap{k}.npy", (count, *tokens)) for k in made["taps"]}
 
-    def _latent(self, index: int, draw: int, shape: Sequence[int]) -> Tensor:
+    def _latent(self, index: int, draw: int, shape: Sequence[int], view: str) -> Tensor:
         c, *sizes = shape
         if self.generated:
             return self._array(index, "latent.npy", (c, *sizes))
-        member = "moments_flip.npy" if self.flip and flipped(self.seed, draw) else "moments.npy"
-        mean, std = self._array(index, member, (2 * c, *sizes)).chunk(2)
+        mean, std = self._array(index, f"moments{view}.npy", (2 * c, *sizes)).chunk(2)
         eps = noise.gaussian(self.seed, torch.tensor([draw]), noise.RESAMPLE, (c, *sizes))[0]
         return (mean + std * eps - self.shift) * self.scale
 
@@ -441,15 +482,7 @@ class LatentSplit:
         name = f"{self.tars.name(index)}.{member}"
         if content is None:
             raise Damaged(f"{name} is missing")
-        try:
-            array = np.load(io.BytesIO(content), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise Damaged(f"{name} is no array ({error})") from error
-        if array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise Damaged(f"{name} holds something else than finite floating-point numbers")
-        if array.ndim != len(shape) or any(s not in (None, a) for s, a in zip(shape, array.shape, strict=True)):
-            raise Damaged(f"{name} has shape {array.shape}, expected {shape}")
-        return torch.from_numpy(array).float()
+        return torch.from_numpy(array_of(content, name, shape)).float()
 
 
 def _groups(tars: Tars, buckets: list[dict]) -> np.ndarray:

@@ -27,6 +27,7 @@ from edit.frames import by_sample, folded
 from edit.inputs.limits import Count, check_numbers
 from edit.losses import Frozen, Seen
 from edit.paths import mean
+from edit.pretrained import Normalised, described, loaded, skeleton
 
 KINDS = ("dinov2", "dinov2_with_registers")
 ROW, COLUMN = 90, 91  # streams of `Draws`: where the crop lies
@@ -66,27 +67,14 @@ class Vision(Frozen):
             FileNotFoundError: if it cannot be found
             ValueError: if it is no DINOv2, lacks weights, or has no such layer
         """
-        from transformers import AutoModel
-
-        config, preparation = self._described()
-        try:
-            model, report = AutoModel.from_pretrained(
-                self.path, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-            )
-        except OSError as error:
-            raise FileNotFoundError(f"{self.path} gave no weights in safetensors: {_flat(error)}") from error
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"])
-            raise ValueError(f"{self.path} lacks {len(missing)} weights of its DINOv2, such as {missing[0]}")
-        return Eye(model, self.layers, preparation)
+        config, preparation = described(self.path, KINDS, "a DINOv2")
+        return Eye(loaded(self.path, config, "DINOv2"), self.layers, preparation)
 
     def structure(self) -> Eye:
         """The same without weights, on the meta device; raises likewise."""
-        from transformers import AutoModel
-
-        config, preparation = self._described()
+        config, preparation = described(self.path, KINDS, "a DINOv2")
         with torch.device("meta"):
-            return Eye(AutoModel.from_config(config), self.layers, preparation)
+            return Eye(skeleton(config), self.layers, preparation)
 
     def check(self, shapes: Sequence[tuple[int, ...]]) -> None:
         least = min(side for shape in shapes for side in shape[-2:])
@@ -119,22 +107,6 @@ class Vision(Frozen):
         """Logits of samples b c *sizes -> b k."""
         return self.score(seen, self.see(seen, x))
 
-    def _described(self) -> tuple[Any, dict[str, Any]]:
-        """The configurations of the model and of its preprocessor."""
-        from transformers import AutoConfig, ImageProcessingMixin
-
-        try:
-            config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
-            preparation, _ = ImageProcessingMixin.get_image_processor_dict(self.path)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"no vision model with its preprocessor in {self.path}: give the folder or hub id of a DINOv2: "
-                f"{_flat(error)}"
-            ) from error
-        if config.model_type not in KINDS:
-            raise ValueError(f"{self.path} holds a {config.model_type}, expected one of {', '.join(KINDS)}")
-        return config, preparation
-
 
 class Eye(nn.Module):
     """Pixels b 3 y x, or b 1 y x, in [-1, 1] to the hidden states of a frozen model, patches alone in row-major order.
@@ -142,9 +114,6 @@ class Eye(nn.Module):
     Raises:
         ValueError: if the model has no such layer
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, model: Any, layers: Sequence[int], preparation: Mapping[str, Any]):
         super().__init__()
@@ -156,12 +125,11 @@ class Eye(nn.Module):
         self.layers, self.width = sorted({i % depth for i in layers}), model.config.hidden_size
         self.side = int(size.get("height") or size["shortest_edge"])
         self.tokens = (self.side // model.config.patch_size) ** 2
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(preparation[f"image_{name}"]).view(3, 1, 1))
+        self.normalised = Normalised.of(preparation)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = F.interpolate(x.float(), (self.side, self.side), mode="bicubic", antialias=True).expand(-1, 3, -1, -1)
-        states = self.model(pixel_values=((x + 1) / 2 - self.mean) / self.std, output_hidden_states=True).hidden_states
+        states = self.model(pixel_values=self.normalised(x), output_hidden_states=True).hidden_states
         return {f"unit.{i}": states[i + 1][:, -self.tokens :] for i in self.layers}  # patches come last
 
 
@@ -196,7 +164,3 @@ def feature_distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor
     """
     layers = [(F.normalize(a[k].float(), dim=-1) - F.normalize(b[k].float(), dim=-1)).square().sum(-1) for k in a]
     return torch.stack([mean(layer) for layer in layers]).mean(0)
-
-
-def _flat(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from edit.measuring.flops import Flops
 from edit.measuring.probe import Activations, Asked, without_memory
@@ -46,7 +46,7 @@ class Look:
     def stand_in(self, x: Tensor) -> Any:
         """Zeros as the model answers to `x`; a graph leads to it, where it has one."""
         link = x.sum() * 0
-        return tree_map(lambda v: x.new_zeros(len(x), *v.shape[1:]) + link, self._on_meta[1])
+        return tree_map_only(Tensor, lambda v: x.new_zeros(len(x), *v.shape[1:]) + link, self._on_meta[1])
 
     def step(self, batch: int, half: bool, checkpointing: bool, dtype: torch.dtype, frozen: bool) -> Activations:
         """Forward, and backward to the input; arguments as of `Probe.step`, of which the last three do not matter:
@@ -71,7 +71,7 @@ class Look:
         base = ledger.bytes
         with ledger:
             with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
-                loss = torch.stack([v.float().sum() for v in tree_leaves(model(x))]).sum()
+                loss = torch.stack([v.float().sum() for v in tensors(model(x))]).sum()
             forward, stored = ledger.peak, ledger.bytes - base
             loss.backward()
         peak = max(ledger.peak, forward) - base
@@ -83,7 +83,11 @@ class Look:
         base = ledger.bytes
         with torch.no_grad(), ledger, torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
             out = model(x)
-        return Asked(ledger.peak - base, sum(v.nbytes for v in tree_leaves(out)))
+        return Asked(ledger.peak - base, sum(v.nbytes for v in tensors(out)))
+
+
+def tensors(out: Any) -> list[Tensor]:
+    return [v for v in tree_leaves(out) if isinstance(v, Tensor)]
 
 
 def pixels(x: Tensor) -> Tensor:

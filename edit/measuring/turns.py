@@ -147,7 +147,7 @@ def phases(
         calls = [Call("teacher", guided)] if taught else []
         calls.append(Call("student", reach="weights"))
         for name, term in live.items():
-            seen = replace(stand_in.passed(begin, begin / steps), **stand_in.declared(term, own[name]))
+            seen = replace(stand_in.passed(begin, begin / steps, term), **stand_in.declared(term, own[name]))
             calls += stand_in.count(term, term.losses, seen, "student")
         found.append(Turn((end - begin) / steps, tuple(calls)))
         begin = end
@@ -207,13 +207,15 @@ class StandIn:
         times = self.ones[:, None].expand(-1, states)
         return replace(seen, x=self.x, noise=self.x, trajectory=path, times=times)
 
-    def passed(self, step: int, progress: float) -> Seen:
-        """The batch of a step of diffusion training, after its forward."""
+    def passed(self, step: int, progress: float, term: Term) -> Seen:
+        """What a term sees in a step of diffusion training, after the forward."""
         taught = None if self.teacher is None else self._output(self.teacher, self.x)
         sample = self.x + self.x.new_zeros((), requires_grad=True)
         output = self._output(self.student, sample)
         seen = replace(self.seen(step, progress), output=output, taught=taught or output)
-        return replace(seen, x_t=self.x, t=self.ones, batch={"x": self.x, "draw": self.samples})
+        with self.fake, torch.device("cpu"):
+            read = {name: torch.zeros(BATCH, *shape) for name, shape in term.reads.items()}
+        return replace(seen, x_t=self.x, t=self.ones, batch={"x": self.x, "draw": self.samples, **read})
 
     def count(self, loss: Loss, losses: Any, seen: Seen, trained: str) -> list[Call]:
         """The calls that `losses(seen)` makes, where the role `trained` has trained weights."""

@@ -137,6 +137,9 @@ class WorldConfig:
     middle: list[int] = field(default_factory=list)  # the unit half-way
     linear: list[int] = field(default_factory=list)  # every second of the later units
     linear_pairs: list[Any] = field(default_factory=list)  # each of these with itself
+    repa: int = rule(0, low=0)  # the unit about a third of the way, whose tokens follow an encoder's
+    haste: list[Any] = field(default_factory=list)  # it and those before it, each with a layer of the world's encoder
+    tau: int = rule(1, low=1)  # 0.4 of the steps of the whole model: where an encoder has taught enough
 
 
 @dataclass

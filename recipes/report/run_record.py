@@ -28,7 +28,8 @@ from recipes.report.values import at, number
 from recipes.runtime.files import LOCK
 
 MARKS = ("config.yaml", "artifact", "metrics.csv", "checkpoints", "pruning.json")  # one of them makes a folder a run's
-INSIDE = {"artifact", "checkpoints", "samples", "grids", "wandb", "tensorboard"}  # folders of a run that hold no runs
+# folders of a run that hold no runs
+INSIDE = {"artifact", "encoder", "checkpoints", "samples", "grids", "wandb", "tensorboard"}
 DEEP = 4  # folders below that of all runs
 STEP = re.compile(r"step_(\d+)\.(?:png|ckpt)")
 
@@ -95,7 +96,8 @@ class Record:
 
     @property
     def finished(self) -> bool:
-        return self.artifact and (self.steps is None or self.planned is None or self.steps >= self.planned)
+        made = self.artifact or (self.folder / "encoder").is_dir()
+        return made and (self.steps is None or self.planned is None or self.steps >= self.planned)
 
     @property
     def state(self) -> str:

@@ -38,6 +38,7 @@ FREE |= {"heldout", "stages", "after", "world"} | {  # what refers to the world 
     f"trainer.{k}"
     for k in ("max_steps", "accelerator", "strategy", "compile", "gradient_checkpointing", "threads", "memory")
 }
+MADE = ("artifact", "encoder")  # what a finished run leaves, by its procedure
 BATCH = ("data.batch_size", "trainer.devices", "trainer.num_nodes")  # only their product counts
 FREE |= {*BATCH, "data.workers"}
 
@@ -62,7 +63,8 @@ def refuse_other_run(cfg: DictConfig, out: Path) -> None:
     Raises:
         UserError: naming the first setting that differs
     """
-    if not (out / "config.yaml").exists() or not (checkpoints(out / "checkpoints") or (out / "artifact").exists()):
+    begun = checkpoints(out / "checkpoints") or any((out / made).exists() for made in MADE)
+    if not (out / "config.yaml").exists() or not begun:
         return
     before, now = decisive(read_config(out / "config.yaml")), decisive(cfg)
     defaults = dotted(OmegaConf.to_container(OmegaConf.structured(Root)))  # an older run may not know every setting

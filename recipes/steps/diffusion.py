@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from edit import noise
@@ -53,6 +54,7 @@ class Diffusion(Recipe):
         self.guidance = None if teacher is None else teacher.guidance  # which the student is told
         self.taps, self.branches, self.maps = wanted(self.terms.values())
         self.own = nn.ModuleDict()  # trainable parameters of terms
+        self.over: list[str] = []  # terms that said so
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         x, draw = batch["x"], batch["draw"]  # b c *sizes, b
@@ -86,7 +88,9 @@ class Diffusion(Recipe):
             draws = Draws(seed, draw, self.micro(batch_index), tuple(x.shape[1:]))
             seen = Seen(condition, null, scale, draws, self.progress, x, eps, **asked.callables())
             seen = replace(seen, output=out, taught=taught, x_t=x_t, t=t, whole=whole, batch=batch)
-            scored, watched = self._scored(replace(seen, step=self.trainer.global_step))
+            data_loss = torch.stack(list(losses.values())).sum(0) if losses else None
+            seen = replace(seen, step=self.trainer.global_step, data_loss=data_loss, gradient=self._gradient)
+            scored, watched = self._scored(seen)
             losses |= scored
         for name, edit in self.denoiser.applied.items():
             losses |= {f"{name}/{k}": v for k, v in edit.losses(out.trace).items()}
@@ -117,6 +121,16 @@ class Diffusion(Recipe):
         told = None if self.guidance is None else scale
         return Asked(self.objective, self.denoiser, self.ema, self.teacher, None, null, scale, told, self.casting)
 
+    def _gradient(self, value: Tensor, unit: int) -> Tensor:
+        weights = [p for p in self.denoiser.units[unit].parameters() if p.requires_grad]
+        found = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
+        parts = (torch.zeros_like(p) if g is None else g for p, g in zip(weights, found, strict=True))
+        whole = torch.cat([part.float().flatten() for part in parts])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(whole)
+            whole /= dist.get_world_size()
+        return whole
+
     def _scored(self, seen: Seen) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The losses of all terms, and what they log beside them."""
         losses, watched = {}, {}
@@ -124,6 +138,8 @@ class Diffusion(Recipe):
             own = self.own[name] if name in self.own else None
             mine = replace(seen, own=own, draws=seen.draws.of(name), **self.sight.of(term))
             losses |= {f"{name}/{k}": v for k, v in term.losses(mine).items()}
+            if term.stops and name not in self.over and term.over(mine):
+                self.over.append(name)
             watched |= {f"{name}/{k}": v.float().mean() for k, v in term.metrics(mine).items()}
         return losses, watched
 
@@ -152,15 +168,27 @@ class Diffusion(Recipe):
             if (own := term.build(self.denoiser, whole_teacher)) is not None:
                 self.own[name] = self.whole_or_sharded(own)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["over"] = {name: name not in self.terms for name in self.over}  # and whether their parts are gone
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Before its weights are read and an optimiser is made: let go of the terms whose parts were gone by then."""
+        over = checkpoint.get("over", {})
+        self.over = [name for name, gone in over.items() if gone]
+        self._leave(self.begun)
+        self.over = list(over)
+
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         super().on_train_batch_start(batch, batch_index)
-        if gone := self._leave(self.trainer.global_step):
+        between = batch_index % self.settings.accumulate == 0  # two optimiser steps
+        if between and (gone := self._leave(self.trainer.global_step)):
             forget(self.trainer, self, gone)
             self.trained = [p for p in self.parameters() if p.requires_grad]
 
     def _leave(self, step: int) -> list[nn.Parameter]:
         """Let go of the terms that have ended by this step, and of what they alone needed. Returns their parameters."""
-        over = [name for name, term in self.terms.items() if term.ends is not None and term.ends <= step]
+        ended = [name for name, term in self.terms.items() if term.ends is not None and term.ends <= step]
+        over = [*ended, *(name for name in self.over if name in self.terms and name not in ended)]
         if not over:
             return []
         taught = any(term.needs_teacher for term in self.terms.values())

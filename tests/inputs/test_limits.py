@@ -11,6 +11,9 @@ from typing import Any, get_args
 import pytest
 
 import edit
+from edit.alignment.encoder import Encoder
+from edit.alignment.haste import HASTE
+from edit.alignment.repa import REPA
 from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig
 from edit.caching.delta_dit import DeltaDiT
@@ -44,6 +47,9 @@ NEEDED = {  # of those that cannot do without a setting
     ADD: {"vision": Vision("eye")},
     AttentionKD: {"pairs": ((0, 0),)},
     BalancedFeatureKD: {"pairs": ((0, 0),)},
+    Encoder: {"path": "eye"},
+    HASTE: {"features": REPA(Encoder("eye"), 1), "pairs": ((0, 0),)},
+    REPA: {"encoder": Encoder("eye"), "unit": 1},
     Collapse: {"intervals": ((0, 1),)},
     DeltaDiT: {"blocks": 1},
     Combined: {"parts": {"a": Progressive()}, "weights": {"a": 1.0}, "critic_weights": {"a": 1.0}},
