@@ -63,6 +63,7 @@ def models_of(cfg: DictConfig, sources: Sources) -> Models:
     refuse_unfit_data(plan, data, cfg)
     terms, matching = made(cfg.terms) or {}, made(cfg.matching)
     refuse_unending(cfg.trainer.strategy, terms)
+    refuse_unaveraged(cfg.ema.decay, terms)
     needy = [f"terms.{name}" for name, term in terms.items() if term.needs_teacher]
     needy += ["matching"] if matching is not None and matching.needs_teacher else []
     teacher = teacher_of(cfg, sources, spec, needy, plan, data)
@@ -250,6 +251,15 @@ def refuse_unending(strategy: str, terms: Mapping[str, Term]) -> None:
         raise UserError(
             f"terms.{name} ends at step {step}, and trainer={strategy} keeps its parameters in flat pieces: use "
             "trainer=fsdp2 or ddp"
+        )
+
+
+def refuse_unaveraged(decay: float, terms: Mapping[str, Term]) -> None:
+    """Raises UserError if a term learns from the moving average and the run has none."""
+    if decay == 0 and (name := next((name for name, term in terms.items() if term.needs_average), None)):
+        raise UserError(
+            f"terms.{name} learns from the moving average, and with ema.decay=0 that is the model itself: set "
+            "ema.decay (the default is 0.995), or leave the term out"
         )
 
 

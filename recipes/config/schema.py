@@ -137,6 +137,11 @@ class WorldConfig:
     middle: list[int] = field(default_factory=list)  # the unit half-way
     linear: list[int] = field(default_factory=list)  # every second of the later units
     linear_pairs: list[Any] = field(default_factory=list)  # each of these with itself
+    sra: list[int] = field(default_factory=list)  # SRA's unit of the student, and the deeper one of its average
+    # Self-Transcendence's units: of the warm-up, of the student, of the first model; its omega, its range of times
+    transcendence: list[int] = field(default_factory=list)
+    omega: float = rule(30.0)
+    trange: list[float] | None = field(default_factory=lambda: [0.4, 0.7])
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from edit import noise
 from edit.denoiser import Denoiser
-from edit.losses import Draws, Seen, Term, wanted
+from edit.losses import Draws, Seen, Term, teaches, wanted
 from edit.objectives import Objective, Weight, weight_at
 from edit.stream import Branch, Condition, Forced, Output
 from recipes.ending import forget
@@ -52,6 +52,7 @@ class Diffusion(Recipe):
         self.terms, self.data_weight, self.strata = dict(terms or {}), data_weight, strata
         self.guidance = None if teacher is None else teacher.guidance  # which the student is told
         self.taps, self.branches, self.maps = wanted(self.terms.values())
+        self.teaches = teaches(self.terms.values())
         self.own = nn.ModuleDict()  # trainable parameters of terms
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
@@ -68,7 +69,7 @@ class Diffusion(Recipe):
         if self.guidance is not None:
             scale = self.guidance.scale(noise.uniform(seed, draw, noise.GUIDANCE))
         with self.casting():
-            if self.teacher is not None:  # at the same noisy sample, time and condition
+            if self.teacher is not None and self.teaches:  # at the same noisy sample, time and condition
                 taught = self.teacher(self.denoiser, x_t, t, condition, null, scale)
             if self.told and self.guidance is not None:
                 condition = replace(condition, guidance=scale)
@@ -168,6 +169,7 @@ class Diffusion(Recipe):
         for name in over:
             del self.terms[name]
         self.taps, self.branches, self.maps = wanted(self.terms.values())
+        self.teaches = teaches(self.terms.values())
         self.sight.keep(self.terms.values())
         if self.teacher is not None and taught and not any(term.needs_teacher for term in self.terms.values()):
             self.teacher.release()
