@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from edit.alignment.heads import linear, mlp
 from edit.alignment.sra import as_units, check_unit
 from edit.denoiser import Denoiser
-from edit.inputs.limits import Count, NotNegative, check_numbers
+from edit.inputs.limits import Count, Natural, NotNegative, check_numbers
 from edit.losses import Seen, Term
 from edit.stream import Condition
 
@@ -59,7 +59,7 @@ class VAEWarmUp(Term):
         ends: optimiser step from which it is gone; None: never
     """
 
-    unit: int
+    unit: Natural
     weight: NotNegative = 0.5
     trange: Range = (0.4, 0.7)
     legacy_trange: bool = False
@@ -69,8 +69,6 @@ class VAEWarmUp(Term):
     def __post_init__(self):
         check_numbers(self)
         check_range("VAEWarmUp", self.trange, self.legacy_trange)
-        if self.unit < 0:
-            raise ValueError(f"VAEWarmUp: unit is counted from 0, got {self.unit}")
         self.taps = (self.unit,)
 
     def build(self, student: Denoiser, teacher: Denoiser | None = None) -> PatchHead:

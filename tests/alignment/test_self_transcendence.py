@@ -205,7 +205,7 @@ def test_the_plan_counts_two_batches_to_the_unit_until_the_end_and_no_guided_pre
         (lambda: SelfTranscendence((2, 1)), "no shallower"),
         (lambda: SelfTranscendence((0, 1), trange=(0.7, 0.4)), "first < last"),
         (lambda: SelfTranscendence((0, 1), trange=None, legacy_trange=True), "which is null"),
-        (lambda: VAEWarmUp(-1), "counted from 0"),
+        (lambda: VAEWarmUp(-1), "at least 0"),
         (lambda: VAEWarmUp(0, width=0), "at least 1"),
     ],
 )
