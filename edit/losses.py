@@ -195,6 +195,12 @@ class Term(Loss):
         """Student units with the teacher unit whose output they take as input, and the fraction of the samples."""
         return {}, 0.0
 
+    def mixed(self, seen: Seen) -> tuple[Tensor, Condition]:
+        """The noisy sample and condition of the step's forward, before which this is called: another, for one, in which
+        tokens have several times."""
+        assert seen.x_t is not None
+        return seen.x_t, seen.condition
+
     @abstractmethod
     def losses(self, seen: Seen) -> dict[str, Tensor]:
         """Named, already weighted loss terms, one number per sample [b]."""

@@ -33,11 +33,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from edit.alignment.heads import linear, mlp
-from edit.alignment.sra import as_units, check_unit
+from edit.alignment.units import as_units, check_unit, grid_of, patches
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, Natural, NotNegative, check_numbers
 from edit.losses import Seen, Term
@@ -205,19 +204,3 @@ def check_range(who: str, trange: Range, legacy: bool) -> None:
         raise ValueError(f"{who}: trange is a first and a last time, 0 <= first < last <= 1, or null; got {trange}")
     if trange is None and legacy:
         raise ValueError(f"{who}: legacy_trange is the length of trange, which is null: give one, or leave it out")
-
-
-def patches(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Samples b c *sizes in the order of their tokens, of a grid of frames, rows, columns: b n (c a p q)."""
-    frames, rows, columns = grid
-    x = x if x.ndim == 5 else x[:, :, None]
-    return rearrange(x, "b c (f a) (y p) (x q) -> b (f y x) (c a p q)", f=frames, y=rows, x=columns)
-
-
-def grid_of(denoiser: Denoiser) -> tuple[int, int, int]:
-    """Frames, rows and columns of a model's tokens, from its structure alone: its weights may be shards."""
-    with torch.device("meta"), torch.no_grad():
-        bare = denoiser.family.from_config(denoiser.config)
-        told = denoiser.example(1, text=1).map(lambda v: v.to("meta"))
-        stream = bare.embed(**bare.pack(torch.empty(1, *denoiser.sample_shape), torch.empty(1), told))
-    return stream.layout.grid

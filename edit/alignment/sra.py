@@ -13,6 +13,10 @@ the mean over all elements of the smooth L1 distance (beta 0.05), or 1 - cos. Wh
 The paper counts blocks from 1, units count from 0 here: SiT-B/2 3 -> 8 is (2, 7), L/2 6 -> 16 is (5, 15), SiT-XL/2
 8 -> 20 is (7, 19), DiT-XL/2 8 -> 16 is (7, 15); else m about 0.27 and n 0.57 to 0.71 of the depth.
 
+With dual times (DTS+AS, arXiv 2607.02508: `dual=0.25`, and the edit `edit.alignment.token_times.TokenTimes`) a quarter
+of the tokens has a second time t' ~ U(0, 1) of its own. The average sees each group at clamp(t_g - kappa u_g, 0, 1),
+u_g independent (inferred); the velocity that is learned does not depend on times.
+
 Specification: methods/sra.md. The cosine of the published formula runs over channels, that of the released code by its
 default axis over tokens: `axis` has both. J has no moving average here, unlike the release, where nothing reads it. The
 release's average runs all blocks. Other families than DiT and SiT: ours; of two streams the image's is compared.
@@ -20,18 +24,22 @@ release's average runs all blocks. Other families than DiT and SiT: ours; of two
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.alignment.heads import mlp
+from edit.alignment.token_times import TokenTimes
+from edit.alignment.units import as_units, check_unit, grid_of, patches, pixels
 from edit.denoiser import Denoiser
-from edit.inputs.limits import Count, Natural, NotNegative, Positive, Share, check_numbers
+from edit.inputs.limits import Count, Limits, Natural, NotNegative, Positive, Share, check_numbers
 from edit.losses import Seen, Term
+from edit.stream import Condition
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ class SRA(Term):
         axis: of "cosine": "channels", a cosine for each token, or "tokens", one for each channel
         beta: of "smooth_l1": where it turns from square to linear
         head: False compares the units themselves, which the paper finds worse than no alignment
+        dual: share of tokens with a time of their own, 0.25 of DTS+AS; 0: one time for all
     """
 
     units: Sequence[int]
@@ -79,6 +88,7 @@ class SRA(Term):
     axis: Literal["channels", "tokens"] = "channels"
     beta: Positive = 0.05
     head: bool = True
+    dual: Annotated[float, Limits(0, below=1)] = 0.0
 
     needs_average = True
 
@@ -91,16 +101,46 @@ class SRA(Term):
             raise ValueError(f"SRA: axis must be channels or tokens, got {self.axis!r}")
         self.taps = (self.units[0],)
 
-    def build(self, student: Denoiser, teacher: Denoiser | None = None) -> nn.Module:
+    def build(self, student: Denoiser, teacher: Denoiser | None = None) -> Head:
         check_unit("SRA", self.units[1], student, "the average")
-        d = student.facts.width
-        return mlp(d, 2 * d, d) if self.head else nn.Identity()
+        if self.dual:
+            if student.prediction == "noise":
+                raise ValueError(
+                    f"SRA: dual times are for velocities, this {student.name} predicts a noise: set dual=0"
+                )
+            if not any(isinstance(e, TokenTimes) for e in student.applied.values()):
+                raise ValueError(
+                    f"SRA: dual={self.dual:g}, and this {student.name} is told one time for all tokens: add "
+                    "+edits.token_times._target_=edit.alignment.token_times.TokenTimes"
+                )
+        return Head(student, self.head, grid_of(student) if self.dual else None)
+
+    def mixed(self, seen: Seen) -> tuple[Tensor, Condition]:
+        grid = seen.own.grid
+        if grid is None:
+            return super().mixed(seen)
+        scores = patches(seen.draws.gaussian(1), grid)[..., 0]  # b n
+        apart = scores.topk(max(1, round(self.dual * scores.shape[1])), 1).indices
+        second = seen.draws.uniform(2)
+        x_t = torch.where(self.places(seen, apart), seen.corrupt(seen.x, seen.noise, second), seen.x_t)
+        return x_t, replace(seen.condition, second=second, apart=apart)
+
+    def places(self, seen: Seen, apart: Tensor) -> Tensor:
+        """Where the tokens of the second group are in a sample: b 1 *sizes, bool."""
+        none = torch.zeros(len(apart), math.prod(seen.own.grid), dtype=torch.bool, device=apart.device)
+        return pixels(none.scatter(1, apart, True), seen.own.grid, seen.x.shape[2:])
 
     def losses(self, seen: Seen) -> dict[str, Tensor]:
         m, n = self.units
+        condition = seen.condition
         s = cleaner(seen.t, seen.draws.uniform(0), self.offset, seen.discrete)
         x_s = seen.corrupt(seen.x, seen.noise, s)
-        r = seen.tapped_average(x_s, s, seen.condition, (n,))[f"unit.{n}"].float()
+        if condition.second is not None and condition.apart is not None:
+            second = cleaner(condition.second, seen.draws.uniform(3), self.offset, seen.discrete)
+            there = seen.corrupt(seen.x, seen.noise, second)
+            x_s = torch.where(self.places(seen, condition.apart), there, x_s)
+            condition = replace(condition, second=second)
+        r = seen.tapped_average(x_s, s, condition, (n,))[f"unit.{n}"].float()
         z = seen.own(seen.output.trace[f"unit.{m}"].float())
         return {"sra": self.strength(seen.step) * self.compare(z, r)}
 
@@ -118,6 +158,19 @@ class SRA(Term):
         return F.smooth_l1_loss(z, r, beta=self.beta, reduction="none").mean((1, 2))
 
 
+class Head(nn.Module):
+    """J; with dual times, the grid of the tokens."""
+
+    def __init__(self, student: Denoiser, learned: bool, grid: tuple[int, int, int] | None = None):
+        super().__init__()
+        d = student.facts.width
+        self.layers = mlp(d, 2 * d, d) if learned else nn.Identity()
+        self.grid = grid
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.layers(tokens)
+
+
 def cleaner(t: Tensor, u: Tensor, offset: float, discrete: int | None) -> Tensor:
     """The average's times s from the student's: b each.
 
@@ -131,24 +184,3 @@ def cleaner(t: Tensor, u: Tensor, offset: float, discrete: int | None) -> Tensor
         return (t - offset * u).clamp(0, 1)
     i = torch.round(t * discrete) - 1
     return ((i - torch.floor(offset * discrete * u)).clamp(1, discrete - 1) + 1) / discrete
-
-
-def as_units(who: str, units: Sequence[int]) -> tuple[int, int]:
-    """The unit m of a student and n of its teacher, from configuration.
-
-    Raises:
-        ValueError: if they are not two, counted from 0, or n comes before m
-    """
-    whole = len(units) == 2 and all(isinstance(i, int) and i >= 0 for i in units)
-    if not whole or units[1] < units[0]:
-        raise ValueError(
-            f"{who}: units are two, m of the student and n of its teacher, counted from 0, and n is no shallower than "
-            f"m; got {list(units)}"
-        )
-    return units[0], units[1]
-
-
-def check_unit(who: str, unit: int, model: Denoiser, role: str) -> None:
-    """Refuse a unit that a model does not have."""
-    if unit >= len(model.units):
-        raise ValueError(f"{who}: unit {unit} of {role} is wanted, which has units 0 to {len(model.units) - 1}")

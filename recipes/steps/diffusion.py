@@ -68,6 +68,10 @@ class Diffusion(Recipe):
         scale, taught = torch.ones_like(t), None
         if self.guidance is not None:
             scale = self.guidance.scale(noise.uniform(seed, draw, noise.GUIDANCE))
+        draws = Draws(seed, draw, self.micro(batch_index), tuple(x.shape[1:]))
+        seen = Seen(condition, null, scale, draws, self.progress, x, eps, **self._asked(null, scale).callables())
+        seen = self._mixed(replace(seen, x_t=x_t, t=t, whole=whole, batch=batch, step=self.trainer.global_step))
+        x_t, condition = seen.x_t, seen.condition
         with self.casting():
             if self.teacher is not None and self.teaches:  # at the same noisy sample, time and condition
                 taught = self.teacher(self.denoiser, x_t, t, condition, null, scale)
@@ -83,11 +87,7 @@ class Diffusion(Recipe):
         if weight != 1:
             losses = {name: weight * loss for name, loss in losses.items()}
         if self.terms:
-            asked = self._asked(null, scale)
-            draws = Draws(seed, draw, self.micro(batch_index), tuple(x.shape[1:]))
-            seen = Seen(condition, null, scale, draws, self.progress, x, eps, **asked.callables())
-            seen = replace(seen, output=out, taught=taught, x_t=x_t, t=t, whole=whole, batch=batch)
-            scored, watched = self._scored(replace(seen, step=self.trainer.global_step))
+            scored, watched = self._scored(replace(seen, condition=condition, output=out, taught=taught))
             losses |= scored
         for name, edit in self.denoiser.applied.items():
             losses |= {f"{name}/{k}": v for k, v in edit.losses(out.trace).items()}
@@ -117,6 +117,14 @@ class Diffusion(Recipe):
     def _asked(self, null: Condition, scale: Tensor) -> Asked:
         told = None if self.guidance is None else scale
         return Asked(self.objective, self.denoiser, self.ema, self.teacher, None, null, scale, told, self.casting)
+
+    def _mixed(self, seen: Seen) -> Seen:
+        """What is seen before the forward, with the sample and condition that the terms make of it, in their order."""
+        for name, term in self.terms.items():
+            own = self.own[name] if name in self.own else None
+            x_t, condition = term.mixed(replace(seen, own=own, draws=seen.draws.of(name)))
+            seen = replace(seen, x_t=x_t, condition=condition)
+        return seen
 
     def _scored(self, seen: Seen) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The losses of all terms, and what they log beside them."""
