@@ -144,11 +144,11 @@ class SelfTranscendence(Term):
         both = seen.tapped_teacher(torch.cat((x_t, x_t)), torch.cat((t, t)), seen.whole.join(seen.null), (n,))
         f_c, f_u = both[f"unit.{n}"].float().chunk(2)
         f_g = torch.lerp(f_u, f_c, self.omega)
-        seen.own.longer.copy_(f_g.norm() / f_c.norm())
+        seen.own.longer.copy_((f_g.flatten(1).norm(dim=1) / f_c.flatten(1).norm(dim=1)).mean())
         return f_g
 
     def metrics(self, seen: Seen) -> dict[str, Tensor]:
-        """|f_g| / |f_c| of the batch: the target's scale, hence the loss's, is the teacher's own."""
+        """|f_g| / |f_c|, mean over the batch: the target's scale, hence the loss's, is the teacher's own."""
         return {"longer": seen.own.longer.clone()}
 
 
@@ -176,7 +176,7 @@ class PatchHead(nn.Module):
 class FeatureHead(nn.Module):
     """Tokens b n d -> features of the teacher's width."""
 
-    longer: Tensor  # |f_g| / |f_c| of the last batch
+    longer: Tensor  # |f_g| / |f_c|, mean over the last batch
 
     def __init__(self, student: int, width: int, teacher: int):
         super().__init__()

@@ -111,7 +111,7 @@ def test_features_are_extrapolated_from_the_null_conditions_to_the_conditions(ma
     torch.testing.assert_close(target(0.0), f_u, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(target(30.0), f_u + 30 * (f_c - f_u), rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(target(3.0) - target(1.0), target(7.0) - target(5.0), rtol=1e-3, atol=1e-4)
-    expected = target(7.0).norm() / target(1.0).norm()
+    expected = (target(7.0).flatten(1).norm(dim=1) / target(1.0).flatten(1).norm(dim=1)).mean()
     target(7.0)
     torch.testing.assert_close(SelfTranscendence((0, 1), **ALL).metrics(seen)["longer"], expected, rtol=1e-4, atol=0)
 
