@@ -15,7 +15,8 @@ The paper counts blocks from 1, units count from 0 here: SiT-B/2 3 -> 8 is (2, 7
 
 With dual times (DTS+AS, arXiv 2607.02508: `dual=0.25`, and the edit `edit.alignment.token_times.TokenTimes`) a quarter
 of the tokens has a second time t' ~ U(0, 1) of its own. The average sees each group at clamp(t_g - kappa u_g, 0, 1),
-u_g independent (inferred); the velocity that is learned does not depend on times.
+u_g independent (inferred). The velocity that is learned does not depend on times; an objective that weighs them
+(`snr_cap`) would weigh the second group by the first one's.
 
 Specification: methods/sra.md. The cosine of the published formula runs over channels, that of the released code by its
 default axis over tokens: `axis` has both. J has no moving average here, unlike the release, where nothing reads it. The
@@ -122,13 +123,8 @@ class SRA(Term):
         scores = patches(seen.draws.gaussian(1), grid)[..., 0]  # b n
         apart = scores.topk(max(1, round(self.dual * scores.shape[1])), 1).indices
         second = seen.draws.uniform(2)
-        x_t = torch.where(self.places(seen, apart), seen.corrupt(seen.x, seen.noise, second), seen.x_t)
+        x_t = torch.where(places(apart, grid, seen.x.shape[2:]), seen.corrupt(seen.x, seen.noise, second), seen.x_t)
         return x_t, replace(seen.condition, second=second, apart=apart)
-
-    def places(self, seen: Seen, apart: Tensor) -> Tensor:
-        """Where the tokens of the second group are in a sample: b 1 *sizes, bool."""
-        none = torch.zeros(len(apart), math.prod(seen.own.grid), dtype=torch.bool, device=apart.device)
-        return pixels(none.scatter(1, apart, True), seen.own.grid, seen.x.shape[2:])
 
     def losses(self, seen: Seen) -> dict[str, Tensor]:
         m, n = self.units
@@ -138,7 +134,7 @@ class SRA(Term):
         if condition.second is not None and condition.apart is not None:
             second = cleaner(condition.second, seen.draws.uniform(3), self.offset, seen.discrete)
             there = seen.corrupt(seen.x, seen.noise, second)
-            x_s = torch.where(self.places(seen, condition.apart), there, x_s)
+            x_s = torch.where(places(condition.apart, seen.output.grid, seen.x.shape[2:]), there, x_s)
             condition = replace(condition, second=second)
         r = seen.tapped_average(x_s, s, condition, (n,))[f"unit.{n}"].float()
         z = seen.own(seen.output.trace[f"unit.{m}"].float())
@@ -169,6 +165,12 @@ class Head(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.layers(tokens)
+
+
+def places(apart: Tensor, grid: tuple[int, int, int], sizes: Sequence[int]) -> Tensor:
+    """Where tokens are in a sample: b k numbers of tokens -> b 1 *sizes, bool."""
+    none = torch.zeros(len(apart), math.prod(grid), dtype=torch.bool, device=apart.device)
+    return pixels(none.scatter(1, apart, True), grid, sizes)
 
 
 def cleaner(t: Tensor, u: Tensor, offset: float, discrete: int | None) -> Tensor:
