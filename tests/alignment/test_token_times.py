@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import family
 from self_aligned import gradients, look
 from small_runs import losses, rows, train
 
@@ -130,10 +129,14 @@ def test_attention_costs_the_squares_of_the_segments_and_modulation_two_conditio
     assert totals[1] - totals[0] == 2 * len(x) * (embedding + (3 * 6 + 2) * width**2)
 
 
-def test_families_of_one_condition_and_other_attentions_are_refused(dit):
-    for name in ("flux", "sd3", "pixart", "wan"):
-        with pytest.raises(ValueError, match="take one condition for all tokens: use a DiT or SiT"):
-            timed(family(name))
+def test_families_of_one_condition_and_other_attentions_are_refused(dit, make_dit):
+    class Plain(type(dit)):
+        facts = replace(dit.facts, tokenwise=False)
+
+    plain = make_dit()
+    plain.__class__ = Plain
+    with pytest.raises(ValueError, match="take one condition for all tokens: use a DiT or SiT"):
+        edit.apply(plain, {"token_times": TokenTimes()})
     linear = edit.apply(dit, {"linear": LinearAttention()})
     with pytest.raises(ValueError, match="has replaced the attention of unit 0"):
         edit.apply(linear, {"token_times": TokenTimes()})
