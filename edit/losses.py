@@ -118,9 +118,9 @@ class Seen:
     averaged: Predictor = absent  # the average with its trace, without a graph
     tapped_average: Tapped = absent
     teacher: Field = absent  # frozen, guided by `scale`, without a graph
+    tapped_teacher: Tapped = absent
     # the teacher unguided, with `teacher_taps` in its trace; gradients reach x_t
     features: Callable[[Tensor, Tensor, Condition], Output] = absent
-    tapped_teacher: Tapped = absent
     critic: Field = absent  # learns the student's distribution; with a graph, except under no_grad
     own: Any = None  # the module that `Loss.build` returned
     frozen: Mapping[str, nn.Module] = field(default_factory=dict)  # of `Loss.frozen`; gradients reach their inputs
@@ -185,10 +185,10 @@ class Term(Loss):
     taps: tuple[int, ...] = ()  # units whose tokens arrive in `Seen.output` as "unit.<index>"
     branches: tuple[int, ...] = ()  # units whose branches arrive as "unit.<index>.attention" and "unit.<index>.feed"
     maps: Mapping[int, int] = MappingProxyType({})  # units whose attention maps arrive as "unit.<index>.maps": rows
-    teacher_branches: tuple[int, ...] = ()  # the same of the teacher, in `Seen.taught`
-    teacher_maps: Mapping[int, int] = MappingProxyType({})
     reads_taught: bool = True  # with `needs_teacher`: `Seen.taught`; else the teacher answers when the term asks it
     needs_average: bool = False  # asks the moving average for something else than the student would say
+    teacher_branches: tuple[int, ...] = ()  # the same of the teacher, in `Seen.taught`
+    teacher_maps: Mapping[int, int] = MappingProxyType({})
     ends: int | None = None  # optimiser step from which it is gone for good, with all that it alone needed; None: never
 
     def forced(self, progress: float) -> tuple[Mapping[int, int], float]:
