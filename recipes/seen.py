@@ -78,19 +78,26 @@ class Asked:
         """The fields of `edit.losses.Seen`."""
         found: dict[str, Any] = {"student": self.ask_student, "predict": self.ask_predict}
         found |= {"average": self.ask_average, "averaged": self.ask_averaged}
+        found |= {"tapped_average": self.ask_tapped_average}
+        found |= {"corrupt": self.objective.corrupt, "discrete": self.objective.discrete}
         if self.teacher is not None:
             found |= {"teacher": self.ask_teacher, "features": self.ask_features}
+            found |= {"tapped_teacher": self.ask_tapped_teacher}
         return found if self.critic is None else found | {"critic": self.ask_critic}
 
     def _ask(
         self, denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition, taps: Collection[int] = ()
     ) -> Output:
-        if self.told is not None:
-            condition = replace(condition, guidance=self.told if denoiser.facts.told else None)
+        condition = self._told(denoiser, condition)
         with self.casting():
             out = denoiser(*self.objective.native(x_t, t), condition, taps=taps)
         refuse_further(denoiser, out)
         return out._replace(sample=self.objective.velocity(out.sample, x_t, t))
+
+    def _told(self, denoiser: Denoiser, condition: Condition) -> Condition:
+        if self.told is None:
+            return condition
+        return replace(condition, guidance=self.told if denoiser.facts.told else None)
 
     def ask_predict(self, x_t: Tensor, t: Tensor, condition: Condition, taps: Collection[int] = ()) -> Output:
         out = self._ask(self.denoiser, x_t, t, condition, taps)
@@ -104,6 +111,13 @@ class Asked:
     @torch.no_grad()
     def ask_averaged(self, x_t: Tensor, t: Tensor, condition: Condition, taps: Collection[int] = ()) -> Output:
         return self._ask(self.ema, x_t, t, condition, taps)
+
+    @torch.no_grad()
+    def ask_tapped_average(
+        self, x_t: Tensor, t: Tensor, condition: Condition, taps: Collection[int]
+    ) -> Mapping[str, Tensor]:
+        with self.casting():
+            return self.ema.tapped(x_t, t, self._told(self.ema, condition), taps)
 
     def ask_average(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return self.ask_averaged(x_t, t, condition).sample
@@ -127,6 +141,14 @@ class Asked:
         native = self.objective.native(x_t, t)
         with self.casting():
             return self.teacher.features(self.denoiser, *native, condition, self.scale)
+
+    def ask_tapped_teacher(
+        self, x_t: Tensor, t: Tensor, condition: Condition, taps: Collection[int]
+    ) -> Mapping[str, Tensor]:
+        assert self.teacher is not None
+        scale = self.scale.repeat(len(x_t) // len(self.scale))  # of a batch of both guidance branches
+        with self.casting():
+            return self.teacher.tapped(self.denoiser, x_t, t, condition, scale, taps)
 
 
 def refuse_further(denoiser: Denoiser, out: Output) -> None:

@@ -14,6 +14,8 @@ import edit
 from edit.alignment.encoder import Encoder
 from edit.alignment.haste import HASTE
 from edit.alignment.repa import REPA
+from edit.alignment.self_transcendence import SelfTranscendence, VAEWarmUp
+from edit.alignment.sra import SRA
 from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig
 from edit.caching.delta_dit import DeltaDiT
@@ -59,10 +61,13 @@ NEEDED = {  # of those that cannot do without a setting
     MixtureOfBlocks: {"blocks": ((0, 2, 1),)},
     Ramp: {"start": 1.0, "levels": 2},
     RelationKD: {"pairs": ((0, 0),)},
+    SRA: {"units": (0, 1), "weight": 0.2},
     Sampler: {"channels": 3, "told": 3.5, "norm_patch": 2},
+    SelfTranscendence: {"units": (0, 1)},
     StockEuler: {"dynamic": (0.5, 1.15, 256, 4096), "terminal": 0.02},
     TableReuse: {"rows": ("1",)},
     TextFeedForwardLinear: {"units": (0,)},
+    VAEWarmUp: {"unit": 0},
     Vision: {"path": "eye", "crop": 8},
 }
 
