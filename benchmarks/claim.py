@@ -14,6 +14,8 @@ A claim with both kinds of arms measures them in the same reports, against the a
 with a seed in the report of this noise. There `model.<key>=<value>` are further words for the model's training, all
 others for the arms'. `<arm>.<key>=<value>` is a word for one arm alone.
 
+A measure is a name of the report, or, with a slash in it, a column of metrics.csv: the mean of its last tenth.
+
 Winners are compared seed by seed; an arm is within another's spread where its mean is worse by no more than that one's
 standard deviation over seeds; `at_most` bounds a measure of one arm by a multiple of another's, seed by seed. A claim
 that does not hold is reported as not holding; the exit code is 0 all the same.
@@ -33,6 +35,7 @@ from omegaconf import OmegaConf
 
 from edit.inputs.command import guarded
 from edit.inputs.limits import LAST_SEED
+from recipes.report.curves import read_curves
 
 ROOT = Path(__file__).parents[1]
 CLAIMS = Path(__file__).with_name("claims")
@@ -137,10 +140,11 @@ def evaluate(
     options = [f"{k}={v}" for k, v in claim.evaluate.items()]
     run("eval.py", *measured, *reference, *options, f"out={folder}")
     results = {Path(a["path"]).resolve().parent: a["results"][0] for a in measured_in(folder)}
-    return {
-        arm: {m: [required(results[p.resolve()], m, folder) for p in paths] for m in measures_of(claim)}
-        for arm, paths in folders.items()
-    }
+
+    def found(path: Path, measure: str) -> float:
+        return logged(path, measure) if "/" in measure else required(results[path.resolve()], measure, folder)
+
+    return {arm: {m: [found(p, m) for p in paths] for m in measures_of(claim)} for arm, paths in folders.items()}
 
 
 def vary(claim: Any, runs: Path, folder: Path, passed: Sequence[str]) -> dict[str, dict[str, list[float]]]:
@@ -234,6 +238,18 @@ def required(result: Mapping[str, Any], measure: str, folder: Path) -> float:
     if (value := value_of(result, measure)) is None:
         sys.exit(f"error: the report measures no {measure}: see {folder / 'report.json'}")
     return value
+
+
+def logged(run: Path, column: str) -> float:
+    """The end of a column of metrics.csv: the mean of the last tenth of its values.
+
+    Raises:
+        SystemExit: if there is none
+    """
+    curves = read_curves(run / "metrics.csv")
+    if column not in curves or not curves[column].values:
+        sys.exit(f"error: {run / 'metrics.csv'} has no column {column}; there are {', '.join(sorted(curves))}")
+    return curves[column].end
 
 
 def compare(claim: Any, values: Mapping[str, Mapping[str, Sequence[float]]]) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from edit.calibration import Calibration
 from edit.facts import Facts
 from edit.groups import Group
 from edit.stream import Branch, Condition, Forced, Output, Step, Stream, force, permuted, record_branch, restored
-from edit.unit import Unit
+from edit.unit import Unit, mapped
 
 
 def check_layout(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
@@ -402,6 +402,12 @@ class Denoiser(nn.Module, ABC):
         stream = replace(self.embed(**self.pack(x, t, condition)), step=step)
         return self.follow(stream, t, condition, taps, branches, forced, maps)
 
+    def tapped(self, x: Tensor, t: Tensor, condition: Condition, taps: Collection[int]) -> Mapping[str, Tensor]:
+        """The taps that `forward` has in its trace, at their cost: no unit behind the last of them runs, no readout."""
+        self._check(x, t, taps)
+        stream = self._entered(self.embed(**self.pack(x, t, condition)), t, condition)
+        return self.run(stream, taps, until=max(i % len(self.units) for i in taps) + 1).trace
+
     def follow(
         self,
         stream: Stream,
@@ -413,6 +419,15 @@ class Denoiser(nn.Module, ABC):
         maps: Mapping[int, int] = _NOTHING,
     ) -> Output:
         """The prediction from the embedded stream on, with the hooks of edits; arguments as of `forward`."""
+        stream = self._entered(stream, t, condition, bool(forced))
+        stream = self.run(stream, [i for i in taps if i not in ENDS], branches, forced, maps)
+        output = self.readout(replace(stream, tap=" ".join(f"end.{i}" for i in taps if i in ENDS)))
+        for name, edit in self.applied.items():
+            output = edit.readout(output, stream, self.edits[name] if name in self.edits else None)
+        return output._replace(grid=stream.layout.grid)
+
+    def _entered(self, stream: Stream, t: Tensor, condition: Condition, forced: bool = False) -> Stream:
+        """The input of the first unit, with what edits put there; tokens are `forced` on as many samples alone."""
         for name, edit in self.applied.items():
             stream = edit.embed(stream, t, condition, self.edits[name] if name in self.edits else None)
             if forced and len(stream.image) != len(t):
@@ -421,11 +436,7 @@ class Denoiser(nn.Module, ABC):
                     f"edit {name!r} makes {len(stream.image)} samples of {len(t)}, on which tokens are to be forced: "
                     f"{remedy}, or leave out what forces them"
                 )
-        stream = self.run(stream, [i for i in taps if i not in ENDS], branches, forced, maps)
-        output = self.readout(replace(stream, tap=" ".join(f"end.{i}" for i in taps if i in ENDS)))
-        for name, edit in self.applied.items():
-            output = edit.readout(output, stream, self.edits[name] if name in self.edits else None)
-        return output._replace(grid=stream.layout.grid)
+        return stream
 
     def projected(self, stream: Stream) -> Stream:
         """The stream behind the output layer, each part with what an edit put around it."""
@@ -442,8 +453,9 @@ class Denoiser(nn.Module, ABC):
         branches: Collection[int] = (),
         forced: Mapping[int, Forced] = _NOTHING,
         maps: Mapping[int, int] = _NOTHING,
+        until: int | None = None,
     ) -> Stream:
-        """All units in order; arguments as of `forward`.
+        """All units in order, or the first `until`; other arguments as of `forward`.
 
         Where the layout has a permutation, units see image tokens and positions in that order; the stream that comes
         back, and what was traced, are row-major again. Further tokens of an edit are gone.
@@ -454,33 +466,20 @@ class Denoiser(nn.Module, ABC):
         stream = permuted(stream)
         taps, branches = {i % depth for i in taps}, {i % depth for i in branches}
         maps = {i % depth: rows for i, rows in maps.items()}
-        for i, unit in enumerate(self.units):
+        for i, unit in enumerate(self.units[:until]):
             if i in forced:
                 stream = force(stream, forced[i])
             if branches or maps:
                 stream = replace(stream, tap=f"unit.{i}" if i in branches or i in maps else None)
             if i in maps:
                 stream = replace(stream, layout=replace(stream.layout, maps=maps[i]))
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                stream = checkpoint(unit, stream, use_reentrant=False)
-            else:
-                stream = unit(stream)
+            saving = self.gradient_checkpointing and torch.is_grad_enabled()
+            stream = checkpoint(unit, stream, use_reentrant=False) if saving else unit(stream)
             if i in maps:
-                stream = self._mapped(stream, i, i in branches)
+                stream = mapped(stream, i, i in branches, self.name)
             if i in taps:
                 stream = record_branch(stream, f"unit.{i}", Branch(stream.image, stream.text))
         return restored(stream)
-
-    def _mapped(self, stream: Stream, i: int, branches: bool) -> Stream:
-        """The stream after a unit with a map: its branches leave the trace unless `branches` are wanted."""
-        name = f"unit.{i}.maps"
-        if name not in stream.trace:
-            raise ValueError(
-                f"unit {i} of this {self.name} has another attention than plain softmax over all tokens, so there is "
-                "no map to record: name other units, or compare branches"
-            )
-        kept = {k: v for k, v in stream.trace.items() if branches or k == name or not k.startswith(f"unit.{i}.")}
-        return replace(stream, trace=kept, layout=replace(stream.layout, maps=None))
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
         """Whether samples of this shape (without the batch) can be denoised."""

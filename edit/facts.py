@@ -19,6 +19,7 @@ class Facts:
             model has no such input
         guided_by: the stock pipeline's argument for guidance by two predictions
         modulation: parts of the names of the parameters that make shifts, scales and gates
+        tokenwise: whether units take a condition for each of two groups of tokens (`Layout.spread`)
         lora: name endings of the layers that a LoRA adapts where nobody names others
     """
 
@@ -30,6 +31,7 @@ class Facts:
     guided_by: str = "guidance_scale"
     modulation: tuple[str, ...] = ()
     lora: tuple[str, ...] = ()
+    tokenwise: bool = False
 
     @property
     def told(self) -> bool:

@@ -32,6 +32,15 @@ class Predictor(Protocol):
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition, taps: Collection[int] = ()) -> Output: ...
 
 
+class Tapped(Protocol):
+    """A model of the run without a graph, no further than the last tap: tokens b n d of units as "unit.<index>".
+
+    Samples and times are in the objective's own convention, as `Seen.x_t` and `Seen.t`; a teacher is not guided.
+    """
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition, taps: Collection[int]) -> Mapping[str, Tensor]: ...
+
+
 # ---- random numbers -------------------------------------------------------------------------------------------------
 
 
@@ -100,13 +109,17 @@ class Seen:
     taught: Output | None = None  # of the teacher at the same x_t, t and condition, guided; None: no term needs it
     x_t: Tensor | None = None  # b c *sizes, in the objective's own convention
     t: Tensor | None = None  # b, times in [0, 1]
+    corrupt: Callable[[Tensor, Tensor, Tensor], Tensor] = absent  # (x, noise, t) -> x_t, in the same convention
+    discrete: int | None = None  # of the objective's times: `edit.objectives.Objective.discrete`
 
     # ---- models; those of frozen weights give no gradient to them
     student: Field = absent  # with a graph, except under no_grad
     predict: Predictor = absent  # the student with its trace
     average: Field = absent  # its moving average, without a graph
     averaged: Predictor = absent  # the average with its trace, without a graph
+    tapped_average: Tapped = absent
     teacher: Field = absent  # frozen, guided by `scale`, without a graph
+    tapped_teacher: Tapped = absent
     # the teacher unguided, with `teacher_taps` in its trace; gradients reach x_t
     features: Callable[[Tensor, Tensor, Condition], Output] = absent
     # (a number, unit of the student) -> its gradient to the unit's trained weights as one vector, the mean over ranks
@@ -183,6 +196,8 @@ class Term(Loss):
     taps: tuple[int, ...] = ()  # units whose tokens arrive in `Seen.output` as "unit.<index>"
     branches: tuple[int, ...] = ()  # units whose branches arrive as "unit.<index>.attention" and "unit.<index>.feed"
     maps: Mapping[int, int] = MappingProxyType({})  # units whose attention maps arrive as "unit.<index>.maps": rows
+    reads_taught: bool = True  # with `needs_teacher`: `Seen.taught`; else the teacher answers when the term asks it
+    needs_average: bool = False  # asks the moving average for something else than the student would say
     teacher_branches: tuple[int, ...] = ()  # the same of the teacher, in `Seen.taught`
     teacher_maps: Mapping[int, int] = MappingProxyType({})
     ends: int | None = None  # optimiser step from which it is gone for good, with all that it alone needed; None: never
@@ -192,6 +207,12 @@ class Term(Loss):
     def forced(self, progress: float) -> tuple[Mapping[int, int], float]:
         """Student units with the teacher unit whose output they take as input, and the fraction of the samples."""
         return {}, 0.0
+
+    def mixed(self, seen: Seen) -> tuple[Tensor, Condition]:
+        """The noisy sample and condition of the step's forward, before which this is called: another, for one, in which
+        tokens have several times."""
+        assert seen.x_t is not None
+        return seen.x_t, seen.condition
 
     @abstractmethod
     def losses(self, seen: Seen) -> dict[str, Tensor]:
@@ -208,6 +229,12 @@ class Term(Loss):
     def metrics(self, seen: Seen) -> dict[str, Tensor]:
         """Numbers to log beside the losses: distances before they were weighted."""
         return {}
+
+
+def teaches(terms: Iterable[Term]) -> bool:
+    """Whether a run's teacher predicts in each step, for `Seen.taught`: unless all that need it ask for themselves."""
+    needy = [term for term in terms if term.needs_teacher]
+    return not needy or any(term.reads_taught for term in needy)
 
 
 def wanted(terms: Iterable[Term], teacher: bool = False) -> tuple[tuple[int, ...], tuple[int, ...], dict[int, int]]:

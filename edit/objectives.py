@@ -86,6 +86,11 @@ class Objective(ABC):
         """Training times from uniform numbers in (0, 1): [b] -> [b]."""
         return self.time(u)
 
+    @property
+    def discrete(self) -> int | None:
+        """How many times there are, i + 1 over this number for i from 0; None: every time in [0, 1] is one."""
+        return None
+
     def level(self, t: float) -> float:
         """The noise level s / (a + s) at a time, where x_t = a x + s noise: in [0, 1], 1 = pure noise."""
         return t
@@ -162,6 +167,10 @@ class DDPM(Objective):
 
     def __post_init__(self):
         check_numbers(self)
+
+    @property
+    def discrete(self) -> int:
+        return self.steps
 
     def betas(self) -> Tensor:
         return linear_betas(self.steps, self.beta_start, self.beta_end)

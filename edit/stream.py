@@ -26,6 +26,8 @@ class Condition:
     pooled: Tensor | None = None  # b c, pooled text embedding
     guidance: Tensor | None = None  # b, the scale that a guidance-distilled model takes as an input
     end: Tensor | None = None  # b, the time at which the step of a flow map ends, at most t
+    second: Tensor | None = None  # b, the time of the image tokens that are set apart; all others have t
+    apart: Tensor | None = None  # b k, int64: these tokens
 
     @classmethod
     def of(cls, batch: Mapping[str, Tensor]) -> Condition:
@@ -180,6 +182,18 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """Two groups of a stream's tokens, each with a condition of its own."""
+
+    second: Tensor  # b s, bool: those of the second
+    order: Tensor  # b s, int64: all tokens, first those of the first
+    count: int  # of the second group, in every sample
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Apart:
+        return replace(self, second=f(self.second), order=f(self.order))
+
+
+@dataclass(frozen=True)
 class Layout:
     """The order and positions of tokens, for attention-like methods.
 
@@ -197,11 +211,13 @@ class Layout:
     rope: Tensor | None = None  # ... s e, position table, of all tokens or of all but the text
     maps: int | None = None  # query rows of the next unit's attention map that are wanted
     routing: Routing | None = None  # an edit's decisions for the parts of the next unit
+    apart: Apart | None = None  # groups of tokens; the stream's `cond` is then b 2 d, in families that know of it
     notes: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)  # of the unit's call under way
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Layout:
         """Apply `f` to every tensor with one row per sample (select, repeat), a family's own ones included."""
-        return replace(self, text_mask=None if self.text_mask is None else f(self.text_mask))
+        apart = None if self.apart is None else self.apart.map(f)
+        return replace(self, text_mask=None if self.text_mask is None else f(self.text_mask), apart=apart)
 
     def note(self, name: str, value: Tensor) -> None:
         """Hand a value to the trace, from a slot that sees tokens alone.
@@ -212,6 +228,18 @@ class Layout:
         if self.notes is None:
             raise RuntimeError(f"{name} was noted outside of a unit's call, so nobody would find it: call the unit")
         self.notes[name] = value
+
+    def spread(self, values: Tensor, image: bool = False) -> Tensor:
+        """Values of a sample over its tokens, b d -> b 1 d, or those of its two groups, b 2 d -> b s d.
+
+        Args:
+            values: what is made of the stream's `cond`
+            image: over image tokens alone, where there are groups
+        """
+        if self.apart is None:
+            return values[:, None]
+        second = self.of_image(self.apart.second) if image else self.apart.second
+        return torch.where(second[..., None], values[:, 1:], values[:, :1])
 
     def of_image(self, tokens: Tensor) -> Tensor:
         """The image tokens among those of the stream: b (registers + n + further) d -> b n d."""

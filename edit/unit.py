@@ -287,6 +287,22 @@ def laid(s: Stream, layout: Layout, trace: Mapping[str, Tensor]) -> Stream:
     return Stream(s.image, s.cond, layout, s.text, s.time, s.signal, s.step, trace, s.tap)
 
 
+def mapped(stream: Stream, unit: int, branches: bool, family: str) -> Stream:
+    """The stream after a unit with a map: its branches leave the trace unless `branches` are wanted.
+
+    Raises:
+        ValueError: if the unit has recorded no map
+    """
+    name = f"unit.{unit}.maps"
+    if name not in stream.trace:
+        raise ValueError(
+            f"unit {unit} of this {family} has another attention than plain softmax over all tokens, so there is no "
+            "map to record: name other units, or compare branches"
+        )
+    kept = {k: v for k, v in stream.trace.items() if branches or k == name or not k.startswith(f"unit.{unit}.")}
+    return replace(stream, trace=kept, layout=replace(stream.layout, maps=None))
+
+
 def masked(features: Tensor, routing: Routing | None) -> Tensor:
     """b s c, times the factors of the hidden channels where there are any."""
     if routing is None or routing.channels is None:

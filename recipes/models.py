@@ -67,6 +67,7 @@ def models_of(cfg: DictConfig, sources: Sources) -> Models:
     needy = [f"terms.{name}" for name, term in terms.items() if term.needs_teacher]
     needy += ["matching"] if matching is not None and matching.needs_teacher else []
     teacher = teacher_of(cfg, sources, spec, needy, plan, data)
+    refuse_unaveraged(cfg.ema.decay, terms)
     critic = None if matching is None else critic_of(cfg, matching, teacher, student)
     return Models(data, student, plan, terms, matching, teacher, critic)
 
@@ -313,6 +314,15 @@ def _fitting(backbone: DictConfig, taken: tuple[int, ...], given: tuple[int, ...
         yield "input_size", sides[0]
         if sides[0] % (patch := backbone.get("patch_size") or 1):
             yield "patch_size", next(p for p in range(patch, 0, -1) if sides[0] % p == 0)
+
+
+def refuse_unaveraged(decay: float, terms: Mapping[str, Term]) -> None:
+    """Raises UserError if a term learns from the moving average and the run has none."""
+    if decay == 0 and (name := next((name for name, term in terms.items() if term.needs_average), None)):
+        raise UserError(
+            f"terms.{name} learns from the moving average, and with ema.decay=0 that is the model itself: set "
+            "ema.decay (the default is 0.995), or leave the term out"
+        )
 
 
 def refuse_unfit_teacher(path: str | None, teacher: Denoiser, student: Denoiser, data: Any) -> None:

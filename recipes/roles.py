@@ -5,7 +5,8 @@ Specification: methods/distillation.md, roles (D2, D3.2, D6).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -170,6 +171,15 @@ class Teacher:
         told = scale if self.denoiser.facts.told else None
         return self.denoiser(x_t, t, replace(condition, guidance=told), taps=self.taps)
 
+    @torch.no_grad()
+    def tapped(
+        self, student: Denoiser, x_t: Tensor, t: Tensor, condition: Condition, scale: Tensor, taps: Collection[int]
+    ) -> Mapping[str, Tensor]:
+        """Tokens of units (`Denoiser.tapped`), without guidance and without a graph; other arguments as above."""
+        model = student if self.denoiser is None else self.denoiser
+        with without(student) if self.denoiser is None else nullcontext():
+            return model.tapped(x_t, t, replace(condition, guidance=scale if model.facts.told else None), taps)
+
 
 def offload(denoiser: Denoiser, device: torch.device) -> None:
     """Keep the weights in main memory; each layer is on the device only while it runs (`diffusers`' group offloading).
@@ -209,6 +219,7 @@ def shard(
         for name in unit.apart:
             register_fsdp_forward_method(unit, name)
     fully_shard(net, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(net, "tapped")
     net.to_empty(device=device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(net, dict(state), options=options)

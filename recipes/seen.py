@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
@@ -77,25 +76,28 @@ class Asked:
 
     def callables(self) -> dict[str, Any]:
         """The fields of `edit.losses.Seen`."""
-        found: dict[str, Any] = {
-            "student": self.ask_student,
-            "predict": self.ask_predict,
-            "gradient": self.ask_gradient,
-        }
+        found: dict[str, Any] = {"student": self.ask_student, "predict": self.ask_predict}
         found |= {"average": self.ask_average, "averaged": self.ask_averaged}
+        found |= {"tapped_average": self.ask_tapped_average}
+        found |= {"corrupt": self.objective.corrupt, "discrete": self.objective.discrete}
         if self.teacher is not None:
             found |= {"teacher": self.ask_teacher, "features": self.ask_features}
+            found |= {"tapped_teacher": self.ask_tapped_teacher}
         return found if self.critic is None else found | {"critic": self.ask_critic}
 
     def _ask(
         self, denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition, taps: Collection[int] = ()
     ) -> Output:
-        if self.told is not None:
-            condition = replace(condition, guidance=self.told if denoiser.facts.told else None)
+        condition = self._told(denoiser, condition)
         with self.casting():
             out = denoiser(*self.objective.native(x_t, t), condition, taps=taps)
         refuse_further(denoiser, out)
         return out._replace(sample=self.objective.velocity(out.sample, x_t, t))
+
+    def _told(self, denoiser: Denoiser, condition: Condition) -> Condition:
+        if self.told is None:
+            return condition
+        return replace(condition, guidance=self.told if denoiser.facts.told else None)
 
     def ask_predict(self, x_t: Tensor, t: Tensor, condition: Condition, taps: Collection[int] = ()) -> Output:
         out = self._ask(self.denoiser, x_t, t, condition, taps)
@@ -110,18 +112,15 @@ class Asked:
     def ask_averaged(self, x_t: Tensor, t: Tensor, condition: Condition, taps: Collection[int] = ()) -> Output:
         return self._ask(self.ema, x_t, t, condition, taps)
 
+    @torch.no_grad()
+    def ask_tapped_average(
+        self, x_t: Tensor, t: Tensor, condition: Condition, taps: Collection[int]
+    ) -> Mapping[str, Tensor]:
+        with self.casting():
+            return self.ema.tapped(x_t, t, self._told(self.ema, condition), taps)
+
     def ask_average(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return self.ask_averaged(x_t, t, condition).sample
-
-    def ask_gradient(self, value: Tensor, unit: int) -> Tensor:
-        weights = [p for p in self.denoiser.units[unit].parameters() if p.requires_grad]
-        found = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
-        parts = (torch.zeros_like(p) if g is None else g for p, g in zip(weights, found, strict=True))
-        whole = torch.cat([part.float().flatten() for part in parts])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(whole)
-            whole /= dist.get_world_size()
-        return whole
 
     def ask_critic(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         assert self.critic is not None
@@ -142,6 +141,14 @@ class Asked:
         native = self.objective.native(x_t, t)
         with self.casting():
             return self.teacher.features(self.denoiser, *native, condition, self.scale)
+
+    def ask_tapped_teacher(
+        self, x_t: Tensor, t: Tensor, condition: Condition, taps: Collection[int]
+    ) -> Mapping[str, Tensor]:
+        assert self.teacher is not None
+        scale = self.scale.repeat(len(x_t) // len(self.scale))  # of a batch of both guidance branches
+        with self.casting():
+            return self.teacher.tapped(self.denoiser, x_t, t, condition, scale, taps)
 
 
 def refuse_further(denoiser: Denoiser, out: Output) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from benchmarks.claim import CLAIMS, ROOT, main, spelled, value_of, verdict, within
+from benchmarks.claim import CLAIMS, ROOT, logged, main, spelled, value_of, verdict, within
 from recipes.config.check import check
 from recipes.config.schema import Evaluation
 from recipes.config.sources import register
@@ -33,6 +33,14 @@ def test_a_measure_is_found_in_each_part_of_a_report():
     result = {"quality": {"frechet": {"value": 2.0}}, "compared": {"psnr": {"value": 20.0}}, "cost": {"macs": 7}}
     assert value_of(result, "frechet") == 2.0 and value_of(result, "psnr") == 20.0 and value_of(result, "macs") == 7
     assert value_of({"quality": {}, "compared": None}, "psnr") is None
+
+
+def test_a_column_of_the_log_counts_by_the_mean_of_its_last_tenth(tmp_path):
+    rows = "".join(f"{step},{step / 10},\n" for step in range(1, 21))
+    (tmp_path / "metrics.csv").write_text(f"step,train/near,train/far\n{rows}")
+    assert logged(tmp_path, "train/near") == pytest.approx((1.9 + 2.0) / 2)
+    with pytest.raises(SystemExit, match="no column train/far; there are train/near"):
+        logged(tmp_path, "train/far")
 
 
 @pytest.mark.parametrize("seeds", ["[-1]", "[4294967296]", "[0.5]", "[]", "0", "[true]", "[nan]"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import dino
+import encoders
 import pytest
 import torch
 from every import CONFIGS, classes, opened, sections
@@ -40,6 +41,7 @@ TERMS, METHODS = classes(Term), classes(FewStepMethod)
 COUNT = 3  # samples of a batch
 WORLDS = ("dit_digits", "flux_tiny")  # by size
 SLOW = {"ADD"}  # decodes samples and looks at them; tests/recipes/test_sight.py trains it in small
+ENCODED = {"REPA": "terms.repa.encoder", "HASTE": "terms.haste.features.encoder"}  # places of real encoders
 names = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in (*TERMS, *METHODS)]
 every = pytest.mark.parametrize("name", names)
 few_step = pytest.mark.parametrize("name", METHODS)
@@ -140,6 +142,9 @@ def run_of(name: str, folder: Path) -> Run:
     words = words_of(name)
     if name == "ADD":
         words += [f"matching.vision.path={dino.write(folder)}", "matching.vision.layers=[1, 3]"]
+    if name in ENCODED:
+        encoders.of_timm(folder / "encoder", 8, 4)
+        words += [f"{ENCODED[name]}.path={folder}/encoder"]
     cfg = config(*words)
     models, objective, sampler = models_of(cfg, Random(cfg)), made(cfg.objective), made(cfg.sampler)
     if models.matching is not None:

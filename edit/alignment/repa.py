@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.alignment.encoder import Encoded, Encoder
+from edit.alignment.encoder import Encoder
+from edit.alignment.looker import Encoded
 from edit.denoiser import Denoiser
 from edit.frames import folded
 from edit.inputs.limits import Count, Natural, NotNegative, Positive, check_numbers

@@ -202,7 +202,7 @@ def make_modulation(width: int, count: int) -> nn.Sequential:
 
 
 class DiTModulation(NamedTuple):
-    """adaLN of one unit, each b 1 d; scales already carry the 1 of (1 + scale)."""
+    """adaLN of one unit, each b 1 d, or b n d of groups of tokens; scales already carry the 1 of (1 + scale)."""
 
     attention_shift: Tensor
     attention_scale: Tensor
@@ -225,7 +225,7 @@ class DiTBlock(Unit):
         self.adaLN_modulation = make_modulation(c.hidden_size, 6)
 
     def modulate(self, stream: Stream) -> DiTModulation:
-        s1, k1, g1, s2, k2, g2 = self.adaLN_modulation(stream.cond)[:, None].chunk(6, dim=-1)
+        s1, k1, g1, s2, k2, g2 = stream.layout.spread(self.adaLN_modulation(stream.cond)).chunk(6, dim=-1)
         return DiTModulation(s1, 1 + k1, Branch(g1), s2, 1 + k2, Branch(g2))
 
     @property
@@ -271,8 +271,10 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(c.hidden_size, c.patch_size**2 * c.out_channels)
         self.adaLN_modulation = make_modulation(c.hidden_size, 2)
 
-    def normed(self, x: Tensor, cond: Tensor) -> Tensor:  # b n d, b d -> b n d
-        shift, scale = self.adaLN_modulation(cond)[:, None].chunk(2, dim=-1)
+    def normed(self, x: Tensor, cond: Tensor, layout: Layout | None = None) -> Tensor:  # b n d, b d -> b n d
+        values = self.adaLN_modulation(cond)
+        values = values[:, None] if layout is None else layout.spread(values, image=True)
+        shift, scale = values.chunk(2, dim=-1)
         return torch.addcmul(shift, self.norm_final(x), 1 + scale)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:  # b n d, b d -> b n (p p c)
@@ -342,7 +344,7 @@ class DiT(Denoiser):
     def facts(self) -> Facts:
         c = self.spec
         parts = {"modulation": ("adaLN_modulation.",), "lora": ("attn.qkv", "attn.proj")}
-        return Facts(c.hidden_size, c.num_heads, classes=c.num_classes, **parts)
+        return Facts(c.hidden_size, c.num_heads, classes=c.num_classes, tokenwise=True, **parts)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -390,7 +392,7 @@ class DiT(Denoiser):
 
     def last_norm(self, stream: Stream) -> Stream:
         image = stream.image[:, self.spec.registers :]
-        return replace(stream, image=self.model.final_layer.normed(image, stream.cond))
+        return replace(stream, image=self.model.final_layer.normed(image, stream.cond, stream.layout))
 
     def last_layer(self, stream: Stream) -> Stream:
         return replace(stream, image=self.model.final_layer.linear(stream.image))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edit.few_step.method import FewStepMethod
-from edit.losses import Draws, Frozen, Loss, Seen, Term
+from edit.losses import Draws, Frozen, Loss, Seen, Term, teaches
 from edit.measuring.looks import Look, pixels
 from edit.measuring.probe import Probe, without_memory
 from edit.stream import Condition, Output
@@ -36,6 +36,7 @@ class Call:
     samples: float = 1.0  # in units of the batch: 2 with classifier-free guidance
     reach: Reach = "nothing"  # how far its backward goes
     look: Look | None = None  # of a frozen model or a decoder
+    share: float = 1.0  # of the units: a forward for tapped tokens ends behind the last of them
 
     @property
     def checkpointed(self) -> bool:
@@ -47,7 +48,7 @@ class Call:
         recomputation."""
         times = {"nothing": 1, "input": 2, "weights": 3}[self.reach]
         recomputed = checkpointing and self.reach != "nothing"
-        return 2 * macs * self.samples * (times + recomputed)
+        return 2 * macs * self.samples * self.share * (times + recomputed)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def calls_of(turns: Sequence[Turn]) -> dict[str, dict[str, float]]:
     for turn in turns:
         for call in turn.calls:
             reaches = found.setdefault(call.role, {})
-            reaches[call.reach] = reaches.get(call.reach, 0.0) + turn.share * call.samples
+            reaches[call.reach] = reaches.get(call.reach, 0.0) + turn.share * call.samples * call.share
     return found
 
 
@@ -143,7 +144,7 @@ def phases(
     found, begin = [], 0
     for end in ends:
         live = {name: term for name, term in terms.items() if term.ends is None or term.ends > begin}
-        taught = asks and (not needed or any(term in live.values() for term in needed))
+        taught = asks and teaches(live.values()) and (not needed or any(term in live.values() for term in needed))
         calls = [Call("teacher", guided)] if taught else []
         calls.append(Call("student", reach="weights"))
         for name, term in live.items():
@@ -213,8 +214,9 @@ class StandIn:
         sample = self.x + self.x.new_zeros((), requires_grad=True)
         output = self._output(self.student, sample)
         seen = replace(self.seen(step, progress), output=output, taught=taught or output)
+        shapes = term.reads  # outside the mode: it may build a model to know them
         with self.fake, torch.device("cpu"):
-            read = {name: torch.zeros(BATCH, *shape) for name, shape in term.reads.items()}
+            read = {name: torch.zeros(BATCH, *shape) for name, shape in shapes.items()}
         return replace(seen, x_t=self.x, t=self.ones, batch={"x": self.x, "draw": self.samples, **read})
 
     def count(self, loss: Loss, losses: Any, seen: Seen, trained: str) -> list[Call]:
@@ -228,11 +230,11 @@ class StandIn:
         return calls
 
     def _callables(self, calls: list[Call], trained: str) -> dict[str, Any]:
-        def ask(role: str, graph: bool, parts: int, x_t: Tensor) -> Tensor:
+        def ask(role: str, graph: bool, parts: int, x_t: Tensor, share: float = 1.0) -> Tensor:
             weights = graph and role == trained
             reaches = torch.is_grad_enabled() and graph and (weights or x_t.requires_grad)
             reach: Reach = "nothing" if not reaches else "weights" if weights else "input"
-            calls.append(Call(role, parts * len(x_t) / BATCH, reach))
+            calls.append(Call(role, parts * len(x_t) / BATCH, reach, share=share))
             sample = x_t.float() + x_t.new_zeros((), dtype=torch.float32, requires_grad=weights)
             return sample if graph else sample.detach()
 
@@ -246,7 +248,16 @@ class StandIn:
             assert self.teacher is not None, "features are those of a teacher with weights of its own"
             return self._output(self.teacher, ask("teacher", True, 1, x_t))
 
+        def tapped(role: str, probe: Probe | None, x_t: Tensor, taps: Collection[int]) -> Mapping[str, Tensor]:
+            probe = probe or self.student  # which a tied teacher is
+            depth = len(probe.denoiser.units)
+            share = (max(i % depth for i in taps) + 1) / depth
+            return self._output(probe, ask(role, False, 1, x_t, share), taps).trace
+
         return {
+            "tapped_average": lambda x_t, t, condition, taps: tapped("student", None, x_t, taps),
+            "tapped_teacher": lambda x_t, t, condition, taps: tapped("teacher", self.teacher, x_t, taps),
+            "corrupt": lambda x, noise, t: x,
             "student": lambda x_t, t, condition: ask("student", True, 1, x_t),
             "predict": predict,
             "average": lambda x_t, t, condition: ask("student", False, 1, x_t),

@@ -130,6 +130,11 @@ class WorldConfig:
     lr: float = rule(1e-3, low=0, high=100)  # rate that a model is trained at from scratch, or after surgery
     tuned: float = rule(2.5e-4, low=0, high=100)  # rate that a trained model is trained on at
     sigma: float = rule(1.0, above=0)  # standard deviation of the data
+    sra: list[int] = field(default_factory=list)  # SRA's unit of the student, and the deeper one of its average
+    # Self-Transcendence's units: of the warm-up, of the student, of the first model; its omega, its range of times
+    transcendence: list[int] = field(default_factory=list)
+    omega: float = rule(30.0)
+    trange: list[float] | None = field(default_factory=lambda: [0.4, 0.7])
     lengths: list[int] = field(default_factory=list)  # units of each kind, in order
     kept: list[int] = field(default_factory=list)  # every second unit
     pairs: list[Any] = field(default_factory=list)  # of these, each with the last unit of what it stands for

@@ -10,11 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from edit import noise
 from edit.denoiser import Denoiser
-from edit.losses import Draws, Seen, Term, wanted
+from edit.losses import Draws, Seen, Term, teaches, wanted
 from edit.objectives import Objective, Weight, weight_at
 from edit.stream import Branch, Condition, Forced, Output
 from recipes.ending import forget
@@ -52,6 +53,7 @@ class Diffusion(Recipe):
         self.terms, self.data_weight, self.strata = dict(terms or {}), data_weight, strata
         self.guidance = None if teacher is None else teacher.guidance  # which the student is told
         self.taps, self.branches, self.maps = wanted(self.terms.values())
+        self.teaches = teaches(self.terms.values())
         self.own = nn.ModuleDict()  # trainable parameters of terms
         self.over: list[str] = []  # terms that said so
 
@@ -68,8 +70,12 @@ class Diffusion(Recipe):
         scale, taught = torch.ones_like(t), None
         if self.guidance is not None:
             scale = self.guidance.scale(noise.uniform(seed, draw, noise.GUIDANCE))
+        draws = Draws(seed, draw, self.micro(batch_index), tuple(x.shape[1:]))
+        seen = Seen(condition, null, scale, draws, self.progress, x, eps, **self._asked(null, scale).callables())
+        seen = self._mixed(replace(seen, x_t=x_t, t=t, whole=whole, batch=batch, step=self.trainer.global_step))
+        x_t, condition = seen.x_t, seen.condition
         with self.casting():
-            if self.teacher is not None:  # at the same noisy sample, time and condition
+            if self.teacher is not None and self.teaches:  # at the same noisy sample, time and condition
                 taught = self.teacher(self.denoiser, x_t, t, condition, null, scale)
             if self.told and self.guidance is not None:
                 condition = replace(condition, guidance=scale)
@@ -83,12 +89,9 @@ class Diffusion(Recipe):
         if weight != 1:
             losses = {name: weight * loss for name, loss in losses.items()}
         if self.terms:
-            asked = self._asked(null, scale)
-            draws = Draws(seed, draw, self.micro(batch_index), tuple(x.shape[1:]))
-            seen = Seen(condition, null, scale, draws, self.progress, x, eps, **asked.callables())
-            seen = replace(seen, output=out, taught=taught, x_t=x_t, t=t, whole=whole, batch=batch)
             data_loss = torch.stack(list(losses.values())).sum(0) if losses else None
-            scored, watched = self._scored(replace(seen, step=self.trainer.global_step, data_loss=data_loss))
+            seen = replace(seen, data_loss=data_loss, gradient=self._gradient)
+            scored, watched = self._scored(replace(seen, condition=condition, output=out, taught=taught))
             losses |= scored
         for name, edit in self.denoiser.applied.items():
             losses |= {f"{name}/{k}": v for k, v in edit.losses(out.trace).items()}
@@ -118,6 +121,24 @@ class Diffusion(Recipe):
     def _asked(self, null: Condition, scale: Tensor) -> Asked:
         told = None if self.guidance is None else scale
         return Asked(self.objective, self.denoiser, self.ema, self.teacher, None, null, scale, told, self.casting)
+
+    def _gradient(self, value: Tensor, unit: int) -> Tensor:
+        weights = [p for p in self.denoiser.units[unit].parameters() if p.requires_grad]
+        found = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
+        parts = (torch.zeros_like(p) if g is None else g for p, g in zip(weights, found, strict=True))
+        whole = torch.cat([part.float().flatten() for part in parts])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(whole)
+            whole /= dist.get_world_size()
+        return whole
+
+    def _mixed(self, seen: Seen) -> Seen:
+        """What is seen before the forward, with the sample and condition that the terms make of it, in their order."""
+        for name, term in self.terms.items():
+            own = self.own[name] if name in self.own else None
+            x_t, condition = term.mixed(replace(seen, own=own, draws=seen.draws.of(name)))
+            seen = replace(seen, x_t=x_t, condition=condition)
+        return seen
 
     def _scored(self, seen: Seen) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The losses of all terms, and what they log beside them."""
@@ -184,6 +205,7 @@ class Diffusion(Recipe):
         for name in over:
             del self.terms[name]
         self.taps, self.branches, self.maps = wanted(self.terms.values())
+        self.teaches = teaches(self.terms.values())
         self.sight.keep(self.terms.values())
         if self.teacher is not None and taught and not any(term.needs_teacher for term in self.terms.values()):
             self.teacher.release()

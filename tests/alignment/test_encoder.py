@@ -12,6 +12,7 @@ from encoders import HEADS, KINDS, LAYERS, MEAN, STD, WIDTH
 from torch.utils._pytree import tree_leaves
 
 from edit.alignment.encoder import Encoder
+from edit.alignment.looker import in_fp32
 from edit.measuring.looks import Look
 
 MAPPED = [kind for kind in KINDS if kind != "dinov3_vit"]  # whose attention is plain
@@ -181,6 +182,10 @@ def test_maps_and_tokens_are_in_fp32_under_autocast(models, folder, images):
         found = Encoder(str(folder / "dinov2"), layers=(0,)).load()(images)
     assert found.tokens.dtype == found.maps[0].dtype == torch.float32
     torch.testing.assert_close(found.maps[0].exp().sum(-1), torch.ones(2, HEADS, 16))  # bf16 would miss by 4e-3
+    q, k = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = in_fp32(q, k, 5)
+    assert torch.equal(under, in_fp32(q, k, 5))
 
 
 def test_the_identity_is_that_of_the_weights(models, folder):

@@ -14,9 +14,9 @@ from small_runs import TWO_RANKS, losses, rows, train
 from torch import nn
 from views import passed
 
-from edit.alignment import encoder as encoder_file
-from edit.alignment.encoder import Encoded, Encoder, Looker
+from edit.alignment.encoder import Encoder
 from edit.alignment.haste import HASTE, WHOLE, GradientAngle, Watched, by_frame, map_loss, regridded
+from edit.alignment.looker import Encoded, Looker
 from edit.alignment.repa import REPA
 from edit.backbones.dit import DiTConfig
 from edit.losses import wanted
@@ -89,6 +89,12 @@ def test_the_term_is_the_mean_of_a_loop_over_pairs_heads_and_rows(features, dit,
     torch.testing.assert_close(term.losses(seen)["maps"], 0.3 * total)
     repa = replace(features).losses(replace(seen, frozen={"encoder.0": features.encoder.load()}))
     torch.testing.assert_close(term.losses(seen)["features"], repa["repa"])
+
+
+def test_the_first_heads_that_both_have_are_compared():
+    few, many = logs(2, 3, 4, 4), logs(2, 5, 4, 4)
+    torch.testing.assert_close(map_loss(few, many, (2, 2), (2, 2)), map_loss(few, many[:, :3], (2, 2), (2, 2)))
+    torch.testing.assert_close(map_loss(many, few, (2, 2), (2, 2)), map_loss(many[:, :3], few, (2, 2), (2, 2)))
 
 
 def test_the_students_maps_are_the_attention_it_computes_with(dit, batch):
@@ -283,14 +289,15 @@ def quadratic(theta: float, step: int, own=None):
 
 def test_the_trigger_is_the_cosine_and_fires_between_the_two_minima(features):
     """Oracle 8."""
-    term = Quadratic(features, [(1, -1)], trigger=GradientAngle(1, first=10, period=5, batches=1))
+    term = Quadratic(features, [(1, -1)], trigger=GradientAngle(1, first=11, period=5, batches=1))
     assert term.stops
     for theta, fires in ((-0.5, False), (1.5, False), (0.5, True)):
-        seen = quadratic(theta, 10)
+        seen = quadratic(theta, 11)
         assert term.over(seen) is fires
         expected = F.cosine_similarity(seen.own.theta - seen.own.a, seen.own.theta - seen.own.b, dim=0)
         torch.testing.assert_close(seen.own.mean, expected)
-    assert not term.over(quadratic(0.5, 9)) and not term.over(quadratic(0.5, 11)) and term.over(quadratic(0.5, 15))
+    looked = [term.over(quadratic(0.5, step)) for step in range(8, 18)]
+    assert looked == [step in (11, 16) for step in range(8, 18)]
 
 
 def test_a_look_takes_the_mean_of_its_batches_and_forgets_the_last_look(features):
@@ -339,11 +346,11 @@ def looks(folder, overrides) -> int:
         count[0] += 1
         return forward(self, images)
 
-    encoder_file.Looker.forward = counted
+    Looker.forward = counted
     try:
         train(folder, *overrides)
     finally:
-        encoder_file.Looker.forward = forward
+        Looker.forward = forward
     return count[0]
 
 

@@ -11,6 +11,11 @@ from typing import Any, get_args
 import pytest
 
 import edit
+from edit.alignment.encoder import Encoder
+from edit.alignment.haste import HASTE
+from edit.alignment.repa import REPA
+from edit.alignment.self_transcendence import SelfTranscendence, VAEWarmUp
+from edit.alignment.sra import SRA
 from edit.backbones.dit import DiTConfig
 from edit.backbones.flux import FluxConfig
 from edit.caching.delta_dit import DeltaDiT
@@ -44,6 +49,9 @@ NEEDED = {  # of those that cannot do without a setting
     ADD: {"vision": Vision("eye")},
     AttentionKD: {"pairs": ((0, 0),)},
     BalancedFeatureKD: {"pairs": ((0, 0),)},
+    Encoder: {"path": "eye"},
+    HASTE: {"features": REPA(Encoder("eye"), 1), "pairs": ((0, 0),)},
+    REPA: {"encoder": Encoder("eye"), "unit": 1},
     Collapse: {"intervals": ((0, 1),)},
     DeltaDiT: {"blocks": 1},
     Combined: {"parts": {"a": Progressive()}, "weights": {"a": 1.0}, "critic_weights": {"a": 1.0}},
@@ -53,10 +61,13 @@ NEEDED = {  # of those that cannot do without a setting
     MixtureOfBlocks: {"blocks": ((0, 2, 1),)},
     Ramp: {"start": 1.0, "levels": 2},
     RelationKD: {"pairs": ((0, 0),)},
+    SRA: {"units": (0, 1), "weight": 0.2},
     Sampler: {"channels": 3, "told": 3.5, "norm_patch": 2},
+    SelfTranscendence: {"units": (0, 1)},
     StockEuler: {"dynamic": (0.5, 1.15, 256, 4096), "terminal": 0.02},
     TableReuse: {"rows": ("1",)},
     TextFeedForwardLinear: {"units": (0,)},
+    VAEWarmUp: {"unit": 0},
     Vision: {"path": "eye", "crop": 8},
 }
 

@@ -31,7 +31,7 @@ def check_equal(folder, name, tolerance=1e-4):
     assert max((one[k] - other[k]).abs().max().item() for k in one) < 5 * tolerance
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_two_ranks_train_experts_and_their_balance_as_one_process_does(folder, strategy):
     """The balance loss is a product of means over the batch: means of each rank's own would be another loss."""
     train_ranks(folder, f"name={strategy}", f"trainer={strategy}", *MOE, *TWO, world=2)
