@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.alignment.encoder import Encoder
+from edit.alignment.heads import mlp
 from edit.alignment.looker import Encoded
 from edit.denoiser import Denoiser
 from edit.frames import folded
@@ -186,11 +187,7 @@ def projector(width: int, theirs: int, hidden: int | None) -> nn.Module:
     """P from the student's width to the encoder's; `hidden` None: iREPA's convolution."""
     if hidden is None:
         return nn.Conv2d(width, theirs, 3, padding=1)
-    layers = [nn.Linear(width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, theirs)]
-    for layer in layers:
-        nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(layers[0], nn.SiLU(), layers[1], nn.SiLU(), layers[2])
+    return mlp(width, hidden, hidden, theirs)
 
 
 # ---- targets ---------------------------------------------------------------------------------------------------------
