@@ -114,7 +114,9 @@ class TrainingEncoder(Procedure):
         model = steps.new(told, self.dropped).to(device)
         print(f"encoder   {sum(p.numel() for p in model.parameters()):,} parameters, {told['img_size']} px", flush=True)
         probed = Probed.of(run, pixels)
-        found = {} if probed is None else {**probed.pixels(), "probe/untrained": probed.score(model, device)}
+        found: dict[str, float] = {}
+        if probed is not None:
+            found = {**probed.pixels(), "probe/untrained": probed.score(model, device)}
         for step, row in self.train(run, model, pixels, device):
             for logger in loggers:
                 logger.log_metrics(row, step)
@@ -160,7 +162,7 @@ class TrainingEncoder(Procedure):
                 loss.backward()
                 if training.clip is not None:
                     torch.nn.utils.clip_grad_norm_(parameters, training.clip)
-                rate = schedule.get_last_lr()[0]
+                rate = float(schedule.get_last_lr()[0])
                 optimizer.step()
                 schedule.step()
                 images += len(x)

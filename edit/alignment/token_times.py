@@ -93,8 +93,8 @@ class Separated:
         if layout.maps is not None:
             raise ValueError("TokenTimes: attention in two groups has no map of all tokens: compare branches")
         order, sizes = apart.order, [q.shape[2] - apart.count, apart.count]
-        q, k, v = (moved(x, order).split(sizes, 2) for x in (q, k, v))
-        parts = [F.scaled_dot_product_attention(*part) for part in zip(q, k, v, strict=True) if part[0].shape[2]]
+        groups = zip(*(moved(x, order).split(sizes, 2) for x in (q, k, v)), strict=True)
+        parts = [F.scaled_dot_product_attention(*group) for group in groups if group[0].shape[2]]
         return moved(torch.cat(parts, 2), order.argsort(1))
 
 

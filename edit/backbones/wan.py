@@ -239,7 +239,7 @@ class Wan(StockDenoiser):
 
     def arranged(self, stream: Stream) -> Tensor:
         """b (f y x) (o p q c) -> b c (f o) (y p) (x q)."""
-        tokens, patch = stream.image, self.model.config.patch_size
+        tokens, patch = stream.image, tuple(self.model.config.patch_size)  # type: ignore[arg-type]
         x = tokens.view(len(tokens), *stream.layout.grid, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
         return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 

@@ -238,7 +238,7 @@ class StepWiseDenoising(RolloutMethod):
         return {f"effect_{name}": getattr(visit.own, name) for name in ("soft", "hard", "executed")}
 
     def constrain(self, student: Denoiser, own: nn.Module | None) -> None:
-        for p in student.edits[routed(student)[0]].rho:
+        for p in student.edits[routed(student)[0]].rho:  # type: ignore[union-attr]
             p.clamp_(-self.limit, self.limit)
 
     def refresh(self, student: Denoiser, batches: OnData, own: nn.Module | None) -> None:

@@ -100,12 +100,13 @@ class Predictors(nn.Module):
     def mixtures(self) -> tuple[Tensor, Tensor]:
         """Of all stages: w c e 8, the newest last, and b c e, for e stages."""
         mix = [[nn.functional.pad(e.mix.weight[0], (RING - k, 0)) for e, k in self._each(s)] for s in self.sets]
-        return stacked(mix).float(), stacked([[e.mix.bias[0] for e in experts] for experts in self.sets]).float()
+        biases = [[e.mix.bias[0] for e in experts] for experts in self.sets]  # type: ignore[union-attr]
+        return stacked(mix).float(), stacked(biases).float()
 
     def alphas(self, levels: Sequence[float]) -> Tensor:
         """Of all evaluations: c T."""
         offsets, stages = self.offsets(levels), [self.edit.stage(t) for t in levels[:-1]]
-        found = [[e.alpha(offsets) for e in experts] for experts in self.sets]
+        found = [[e.alpha(offsets) for e in experts] for experts in self.sets]  # type: ignore[union-attr]
         return stacked([[rows[e][i] for i, e in enumerate(stages)] for rows in found])
 
     def _each(self, experts: Any) -> zip:

@@ -232,7 +232,7 @@ class Dense2MoE(Edit):
         named = [*routed_parameters(denoiser, self.name)]
         if not share:
             named += [f"edits.{self.name}.{key}.router.weight" for key in own]  # type: ignore[union-attr]
-        return dict.fromkeys(named, share)
+        return {name: share for name in named}
 
     def groups(self, denoiser: Denoiser) -> Mapping[str, Group]:
         return expert_groups(denoiser, self.name)
