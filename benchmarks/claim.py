@@ -14,7 +14,10 @@ A claim with both kinds of arms measures them in the same reports, against the a
 with a seed in the report of this noise. There `model.<key>=<value>` are further words for the model's training, all
 others for the arms'. `<arm>.<key>=<value>` is a word for one arm alone.
 
-A measure is a name of the report, or, with a slash in it, a column of metrics.csv: the mean of its last tenth.
+A measure is a name of the report, or, with a slash in it, a column of metrics.csv: the mean of its last tenth. With
+`reach` (a column that falls, and an arm) there are two more: the optimiser `steps` and the training `seconds`, previews
+and stages before not counted, until an arm's column is first at that arm's last value with the same seed; both are
+infinite where it never is.
 
 Winners are compared seed by seed; an arm is within another's spread where its mean is worse by no more than that one's
 standard deviation over seeds; `at_most` bounds a measure of one arm by a multiple of another's, seed by seed. A claim
@@ -28,6 +31,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +39,11 @@ from omegaconf import OmegaConf
 
 from edit.inputs.command import guarded
 from edit.inputs.limits import LAST_SEED
-from recipes.report.curves import read_curves
+from recipes.report.curves import Curve, read_curves
 
 ROOT = Path(__file__).parents[1]
 CLAIMS = Path(__file__).with_name("claims")
+REACHED = ("steps", "seconds")  # measures of `reach`
 
 
 def value_of(result: Mapping[str, Any], measure: str) -> float | None:
@@ -52,7 +57,7 @@ def value_of(result: Mapping[str, Any], measure: str) -> float | None:
 def verdict(winner: Sequence[float], other: Sequence[float], higher: bool) -> dict[str, Any]:
     """Seed by seed: how much better the winner is, and whether it is on every seed."""
     gains = [(a - b) if higher else (b - a) for a, b in zip(winner, other, strict=True)]
-    spread = statistics.stdev(gains) if len(gains) > 1 else None
+    spread = statistics.stdev(gains) if len(gains) > 1 and all(map(isfinite, gains)) else None
     return {"gain": statistics.fmean(gains), "spread": spread, "holds": all(g > 0 for g in gains), "gains": gains}
 
 
@@ -141,10 +146,15 @@ def evaluate(
     run("eval.py", *measured, *reference, *options, f"out={folder}")
     results = {Path(a["path"]).resolve().parent: a["results"][0] for a in measured_in(folder)}
 
-    def found(path: Path, measure: str) -> float:
+    def found(path: Path, seed: int, measure: str) -> float:
+        if measure in REACHED and "reach" in claim:
+            return reached(path, folders[claim.reach.of][seed], claim.reach.column)[REACHED.index(measure)]
         return logged(path, measure) if "/" in measure else required(results[path.resolve()], measure, folder)
 
-    return {arm: {m: [found(p, m) for p in paths] for m in measures_of(claim)} for arm, paths in folders.items()}
+    return {
+        arm: {m: [found(p, i, m) for i, p in enumerate(paths)] for m in measures_of(claim)}
+        for arm, paths in folders.items()
+    }
 
 
 def vary(claim: Any, runs: Path, folder: Path, passed: Sequence[str]) -> dict[str, dict[str, list[float]]]:
@@ -246,10 +256,33 @@ def logged(run: Path, column: str) -> float:
     Raises:
         SystemExit: if there is none
     """
+    return column_of(run, column).end
+
+
+def column_of(run: Path, column: str) -> Curve:
     curves = read_curves(run / "metrics.csv")
     if column not in curves or not curves[column].values:
         sys.exit(f"error: {run / 'metrics.csv'} has no column {column}; there are {', '.join(sorted(curves))}")
-    return curves[column].end
+    return curves[column]
+
+
+def reached(run: Path, other: Path, column: str) -> tuple[float, float]:
+    """Steps and seconds of training until a column of `run` is first at the last value of `other`; infinite: never.
+
+    Raises:
+        SystemExit: if one of them has no such column
+    """
+    values = column_of(other, column).values
+    curve, curves = column_of(run, column), read_curves(run / "metrics.csv")
+    step = next((step for step, value in zip(curve.steps, curve.values, strict=True) if value <= values[-1]), None)
+    speed = curves.get("images_per_second")
+    if step is None or speed is None:
+        return (inf if step is None else step), inf
+    images = OmegaConf.load(run / "config.yaml").data.batch_size
+    spent = 0.0
+    for begin, end, rate in zip((0, *speed.steps[:-1]), speed.steps, speed.values, strict=True):
+        spent += max(0, min(end, step) - begin) * images / rate
+    return step, spent
 
 
 def compare(claim: Any, values: Mapping[str, Mapping[str, Sequence[float]]]) -> list[dict[str, Any]]:
@@ -274,7 +307,8 @@ def show(claim: Any, values: Mapping[str, Any], comparisons: Sequence[Mapping[st
     """The values of every arm and the verdict as markdown, to be kept in configs/RESULTS.md."""
 
     def cell(numbers: Sequence[float]) -> str:
-        spread = f" ± {statistics.stdev(numbers):.3g}" if len(numbers) > 1 else ""
+        finite = len(numbers) > 1 and all(map(isfinite, numbers))
+        spread = f" ± {statistics.stdev(numbers):.3g}" if finite else ""
         return f"{statistics.fmean(numbers):.4g}{spread}"
 
     measures = list(next(iter(values.values())))

@@ -1,13 +1,14 @@
 """Claims are compared seed by seed, and their arms are settings that train.py accepts."""
 
 import json
+from math import inf
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from benchmarks.claim import CLAIMS, ROOT, logged, main, spelled, value_of, verdict, within
+from benchmarks.claim import CLAIMS, ROOT, logged, main, reached, spelled, value_of, verdict, within
 from recipes.config.check import check
 from recipes.config.schema import Evaluation
 from recipes.config.sources import register
@@ -41,6 +42,22 @@ def test_a_column_of_the_log_counts_by_the_mean_of_its_last_tenth(tmp_path):
     assert logged(tmp_path, "train/near") == pytest.approx((1.9 + 2.0) / 2)
     with pytest.raises(SystemExit, match="no column train/far; there are train/near"):
         logged(tmp_path, "train/far")
+
+
+def test_steps_and_seconds_are_counted_to_the_first_row_that_is_as_good_as_the_others_last(tmp_path):
+    for name, losses in {"plain": (3, 2, 1), "fast": (3, 0.9, 0.5), "never": (3, 2, 1.1)}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("data: {batch_size: 8}\n")
+        rows = "".join(f"{10 * i},{loss},{4 * i}\n" for i, loss in enumerate(losses, 1))
+        (tmp_path / name / "metrics.csv").write_text(f"step,heldout/loss,images_per_second\n{rows}")
+    fast, plain, never = (
+        reached(tmp_path / name, tmp_path / "plain", "heldout/loss") for name in ("fast", "plain", "never")
+    )
+    assert fast == (20, pytest.approx(10 * 8 / 4 + 10 * 8 / 8))
+    assert plain == (30, pytest.approx(fast[1] + 10 * 8 / 12)) and never == (inf, inf)
+    assert verdict([20.0, inf], [30.0, 30.0], higher=False) | {"gains": None} == {
+        "gain": -inf, "spread": None, "holds": False, "gains": None
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("seeds", ["[-1]", "[4294967296]", "[0.5]", "[]", "0", "[true]", "[nan]"])
