@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from edit.alignment.looker import KINDS, Looker, OfTimm, OfTransformers
 from edit.inputs.limits import Side, check_numbers
@@ -32,6 +34,8 @@ ACCEPTED = (
     "a timm model (config.json with its architecture, and model.safetensors) or a transformers vision model "
     f"({', '.join(KINDS)}; safetensors, and preprocessor_config.json)"
 )
+# arguments of `timm.create_model` that fetch or read other weights
+ELSEWHERE = {"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
 
 @dataclass(frozen=True)
@@ -124,15 +128,26 @@ def timm_model(folder: Path, config: dict[str, Any], weights: bool) -> tuple[Any
     except ImportError as error:
         raise ValueError(f'{folder} holds a timm model, and timm is not here: pip install -e ".[vision]"') from error
 
+    name, told = config["architecture"], dict(config.get("model_args") or {})
+    if name not in timm.list_models():  # no "hf-hub:..." either: a stranger's folder sends nobody elsewhere
+        raise ValueError(f"{folder}: timm has no architecture {name!r}: expected {ACCEPTED}")
+    if forbidden := sorted(told.keys() & ELSEWHERE):
+        raise ValueError(f"{folder}: model_args of its config.json name weights elsewhere ({forbidden[0]}): remove it")
     preparation = config.get("pretrained_cfg") or config
-    arguments = {"pretrained_cfg": preparation, **config.get("model_args", {}), "num_classes": 0}
-    try:
+    arguments = {"pretrained_cfg": preparation, **told, "num_classes": 0}
+
+    def made() -> Any:
         try:  # transformers resample their position tables
-            model = timm.create_model(config["architecture"], **arguments | {"dynamic_img_size": True})
+            return timm.create_model(name, **arguments | {"dynamic_img_size": True})
         except TypeError:
-            model = timm.create_model(config["architecture"], **arguments)
+            return timm.create_model(name, **arguments)
+
+    try:
+        if weights:
+            refuse_larger(made, folder / "model.safetensors")
+        model = made()
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{folder}: timm makes no {config['architecture']} of it: {flat(error)}") from error
+        raise ValueError(f"{folder}: timm makes no {name} of it: {flat(error)}") from error
     if weights:
         from safetensors.torch import load_file
 
@@ -143,8 +158,16 @@ def timm_model(folder: Path, config: dict[str, Any], weights: bool) -> tuple[Any
         except RuntimeError as error:
             raise ValueError(f"{folder}: the weights are not those of its config.json: {flat(error)}") from error
         if missing:
-            raise ValueError(f"{folder} lacks {len(missing)} weights of its {config['architecture']}: {missing[0]}")
+            raise ValueError(f"{folder} lacks {len(missing)} weights of its {name}: {missing[0]}")
     return model, preparation
+
+
+def refuse_larger(made: Callable[[], nn.Module], file: Path) -> None:
+    """Raises ValueError if a model has more weights than its file has bytes, before memory is taken for them."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in made().parameters())
+    if file.exists() and count > (size := file.stat().st_size):
+        raise ValueError(f"{file} has {size} bytes, and its config.json describes {count} weights: get both anew")
 
 
 def transformers_model(folder: Path, weights: bool) -> tuple[Any, dict[str, Any]]:

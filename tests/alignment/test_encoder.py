@@ -253,6 +253,24 @@ def test_weights_that_are_missing_or_of_another_model_are_refused(models, folder
         Encoder(str(tmp_path / "timm")).load()
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"architecture": "hf-hub:somebody/else"}, "timm has no architecture 'hf-hub:somebody/else'"),
+        ({"model_args": {"checkpoint_path": "/tmp/pickle.pth"}}, r"name weights elsewhere \(checkpoint_path\)"),
+        ({"model_args": {"pretrained": True}}, r"name weights elsewhere \(pretrained\)"),
+        ({"model_args": {"embed_dim": 2**20, "num_heads": 2}}, "bytes, and its config.json describes"),
+    ],
+    ids=["architecture", "file", "download", "memory"],
+)
+def test_a_strangers_configuration_names_no_other_weights_and_no_more_of_them(change, message, folder, tmp_path):
+    shutil.copytree(folder / "timm", tmp_path / "timm")
+    config = json.loads((tmp_path / "timm/config.json").read_text())
+    (tmp_path / "timm/config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        Encoder(str(tmp_path / "timm")).load()
+
+
 @pytest.mark.parametrize("kind", ["timm", "vit"])
 def test_layers_that_do_not_exist_are_refused(kind, models, folder):
     with pytest.raises(ValueError, match=f"layers: {LAYERS} is none of the {LAYERS} of .*: choose 0 to {LAYERS - 1}"):
