@@ -38,7 +38,7 @@ FILES = [
 # files that test for a family, and how often: formats of one family, and an edit of one family
 KEPT = {"edit/artifacts/formats.py": 1, "edit/artifacts/official.py": 1, "edit/pruning/modulation.py": 1}
 # known and going: each asks a unit for its anatomy
-FOREIGN = {"edit/few_step/vision.py"}  # reads the configuration of a vision model of transformers
+FOREIGN = {"edit/few_step/vision.py", "edit/alignment/looker.py"}  # read configurations of vision models
 
 
 # ---- the text of every file ------------------------------------------------------------------------------------------

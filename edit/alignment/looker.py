@@ -131,10 +131,10 @@ class OfTimm(Looker):
         return states if norm is None else norm(states)
 
     def attentions(self) -> list[tuple[nn.Module, nn.Module]]:
-        from timm.models.vision_transformer import Attention
+        from timm.models.vision_transformer import Attention as Plain
 
         attentions = [getattr(block, "attn", None) for block in getattr(self.model, "blocks", ())]
-        return [(a.q_norm, a.k_norm) for a in attentions] if all(type(a) is Attention for a in attentions) else []
+        return [(a.q_norm, a.k_norm) for a in attentions] if all(type(a) is Plain for a in attentions) else []
 
     def heads(self, x: Tensor) -> Tensor:
         return x
