@@ -49,7 +49,8 @@ def states_of(kind: str, model, x):
     model.set_attn_implementation("eager")
     out = model(pixel_values=x, output_attentions=True, **told)
     last = out.last_hidden_state
-    return model.post_layernorm(last) if kind == "clip_vision_model" else last, out.attentions
+    norms = [m for name, m in model.named_modules() if name.endswith("post_layernorm")]  # where depends on the version
+    return norms[0](last) if kind == "clip_vision_model" else last, out.attentions
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
