@@ -118,10 +118,13 @@ class OfTimm(Looker):
         patch = getattr(embed, "patch_size", None) or model.feature_info[-1]["reduction"]
         patch, input_size = patch if isinstance(patch, int) else patch[0], preparation.get("input_size")
         fixed = preparation.get("fixed_input_size") and not getattr(model, "dynamic_img_size", False) and input_size
-        normalised = Normalised(preparation.get("mean", (0.5,) * 3), preparation.get("std", (0.5,) * 3))
+        channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
+        told = (list(preparation.get(name, (0.5,))) for name in ("mean", "std"))
+        # some versions tell three values of a model of one channel
+        mean, std = (v if len(v) in (1, channels) else [sum(v) / len(v)] for v in told)
+        normalised = Normalised(mean, std)
         super().__init__(path, layers, side or (input_size[-1] if fixed else None), model, normalised, patch)
-        self.width = model.num_features
-        self.channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
+        self.width, self.channels = model.num_features, channels
 
     def seen(self, x: Tensor) -> Tensor:
         states = self.model.forward_features(x)
