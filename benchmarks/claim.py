@@ -256,14 +256,15 @@ def logged(run: Path, column: str) -> float:
     Raises:
         SystemExit: if there is none
     """
-    return column_of(run, column).end
+    return curves_with(run, column)[column].end
 
 
-def column_of(run: Path, column: str) -> Curve:
+def curves_with(run: Path, column: str) -> dict[str, Curve]:
+    """The columns of metrics.csv, this one among them."""
     curves = read_curves(run / "metrics.csv")
     if column not in curves or not curves[column].values:
         sys.exit(f"error: {run / 'metrics.csv'} has no column {column}; there are {', '.join(sorted(curves))}")
-    return curves[column]
+    return curves
 
 
 def reached(run: Path, other: Path, column: str) -> tuple[float, float]:
@@ -272,9 +273,9 @@ def reached(run: Path, other: Path, column: str) -> tuple[float, float]:
     Raises:
         SystemExit: if one of them has no such column
     """
-    values = column_of(other, column).values
-    curve, curves = column_of(run, column), read_curves(run / "metrics.csv")
-    step = next((step for step, value in zip(curve.steps, curve.values, strict=True) if value <= values[-1]), None)
+    last, curves = curves_with(other, column)[column].values[-1], curves_with(run, column)
+    curve = curves[column]
+    step = next((step for step, value in zip(curve.steps, curve.values, strict=True) if value <= last), None)
     speed = curves.get("images_per_second")
     if step is None or speed is None:
         return (inf if step is None else step), inf

@@ -35,6 +35,7 @@ from recipes.runtime.run_folder import read_config
 from recipes.steps import encoder as steps
 
 PROBED = 2000  # images at most that a probe is fitted on, and is tried on
+PART = 64  # of them are decoded at once
 WIDE = 4096  # numbers of an image at most whose raw pixels are probed
 
 
@@ -154,7 +155,7 @@ class TrainingEncoder(Procedure):
         since, images = time.perf_counter(), 0
         with shown() as tell:
             for step, batch in enumerate(loader, 1):
-                x = pixels(batch["x"].to(device))
+                x = pixels(batch["x"])
                 with half:
                     z = head(steps.pooled(model, torch.cat((steps.view(x, draws), steps.view(x, draws)))))
                 loss = steps.nt_xent(z, self.temperature)
@@ -195,7 +196,7 @@ def decoder(run: Run, device: torch.device) -> Callable[[Tensor], Tensor]:
 
     @torch.no_grad()
     def pixels(x: Tensor) -> Tensor:
-        return decode(x).clamp(-1, 1)
+        return decode(x.to(device)).clamp(-1, 1)
 
     return pixels
 
@@ -224,9 +225,9 @@ def sizes(run: Run, pixels: Callable[[Tensor], Tensor]) -> tuple[list[int], int]
 class Probed:
     """Labelled images, of which training saw no label: for a linear probe."""
 
-    train: Tensor  # b c y x
-    labels: Tensor
+    train: Tensor  # b c y x, on the CPU
     held: Tensor
+    labels: Tensor
     truth: Tensor
 
     @classmethod
@@ -236,7 +237,8 @@ class Probed:
         if data.num_classes is None or held is None:
             return None
         train, tried = (evenly(split) for split in (data.train(), held))
-        return cls(pixels(train["x"]), train["label"], pixels(tried["x"]), tried["label"])
+        seen = (torch.cat([pixels(part).cpu() for part in split["x"].split(PART)]) for split in (train, tried))
+        return cls(*seen, train["label"], tried["label"])
 
     def pixels(self) -> dict[str, float]:
         """The share by raw pixels; none where they are too many."""

@@ -101,8 +101,8 @@ class Looker(nn.Module):
         x, pixels = self.normalised(x), (grid[0] * self.patch, grid[1] * self.patch)
         if x.shape[2:] != pixels:
             x = F.interpolate(x, pixels, mode="bicubic")
-        read = [self.attentions()[i] for i in self.layers]
-        with recorded([module for pair in read for module in pair]) as found:
+        attentions = self.attentions() if self.layers else ()
+        with recorded([module for i in self.layers for module in attentions[i]]) as found:
             tokens = self.seen(x).float()
         if tokens.ndim == 4:
             grid, tokens = tuple(tokens.shape[1:3]), tokens.flatten(1, 2)
