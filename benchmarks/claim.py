@@ -80,6 +80,15 @@ def run(script: str, *words: str) -> None:
         sys.exit(f"error: python {script} {' '.join(words)} ended with exit code {code}")
 
 
+def plain(value: Any) -> Any:
+    """The same with null, which JSON has, in place of what is infinite or no number, which JSON has not."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
 @guarded
 def main(words: list[str]) -> int:
     names = sorted(p.stem for p in CLAIMS.glob("*.yaml"))
@@ -105,7 +114,7 @@ def main(words: list[str]) -> int:
     comparisons = compare(claim, values)
     holds = all(c["holds"] for c in comparisons)
     outcome = {"claim": claim.claim, "seeds": list(claim.seeds), "values": values, "comparisons": comparisons}
-    (folder / "claim.json").write_text(json.dumps(outcome | {"holds": holds}, indent=2) + "\n")
+    (folder / "claim.json").write_text(json.dumps(plain(outcome | {"holds": holds}), indent=2, allow_nan=False) + "\n")
     show(claim, values, comparisons, holds)
     print(f"\nwritten to {folder / 'claim.json'}")
     return 0

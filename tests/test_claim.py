@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from benchmarks.claim import CLAIMS, ROOT, logged, main, reached, spelled, value_of, verdict, within
+from benchmarks.claim import CLAIMS, ROOT, logged, main, plain, reached, spelled, value_of, verdict, within
 from recipes.config.check import check
 from recipes.config.schema import Evaluation
 from recipes.config.sources import register
@@ -21,6 +21,12 @@ def test_a_winner_must_be_better_on_every_seed():
     assert not verdict([3.0, 3.0], [2.0, 3.5], higher=True)["holds"]
     assert verdict([1.0, 2.0], [2.0, 2.5], higher=False)["holds"]
     assert verdict([1.0], [2.0], higher=False)["spread"] is None
+
+
+def test_what_json_cannot_write_is_null():
+    assert json.dumps(plain({"a": [1.5, inf], "b": (float("nan"), "c", True)}), allow_nan=False) == (
+        '{"a": [1.5, null], "b": [null, "c", true]}'
+    )
 
 
 def test_an_arm_within_the_spread_may_be_worse_by_it_and_no_more():

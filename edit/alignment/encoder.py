@@ -71,16 +71,18 @@ class Encoder(Frozen):
             return self._made(found(self.path, weights=False), weights=False)
 
     def identity(self) -> dict[str, Any]:
-        """By what cached features know their encoder: its name, the SHA-256 of its weights, its width and side.
+        """By what cached features know their encoder: its name, the SHA-256 of its files, its width and side.
 
-        Weights in several files have the SHA-256 over their names and sums.
+        That is of the names and sums of its weights and of what says how images are prepared: a change of its mean
+        makes other features.
         """
         from edit.artifacts.checksums import of_file
 
         folder = found(self.path, weights=True)
-        sums = {file.name: of_file(file) for file in sorted(folder.glob("*.safetensors"))}
-        several = hashlib.sha256(json.dumps(sums).encode()).hexdigest()
-        sha256 = next(iter(sums.values())) if len(sums) == 1 else several
+        told = (folder / name for name in ("config.json", "preprocessor_config.json"))
+        files = sorted([*folder.glob("*.safetensors"), *(file for file in told if file.exists())])
+        sums = {file.name: of_file(file) for file in files}
+        sha256 = hashlib.sha256(json.dumps(sums).encode()).hexdigest()
         return {"name": self.path, "sha256": sha256, "width": self.structure().width, "side": self.side}
 
     def _made(self, folder: Path, weights: bool) -> Looker:

@@ -189,12 +189,16 @@ def test_maps_and_tokens_are_in_fp32_under_autocast(models, folder, images):
     assert torch.equal(under, in_fp32(q, k, 5))
 
 
-def test_the_identity_is_that_of_the_weights(models, folder):
+def test_the_identity_is_that_of_the_weights_and_of_how_images_are_prepared(models, folder):
     one = Encoder(str(folder / "timm")).identity()
     shutil.copytree(folder / "timm", folder / "copy", dirs_exist_ok=True)
     other = Encoder(str(folder / "copy"), layers=(0,)).identity()
     assert one["width"] == WIDTH and len(one["sha256"]) == 64 and one["sha256"] == other["sha256"]
     assert Encoder(str(folder / "vit")).identity()["sha256"] != one["sha256"]
+    config = json.loads((folder / "copy/config.json").read_text())
+    config["pretrained_cfg"]["mean"] = [0.1, 0.2, 0.3]
+    (folder / "copy/config.json").write_text(json.dumps(config))
+    assert Encoder(str(folder / "copy")).identity()["sha256"] != one["sha256"]
 
 
 def test_equal_encoders_are_one_to_a_run():
