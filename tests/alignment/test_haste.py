@@ -3,12 +3,14 @@
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import encoders
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from ranks import run_ranks
 from small_runs import TWO_RANKS, losses, rows, train
 from torch import nn
@@ -23,6 +25,8 @@ from edit.losses import wanted
 from recipes.config.errors import UserError
 from recipes.models import refuse_unending, refuse_unstoppable
 from recipes.runtime.checkpoint_files import checkpoints, newest, remove, step_of
+
+WORLDS = Path(__file__).parents[2] / "configs/world"
 
 
 @pytest.fixture(scope="module")
@@ -422,3 +426,14 @@ def test_two_ranks_stop_at_the_same_step_as_one(folder, tmp_path):
     for key in ("train/loss", "train/haste/angle"):
         values = ([float(r[key]) for r in side[:4]] for side in (one, two))
         assert all(abs(a - b) < 2e-4 for a, b in zip(*values, strict=True))
+
+
+# ---- worlds ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", sorted(WORLDS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_worlds_pairs_are_of_units_up_to_the_aligned_one_and_of_the_encoder_that_is_trained_for_it(file):
+    depth = OmegaConf.load(WORLDS.parent / "recipe/encoder.yaml").depth
+    world = OmegaConf.load(file).world
+    for unit, layer in world.get("haste", []):
+        assert 0 <= unit <= world.repa and -depth <= layer < depth
