@@ -22,6 +22,7 @@ from torch import Tensor
 from edit.inputs.limits import Count, Inside, Limits, NotNegative, Positive, check_numbers
 from edit.paths import column, corrupt, mean, noise_to_velocity
 from edit.stream import Output
+from edit.subset import covered
 
 if TYPE_CHECKING:
     from edit.denoiser import Denoiser
@@ -109,7 +110,8 @@ class Objective(ABC):
 
     @abstractmethod
     def losses(self, output: Output, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """Named loss terms, each one number per sample [b]; their sum is minimised."""
+        """Named loss terms, each one number per sample [b]; their sum is minimised. Of an output of some tokens alone
+        (`Output.kept`), the mean over their elements."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +139,11 @@ class FlowMatching(Objective):
         return prediction.float()
 
     def losses(self, output: Output, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
-        v, prediction = noise - x, output.sample.float()
-        losses = {"flow": self.weight(t) * mean((prediction - v) ** 2)}
+        v, prediction, where = noise - x, output.sample.float(), covered(output)
+        losses = {"flow": self.weight(t) * mean((prediction - v) ** 2, where)}
         if self.cosine:
-            losses["cosine"] = self.cosine * mean(1 - F.cosine_similarity(prediction, v, dim=1))
+            apart = 1 - F.cosine_similarity(prediction, v, dim=1)[:, None]
+            losses["cosine"] = self.cosine * mean(apart, where)
         return losses
 
     def weight(self, t: Tensor) -> Tensor:
@@ -209,14 +212,17 @@ class DDPM(Objective):
         return i, (signal + spread)[i], line[i]
 
     def losses(self, output: Output, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
-        eps = output.sample.float()
-        losses = {"noise": mean((eps - noise) ** 2)}
+        eps, where = output.sample.float(), covered(output)
+        losses = {"noise": mean((eps - noise) ** 2, where)}
         if output.variance is not None:
-            losses["bound"] = self.bound * self.variational(eps.detach(), output.variance.float(), x, x_t, t)
+            bits = self.variational(eps.detach(), output.variance.float(), x, x_t, t, where)
+            losses["bound"] = self.bound * bits
         return losses
 
-    def variational(self, eps: Tensor, v: Tensor, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Bits per dimension of q(x_{i-1} | x_i, x) against the model's step: [b].
+    def variational(
+        self, eps: Tensor, v: Tensor, x: Tensor, x_t: Tensor, t: Tensor, where: Tensor | None = None
+    ) -> Tensor:
+        """Bits per dimension of q(x_{i-1} | x_i, x) against the model's step, mean over elements `where` that is: [b].
 
         log variance = u log beta_i + (1 - u) log beta~_i with u = (v + 1) / 2, not clamped; at i = 0 the likelihood of
         the 8-bit data under the discretised Gaussian.
@@ -230,7 +236,7 @@ class DDPM(Objective):
         kl = 0.5 * (log_var - log_posterior - 1 + (log_posterior - log_var).exp())
         kl = kl + 0.5 * (expected - expected_hat) ** 2 * (-log_var).exp()
         bits = torch.where(column(i == 0, x), discretised_nll(x, expected_hat, log_var), kl)
-        return mean(bits) / math.log(2.0)
+        return mean(bits, where) / math.log(2.0)
 
     def _tables(self, device: torch.device) -> tuple[Tensor, ...]:
         return schedule_tables(self.steps, self.beta_start, self.beta_end, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor
 
 from edit.denoiser import Denoiser
@@ -46,12 +46,3 @@ def grid_of(denoiser: Denoiser) -> tuple[int, int, int]:
         told = denoiser.example(1, text=1).map(lambda v: v.to("meta"))
         stream = bare.embed(**bare.pack(torch.empty(1, *denoiser.sample_shape), torch.empty(1), told))
     return stream.layout.grid
-
-
-def pixels(tokens: Tensor, grid: tuple[int, int, int], sizes: Sequence[int]) -> Tensor:
-    """One value for each token, b n, at all places of its part of a sample: b 1 *sizes."""
-    frames, rows, columns = grid
-    whole = (1, *sizes)[-3:]
-    a, p, q = (size // parts for size, parts in zip(whole, grid, strict=True))
-    out = repeat(tokens, "b (f y x) -> b 1 (f a) (y p) (x q)", f=frames, y=rows, x=columns, a=a, p=p, q=q)
-    return out.view(len(tokens), 1, *sizes)
