@@ -10,13 +10,12 @@ go with them, tables of rotary positions become those of the sample; registers, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from einops import repeat
 from torch import Tensor
 
+from edit.grid import pixels
 from edit.stream import Layout, Output, Stream
 
 
@@ -103,12 +102,3 @@ def covered(output: Output) -> Tensor | None:
     assert output.grid is not None, "every forward tells it"
     none = torch.zeros(len(output.kept), math.prod(output.grid), dtype=torch.bool, device=output.kept.device)
     return pixels(none.scatter(1, output.kept, True), output.grid, output.sample.shape[2:])
-
-
-def pixels(tokens: Tensor, grid: tuple[int, int, int], sizes: Sequence[int]) -> Tensor:
-    """One value for each token, b n, at all places of its part of a sample: b 1 *sizes."""
-    frames, rows, columns = grid
-    full = (1, *sizes)[-3:]
-    a, p, q = (size // parts for size, parts in zip(full, grid, strict=True))
-    out = repeat(tokens, "b (f y x) -> b 1 (f a) (y p) (x q)", f=frames, y=rows, x=columns, a=a, p=p, q=q)
-    return out.view(len(tokens), 1, *sizes)

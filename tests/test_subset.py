@@ -10,10 +10,11 @@ from torch import Tensor
 from weights import randomise
 
 from edit.denoiser import Denoiser
+from edit.grid import pixels
 from edit.objectives import DDPM, FlowMatching, default_objective
 from edit.paths import mean
 from edit.stream import Condition, Layout, Output, Stream
-from edit.subset import covered, gathered, pixels, subset, whole
+from edit.subset import covered, gathered, subset, whole
 
 every = pytest.mark.parametrize("name", BACKBONES)
 # sums in float64 are in another order; stock RoPE is fp32, see `families.TOLERANCE`

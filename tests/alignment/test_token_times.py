@@ -11,11 +11,10 @@ from small_runs import losses, rows, train
 import edit
 from edit.alignment.sra import SRA, places
 from edit.alignment.token_times import Separated, TokenTimes
-from edit.alignment.units import patches
 from edit.attention.linear import LinearAttention
+from edit.grid import patches, pixels
 from edit.measuring.flops import Flops
 from edit.stream import Apart, Condition, Layout
-from edit.subset import pixels
 
 RUN = "+terms.sra={_target_: edit.alignment.sra.SRA, units: [0, 1], dual: 0.25}"
 EDIT = "edits=token_times"
