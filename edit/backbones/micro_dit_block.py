@@ -158,7 +158,7 @@ class MicroDiTBlock(Unit):
         return Anatomy(self.attn1.heads, own, feed, cross=self.attn2.features("attn2"), text="aside")
 
     def modulate(self, stream: Stream) -> DiTModulation:
-        s1, k1, g1, s2, k2, g2 = stream.layout.spread(self.adaLN_modulation(stream.cond)).chunk(6, dim=-1)
+        s1, k1, g1, s2, k2, g2 = self.adaLN_modulation(stream.cond)[:, None].chunk(6, dim=-1)
         return DiTModulation(s1, 1 + k1, Branch(g1), s2, 1 + k2, Branch(g2))
 
     def enter(self, stream: Stream, modulation: DiTModulation) -> Branch:
