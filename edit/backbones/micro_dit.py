@@ -34,6 +34,7 @@ from edit.edm import EDMHeun
 from edit.facts import Facts, Prediction
 from edit.inputs.limits import Count, Positive, Side, Units, check_numbers, check_table
 from edit.sampling import Sampler
+from edit.scaling.layer_wise import gated_width
 from edit.stream import Condition, Layout, Output, Stream
 
 FREQUENCIES = 512  # channels of the sinusoid of c_noise
@@ -85,16 +86,10 @@ class MicroDiTConfig:
     @property
     def hidden(self) -> int:
         """Channels of a feed-forward."""
-        return round_up(2 / 3 * self.width * self.mlp_ratio, self.multiple)
+        return gated_width(self.width, self.mlp_ratio, self.multiple)
 
     def build(self) -> MicroDiT:
         return MicroDiT(self)
-
-
-def round_up(size: float, multiple: int) -> int:
-    """The next multiple. A size that misses a whole number by a rounding error counts as that number."""
-    whole = round(size, 6)
-    return int(-(-whole // multiple)) * multiple
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------------
@@ -122,7 +117,7 @@ class TextBlock(nn.Module):
     def __init__(self, c: MicroDiTConfig):
         super().__init__()
         self.norm1, self.attn = gain_norm(c.width), Attention(c.width, c.width, c.head, c.width)
-        self.norm2, self.mlp = gain_norm(c.width), GatedFeed(c.width, round_up(8 / 3 * c.width, c.multiple))
+        self.norm2, self.mlp = gain_norm(c.width), GatedFeed(c.width, gated_width(c.width, 4.0, c.multiple))
 
     def forward(self, y: Tensor) -> Tensor:
         u = self.norm1(y)
