@@ -12,14 +12,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import is_dataclass, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from edit.calibration import Calibration
-from edit.facts import Facts
+from edit.facts import Facts, Prediction
 from edit.groups import Group
 from edit.stream import Branch, Condition, Forced, Output, Step, Stream, force, permuted, record_branch, restored
 from edit.subset import subset, whole
@@ -264,7 +264,7 @@ class Denoiser(nn.Module, ABC):
         """Shape of one sample without the batch: (c, *sizes), (c, y, x) for images."""
 
     @property
-    def prediction(self) -> Literal["velocity", "noise"]:
+    def prediction(self) -> Prediction:
         """The quantity that the weights predict; the objective must predict the same."""
         return "velocity"
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from edit.facts import Prediction
 from edit.inputs.limits import Count, Inside, Limits, NotNegative, Positive, check_numbers
 from edit.paths import column, corrupt, mean, noise_to_velocity
 from edit.stream import Output
@@ -80,7 +81,7 @@ def shift_times(t: Tensor, shift: float) -> Tensor:
 class Objective(ABC):
     """One way to corrupt data and to score a prediction. Subclasses are dataclasses."""
 
-    prediction: ClassVar[Literal["velocity", "noise"]]
+    prediction: ClassVar[Prediction]
     time: TimeLaw
 
     def times(self, u: Tensor) -> Tensor:
@@ -320,5 +321,9 @@ def weight_at(weight: Weight, progress: float) -> float:
 
 
 def default_objective(denoiser: Denoiser) -> Objective:
-    """That of the denoiser's convention: of noise, or of the velocity."""
+    """That of the denoiser's convention: of noise, of the velocity, or EDM's of a mixture of data and noise."""
+    if denoiser.prediction == "mixture":
+        from edit.edm import EDM  # which derives from the classes here
+
+        return EDM()
     return DDPM() if denoiser.prediction == "noise" else FlowMatching()

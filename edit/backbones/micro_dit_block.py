@@ -48,29 +48,29 @@ class Attention(nn.Module):
         if inner % head:
             raise ValueError(f"MicroDiT: heads of {head} channels do not divide an attention of {inner}: change one")
         self.heads = inner // head
-        self.q = nn.Linear(width, inner, bias=False)
-        self.k = nn.Linear(read, inner, bias=False)
-        self.v = nn.Linear(read, inner, bias=False)
-        self.q_norm = nn.LayerNorm(inner, elementwise_affine=False, eps=NORM_EPS)
-        self.k_norm = nn.LayerNorm(inner, elementwise_affine=False, eps=NORM_EPS)
-        self.out = nn.Linear(inner, width, bias=False)
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_k = nn.Linear(read, inner, bias=False)
+        self.to_v = nn.Linear(read, inner, bias=False)
+        self.norm_q = nn.LayerNorm(inner, elementwise_affine=False, eps=NORM_EPS)
+        self.norm_k = nn.LayerNorm(inner, elementwise_affine=False, eps=NORM_EPS)
+        self.to_out = nn.Linear(inner, width, bias=False)
 
     def project(self, tokens: Tensor, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values: b s d, b l c -> b h s e, b h l e twice."""
-        q, k = self.q_norm(self.q(tokens)), self.k_norm(self.k(read))
-        return split_heads(q, self.heads), split_heads(k, self.heads), split_heads(self.v(read), self.heads)
+        q, k = self.norm_q(self.to_q(tokens)), self.norm_k(self.to_k(read))
+        return split_heads(q, self.heads), split_heads(k, self.heads), split_heads(self.to_v(read), self.heads)
 
     def features(self, name: str) -> Features:
         """The heads, for an anatomy; `name` is that of the attention in its unit."""
-        writers = tuple((f"{name}.{part}", 1) for part in ("q", "k", "v"))
-        norms = ((f"{name}.q", f"{name}.q_norm"), (f"{name}.k", f"{name}.k_norm"))
-        return Features(self.out.in_features, writers, ((f"{name}.out", 0),), (name, "heads"), norms=norms)
+        writers = tuple((f"{name}.{part}", 1) for part in ("to_q", "to_k", "to_v"))
+        norms = ((f"{name}.to_q", f"{name}.norm_q"), (f"{name}.to_k", f"{name}.norm_k"))
+        return Features(self.to_out.in_features, writers, ((f"{name}.to_out", 0),), (name, "heads"), norms=norms)
 
     def initialise(self, std: float) -> None:
         """Truncated normal; `std` is that of the output layer."""
-        for layer in (self.q, self.k, self.v):
+        for layer in (self.to_q, self.to_k, self.to_v):
             nn.init.trunc_normal_(layer.weight, std=STD)
-        nn.init.trunc_normal_(self.out.weight, std=std)
+        nn.init.trunc_normal_(self.to_out.weight, std=std)
 
 
 class GatedFeed(nn.Module):
@@ -129,9 +129,9 @@ class MicroDiTBlock(Unit):
 
     def __init__(self, width: int, head: int, attention: int, hidden: int, cond: int, text: int | None):
         super().__init__()
-        self.norm1, self.attn = gain_norm(width), Attention(width, attention, head, width)
+        self.norm1, self.attn1 = gain_norm(width), Attention(width, attention, head, width)
         self.norm2 = None if text is None else gain_norm(width)
-        self.text_attn = None if text is None else Attention(width, width, head, text)
+        self.attn2 = None if text is None else Attention(width, width, head, text)
         self.norm3, self.mlp = gain_norm(width), GatedFeed(width, hidden)
         self.adaLN_modulation = modulation(cond, width, 6)
 
@@ -143,7 +143,7 @@ class MicroDiTBlock(Unit):
             std: of the layers that write into the tokens (and of W3): 0.02 / sqrt(2 (i + 1)) in block i of a backbone,
                 counted from 0; 0.02 / sqrt(2 N) in a mixer of N blocks
         """
-        for attention in (self.attn, self.text_attn):
+        for attention in (self.attn1, self.attn2):
             if attention is not None:
                 attention.initialise(std)
         self.mlp.initialise(std)
@@ -152,13 +152,13 @@ class MicroDiTBlock(Unit):
 
     @property
     def anatomy(self) -> Anatomy:
-        own, feed = self.attn.features("attn"), self.mlp.features("mlp")
-        if self.text_attn is None:
-            return Anatomy(self.attn.heads, own, feed)
-        return Anatomy(self.attn.heads, own, feed, cross=self.text_attn.features("text_attn"), text="aside")
+        own, feed = self.attn1.features("attn1"), self.mlp.features("mlp")
+        if self.attn2 is None:
+            return Anatomy(self.attn1.heads, own, feed)
+        return Anatomy(self.attn1.heads, own, feed, cross=self.attn2.features("attn2"), text="aside")
 
     def modulate(self, stream: Stream) -> DiTModulation:
-        s1, k1, g1, s2, k2, g2 = stream.layout.spread(self.adaLN_modulation(stream.cond)).chunk(6, dim=-1)
+        s1, k1, g1, s2, k2, g2 = self.adaLN_modulation(stream.cond)[:, None].chunk(6, dim=-1)
         return DiTModulation(s1, 1 + k1, Branch(g1), s2, 1 + k2, Branch(g2))
 
     def enter(self, stream: Stream, modulation: DiTModulation) -> Branch:
@@ -166,14 +166,14 @@ class MicroDiTBlock(Unit):
 
     def own_mixer(self, stream: Stream, tokens: Tensor) -> Tensor:
         """b n d -> b n d."""
-        return self.attn.out(self.attended(*self.attn.project(tokens, tokens), stream))
+        return self.attn1.to_out(self.attended(*self.attn1.project(tokens, tokens), stream))
 
     def read(self, stream: Stream) -> Branch:
         """The cross-attention of image tokens to the text, norm included."""
-        assert self.text_attn is not None and self.norm2 is not None
-        q, k, v = self.text_attn.project(self.norm2(stream.image), stream.text)
+        assert self.attn2 is not None and self.norm2 is not None
+        q, k, v = self.attn2.project(self.norm2(stream.image), stream.text)
         o = self.part("cross")(q, k, v, stream.layout, stream.step)
-        return Branch(self.text_attn.out(o.transpose(1, 2).flatten(2)))
+        return Branch(self.attn2.to_out(o.transpose(1, 2).flatten(2)))
 
     def own_cross(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, step: Step | None) -> Tensor:
         """Softmax attention to all text tokens, padding too: b h n e, b h l e twice -> b h n e."""
@@ -192,6 +192,6 @@ class MicroDiTBlock(Unit):
     def compute(self, stream: Stream) -> Stream:
         m = self.modulate(stream)
         stream = self.residual(stream, "attention", lambda s: self.attend(s, m), m.attention_gate)
-        if self.text_attn is not None:
+        if self.attn2 is not None:
             stream = self.residual(stream, "cross", self.read, None)
         return self.residual(stream, "feed", lambda s: self.feed(s, m), m.feed_gate)
