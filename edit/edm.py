@@ -29,6 +29,7 @@ from edit.objectives import LogitNormal, Objective, TimeLaw
 from edit.paths import column, mean
 from edit.solvers import Draw, Path, Query, Solver
 from edit.stream import Output
+from edit.subset import covered
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class EDM(Objective):
 
     def losses(self, output: Output, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
         u, w = self.turn(column(t, x))
-        return {"edm": mean((output.sample.float() - (w * x / self.sigma_data - u * noise)) ** 2)}
+        error = (output.sample.float() - (w * x / self.sigma_data - u * noise)) ** 2
+        return {"edm": mean(error, covered(output))}
 
 
 @dataclass(frozen=True)

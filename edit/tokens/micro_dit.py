@@ -21,13 +21,13 @@ two streams have a mixer of image tokens that read the text, not a joint stack, 
 the units' own text is the family's. Families that turn queries and keys by position alone (FLUX, Qwen-Image, Wan) get
 fixed sin-cos positions added to z, without which the mixer would not know places; DiT's optional rotary positions get
 them, too. Registers and further tokens pass the mixer by. Tokens of a video are dropped one by one, not as tubes.
-Experts in every second block of the mixer: not here.
+With `experts` every second block has experts that choose tokens (`edit.moe.expert_choice`), in the mixer the last, too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -35,16 +35,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.backbones.micro_dit_block import MicroDiTBlock, gain_norm
+from edit.backbones.micro_dit_block import STD, MicroDiTBlock, gain_norm
 from edit.denoiser import Denoiser, Edit
 from edit.grid import Grid, entrance, grid_of, patch_of
-from edit.inputs.limits import Count, Limits, Positive, Share, Units, check_numbers
+from edit.groups import Group
+from edit.inputs.limits import Count, Limits, Natural, Positive, Share, Units, check_numbers
 from edit.losses import Seen, Term
+from edit.moe.expert_choice import put
+from edit.moe.routing import loads_of
+from edit.scaling.layer_wise import gated_width, round_up
 from edit.stream import Condition, Layout, Stream
 from edit.subset import gathered, thinned
-
-STD = 0.02  # sigma of layers that write into tokens, times 1 / sqrt(2 N)
-
 
 # ---- the mixer -------------------------------------------------------------------------------------------------------
 
@@ -59,6 +60,8 @@ class PatchMixer(Edit):
         head: width of a head; 32 of tiny
         ratio: of hidden channels to the width, two thirds of which are left to a gated feed-forward
         multiple: hidden channels are rounded up to it
+        experts: of every second block, each of `ratio` widths; 8 of XL, 0: none
+        capacity: f_c, experts of a token on average
     """
 
     depth: Units = 6
@@ -66,6 +69,8 @@ class PatchMixer(Edit):
     head: Count = 64
     ratio: Positive = 4.0
     multiple: Count = 256
+    experts: Natural = 0
+    capacity: Positive = 2.0
 
     excludes = ("PatchMixer",)
 
@@ -74,6 +79,10 @@ class PatchMixer(Edit):
         if self.width is not None and self.width % self.head:
             raise ValueError(
                 f"PatchMixer: width must be a multiple of head={self.head}, got {self.width}: change one of the two"
+            )
+        if self.experts and self.capacity > self.experts:
+            raise ValueError(
+                f"PatchMixer: a token cannot have {self.capacity:g} of {self.experts} experts: lower capacity"
             )
 
     def apply(self, denoiser: Denoiser) -> Mixer:
@@ -86,8 +95,24 @@ class PatchMixer(Edit):
         assert own is not None
         return own(stream, condition.kept)
 
+    def experts_of(self, denoiser: Denoiser) -> dict[str, nn.Parameter]:
+        """Routed experts' parameters by their full names."""
+        own = denoiser.edits[self.name].get_submodule("experts")
+        return {f"edits.{self.name}.experts.{k}": p for k, p in own.named_parameters() if ".experts." in k}
+
+    def activated(self, denoiser: Denoiser) -> Mapping[str, float]:
+        """On average over tokens."""
+        return dict.fromkeys(self.experts_of(denoiser), self.capacity / max(1, self.experts))
+
+    def groups(self, denoiser: Denoiser) -> Mapping[str, Group]:
+        return dict.fromkeys(self.experts_of(denoiser), Group(kind="stack"))
+
     def shards(self, denoiser: Denoiser) -> Sequence[nn.Module]:
-        return list(denoiser.edits[self.name].get_submodule("blocks").children())
+        own = denoiser.edits[self.name]
+        return [part for name in ("blocks", "experts") for part in own.get_submodule(name).children()]
+
+    def loads(self, trace: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return loads_of(trace, self.name)
 
 
 class Mixer(nn.Module):
@@ -104,15 +129,21 @@ class Mixer(nn.Module):
         assert told.signal is not None
         d, cond = told.image.shape[-1], told.signal.shape[-1]
         self.width = width = edit.width or max(edit.head, 3 * d // 4 // edit.head * edit.head)
-        hidden = math.ceil(int(2 * int(edit.ratio * width) / 3) / edit.multiple) * edit.multiple
+        hidden = gated_width(width, edit.ratio, edit.multiple)
         self.enter, self.leave = between(d, width), between(width, d)
         self.read = None if told.text is None else between(told.text.shape[-1], width)
         text = None if told.text is None else width
         self.blocks = nn.ModuleList(
             MicroDiTBlock(width, edit.head, width, hidden, cond, text) for _ in range(edit.depth)
         )
-        for block in self.blocks:
-            block.initialise(STD / math.sqrt(2 * units))  # type: ignore[operator]
+        self.experts, std = nn.ModuleDict(), STD / math.sqrt(2 * units)
+        for i, block in enumerate(self.blocks):
+            assert isinstance(block, MicroDiTBlock)
+            block.initialise(std)
+            if edit.experts and i % 2:
+                chosen = round_up(width * edit.ratio, edit.multiple)
+                self.experts[str(i)] = put(block, f"{edit.name}.{i}", chosen, edit.experts, edit.capacity, std)
+                del block.mlp
 
     def forward(self, stream: Stream, kept: Tensor | None) -> Stream:
         """The stream with mixed tokens, the kept ones alone; None: all."""
@@ -124,14 +155,15 @@ class Mixer(nn.Module):
         length = 0 if text is None else text.shape[1]
         bare = Layout(layout.grid, text_length=length, text_mask=layout.text_mask, side=layout.side)
         assert stream.signal is not None
-        mixed = Stream(z, stream.signal, bare, text, stream.time, stream.signal)
+        mixed = Stream(z, stream.signal, bare, text, stream.time, stream.signal, stream.step, stream.trace)
         for block in self.blocks:
             mixed = block(mixed)
         x = self.leave(mixed.image if kept is None else gathered(mixed.image, kept))
         if layout.registers or layout.further:
             behind = stream.image.shape[1] - layout.further
             x = torch.cat((stream.image[:, : layout.registers], x, stream.image[:, behind:]), 1)
-        return replace(stream, image=x, layout=layout if kept is None else thinned(layout, kept))
+        layout = layout if kept is None else thinned(layout, kept)
+        return replace(stream, image=x, layout=layout, trace=mixed.trace)
 
 
 def between(width: int, other: int) -> nn.Module:

@@ -1,6 +1,7 @@
 """MicroDiT's deferred masking: oracles of methods/micro-dit.md that are the mixer's and the masks'."""
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from edit.subset import covered
 from edit.tokens.micro_dit import DeferredMasking, Mixer, PatchMixer, positions
 
 SMALL = {"depth": 2, "width": 32, "head": 16, "multiple": 32}
-MIXED = ("dit swiglu", "flux", "pixart", "wan")  # registers; rope and text along; text aside; video
+MIXED = ("dit swiglu", "flux", "pixart", "wan", "micro_dit")  # registers; text along; text aside; video; its own
 
 
 def mixed(name: str, **options) -> Denoiser:
@@ -197,11 +198,13 @@ def test_positions_tell_all_places_of_a_grid_apart():
 def test_the_published_mixer_has_its_size():
     with torch.device("meta"):
         told = SimpleNamespace(image=torch.empty(1, 4, 1024), signal=torch.empty(1, 1024), text=torch.empty(1, 7, 1024))
-        own = Mixer(PatchMixer(), told, 28)
+        own, experts = (Mixer(PatchMixer(experts=e), told, 28) for e in (0, 8))
     d, m, hidden = 1024, 768, 2048
     block = 8 * m * m + 3 * m * hidden + (d + 1) * 6 * m + 3 * m
     count = 6 * block + 3 * d * m + 2 * d + m  # W_in, W_y, W_out and the gains of their norms
     assert sum(p.numel() for p in own.parameters()) == count
+    blocks = (p for part in (experts.blocks, experts.experts) for p in part.parameters())
+    assert abs(sum(p.numel() for p in blocks) / 184e6 - 1) < 0.001  # that of the specification
 
 
 def test_a_width_of_the_models_own_has_no_layers_around_it_and_none_is_three_quarters(make_dit):
@@ -217,10 +220,24 @@ def test_blocks_begin_as_published(make_dit):
     torch.manual_seed(0)
     own = edit.apply(make_dit(depth=8), {"mixer": PatchMixer(2, 256, 32)}).edits["mixer"]
     for block in own.blocks:
-        assert abs(block.attn.out.weight.std() / (0.02 / 4) - 1) < 0.05  # 0.02 / sqrt(2 * 8)
+        assert abs(block.attn1.to_out.weight.std() / (0.02 / 4) - 1) < 0.05  # 0.02 / sqrt(2 * 8)
         assert not block.adaLN_modulation[1].weight.any()
     bound = math.sqrt(6 / (32 + 256))
     assert 0.95 * bound < own.enter[1].weight.abs().max() <= bound
+
+
+@torch.no_grad()
+def test_every_second_block_may_have_experts_that_choose_tokens():
+    denoiser = mixed("pixart", depth=4, experts=4, capacity=1.0)
+    own = denoiser.edits["mixer"]
+    assert list(own.experts) == ["1", "3"] and not hasattr(own.blocks[1], "mlp") and hasattr(own.blocks[2], "mlp")
+    x, t, condition = inputs(denoiser)
+    plain = denoiser(x, t, condition).sample
+    assert torch.equal(deepcopy(denoiser)(x, t, condition).sample, plain)
+    own.experts["3"].experts.out.mul_(2)
+    assert not torch.allclose(denoiser(x, t, condition).sample, plain)
+    with pytest.raises(ValueError, match="a token cannot have 3 of 2 experts: lower capacity"):
+        PatchMixer(experts=2, capacity=3.0)
 
 
 # ---- cost ------------------------------------------------------------------------------------------------------------
