@@ -133,12 +133,10 @@ class Mixer(nn.Module):
         self.enter, self.leave = between(d, width), between(width, d)
         self.read = None if told.text is None else between(told.text.shape[-1], width)
         text = None if told.text is None else width
-        self.blocks = nn.ModuleList(
-            MicroDiTBlock(width, edit.head, width, hidden, cond, text) for _ in range(edit.depth)
-        )
-        self.experts, std = nn.ModuleDict(), STD / math.sqrt(2 * units)
-        for i, block in enumerate(self.blocks):
-            assert isinstance(block, MicroDiTBlock)
+        blocks = [MicroDiTBlock(width, edit.head, width, hidden, cond, text) for _ in range(edit.depth)]
+        self.blocks, self.experts = nn.ModuleList(blocks), nn.ModuleDict()
+        std = STD / math.sqrt(2 * units)
+        for i, block in enumerate(blocks):
             block.initialise(std)
             if edit.experts and i % 2:
                 chosen = round_up(width * edit.ratio, edit.multiple)
