@@ -19,6 +19,11 @@ from edit.grid import pixels
 from edit.stream import Layout, Output, Stream
 
 
+def left(count: int, ratio: float) -> int:
+    """How many of so many tokens are kept where a share of them is dropped: floor(T (1 - rho)), at least one."""
+    return max(1, math.floor(count * (1 - ratio) + 1e-9))  # 1 - 0.9 is a hair less than 0.1
+
+
 def subset(stream: Stream, kept: Tensor | None) -> Stream:
     """The stream with these image tokens alone; as it is without `kept`, or where an edit has taken tokens out already.
 

@@ -274,11 +274,12 @@ def refuse_unmasked(student: Denoiser, terms: Mapping[str, Term]) -> None:
         return
     if len(dropping) > 1:
         raise UserError(f"terms.{dropping[0]} and terms.{dropping[1]} both drop tokens: leave one of the two out")
-    needy: dict[str, Any] = {f"terms.{name}": term for name, term in terms.items() if not (term.drops or term.subsets)}
-    needy |= {f"edits.{name}": e for name, e in student.applied.items() if not e.subsets}
-    for place, whole in needy.items():
+    needy = [(f"terms.{name}", term) for name, term in terms.items() if not (term.drops or term.subsets)]
+    needy += [(f"edits.{name}", e) for name, e in student.applied.items() if not e.subsets]  # type: ignore[misc]
+    if needy:
+        place, who = needy[0]
         raise UserError(
-            f"{place} ({type(whole).__name__}) needs all tokens of a sample, and terms.{dropping[0]} drops some in "
+            f"{place} ({type(who).__name__}) needs all tokens of a sample, and terms.{dropping[0]} drops some in "
             "training: leave one of the two out"
         )
 

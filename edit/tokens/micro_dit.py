@@ -45,7 +45,7 @@ from edit.moe.expert_choice import put
 from edit.moe.routing import loads_of
 from edit.scaling.layer_wise import gated_width, round_up
 from edit.stream import Condition, Layout, Stream
-from edit.subset import gathered, thinned
+from edit.subset import gathered, left, thinned
 
 # ---- the mixer -------------------------------------------------------------------------------------------------------
 
@@ -208,10 +208,7 @@ class DeferredMasking(Term):
                 "0.75 of them, as published, or leave the term out"
             )
         check_numbers(self)
-
-    @property
-    def drops(self) -> bool:  # type: ignore[override] - here a consequence
-        return self.ratio > 0
+        self.drops, self.drops_until = self.ratio, 1 - self.unmasked
 
     def build(self, student: Denoiser, teacher: Denoiser | None = None) -> Patch:
         return Patch(patch_of(student.sample_shape[1:], grid_of(student)))
@@ -219,15 +216,11 @@ class DeferredMasking(Term):
     def mixed(self, seen: Seen) -> tuple[Tensor, Condition]:
         x_t, condition = super().mixed(seen)
         count = seen.own.tokens(x_t.shape[2:])
-        if not self.drops or seen.progress >= 1 - self.unmasked:
+        if not self.ratio or seen.progress >= self.drops_until:
             return x_t, condition
         scores = replace(seen.draws, shape=(count,)).gaussian(0)  # b n, the order of a random permutation
-        kept = scores.topk(self.left(count), 1).indices.sort(1).values
+        kept = scores.topk(left(count, self.ratio), 1).indices.sort(1).values
         return x_t, replace(condition, kept=kept)
-
-    def left(self, count: int) -> int:
-        """T_k of T tokens."""
-        return max(1, math.floor(count * (1 - self.ratio) + 1e-9))  # 1 - 0.9 is a hair less than 0.1
 
     def losses(self, seen: Seen) -> dict[str, Tensor]:
         return {}

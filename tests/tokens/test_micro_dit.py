@@ -98,7 +98,8 @@ def test_all_tokens_are_seen_at_the_end_of_the_run_and_without_a_ratio(dit, batc
     assert term.mixed(seen_of(dit, term, batch, progress=0.74))[1].kept is not None
     assert term.mixed(seen_of(dit, term, batch, progress=0.75))[1].kept is None
     none = DeferredMasking(0)
-    assert none.mixed(seen_of(dit, none, batch))[1].kept is None and not none.drops and term.drops
+    assert none.mixed(seen_of(dit, none, batch))[1].kept is None and not none.drops
+    assert (term.drops, term.drops_until) == (0.75, 0.75)
 
 
 def test_it_adds_no_loss_and_tells_the_share_of_tokens(dit, batch):
