@@ -3,31 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from edit.stream import Stream
-
-if TYPE_CHECKING:
-    from edit.denoiser import Denoiser
-
 Grid = tuple[int, int, int]
-
-
-def entrance(denoiser: Denoiser) -> Stream:
-    """The embedded stream of a sample on the meta device, from a model's structure alone: its weights may be shards."""
-    with torch.device("meta"), torch.no_grad():
-        bare = denoiser.family.from_config(denoiser.config)
-        told = denoiser.example(1, text=1).map(lambda v: v.to("meta"))
-        return bare.embed(**bare.pack(torch.empty(1, *denoiser.sample_shape), torch.empty(1), told))
-
-
-def grid_of(denoiser: Denoiser) -> Grid:
-    """Frames, rows and columns of a model's tokens, from its structure alone."""
-    return entrance(denoiser).layout.grid
 
 
 def patch_of(sizes: Sequence[int], grid: Grid) -> Grid:

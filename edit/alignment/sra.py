@@ -38,10 +38,11 @@ from edit.alignment.heads import mlp
 from edit.alignment.token_times import TokenTimes
 from edit.alignment.units import as_units, check_unit
 from edit.denoiser import Denoiser
-from edit.grid import grid_of, patches, pixels
+from edit.grid import patches, pixels
 from edit.inputs.limits import Count, Limits, Natural, NotNegative, Positive, Share, check_numbers
 from edit.losses import Seen, Term
 from edit.stream import Condition
+from edit.structure import grid_of
 
 
 @dataclass(frozen=True)

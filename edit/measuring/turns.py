@@ -123,7 +123,7 @@ def phases(
     asks: bool,
     decoder: nn.Module | None = None,
 ) -> tuple[Turn, ...]:
-    """The kinds of steps of diffusion training: one forward, of some tokens while a term drops others, and the models that
+    """The kinds of steps of diffusion training: one forward, of some tokens while a term drops others, and models that
     terms ask until they end.
 
     Args:

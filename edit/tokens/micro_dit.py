@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from edit.backbones.micro_dit_block import STD, MicroDiTBlock, gain_norm
 from edit.denoiser import Denoiser, Edit
-from edit.grid import Grid, entrance, grid_of, patch_of
+from edit.grid import Grid, patch_of
 from edit.groups import Group
 from edit.inputs.limits import Count, Limits, Natural, Positive, Share, Units, check_numbers
 from edit.losses import Seen, Term
@@ -45,6 +45,7 @@ from edit.moe.expert_choice import put
 from edit.moe.routing import loads_of
 from edit.scaling.layer_wise import gated_width, round_up
 from edit.stream import Condition, Layout, Stream
+from edit.structure import entrance, grid_of
 from edit.subset import gathered, left, thinned
 
 # ---- the mixer -------------------------------------------------------------------------------------------------------

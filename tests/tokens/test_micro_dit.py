@@ -13,11 +13,11 @@ from weights import randomise
 
 import edit
 from edit.denoiser import Denoiser
-from edit.grid import grid_of
 from edit.losses import Draws, Seen
 from edit.measuring.flops import Flops
 from edit.objectives import default_objective
 from edit.stream import Condition
+from edit.structure import grid_of
 from edit.subset import covered
 from edit.tokens.micro_dit import DeferredMasking, Mixer, PatchMixer, positions
 
