@@ -83,8 +83,8 @@ class EDM(Objective):
 
 @dataclass(frozen=True)
 class EDMHeun(Solver):
-    """Heun's method in sigma (EDM, algorithm 1): dx / dsigma = (x - D) / sigma. The last step is Euler's, so that there
-    are 2 steps - 1 evaluations.
+    """Heun's method in sigma, dx / dsigma = (x - D) / sigma (EDM, arXiv 2206.00364, algorithm 1). The last step is
+    Euler's, so that there are 2 steps - 1 evaluations.
 
         sigma_i = (sigma_max^(1/rho) + i / (steps - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho,  sigma_steps = 0
 

@@ -9,7 +9,7 @@ in place of its (image) feed-forward, the last one never. Tokens are gathered by
 forward and backward, without one-hot tensors, loops over experts or waits for the device.
 
 A token's output depends on the sample's other tokens, not on other samples: caches and routers of single tokens do not
-know its output. Those that run feed-forwards on some tokens refuse a unit whose slot `ffn` is filled.
+know its output. Those that run feed-forwards on some tokens (ToCa, DuCa, DyDiT) are refused.
 
 With `edit.scaling.layer_wise` before it, an expert's ratio is that of its unit; else it is `ratio`.
 
@@ -199,6 +199,8 @@ class ExpertChoice(Edit):
     ratio: Positive = 4.0
     multiple: Count = 256
 
+    excludes = ("DuCa", "DyDiT", "ToCa")  # they run feed-forwards on some of the tokens
+
     def __post_init__(self):
         check_numbers(self)
         self.units = tuple(self.units)
@@ -207,6 +209,8 @@ class ExpertChoice(Edit):
                 f"ExpertChoice: a token cannot have {self.capacity:g} of {self.experts} experts: choose capacity up to "
                 "experts"
             )
+
+    # ---- surgery --------------------------------------------------------------------------------------------------
 
     def apply(self, denoiser: Denoiser) -> nn.ModuleDict:
         own, d = nn.ModuleDict(), denoiser.facts.width
