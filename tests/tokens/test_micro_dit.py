@@ -12,10 +12,13 @@ from torch import Tensor
 from weights import randomise
 
 import edit
+from edit.backbones.micro_dit import MicroDiTConfig
 from edit.denoiser import Denoiser
 from edit.losses import Draws, Seen
 from edit.measuring.flops import Flops
+from edit.moe.expert_choice import ExpertChoice
 from edit.objectives import default_objective
+from edit.scaling.layer_wise import LayerWiseScaling
 from edit.stream import Condition
 from edit.structure import grid_of
 from edit.subset import covered
@@ -274,6 +277,37 @@ def test_executed_work_falls_to_the_kept_tokens_with_attention_to_their_square(m
             with Flops() as counter, torch.no_grad():
                 model(x[0], x[1], condition)
             assert counter.total / 2 == forward(k, mixer)
+
+
+@pytest.mark.parametrize(
+    "size, mixer, count",
+    [
+        pytest.param("XL", (6, 768, 64), 1165e6, id="XL", marks=pytest.mark.slow),  # 7 s, for structures alone
+        pytest.param("tiny", (4, 512, 32), 202e6, id="tiny"),
+    ],
+)
+@torch.no_grad()
+def test_the_published_models_have_their_sizes_and_a_quarter_of_the_tokens_their_work(size, mixer, count):
+    """Oracle 7."""
+    config = MicroDiTConfig() if size == "XL" else MicroDiTConfig(width=512, depth=16, head=32)
+    edits = {"scaling": LayerWiseScaling(), "experts": ExpertChoice(), "mixer": PatchMixer(*mixer, experts=8)}
+    with torch.device("meta"):
+        denoiser = edit.apply(config.build(), edits, fresh=False).eval()
+    assert abs(sum(p.numel() for p in denoiser.parameters()) / count - 1) < 0.005
+    if size == "tiny":
+        return
+    x, t = torch.empty(1, 4, 32, 32, device="meta"), torch.empty(1, device="meta")
+    work = []
+    for k in (None, 128, 64):
+        condition = Condition(text=torch.empty(1, 1, 1024, device="meta"))  # work on captions is not in their count
+        if k is not None:
+            condition = replace(condition, kept=torch.empty(1, k, dtype=torch.int64, device="meta"))
+        with Flops() as counter:
+            denoiser(x, t, condition)
+        work.append(counter.total / 2e9)
+    for found, published in zip(work, (110.6, 63.0, 39.8), strict=True):
+        assert abs(found / published - 1) < 0.015, work
+    assert abs(work[2] / work[0] - 0.36) < 0.005
 
 
 @pytest.mark.parametrize("name", MIXED)
