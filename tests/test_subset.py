@@ -10,6 +10,7 @@ from torch import Tensor
 from weights import randomise
 
 from edit.denoiser import Denoiser
+from edit.edm import EDM
 from edit.grid import pixels
 from edit.objectives import DDPM, FlowMatching, default_objective
 from edit.paths import mean
@@ -214,7 +215,7 @@ def scored(objective, out: Output, x: Tensor, noise: Tensor, t: Tensor) -> dict[
     return objective.losses(out, x, noise, objective.corrupt(x, noise, t), t)
 
 
-OBJECTIVES = [FlowMatching(cosine=0.5), FlowMatching(weighting="snr_cap"), DDPM()]
+OBJECTIVES = [FlowMatching(cosine=0.5), FlowMatching(weighting="snr_cap"), DDPM(), EDM()]
 SHAPES = {"picture": ((3, 8, 8), (1, 4, 2)), "video": ((3, 4, 8, 8), (2, 4, 4))}
 
 

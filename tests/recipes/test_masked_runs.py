@@ -1,6 +1,7 @@
 """Runs with deferred masking: what they log, what they refuse, what a plan counts."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ from edit.routing.dydit import DyDiT
 from edit.tokens.micro_dit import DeferredMasking, PatchMixer
 from edit.tuning.lora import LoRA
 from recipes.config.errors import UserError
+from recipes.config.schema import OptimizerConfig
 from recipes.models import refuse_unmasked
 from recipes.plan import main
+from recipes.settings import Training
 
 WORDS = ("edits=micro_dit", "edits.micro_dit.depth=1", "edits.micro_dit.head=16", "backbone.patch_size=2")
 MASKING = "+terms.masking={_target_: edit.tokens.micro_dit.DeferredMasking, unmasked: 0.25}"
@@ -29,6 +32,14 @@ MASKING = "+terms.masking={_target_: edit.tokens.micro_dit.DeferredMasking, unma
 def test_a_run_drops_tokens_until_its_last_part_and_says_so(tmp_path):
     train(tmp_path, "name=masked", *WORDS, MASKING)
     assert [float(r["train/masking/kept"]) for r in rows(tmp_path, "masked")] == [0.25] * 9 + [1.0] * 3
+
+
+def test_the_rate_of_the_unmasked_phase_is_the_last_of_a_cosine_that_ended_before():
+    settings = OptimizerConfig(lr=2.4e-4, warmup=10, schedule="cosine", end=1 / 3, until=0.5)
+    rates = [Training(settings, 280).rate(step) for step in range(280)]
+    assert rates[9] == 1 and rates[139] > rates[140] == pytest.approx(1 / 3) and set(rates[140:]) == {rates[140]}
+    whole = Training(replace(settings, until=1.0), 140)
+    assert rates[:140] == [whole.rate(step) for step in range(140)]
 
 
 def student(**edits):
