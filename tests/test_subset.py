@@ -15,7 +15,7 @@ from edit.grid import pixels
 from edit.objectives import DDPM, FlowMatching, default_objective
 from edit.paths import mean
 from edit.stream import Condition, Layout, Output, Stream
-from edit.subset import covered, gathered, subset, whole
+from edit.subset import covered, gathered, left, subset, whole
 
 every = pytest.mark.parametrize("name", BACKBONES)
 # sums in float64 are in another order; stock RoPE is fp32, see `families.TOLERANCE`
@@ -179,6 +179,12 @@ def test_registers_and_further_tokens_stay():
     found = subset(stream, kept).image
     assert torch.equal(found[:, :2], tokens[:, :2]) and torch.equal(found[:, -1], tokens[:, -1])
     assert torch.equal(found[0, 2:4], tokens[0, [2, 7]]) and torch.equal(found[1, 2:4], tokens[1, [4, 5]])
+
+
+def test_a_share_of_tokens_is_a_whole_number_rounded_down_and_never_none():
+    assert [left(256, r) for r in (0, 0.5, 0.75, 0.99)] == [256, 128, 64, 2]
+    assert left(20, 0.9) == 2  # 20 * (1 - 0.9) is a hair less
+    assert left(4, 0.9) == 1
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 0), (2, 17)])
