@@ -1,23 +1,11 @@
-"""EDM (arXiv 2206.00364): preconditioning, loss weight, noise law and Heun's sampler, as in MicroDiT (2407.15811).
+"""EDM's sampler (arXiv 2206.00364), for models of the objective `EDM`, as MicroDiT (2407.15811) uses it.
 
-    x_sigma = x + sigma n,  D = c_skip x_sigma + c_out F(c_in x_sigma, c_noise),  loss = (1 / c_out^2) (D - x)^2
-    c_skip = sigma_d^2 / (sigma^2 + sigma_d^2),  c_out = sigma sigma_d / sqrt(sigma^2 + sigma_d^2)
-    c_in = 1 / sqrt(sigma^2 + sigma_d^2),  c_noise = ln(sigma) / 4,  ln(sigma) ~ N(P_mean, P_std^2)
-
-Time is t = sigma / (1 + sigma), so that (1 - t) x_sigma = (1 - t) x + t n is the linear path, and ln(sigma) the logit
-of t. With r = sqrt(t^2 + sigma_d^2 (1 - t)^2), u = sigma_d (1 - t) / r and w = t / r, of squares that sum to 1, all of
-it is a rotation, without a division by zero at either end:
-
-    c_in x_sigma = u x / sigma_d + w n,  D = sigma_d (u c_in x_sigma + w F),  loss = (F - (w x / sigma_d - u n))^2
-
-A model predicts F, a mixture of data and noise. Its x is c_in x_sigma; c_noise is the backbone's own (`pack`).
-
-Specification: methods/micro-dit.md ("Definition", "Inference procedure").
+Specification: methods/micro-dit.md ("Inference procedure").
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
@@ -25,60 +13,8 @@ import torch
 from torch import Tensor
 
 from edit.inputs.limits import Positive, Steps, check_numbers
-from edit.objectives import LogitNormal, Objective, TimeLaw
-from edit.paths import column, mean
+from edit.objectives import EDM, Objective
 from edit.solvers import Draw, Path, Query, Solver
-from edit.stream import Output
-from edit.subset import covered
-
-
-@dataclass(frozen=True)
-class EDM(Objective):
-    """Denoising score matching of a preconditioned network.
-
-    Args:
-        sigma_data: sigma_d, the standard deviation of the data
-        time: the law of t; of a `LogitNormal`, mean and std are P_mean and P_std: -0.6 and 1.2 at 256 px, 0 and 0.6 at
-            512 px
-    """
-
-    prediction = "mixture"
-    sigma_data: Positive = 0.9
-    time: TimeLaw = field(default_factory=lambda: LogitNormal(-0.6, 1.2))
-
-    def __post_init__(self):
-        check_numbers(self)
-
-    def turn(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """u and w of times of any shape."""
-        data = self.sigma_data * (1 - t)
-        r = (t.square() + data.square()).sqrt()
-        return data / r, t / r
-
-    def corrupt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """c_in x_sigma."""
-        u, w = self.turn(column(t, x))
-        return u / self.sigma_data * x + w * noise
-
-    def native(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        data = self.sigma_data * (1 - column(t, x_t))
-        return x_t / (column(t, x_t).square() + data.square()).sqrt(), t
-
-    def denoised(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """D from F at x_t = c_in x_sigma, in fp32: b c *sizes twice, [b] -> b c *sizes."""
-        u, w = self.turn(column(t, x_t))
-        return self.sigma_data * (u * x_t + w * prediction.float())
-
-    def velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """(x_t - D) / t, divided out: on the linear path x_t = (1 - t) x + t n."""
-        at, s = column(t, x_t), self.sigma_data
-        r2 = at.square() + (s * (1 - at)).square()
-        return (at - s**2 * (1 - at)) / r2 * x_t - s / r2.sqrt() * prediction.float()
-
-    def losses(self, output: Output, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
-        u, w = self.turn(column(t, x))
-        error = (output.sample.float() - (w * x / self.sigma_data - u * noise)) ** 2
-        return {"edm": mean(error, covered(output))}
 
 
 @dataclass(frozen=True)

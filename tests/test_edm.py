@@ -9,8 +9,8 @@ from torch import Tensor
 
 from edit.backbones.dit import DiTConfig
 from edit.backbones.micro_dit import MicroDiTConfig
-from edit.edm import EDM, EDMHeun
-from edit.objectives import DDPM, FlowMatching, LogitNormal, default_objective
+from edit.edm import EDMHeun
+from edit.objectives import DDPM, EDM, FlowMatching, LogitNormal, default_objective
 from edit.paths import corrupt
 from edit.sampling import default_sampler
 from edit.solvers import DDIMSolver, Euler, Grid, Solver

@@ -10,9 +10,8 @@ from torch import Tensor
 from weights import randomise
 
 from edit.denoiser import Denoiser
-from edit.edm import EDM
 from edit.grid import pixels
-from edit.objectives import DDPM, FlowMatching, default_objective
+from edit.objectives import DDPM, EDM, FlowMatching, default_objective
 from edit.paths import mean
 from edit.stream import Condition, Layout, Output, Stream
 from edit.subset import covered, gathered, left, subset, whole

@@ -3,9 +3,9 @@
     x = conv(c_in x_sigma) + positions,  y = block(MLP(caption)),  c = MLP(sinusoid(c_noise)) + MLP(mean_l y_l)
     F = W mod(LN x_N),  (shift, scale) = Linear(GELU(c)),  c_noise = ln(sigma) / 4
 
-The network predicts EDM's F: train it with `edit.edm.EDM` and sample it with `edit.edm.EDMHeun`. There t = sigma / (1 +
-sigma), so that ln(sigma) is the logit of t. The caption is CLIP's states, padding included, and zeros where there is
-none. Positions are fixed sin-cos ones on a grid divided by `pos_interp_scale`: 1 at 256 px, 2 at 512 px.
+The network predicts F of `edit.objectives.EDM`, and `edit.edm.EDMHeun` samples from it. There t = sigma / (1 + sigma),
+so that ln(sigma) is the logit of t. The caption is CLIP's states, padding included, and zeros where there is none.
+Positions are fixed sin-cos ones on a grid divided by `pos_interp_scale`: 1 at 256 px, 2 at 512 px.
 
 The paper's layer-wise widths and experts are edits on this uniform model (`edit.scaling.layer_wise`,
 `edit.moe.expert_choice`), its deferred masking another (`edit.tokens.micro_dit`).

@@ -49,12 +49,6 @@ class LayerWiseScaling(Edit):
     def __post_init__(self):
         check_numbers(self)
         self.attention, self.feed = tuple(self.attention), tuple(self.feed)
-        for name in ("attention", "feed"):
-            if len(getattr(self, name)) != 2:
-                raise ValueError(
-                    f"LayerWiseScaling: {name} are the ratios of the first and of the last unit, such as (0.5, 1.0), "
-                    f"got {getattr(self, name)}"
-                )
 
     def apply(self, denoiser: Denoiser) -> None:
         depth, d = len(denoiser.units), denoiser.facts.width

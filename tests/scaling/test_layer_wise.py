@@ -128,14 +128,14 @@ def refused(denoiser, scaling: LayerWiseScaling, said: str) -> None:
 
 def test_what_cannot_be_scaled_is_refused_before_anything_is_changed():
     refused(family("flux"), LayerWiseScaling(**SMALL), r"unit 2 of this flux has one output layer .*: use a family")
-    refused(family("dit"), LayerWiseScaling(multiple=24), "attention of 48 channels is no whole number of heads of 16")
+    refused(family("dit"), LayerWiseScaling(multiple=24), "attention of 72 channels is no whole number of heads of 16")
     adapted = edit.apply(family("dit"), {"lora": LoRA(rank=2)})
     refused(adapted, LayerWiseScaling(**SMALL), r"has another layer than a plain linear one at attn.qkv: put this edit")
     experts = edit.apply(family("sd3"), {"moe": ExpertChoice()})
     refused(experts, LayerWiseScaling(**SMALL), "another edit replaced the feed-forward")
     twice = edit.apply(family("dit"), {"first": LayerWiseScaling(**SMALL)})
     refused(twice, LayerWiseScaling(**SMALL), "cannot be applied together with first")
-    with pytest.raises(ValueError, match="ratios of the first and of the last unit"):
+    with pytest.raises(ValueError, match="feed must be a list of 2 numbers"):
         LayerWiseScaling(feed=(0.5, 1.0, 4.0))
     with pytest.raises(ValueError, match="attention must be"):
         LayerWiseScaling(attention=(0.0, 1.0))
