@@ -236,7 +236,7 @@ def test_targets_of_dropped_tokens_change_no_loss_and_those_of_kept_ones_do(obje
     where = covered(out)
     assert where.sum() * n == where[0].numel() * 2 * (n // 4)
     before = scored(objective, out, x, noise, t)
-    dropped = scored(objective, out, *(torch.where(where, v, v + 1) for v in (x, noise)), t)
+    dropped = scored(objective, out, torch.where(where, x, x - 1), torch.where(where, noise, noise + 1), t)
     moved = scored(objective, out, x, torch.where(where, noise + 1, noise), t)
     for name, value in before.items():
         assert torch.equal(dropped[name], value) and not torch.isclose(moved[name], value).any(), name
