@@ -12,41 +12,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import is_dataclass, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from edit.calibration import Calibration
-from edit.facts import Facts
+from edit.facts import Facts, Prediction
 from edit.groups import Group
 from edit.stream import Branch, Condition, Forced, Output, Step, Stream, force, permuted, record_branch, restored
+from edit.subset import subset, whole
 from edit.unit import Unit, mapped
-
-
-def check_layout(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
-    """Refuse a state dict whose keys or shapes differ from what a model wants, in one sentence.
-
-    Both may be on the meta device: only names and shapes are compared.
-    """
-    if missing := [k for k in wanted if k not in given]:
-        raise ValueError(
-            f"{what} does not fit this model: {len(missing)} keys are missing, such as {first_names(missing)}"
-        )
-    if extra := [k for k in given if k not in wanted]:
-        raise ValueError(
-            f"{what} does not fit this model: it has {len(extra)} unknown keys, such as {first_names(extra)}"
-        )
-    for k, v in wanted.items():
-        if v.shape != given[k].shape:
-            shapes = f"{k} has shape {tuple(given[k].shape)}, expected {tuple(v.shape)}"
-            raise ValueError(f"{what} does not fit this model: {shapes}")
-
-
-def first_names(names: Sequence[str]) -> str:
-    return ", ".join(names[:3])
-
 
 _NOTHING: Mapping[int, Any] = MappingProxyType({})
 ENDS = {"norm", "output"}
@@ -74,6 +51,7 @@ class Edit(ABC):
     leads: ClassVar[bool] = False  # the model becomes a flow map: it takes the time at which a step ends
     # With all edits off that can be (`off`) and the same condition, the output equals the unedited model's.
     keeps: ClassVar[bool] = False
+    subsets: ClassVar[bool] = True  # units may see some of the image tokens alone (`Condition.kept`)
     excludes: ClassVar[tuple[str, ...]] = ()  # class names of edits that cannot be applied together with this one
     alone: ClassVar[str] = ""  # the setting without which a forward makes `further` predictions; errors tell it
     records: ClassVar[tuple[str, ...]] = ()  # maps that `readout` adds to the trace, for solvers that use them
@@ -286,7 +264,7 @@ class Denoiser(nn.Module, ABC):
         """Shape of one sample without the batch: (c, *sizes), (c, y, x) for images."""
 
     @property
-    def prediction(self) -> Literal["velocity", "noise"]:
+    def prediction(self) -> Prediction:
         """The quantity that the weights predict; the objective must predict the same."""
         return "velocity"
 
@@ -424,10 +402,11 @@ class Denoiser(nn.Module, ABC):
         output = self.readout(replace(stream, tap=" ".join(f"end.{i}" for i in taps if i in ENDS)))
         for name, edit in self.applied.items():
             output = edit.readout(output, stream, self.edits[name] if name in self.edits else None)
-        return output._replace(grid=stream.layout.grid)
+        return output._replace(grid=stream.layout.grid, kept=stream.layout.kept)
 
     def _entered(self, stream: Stream, t: Tensor, condition: Condition, forced: bool = False) -> Stream:
-        """The input of the first unit, with what edits put there; tokens are `forced` on as many samples alone."""
+        """The input of the first unit, with what edits put there, of kept tokens alone; tokens are `forced` on as many
+        samples alone."""
         for name, edit in self.applied.items():
             stream = edit.embed(stream, t, condition, self.edits[name] if name in self.edits else None)
             if forced and len(stream.image) != len(t):
@@ -436,15 +415,16 @@ class Denoiser(nn.Module, ABC):
                     f"edit {name!r} makes {len(stream.image)} samples of {len(t)}, on which tokens are to be forced: "
                     f"{remedy}, or leave out what forces them"
                 )
-        return stream
+        return subset(stream, condition.kept)
 
     def projected(self, stream: Stream) -> Stream:
-        """The stream behind the output layer, each part with what an edit put around it."""
+        """The stream behind the output layer, each part with what an edit put around it; zeros where tokens were not
+        kept."""
         for name, run in (("norm", self.last_norm), ("output", self.last_layer)):
             stream = self.ends[name](stream, run) if name in self.ends else run(stream)
             if (record := f"end.{name}") in (stream.tap or "").split():
                 stream = stream.record(record, stream.image)
-        return stream
+        return whole(stream)
 
     def run(
         self,

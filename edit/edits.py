@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from edit.denoiser import Denoiser, Edit, check_layout
+from edit.denoiser import Denoiser, Edit
 from edit.groups import Group
 from edit.inputs import trust
 from edit.replaced import drop, gone, within
+from edit.state_dicts import check_layout
 
 T = TypeVar("T")
 

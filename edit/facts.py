@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
+
+# What weights predict: of x_t = (1 - t) x + t noise the velocity or the noise, or EDM's mixture of data and noise
+Prediction = Literal["velocity", "noise", "mixture"]
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,9 @@ class Term(Loss):
     ends: int | None = None  # optimiser step from which it is gone for good, with all that it alone needed; None: never
     stops: bool = False  # may be `over` before that
     reads: Mapping[str, tuple[int, ...]] = MappingProxyType({})  # what it reads of the batch: shapes of one sample
+    drops: float = 0.0  # share of the image tokens that `mixed` hides from units (`Condition.kept`), below 1
+    drops_until: float = 1.0  # the fraction of the run until which it does
+    subsets: bool = False  # scores such an output, too: its tokens are those of `Output.kept`
 
     def forced(self, progress: float) -> tuple[Mapping[int, int], float]:
         """Student units with the teacher unit whose output they take as input, and the fraction of the samples."""

@@ -19,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from edit.facts import Prediction
 from edit.inputs.limits import Count, Inside, Limits, NotNegative, Positive, check_numbers
 from edit.paths import column, corrupt, mean, noise_to_velocity
 from edit.stream import Output
+from edit.subset import covered
 
 if TYPE_CHECKING:
     from edit.denoiser import Denoiser
@@ -79,7 +81,7 @@ def shift_times(t: Tensor, shift: float) -> Tensor:
 class Objective(ABC):
     """One way to corrupt data and to score a prediction. Subclasses are dataclasses."""
 
-    prediction: ClassVar[Literal["velocity", "noise"]]
+    prediction: ClassVar[Prediction]
     time: TimeLaw
 
     def times(self, u: Tensor) -> Tensor:
@@ -109,7 +111,8 @@ class Objective(ABC):
 
     @abstractmethod
     def losses(self, output: Output, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """Named loss terms, each one number per sample [b]; their sum is minimised."""
+        """Named loss terms, each one number per sample [b]; their sum is minimised. Of an output of some tokens alone
+        (`Output.kept`), the mean over their elements."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +140,11 @@ class FlowMatching(Objective):
         return prediction.float()
 
     def losses(self, output: Output, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
-        v, prediction = noise - x, output.sample.float()
-        losses = {"flow": self.weight(t) * mean((prediction - v) ** 2)}
+        v, prediction, where = noise - x, output.sample.float(), covered(output)
+        losses = {"flow": self.weight(t) * mean((prediction - v) ** 2, where)}
         if self.cosine:
-            losses["cosine"] = self.cosine * mean(1 - F.cosine_similarity(prediction, v, dim=1))
+            apart = 1 - F.cosine_similarity(prediction, v, dim=1)[:, None]
+            losses["cosine"] = self.cosine * mean(apart, where)
         return losses
 
     def weight(self, t: Tensor) -> Tensor:
@@ -209,14 +213,17 @@ class DDPM(Objective):
         return i, (signal + spread)[i], line[i]
 
     def losses(self, output: Output, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
-        eps = output.sample.float()
-        losses = {"noise": mean((eps - noise) ** 2)}
+        eps, where = output.sample.float(), covered(output)
+        losses = {"noise": mean((eps - noise) ** 2, where)}
         if output.variance is not None:
-            losses["bound"] = self.bound * self.variational(eps.detach(), output.variance.float(), x, x_t, t)
+            bits = self.variational(eps.detach(), output.variance.float(), x, x_t, t, where)
+            losses["bound"] = self.bound * bits
         return losses
 
-    def variational(self, eps: Tensor, v: Tensor, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Bits per dimension of q(x_{i-1} | x_i, x) against the model's step: [b].
+    def variational(
+        self, eps: Tensor, v: Tensor, x: Tensor, x_t: Tensor, t: Tensor, where: Tensor | None = None
+    ) -> Tensor:
+        """Bits per dimension of q(x_{i-1} | x_i, x) against the model's step, mean over elements `where` that is: [b].
 
         log variance = u log beta_i + (1 - u) log beta~_i with u = (v + 1) / 2, not clamped; at i = 0 the likelihood of
         the 8-bit data under the discretised Gaussian.
@@ -230,10 +237,74 @@ class DDPM(Objective):
         kl = 0.5 * (log_var - log_posterior - 1 + (log_posterior - log_var).exp())
         kl = kl + 0.5 * (expected - expected_hat) ** 2 * (-log_var).exp()
         bits = torch.where(column(i == 0, x), discretised_nll(x, expected_hat, log_var), kl)
-        return mean(bits) / math.log(2.0)
+        return mean(bits, where) / math.log(2.0)
 
     def _tables(self, device: torch.device) -> tuple[Tensor, ...]:
         return schedule_tables(self.steps, self.beta_start, self.beta_end, device)
+
+
+@dataclass(frozen=True)
+class EDM(Objective):
+    """EDM (arXiv 2206.00364): preconditioned denoising, as in MicroDiT (2407.15811). The model predicts F.
+
+        x_sigma = x + sigma n,  D = c_skip x_sigma + c_out F(c_in x_sigma, c_noise),  loss = (1 / c_out^2) (D - x)^2
+        c_skip = sigma_d^2 / (sigma^2 + sigma_d^2),  c_out = sigma sigma_d / sqrt(sigma^2 + sigma_d^2)
+        c_in = 1 / sqrt(sigma^2 + sigma_d^2),  c_noise = ln(sigma) / 4,  ln(sigma) ~ N(P_mean, P_std^2)
+
+    Time is t = sigma / (1 + sigma), so that (1 - t) x_sigma = (1 - t) x + t n is the linear path, and ln(sigma) the
+    logit of t. With r = sqrt(t^2 + sigma_d^2 (1 - t)^2), u = sigma_d (1 - t) / r and w = t / r, of squares that sum to
+    1, all of it is a rotation, without a division by zero at either end:
+
+        c_in x_sigma = u x / sigma_d + w n,  D = sigma_d (u c_in x_sigma + w F),  loss = (F - (w x / sigma_d - u n))^2
+
+    A model's x is c_in x_sigma; c_noise is the backbone's own (`pack`). Specification: methods/micro-dit.md.
+
+    Args:
+        sigma_data: sigma_d, the standard deviation of the data
+        time: the law of t; of a `LogitNormal`, mean and std are P_mean and P_std: -0.6 and 1.2 at 256 px, 0 and 0.6 at
+            512 px
+    """
+
+    prediction = "mixture"
+    sigma_data: Positive = 0.9
+    time: TimeLaw = field(default_factory=lambda: LogitNormal(-0.6, 1.2))
+
+    def __post_init__(self):
+        check_numbers(self)
+
+    def turn(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """u and w of times of any shape."""
+        data = self.sigma_data * (1 - t)
+        r = (t.square() + data.square()).sqrt()
+        return data / r, t / r
+
+    def corrupt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """c_in x_sigma."""
+        u, w = self.turn(column(t, x))
+        return u / self.sigma_data * x + w * noise
+
+    def native(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        data = self.sigma_data * (1 - column(t, x_t))
+        return x_t / (column(t, x_t).square() + data.square()).sqrt(), t
+
+    def denoised(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """D from F at x_t = c_in x_sigma, in fp32: b c *sizes twice, [b] -> b c *sizes."""
+        u, w = self.turn(column(t, x_t))
+        return self.sigma_data * (u * x_t + w * prediction.float())
+
+    def velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """(x_t - D) / t, divided out: on the linear path x_t = (1 - t) x + t n."""
+        at, s = column(t, x_t), self.sigma_data
+        r2 = at.square() + (s * (1 - at)).square()
+        return (at - s**2 * (1 - at)) / r2 * x_t - s / r2.sqrt() * prediction.float()
+
+    def losses(self, output: Output, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
+        u, w = self.turn(column(t, x))
+        error = (output.sample.float() - (w * x / self.sigma_data - u * noise)) ** 2
+        return {"edm": mean(error, covered(output))}
+
+
+# ---- tables of DDPM -------------------------------------------------------------------------------------------------
 
 
 def linear_betas(steps: int, start: float, end: float) -> Tensor:
@@ -314,5 +385,6 @@ def weight_at(weight: Weight, progress: float) -> float:
 
 
 def default_objective(denoiser: Denoiser) -> Objective:
-    """That of the denoiser's convention: of noise, or of the velocity."""
-    return DDPM() if denoiser.prediction == "noise" else FlowMatching()
+    """That of the denoiser's convention: of noise, of the velocity, or EDM's of a mixture of data and noise."""
+    usual = {"velocity": FlowMatching, "noise": DDPM, "mixture": EDM}
+    return usual[denoiser.prediction]()

@@ -14,9 +14,17 @@ def column(t: Tensor, x: Tensor) -> Tensor:
     return t.view(-1, *[1] * (x.ndim - 1))
 
 
-def mean(x: Tensor) -> Tensor:
-    """Mean over each sample: b ... -> [b]."""
-    return x.flatten(1).mean(1)
+def mean(x: Tensor, where: Tensor | None = None) -> Tensor:
+    """Mean over each sample: b ... -> [b].
+
+    Args:
+        x: any elements of samples
+        where: bool, broadcast over x: elements that count, at least one in each sample; None: all
+    """
+    if where is None:
+        return x.flatten(1).mean(1)
+    where = where.expand_as(x)
+    return torch.where(where, x, 0).flatten(1).sum(1) / where.flatten(1).sum(1)
 
 
 def corrupt(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from edit import noise
 from edit.denoiser import Denoiser
+from edit.edm import EDMHeun
 from edit.inputs.limits import Count, NotNegative, check_numbers
 from edit.objectives import Objective
 from edit.solvers import DDIMSolver, DDPMSolver, Euler, Query, Solver
@@ -315,11 +316,12 @@ def lengths(x: Tensor, patch: int) -> Tensor:
 
 
 def default_sampler(denoiser: Denoiser, objective: Objective | None = None) -> Sampler:
-    """The family's stock sampler if it fits the prediction; else 50 steps without guidance."""
+    """The family's stock sampler if it fits the prediction; else a usual one of the prediction, without guidance."""
     own, predicted = denoiser.sampler(), objective.prediction if objective else denoiser.prediction
     if own is not None and predicted in own.solver.integrates:
         return own
-    return Sampler(DDIMSolver(50) if predicted == "noise" else Euler(50))
+    usual = {"velocity": Euler(50), "noise": DDIMSolver(50), "mixture": EDMHeun()}
+    return Sampler(usual[predicted])
 
 
 def at_guidance(sampler: Sampler, denoiser: Denoiser, weight: float) -> Sampler:

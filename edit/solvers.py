@@ -41,6 +41,11 @@ class Predict(Protocol):
 
 
 LogShift = Annotated[float, Limits(-20, 20)]
+CURES = {
+    "velocity": "Euler, Heun or EulerMaruyama",
+    "noise": "DDPMSolver or DDIMSolver",
+    "mixture": "edit.edm.EDMHeun (sampler=edm_heun)",
+}
 Draw = Callable[[int], Tensor]  # step -> fresh standard normal noise, shaped as x
 
 
@@ -63,9 +68,9 @@ class Solver(ABC):
         """
         name, predicted = type(self).__name__, objective.prediction
         if predicted not in self.integrates:
-            cure = "Euler, Heun or EulerMaruyama" if predicted == "velocity" else "DDPMSolver or DDIMSolver"
             raise ValueError(
-                f"{name} integrates a {self.integrates[0]}, but this model predicts a {predicted}: use {cure}"
+                f"{name} integrates a {self.integrates[0]}, but this model predicts a {predicted}: use "
+                f"{CURES[predicted]}"
             )
         if isinstance(objective, DDPM) and self.steps > objective.steps:
             raise ValueError(f"{name}: steps must be at most {objective.steps}, got {self.steps}")
@@ -233,7 +238,7 @@ class Grid(Solver):
     """A few steps at given times: the solver for students of few-step methods.
 
     Without `renoise`, Euler steps. With `renoise`, each step goes to data, and the next starts from there with fresh
-    noise (consistency models, arXiv 2303.01469, alg. 1). Noise predictions are converted to velocities.
+    noise (consistency models, arXiv 2303.01469, alg. 1). Other predictions are converted to velocities.
 
     Args:
         times: decreasing, in (0, 1]; the last step leads to 0. Before `shift`
@@ -241,7 +246,7 @@ class Grid(Solver):
         shift: moves the times towards noise
     """
 
-    integrates: ClassVar = ("velocity", "noise")
+    integrates: ClassVar = ("velocity", "noise", "mixture")
     times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     renoise: bool = False
     shift: Positive = 1.0

@@ -28,6 +28,7 @@ class Condition:
     end: Tensor | None = None  # b, the time at which the step of a flow map ends, at most t
     second: Tensor | None = None  # b, the time of the image tokens that are set apart; all others have t
     apart: Tensor | None = None  # b k, int64: these tokens
+    kept: Tensor | None = None  # b k, int64, ascending: the image tokens that units see; None: all
 
     @classmethod
     def of(cls, batch: Mapping[str, Tensor]) -> Condition:
@@ -208,7 +209,8 @@ class Layout:
     text_mask: Tensor | None = None  # b l, bool
     side: Literal["front", "back"] = "front"  # of the text in joint sequences
     permutation: Tensor | None = None  # n, int64: which image token each place has; None: row-major
-    rope: Tensor | None = None  # ... s e, position table, of all tokens or of all but the text
+    rope: Tensor | None = None  # ... s e, position table, of all tokens or of all but the text; ... b 1 s e of `kept`
+    kept: Tensor | None = None  # b k, int64, ascending: the image tokens that are there; None: all of the grid
     maps: int | None = None  # query rows of the next unit's attention map that are wanted
     routing: Routing | None = None  # an edit's decisions for the parts of the next unit
     apart: Apart | None = None  # groups of tokens; the stream's `cond` is then b 2 d, in families that know of it
@@ -216,8 +218,12 @@ class Layout:
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Layout:
         """Apply `f` to every tensor with one row per sample (select, repeat), a family's own ones included."""
-        apart = None if self.apart is None else self.apart.map(f)
-        return replace(self, text_mask=None if self.text_mask is None else f(self.text_mask), apart=apart)
+        parts = {"text_mask": self.text_mask, "kept": self.kept}
+        parts = {name: None if value is None else f(value) for name, value in parts.items()}
+        rope = self.rope
+        if rope is not None and self.kept is not None:
+            rope = f(rope.movedim(-4, 0)).movedim(0, -4)
+        return replace(self, rope=rope, apart=None if self.apart is None else self.apart.map(f), **parts)
 
     def note(self, name: str, value: Tensor) -> None:
         """Hand a value to the trace, from a slot that sees tokens alone.
@@ -314,6 +320,7 @@ class Output(NamedTuple):
     variance: Tensor | None  # the learned-variance half, shaped as x, where the model has one
     trace: Mapping[str, Tensor]  # taps as "unit.<index>", and the records of edits
     grid: tuple[int, int, int] | None = None  # frames, rows, columns of the image tokens, set by `Denoiser.forward`
+    kept: Tensor | None = None  # b k: the image tokens that were seen, set likewise; elsewhere predictions are zeros
 
 
 class Branch(NamedTuple):
@@ -370,6 +377,10 @@ def permuted(stream: Stream) -> Stream:
     layout, order = stream.layout, stream.layout.permutation
     if order is None:
         return stream
+    if layout.kept is not None:
+        raise ValueError(
+            "some of the tokens are kept, and an edit has put all in another order: leave one of the two out"
+        )
     image, rope, n = stream.image, layout.rope, len(order)
     if rope is not None:
         start = layout.registers

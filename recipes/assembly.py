@@ -91,13 +91,15 @@ def training_of(cfg: DictConfig) -> Training:
 # ---- parts that do not fit ------------------------------------------------------------------------------------------
 
 
+FITTING = {"velocity": "objective=flow or objective=sit", "noise": "objective=ddpm", "mixture": "objective=edm"}
+
+
 def refuse_unfit_objective(student: Denoiser, objective: Objective) -> None:
     """Raises UserError if the backbone predicts another quantity than the objective trains."""
     if student.prediction != objective.prediction:
-        fit = "objective=ddpm" if student.prediction == "noise" else "objective=flow or objective=sit"
         raise UserError(
             f"the backbone predicts a {student.prediction}, the objective trains a {objective.prediction}: choose "
-            f"{fit}, or another backbone.time"
+            f"{FITTING[student.prediction]}, or another backbone.time"
         )
 
 

@@ -64,6 +64,7 @@ def models_of(cfg: DictConfig, sources: Sources) -> Models:
     terms, matching = made(cfg.terms) or {}, made(cfg.matching)
     refuse_unending(cfg.trainer.strategy, terms)
     refuse_unstoppable(cfg.trainer, terms)
+    refuse_unmasked(plan, terms)
     needy = [f"terms.{name}" for name, term in terms.items() if term.needs_teacher]
     needy += ["matching"] if matching is not None and matching.needs_teacher else []
     teacher = teacher_of(cfg, sources, spec, needy, plan, data)
@@ -263,6 +264,23 @@ def refuse_unstoppable(trainer: Any, terms: Mapping[str, Term]) -> None:
         raise UserError(
             f"terms.{name} stops by gradients of single units, which {what} does not let it see: use trainer=ddp "
             "without compile, or give the step at which it ends"
+        )
+
+
+def refuse_unmasked(student: Denoiser, terms: Mapping[str, Term]) -> None:
+    """Raises UserError if a term drops tokens that an edit or another term cannot do without."""
+    dropping = [name for name, term in terms.items() if term.drops]
+    if not dropping:
+        return
+    if len(dropping) > 1:
+        raise UserError(f"terms.{dropping[0]} and terms.{dropping[1]} both drop tokens: leave one of the two out")
+    needy = [(f"terms.{name}", term) for name, term in terms.items() if not (term.drops or term.subsets)]
+    needy += [(f"edits.{name}", e) for name, e in student.applied.items() if not e.subsets]  # type: ignore[misc]
+    if needy:
+        place, who = needy[0]
+        raise UserError(
+            f"{place} ({type(who).__name__}) needs all tokens of a sample, and terms.{dropping[0]} drops some in "
+            "training: leave one of the two out"
         )
 
 

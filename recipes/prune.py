@@ -166,9 +166,9 @@ def searched(path: str, denoiser: Denoiser) -> tuple[Groups, Choice]:
 
     from edit.artifacts.checkpoint import load
     from edit.artifacts.weights import split_state, stock_key
-    from edit.denoiser import check_layout
     from edit.edits import trains
     from edit.pruning.tinyfusion import Gates, TinyFusion
+    from edit.state_dicts import check_layout
 
     found = load(path).denoiser
     gates = next((own for own in found.edits.values() if isinstance(own, Gates)), None)

@@ -42,12 +42,13 @@ class Training:
     seed: int = 0
 
     def rate(self, step: int) -> float:
-        """The factor on the learning rate after `step` optimiser steps: linear warmup, then constant or cosine."""
+        """The factor on the learning rate after `step` optimiser steps: linear warmup, then constant or a cosine, whose
+        last value stays from the fraction `until` of the run on."""
         s = self.optimizer
         if step < s.warmup:
             return (step + 1) / s.warmup
         if s.schedule == "cosine":
-            way = min(1.0, (step - s.warmup) / max(1, self.max_steps - s.warmup))
+            way = min(1.0, (step - s.warmup) / max(1, s.until * self.max_steps - s.warmup))
             return s.end + (1 - s.end) * 0.5 * (1 + cos(pi * way))
         return 1.0
 

@@ -12,6 +12,7 @@ from weights import randomise
 from edit.backbones.dit import DiTConfig
 from edit.backbones.dit_diffusers import DiTDiffusersConfig
 from edit.backbones.flux import FluxConfig
+from edit.backbones.micro_dit import MicroDiTConfig
 from edit.backbones.pixart import PixArtConfig
 from edit.backbones.qwen_image import QwenImageConfig
 from edit.backbones.sd3 import SD3Config
@@ -32,6 +33,7 @@ CONFIGS = {
     ),
     "flux": FluxConfig(num_layers=2, num_single_layers=2, **AXES, **HEADS, **TEXT),
     "sd3": SD3Config(in_channels=4, num_layers=3, sample_size=8, pos_embed_max_size=8, **HEADS, **TEXT),
+    "micro_dit": MicroDiTConfig(input_size=8, width=64, depth=3, head=16, text_width=24, multiple=32),
     "pixart": PixArtConfig(num_layers=2, sample_size=8, cross_attention_dim=64, caption_channels=24, **HEADS),
     "qwen_image": QwenImageConfig(num_layers=3, joint_attention_dim=24, **AXES, **HEADS),
     "wan": WanConfig(4, num_layers=2, ffn_dim=128, text_dim=24, freq_dim=32, sample_size=(2, 8, 8), **HEADS),
@@ -40,6 +42,7 @@ CONFIGS = {
 BACKBONES = CONFIGS | {
     "sit": DiTConfig(**DIT, time="sit", learn_sigma=True),
     "dit ddpm": DiTConfig(**DIT, time="ddpm", learn_sigma=True),
+    "dit edm": DiTConfig(**DIT, time="edm"),
     "flux untold": FluxConfig(num_layers=2, num_single_layers=2, guidance_embeds=False, **AXES, **HEADS, **TEXT),
 }
 # float64 sums in another order; stock RoPE is fp32, where the last bit of a float64 can turn a rounding

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from benchmarks.experts import LAYOUTS, both, counted, forward
+from benchmarks.masking import counted as masked
 from benchmarks.routing import BELOW, DYDIT, ELASTIC, dydit, elastic, executed
 from edit.backbones.dit import DiTConfig
 from edit.routing.elastic import forced
 from edit.stream import Step
+from edit.tokens.micro_dit import PatchMixer
 
 
 @pytest.mark.parametrize("method, budgets", [("elastic", ELASTIC), ("dydit", DYDIT), ("td_lora", DYDIT)])
@@ -43,3 +45,10 @@ def test_experts_do_the_work_of_a_dense_feed_forward_as_wide_as_what_a_token_tak
     assert found["experts"] == pytest.approx(found["activated"] + router) and found["total"] > 2 * found["activated"]
     assert work[both]["experts"]["gflop"] == pytest.approx(3 * found["experts"], rel=0.02)
     assert work[forward]["experts"]["gb"] > work[forward]["activated"]["gb"]
+
+
+def test_masked_steps_that_are_timed_do_less_the_more_is_dropped_and_a_mixer_costs_its_share():
+    work = masked(DiTConfig(16, 4, 2, 64, 6, 4, num_classes=10), PatchMixer(1, None, 16, multiple=16))
+    assert work["dense"] == 1 and list(work)[0] == "dense"
+    assert 0.45 < work["naive 0.5"] < 0.55 and 0.2 < work["naive 0.75"] < 0.3
+    assert 1.05 < work["mixer 0"] < 1.2 and work["naive 0.75"] < work["mixer 0.75"] < work["mixer 0.5"] < 0.7

@@ -13,7 +13,8 @@ from weights import randomise
 
 import edit
 from edit.backbones.flux import FluxConfig
-from edit.denoiser import Denoiser, Edit, check_layout
+from edit.denoiser import Denoiser, Edit
+from edit.state_dicts import check_layout
 from edit.stream import Branch, Condition, Forced, Layout, Step, Stream, add
 
 

@@ -24,11 +24,13 @@ from edit.edits import trains
 from edit.measuring.flops import Flops
 from edit.objectives import default_objective
 from edit.sampling import Sampler, default_sampler
+from edit.solvers import Grid
 from edit.stream import Condition, Output
 from edit.unit import core
 
 EDITS = classes(Edit)
 NAME = "it"
+IN_FRONT = {"PatchMixer"}  # all that units read has passed the edit's own blocks, as published
 DRAWS = 16  # of hard decisions, until each way has been drawn
 Batch = tuple[Tensor, Tensor, Condition]
 
@@ -156,7 +158,7 @@ def walked(denoiser: Denoiser, given: Batch) -> tuple[dict[str, Tensor], dict[st
     """The same of a generation, in which every evaluation with a graph is an update."""
     found, (_, _, condition) = {}, given
     numbers, objective = torch.arange(len(given[1])), default_objective(denoiser)
-    walk = sampler_of(denoiser, few(denoiser)).walk(denoiser, objective, replace(condition, end=None), numbers)
+    walk = sampler_of(denoiser).walk(denoiser, objective, replace(condition, end=None), numbers)
     for moment in walk:
         prediction = moment.ask()
         if prediction.requires_grad:
@@ -226,7 +228,7 @@ def left_out(denoiser: Denoiser, whole: Denoiser, given: Batch) -> bool:
 @torch.no_grad()
 def test_a_fresh_edit_that_leaves_nothing_out_predicts_what_the_dense_model_does(name, backbone):
     denoiser, whole = fresh(name, backbone), dense(backbone)
-    if left_out(denoiser, whole, batch(denoiser)):
+    if name in IN_FRONT or left_out(denoiser, whole, batch(denoiser)):
         return
     wanted = whole(*batch(whole)).sample
     assert near(denoiser(*batch(denoiser)).sample, wanted)
@@ -356,26 +358,24 @@ def layout(state: Mapping[str, Tensor]) -> dict[str, tuple]:
 # ---- generations -----------------------------------------------------------------------------------------------------
 
 
-def sampler_of(denoiser: Denoiser, steps: int) -> Sampler:
-    """The family's own, in a few steps and with guidance in every one."""
-    own = default_sampler(denoiser)
-    return replace(own, solver=replace(own.solver, steps=steps), guidance=2.0, interval=(0.0, 1.0))
+def sampler_of(denoiser: Denoiser) -> Sampler:
+    """The family's own, in the fewest steps that the edit takes, with guidance in every one; even steps of Euler where
+    it takes none of these, as a table of ten evaluations none of Heun's."""
+    own, counts = default_sampler(denoiser), (2, 3, 6, 10, 12, 50)
+    solvers = [replace(own.solver, steps=count) for count in counts]
+    solvers += [Grid(tuple(i / count for i in range(count, 0, -1))) for count in counts]
+    for solver in solvers:
+        sampler = replace(own, solver=solver, guidance=2.0, interval=(0.0, 1.0))
+        try:
+            sampler.check(denoiser, default_objective(denoiser))
+            return sampler
+        except ValueError:
+            continue
+    raise AssertionError(f"{denoiser.applied[NAME]} takes none of these: {solvers}")
 
 
 def pictures(denoiser: Denoiser, condition: Condition, numbers: Tensor) -> Tensor:
-    sampler, objective = sampler_of(denoiser, few(denoiser)), default_objective(denoiser)
-    return sampler(denoiser, objective, condition, numbers)
-
-
-def few(denoiser: Denoiser) -> int:
-    """The fewest steps of these that the edit takes."""
-    for steps in (2, 3, 6, 10, 12):
-        try:
-            sampler_of(denoiser, steps).check(denoiser, default_objective(denoiser))
-            return steps
-        except ValueError:
-            continue
-    return 50
+    return sampler_of(denoiser)(denoiser, default_objective(denoiser), condition, numbers)
 
 
 @every
@@ -414,7 +414,7 @@ def test_executed_macs_are_at_most_the_dense_models_and_what_is_decided_against_
     def watch(step, out: Output) -> None:
         shares.extend(v.flatten() for v in new.decisions(out.trace).values())
 
-    sampler, condition = sampler_of(undecided, few(undecided)), replace(given[2], end=None)
+    sampler, condition = sampler_of(undecided), replace(given[2], end=None)
     with Flops() as counter:
         sampler(undecided, default_objective(undecided), condition, torch.arange(3), watch=watch)
     # cond and uncond, and what a cache decides by; a fresh mixture of units leaves some out already

@@ -83,6 +83,7 @@ TRAIN = {
     "optimizer.kind": "choice",
     "optimizer.schedule": "choice",
     "optimizer.end": "share",
+    "optimizer.until": "share",
     "ema.decay": "share",
     "ema.ramp": "switch",
     "checkpoint.every": "count",

@@ -33,11 +33,12 @@ from edit.alignment.heads import mlp
 from edit.alignment.looker import Encoded
 from edit.denoiser import Denoiser
 from edit.frames import folded
+from edit.grid import Grid
 from edit.inputs.limits import Count, Natural, NotNegative, Positive, check_numbers
 from edit.losses import Frozen, Seen, Term
 from edit.objectives import Weight, weight_at
+from edit.subset import gathered
 
-Grid = tuple[int, int, int]  # frames, rows, columns
 SMALL = 1e-6
 
 
@@ -86,6 +87,10 @@ class REPA(Term):
         return not self.cached
 
     @property
+    def subsets(self) -> bool:  # type: ignore[override] - likewise: a convolution needs the grid
+        return self.projector == "mlp"
+
+    @property
     def encoders(self) -> tuple[Encoder, ...]:
         return (self.encoder, *self.further)
 
@@ -121,14 +126,21 @@ class REPA(Term):
 
     def loss(self, seen: Seen, encoded: Sequence[Encoded], own: nn.Module) -> Tensor:
         """The weighted loss of each sample, [b], against what `encoded` gave; `own`: as of `build`."""
-        grid, h = seen.output.grid, seen.output.trace[f"unit.{self.unit}"]
+        output, h = seen.output, seen.output.trace[f"unit.{self.unit}"]
+        grid, kept = output.grid, output.kept
         assert grid is not None, "every forward tells it"
         grids = [(grid[0], *e.grid) for e in encoded]
-        guesses = own([resized(h.float(), grid, to) for to in grids], grids)
+        if kept is not None and (odd := next((to for to in grids if to != grid), None)):
+            raise ValueError(
+                f"REPA: some of {grid[1]} x {grid[2]} tokens are kept, and the encoder sees {odd[1]} x {odd[2]} "
+                "patches: choose an encoder and a side that have the model's grid, or leave masking out"
+            )
+        guesses = own([h.float() if kept is not None else resized(h.float(), grid, to) for to in grids], grids)
         found = []
         for guess, (tokens, *_), (_, rows, columns) in zip(guesses, encoded, grids, strict=True):
             y = averaged(tokens, len(h), grid[0], rows * columns)
             y = y if self.standardise is None else standardised(y, self.standardise)
+            y = y if kept is None else gathered(y, kept)
             found.append(self.distance(y, guess))
         return weight_at(self.weight, seen.progress) * torch.stack(found).mean(0)
 

@@ -36,11 +36,13 @@ import torch
 from torch import Tensor, nn
 
 from edit.alignment.heads import linear, mlp
-from edit.alignment.units import as_units, check_unit, grid_of, patches
+from edit.alignment.units import as_units, check_unit
 from edit.denoiser import Denoiser
+from edit.grid import patches
 from edit.inputs.limits import Count, Natural, NotNegative, check_numbers
 from edit.losses import Seen, Term
 from edit.stream import Condition
+from edit.structure import grid_of
 
 Range = Sequence[float] | None
 

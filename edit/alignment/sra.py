@@ -36,11 +36,13 @@ from torch import Tensor, nn
 
 from edit.alignment.heads import mlp
 from edit.alignment.token_times import TokenTimes
-from edit.alignment.units import as_units, check_unit, grid_of, patches, pixels
+from edit.alignment.units import as_units, check_unit
 from edit.denoiser import Denoiser
+from edit.grid import patches, pixels
 from edit.inputs.limits import Count, Limits, Natural, NotNegative, Positive, Share, check_numbers
 from edit.losses import Seen, Term
 from edit.stream import Condition
+from edit.structure import grid_of
 
 
 @dataclass(frozen=True)

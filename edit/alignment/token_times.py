@@ -38,6 +38,7 @@ class TokenTimes(Edit):
     separate: bool = True
 
     excludes = ("TokenTimes",)
+    subsets = False
 
     def __post_init__(self):
         check_numbers(self)

@@ -1,12 +1,8 @@
-"""Units that are compared, and samples cut as their tokens are."""
+"""Units that are compared."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from einops import rearrange, repeat
-from torch import Tensor
 
 from edit.denoiser import Denoiser
 
@@ -30,28 +26,3 @@ def check_unit(who: str, unit: int, model: Denoiser, role: str) -> None:
     """Refuse a unit that a model does not have."""
     if unit >= len(model.units):
         raise ValueError(f"{who}: unit {unit} of {role} is wanted, which has units 0 to {len(model.units) - 1}")
-
-
-def patches(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Samples b c *sizes in the order of their tokens, of a grid of frames, rows, columns: b n (c a p q)."""
-    frames, rows, columns = grid
-    x = x if x.ndim == 5 else x[:, :, None]
-    return rearrange(x, "b c (f a) (y p) (x q) -> b (f y x) (c a p q)", f=frames, y=rows, x=columns)
-
-
-def grid_of(denoiser: Denoiser) -> tuple[int, int, int]:
-    """Frames, rows and columns of a model's tokens, from its structure alone: its weights may be shards."""
-    with torch.device("meta"), torch.no_grad():
-        bare = denoiser.family.from_config(denoiser.config)
-        told = denoiser.example(1, text=1).map(lambda v: v.to("meta"))
-        stream = bare.embed(**bare.pack(torch.empty(1, *denoiser.sample_shape), torch.empty(1), told))
-    return stream.layout.grid
-
-
-def pixels(tokens: Tensor, grid: tuple[int, int, int], sizes: Sequence[int]) -> Tensor:
-    """One value for each token, b n, at all places of its part of a sample: b 1 *sizes."""
-    frames, rows, columns = grid
-    whole = (1, *sizes)[-3:]
-    a, p, q = (size // parts for size, parts in zip(whole, grid, strict=True))
-    out = repeat(tokens, "b (f y x) -> b 1 (f a) (y p) (x q)", f=frames, y=rows, x=columns, a=a, p=p, q=q)
-    return out.view(len(tokens), 1, *sizes)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from edit.backbones.flux import Flux
-from edit.denoiser import check_layout, first_names
+from edit.state_dicts import check_layout, first_names
 
 AXES = "edit.axes_dims_rope"  # in the file's metadata: the one setting that no shape tells
 PREFIX = "model.diffusion_model."  # before every key, where a file holds more than the transformer

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from edit.backbones.dit import DiT, DiTConfig, DiTWeights
-from edit.denoiser import Denoiser, check_layout
+from edit.denoiser import Denoiser
+from edit.state_dicts import check_layout
 
 
 def load_official(denoiser: Denoiser, path: str | os.PathLike) -> None:

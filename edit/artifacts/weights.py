@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from edit.denoiser import Denoiser, check_layout
+from edit.denoiser import Denoiser
 from edit.inputs import trust
+from edit.state_dicts import check_layout
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OWN = "edits.safetensors"

@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 from edit.backbones.dit_conversion import config_from_diffusers, from_diffusers, to_diffusers, why_not_diffusers
 from edit.denoiser import Denoiser
-from edit.facts import Facts
+from edit.facts import Facts, Prediction
 from edit.inputs.limits import Count, Limits, Units, check_numbers, check_table
 from edit.stream import Branch, Condition, Layout, Output, Stream
 from edit.unit import Anatomy, Features, Unit
 
 NORM_EPS = 1e-6
 FREQUENCIES = 256  # channels of the time sinusoid
-CHOICES = {"time": ("flow", "sit", "ddpm")}
+PREDICTIONS: dict[str, Prediction] = {"ddpm": "noise", "edm": "mixture"}  # others predict a velocity
+CHOICES = {"time": ("flow", "sit", "ddpm", "edm")}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class DiTConfig:
     mlp_ratio: float = 4.0
     num_classes: Count = 1000  # the embedding table has one more row: the null class
     learn_sigma: bool = False  # twice the output channels; "ddpm" reads the second half as variance, others drop it
-    time: Literal["flow", "sit", "ddpm"] = "flow"  # convention of input time and prediction, see `pack`
+    time: Literal["flow", "sit", "ddpm", "edm"] = "flow"  # convention of input time and prediction, see `pack`
     frequency_shift: float = 0.0  # 0: official sinusoid; 1: that of diffusers
     mlp_norm_eps: float = NORM_EPS  # 1e-5 in folders written by diffusers
     qk_norm: bool = False
@@ -88,10 +89,16 @@ class DiTConfig:
 # ---- pieces ---------------------------------------------------------------------------------------------------------
 
 
-def position_table(width: int, grid: int) -> Tensor:
-    """2-D sin-cos positions, row-major: (grid * grid) d. The first half of the channels encodes the column."""
+def position_table(width: int, grid: int, scale: float = 1.0) -> Tensor:
+    """2-D sin-cos positions, row-major: (grid * grid) d. The first half of the channels encodes the column.
+
+    Args:
+        width: d
+        grid: rows = columns of tokens
+        scale: positions are divided by it
+    """
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
-    angle = torch.arange(grid, dtype=torch.float64, device="cpu")[:, None] * omega
+    angle = torch.arange(grid, dtype=torch.float64, device="cpu")[:, None] / scale * omega
     half = torch.cat((angle.sin(), angle.cos()), dim=1)  # grid d/2
     column, row = half.repeat(grid, 1), half.repeat_interleave(grid, dim=0)
     return torch.cat((column, row), dim=1).float()
@@ -125,6 +132,20 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+def sinusoid(t: Tensor, channels: int, shift: float = 0.0) -> Tensor:
+    """Cosines and sines of times, in fp32: b -> b c; `shift` 0 is the official one, 1 that of diffusers."""
+    half = channels // 2
+    # multiplied, then divided, as both originals do: times up to 999 turn the last bit of a frequency into 1e-4
+    exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device)
+    angle = t.float()[:, None] * torch.exp(exponent / (half - shift))
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+def c_noise(t: Tensor) -> Tensor:
+    """EDM's ln(sigma) / 4 of times t = sigma / (1 + sigma), b; sigma ends at 1e-5 and 1e5, far outside of its use."""
+    return torch.logit(t.float(), eps=1e-5) / 4
+
+
 class TimeEmbed(nn.Module):
     def __init__(self, width: int, frequency_shift: float):
         super().__init__()
@@ -132,11 +153,7 @@ class TimeEmbed(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:  # b -> b d
-        half = FREQUENCIES // 2
-        # multiplied, then divided, as both originals do: times up to 999 turn the last bit of a frequency into 1e-4
-        exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device)
-        angle = t.float()[:, None] * torch.exp(exponent / (half - self.frequency_shift))
-        return self.mlp(torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoid(t, FREQUENCIES, self.frequency_shift).to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbed(nn.Module):
@@ -351,8 +368,8 @@ class DiT(Denoiser):
         return self.spec.in_channels, self.spec.input_size, self.spec.input_size
 
     @property
-    def prediction(self) -> Literal["velocity", "noise"]:
-        return "noise" if self.spec.time == "ddpm" else "velocity"
+    def prediction(self) -> Prediction:
+        return PREDICTIONS.get(self.spec.time, "velocity")
 
     def reset_buffers(self) -> None:
         c, m = self.spec, self.model
@@ -372,8 +389,11 @@ class DiT(Denoiser):
 
         "flow": t itself, 1 = noise. "sit": 1 - t, since the official SiT runs from noise at 0 to data at 1 (`readout`
         turns the sign of its velocity). "ddpm": the index 1000 t - 1 in 0..999; t = 0 is clean data, before index 0.
+        "edm": ln(sigma) / 4 (`c_noise`).
         """
         c = self.spec
+        if c.time == "edm":
+            return c_noise(t)
         return t if c.time == "flow" else 1 - t if c.time == "sit" else torch.round(t.float() * 1000 - 1)
 
     def embed_times(self, t: Tensor) -> Tensor:

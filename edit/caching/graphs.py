@@ -195,9 +195,9 @@ class Graphed:
             place.copy_(v)
         known.recorded.replay()
         step.memory.update(unpack(known.after))
-        sample, variance, trace, grid = known.output
+        sample, variance, trace, *rest = known.output
         trace = {name: v.clone() for name, v in trace.items()}
-        return Output(sample.clone(), None if variance is None else variance.clone(), trace, grid)
+        return Output(sample.clone(), None if variance is None else variance.clone(), trace, *rest)
 
     def _record(self, given: Sequence[Tensor], condition: Condition, step: Step, taps: Collection[int]) -> Kind:
         inputs = [v.clone() for v in given]

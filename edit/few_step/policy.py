@@ -14,7 +14,6 @@ a step trains one segment, drawn by its length (the release: all, weighted by it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, log, prod
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from edit.denoiser import Denoiser, Edit
 from edit.few_step.method import FewStepMethod
+from edit.grid import patch_of
 from edit.inputs.limits import Count, NotNegative, Steps, check_numbers
 from edit.losses import Draws, Seen
 from edit.objectives import Objective, Ramp, Weight, shift_times, weight_at
@@ -111,6 +111,7 @@ class MixtureHead(Edit):
     std: float = 0.05
 
     excludes: ClassVar = ("MixtureHead",)
+    subsets: ClassVar[bool] = False
 
     def __post_init__(self):
         check_numbers(self)
@@ -152,17 +153,6 @@ class MixtureHead(Edit):
         told = {"f": frames, "y": rows, "x": columns, "o": o, "p": p, "q": q}
         mixture = rearrange(tokens, "b (f y x) (o p q m) -> b m (f o) (y p) (x q)", **told)
         return output._replace(trace={**output.trace, TRACE: mixture.flatten(2, -len(sizes))})
-
-
-def patch_of(sizes: Sequence[int], grid: tuple[int, int, int]) -> tuple[int, ...]:
-    """Frames, rows and columns of a token's patch, in samples of one to three sizes.
-
-    Raises:
-        ValueError: if there are more sizes, which no grid of tokens tells apart
-    """
-    if len(sizes) > 3:
-        raise ValueError(f"MixtureHead: samples have at most frames, rows and columns, got {len(sizes)} sizes")
-    return tuple(s // g for s, g in zip((*[1] * (3 - len(sizes)), *sizes), grid, strict=True))
 
 
 # ---- training and sampling ------------------------------------------------------------------------------------------

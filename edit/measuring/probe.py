@@ -7,9 +7,10 @@ allocator's fragmentation, temporaries of loss terms.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +23,7 @@ from edit.edits import trains
 from edit.measuring.flops import Flops
 from edit.measuring.timing import Ledger
 from edit.stream import Condition, Output
+from edit.subset import left
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,18 @@ class Probe:
     def answer(self) -> Output:
         """The output for one sample, on the meta device."""
         return self._on_meta()[1]
+
+    def thinned(self, ratio: float) -> float:
+        """The share of a forward's work that is left where this share of the image tokens is dropped."""
+        key = ("thinned", ratio)
+        if key not in self.known:
+            grid = self.answer().grid
+            assert grid is not None
+            kept = torch.zeros(1, left(math.prod(grid), ratio), dtype=torch.int64)
+            told = replace(self.condition, kept=kept)
+            other = Probe(self.structure, self.shape, told, self.taps, self.branches, self.maps)
+            self.known[key] = other.macs() / self.macs()
+        return self.known[key]
 
     def tapped(self, taps: tuple[int, ...]) -> Mapping[str, Tensor]:
         """The trace of one sample with these taps, on the meta device."""

@@ -36,7 +36,7 @@ class Call:
     samples: float = 1.0  # in units of the batch: 2 with classifier-free guidance
     reach: Reach = "nothing"  # how far its backward goes
     look: Look | None = None  # of a frozen model or a decoder
-    share: float = 1.0  # of the units: a forward for tapped tokens ends behind the last of them
+    share: float = 1.0  # of the work: a forward for tapped tokens ends behind the last, tokens may be dropped
 
     @property
     def checkpointed(self) -> bool:
@@ -123,7 +123,8 @@ def phases(
     asks: bool,
     decoder: nn.Module | None = None,
 ) -> tuple[Turn, ...]:
-    """The kinds of steps of diffusion training: one forward, and the models that terms ask until they end.
+    """The kinds of steps of diffusion training: one forward, of some tokens while a term drops others, and models that
+    terms ask until they end.
 
     Args:
         terms: by name
@@ -139,14 +140,18 @@ def phases(
         ValueError: if a term's calls depend on values
     """
     stand_in = StandIn(student, teacher, guided, decoder)
-    ends = sorted({min(term.ends, steps) for term in terms.values() if term.ends is not None} | {steps})
+    masking = next((term for term in terms.values() if term.drops), None)
+    ends = {min(term.ends, steps) for term in terms.values() if term.ends is not None} | {steps}
+    if masking is not None:
+        ends.add(max(1, math.ceil(masking.drops_until * steps)))
     needed = [term for term in terms.values() if term.needs_teacher]
     found, begin = [], 0
-    for end in ends:
+    for end in sorted(ends):
         live = {name: term for name, term in terms.items() if term.ends is None or term.ends > begin}
         taught = asks and teaches(live.values()) and (not needed or any(term in live.values() for term in needed))
         calls = [Call("teacher", guided)] if taught else []
-        calls.append(Call("student", reach="weights"))
+        masked = masking is not None and begin < masking.drops_until * steps
+        calls.append(Call("student", reach="weights", share=student.thinned(masking.drops) if masked else 1.0))
         for name, term in live.items():
             seen = replace(stand_in.passed(begin, begin / steps, term), **stand_in.declared(term, own[name]))
             calls += stand_in.count(term, term.losses, seen, "student")

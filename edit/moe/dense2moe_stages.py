@@ -12,8 +12,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from edit.denoiser import Denoiser, check_layout
+from edit.denoiser import Denoiser
 from edit.moe.taylor import TaylorRanking
+from edit.state_dicts import check_layout
 
 STAGES = ("shared", "experts", "blocks")
 SAME = ("r_s", "n", "r_n", "gate", "gate_scale", "units")  # of all stages of a model

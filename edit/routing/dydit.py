@@ -79,6 +79,7 @@ class DyDiT(Edit):
     order: bool = True
 
     last = adaptive = True
+    subsets = False  # the complete model's pass doubles the samples
     alone = "complete=0"
     excludes = ("DyDiT", "TinyFusion", "Elastic")
     decides = {

@@ -55,6 +55,7 @@ class OptimizerConfig:
     warmup: int = rule(0, low=0)  # optimiser steps
     schedule: str = rule("constant", of=("constant", "cosine"))
     end: float = rule(0.0, low=0, high=1)  # final learning rate of a cosine, as a fraction of lr
+    until: float = rule(1.0, above=0, high=1)  # fraction of the run at which a cosine ends; its last rate stays
     # regex searched in parameter names -> {lr_scale, weight_decay, betas}; names begin with denoiser, critic or own
     groups: dict[str, Any] = field(default_factory=dict)
 

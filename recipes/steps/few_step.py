@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from edit import noise
-from edit.denoiser import Denoiser, check_layout
+from edit.denoiser import Denoiser
 from edit.few_step.method import FewStepMethod
 from edit.losses import Draws, Seen
 from edit.objectives import Objective
+from edit.state_dicts import check_layout
 from edit.stream import Condition
 from recipes.recipe import Recipe, local, share_frozen
 from recipes.roles import Teacher

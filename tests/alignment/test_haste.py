@@ -209,7 +209,7 @@ def test_frames_attend_within_themselves_and_each_follows_its_own():
 
 
 def test_a_video_with_other_frames_than_tokens_is_refused(features):
-    out = SimpleNamespace(trace={"unit.1.maps": logs(2, 2, 32, 32)}, grid=(2, 4, 4))
+    out = SimpleNamespace(trace={"unit.1.maps": logs(2, 2, 32, 32)}, grid=(2, 4, 4), kept=None)
     seen = SimpleNamespace(x=torch.zeros(2, 3, 5, 8, 8), output=out, own=None, progress=0.0, decode=lambda x: x)
     seen.frozen = {"encoder.0": lambda pixels: Encoded(torch.zeros(10, 16, 16), (4, 4), {-1: logs(10, 2, 16, 16)})}
     with pytest.raises(ValueError, match="HASTE: the model has 2 frames of tokens, the video 5 frames"):

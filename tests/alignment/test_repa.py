@@ -69,7 +69,7 @@ def as_it_is(tokens, grids):
 def test_a_target_itself_has_minus_one_its_opposite_one_and_what_is_orthogonal_nothing(encoder):
     """Oracle 1, through the term: P replaced by the identity."""
     h = torch.randn(3, 16, 16)
-    out = SimpleNamespace(trace={"unit.1": h}, grid=(1, 4, 4))
+    out = SimpleNamespace(trace={"unit.1": h}, grid=(1, 4, 4), kept=None)
     term, seen = REPA(encoder, 1, weight=1.0), SimpleNamespace(output=out, progress=0.0)
     orthogonal = torch.stack((-h[..., 1::2], h[..., ::2]), -1).flatten(2)
     for y, expected in ((h, -1), (-h, 1), (orthogonal, 0)):
@@ -80,7 +80,7 @@ def test_a_target_itself_has_minus_one_its_opposite_one_and_what_is_orthogonal_n
     out.trace["unit.1"] = h * (0.1 + 9 * torch.rand(3, 16, 1))
     y = torch.randn(3, 16, 16)
     before = term.loss(
-        SimpleNamespace(output=SimpleNamespace(trace={"unit.1": h}, grid=(1, 4, 4)), progress=0.0),
+        SimpleNamespace(output=SimpleNamespace(trace={"unit.1": h}, grid=(1, 4, 4), kept=None), progress=0.0),
         [Encoded(y, (4, 4), {})],
         as_it_is,
     )
@@ -260,6 +260,29 @@ def test_irepa_goes_through_the_term(encoder, dit, batch):
     (guess,) = seen.own([seen.output.trace["unit.1"]], [(1, 4, 4)])
     y = standardised(seen.frozen["encoder.0"](colours(seen.x)).tokens, 0.6)
     torch.testing.assert_close(term.losses(seen)["repa"], -F.cosine_similarity(guess, y, dim=-1).mean(1))
+
+
+def test_of_kept_tokens_alone_targets_are_theirs(encoder, dit, batch):
+    x_t, t, condition = batch
+    kept = torch.tensor([[0, 5], [3, 4], [14, 15], [1, 9]])
+    term = REPA(encoder, 1, weight=1.0, hidden=20)
+    assert term.subsets and not REPA(encoder, 1, projector="conv").subsets
+    seen = seen_of(term, dit, x_t, t, replace(condition, kept=kept), torch.randn_like(x_t))
+    h = seen.output.trace["unit.1"]
+    y = seen.frozen["encoder.0"](colours(seen.x)).tokens
+    y = torch.stack([rows[places] for rows, places in zip(y, kept, strict=True)])
+    expected = -F.cosine_similarity(seen.own.maps[0](h), y, dim=-1).mean(1)
+    assert h.shape[1] == 2
+    torch.testing.assert_close(term.losses(seen)["repa"], expected)
+
+
+def test_kept_tokens_have_no_targets_on_another_grid(folder, dit, batch):
+    x_t, t, condition = batch
+    term = REPA(Encoder(str(folder / "coarse")), 1, hidden=20)
+    kept = torch.arange(4).expand(4, -1)
+    seen = seen_of(term, dit, x_t, t, replace(condition, kept=kept), torch.randn_like(x_t))
+    with pytest.raises(ValueError, match="some of 4 x 4 tokens are kept, and the encoder sees 2 x 2 patches: choose"):
+        term.losses(seen)
 
 
 # ---- families -------------------------------------------------------------------------------------------------------

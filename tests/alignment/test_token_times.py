@@ -11,8 +11,8 @@ from small_runs import losses, rows, train
 import edit
 from edit.alignment.sra import SRA, places
 from edit.alignment.token_times import Separated, TokenTimes
-from edit.alignment.units import patches, pixels
 from edit.attention.linear import LinearAttention
+from edit.grid import patches, pixels
 from edit.measuring.flops import Flops
 from edit.stream import Apart, Condition, Layout
 
