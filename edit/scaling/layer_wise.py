@@ -44,7 +44,7 @@ class LayerWiseScaling(Edit):
     multiple: Count = 128
     hidden_multiple: Count = 256
 
-    excludes = ("LayerWiseScaling",)
+    excludes = ("DyDiT", "LayerWiseScaling", "LinearAttention")  # the two others take all units to be alike
 
     def __post_init__(self):
         check_numbers(self)

@@ -6,6 +6,7 @@ from families import BACKBONES, family, inputs
 from torch import nn
 
 import edit
+from edit.attention.linear import LinearAttention
 from edit.backbones.dit import DiTConfig
 from edit.backbones.micro_dit import MicroDiTConfig
 from edit.moe.expert_choice import ExpertChoice
@@ -133,6 +134,8 @@ def test_what_cannot_be_scaled_is_refused_before_anything_is_changed():
     refused(adapted, LayerWiseScaling(**SMALL), r"has another layer than a plain linear one at attn.qkv: put this edit")
     experts = edit.apply(family("sd3"), {"moe": ExpertChoice()})
     refused(experts, LayerWiseScaling(**SMALL), "another edit replaced the feed-forward")
+    with pytest.raises(ValueError, match=r"linear \(LinearAttention\) cannot be applied together with widths"):
+        edit.apply(family("dit"), {"widths": LayerWiseScaling(**SMALL), "linear": LinearAttention()})
     twice = edit.apply(family("dit"), {"first": LayerWiseScaling(**SMALL)})
     refused(twice, LayerWiseScaling(**SMALL), "cannot be applied together with first")
     with pytest.raises(ValueError, match="feed must be a list of 2 numbers"):
