@@ -30,18 +30,15 @@ def check_layout(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], what
 
     Both may be on the meta device: only names and shapes are compared.
     """
+    misfit = f"{what} does not fit this model"
     if missing := [k for k in wanted if k not in given]:
-        raise ValueError(
-            f"{what} does not fit this model: {len(missing)} keys are missing, such as {first_names(missing)}"
-        )
+        raise ValueError(f"{misfit}: {len(missing)} keys are missing, such as {first_names(missing)}")
     if extra := [k for k in given if k not in wanted]:
-        raise ValueError(
-            f"{what} does not fit this model: it has {len(extra)} unknown keys, such as {first_names(extra)}"
-        )
+        raise ValueError(f"{misfit}: it has {len(extra)} unknown keys, such as {first_names(extra)}")
     for k, v in wanted.items():
         if v.shape != given[k].shape:
             shapes = f"{k} has shape {tuple(given[k].shape)}, expected {tuple(v.shape)}"
-            raise ValueError(f"{what} does not fit this model: {shapes}")
+            raise ValueError(f"{misfit}: {shapes}")
 
 
 def first_names(names: Sequence[str]) -> str:
@@ -171,6 +168,10 @@ class Edit(ABC):
 
     def groups(self, denoiser: Denoiser) -> Mapping[str, Group]:
         """How the optimiser treats parameters (full names), beside the run's settings: of muP, of stacked experts."""
+        return {}
+
+    def adopt(self, denoiser: Denoiser, build: Callable[[Denoiser], Any], own: nn.Module) -> Mapping[str, Group]:
+        """Change the start of a loss's new parameters, `build`'s for this model; tell their groups by their names (muP)."""
         return {}
 
     def activated(self, denoiser: Denoiser) -> Mapping[str, float]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from edit.widths import Scale
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -21,6 +23,8 @@ class Facts:
         modulation: parts of the names of the parameters that make shifts, scales and gates
         tokenwise: whether units take a condition for each of two groups of tokens (`Layout.spread`)
         lora: name endings of the layers that a LoRA adapts where nobody names others
+        grows: keys of the configuration that are proportional to the number of heads, at a head width that stays
+        scales: how parameters follow the width, by patterns of their names; empty: nobody has told
     """
 
     width: int
@@ -32,6 +36,8 @@ class Facts:
     modulation: tuple[str, ...] = ()
     lora: tuple[str, ...] = ()
     tokenwise: bool = False
+    grows: tuple[str, ...] = ()
+    scales: Mapping[str, Scale] = field(default_factory=dict)
 
     @property
     def told(self) -> bool:
