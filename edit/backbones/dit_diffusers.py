@@ -244,7 +244,7 @@ class DiTDiffusers(PatchDenoiser):
     @property
     def facts(self) -> Facts:
         c: Any = self.model.config
-        parts = {"modulation": ("norm1.linear.", "proj_out_1."), "scales": OWN_SCALES | SCALES}
+        parts = {"modulation": ("norm1.linear.",), "scales": OWN_SCALES | SCALES}
         return replace(super().facts, classes=c.num_embeds_ada_norm, **parts)
 
     def accepts(self, shape: tuple[int, ...]) -> bool:

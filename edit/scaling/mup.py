@@ -106,8 +106,7 @@ class MuP(Edit):
     # ---- the model ------------------------------------------------------------------------------------------------
 
     def apply(self, denoiser: Denoiser) -> None:
-        self.base_heads(denoiser)
-        self.structure(denoiser, self.base_heads(denoiser))
+        self.structure(denoiser, self.base_heads(denoiser))  # else it would be refused later
         r = denoiser.facts.width / self.base_width
         denoiser.ends["output"] = Readout(self.alpha_out / r, denoiser.ends.get("output"))
 
@@ -130,8 +129,8 @@ class MuP(Edit):
             )
         if self.base_width > facts.width:
             raise ValueError(
-                f"MuP: base_width={self.base_width} is above the width {facts.width} of this {denoiser.name}: choose at "
-                f"most {facts.width}; the narrowest model of a sweep is the base of all"
+                f"MuP: base_width={self.base_width} is above the width {facts.width} of this {denoiser.name}: choose "
+                f"at most {facts.width}; the narrowest model of a sweep is the base of all"
             )
         return self.base_width // head
 
@@ -232,9 +231,7 @@ class MuP(Edit):
         """W alpha_out / r in place of W; the bias stays."""
         end, scales = denoiser.ends["output"], denoiser.facts.scales
         if not isinstance(end, Readout):
-            raise ValueError(
-                "MuP cannot be folded under what another edit put around the output layer: fold that first"
-            )
+            raise ValueError("MuP cannot be folded under another edit around the output layer: fold that one first")
         found = (n for n, _ in denoiser.model.named_parameters())
         name = next((n for n in found if (s := scale_of(scales, n)) is not None and s.kind == "output"), None)
         if name is None:
