@@ -249,9 +249,8 @@ def refuse_erased(path: str | None, edits: Mapping[str, Edit]) -> None:
     """Raises UserError if a run starts from weights that an edit would set anew."""
     if path is not None and (name := next((name for name, e in edits.items() if e.starts), None)):
         raise UserError(
-            f"edits.{name} sets the first values of all parameters, and init={path} brings trained ones, which would be "
-            "lost: leave init out to train from scratch, or leave the edit out (an artifact that was trained with it "
-            "has it already)"
+            f"edits.{name} sets the first values of all parameters, and init={path} brings trained ones, which would "
+            "be lost: leave init out to train from scratch, or the edit (what was trained with it has it already)"
         )
 
 

@@ -140,14 +140,7 @@ class MuP(Edit):
         Raises:
             ValueError: if a key of its configuration, or an edit, has no such size
         """
-        facts, config = denoiser.facts, dict(denoiser.base)
-        for key in facts.grows:
-            config[key], odd = divmod(config[key] * heads, facts.heads)
-            if odd:
-                raise ValueError(
-                    f"MuP: {key} of this {denoiser.name} has no whole value at {heads} of its {facts.heads} heads: "
-                    "choose another base_width"
-                )
+        config = {**denoiser.base, **scaled(denoiser, heads)}
         edits = {name: replace(e) for name, e in denoiser.applied.items() if e is not self}  # type: ignore[type-var]
         with torch.device("meta"):
             try:
@@ -247,6 +240,21 @@ class MuP(Edit):
 
 
 # ---- rules ----------------------------------------------------------------------------------------------------------
+
+
+def scaled(denoiser: Denoiser, heads: int) -> dict[str, int]:
+    """What the keys of a configuration that grow are at another number of heads of the same width.
+
+    Raises:
+        ValueError: if one has no whole value there
+    """
+    found = {key: divmod(denoiser.base[key] * heads, denoiser.facts.heads) for key in denoiser.facts.grows}
+    if odd := next((key for key, (_, rest) in found.items() if rest), None):
+        raise ValueError(
+            f"{odd}={denoiser.base[odd]} of this {denoiser.name} has no whole value at {heads} of its "
+            f"{denoiser.facts.heads} heads: choose another width"
+        )
+    return {key: value for key, (value, _) in found.items()}
 
 
 def ruled(whole: nn.Module, base: nn.Module, scales: Mapping[str, Scale], multiplied: set[str]) -> dict[str, Ruled]:
