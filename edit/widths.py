@@ -31,7 +31,7 @@ class Scale:
         start: law of the first values: a standard deviation; "fan_in", 1 / sqrt(inputs); "xavier",
             sqrt(2 / (inputs + outputs)), uniform; "label", that of the table of classes; "zero"; "keep", as they are
         axis: of the inputs; behind it, and before the stack, a convolution's other ones follow
-        stack: the first axis counts matrices, as of experts
+        stack: the first axis counts matrices or vectors, as of experts
     """
 
     kind: Kind
@@ -47,10 +47,9 @@ class Scale:
 
     def fans(self, shape: Sequence[int]) -> tuple[int, int]:
         """Inputs and outputs of one matrix of a parameter of this shape; of a vector (1, its size)."""
-        if len(shape) < 2:
-            return 1, prod(shape)
-        each = tuple(shape[1:]) if self.stack else tuple(shape)
-        axis = self.axis - self.stack
+        each, axis = tuple(shape[self.stack :]), self.axis - self.stack
+        if len(each) < 2:
+            return 1, prod(each)
         inputs = prod(each[1:]) if axis == 1 and not self.stack else each[axis]
         return inputs, prod(each) // inputs
 

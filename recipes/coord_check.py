@@ -3,11 +3,11 @@
     python -m recipes.coord_check experiment=dit_digits/mup
     python -m recipes.coord_check backbone=pixart_alpha backbone.num_layers=4 edits=mup widths=[144,288,576] lr=0.02
 
-Settings are those of train.py, of which backbone, edits and optimiser matter, and those below. Models of several widths,
-with heads of one width, are trained on one random batch; no data and no weights are read. With a muP among the edits
-the usual parametrisation, from the same first values, is measured beside it. The table has the steepest slope of each
-kind of module at each step; coord_check.json has all modules, coord_check.png the picture. The exit code is 0 where all
-slopes pass, else 1.
+Settings are those of train.py, of which backbone, edits and optimiser matter, and those below. Models of several
+widths, with heads of one width, are trained on one random batch; no data and no weights are read. With a muP among the
+edits the usual parametrisation, from the same first values, is measured beside it. The table has the steepest slope of
+each kind of module at each step; coord_check.json has all modules, coord_check.png the picture. The exit code is 0
+where all slopes pass, else 1.
 
 `edit.scaling.coordinates` measures.
 """
@@ -32,7 +32,7 @@ from edit.denoiser import Denoiser, Edit
 from edit.inputs import words
 from edit.inputs.command import guarded
 from edit.inputs.limits import Count, Positive, Steps
-from edit.scaling.coordinates import STEEP, Row, Trial, coordinates
+from edit.scaling.coordinates import OUTPUT, STEEP, Row, Trial, coordinates
 from edit.scaling.mup import MuP, scaled
 from recipes.models import made
 from recipes.plan import compose
@@ -41,7 +41,7 @@ from recipes.runtime.files import write
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TIMES = (1, 2, 4, 8)  # the default widths, in those of the base
-KINDS = {"units": "unit.", "last norm": "end.norm", "output": "end.output", "layers": ""}
+KINDS = {"units": "unit.", "last norm": "end.norm", "output": OUTPUT, "layers": ""}
 Arms = Mapping[str, list[Row]]
 
 
@@ -164,10 +164,9 @@ def store(asked: Asked, widths: Sequence[int], arms: Arms) -> Path:
     """Write picture and numbers, and return the path of the numbers."""
     told = {name: [vars(row) | {"passes": row.passes} for row in rows] for name, rows in arms.items()}
     passes = {name: all(row.passes for row in rows) for name, rows in arms.items()}
-    whole = {"widths": list(widths), **vars(asked), "passes": passes, "rows": told} | {"widths": list(widths)}
+    whole = {**vars(asked), "widths": list(widths), "passes": passes, "rows": told}
     folder = Path(asked.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "coord_check.png").write_bytes(plot(widths, arms))
+    write(folder / "coord_check.png", plot(widths, arms))
     return write(folder / "coord_check.json", json.dumps(whole, indent=1) + "\n")
 
 
@@ -176,23 +175,26 @@ def plot(widths: Sequence[int], arms: Arms) -> bytes:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    steps = 1 + max(row.step for rows in arms.values() for row in rows)
+    every = [row for rows in arms.values() for row in rows]
+    steps, names = 1 + max(row.step for row in every), [*dict.fromkeys(r.name for r in every if kind_of(r) != "layers")]
     drawn = Figure(figsize=(2.3 * steps, 2.5 * len(arms) + 0.5), layout="constrained")
     axes = drawn.subplots(len(arms), steps, squeeze=False, sharex=True, sharey="row")
     for line, (name, rows) in zip(axes, arms.items(), strict=True):
         for step, ax in enumerate(line):
-            mine = [row for row in rows if row.step == step and kind_of(row) != "layers" and min(row.sizes) > 0]
-            for i, row in enumerate(mine):
-                colour = "k" if row.name == "end.output" else colormaps["viridis"](i / max(1, len(mine) - 1))
+            for row in rows:
+                if row.step != step or row.name not in names or min(row.sizes) <= 0:
+                    continue
+                place = names.index(row.name) / len(names)
+                colour = "k" if row.name == OUTPUT else colormaps["viridis"](place)
                 style = "--" if row.name.startswith("end.") else "-"
                 ax.plot(widths, row.sizes, style, marker=".", color=colour, label=label_of(row.name), linewidth=1.2)
             ax.set_xscale("log", base=2)
             ax.set_yscale("log", base=2)
             ax.set_xticks(widths, [str(w) for w in widths])
             dress(ax, "width" if line is axes[-1] else "", f"{name}: mean |coordinate|" if step == 0 else "")
-            ax.set_title(f"after {step} updates" if step else "at the start", fontsize=10)
-    handles, names = axes[0][-1].get_legend_handles_labels()
-    drawn.legend(handles, names, loc="outside lower center", ncols=min(8, len(names)), frameon=False, fontsize=8)
+            ax.set_title(f"after {step} update{'s' * (step > 1)}" if step else "at the start", fontsize=10)
+    handles, shown = axes[0][-1].get_legend_handles_labels()
+    drawn.legend(handles, shown, loc="outside lower center", ncols=min(8, len(shown)), frameon=False, fontsize=8)
     return png_of(drawn)
 
 

@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.backbones.stock import (
-    SCALES,
     Modulation,
     StockDenoiser,
     StockUnit,
     feed_forward,
     heads,
     heads_between,
+    scales_with,
     zero_init,
 )
 from edit.facts import Facts
@@ -244,7 +244,7 @@ class DiTDiffusers(PatchDenoiser):
     @property
     def facts(self) -> Facts:
         c: Any = self.model.config
-        parts = {"modulation": ("norm1.linear.",), "scales": OWN_SCALES | SCALES}
+        parts = {"modulation": ("norm1.linear.",), "scales": scales_with(OWN_SCALES)}
         return replace(super().facts, classes=c.num_embeds_ada_norm, **parts)
 
     def accepts(self, shape: tuple[int, ...]) -> bool:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from edit.backbones.stock import (
     JOINT,
     MODULATION,
-    SCALES,
     Modulation,
     StockDenoiser,
     StockUnit,
@@ -28,6 +27,7 @@ from edit.backbones.stock import (
     heads,
     heads_between,
     latent_of,
+    scales_with,
     tokens_of,
     turn,
     zero_init,
@@ -259,7 +259,7 @@ class Flux(StockDenoiser):
         c: Any = self.model.config
         text = {"text": c.joint_attention_dim, "pooled": c.pooled_projection_dim}
         scale = self.guidance if c.guidance_embeds else None
-        parts = {"modulation": (*MODULATION, "norm.linear."), "lora": JOINT, "scales": OWN_SCALES | SCALES}
+        parts = {"modulation": (*MODULATION, "norm.linear."), "lora": JOINT, "scales": scales_with(OWN_SCALES)}
         return replace(super().facts, text=text, scale=scale, guided_by="true_cfg_scale", **parts)
 
     @property

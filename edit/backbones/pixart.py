@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.backbones.dit_diffusers import BasicUnit, PatchDenoiser
-from edit.backbones.stock import SCALES, Modulation, heads, heads_between, zero_init
+from edit.backbones.stock import Modulation, heads, heads_between, scales_with, zero_init
 from edit.facts import Facts
 from edit.inputs.limits import Count, check_numbers
 from edit.sampling import Sampler
@@ -159,10 +159,10 @@ class PixArt(PatchDenoiser):
         c: Any = self.model.config
         parts: dict[str, Any] = {"modulation": ("adaln_single.linear.", "scale_shift_table")}
         if c.caption_channels is None:
-            parts |= {"scales": UNPROJECTED | OWN_SCALES | SCALES}
+            parts |= {"scales": scales_with(UNPROJECTED | OWN_SCALES)}
         else:
             grows = ("num_attention_heads", "cross_attention_dim")
-            parts |= {"grows": grows, "scales": OWN_SCALES | SCALES}
+            parts |= {"grows": grows, "scales": scales_with(OWN_SCALES)}
         return replace(super().facts, text={"text": c.caption_channels or c.cross_attention_dim}, **parts)
 
     def sampler(self) -> Sampler:

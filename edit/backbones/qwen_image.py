@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from edit.backbones.stock import (
     JOINT,
-    SCALES,
     Modulation,
     StockDenoiser,
     StockUnit,
@@ -32,6 +31,7 @@ from edit.backbones.stock import (
     heads,
     heads_between,
     latent_of,
+    scales_with,
     tokens_of,
     turn,
     zero_init,
@@ -214,7 +214,7 @@ class QwenImage(StockDenoiser):
     def facts(self) -> Facts:
         c: Any = self.model.config
         parts = {"modulation": ("img_mod.", "txt_mod.", "norm_out.linear."), "lora": JOINT}
-        parts["scales"] = OWN_SCALES | SCALES
+        parts["scales"] = scales_with(OWN_SCALES)
         return replace(super().facts, text={"text": c.joint_attention_dim}, guided_by="true_cfg_scale", **parts)
 
     def sampler(self) -> Sampler:

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from edit.backbones.stock import (
     JOINT,
     MODULATION,
-    SCALES,
     Modulation,
     StockDenoiser,
     StockUnit,
     feed_forward,
     heads,
     heads_between,
+    scales_with,
     zero_init,
 )
 from edit.facts import Facts
@@ -281,7 +281,7 @@ class SD3(StockDenoiser):
     def facts(self) -> Facts:
         c: Any = self.model.config
         text = {"text": c.joint_attention_dim, "pooled": c.pooled_projection_dim}
-        widths = {"grows": ("num_attention_heads", "caption_projection_dim"), "scales": OWN_SCALES | SCALES}
+        widths = {"grows": ("num_attention_heads", "caption_projection_dim"), "scales": scales_with(OWN_SCALES)}
         return replace(super().facts, text=text, modulation=MODULATION, lora=JOINT, **widths)
 
     def sampler(self) -> Sampler:

@@ -287,6 +287,11 @@ class StockDenoiser(Denoiser):
                 )
 
 
+def scales_with(own: Mapping[str, Scale]) -> dict[str, Scale]:
+    """A family's scales, which come first, and those that stock classes share."""
+    return {**own, **{pattern: scale for pattern, scale in SCALES.items() if pattern not in own}}
+
+
 def zero_init(*layers: nn.Module) -> None:
     """adaLN-zero (DiT, arXiv 2212.09748): modulations and the last layer of a new model start at zero."""
     for layer in layers:

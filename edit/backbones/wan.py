@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.backbones.stock import (
-    SCALES,
     Modulation,
     StockDenoiser,
     StockUnit,
     feed_forward,
     heads,
     heads_between,
+    scales_with,
     turn,
     zero_init,
 )
@@ -178,7 +178,7 @@ class Wan(StockDenoiser):
     @property
     def facts(self) -> Facts:
         c: Any = self.model.config
-        parts = {"modulation": ("time_proj.", "scale_shift_table"), "scales": OWN_SCALES | SCALES}
+        parts = {"modulation": ("time_proj.", "scale_shift_table"), "scales": scales_with(OWN_SCALES)}
         return replace(super().facts, text={"text": c.text_dim}, grows=("num_attention_heads", "ffn_dim"), **parts)
 
     def accepts(self, shape: tuple[int, ...]) -> bool:

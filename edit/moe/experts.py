@@ -143,7 +143,10 @@ class Experts(nn.Module):
         activation, gated, bias, out_bias: as of `FeedForward`
     """
 
-    scales: ClassVar = {"into|out": Scale("hidden", "xavier", 2, stack=True), "into_bias|out_bias": Scale("vector")}
+    scales: ClassVar = {
+        "into|out": Scale("hidden", "xavier", 2, stack=True),
+        "into_bias|out_bias": Scale("vector", stack=True),
+    }
 
     def __init__(
         self,

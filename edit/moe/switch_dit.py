@@ -248,7 +248,7 @@ class Experts(nn.Module):
         count: M
     """
 
-    scales: ClassVar = {"weight": Scale("hidden", "zero", stack=True), "bias": Scale("vector")}
+    scales: ClassVar = {"weight": Scale("hidden", "zero", stack=True), "bias": Scale("vector", stack=True)}
 
     def __init__(self, width: int, count: int):
         super().__init__()

@@ -119,8 +119,8 @@ class MuP(Edit):
         facts, head = denoiser.facts, denoiser.facts.width // denoiser.facts.heads
         if not facts.scales or not facts.grows:
             raise ValueError(
-                f"MuP: this {denoiser.name} does not tell how its parameters follow its width: declare grows and scales "
-                "in its facts"
+                f"MuP: this {denoiser.name} does not tell how its parameters follow its width: declare grows and "
+                "scales in its facts"
             )
         if self.base_width % head:
             raise ValueError(
@@ -192,19 +192,19 @@ class MuP(Edit):
         Raises:
             ValueError: if the model has been trained, which would be lost
         """
-        parameters = dict(denoiser.named_parameters())
-        for name, rule in self.rules(denoiser).items():
-            p = parameters[name]
-            if self.stock_name(denoiser, name) is None:
-                rescale(p, rule)
-                continue
-            if rule.scale.kind == "output" and p.count_nonzero():
-                raise ValueError(
-                    f"MuP sets the start of all parameters, and this {denoiser.name} has been trained, which would be "
-                    "lost: apply it to a new model (leave init out)"
-                )
-            if rule.std is not None:
-                draw(p, rule)
+        parameters, rules = dict(denoiser.named_parameters()), self.rules(denoiser)
+        own = {name for name in rules if self.stock_name(denoiser, name) is not None}
+        # a new model of any family reads out zero
+        if any(rules[name].scale.kind == "output" and parameters[name].count_nonzero() for name in own):
+            raise ValueError(
+                f"MuP sets the first values of all parameters, and this {denoiser.name} has been trained, which would "
+                "be lost: apply it to a new model (leave init out)"
+            )
+        for name, rule in rules.items():
+            if name not in own:
+                rescale(parameters[name], rule)
+            elif rule.std is not None:
+                draw(parameters[name], rule)
 
     def adopt(self, denoiser: Denoiser, build: Callable[[Denoiser], Any], own: nn.Module) -> Mapping[str, Group]:
         with torch.device("meta"):
