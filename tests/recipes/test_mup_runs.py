@@ -7,6 +7,7 @@ import torch
 from small_runs import config, losses, train, train_ranks
 
 import edit
+from edit.scaling.mup import MuP
 from recipes.config.check import check_hydra
 from recipes.config.errors import UserError
 from recipes.models import refuse_erased
@@ -24,7 +25,7 @@ def groups_of(folder):
 
 
 def test_a_run_that_starts_from_weights_is_refused_before_it_begins(tmp_path):
-    edits = {"mup": edit.scaling.mup.MuP()}
+    edits = {"mup": MuP()}
     refuse_erased(None, edits)
     with pytest.raises(UserError, match="edits.mup sets the first values of all parameters, and init=a brings trained"):
         refuse_erased("a", edits)
