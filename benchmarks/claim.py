@@ -246,10 +246,10 @@ def sweep(claim: Any, name: str, runs: Path, folder: Path, passed: Sequence[str]
                 mine[float(place[asked.over])] = setting.mean
         if empty := [line for line, means in lines.items() if not means]:
             sys.exit(f"error: {arm}: at {empty[0]} no {asked.over} has a number of every seed: see {folder / arm}")
-        best = {
-            line: min(means, key=lambda value: means[value])
-            for line, means in sorted(lines.items(), key=lambda i: natural(i[0]))
-        }
+        best = {line: min(lines[line], key=lines[line].__getitem__) for line in sorted(lines, key=natural)}
+        tried = {value for means in lines.values() for value in means}
+        for line in (line for line, value in best.items() if value in (min(tried), max(tried))):
+            print(f"{arm}: at {line} the best {asked.over} is the last of those that were tried: try more")
         drift = max(best.values()) / min(best.values())
         values[arm] = {"drift": [drift], **{f"best at {line}": [value] for line, value in best.items()}}
     run("-m", "recipes.sweep", f"runs={folder}", f"by={asked.by}")
