@@ -16,7 +16,7 @@ from edit.alignment.sra import SRA
 from edit.artifacts.export import ExportSettings, export
 from edit.backbones.dit import DiTConfig
 from edit.backbones.pixart import PixArtConfig
-from edit.caching.taylorseer import TaylorSeer
+from edit.caching.lesa import LESA
 from edit.denoiser import Denoiser
 from edit.edits import fold, grouped
 from edit.groups import PLAIN, Group
@@ -318,9 +318,10 @@ def test_a_compiled_unit_and_a_compiled_model_predict_the_same():
 
 def test_a_cache_around_the_output_layer_keeps_the_multiplier():
     denoiser = moved(made())
-    given, expected = batch(denoiser), None
+    given = batch(denoiser)
     expected = denoiser(*given).sample
-    edit.apply(denoiser, {"cache": TaylorSeer()})
+    edit.apply(denoiser, {"cache": LESA(site="velocity")})
+    assert "output" in denoiser.ends and not isinstance(denoiser.ends["output"], Readout)
     assert torch.equal(denoiser(*given).sample, expected)
 
 
