@@ -106,7 +106,7 @@ class MuP(Edit):
     # ---- the model ------------------------------------------------------------------------------------------------
 
     def apply(self, denoiser: Denoiser) -> None:
-        self.structure(denoiser, self.base_heads(denoiser))  # else it would be refused later
+        scaled(denoiser, self.base_heads(denoiser))  # refuses a base that cannot be
         r = denoiser.facts.width / self.base_width
         denoiser.ends["output"] = Readout(self.alpha_out / r, denoiser.ends.get("output"))
 
