@@ -325,6 +325,23 @@ def test_a_cache_around_the_output_layer_keeps_the_multiplier():
     assert torch.equal(denoiser(*given).sample, expected)
 
 
+def test_what_stood_around_the_output_layer_stands_inside_and_is_back_after_folding():
+    seen = []
+
+    def inner(stream, run):
+        seen.append(stream.image.detach().clone())
+        return run(stream)
+
+    torch.manual_seed(0)
+    denoiser = DiTConfig(**{**DIT, "hidden_size": 64, "num_heads": 4}).build()
+    denoiser.ends["output"] = inner
+    edit.apply(denoiser, {"mup": MuP(base_width=32)})
+    out = denoiser(*batch(denoiser), taps=("norm",))
+    assert torch.equal(seen[0], out.trace["end.norm"] * 0.5)  # the multiplier comes first
+    fold(denoiser)
+    assert denoiser.ends == {"output": inner}
+
+
 # ---- schedule -------------------------------------------------------------------------------------------------------
 
 
