@@ -19,6 +19,11 @@ A measure is a name of the report, or, with a slash in it, a column of metrics.c
 and stages before not counted, until an arm's column is first at that arm's last value with the same seed; both are
 infinite where it never is.
 
+A claim with `sweep` is about the best value of a setting (`over`) at each value of another (`line`): every arm is one
+multirun over all seeds, whose experiment names the values, and the best is the one whose mean over seeds of a figure
+(`by`, which falls) is least, of those where no seed diverged. The measure `drift` is the largest over the smallest of
+the best values; the page of all runs, with the plot, is <claim>/sweep.html. `bound` bounds a measure of an arm.
+
 Winners are compared seed by seed; an arm is within another's spread where its mean is worse by no more than that one's
 standard deviation over seeds; `at_most` bounds a measure of one arm by a multiple of another's, seed by seed. A claim
 that does not hold is reported as not holding; the exit code is 0 all the same.
@@ -40,6 +45,8 @@ from omegaconf import OmegaConf
 from edit.inputs.command import guarded
 from edit.inputs.limits import LAST_SEED
 from recipes.report.curves import Curve, read_curves
+from recipes.report.sweep_page import natural
+from recipes.report.swept import summarise
 
 ROOT = Path(__file__).parents[1]
 CLAIMS = Path(__file__).with_name("claims")
@@ -73,10 +80,10 @@ def is_seed(value: Any) -> bool:
     return type(value) is int and 0 <= value <= LAST_SEED
 
 
-def run(script: str, *words: str) -> None:
+def run(script: str, *words: str, may_fail: bool = False) -> None:
     print(f"$ python {script} {' '.join(words)}", flush=True)
     code = subprocess.run([sys.executable, script, *words], cwd=ROOT).returncode
-    if code:
+    if code and not may_fail:
         sys.exit(f"error: python {script} {' '.join(words)} ended with exit code {code}")
 
 
@@ -105,7 +112,9 @@ def main(words: list[str]) -> int:
     runs = Path(claim.get("runs", "runs"))
     folder = runs / "claims" / name
     passed = [word for word in settings if word not in own]
-    if claim.get("variants") and claim.get("arms"):
+    if claim.get("sweep"):
+        values = sweep(claim, name, runs, folder, passed)
+    elif claim.get("variants") and claim.get("arms"):
         values = mix(claim, name, runs, folder, passed)
     elif claim.get("variants"):
         values = vary(claim, runs, folder, passed)
@@ -224,6 +233,38 @@ def mix(claim: Any, name: str, runs: Path, folder: Path, passed: Sequence[str]) 
     return values
 
 
+def sweep(claim: Any, name: str, runs: Path, folder: Path, passed: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+    """Train every arm as one multirun, and find the best value of the swept setting at each value of the other.
+
+    Returns:
+        By arm, one number each: the drift, and the best values.
+
+    Raises:
+        SystemExit: if a value of `line` has no runs that all seeds finished
+    """
+    asked, values = claim.sweep, {}
+    for arm, settings in OmegaConf.to_container(claim.arms, resolve=False).items():
+        seeds = f"seed={','.join(map(str, claim.seeds))}"
+        run("train.py", "-m", *settings, seeds, f"name=claims/{name}/{arm}", f"runs={runs}", *passed, may_fail=True)
+        found = summarise(folder / arm, asked.by)
+        lines: dict[str, dict[float, float]] = {}
+        for setting in found.settings:
+            place = dict(zip(found.keys, setting.place, strict=True))
+            mine = lines.setdefault(str(place[asked.line]), {})
+            if len(setting.jobs) == len(claim.seeds):
+                mine[float(place[asked.over])] = setting.mean
+        if empty := [line for line, means in lines.items() if not means]:
+            sys.exit(f"error: {arm}: at {empty[0]} no {asked.over} has a number of every seed: see {folder / arm}")
+        best = {line: min(lines[line], key=lines[line].__getitem__) for line in sorted(lines, key=natural)}
+        tried = {value for means in lines.values() for value in means}
+        for line in (line for line, value in best.items() if value in (min(tried), max(tried))):
+            print(f"{arm}: at {line} the best {asked.over} is the last of those that were tried: try more")
+        drift = max(best.values()) / min(best.values())
+        values[arm] = {"drift": [drift], **{f"best at {line}": [value] for line, value in best.items()}}
+    run("-m", "recipes.sweep", f"runs={folder}", f"by={asked.by}")
+    return values
+
+
 def spelled(arm: str, changes: Mapping[str, Any]) -> list[str]:
     """The words of eval.py for a variant: `edits` names files of configs/edits, the other keys are its settings."""
     given = {f"variant.{arm}.{key}": value for key, value in changes.items() if key != "edits"}
@@ -310,6 +351,9 @@ def compare(claim: Any, values: Mapping[str, Mapping[str, Sequence[float]]]) -> 
         ratio = max(a / b for a, b in zip(values[arm][measure], values[other][measure], strict=True))
         found = {"ratio": ratio, "most": most, "holds": ratio <= most}
         comparisons.append({"arm": arm, "other": other, "measure": measure} | found)
+    for arm, measure, most in claim.get("bound", []):
+        value = max(values[arm][measure])
+        comparisons.append({"arm": arm, "measure": measure, "value": value, "bound": most, "holds": value <= most})
     return comparisons
 
 
@@ -327,6 +371,10 @@ def show(claim: Any, values: Mapping[str, Any], comparisons: Sequence[Mapping[st
         print(f"| {arm} | {' | '.join(cell(measured[m]) for m in measures)} |")
     print()
     for c in comparisons:
+        if "bound" in c:
+            said = f"{'at most' if c['holds'] else 'NOT at most'} {c['bound']:.4g}, {c['value']:.4g}"
+            print(f"{c['arm']}, {c['measure']}: {said}")
+            continue
         if "gain" in c:
             said = f"{'better' if c['holds'] else 'NOT better on every seed'}, by {c['gain']:.4g}"
         elif "worse" in c:

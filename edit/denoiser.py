@@ -48,6 +48,7 @@ class Edit(ABC):
     adaptive: ClassVar[bool] = False  # the work depends on samples or times: its cost is counted on real samples
     caches: ClassVar[bool] = False  # keeps values of the model between evaluations, whose bytes reports count
     batchwise: ClassVar[bool] = False  # decides once for all samples of a batch: a picture depends on its batch
+    starts: ClassVar[bool] = False  # sets the first values of all parameters, so that what was trained would be lost
     leads: ClassVar[bool] = False  # the model becomes a flow map: it takes the time at which a step ends
     # With all edits off that can be (`off`) and the same condition, the output equals the unedited model's.
     keeps: ClassVar[bool] = False
@@ -149,6 +150,10 @@ class Edit(ABC):
 
     def groups(self, denoiser: Denoiser) -> Mapping[str, Group]:
         """How the optimiser treats parameters (full names), beside the run's settings: of muP, of stacked experts."""
+        return {}
+
+    def adopt(self, denoiser: Denoiser, build: Callable[[Denoiser], Any], own: nn.Module) -> Mapping[str, Group]:
+        """Change the start of a loss's new parameters, `build`'s for this model; tell their groups by name: of muP."""
         return {}
 
     def activated(self, denoiser: Denoiser) -> Mapping[str, float]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 # What weights predict: of x_t = (1 - t) x + t noise the velocity or the noise, or EDM's mixture of data and noise
+from edit.widths import Scale
+
 Prediction = Literal["velocity", "noise", "mixture"]
 
 
@@ -25,6 +27,8 @@ class Facts:
         modulation: parts of the names of the parameters that make shifts, scales and gates
         tokenwise: whether units take a condition for each of two groups of tokens (`Layout.spread`)
         lora: name endings of the layers that a LoRA adapts where nobody names others
+        grows: keys of the configuration that are proportional to the number of heads, at a head width that stays
+        scales: how parameters follow the width, by patterns of their names; empty: nobody has told
     """
 
     width: int
@@ -36,6 +40,8 @@ class Facts:
     modulation: tuple[str, ...] = ()
     lora: tuple[str, ...] = ()
     tokenwise: bool = False
+    grows: tuple[str, ...] = ()
+    scales: Mapping[str, Scale] = field(default_factory=dict)
 
     @property
     def told(self) -> bool:

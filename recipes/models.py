@@ -56,6 +56,7 @@ def models_of(cfg: DictConfig, sources: Sources) -> Models:
     spec, edits = made(cfg.backbone), made(cfg.edits) or {}
     start = sources.start(spec)
     data = sources.data(spec, start)
+    refuse_erased(cfg.init, edits)
     student = student_of(settled(start, data.shape, spec), edits, cfg.seed)
     with torch.device("meta"):
         plan = student.structure()
@@ -242,6 +243,15 @@ def refuse_unfit_start(cfg: DictConfig, student: Denoiser, spec: Any, shape: tup
         raise UserError(
             f"init={cfg.init} holds a {student.name} with {key}={student.base.get(key)}, the backbone group says "
             f"{wanted.config[key]}: choose the backbone that the artifact was made with"
+        )
+
+
+def refuse_erased(path: str | None, edits: Mapping[str, Edit]) -> None:
+    """Raises UserError if a run starts from weights that an edit would set anew."""
+    if path is not None and (name := next((name for name, e in edits.items() if e.starts), None)):
+        raise UserError(
+            f"edits.{name} sets the first values of all parameters, and init={path} brings trained ones, which would "
+            "be lost: leave init out to train from scratch, or the edit (what was trained with it has it already)"
         )
 
 

@@ -63,6 +63,7 @@ class Recipe(pl.LightningModule, ABC):
         self.settings, self.teacher, self.null = settings, teacher, null
         self.sight = Sight(None, {}) if sight is None else sight
         self.begun = 0  # optimiser steps that the checkpoint holds which this run goes on from
+        self.adopted: dict[str, Group] = {}  # what edits say of losses' own parameters, by their names here
         self.losses: dict[str, Tensor] = {}  # means over the current optimiser step, for the log
         self.configured = False
 
@@ -285,7 +286,19 @@ class Recipe(pl.LightningModule, ABC):
     def _said(self) -> dict[str, Group]:
         """What the edits of all models say of parameters, by their names in the recipe."""
         models = ((role, m) for role, m in self.named_children() if isinstance(m, Denoiser))
-        return {f"{role}.{name}": group for role, m in models for name, group in grouped(m).items()}
+        return self.adopted | {f"{role}.{name}": group for role, m in models for name, group in grouped(m).items()}
+
+    def adopt(self, place: str, build: Callable[[Denoiser], Any], own: nn.Module) -> None:
+        """Let the edits of the trained model change the start of a loss's new parameters and say how they are trained.
+
+        Args:
+            place: of `own` in the recipe
+            build: makes the same for another student
+            own: before it is sharded
+        """
+        for edit in self.denoiser.applied.values():
+            for name, group in edit.adopt(self.denoiser, build, own).items():
+                self.adopted[f"{place}.{name}"] = self.adopted.get(f"{place}.{name}", PLAIN).joined(group)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clip by global norm; mark a step with a non-finite gradient to be skipped, without a synchronisation.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from made_runs import made_run
 from omegaconf import OmegaConf
 
 from benchmarks.claim import CLAIMS, ROOT, logged, main, plain, reached, spelled, value_of, verdict, within
@@ -172,6 +173,45 @@ def test_trained_arms_and_edits_of_one_model_are_measured_in_one_report_of_each_
     outcome = json.loads((folder / "claim.json").read_text())
     assert outcome["values"] == {"lesa": {"psnr": [24.0, 19.0]}, "one": {"psnr": [22.0, 22.0]}}
     assert outcome["comparisons"][0]["gains"] == [2.0, -3.0] and not outcome["holds"]
+
+
+def test_the_drift_of_a_swept_setting_is_that_of_the_best_means_of_all_seeds(monkeypatch, tmp_path, capsys):
+    (tmp_path / "moved.yaml").write_text(
+        "claim: a\nseeds: [3, 5]\narms: {still: [a=1], moves: [a=2]}\nwinner: still\nmeasures: {drift: lower}\n"
+        "sweep: {line: size, over: optimizer.lr, by: heldout/loss}\nbound: [[still, drift, 2.0], [moves, drift, 2.0]]\n"
+    )
+    ran, rates = [], (1.0, 2.0, 4.0, 8.0)
+    best = {"still": {"w64": 2.0, "w128": 4.0}, "moves": {"w64": 4.0, "w128": 1.0}}
+
+    def run(script, *words, may_fail=False):
+        ran.append((script, *words))
+        if script != "train.py":
+            return
+        arm = words[3].rpartition("/")[2]
+        for line, there in best[arm].items():
+            for lr, seed in ((lr, seed) for lr in rates for seed in (3, 5)):
+                if (arm, line, lr, seed) == ("still", "w128", 8.0, 5):
+                    continue  # it has diverged: the other seed's number, which is the least of all, does not count
+                loss = 0.01 if (arm, line, lr) == ("still", "w128", 8.0) else 1 + abs(lr - there) + 0.1 * (seed == 5)
+                made_run(
+                    tmp_path,
+                    f"claims/moved/{arm}/{line}_{lr:g}_{seed}",
+                    {"optimizer.lr": lr, "seed": seed, "backbone.hidden_size": int(line[1:])},
+                    columns={"heldout/loss": (9.0, loss)},
+                    command=["train.py", f"size={line}", f"optimizer.lr={lr}", f"seed={seed}"],
+                )
+
+    monkeypatch.setattr("benchmarks.claim.run", run)
+    monkeypatch.setattr("benchmarks.claim.CLAIMS", tmp_path)
+    assert main(["moved", f"runs={tmp_path}", "trainer.max_steps=9"]) == 0
+    words = ("seed=3,5", "name=claims/moved/still", f"runs={tmp_path}", "trainer.max_steps=9")
+    assert ran[0] == ("train.py", "-m", "a=1", *words) and len(ran) == 3
+    assert ran[2] == ("-m", "recipes.sweep", f"runs={tmp_path / 'claims/moved'}", "by=heldout/loss")
+    outcome = json.loads((tmp_path / "claims/moved/claim.json").read_text())
+    assert outcome["values"]["still"] == {"drift": [2.0], "best at w64": [2.0], "best at w128": [4.0]}
+    assert outcome["values"]["moves"] == {"drift": [4.0], "best at w64": [4.0], "best at w128": [1.0]}
+    assert [c["holds"] for c in outcome["comparisons"]] == [True, True, False] and not outcome["holds"]
+    assert "moves: at w128 the best optimizer.lr is the last of those that were tried" in capsys.readouterr().out
 
 
 def test_without_a_claim_it_says_which_there_are(capsys):

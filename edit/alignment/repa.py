@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ from edit.inputs.limits import Count, Natural, NotNegative, Positive, check_numb
 from edit.losses import Frozen, Seen, Term
 from edit.objectives import Weight, weight_at
 from edit.subset import gathered
+from edit.widths import Scale
 
 SMALL = 1e-6
 
@@ -176,6 +177,13 @@ class REPA(Term):
 
 class Projectors(nn.Module):
     """P, one for each encoder. Sharding gathers parameters around `forward` only: all tokens go through in one call."""
+
+    scales: ClassVar = {
+        r"maps\.\d+\.0\.weight": Scale("output", "xavier"),
+        r"maps\.\d+\.\d+\.weight": Scale("finite"),
+        r"maps\.\d+\.weight": Scale("output", "fan_in"),  # iREPA's convolution, as torch starts it
+        "bias": Scale("vector"),
+    }
 
     def __init__(self, maps: Sequence[nn.Module]):
         super().__init__()

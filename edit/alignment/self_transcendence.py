@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ from edit.inputs.limits import Count, Natural, NotNegative, check_numbers
 from edit.losses import Seen, Term
 from edit.stream import Condition
 from edit.structure import grid_of
+from edit.widths import Scale
 
 Range = Sequence[float] | None
 
@@ -160,6 +162,13 @@ class SelfTranscendence(Term):
 class PatchHead(nn.Module):
     """Tokens b n d -> the prediction of their parts of the sample, b n (c a p q)."""
 
+    scales: ClassVar = {
+        r"mlp\.0\.weight|out\.weight": Scale("output", "xavier"),
+        r"mlp\.2\.weight": Scale("finite"),
+        r"mlp\.4\.weight": Scale("input", "xavier"),
+        "bias": Scale("vector"),
+    }
+
     def __init__(self, student: Denoiser, width: int):
         super().__init__()
         d, (channels, *sizes), grid = student.facts.width, student.sample_shape, grid_of(student)
@@ -178,6 +187,11 @@ class PatchHead(nn.Module):
 class FeatureHead(nn.Module):
     """Tokens b n d -> features of the teacher's width."""
 
+    scales: ClassVar = {
+        r"mlp\.0\.weight": Scale("output", "xavier"),
+        r"mlp\.[24]\.weight": Scale("finite"),
+        "bias": Scale("vector"),
+    }
     longer: Tensor  # |f_g| / |f_c|, mean over the last batch
 
     def __init__(self, student: int, width: int, teacher: int):

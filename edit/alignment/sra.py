@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ from edit.inputs.limits import Count, Limits, Natural, NotNegative, Positive, Sh
 from edit.losses import Seen, Term
 from edit.stream import Condition
 from edit.structure import grid_of
+from edit.widths import Scale
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,8 @@ class SRA(Term):
 
 class Head(nn.Module):
     """J; with dual times, the grid of the tokens."""
+
+    scales: ClassVar = {r"layers\.\d+\.weight": Scale("hidden", "xavier"), "bias": Scale("vector")}
 
     def __init__(self, student: Denoiser, learned: bool, grid: tuple[int, int, int] | None = None):
         super().__init__()

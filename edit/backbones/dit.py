@@ -24,11 +24,21 @@ from edit.facts import Facts, Prediction
 from edit.inputs.limits import Count, Limits, Units, check_numbers, check_table
 from edit.stream import Branch, Condition, Layout, Output, Stream
 from edit.unit import Anatomy, Features, Unit
+from edit.widths import Scale
 
 NORM_EPS = 1e-6
 FREQUENCIES = 256  # channels of the time sinusoid
 PREDICTIONS: dict[str, Prediction] = {"ddpm": "noise", "edm": "mixture"}  # others predict a velocity
 CHOICES = {"time": ("flow", "sit", "ddpm", "edm")}
+SCALES = {  # as muP's authors published them for DiT (arXiv 2505.15270)
+    r"x_embedder\.proj\.weight|mlp\.0\.weight": Scale("input", "fan_in"),
+    r"embedding_table\.weight": Scale("input", "label", 0),
+    "registers": Scale("input", 0.02, 0),
+    r"linear\.weight": Scale("output", "zero"),
+    r"(qkv|proj|fc1|fc2|w12|w3|mlp\.2|adaLN_modulation\.1)\.weight": Scale("hidden", "fan_in"),
+    r"\w*norm\w*\.weight": Scale("vector"),
+    "bias": Scale("vector", "zero"),
+}
 
 
 @dataclass(frozen=True)
@@ -361,7 +371,8 @@ class DiT(Denoiser):
     def facts(self) -> Facts:
         c = self.spec
         parts = {"modulation": ("adaLN_modulation.",), "lora": ("attn.qkv", "attn.proj")}
-        return Facts(c.hidden_size, c.num_heads, classes=c.num_classes, tokenwise=True, **parts)
+        widths = {"grows": ("hidden_size", "num_heads"), "scales": SCALES}
+        return Facts(c.hidden_size, c.num_heads, classes=c.num_classes, tokenwise=True, **parts, **widths)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:

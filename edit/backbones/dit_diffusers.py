@@ -19,13 +19,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.backbones.stock import Modulation, StockDenoiser, StockUnit, feed_forward, heads, heads_between, zero_init
+from edit.backbones.stock import (
+    Modulation,
+    StockDenoiser,
+    StockUnit,
+    feed_forward,
+    heads,
+    heads_between,
+    scales_with,
+    zero_init,
+)
 from edit.facts import Facts
 from edit.inputs.limits import Count, check_numbers, check_table
 from edit.sampling import Sampler
 from edit.solvers import DDIMSolver
 from edit.stream import Branch, Condition, Layout, Output, Stream
 from edit.unit import Anatomy
+from edit.widths import Scale
 
 STEPS = 1000  # of the DDPM the published weights were trained on
 
@@ -216,6 +226,14 @@ class ClassUnit(BasicUnit):
         return Branch(self.part("ffn")(x, stream.layout))
 
 
+OWN_SCALES = {
+    r"pos_embed\.proj\.weight": Scale("input", "fan_in"),
+    r"embedding_table\.weight": Scale("input", "label", 0),
+    r"proj_out_1\.weight": Scale("hidden", "fan_in"),
+    r"proj_out_2\.weight": Scale("output", "zero"),
+}
+
+
 class DiTDiffusers(PatchDenoiser):
     """The class's DiT as `embed -> units -> readout`; a sample is a square latent of any size the patches divide."""
 
@@ -226,7 +244,8 @@ class DiTDiffusers(PatchDenoiser):
     @property
     def facts(self) -> Facts:
         c: Any = self.model.config
-        return replace(super().facts, classes=c.num_embeds_ada_norm, modulation=("norm1.linear.",))
+        parts = {"modulation": ("norm1.linear.",), "scales": scales_with(OWN_SCALES)}
+        return replace(super().facts, classes=c.num_embeds_ada_norm, **parts)
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
         return super().accepts(shape) and shape[1] == shape[2]

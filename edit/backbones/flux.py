@@ -27,6 +27,7 @@ from edit.backbones.stock import (
     heads,
     heads_between,
     latent_of,
+    scales_with,
     tokens_of,
     turn,
     zero_init,
@@ -37,6 +38,7 @@ from edit.sampling import Sampler
 from edit.solvers import StockEuler
 from edit.stream import Branch, Condition, Layout, Output, Stream
 from edit.unit import Anatomy, Features, masked
+from edit.widths import Scale
 
 SHIFT = (0.5, 1.15, 256, 4096)  # of FLUX.1-dev's scheduler, see StockEuler.dynamic
 
@@ -226,6 +228,13 @@ def vectors(norm: Any, cond: Tensor, count: int) -> tuple[Tensor, ...]:
     return norm.linear(norm.silu(cond))[:, None].chunk(count, -1)
 
 
+OWN_SCALES = {  # inferred from the rules: no source has them
+    r"(x|context)_embedder\.weight": Scale("input", "fan_in"),
+    r"(proj_mlp|single_transformer_blocks\.\d+\.proj_out)\.weight": Scale("hidden", "fan_in"),
+    r"proj_out\.weight": Scale("output", "zero"),
+}
+
+
 class Flux(StockDenoiser):
     """FLUX.1 as `embed -> units -> readout`; a sample is a latent of in_channels / 4 channels of any even size."""
 
@@ -250,7 +259,7 @@ class Flux(StockDenoiser):
         c: Any = self.model.config
         text = {"text": c.joint_attention_dim, "pooled": c.pooled_projection_dim}
         scale = self.guidance if c.guidance_embeds else None
-        parts = {"modulation": (*MODULATION, "norm.linear."), "lora": JOINT}
+        parts = {"modulation": (*MODULATION, "norm.linear."), "lora": JOINT, "scales": scales_with(OWN_SCALES)}
         return replace(super().facts, text=text, scale=scale, guided_by="true_cfg_scale", **parts)
 
     @property

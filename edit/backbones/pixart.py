@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.backbones.dit_diffusers import BasicUnit, PatchDenoiser
-from edit.backbones.stock import Modulation, heads, heads_between, zero_init
+from edit.backbones.stock import Modulation, heads, heads_between, scales_with, zero_init
 from edit.facts import Facts
 from edit.inputs.limits import Count, check_numbers
 from edit.sampling import Sampler
 from edit.solvers import DPMSolver
 from edit.stream import Branch, Condition, Layout, Step, Stream
 from edit.unit import Anatomy
+from edit.widths import Scale
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,20 @@ class PixArtUnit(BasicUnit):
         return self.residual(stream, "feed", lambda s: self.feed(s, m), m.feed_gate)
 
 
+# As muP's authors published them for PixArt-alpha (arXiv 2505.15270), except that queries, keys and values of the
+# self-attention are three layers here. Embedders of the image size, of which they tell nothing, are as of time
+OWN_SCALES = {
+    r"pos_embed\.proj\.weight": Scale("input", "xavier"),
+    r"linear_1\.weight": Scale("input", 0.02),
+    r"(linear_2|adaln_single\.linear)\.weight": Scale("hidden", 0.02),
+    "scale_shift_table": Scale("input", 0.02, 0),
+    r"attn2\.to_out\.0\.weight": Scale("hidden", "zero"),
+    r"(to_(q|k|v|out\.0)|net\.0\.proj|net\.2)\.weight": Scale("hidden", "xavier"),
+    r"proj_out\.weight": Scale("output", "zero"),
+}
+UNPROJECTED = {r"attn2\.to_[kv]\.weight": Scale("input", "xavier")}  # where units read the caption as it is
+
+
 class PixArt(PatchDenoiser):
     """PixArt as `embed -> units -> readout`; a sample is a latent of any size the patches divide.
 
@@ -142,8 +157,13 @@ class PixArt(PatchDenoiser):
     @property
     def facts(self) -> Facts:
         c: Any = self.model.config
-        parts = ("adaln_single.linear.", "scale_shift_table")
-        return replace(super().facts, text={"text": c.caption_channels or c.cross_attention_dim}, modulation=parts)
+        parts: dict[str, Any] = {"modulation": ("adaln_single.linear.", "scale_shift_table")}
+        if c.caption_channels is None:
+            parts |= {"scales": scales_with(UNPROJECTED | OWN_SCALES)}
+        else:
+            grows = ("num_attention_heads", "cross_attention_dim")
+            parts |= {"grows": grows, "scales": scales_with(OWN_SCALES)}
+        return replace(super().facts, text={"text": c.caption_channels or c.cross_attention_dim}, **parts)
 
     def sampler(self) -> Sampler:
         return Sampler(DPMSolver(20), guidance=4.5)

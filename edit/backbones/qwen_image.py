@@ -31,6 +31,7 @@ from edit.backbones.stock import (
     heads,
     heads_between,
     latent_of,
+    scales_with,
     tokens_of,
     turn,
     zero_init,
@@ -41,6 +42,7 @@ from edit.sampling import Sampler
 from edit.solvers import StockEuler
 from edit.stream import Branch, Condition, Layout, Output, Step, Stream
 from edit.unit import Anatomy
+from edit.widths import Scale
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,13 @@ def position_angles(grid: Sequence[int], length: int, axes: Sequence[int], devic
     return torch.stack((angles.cos(), angles.sin()))
 
 
+OWN_SCALES = {  # inferred from the rules: no source has them
+    r"(img|txt)_in\.weight": Scale("input", "fan_in"),
+    r"(img|txt)_mod\.1\.weight": Scale("hidden", "fan_in"),
+    r"proj_out\.weight": Scale("output", "zero"),
+}
+
+
 class QwenImage(StockDenoiser):
     """Qwen-Image as `embed -> units -> readout`; a sample is a latent of in_channels / 4 channels of any even size.
 
@@ -205,6 +214,7 @@ class QwenImage(StockDenoiser):
     def facts(self) -> Facts:
         c: Any = self.model.config
         parts = {"modulation": ("img_mod.", "txt_mod.", "norm_out.linear."), "lora": JOINT}
+        parts["scales"] = scales_with(OWN_SCALES)
         return replace(super().facts, text={"text": c.joint_attention_dim}, guided_by="true_cfg_scale", **parts)
 
     def sampler(self) -> Sampler:

@@ -30,6 +30,7 @@ from edit.backbones.stock import (
     feed_forward,
     heads,
     heads_between,
+    scales_with,
     zero_init,
 )
 from edit.facts import Facts
@@ -38,6 +39,7 @@ from edit.sampling import Sampler
 from edit.solvers import StockEuler
 from edit.stream import Branch, Condition, Layout, Output, Stream
 from edit.unit import Anatomy
+from edit.widths import Scale
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,12 @@ def normed(tokens: Tensor, norm: nn.Module | None, attention: Any) -> Tensor:
     return x if norm is None else norm(x)
 
 
+OWN_SCALES = {  # inferred from the rules: no source has them
+    r"(pos_embed\.proj|context_embedder)\.weight": Scale("input", "fan_in"),
+    r"proj_out\.weight": Scale("output", "zero"),
+}
+
+
 class SD3(StockDenoiser):
     """Stable Diffusion 3 as `embed -> units -> readout`; a sample is a latent of any size up to the position table's.
 
@@ -273,7 +281,8 @@ class SD3(StockDenoiser):
     def facts(self) -> Facts:
         c: Any = self.model.config
         text = {"text": c.joint_attention_dim, "pooled": c.pooled_projection_dim}
-        return replace(super().facts, text=text, modulation=MODULATION, lora=JOINT)
+        widths = {"grows": ("num_attention_heads", "caption_projection_dim"), "scales": scales_with(OWN_SCALES)}
+        return replace(super().facts, text=text, modulation=MODULATION, lora=JOINT, **widths)
 
     def sampler(self) -> Sampler:
         return Sampler(StockEuler(28, shift=3.0, even=False), guidance=7.0)

@@ -20,6 +20,7 @@ from edit.facts import Facts
 from edit.importing import uncollected
 from edit.stream import Branch, Condition, Layout, Stream
 from edit.unit import Features, Unit
+from edit.widths import Scale
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,17 @@ class Modulation:
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # projections of a stock attention
 JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # with those of its text tokens
 MODULATION = ("norm1.linear.", "norm1_context.linear.", "norm_out.linear.")  # of an adaLN and the last layer
+
+# How parameters of a stock class follow the width; first values as in muP's DiT (2505.15270). A family adds its own
+SCALES = {
+    r"linear_1\.weight": Scale("input", "fan_in"),  # of an embedder's two
+    r"linear_2\.weight": Scale("hidden", "fan_in"),
+    r"(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj|net\.0\.proj|net\.2|norm\w*\.linear)\.weight": Scale(
+        "hidden", "fan_in"
+    ),
+    r"\w*norm\w*\.weight": Scale("vector"),
+    "bias": Scale("vector", "zero"),
+}
 
 
 class StockUnit(Unit):
@@ -234,7 +246,8 @@ class StockDenoiser(Denoiser):
     def facts(self) -> Facts:
         """Of any stock class that counts heads and their channels; a family adds what the model is told."""
         c: Any = self.model.config
-        return Facts(c.num_attention_heads * c.attention_head_dim, c.num_attention_heads, lora=ATTENTION)
+        width, grows = c.num_attention_heads * c.attention_head_dim, ("num_attention_heads",)
+        return Facts(width, c.num_attention_heads, lora=ATTENTION, grows=grows)
 
     def example(self, batch: int = 1, text: int = 512) -> Condition:
         widths = dict(self.facts.text)
@@ -272,6 +285,11 @@ class StockDenoiser(Denoiser):
                     f"{self.name} takes {name} embeddings of width {width}, got {value.shape[-1]}: they were made by "
                     "another text encoder"
                 )
+
+
+def scales_with(own: Mapping[str, Scale]) -> dict[str, Scale]:
+    """A family's scales, which come first, and those that stock classes share."""
+    return {**own, **{pattern: scale for pattern, scale in SCALES.items() if pattern not in own}}
 
 
 def zero_init(*layers: nn.Module) -> None:

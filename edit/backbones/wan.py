@@ -26,6 +26,7 @@ from edit.backbones.stock import (
     feed_forward,
     heads,
     heads_between,
+    scales_with,
     turn,
     zero_init,
 )
@@ -35,6 +36,7 @@ from edit.sampling import Sampler
 from edit.solvers import StockEuler
 from edit.stream import Branch, Condition, Layout, Output, Step, Stream
 from edit.unit import Anatomy, Features
+from edit.widths import Scale
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,14 @@ def rounded(stream: Stream, dtype: torch.dtype) -> Stream:
     return stream if stream.image.dtype == dtype else replace(stream, image=stream.image.to(dtype))
 
 
+OWN_SCALES = {  # inferred from the rules, the tables as PixArt's: no source has them
+    r"patch_embedding\.weight": Scale("input", "fan_in"),
+    r"time_proj\.weight": Scale("hidden", "fan_in"),
+    "scale_shift_table": Scale("input", 0.02, 0),
+    r"proj_out\.weight": Scale("output", "zero"),
+}
+
+
 class Wan(StockDenoiser):
     """Wan as `embed -> units -> readout`; a sample is a latent c f y x of any size that the patches divide."""
 
@@ -168,7 +178,8 @@ class Wan(StockDenoiser):
     @property
     def facts(self) -> Facts:
         c: Any = self.model.config
-        return replace(super().facts, text={"text": c.text_dim}, modulation=("time_proj.", "scale_shift_table"))
+        parts = {"modulation": ("time_proj.", "scale_shift_table"), "scales": scales_with(OWN_SCALES)}
+        return replace(super().facts, text={"text": c.text_dim}, grows=("num_attention_heads", "ffn_dim"), **parts)
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
         c: Any = self.model.config

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from edit.caching.engine import Cached, Gate, Predictor, anywhere, covered, each, put
 from edit.denoiser import Denoiser
+from edit.denoiser import End as Slot
 from edit.stream import Branch, Step, Stream
 from edit.unit import Wrapper, core
 
@@ -65,7 +67,7 @@ class Span:
         for i in self.places:
             denoiser.units[i] = SpanUnit(denoiser.units[i], i, self)
         for name in {"units": (), "norm": ("norm",), "output": ("norm", "output")}[self.end]:
-            denoiser.ends[name] = SpanEnd(self, name)
+            denoiser.ends[name] = SpanEnd(self, name, denoiser.ends.get(name))
 
     def read(self, denoiser: Denoiser) -> None:
         """Find what the span does to the text."""
@@ -148,12 +150,14 @@ class Span:
 
 
 class SpanEnd:
-    """A part of the readout that belongs to a span: a slot of `Denoiser.ends`."""
+    """A part of the readout that belongs to a span: a slot of `Denoiser.ends`, around what stood there (`inner`)."""
 
-    def __init__(self, span: Span, name: str):
-        self.span, self.name = span, name
+    def __init__(self, span: Span, name: str, inner: Slot | None = None):
+        self.span, self.name, self.inner = span, name, inner
 
     def __call__(self, stream: Stream, run: Callable[[Stream], Stream]) -> Stream:
+        if self.inner is not None:
+            run = partial(self.inner, run=run)
         if stream.step is None:
             return run(stream)
         memory = stream.step.recall(self.span.edit.name, self.span.first)

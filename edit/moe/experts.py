@@ -16,7 +16,7 @@ of a token, h hidden channels of an expert, w rows of W1: h, or 2 h where it is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from edit.moe.grouped import grouped
 from edit.moe.routing import Choice, Gate, Router, check_gate, choose, record
 from edit.stream import Layout
 from edit.unit import Features, Unit
+from edit.widths import Scale
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -113,6 +114,8 @@ class FeedForward(nn.Module):
         out_bias: b2
     """
 
+    scales: ClassVar = {r"(into|out)\.weight": Scale("hidden", "xavier"), "bias": Scale("vector")}
+
     def __init__(
         self, width: int, hidden: int, activation: Activation, gated: bool, bias: bool = False, out_bias: bool = False
     ):
@@ -139,6 +142,11 @@ class Experts(nn.Module):
         hidden: h
         activation, gated, bias, out_bias: as of `FeedForward`
     """
+
+    scales: ClassVar = {
+        "into|out": Scale("hidden", "xavier", 2, stack=True),
+        "into_bias|out_bias": Scale("vector", stack=True),
+    }
 
     def __init__(
         self,

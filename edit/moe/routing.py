@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from edit.stream import Layout
+from edit.widths import Scale
 
 Gate = Literal["softmax", "softmax_renorm", "sigmoid", "ones"]
 LOADS, PROBABILITIES = "loads", "probabilities"  # records of a layer, after its name and a dot
@@ -75,6 +76,8 @@ class Router(nn.Module):
         experts: E
         std: of a normal start; None: uniform within 1 / sqrt(d), as linear layers of torch start
     """
+
+    scales: ClassVar = {"weight": Scale("output", "fan_in")}
 
     def __init__(self, width: int, experts: int, std: float | None = None):
         super().__init__()

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,7 @@ from edit.moe.switch_prior import TIMES, divergence, matching, shared, top, wind
 from edit.routing.dydit_routers import Logits
 from edit.stream import Condition, Stream
 from edit.unit import Wrapper, core
+from edit.widths import Scale
 
 FAR = TIMES // 2  # between times whose experts should differ
 P, CHOSEN, PRIOR, AGREEMENT = (f"switch_dit.{what}" for what in ("p", "chosen", "prior", "agreement"))
@@ -169,6 +170,7 @@ class SwitchExperts(nn.Module):
         seed: of permutations
     """
 
+    scales: ClassVar = {r"router\.weight": Scale("output", "fan_in"), "bias": Scale("vector")}
     sigma: Tensor  # L M, int64: the prior's column for each expert, unit by unit
     steps: Tensor  # int64: training steps so far
     agreement: Tensor  # 2: of the choices at times that are near and far, at the latest matching
@@ -245,6 +247,8 @@ class Experts(nn.Module):
         width: d
         count: M
     """
+
+    scales: ClassVar = {"weight": Scale("hidden", "zero", stack=True), "bias": Scale("vector", stack=True)}
 
     def __init__(self, width: int, count: int):
         super().__init__()

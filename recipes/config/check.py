@@ -52,9 +52,10 @@ def check_hydra(node: DictConfig | None) -> Iterator[str]:
     told: Any = OmegaConf.to_container(node)
     job = told.get("job") or {}
     sweeper = {k: v for k, v in (told.get("sweeper") or {}).items() if k != "max_batch_size" and v is not None}
+    params = sweeper.pop("params", None) or {}  # words of the sweep, as they might be typed
     own = {
         "launcher": told.get("launcher") == LAUNCHER,
-        "sweeper": sweeper == SWEEPER,
+        "sweeper": sweeper == SWEEPER and not any(str(key).lstrip("+~").startswith("hydra") for key in params),
         "callbacks": not told.get("callbacks"),
         "job.env_set": not job.get("env_set"),
         "job.env_copy": not job.get("env_copy"),

@@ -4,8 +4,10 @@ next command."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from math import frexp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -201,7 +203,7 @@ def _draw(axes: Axes, sweep: Sweep, settings: Sequence[Setting], roles: Mapping[
     if numeric and min(place.values()) > 0 and max(place.values()) >= DECADE * min(place.values()):
         axes.set_xscale("log")
     if len(ticks) <= 8:
-        axes.set_xticks([place[canonical(v)] for v in ticks], [label_of(shown(v)) for v in ticks])
+        axes.set_xticks([place[canonical(v)] for v in ticks], ticked(ticks))
         axes.minorticks_off()
     dress(axes, label_of(sweep.keys[x]), label_of(sweep.figure.title))
     if line is not None:
@@ -213,7 +215,20 @@ def _values(settings: Sequence[Setting], key: int | None) -> list[Any]:
     if key is None:
         return [None]
     found = {canonical(s.place[key]): s.place[key] for s in settings}.values()
-    return sorted(found, key=lambda v: (number(v) is None, number(v) or 0.0, str(v)))
+    return sorted(found, key=lambda v: (number(v) is None, number(v) or 0.0, natural(str(v))))
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """The order of names with numbers in them: w64 is before w128."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def ticked(values: Sequence[Any]) -> list[str]:
+    """Labels of values on an axis: fractions that are powers of two as such."""
+    plain = [number(v) for v in values]
+    if all(v is not None and 0 < v < 1 and frexp(v)[0] == 0.5 for v in plain):
+        return [f"$2^{{{frexp(v)[1] - 1}}}$" for v in plain if v is not None]
+    return [label_of(shown(v)) for v in values]
 
 
 def _same(a: Setting, b: Setting, key: int) -> bool:

@@ -213,7 +213,8 @@ def swept(records: Sequence[Record]) -> tuple[tuple[str, ...], str, Callable[[st
 
     def value(key: str, record: Record) -> Any:
         found = configs.get(id(record), {}).get(key, ABSENT)
-        return words.get(id(record), {}).get(key, ABSENT) if found is ABSENT else found
+        unsaid = found is ABSENT or found == {}  # as of edits=none
+        return words.get(id(record), {}).get(key, found) if unsaid else found
 
     def pattern(key: str) -> tuple[int, ...]:
         """Which runs have the same value, whatever it is."""

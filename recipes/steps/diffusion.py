@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -174,7 +175,9 @@ class Diffusion(Recipe):
             whole_teacher = self.teacher.configure(self.denoiser, *wanted(self.terms.values(), teacher=True))
         torch.manual_seed(self.settings.seed)  # the same on every rank, also where rank 0 alone builds weights
         for name, term in self.terms.items():
-            if (own := term.build(self.denoiser, whole_teacher)) is not None:
+            build = partial(term.build, teacher=whole_teacher)
+            if (own := build(self.denoiser)) is not None:
+                self.adopt(f"own.{name}", build, own)
                 self.own[name] = self.whole_or_sharded(own)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
