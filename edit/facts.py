@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-# What weights predict: of x_t = (1 - t) x + t noise the velocity or the noise, or EDM's mixture of data and noise
 from edit.widths import Scale
 
+# What weights predict: of x_t = (1 - t) x + t noise the velocity or the noise, or EDM's mixture of data and noise
 Prediction = Literal["velocity", "noise", "mixture"]
 
 
