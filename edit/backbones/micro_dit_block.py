@@ -141,7 +141,7 @@ class MicroDiTBlock(Unit):
 
         Args:
             std: of the layers that write into the tokens (and of W3): 0.02 / sqrt(2 (i + 1)) in block i of a backbone,
-                counted from 0; 0.02 / sqrt(2 N) in a mixer of N blocks
+                counted from 0; 0.02 / sqrt(2 N) in a mixer, N the depth of the backbone
         """
         for attention in (self.attn1, self.attn2):
             if attention is not None:
