@@ -160,7 +160,7 @@ def put(unit: Unit, name: str, hidden: int, experts: int, capacity: float, std: 
         hidden: channels of an expert
         experts: E
         capacity: f_c
-        std: of W2: 0.02 / sqrt(2 (i + 1)) in unit i of a backbone, 0.02 / sqrt(2 N) in a mixer, N the depth of the backbone
+        std: of W2: 0.02 / sqrt(2 (i + 1)) in unit i of a backbone of depth N, 0.02 / sqrt(2 N) in its mixer
 
     Returns:
         The layer, which the caller registers with its own parameters.
