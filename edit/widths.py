@@ -18,7 +18,7 @@ from typing import Literal, get_args
 from torch import nn
 
 Kind = Literal["input", "hidden", "output", "vector", "finite"]
-Law = Literal["fan_in", "xavier", "label", "zero", "keep"]
+Law = Literal["fan_in", "xavier", "label", "zero", "constant", "keep"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Scale:
         kind: "input": outputs alone are infinite (embeddings, tables); "hidden": inputs and outputs; "output": inputs
             alone; "vector": one number for each channel (biases, gains); "finite": nothing
         start: law of the first values: a standard deviation; "fan_in", 1 / sqrt(inputs); "xavier",
-            sqrt(2 / (inputs + outputs)), uniform; "label", that of the table of classes; "zero"; "keep", as they are
+            sqrt(2 / (inputs + outputs)), uniform; "label", that of the table of classes; "zero"; "constant", as they
+            are, with deviations that no width changes; "keep", as they are
         axis: of the inputs; behind it, and before the stack, a convolution's other ones follow
         stack: the first axis counts matrices or vectors, as of experts
     """
@@ -61,7 +62,7 @@ class Scale:
                 return None
             case "zero":
                 return 0.0
-            case "label":
+            case "label" | "constant":
                 return 1.0
             case "fan_in":
                 return inputs**-0.5

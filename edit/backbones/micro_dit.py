@@ -36,8 +36,19 @@ from edit.inputs.limits import Count, Positive, Side, Units, check_numbers, chec
 from edit.sampling import Sampler
 from edit.scaling.layer_wise import gated_width
 from edit.stream import Condition, Layout, Output, Stream
+from edit.widths import Scale
 
 FREQUENCIES = 512  # channels of the sinusoid of c_noise
+SCALES = {  # inferred from muP's rules (arXiv 2505.15270): no source has them
+    r"x_embedder\.proj\.weight": Scale("input", "xavier"),
+    r"(t_embedder\.mlp|y_embedder)\.0\.weight": Scale("input", STD),
+    r"(mlp\.2|y_embedder\.3|pooled_embedder\.[03])\.weight": Scale("hidden", STD),
+    r"text_block\.(attn\.to_out|mlp\.w2)\.weight|adaLN_modulation\.1\.weight": Scale("hidden", "zero"),
+    r"(to_q|to_k|to_v|to_out|w13|w2)\.weight": Scale("hidden", "constant"),
+    r"linear\.weight": Scale("output", "zero"),
+    r"(norm\w*|\w+_embedder\.2)\.weight": Scale("vector"),
+    "bias": Scale("vector", "zero"),
+}
 
 
 @dataclass(frozen=True)
@@ -205,7 +216,8 @@ class MicroDiT(Denoiser):
     def facts(self) -> Facts:
         c, parts = self.spec, ("to_q", "to_k", "to_v", "to_out")
         told, modulated = {"text": c.text_width}, ("adaLN_modulation.",)
-        return Facts(c.width, c.width // c.head, text=told, modulation=modulated, lora=parts)
+        widths = {"grows": ("width",), "scales": SCALES}
+        return Facts(c.width, c.width // c.head, text=told, modulation=modulated, lora=parts, **widths)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ from edit.moe.routing import LOADS, Router, layers, loads_of, recorded
 from edit.scaling.layer_wise import feed_ratio, round_up
 from edit.stream import Layout
 from edit.unit import Unit, core, hidden_of
+from edit.widths import Scale
 
 STD = 0.02  # of W1
 IDLE = "unserved"  # record of a layer, after its name and a dot: the share of a sample's tokens that no expert takes
@@ -102,6 +103,12 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+class ChoosingExperts(Experts):
+    """Their weights, which start with the same deviation at every width."""
+
+    scales: ClassVar = {"into|out": Scale("hidden", "constant", 2, stack=True)}
+
+
 class ExpertChoiceFeed(nn.Module):
     """The slot `ffn` with experts that choose tokens: b t d -> b t d.
 
@@ -118,7 +125,7 @@ class ExpertChoiceFeed(nn.Module):
         super().__init__()
         self.name, self.capacity = name, capacity
         self.router = Router(width, experts)
-        self.experts = Experts(experts, width, hidden, gelu, gated=False)
+        self.experts = ChoosingExperts(experts, width, hidden, gelu, gated=False)
         nn.init.xavier_uniform_(self.router.weight)
         nn.init.trunc_normal_(self.experts.into, std=STD)
         nn.init.trunc_normal_(self.experts.out, std=std)

@@ -201,7 +201,7 @@ class MuP(Edit):
                 "be lost: apply it to a new model (leave init out)"
             )
         for name, rule in rules.items():
-            if name not in own:
+            if name not in own or rule.scale.start == "constant":
                 rescale(parameters[name], rule)
             elif rule.std is not None:
                 draw(parameters[name], rule)

@@ -21,6 +21,7 @@ from edit.denoiser import Denoiser
 from edit.edits import fold, grouped
 from edit.groups import PLAIN, Group
 from edit.moe.dit_moe import DiTMoE
+from edit.moe.expert_choice import ExpertChoice
 from edit.moe.switch_dit import SwitchDiT
 from edit.scaling.mup import MuP, Readout, factors
 from edit.stream import Condition
@@ -106,7 +107,8 @@ def test_every_matrix_of_dit_xl_is_of_the_class_in_the_table_and_trains_as_it_sa
 
 def attached(name: str) -> Denoiser:
     """A family of `CONFIGS`, or a DiT with an edit in front of muP, on the meta device."""
-    edits = {"moe": DiTMoE(experts=4), "switch": SwitchDiT(), "lora": LoRA(rank=2)}
+    choice = ExpertChoice(experts=4, units=(1,), multiple=16)
+    edits = {"moe": DiTMoE(experts=4), "choice": choice, "switch": SwitchDiT(), "lora": LoRA(rank=2)}
     with torch.device("meta"):
         denoiser = CONFIGS["dit" if name in edits else name].build()
         new = {name: edits[name]} if name in edits else {}
@@ -121,7 +123,7 @@ def inferred(scale: Scale, shape, other) -> str:
     return {(True, True): "hidden", (True, False): "output", (False, True): "input"}.get((i != j, o != p), "finite")
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, "moe", "switch", "lora"])
+@pytest.mark.parametrize("name", [*CONFIGS, "moe", "choice", "switch", "lora"])
 def test_declared_classes_are_those_that_shapes_of_two_widths_tell(name):
     denoiser = attached(name)
     delta = denoiser.applied["mup"].structure(denoiser, 5)  # one head more
@@ -253,6 +255,14 @@ def test_routers_and_experts_in_front_of_mup_are_scaled_and_grouped():
     assert not any("blocks" in name and ".mlp." in name for name in groups)  # gone
 
 
+def test_experts_that_start_alike_at_every_width_fall_with_the_root_of_r():
+    denoiser = DiTConfig(**{**DIT, "hidden_size": 64, "num_heads": 4}).build()
+    edit.apply(denoiser, {"choice": ExpertChoice(experts=4, units=(1,), multiple=16)})
+    before = denoiser.edits["choice"]["1"].experts.into.detach().clone()
+    edit.apply(denoiser, {"mup": MuP(base_width=16)})
+    torch.testing.assert_close(denoiser.edits["choice"]["1"].experts.into, before / 2, rtol=1e-6, atol=0)
+
+
 def test_a_matrix_of_which_nobody_tells_the_class_is_refused():
     class Silent(nn.Linear):
         """A head without scales."""
@@ -349,7 +359,7 @@ def test_groups_keep_their_ratio_over_warm_up_and_decay():
     from recipes.settings import Training
 
     class Settings:
-        warmup, schedule, end = 3, "cosine", 0.1
+        warmup, schedule, end, until = 3, "cosine", 0.1, 1.0
 
     denoiser = made(64, 16)
     groups = grouped(denoiser)
