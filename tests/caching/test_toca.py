@@ -127,7 +127,7 @@ def test_with_all_tokens_a_partial_evaluation_runs_the_whole_feed_forward_bit_fo
     for unit in map(core, reuse.units):
         if unit.anatomy.fused:
             unit.slots.ffn = unit.own_ffn
-    others = {"flux": ("attention",), "pixart": ("attention", "cross"), "wan": ("attention", "cross")}
+    others = dict.fromkeys(("pixart", "wan", "micro_dit"), ("attention", "cross"))
     others["sd3 dual"] = ("attention", "second")
     edit.apply(reuse, {"cache": Reuse(3, branches=others.get(name, ("attention",)))})
     reuse.applied["cache"].due = lambda step, branch: toca.applied["cache"].kind(step) == "computed"
