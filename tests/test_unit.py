@@ -17,7 +17,7 @@ from edit.unit import SLOTS, Unit, Wrapper, core
 
 families = pytest.mark.parametrize("name", CONFIGS)
 CROSS = ("attention", "cross", "feed")
-BRANCHES = {"flux": ("attention", "feed", "fused"), "pixart": CROSS, "wan": CROSS}
+BRANCHES = {"flux": ("attention", "feed", "fused"), "pixart": CROSS, "wan": CROSS, "micro_dit": CROSS}
 
 
 def units_of_all_families() -> list[type[Unit]]:

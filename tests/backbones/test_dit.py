@@ -528,7 +528,7 @@ def test_a_condition_without_labels_is_refused(dit, batch):
 @pytest.mark.parametrize(
     "options, complaint",
     [
-        ({"time": "edm"}, "time must be one of flow, sit, ddpm, got 'edm'"),
+        ({"time": "vp"}, "time must be one of flow, sit, ddpm, edm, got 'vp'"),
         ({"patch_size": 3}, "patch_size 3 does not divide input_size 32"),
         ({"num_heads": 5}, "num_heads 5 does not divide hidden_size 1152"),
         ({"hidden_size": 30, "num_heads": 3}, "hidden_size must be a multiple of 4"),
