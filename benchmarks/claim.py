@@ -65,7 +65,8 @@ def verdict(winner: Sequence[float], other: Sequence[float], higher: bool) -> di
     """Seed by seed: how much better the winner is, and whether it is on every seed."""
     gains = [(a - b) if higher else (b - a) for a, b in zip(winner, other, strict=True)]
     spread = statistics.stdev(gains) if len(gains) > 1 and all(map(isfinite, gains)) else None
-    return {"gain": statistics.fmean(gains), "spread": spread, "holds": all(g > 0 for g in gains), "gains": gains}
+    mean = sum(gains) / len(gains)  # no number, where one seed is infinitely better and another infinitely worse
+    return {"gain": mean, "spread": spread, "holds": all(g > 0 for g in gains), "gains": gains}
 
 
 def within(arm: Sequence[float], other: Sequence[float], higher: bool) -> dict[str, Any]:

@@ -22,6 +22,7 @@ def test_a_winner_must_be_better_on_every_seed():
     assert not verdict([3.0, 3.0], [2.0, 3.5], higher=True)["holds"]
     assert verdict([1.0, 2.0], [2.0, 2.5], higher=False)["holds"]
     assert verdict([1.0], [2.0], higher=False)["spread"] is None
+    assert not verdict([float("inf"), 1.0], [1.0, float("inf")], higher=False)["holds"]
 
 
 def test_what_json_cannot_write_is_null():
