@@ -226,12 +226,14 @@ class ClassUnit(BasicUnit):
         return Branch(self.part("ffn")(x, stream.layout))
 
 
-OWN_SCALES = {
-    r"pos_embed\.proj\.weight": Scale("input", "fan_in"),
-    r"embedding_table\.weight": Scale("input", "label", 0),
-    r"proj_out_1\.weight": Scale("hidden", "fan_in"),
-    r"proj_out_2\.weight": Scale("output", "zero"),
-}
+SCALES = scales_with(
+    {
+        r"pos_embed\.proj\.weight": Scale("input", "fan_in"),
+        r"embedding_table\.weight": Scale("input", "label", 0),
+        r"proj_out_1\.weight": Scale("hidden", "fan_in"),
+        r"proj_out_2\.weight": Scale("output", "zero"),
+    }
+)
 
 
 class DiTDiffusers(PatchDenoiser):
@@ -244,7 +246,7 @@ class DiTDiffusers(PatchDenoiser):
     @property
     def facts(self) -> Facts:
         c: Any = self.model.config
-        parts = {"modulation": ("norm1.linear.",), "scales": scales_with(OWN_SCALES)}
+        parts = {"modulation": ("norm1.linear.",), "scales": SCALES}
         return replace(super().facts, classes=c.num_embeds_ada_norm, **parts)
 
     def accepts(self, shape: tuple[int, ...]) -> bool:

@@ -228,11 +228,13 @@ def vectors(norm: Any, cond: Tensor, count: int) -> tuple[Tensor, ...]:
     return norm.linear(norm.silu(cond))[:, None].chunk(count, -1)
 
 
-OWN_SCALES = {  # inferred from the rules: no source has them
-    r"(x|context)_embedder\.weight": Scale("input", "fan_in"),
-    r"(proj_mlp|single_transformer_blocks\.\d+\.proj_out)\.weight": Scale("hidden", "fan_in"),
-    r"proj_out\.weight": Scale("output", "zero"),
-}
+SCALES = scales_with(  # inferred from the rules: no source has them
+    {
+        r"(x|context)_embedder\.weight": Scale("input", "fan_in"),
+        r"(proj_mlp|single_transformer_blocks\.\d+\.proj_out)\.weight": Scale("hidden", "fan_in"),
+        r"proj_out\.weight": Scale("output", "zero"),
+    }
+)
 
 
 class Flux(StockDenoiser):
@@ -259,7 +261,7 @@ class Flux(StockDenoiser):
         c: Any = self.model.config
         text = {"text": c.joint_attention_dim, "pooled": c.pooled_projection_dim}
         scale = self.guidance if c.guidance_embeds else None
-        parts = {"modulation": (*MODULATION, "norm.linear."), "lora": JOINT, "scales": scales_with(OWN_SCALES)}
+        parts = {"modulation": (*MODULATION, "norm.linear."), "lora": JOINT, "scales": SCALES}
         return replace(super().facts, text=text, scale=scale, guided_by="true_cfg_scale", **parts)
 
     @property

@@ -110,15 +110,17 @@ class PixArtUnit(BasicUnit):
 
 # As muP's authors published them for PixArt-alpha (arXiv 2505.15270), except that queries, keys and values of the
 # self-attention are three layers here. Embedders of the image size, of which they tell nothing, are as of time
-OWN_SCALES = {
-    r"pos_embed\.proj\.weight": Scale("input", "xavier"),
-    r"linear_1\.weight": Scale("input", 0.02),
-    r"(linear_2|adaln_single\.linear)\.weight": Scale("hidden", 0.02),
-    "scale_shift_table": Scale("input", 0.02, 0),
-    r"attn2\.to_out\.0\.weight": Scale("hidden", "zero"),
-    r"(to_(q|k|v|out\.0)|net\.0\.proj|net\.2)\.weight": Scale("hidden", "xavier"),
-    r"proj_out\.weight": Scale("output", "zero"),
-}
+SCALES = scales_with(
+    {
+        r"pos_embed\.proj\.weight": Scale("input", "xavier"),
+        r"linear_1\.weight": Scale("input", 0.02),
+        r"(linear_2|adaln_single\.linear)\.weight": Scale("hidden", 0.02),
+        "scale_shift_table": Scale("input", 0.02, 0),
+        r"attn2\.to_out\.0\.weight": Scale("hidden", "zero"),
+        r"(to_(q|k|v|out\.0)|net\.0\.proj|net\.2)\.weight": Scale("hidden", "xavier"),
+        r"proj_out\.weight": Scale("output", "zero"),
+    }
+)
 UNPROJECTED = {r"attn2\.to_[kv]\.weight": Scale("input", "xavier")}  # where units read the caption as it is
 
 
@@ -159,10 +161,10 @@ class PixArt(PatchDenoiser):
         c: Any = self.model.config
         parts: dict[str, Any] = {"modulation": ("adaln_single.linear.", "scale_shift_table")}
         if c.caption_channels is None:
-            parts |= {"scales": scales_with(UNPROJECTED | OWN_SCALES)}
+            parts |= {"scales": UNPROJECTED | SCALES}
         else:
             grows = ("num_attention_heads", "cross_attention_dim")
-            parts |= {"grows": grows, "scales": scales_with(OWN_SCALES)}
+            parts |= {"grows": grows, "scales": SCALES}
         return replace(super().facts, text={"text": c.caption_channels or c.cross_attention_dim}, **parts)
 
     def sampler(self) -> Sampler:

@@ -161,11 +161,13 @@ def position_angles(grid: Sequence[int], length: int, axes: Sequence[int], devic
     return torch.stack((angles.cos(), angles.sin()))
 
 
-OWN_SCALES = {  # inferred from the rules: no source has them
-    r"(img|txt)_in\.weight": Scale("input", "fan_in"),
-    r"(img|txt)_mod\.1\.weight": Scale("hidden", "fan_in"),
-    r"proj_out\.weight": Scale("output", "zero"),
-}
+SCALES = scales_with(  # inferred from the rules: no source has them
+    {
+        r"(img|txt)_in\.weight": Scale("input", "fan_in"),
+        r"(img|txt)_mod\.1\.weight": Scale("hidden", "fan_in"),
+        r"proj_out\.weight": Scale("output", "zero"),
+    }
+)
 
 
 class QwenImage(StockDenoiser):
@@ -214,7 +216,7 @@ class QwenImage(StockDenoiser):
     def facts(self) -> Facts:
         c: Any = self.model.config
         parts = {"modulation": ("img_mod.", "txt_mod.", "norm_out.linear."), "lora": JOINT}
-        parts["scales"] = scales_with(OWN_SCALES)
+        parts["scales"] = SCALES
         return replace(super().facts, text={"text": c.joint_attention_dim}, guided_by="true_cfg_scale", **parts)
 
     def sampler(self) -> Sampler:

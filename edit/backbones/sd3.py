@@ -203,10 +203,12 @@ def normed(tokens: Tensor, norm: nn.Module | None, attention: Any) -> Tensor:
     return x if norm is None else norm(x)
 
 
-OWN_SCALES = {  # inferred from the rules: no source has them
-    r"(pos_embed\.proj|context_embedder)\.weight": Scale("input", "fan_in"),
-    r"proj_out\.weight": Scale("output", "zero"),
-}
+SCALES = scales_with(  # inferred from the rules: no source has them
+    {
+        r"(pos_embed\.proj|context_embedder)\.weight": Scale("input", "fan_in"),
+        r"proj_out\.weight": Scale("output", "zero"),
+    }
+)
 
 
 class SD3(StockDenoiser):
@@ -281,7 +283,7 @@ class SD3(StockDenoiser):
     def facts(self) -> Facts:
         c: Any = self.model.config
         text = {"text": c.joint_attention_dim, "pooled": c.pooled_projection_dim}
-        widths = {"grows": ("num_attention_heads", "caption_projection_dim"), "scales": scales_with(OWN_SCALES)}
+        widths = {"grows": ("num_attention_heads", "caption_projection_dim"), "scales": SCALES}
         return replace(super().facts, text=text, modulation=MODULATION, lora=JOINT, **widths)
 
     def sampler(self) -> Sampler:

@@ -137,12 +137,14 @@ def rounded(stream: Stream, dtype: torch.dtype) -> Stream:
     return stream if stream.image.dtype == dtype else replace(stream, image=stream.image.to(dtype))
 
 
-OWN_SCALES = {  # inferred from the rules, the tables as PixArt's: no source has them
-    r"patch_embedding\.weight": Scale("input", "fan_in"),
-    r"time_proj\.weight": Scale("hidden", "fan_in"),
-    "scale_shift_table": Scale("input", 0.02, 0),
-    r"proj_out\.weight": Scale("output", "zero"),
-}
+SCALES = scales_with(  # inferred from the rules, the tables as PixArt's: no source has them
+    {
+        r"patch_embedding\.weight": Scale("input", "fan_in"),
+        r"time_proj\.weight": Scale("hidden", "fan_in"),
+        "scale_shift_table": Scale("input", 0.02, 0),
+        r"proj_out\.weight": Scale("output", "zero"),
+    }
+)
 
 
 class Wan(StockDenoiser):
@@ -178,7 +180,7 @@ class Wan(StockDenoiser):
     @property
     def facts(self) -> Facts:
         c: Any = self.model.config
-        parts = {"modulation": ("time_proj.", "scale_shift_table"), "scales": scales_with(OWN_SCALES)}
+        parts = {"modulation": ("time_proj.", "scale_shift_table"), "scales": SCALES}
         return replace(super().facts, text={"text": c.text_dim}, grows=("num_attention_heads", "ffn_dim"), **parts)
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
