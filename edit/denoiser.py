@@ -330,6 +330,10 @@ class Denoiser(nn.Module, ABC):
     def settle(self, shape: tuple[int, ...], spec: Any) -> None:  # noqa: B027 - most families have nothing to do
         """Take over values that are no structure: the shape of a sample, settings of the backbone's configuration."""
 
+    def resize(self, spec: Any) -> None:  # noqa: B027 - most families take many sizes, or learn positions of one
+        """Take over the size of samples of the backbone's configuration where positions are computed, not learned: a
+        run that starts from a model of other sizes makes its tables anew, all weights stay."""
+
     def reset_buffers(self) -> None:  # noqa: B027 - most families have nothing to do
         """Recompute non-persistent buffers after the model left the meta device."""
 
