@@ -16,14 +16,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from edit.calibration import Calibration
 from edit.facts import Facts, Prediction
 from edit.groups import Group
 from edit.stream import Branch, Condition, Forced, Output, Step, Stream, force, permuted, record_branch, restored
 from edit.subset import subset, whole
-from edit.unit import Unit, mapped
+from edit.unit import Unit, mapped, passed
 
 _NOTHING: Mapping[int, Any] = MappingProxyType({})
 ENDS = {"norm", "output"}
@@ -416,6 +415,8 @@ class Denoiser(nn.Module, ABC):
     def _entered(self, stream: Stream, t: Tensor, condition: Condition, forced: bool = False) -> Stream:
         """The input of the first unit, with what edits put there, of kept tokens alone; tokens are `forced` on as many
         samples alone."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            stream = replace(stream, saving=True)
         for name, edit in self.applied.items():
             stream = edit.embed(stream, t, condition, self.edits[name] if name in self.edits else None)
             if forced and len(stream.image) != len(t):
@@ -462,8 +463,7 @@ class Denoiser(nn.Module, ABC):
                 stream = replace(stream, tap=f"unit.{i}" if i in branches or i in maps else None)
             if i in maps:
                 stream = replace(stream, layout=replace(stream.layout, maps=maps[i]))
-            saving = self.gradient_checkpointing and torch.is_grad_enabled()
-            stream = checkpoint(unit, stream, use_reentrant=False) if saving else unit(stream)
+            stream = passed(unit, stream)
             if i in maps:
                 stream = mapped(stream, i, i in branches, self.name)
             if i in taps:

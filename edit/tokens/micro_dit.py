@@ -47,6 +47,7 @@ from edit.scaling.layer_wise import gated_width, round_up
 from edit.stream import Condition, Layout, Stream
 from edit.structure import entrance, grid_of
 from edit.subset import gathered, left, thinned
+from edit.unit import passed
 
 # ---- the mixer -------------------------------------------------------------------------------------------------------
 
@@ -154,9 +155,9 @@ class Mixer(nn.Module):
         length = 0 if text is None else text.shape[1]
         bare = Layout(layout.grid, text_length=length, text_mask=layout.text_mask, side=layout.side)
         assert stream.signal is not None
-        mixed = Stream(z, stream.signal, bare, text, stream.time, stream.signal, stream.step, stream.trace)
+        mixed = replace(stream, image=z, text=text, cond=stream.signal, layout=bare)
         for block in self.blocks:
-            mixed = block(mixed)
+            mixed = passed(block, mixed)
         x = self.leave(mixed.image if kept is None else gathered(mixed.image, kept))
         if layout.registers or layout.further:
             behind = stream.image.shape[1] - layout.further
