@@ -287,7 +287,7 @@ class Stream:
     # prefix under which the next unit records its branches and maps; behind the last one, records of the readout with
     # spaces between them; None: nothing is recorded
     tap: str | None = None
-    saving: bool = False  # gradient checkpointing: of each unit, the input alone is kept, and the backward runs it again
+    saving: bool = False  # gradient checkpointing: of a unit its input alone is kept, and the backward runs it again
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Stream:
         """Apply `f` to every tensor with one row per sample but the trace (select, repeat)."""

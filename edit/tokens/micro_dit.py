@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,7 @@ from edit.stream import Condition, Layout, Stream
 from edit.structure import entrance, grid_of
 from edit.subset import gathered, left, thinned
 from edit.unit import passed
+from edit.widths import Scale
 
 # ---- the mixer -------------------------------------------------------------------------------------------------------
 
@@ -124,7 +125,18 @@ class Mixer(nn.Module):
         edit: its sizes
         told: a stream that enters the units of the model
         units: N, of the model
+
+    Under muP a width of three quarters grows with the model's. A width that is given is finite: its layers train as
+    they do without muP, but for those that read the model's tokens, its text and its signal.
     """
+
+    scales: ClassVar = {
+        r"(enter|leave|read)\.1\.weight": Scale("hidden", "xavier"),
+        r"adaLN_modulation\.1\.weight": Scale("hidden", "zero"),
+        r"(to_q|to_k|to_v|to_out|w13|w2)\.weight": Scale("hidden", "constant"),
+        r"(norm\w*|(enter|leave|read)\.0)\.weight": Scale("vector"),
+        "bias": Scale("vector", "zero"),
+    }
 
     def __init__(self, edit: PatchMixer, told: Stream, units: int):
         super().__init__()
