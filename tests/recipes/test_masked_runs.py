@@ -7,9 +7,10 @@ import pytest
 import torch
 from families import CONFIGS
 from hydra import compose, initialize_config_dir
+from killed_runs import kill_at
 from omegaconf import OmegaConf
 from small_runs import CONFIGS as FILES
-from small_runs import rows, train
+from small_runs import TWO_RANKS, losses, rows, train, train_ranks
 from weights import randomise
 
 import edit
@@ -108,6 +109,47 @@ def test_few_steps_take_no_masking(tmp_path):
     method = "matching={_target_: edit.few_step.progressive.Progressive}"
     with pytest.raises(UserError, match=r"matching and terms are two ways to train: leave out terms.masking"):
         train(tmp_path, "name=a", *WORDS, MASKING, method)
+
+
+# ---- ranks, kills, compilation ---------------------------------------------------------------------------------------
+
+EXPERTS = ("edits=[expert_choice,micro_dit]", "edits.expert_choice.experts=4", "+edits.micro_dit.experts=4")
+EXPERTS += ("+edits.expert_choice.units=[0]",)
+RUN = (*EXPERTS, "edits.micro_dit.depth=2", "edits.micro_dit.head=16", "backbone.patch_size=2", MASKING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_train_as_one_and_go_on_where_they_were_killed(tmp_path, strategy):
+    """The kill is in the masked part of the run, and the rest goes through to the end, where all tokens are seen."""
+    train(tmp_path, "name=one", *RUN)
+    two = (*RUN, f"trainer={strategy}", *TWO_RANKS, "data.batch_size=8")
+    train_ranks(tmp_path, "name=two", *two, world=2)
+    one, other = ([float(r["train/loss"]) for r in rows(tmp_path, name)] for name in ("one", "two"))
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=0, atol=5e-5)  # sums in another order
+    kill_at(tmp_path, "killed", 5, *two, world=2)
+    train_ranks(tmp_path, "name=killed", *two, world=2)
+    assert losses(tmp_path, "killed") == losses(tmp_path, "two")
+    assert [float(r["train/masking/kept"]) for r in rows(tmp_path, "killed")] == [0.25] * 9 + [1.0] * 3
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_one_process_goes_on_bit_equal_with_the_same_masks(tmp_path):
+    train_ranks(tmp_path, "name=whole", *RUN)
+    kill_at(tmp_path, "killed", 6, *RUN)
+    train_ranks(tmp_path, "name=killed", *RUN)
+    assert losses(tmp_path, "killed") == losses(tmp_path, "whole")
+
+
+@pytest.mark.slow
+def test_checkpointed_and_compiled_a_run_trains_as_an_eager_one(tmp_path):
+    """Tokens change in number once, where the run begins to see all of them."""
+    train(tmp_path, "name=eager", *RUN)
+    train(tmp_path, "name=again", *RUN, "trainer.gradient_checkpointing=true")
+    assert losses(tmp_path, "again") == losses(tmp_path, "eager")
+    train(tmp_path, "name=compiled", *RUN, "trainer.compile=true", "trainer.gradient_checkpointing=true")
+    pairs = zip(losses(tmp_path, "eager"), losses(tmp_path, "compiled"), strict=True)
+    assert all(float(a) == pytest.approx(float(b), rel=1e-3) for a, b in pairs)
 
 
 # ---- another resolution ----------------------------------------------------------------------------------------------
