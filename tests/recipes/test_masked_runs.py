@@ -143,13 +143,14 @@ def test_a_killed_run_of_one_process_goes_on_bit_equal_with_the_same_masks(tmp_p
 
 @pytest.mark.slow
 def test_checkpointed_and_compiled_a_run_trains_as_an_eager_one(tmp_path):
-    """Tokens change in number once, where the run begins to see all of them."""
-    train(tmp_path, "name=eager", *RUN)
-    train(tmp_path, "name=again", *RUN, "trainer.gradient_checkpointing=true")
+    """Tokens change in number once, before the last step, which sees all of them."""
+    words, saving = (*RUN, "trainer.max_steps=4"), "trainer.gradient_checkpointing=true"
+    train(tmp_path, "name=eager", *words)
+    train(tmp_path, "name=again", *words, saving)
     assert losses(tmp_path, "again") == losses(tmp_path, "eager")
-    train(tmp_path, "name=compiled", *RUN, "trainer.compile=true", "trainer.gradient_checkpointing=true")
+    train(tmp_path, "name=compiled", *words, saving, "trainer.compile=true")
     pairs = zip(losses(tmp_path, "eager"), losses(tmp_path, "compiled"), strict=True)
-    assert all(float(a) == pytest.approx(float(b), rel=1e-3) for a, b in pairs)
+    assert all(float(a) == pytest.approx(float(b), rel=1e-4) for a, b in pairs)
 
 
 # ---- another resolution ----------------------------------------------------------------------------------------------
