@@ -16,14 +16,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from edit.calibration import Calibration
 from edit.facts import Facts, Prediction
 from edit.groups import Group
 from edit.stream import Branch, Condition, Forced, Output, Step, Stream, force, permuted, record_branch, restored
 from edit.subset import subset, whole
-from edit.unit import Unit, mapped
+from edit.unit import Unit, mapped, passed
 
 _NOTHING: Mapping[int, Any] = MappingProxyType({})
 ENDS = {"norm", "output"}
@@ -330,6 +329,10 @@ class Denoiser(nn.Module, ABC):
     def settle(self, shape: tuple[int, ...], spec: Any) -> None:  # noqa: B027 - most families have nothing to do
         """Take over values that are no structure: the shape of a sample, settings of the backbone's configuration."""
 
+    def resize(self, spec: Any) -> None:  # noqa: B027 - most families take many sizes, or learn positions of one
+        """Take over the size of samples of the backbone's configuration where positions are computed, not learned: a
+        run that starts from a model of other sizes makes its tables anew, all weights stay."""
+
     def reset_buffers(self) -> None:  # noqa: B027 - most families have nothing to do
         """Recompute non-persistent buffers after the model left the meta device."""
 
@@ -412,6 +415,8 @@ class Denoiser(nn.Module, ABC):
     def _entered(self, stream: Stream, t: Tensor, condition: Condition, forced: bool = False) -> Stream:
         """The input of the first unit, with what edits put there, of kept tokens alone; tokens are `forced` on as many
         samples alone."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            stream = replace(stream, saving=True)
         for name, edit in self.applied.items():
             stream = edit.embed(stream, t, condition, self.edits[name] if name in self.edits else None)
             if forced and len(stream.image) != len(t):
@@ -458,8 +463,7 @@ class Denoiser(nn.Module, ABC):
                 stream = replace(stream, tap=f"unit.{i}" if i in branches or i in maps else None)
             if i in maps:
                 stream = replace(stream, layout=replace(stream.layout, maps=maps[i]))
-            saving = self.gradient_checkpointing and torch.is_grad_enabled()
-            stream = checkpoint(unit, stream, use_reentrant=False) if saving else unit(stream)
+            stream = passed(unit, stream)
             if i in maps:
                 stream = mapped(stream, i, i in branches, self.name)
             if i in taps:

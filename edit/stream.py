@@ -287,6 +287,7 @@ class Stream:
     # prefix under which the next unit records its branches and maps; behind the last one, records of the readout with
     # spaces between them; None: nothing is recorded
     tap: str | None = None
+    saving: bool = False  # gradient checkpointing: of a unit its input alone is kept, and the backward runs it again
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Stream:
         """Apply `f` to every tensor with one row per sample but the trace (select, repeat)."""
@@ -301,13 +302,13 @@ class Stream:
 
 # FSDP2 finds the tensors of a unit's input and output by walking a pytree; layout and step are context, not children.
 def _flatten_stream(s: Stream):
-    return [s.image, s.text, s.cond, s.time, s.signal, dict(s.trace)], (s.layout, s.step, s.tap)
+    return [s.image, s.text, s.cond, s.time, s.signal, dict(s.trace)], (s.layout, s.step, s.tap, s.saving)
 
 
 def _unflatten_stream(children, context) -> Stream:
     image, text, cond, time, signal, trace = children
-    layout, step, tap = context
-    return Stream(image, cond, layout, text, time, signal, step, trace, tap)
+    layout, step, tap, saving = context
+    return Stream(image, cond, layout, text, time, signal, step, trace, tap, saving)
 
 
 register_pytree_node(Stream, _flatten_stream, _unflatten_stream)
@@ -424,4 +425,4 @@ def add(stream: Stream, branch: Branch, gate: Branch | None) -> Stream:
         if branch.text is not None:
             text = torch.addcmul(text, gate.text, branch.text)
     # written out: `replace` would cost time here
-    return Stream(image, s.cond, s.layout, text, s.time, s.signal, s.step, s.trace, s.tap)
+    return Stream(image, s.cond, s.layout, text, s.time, s.signal, s.step, s.trace, s.tap, s.saving)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from edit.stream import Branch, Layout, Routing, Step, Stream, add, map_rows, record_branch
 
@@ -284,7 +285,12 @@ class Unit(nn.Module, ABC):
 
 def laid(s: Stream, layout: Layout, trace: Mapping[str, Tensor]) -> Stream:
     """The stream with another layout and trace, written out: `replace` would cost time in every unit."""
-    return Stream(s.image, s.cond, layout, s.text, s.time, s.signal, s.step, trace, s.tap)
+    return Stream(s.image, s.cond, layout, s.text, s.time, s.signal, s.step, trace, s.tap, s.saving)
+
+
+def passed(unit: Callable[[Stream], Stream], stream: Stream) -> Stream:
+    """The stream behind a unit, or behind a block of an edit that is like one; checkpointed where it is `saving`."""
+    return checkpoint(unit, stream, use_reentrant=False) if stream.saving else unit(stream)
 
 
 def mapped(stream: Stream, unit: int, branches: bool, family: str) -> Stream:

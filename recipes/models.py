@@ -54,7 +54,7 @@ def models_of(cfg: DictConfig, sources: Sources) -> Models:
         hydra.errors.InstantiationException: for a part that cannot be made
     """
     spec, edits = made(cfg.backbone), made(cfg.edits) or {}
-    start = sources.start(spec)
+    start = changed(sources.start(spec), lambda denoiser: denoiser.resize(spec))
     data = sources.data(spec, start)
     refuse_erased(cfg.init, edits)
     student = student_of(settled(start, data.shape, spec), edits, cfg.seed)
@@ -156,13 +156,18 @@ def stored_model(path: str, trusted: tuple[str, ...]) -> Origin:
 
 def settled(origin: Origin, shape: tuple[int, ...], spec: Any) -> Origin:
     """The same models, told the shape of a sample and the backbone's settings."""
+    return changed(origin, lambda denoiser: denoiser.settle(shape, spec))
 
-    def told(make: Callable[[], Denoiser]) -> Denoiser:
+
+def changed(origin: Origin, change: Callable[[Denoiser], None]) -> Origin:
+    """The same models after a change."""
+
+    def made_and_changed(make: Callable[[], Denoiser]) -> Denoiser:
         denoiser = make()
-        denoiser.settle(shape, spec)
+        change(denoiser)
         return denoiser
 
-    return Origin(lambda: told(origin.build), lambda: told(origin.structure))
+    return Origin(lambda: made_and_changed(origin.build), lambda: made_and_changed(origin.structure))
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------

@@ -382,6 +382,17 @@ class DiT(Denoiser):
     def prediction(self) -> Prediction:
         return PREDICTIONS.get(self.spec.time, "velocity")
 
+    def resize(self, spec: Any) -> None:
+        if not isinstance(spec, DiTConfig) or spec.input_size == self.spec.input_size:
+            return
+        size, m = {"input_size": spec.input_size}, self.model
+        self.spec, self.base = replace(self.spec, **size), {**self.base, **size}
+        count = self.spec.grid**2
+        m.pos_embed = m.pos_embed.new_empty(1, count, self.spec.hidden_size)
+        if m.rope is not None:
+            m.rope = m.rope.new_empty(self.spec.registers + count, m.rope.shape[1])
+        self.reset_buffers()
+
     def reset_buffers(self) -> None:
         c, m = self.spec, self.model
         if m.pos_embed.is_meta:

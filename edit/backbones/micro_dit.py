@@ -230,6 +230,15 @@ class MicroDiT(Denoiser):
     def sampler(self) -> Sampler:
         return Sampler(EDMHeun(), guidance=5.0)
 
+    def resize(self, spec: Any) -> None:
+        """With the size, its `pos_interp_scale`."""
+        if not isinstance(spec, MicroDiTConfig) or spec.input_size == self.spec.input_size:
+            return
+        size = {"input_size": spec.input_size, "pos_interp_scale": spec.pos_interp_scale}
+        self.spec, self.base = replace(self.spec, **size), {**self.base, **size}
+        self.model.pos_embed = self.model.pos_embed.new_empty(1, self.spec.grid**2, self.spec.width)
+        self.reset_buffers()
+
     def reset_buffers(self) -> None:
         table = self.model.pos_embed
         if not table.is_meta:

@@ -267,10 +267,15 @@ def ruled(whole: nn.Module, base: nn.Module, scales: Mapping[str, Scale], multip
         multiplied: output layers with a multiplier in the forward
 
     Raises:
-        ValueError: if a matrix follows the width and has no scale
+        ValueError: if a matrix follows the width and has no scale, or the base has other layers
     """
     there, found = dict(base.named_parameters()), {}
     for name, p in whole.named_parameters():
+        if name not in there:
+            raise ValueError(
+                f"MuP: {name} is not in the base model, whose layers must be those of the model: choose another width "
+                "of the edit that added it, or another base_width"
+            )
         small, scale = there[name].shape, scales.get(name)
         if scale is None:
             if p.ndim > 1 and p.shape != small:

@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,8 @@ from edit.scaling.layer_wise import gated_width, round_up
 from edit.stream import Condition, Layout, Stream
 from edit.structure import entrance, grid_of
 from edit.subset import gathered, left, thinned
+from edit.unit import passed
+from edit.widths import Scale
 
 # ---- the mixer -------------------------------------------------------------------------------------------------------
 
@@ -123,7 +125,18 @@ class Mixer(nn.Module):
         edit: its sizes
         told: a stream that enters the units of the model
         units: N, of the model
+
+    Under muP a width of three quarters grows with the model's. A width that is given is finite: its layers train as
+    they do without muP, but for those that read the model's tokens, its text and its signal.
     """
+
+    scales: ClassVar = {
+        r"(enter|leave|read)\.1\.weight": Scale("hidden", "xavier"),
+        r"adaLN_modulation\.1\.weight": Scale("hidden", "zero"),
+        r"(to_q|to_k|to_v|to_out|w13|w2)\.weight": Scale("hidden", "constant"),
+        r"(norm\w*|(enter|leave|read)\.0)\.weight": Scale("vector"),
+        "bias": Scale("vector", "zero"),
+    }
 
     def __init__(self, edit: PatchMixer, told: Stream, units: int):
         super().__init__()
@@ -154,9 +167,9 @@ class Mixer(nn.Module):
         length = 0 if text is None else text.shape[1]
         bare = Layout(layout.grid, text_length=length, text_mask=layout.text_mask, side=layout.side)
         assert stream.signal is not None
-        mixed = Stream(z, stream.signal, bare, text, stream.time, stream.signal, stream.step, stream.trace)
+        mixed = replace(stream, image=z, text=text, cond=stream.signal, layout=bare)
         for block in self.blocks:
-            mixed = block(mixed)
+            mixed = passed(block, mixed)
         x = self.leave(mixed.image if kept is None else gathered(mixed.image, kept))
         if layout.registers or layout.further:
             behind = stream.image.shape[1] - layout.further

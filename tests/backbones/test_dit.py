@@ -496,6 +496,16 @@ def test_buffers_are_recomputed_after_the_meta_device(make_dit):
         assert torch.equal(dict(empty.named_buffers())[name], buffer)
 
 
+@torch.no_grad()
+def test_at_another_size_tables_are_those_of_that_size_and_weights_stay(make_dit):
+    small, large = (make_dit(rope=True, registers=2, input_size=n) for n in (8, 12))
+    large.model.load_state_dict(dict(small.model.named_parameters()), strict=False)
+    small.resize(large.spec)
+    assert small.config == small.base == large.config
+    x, t, label = torch.randn(2, 4, 12, 12), torch.rand(2), Condition(label=torch.zeros(2, dtype=torch.int64))
+    assert torch.equal(small.eval()(x, t, label).sample, large.eval()(x, t, label).sample)
+
+
 def test_every_parameter_receives_a_gradient(make_dit, batch):
     for options in ({}, {"time": "ddpm", "learn_sigma": True}, MODERN):
         dit = make_dit(**options)

@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import edit
 from edit.backbones.dit import DiTConfig
@@ -13,7 +14,8 @@ from edit.denoiser import Denoiser
 from edit.groups import Group
 from edit.scaling.coordinates import OUTPUT, Row, Trial, batch_for, coordinates, optimizer_for, slope
 from edit.scaling.mup import MuP
-from edit.stream import Condition
+from edit.stream import Condition, Stream
+from edit.tokens.micro_dit import PatchMixer
 
 HEAD, BASE = 16, 32
 WIDTHS = (32, 128, 256)
@@ -94,6 +96,48 @@ def test_each_wrong_variant_is_found(kind, name, step, low, high):
     row = checked(kind)[name, step]
     assert low < row.slope < high and not row.passes
     assert checked("muP")[name, step].passes
+
+
+# ---- what masks tokens ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Masked(PatchMixer):
+    """Behind the mixer, every second token alone."""
+
+    def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
+        assert own is not None
+        kept = torch.arange(0, stream.image.shape[1], 2).expand(len(t), -1)
+        return own(stream, kept)
+
+
+@dataclass
+class MixerUnscaled(MuP):
+    def groups(self, denoiser: Denoiser) -> Mapping[str, Group]:
+        return {name: group for name, group in super().groups(denoiser).items() if "mixer" not in name}
+
+
+def masked(mup: type[MuP]) -> list[Row]:
+    """Of a mixer as wide as three quarters of the model, from 64 on: narrower ones are noisier than 0.2."""
+
+    def build(size: int) -> Denoiser:
+        spec = DiTConfig(4, 4, 1, size, depth=2, num_heads=size // HEAD, num_classes=10)
+        return edit.apply(spec.build(), {"mixer": Masked(2, None, HEAD, multiple=8), "mup": mup(64)})
+
+    return coordinates(build, (64, 256), Trial(steps=3, seeds=2, batch=8, lr=0.01))
+
+
+def test_a_masked_model_with_a_patch_mixer_is_flat():
+    rows = masked(MuP)
+    names = {row.name for row in rows}
+    assert {"unit.0", "edits.mixer.enter.1", "edits.mixer.leave.1", "edits.mixer.blocks.1.mlp.w2"} <= names
+    assert [(row.name, row.step, row.slope) for row in rows if not row.passes] == []
+
+
+@pytest.mark.slow
+def test_a_mixer_that_is_trained_at_the_usual_rate_is_found():
+    steep = {row.name for row in masked(MixerUnscaled) if row.judged and row.slope > 0.4}
+    assert {f"edits.mixer.blocks.{i}.mlp.w2" for i in (0, 1)} <= steep, steep
 
 
 # ---- the measure ----------------------------------------------------------------------------------------------------

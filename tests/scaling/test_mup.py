@@ -25,6 +25,7 @@ from edit.moe.expert_choice import ExpertChoice
 from edit.moe.switch_dit import SwitchDiT
 from edit.scaling.mup import MuP, Readout, factors
 from edit.stream import Condition
+from edit.tokens.micro_dit import PatchMixer
 from edit.tuning.lora import LoRA
 from edit.widths import Scale, scales_of
 
@@ -106,11 +107,13 @@ def test_every_matrix_of_dit_xl_is_of_the_class_in_the_table_and_trains_as_it_sa
 
 
 def attached(name: str) -> Denoiser:
-    """A family of `CONFIGS`, or a DiT with an edit in front of muP, on the meta device."""
+    """A family of `CONFIGS`, or a model with an edit in front of muP, on the meta device."""
     choice = ExpertChoice(experts=4, units=(1,), multiple=16)
-    edits = {"moe": DiTMoE(experts=4), "choice": choice, "switch": SwitchDiT(), "lora": LoRA(rank=2)}
+    mixer = PatchMixer(2, None, 8, multiple=8, experts=2)
+    edits = {"moe": DiTMoE(experts=4), "choice": choice, "switch": SwitchDiT(), "lora": LoRA(rank=2), "mixer": mixer}
+    family = {**dict.fromkeys(edits, "dit"), "mixer": "micro_dit"}
     with torch.device("meta"):
-        denoiser = CONFIGS["dit" if name in edits else name].build()
+        denoiser = CONFIGS[family.get(name, name)].build()
         new = {name: edits[name]} if name in edits else {}
         return edit.apply(denoiser, {**new, "mup": MuP(base_width=32)}, fresh=False)
 
@@ -123,7 +126,7 @@ def inferred(scale: Scale, shape, other) -> str:
     return {(True, True): "hidden", (True, False): "output", (False, True): "input"}.get((i != j, o != p), "finite")
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, "moe", "choice", "switch", "lora"])
+@pytest.mark.parametrize("name", [*CONFIGS, "moe", "choice", "switch", "lora", "mixer"])
 def test_declared_classes_are_those_that_shapes_of_two_widths_tell(name):
     denoiser = attached(name)
     delta = denoiser.applied["mup"].structure(denoiser, 5)  # one head more
@@ -261,6 +264,27 @@ def test_experts_that_start_alike_at_every_width_fall_with_the_root_of_r():
     before = denoiser.edits["choice"]["1"].experts.into.detach().clone()
     edit.apply(denoiser, {"mup": MuP(base_width=16)})
     torch.testing.assert_close(denoiser.edits["choice"]["1"].experts.into, before / 2, rtol=1e-6, atol=0)
+
+
+def test_a_patch_mixer_starts_as_at_the_base_whether_its_width_grows_or_not():
+    for width, entering, inside in ((None, 4.0, 4.0), (48, 4.0, 1.0)):
+        torch.manual_seed(0)
+        denoiser = DiTConfig(**{**DIT, "hidden_size": 128, "num_heads": 8}).build()
+        edit.apply(denoiser, {"mixer": PatchMixer(1, width, 8, multiple=8)})
+        own = denoiser.edits["mixer"]
+        enter, q = own.enter[1].weight, own.blocks[0].attn1.to_q.weight
+        before, drawn = q.detach().clone(), enter.detach().clone()
+        edit.apply(denoiser, {"mup": MuP(base_width=32)})
+        torch.testing.assert_close(q, before / inside**0.5, rtol=1e-6, atol=0)  # 0.02 at the base
+        wide, narrow = ((2 / (d + (width or 3 * d // 4))) ** 0.5 for d in (128, 32))
+        torch.testing.assert_close(enter, drawn / wide * narrow / entering**0.5, rtol=1e-6, atol=0)
+        assert own.enter[0].weight.eq(1).all() and not own.blocks[0].adaLN_modulation[1].weight.any()
+        groups = grouped(denoiser)
+        assert groups["edits.mixer.enter.1.weight"] == Group(1 / entering, entering)
+        assert groups.get("edits.mixer.blocks.0.attn1.to_q.weight", PLAIN) == Group(1 / inside, inside)
+    plain = edit.apply(DiTConfig(**{**DIT, "hidden_size": 64, "num_heads": 4}).build(), {"it": PatchMixer(1, 32, 8)})
+    with pytest.raises(ValueError, match="edits.it.enter.0.weight is not in the base model, whose layers must be"):
+        edit.apply(plain, {"mup": MuP(base_width=32)})  # of width 32, as the mixer: no layer is between
 
 
 def test_a_matrix_of_which_nobody_tells_the_class_is_refused():

@@ -244,6 +244,30 @@ def test_every_second_block_may_have_experts_that_choose_tokens():
         PatchMixer(experts=2, capacity=3.0)
 
 
+def gradients(denoiser: Denoiser) -> tuple[dict[str, Tensor], int]:
+    """Of a masked step; and the bytes that the forward has saved for them."""
+    x, *_ = batch = inputs(denoiser)
+    noise, saved = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype), []
+    denoiser.zero_grad(set_to_none=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append(v.nbytes) or v, lambda v: v):
+        loss = loss_of(denoiser, batch, torch.tensor([[0, 3], [1, 2]]), noise).sum()
+    loss.backward()
+    return {name: p.grad for name, p in denoiser.named_parameters() if p.grad is not None}, sum(saved)
+
+
+@pytest.mark.parametrize("name", ["flux", "micro_dit"])
+def test_checkpointing_reaches_the_mixers_blocks_and_changes_no_gradient(name):
+    found = {}
+    for depth, saving in ((2, False), (2, True), (4, False), (4, True)):
+        denoiser = mixed(name, depth=depth, experts=2).train()
+        denoiser.gradient_checkpointing = saving
+        found[depth, saving] = gradients(denoiser)
+    plain, again = found[4, False][0], found[4, True][0]
+    assert plain.keys() == again.keys() and all(torch.equal(g, again[key]) for key, g in plain.items())
+    assert found[4, False][1] > 1.2 * found[2, False][1]
+    assert found[4, True][1] == found[2, True][1]  # of a block there is its input alone
+
+
 # ---- cost ------------------------------------------------------------------------------------------------------------
 
 
