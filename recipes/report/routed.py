@@ -62,12 +62,14 @@ def measure_decisions(subject: Subject, sampler: Any, counted: Cost, out: Path, 
         samples.append(x[:SHOWN])
         return x
 
-    run = count_generation(artifact.denoiser, generate, artifact.objective, condition, count)  # type: ignore[arg-type]
     costs = counted.as_dict()
     if any(e.adaptive for e in artifact.denoiser.applied.values()):
+        run = count_generation(artifact.denoiser, generate, artifact.objective, condition, count)  # type: ignore[arg-type]
         dense = partial(sampler, negative=negative, shape=space.shape)
         whole = count_generation(twin(artifact.denoiser, adaptive=False), dense, artifact.objective, condition, count)
         costs = means(counted, run, whole, count)
+    else:
+        generate(artifact.denoiser, artifact.objective, condition, first)
 
     labels = first % data.num_classes if data.num_classes else None
     whom = groups(labels, captions(space.checked or data, count), data.classes)
