@@ -61,6 +61,7 @@ class DiTConfig:
     rope: bool = False  # 2-D rotary positions on q and k, in addition to the sin-cos table
     swiglu: bool = False
     rms_norm: bool = False
+    qk_rms: bool = False  # QK-norms alone are RMSNorms
     registers: Annotated[int, Limits(0, 1024)] = 0  # learned tokens in front of the image tokens, dropped at the end
 
     def __post_init__(self):
@@ -73,6 +74,8 @@ class DiTConfig:
             raise ValueError(f"DiT: num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
         if self.hidden_size % 4:
             raise ValueError(f"DiT: hidden_size must be a multiple of 4 for 2-D positions, got {self.hidden_size}")
+        if self.qk_rms and not self.qk_norm:
+            raise ValueError("DiT: qk_rms says of which kind QK-norms are, and there are none: set qk_norm too")
         if self.rope and (self.hidden_size // self.num_heads) % 4:
             raise ValueError(
                 f"DiT: 2-D RoPE needs a head width divisible by 4, got {self.hidden_size // self.num_heads}"
@@ -184,7 +187,7 @@ class Attention(nn.Module):
         self.num_heads = c.num_heads
         self.qkv = nn.Linear(c.hidden_size, 3 * c.hidden_size)
         self.proj = nn.Linear(c.hidden_size, c.hidden_size)
-        norm = nn.RMSNorm if c.rms_norm else nn.LayerNorm
+        norm = nn.RMSNorm if c.rms_norm or c.qk_rms else nn.LayerNorm
         self.q_norm = norm(head, eps=NORM_EPS) if c.qk_norm else None
         self.k_norm = norm(head, eps=NORM_EPS) if c.qk_norm else None
 
@@ -389,6 +392,19 @@ class DiT(Denoiser):
         m.pos_embed.copy_(c.positions()[None])
         if c.rope:
             m.rope.copy_(rope_table(c.hidden_size // c.num_heads, c.grid, c.registers))
+
+    def settle(self, shape: tuple[int, ...], spec: Any) -> None:
+        """A model that goes on at another size of samples: positions are extended, not interpolated."""
+        size, m = getattr(spec, "input_size", self.spec.input_size), self.model
+        if size == self.spec.input_size:
+            return
+        self.spec = replace(self.spec, input_size=size)
+        self.base = {**self.base, "input_size": size}
+        tokens = self.spec.grid**2
+        m.pos_embed = m.pos_embed.new_empty(1, tokens, self.spec.hidden_size)
+        if m.rope is not None:
+            m.rope = m.rope.new_empty(self.spec.registers + tokens, m.rope.shape[1])
+        self.reset_buffers()
 
     def pack(self, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Tensor]:
         if condition.label is None:

@@ -496,6 +496,37 @@ def test_buffers_are_recomputed_after_the_meta_device(make_dit):
         assert torch.equal(dict(empty.named_buffers())[name], buffer)
 
 
+@torch.no_grad()
+def test_a_trained_dit_goes_on_at_another_size_with_positions_extended(make_dit, batch, tmp_path):
+    """All weights stay; a larger grid begins with the former positions."""
+    small, large = make_dit(**MODERN), DiTConfig(**{**make_dit(**MODERN).config, "input_size": 16})
+    rows = small.model.pos_embed.view(4, 4, -1).clone()
+    before = {n: p.clone() for n, p in small.named_parameters()}
+    small.settle((4, 16, 16), large)
+    assert small.config == small.base == large.build().config and small.sample_shape == (4, 16, 16)
+    for name, buffer in large.build().named_buffers():
+        assert torch.equal(dict(small.named_buffers())[name], buffer)
+    assert torch.equal(small.model.pos_embed.view(8, 8, -1)[:4, :4], rows)
+    assert all(torch.equal(p, before[n]) for n, p in small.named_parameters())
+    x = torch.randn(4, 4, 16, 16)
+    edit.save(small, tmp_path / "a")
+    assert torch.equal(edit.load(tmp_path / "a").denoiser(x, *batch[1:]).sample, small(x, *batch[1:]).sample)
+    same = make_dit()
+    table = same.model.pos_embed
+    same.settle((4, 8, 8), same.spec)
+    assert same.model.pos_embed is table
+    with torch.device("meta"):
+        bare = DiTConfig(**make_dit(**MODERN).config).build()
+        bare.settle((4, 16, 16), large)
+    assert bare.config == small.config and bare.model.pos_embed.shape == (1, 64, 32) and bare.model.rope.is_meta
+
+
+def test_qk_norms_alone_may_be_rms_norms(make_dit):
+    block = make_dit(qk_norm=True, qk_rms=True).units[0]
+    assert isinstance(block.attn.q_norm, torch.nn.RMSNorm) and isinstance(block.norm1, torch.nn.LayerNorm)
+    assert isinstance(make_dit(qk_norm=True).units[0].attn.q_norm, torch.nn.LayerNorm)
+
+
 def test_every_parameter_receives_a_gradient(make_dit, batch):
     for options in ({}, {"time": "ddpm", "learn_sigma": True}, MODERN):
         dit = make_dit(**options)
@@ -534,6 +565,7 @@ def test_a_condition_without_labels_is_refused(dit, batch):
         ({"hidden_size": 30, "num_heads": 3}, "hidden_size must be a multiple of 4"),
         ({"hidden_size": 36, "num_heads": 6, "rope": True}, "head width divisible by 4, got 6"),
         ({"depth": 0}, "depth must be at least 1"),
+        ({"qk_rms": True}, "says of which kind QK-norms are, and there are none: set qk_norm too"),
         ({"registers": -1}, "registers must be at least 0"),
     ],
 )
