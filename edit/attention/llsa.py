@@ -118,9 +118,7 @@ class LLSA(Edit):
                 f"LLSA: a block of {self.block} tokens is more than the {tokens} that there are: set block to at most "
                 f"{tokens}, or dense_below to {tokens + 1}"
             )
-        most = 1  # the top has at least B tokens: L_max = floor(log_B N - 1), but one level always
-        while self.block ** (most + 2) <= tokens:
-            most += 1
+        most = deepest(tokens, self.block)
         if self.levels is not None and self.levels > most:
             raise ValueError(
                 f"LLSA: levels={self.levels} of blocks of {self.block} need {self.block ** (self.levels + 1)} image "
@@ -140,6 +138,14 @@ class LLSA(Edit):
         sizes = [-(-tokens // self.block**level) for level in range(top + 1)]
         seen = [min(self.top_k, n) * self.block for n in sizes[1:]] + [sizes[top]]  # of levels 0 .. L - 1, and L
         return sum(seen[: 1 + (top if self.enrichment is None else self.enrichment)])
+
+
+def deepest(tokens: int, block: int) -> int:
+    """L_max = floor(log_B N - 1), so that the top has B tokens or more; but 1 at least."""
+    levels = 1
+    while block ** (levels + 2) <= tokens:
+        levels += 1
+    return levels
 
 
 class Sparse:

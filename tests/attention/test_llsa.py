@@ -11,7 +11,8 @@ from torch.autograd import gradcheck
 from weights import randomise
 
 import edit
-from edit.attention.llsa import LLSA, Sparse, pyramid, seen_by_images, select
+from benchmarks.llsa_cost import TOKENS, curves, draw, relative, work
+from edit.attention.llsa import LLSA, Sparse, deepest, pyramid, seen_by_images, select
 from edit.attention.order import morton
 from edit.backbones.dit import DiTConfig
 from edit.denoiser import Denoiser
@@ -372,6 +373,19 @@ def test_executed_macs_are_those_of_the_keys_that_are_seen_and_of_the_selection(
     after = macs(edit.apply(pixels(), {"llsa": settings(2, 2)}), Condition(label=torch.zeros(1, dtype=torch.int64)))
     selection = (4 * 4 + 16 * 8) * e
     assert before - after == depth * heads * (2 * tokens * (tokens - 20) * e - selection)
+    assert work(settings(2, 2), 64, e) == 2 * tokens * 20 * e + selection
+
+
+def test_counted_work_grows_as_n_log_n_where_levels_grow_with_n_and_as_the_square_with_one(tmp_path):
+    """From 1k to 256k tokens: over N log N it stays within 35 %, dense attention's becomes 140 times as much."""
+    found = curves()
+    growing = relative(found["levels grow with N"])
+    assert max(growing) / min(growing) < 1.35
+    assert relative(found["dense"])[-1] > 100 and relative(found["one level"])[-1] > 40
+    assert max(relative(found["levels of the reference"])) < 3  # in steps: N / B^L quadruples before L grows
+    assert [deepest(n, 16) for n in TOKENS] == [1, 1, 2, 2, 2, 2, 3, 3, 3]
+    draw(found, tmp_path / "cost.png")
+    assert (tmp_path / "cost.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_below_its_number_of_tokens_attention_is_the_models_own_to_the_bit():
