@@ -1,12 +1,12 @@
-"""Counted work of LLSA's attention from 1k to 256k tokens, beside dense attention and a single level: no clock, no device.
+"""Counted work of LLSA's attention from 1k to 256k tokens, beside dense attention and one level: no clock, no device.
 
     python -m benchmarks.llsa_cost --out llsa_cost.png
 
 Multiply-accumulates of one head: 2 N M e for products of queries with M keys and of weights with M values
-(`LLSA.keys_per_query`), and those of the selection, N_L^2 e at the top and N_l K B e at each level l below. Levels either
-grow with N as far as blocks allow (`deepest`), or by the reference's rule, or there is one. The table has the work over
-N log2 N, over its value at the first N: of growth as N log N it stays where it is. Tests compare the count with what a
-model executes.
+(`LLSA.keys_per_query`), and those of the selection, N_L^2 e at the top and N_l K B e at each level l below. Levels
+either grow with N as far as blocks allow (`deepest`), or by the reference's rule, or there is one. The table has the
+work over N log2 N, over its value at the first N: of growth as N log N it stays where it is. Tests compare the count
+with the work that a model executes.
 """
 
 from __future__ import annotations

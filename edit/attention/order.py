@@ -7,8 +7,8 @@ which tokens stand: x[order] is the sequence, x[order.argsort()] undoes it.
 
 Morton's Z-order (methods/llsa.md, "Token reordering") interleaves the bits of column (lowest), row and frame. Only bits
 that a side has take part, so that 2^a x 2^b x 2^c grids are covered without gaps, and every aligned run of 2^i tokens
-is a box: 2^(2i) tokens of a picture a square, 2^(3i) of a video a cube, as far as no side ends. Other sides are those of
-the next power of two, without the cells outside: a run is then no box at the border.
+is a box: 2^(2i) tokens of a picture a square, 2^(3i) of a video a cube, as far as no side ends. Other sides are those
+of the next power of two, without the cells outside: a run is then no box at the border.
 """
 
 from __future__ import annotations
