@@ -197,7 +197,7 @@ def others_part(k: Tensor, v: Tensor, image: slice, mask: Tensor | None) -> Part
     if mask is not None:
         bias = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -math.inf)
         bias = others(bias, 1)[:, None]
-    return Part(others(k, 2), others(v, 2), index=None, rows=1, columns=1, bias=bias)
+    return Part(others(k, 2), others(v, 2), bias=bias)
 
 
 def seen_by_images(q: Tensor, k: Tensor, v: Tensor, edit: LLSA, levels: int) -> list[Part]:
