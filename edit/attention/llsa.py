@@ -39,7 +39,7 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from edit.attention.order import morton, reordered
 from edit.denoiser import Denoiser, Edit
@@ -99,7 +99,7 @@ class LLSA(Edit):
                 )
             unit.slots.attention = Sparse(unit, self, denoiser.masks)
 
-    def embed(self, stream: Stream, t: Tensor, condition: Condition, own: None) -> Stream:
+    def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
         grid = stream.layout.grid
         if not self.depth(math.prod(grid)):
             return stream
@@ -257,20 +257,27 @@ def select(queries: Sequence[Tensor], keys: Sequence[Tensor], block: int, top_k:
         block: B
         top_k: K, of which a level with fewer keys takes all
     """
-    found = [best(queries[-1] @ keys[-1].transpose(-1, -2), min(top_k, keys[-1].shape[2]))]
+    found = [best(product(queries[-1], keys[-1]), min(top_k, keys[-1].shape[2]))]
     for q, k in zip(reversed(queries[:-1]), reversed(keys[:-1]), strict=True):
         parents, count = found[0], k.shape[2]  # I_(l+1): b h N_(l+1) K
         short = parents.shape[2] * block - count
         q, k = (F.pad(x, (0, 0, 0, short)).unflatten(2, (-1, block)) for x in (q, k))  # b h N_(l+1) B e
         children = (parents.long()[..., None] * block + torch.arange(block, device=k.device)).flatten(3)  # b h N (K B)
         seen = gathered(k, parents).flatten(3, 4)  # b h N (K B) e
-        scores = q @ seen.transpose(-1, -2)  # b h N B (K B)
+        scores = product(q, seen)  # b h N B (K B)
         if short:  # a token that is not there is no candidate
             scores = scores.masked_fill((children >= count)[:, :, :, None], -math.inf)
         places = best(scores, min(top_k, count))
         own = children[:, :, :, None].expand(-1, -1, -1, block, -1).gather(-1, places.long())
         found.insert(0, own.flatten(2, 3)[:, :, :count].int())
     return found
+
+
+def product(q: Tensor, k: Tensor) -> Tensor:
+    """q k', under autocast too as exact as they are: equal scores would be many in bf16, and the first ones win."""
+    kind = "cpu" if q.device.type == "meta" else q.device.type  # there is no autocast of meta
+    with torch.autocast(kind, enabled=False):
+        return q @ k.transpose(-1, -2)
 
 
 def best(scores: Tensor, count: int) -> Tensor:

@@ -231,6 +231,19 @@ def test_of_equal_scores_the_first_keys_are_selected_at_every_level():
         assert (i == torch.tensor([0, 1])).all()
 
 
+def test_under_autocast_the_selection_is_what_it_is_without():
+    """Of 64 scores near 100, which bf16 tells apart in steps of a half."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.ones(1, 1, 256, 8)
+    k = 12.5 + 0.1 * torch.randn(1, 1, 256, 8, generator=g)
+    alone = select(pyramid(q, 4, 2), pyramid(k, 4, 2), 4, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = select(pyramid(q, 4, 2), pyramid(k, 4, 2), 4, 3)
+    assert all(torch.equal(a, b) for a, b in zip(alone, under, strict=True))
+    exact = [(x.double() @ y.double().mT) for x, y in zip(pyramid(q, 4, 2), pyramid(k, 4, 2), strict=True)]
+    assert torch.equal(alone[1].long(), exact[1].topk(3).indices.sort().values)
+
+
 def test_pooling_is_in_fp32_whatever_the_inputs_are_and_levels_keep_the_inputs_type():
     q, k, v = (x.bfloat16() for x in qkv(256))
     exact = k.double().unflatten(2, (-1, 16)).mean(3)
