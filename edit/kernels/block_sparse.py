@@ -17,7 +17,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from edit.kernels.parts import Near, Part, check
+from edit.kernels.language import HAS_TRITON
+from edit.kernels.operator import attend_kernel
+from edit.kernels.parts import Near, Part, check, check_kernel
 from edit.kernels.plain import attend_plain
 
 __all__ = ["Near", "Part", "attend"]
@@ -47,4 +49,9 @@ def attend(
     """
     check(q, parts)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return attend_plain(q, parts, scale)
+    if path not in ("kernel", "plain", None):
+        raise ValueError(f'path is "kernel", "plain" or None, got {path!r}')
+    if path == "plain" or path is None and not (HAS_TRITON and q.is_cuda):
+        return attend_plain(q, parts, scale)
+    check_kernel(q, parts)
+    return attend_kernel(q, parts, scale, deterministic)
