@@ -19,9 +19,11 @@ from torch.utils.flop_counter import register_flop_formula
 from edit.kernels.backward import backward
 from edit.kernels.forward import forward
 from edit.kernels.parts import Near, Part, valueless
-from edit.kernels.plans import Plan
+from edit.kernels.plans import Plan, on
 
-SHARED = "Tensor q, Tensor[] k, Tensor[] v, Tensor?[] tables, int[] sizes, float[] shifts, float scale, bool deterministic"
+SHARED = (
+    "Tensor q, Tensor[] k, Tensor[] v, Tensor?[] tables, int[] sizes, float[] shifts, float scale, bool deterministic"
+)
 Flat = tuple[list[Tensor], list[Tensor], list[Tensor | None], list[int], list[float]]
 
 
@@ -57,7 +59,8 @@ def plans(q: Tensor, *rest: Any) -> list[Plan]:
 
 @torch.library.custom_op("edit::block_sparse", mutates_args=(), schema=f"({SHARED}) -> (Tensor, Tensor)")
 def block_sparse(q, *rest):
-    return forward(q.contiguous(), plans(q, *rest))
+    with on(q.device):
+        return forward(q.contiguous(), plans(q, *rest))
 
 
 @block_sparse.register_fake
@@ -72,7 +75,8 @@ def _(q, k, v, *rest):
 )
 def block_sparse_backward(q, *rest):
     *given, o, lse, do, dlse = rest
-    dq, dk, dv = backward(q.contiguous(), plans(q, *given), o, lse, do, dlse.contiguous())
+    with on(q.device):
+        dq, dk, dv = backward(q.contiguous(), plans(q, *given), o, lse, do, dlse.contiguous())
     return [dq, *dk, *dv]
 
 

@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from edit.kernels.language import HAS_TRITON
 
-
 WIDEST = 128  # head width that the kernels take
 
 

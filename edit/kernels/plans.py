@@ -9,7 +9,7 @@ queries share are read once for all of them. Steps have 64 tokens: the rows of H
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,10 +132,14 @@ def padded(width: int) -> int:
 
 
 def query_tile(rows: int | Tensor | None, e: int, f: int, itemsize: int, backward: bool) -> Tile:
+    """Choices that leave no chip with spilled registers: `tests/kernels/test_compiled.py`."""
     own = 128 if rows is None else 64 if isinstance(rows, Tensor) else min(128, padded(rows))
     if itemsize > 2:  # fp32: for tests on a device, not for speed
-        return Tile(min(own, 32), 32, 4, 1)
-    return Tile(own, 64, 8 if own == 128 else 4, 2)
+        return Tile(own, 32 if own < 64 else 16, 8 if own == 128 else 4, 1)
+    large = padded(e) + padded(f) > 128
+    if backward and large:
+        return Tile(min(own, 64), 64, 8, 2)
+    return Tile(own, 64, 8 if own == 128 else 4, 2 if backward or own < 64 else 3)
 
 
 def key_tile(columns: int | Tensor | None, e: int, f: int, itemsize: int, rows: int | Tensor | None) -> Tile:
@@ -143,16 +147,16 @@ def key_tile(columns: int | Tensor | None, e: int, f: int, itemsize: int, rows: 
     own = 64 if columns is None or isinstance(columns, Tensor) else min(64, padded(columns))
     step = min(64, padded(rows)) if isinstance(rows, int) else 64
     if itemsize > 2:
-        return Tile(min(own, 32), min(step, 32), 4, 1)
-    return Tile(own, step, 8 if own == 64 and e + f > 128 else 4, 2)
+        return Tile(own, min(step, 32 if own < 64 else 16), 4, 1)
+    return Tile(own, step, 8 if own == 64 and padded(e) + padded(f) > 128 else 4, 2)
 
 
 def launch(kernel: Any, plan: tuple[tuple[int, ...], Mapping[str, Any]], given: Mapping[str, Any]) -> None:
     grid, arguments = plan
-    device = given["q"].device
-    names = set(kernel.arg_names)
-    taken = {key: x for key, x in {**arguments, **given}.items() if key in names or key.startswith("num_")}
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](**taken)
+    names = {*kernel.arg_names, *Tile(0, 0, 0, 0).options}
+    kernel[grid](**{key: x for key, x in {**arguments, **given}.items() if key in names})
 
 
+def on(device: torch.device) -> AbstractContextManager:
+    """Launches go to this device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
