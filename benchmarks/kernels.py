@@ -1,4 +1,4 @@
-"""Kernels of block-sparse attention without a GPU: compiled for one, with work, traffic and the roofline of each launch.
+"""Kernels of block-sparse attention without a GPU: compiled for one, with work, traffic and roofline of each launch.
 
     python -m benchmarks.kernels                          # for sm_90, LLSA at 16k and 65k tokens
     python -m benchmarks.kernels --shapes llsa_131k,pisa --target 100
@@ -224,10 +224,9 @@ def main() -> None:
     unknown = set(options.shapes.split(",")) - set(SHAPES)
     if unknown:
         parser.error(f"--shapes are of {', '.join(SHAPES)}; got {', '.join(sorted(unknown))}")
-    print(
-        f"bf16, batch 1, 6 heads of {options.width}, compiled for sm_{options.target}. Nothing is measured: no GPU has run"
-    )
-    print("these kernels. us: at least, by 790 TFLOP/s and 4.3 TB/s; L2 us: at an estimated 5.5 TB/s.")
+    print(f"bf16, batch 1, 6 heads of {options.width}, compiled for sm_{options.target}.")
+    print("Nothing is measured: no GPU has run these kernels.")
+    print("us: at least, by 790 TFLOP/s and 4.3 TB/s; L2 us: at an estimated 5.5 TB/s.")
     for shape in options.shapes.split(","):
         q, parts = SHAPES[shape](options.width)
         print(f"\n{shape}\n")

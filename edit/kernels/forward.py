@@ -3,8 +3,8 @@
     o_t, lse_t over the entries seen so far  ->  o_t, lse_t with those of this part, too
 
 A softmax over a first set of entries is summed up by (o, lse): as if it were one entry of logit lse and value o. So the
-running maximum starts at lse, the sum at 1, and parts need no merging kernel. Each part has tiles of its own: 16 queries
-share a list of fine blocks, while 128 queries read pooled keys together. Logits are in base 2, sums in fp32.
+running maximum starts at lse, the sum at 1, and parts need no merging kernel. Each part has tiles of its own: 16
+queries share a list of fine blocks, while 128 queries read pooled keys together. Logits are in base 2, sums in fp32.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ def forward_kernel(
 ):  # fmt: skip
     """One tile of queries of one batch and head: grid (tiles, b h).
 
-    index: row r -> its `entries` blocks; None: all keys. rows: a table of tiles, None: equal rows of ROW. columns:
-    offsets, None: equal blocks of COLUMN. KEYS: the axis of logits along which keys run. reach: how far the walk over keys goes, in keys, or in blocks where nested.
+    index: row r -> its `entries` blocks; None: all keys. rows: a table of tiles; None: equal rows of ROW. columns:
+    offsets; None: equal blocks of COLUMN. reach: how far the walk over keys goes, in keys, or in blocks where nested.
+    KEYS: the axis of logits along which keys run.
     """
     bh = tl.program_id(1).to(tl.int64)
     row, start, end = own_tile(shifted(rows, bh, rows_step), tl.program_id(0), n, T, ROW)

@@ -4,7 +4,7 @@ A part is flat in a schema: seven tables (index, row offsets, column offsets, bi
 and of keys), four sizes (rows, columns, limit, disc) and a constant bias.
 
 Counted work is what kernels compute: two products forward, and seven backward, as logits and dO v' are computed for
-queries and again for keys. Entries below 0 in a list are computed, too, and so are pairs that `near` or `without` hides.
+queries and again for keys. Entries below 0 in a list are computed, too, as are pairs that `near` or `without` hides.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What the kernels of block-sparse attention share: which tokens a tile holds, who sees whom, and two products.
 
 A program has a tile of T *own* tokens, all of one group (of a row of queries, or a block of keys), and walks in steps
-of S over *other* tokens, those of the groups that a list names. Equal groups are walked flat: 64 keys are four blocks of
-16, gathered. Groups of given lengths, and those where single keys are left out, are walked one by one ("nested"). Trip
-counts are read on the device.
+of S over *other* tokens, those of the groups that a list names. Equal groups are walked flat: 64 keys are four blocks
+of 16, gathered. Groups of given lengths, and those where single keys are left out, are walked one by one ("nested").
+Trip counts are read on the device.
 
 Products come in two forms. A wide tile (64 own tokens and more) computes own x other', and its own tokens are rows of
 the tensor cores' products. A narrow one (16 or 32) computes other x own', with the S gathered tokens as rows, as

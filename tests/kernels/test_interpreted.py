@@ -15,6 +15,7 @@ from torch import Tensor
 
 from edit.kernels.block_sparse import attend
 from edit.kernels.language import HAS_TRITON
+from edit.kernels.lists import transposed
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 # sums of some hundred products in fp32, in another order
@@ -36,12 +37,33 @@ def agree(name: str, found: dict[str, Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory) -> dict[str, Tensor]:
-    return interpreted(SMALL, tmp_path_factory.mktemp("quick"))
+    return interpreted((*SMALL, "raced"), tmp_path_factory.mktemp("quick"))
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_kernels_equal_the_plain_path(name, quick):
     agree(name, quick)
+
+
+def test_lists_transposed_by_atomics_hold_the_same_in_any_order(quick):
+    starts, rows = transposed(quick["raced/index"], 9)
+    assert torch.equal(quick["raced/starts"], starts)
+    for a, b, ends in zip(quick["raced/rows"].flatten(0, 1), rows.flatten(0, 1), starts.flatten(0, 1), strict=True):
+        for start, end in zip(ends, ends[1:], strict=False):
+            assert torch.equal(a[start:end].sort().values, b[start:end])
+
+
+@pytest.mark.slow
+def test_compiled_without_a_break_of_the_graph_it_gives_the_same(tmp_path):
+    found = interpreted(["small wide", "compiled"], tmp_path)
+    names = {key.partition("/")[2] for key in found}
+    assert all(torch.equal(found[f"compiled/{key}"], found[f"small wide/{key}"]) for key in names)
+
+
+@pytest.mark.slow
+def test_torch_finds_nothing_wrong_with_the_operator(tmp_path):
+    found = interpreted(["checked"], tmp_path)
+    assert len(found) >= 4 and all(found.values()), found
 
 
 @pytest.mark.slow
