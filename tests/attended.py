@@ -148,9 +148,24 @@ def case(name: str) -> tuple[Tensor, list[Part]]:
         k, v = pair(150, b=1)
         index = torch.tensor([[0, 2], [1, -1], [2, 0]]).int().view(1, 1, 3, 2)
         return noise(1, 2, 150, 16), [Part(k, v, index, 64, 64), Part(*pair(70, b=1), bias=0.5)]
+    if name == "small levels":  # fine blocks, and means of the others
+        k, v = pair(22, b=1)
+        index = torch.tensor([[0, 2], [5, -1], [2, 2], [-1, -1], [1, 0]]).int().view(1, 1, 5, 2)
+        means = Part(*pair(6, b=1), rows=4, without=index, bias=1.3863)
+        return noise(1, 2, 18, 16), [Part(k, v, index, 4, 4), means]
+    if name == "small clusters":  # and a disc
+        k, v = pair(20, b=1)
+        cluster = Part(
+            k, v, lists(1, 1, 2, 2, 3), torch.tensor([[[0, 5, 18]]]).int(), offsets(1, 2, 3, 20), noise(1, 1, 20)
+        )
+        return noise(1, 2, 18, 16), [cluster, Part(*pair(18, b=1), near=Near(grid(3, 6), grid(3, 6), 3))]
+    if name == "small wide":  # rows and blocks of 64, widths that are no powers of two
+        index = torch.tensor([[1], [0]]).int().view(1, 1, 2, 1)
+        return noise(1, 1, 70, 24), [Part(*pair(66, 24, 40, 1, 1), index, 64, 64, bias=-0.5)]
     raise ValueError(name)
 
 
+SMALL = ("small levels", "small clusters", "small wide")
 CASES = (
     *("lists", "empty", "dense", "full", "odd", "levels", "means", "clusters", "clustered rows", "clustered columns"),
     *("disc", "box", "disc of all", "bias", "absent", "nothing", "width 72", "wide rows"),

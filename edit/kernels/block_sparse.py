@@ -8,6 +8,9 @@ CLEAR (arXiv 2412.16112) is a part of whole blocks, and one of border blocks wit
 part without a list. Results of calls over disjoint keys can be merged outside, as gradients come through lse, too.
 
 Two paths give the same: Triton kernels (`forward.py`, `backward.py`) on a GPU, and plain PyTorch (`plain.py`).
+flex_attention can express the same and serves as a test, not as a third path: its block masks are transposed through a
+dense table of rows and columns, the quadratic cost that lists avoid, and have one tile for queries and all kinds of
+keys; compiled for a GPU it wants blocks of 128, uncompiled it ignores lists; on a CPU it has no gradients.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from edit.kernels.parts import Near, Part, check
+from edit.kernels.language import HAS_TRITON
+from edit.kernels.operator import attend_kernel
+from edit.kernels.parts import Near, Part, check, check_kernel
 from edit.kernels.plain import attend_plain
 
 __all__ = ["Near", "Part", "attend"]
@@ -47,4 +52,9 @@ def attend(
     """
     check(q, parts)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return attend_plain(q, parts, scale)
+    if path not in ("kernel", "plain", None):
+        raise ValueError(f'path is "kernel", "plain" or None, got {path!r}')
+    if path == "plain" or path is None and not (HAS_TRITON and q.is_cuda):
+        return attend_plain(q, parts, scale)
+    check_kernel(q, parts)
+    return attend_kernel(q, parts, scale, deterministic)

@@ -7,6 +7,7 @@ beyond the last block or key is refused, on a GPU nothing is read through such a
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+from edit.kernels.language import HAS_TRITON
+
+WIDEST = 128  # head width that the kernels take
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +51,7 @@ class Part:
     # added to logits, natural logarithm, without gradient: ln of how many tokens a key stands for; -inf: not there.
     # A number, or b h m (1 allowed for b and h)
     bias: float | Tensor | None = None
-    # b h r n', int32: single keys that a row does not see, though the list or "every key" would show them; below 0: none
+    # b h r n', int32: single keys that a row does not see, though list or "every key" shows them; below 0: none
     without: Tensor | None = None
     near: Near | None = None  # what else must hold for a query to see a key: for blocks on a border
 
@@ -66,8 +71,13 @@ class Part:
 
 
 def valueless(x: Tensor) -> bool:
-    """Whether a tensor has a shape, but no numbers to look at: on the meta device, under a compiler, faked."""
-    return torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
+    """Whether a tensor has a shape, but no numbers: on the meta device, or faked."""
+    return x.is_meta or isinstance(x, FakeTensor)
+
+
+def readable(x: Tensor) -> bool:
+    """Whether looking at numbers neither stops the host for a device nor breaks a compiler's graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not valueless(x)
 
 
 def check(q: Tensor, parts: Sequence[Part]) -> None:
@@ -86,6 +96,26 @@ def check(q: Tensor, parts: Sequence[Part]) -> None:
         check_bias(f"parts[{i}].bias", q, part)
         if part.near is not None:
             check_near(f"parts[{i}].near", q, part, part.near)
+
+
+def check_kernel(q: Tensor, parts: Sequence[Part]) -> None:
+    """Refuse what the kernels do not take; `check` has passed.
+
+    Raises:
+        ValueError: in one sentence
+    """
+    if not HAS_TRITON:
+        raise ValueError('the kernels need Triton, which is not installed; path="plain" does without')
+    if not (q.is_cuda or q.is_meta or os.environ.get("TRITON_INTERPRET") == "1"):
+        raise ValueError(f'the kernels run on a GPU, got tensors on {q.device}; path="plain" runs anywhere')
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f'the kernels take bf16, fp16 or fp32, got {q.dtype}; path="plain" takes it')
+    for width in (q.shape[3], parts[0].v.shape[3]):
+        if width > WIDEST:
+            raise ValueError(f'the kernels take heads up to {WIDEST} wide, got {width}; path="plain" takes it')
+    longest = max(q.shape[2], *(part.k.shape[2] for part in parts))
+    if longest * WIDEST >= 2**31:
+        raise ValueError(f'the kernels take up to {2**31 // WIDEST - 1} tokens, got {longest}; path="plain" takes it')
 
 
 def check_keys(name: str, q: Tensor, part: Part, width: int) -> None:
@@ -115,7 +145,7 @@ def check_lists(name: str, q: Tensor, part: Part) -> None:
             raise ValueError(
                 f"{name}.{label} has a list of 1 or more for each of {rows} rows of queries, got shape {tuple(x.shape)}"
             )
-        if x.device.type == "cpu" and not valueless(x) and int(x.max()) >= last:
+        if readable(x) and int(x.max()) >= last:
             raise ValueError(f"{name}.{label} counts from 0 to {last - 1}, got {int(x.max())}")
 
 
@@ -128,7 +158,7 @@ def check_cut(name: str, q: Tensor, cut: int | Tensor, tokens: int) -> None:
     check_table(name, q, cut, 3)
     if cut.shape[-1] < 2:
         raise ValueError(f"{name} are offsets of 1 or more groups, so 2 or more numbers, got shape {tuple(cut.shape)}")
-    if cut.device.type != "cpu" or valueless(cut):
+    if not readable(cut):
         return
     if bool((cut[..., 0] != 0).any() | (cut[..., -1] != tokens).any() | (cut.diff(dim=-1) < 0).any()):
         raise ValueError(f"{name} are offsets that ascend from 0 to {tokens}, got {cut.flatten()[:8].tolist()} ...")

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from attended import CASES, case, dense, grid, noise, offsets, pair, results
+from attended import CASES, SMALL, case, dense, grid, noise, offsets, pair, results
 
 from edit.kernels.block_sparse import Near, Part, attend
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES + SMALL)
 def test_values_and_all_gradients_equal_a_dense_softmax_in_fp64(name):
     ours, reference = results(name, attend), results(name, dense)
     for key, value in reference.items():
