@@ -12,8 +12,9 @@ from weights import randomise
 
 import edit
 from benchmarks.llsa_cost import TOKENS, curves, draw, relative, work
-from edit.attention.llsa import LLSA, Sparse, deepest, pyramid, seen_by_images, select
+from edit.attention.llsa import LLSA, Sparse, deepest, seen_by_images
 from edit.attention.order import morton
+from edit.attention.pyramid import pyramid, select
 from edit.backbones.dit import DiTConfig
 from edit.denoiser import Denoiser
 from edit.edits import trains
@@ -408,6 +409,18 @@ def test_below_its_number_of_tokens_attention_is_the_models_own_to_the_bit():
     maps = llsa(*asked(), maps={0: 4}).trace["unit.0.maps"]
     assert maps.shape == (3, 2, 4, 64)
     assert macs(llsa) == macs(whole)
+
+
+@torch.no_grad()
+def test_under_autocast_normalised_queries_and_values_meet_in_one_type():
+    llsa = edit.apply(pixels(**MODERN), {"llsa": settings(2, 16, overlap=False)})
+    exact = llsa(*asked()).sample
+    with torch.autocast("cpu", torch.bfloat16):
+        found = llsa(*asked()).sample
+    assert (found.float() - exact).norm() < 0.1 * exact.norm()
+    q, k, v = qkv()
+    o = Sparse(OwnUnit(), settings(2, 2), masks=False)(q.float(), k.float(), v.bfloat16(), Layout((1, 8, 8)))
+    assert o.dtype == torch.bfloat16
 
 
 def test_all_weights_are_trained_and_every_one_gets_a_gradient():
