@@ -97,6 +97,10 @@ class Objective(ABC):
         """The noise level s / (a + s) at a time, where x_t = a x + s noise: in [0, 1], 1 = pure noise."""
         return t
 
+    def start(self, noise: Tensor) -> Tensor:
+        """Noise as it is at this objective's own time 1, where solvers of its own times begin: b c *sizes."""
+        return noise
+
     @abstractmethod
     def corrupt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The noisy sample at times t [b]: b c *sizes -> the same."""
@@ -152,6 +156,46 @@ class FlowMatching(Objective):
             return torch.ones_like(t)
         snr = ((1 - t) / t) ** 2
         return snr.clamp(max=self.cap) / (snr + 1)
+
+
+@dataclass(frozen=True)
+class RescaledFlow(FlowMatching):
+    """Flow matching with louder noise, for many pixels (LLSA, arXiv 2512.16615): x_t = (1 - t) x + t s noise, v = s
+    noise - x, and sampling begins at s noise.
+
+    Neighbouring pixels of a large image are alike, so that noise of unit variance hides less of it. On the linear path
+    the same point lies at time tau = t s / (1 - t + t s), divided by c = 1 - t + t s; with r = s (1 - tau) + tau,
+
+        t = tau / r,   c = s / r,   noise - x = ((1 - s) x_tau + v) / r
+
+    Args:
+        scale: s, n / 64 for images of n x n pixels above 64
+    """
+
+    scale: Positive = 1.0
+
+    def start(self, noise: Tensor) -> Tensor:
+        return self.scale * noise
+
+    def level(self, t: float) -> float:
+        return t * self.scale / (1 - t + t * self.scale)
+
+    def corrupt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return corrupt(x, self.scale * noise, t)
+
+    def native(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        r = self.scale * (1 - t) + t
+        return column(self.scale / r, x_t) * x_t, t / r
+
+    def velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        r = self.scale * (1 - t) + t
+        return ((1 - self.scale) * x_t + prediction.float()) / column(r, x_t)
+
+    def losses(self, output: Output, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
+        return super().losses(output, x, self.scale * noise, x_t, t)
+
+    def weight(self, t: Tensor) -> Tensor:
+        return super().weight(t * self.scale / (1 - t + t * self.scale))  # by the ratio of data and noise
 
 
 @dataclass(frozen=True)

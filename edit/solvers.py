@@ -119,7 +119,7 @@ class Euler(Solver):
         return tuple(times(self.steps, self.shift))
 
     def path(self, x: Tensor, objective: Objective, draw: Draw) -> Path:
-        return _euler(x, times(self.steps, self.shift))
+        return _euler(objective.start(x), times(self.steps, self.shift))
 
 
 def _euler(x: Tensor, ts: list[float]) -> Path:
@@ -211,7 +211,7 @@ class StockEuler(Solver):
         return tuple(self.times(shape))
 
     def path(self, x: Tensor, objective: Objective, draw: Draw) -> Path:
-        return _euler(x, self.times(tuple(x.shape[1:])))
+        return _euler(objective.start(x), self.times(tuple(x.shape[1:])))
 
 
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
@@ -309,6 +309,7 @@ class Heun(Solver):
         return (first, *(t for t in others for _ in range(2)), last)
 
     def path(self, x: Tensor, objective: Objective, draw: Draw) -> Path:
+        x = objective.start(x)
         for t, t_next in pairwise(times(self.steps, self.shift)):
             v = yield Query(x, t)
             ahead = x + (t_next - t) * v
@@ -335,13 +336,14 @@ class EulerMaruyama(Solver):
         return (*torch.linspace(1, self.last, self.steps, dtype=torch.float64, device="cpu").tolist(), 0.0)
 
     def path(self, x: Tensor, objective: Objective, draw: Draw) -> Path:
+        x = objective.start(x)
         for k, (t, t_next) in enumerate(pairwise(self.times_of(objective, tuple(x.shape[1:])))):
             v = yield Query(x, t)
             at = torch.full((len(x),), t, device=x.device, dtype=x.dtype)
             drift = v - t * velocity_to_score(v, x, at)  # half of w_t^2 = 2 t, times the score
             x = x + (t_next - t) * drift
             if t_next > 0:
-                x = x + (2 * t * (t - t_next)) ** 0.5 * draw(k)
+                x = x + (2 * t * (t - t_next)) ** 0.5 * objective.start(draw(k))
         return x
 
 
@@ -406,6 +408,7 @@ class Scheduled(Solver):
     def path(self, x: Tensor, objective: Objective, draw: Draw) -> Path:
         scheduler = self.scheduler(objective)
         scheduler.set_timesteps(self.steps, device=x.device)
+        x = objective.start(x)
         for t, timestep in zip(self.times_of(objective, tuple(x.shape[1:])), scheduler.timesteps, strict=False):
             prediction = (yield Query(x, t))[:, : x.shape[1]]
             x = scheduler.step(prediction, timestep, x, return_dict=False)[0]

@@ -9,6 +9,7 @@ from edit.objectives import (
     FlowMatching,
     LogitNormal,
     Ramp,
+    RescaledFlow,
     Shifted,
     Uniform,
     discretised_nll,
@@ -118,6 +119,51 @@ def test_the_cosine_loss_compares_directions_over_channels():
     # rescaling each pixel by itself changes nothing, rescaling a channel does: the axis is that of channels
     torch.testing.assert_close(cosine(v * torch.rand(3, 1, 8, 8).add(0.5)), torch.zeros(3), rtol=0, atol=1e-6)
     assert (cosine(v * torch.tensor([5.0, 1, 1, 1]).view(1, 4, 1, 1)) > 0.01).all()
+
+
+def test_rescaled_flow_is_flow_matching_of_louder_noise():
+    """x_t = (1 - t) x + t s noise, target s noise - x, start s noise; s = 1 changes nothing."""
+    x, noise, t = pair()
+    loud, plain = RescaledFlow(scale=4.0), FlowMatching()
+    assert torch.equal(loud.start(noise), 4 * noise) and torch.equal(plain.start(noise), noise)
+    x_t = loud.corrupt(x, noise, t)
+    torch.testing.assert_close(x_t, (1 - t.view(-1, 1, 1, 1)) * x + t.view(-1, 1, 1, 1) * 4 * noise)
+    right = Output(4 * noise - x, None, {})
+    assert loud.losses(right, x, noise, x_t, t)["flow"].abs().max() < 1e-12
+    assert (plain.losses(right, x, noise, x_t, t)["flow"] > 1).all()
+    for name in ("corrupt", "native"):
+        args = (x, noise, t) if name == "corrupt" else (x_t, t)
+        torch.testing.assert_close(getattr(RescaledFlow(), name)(*args), getattr(plain, name)(*args))
+    assert RescaledFlow().level(0.3) == pytest.approx(0.3) and loud.level(0.5) == pytest.approx(0.8)
+    with pytest.raises(ValueError, match="scale must be positive"):
+        RescaledFlow(scale=0)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 4.0])
+def test_a_rescaled_flow_is_asked_at_its_own_point_of_the_linear_path_and_answers_on_it(scale):
+    x, noise, tau = pair()
+    objective = RescaledFlow(scale=scale)
+    linear = FlowMatching().corrupt(x, noise, tau)
+    x_t, t = objective.native(linear, tau)
+    torch.testing.assert_close(x_t, objective.corrupt(x, noise, t), rtol=1e-5, atol=1e-5)
+    velocity = objective.velocity(scale * noise - x, linear, tau)
+    torch.testing.assert_close(velocity, noise - x, rtol=1e-4, atol=1e-4)
+    assert objective.level(t[0].item()) == pytest.approx(tau[0].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0])
+def test_a_rescaled_flow_is_finite_at_both_ends_of_the_path(end):
+    x, noise, _ = pair()
+    objective, t = RescaledFlow(scale=4.0), torch.full((3,), end)
+    x_t, at = objective.native(FlowMatching().corrupt(x, noise, t), t)
+    assert at.allclose(t) and torch.allclose(x_t, objective.start(noise) if end else x)
+    assert objective.velocity(4 * noise - x, FlowMatching().corrupt(x, noise, t), t).isfinite().all()
+
+
+def test_snr_cap_of_a_rescaled_flow_counts_the_louder_noise():
+    t = torch.tensor([0.2, 0.5, 0.9])
+    loud, plain = RescaledFlow(scale=4.0, weighting="snr_cap"), FlowMatching(weighting="snr_cap")
+    torch.testing.assert_close(loud.weight(t), plain.weight(t * 4 / (1 - t + 4 * t)))
 
 
 def test_losses_are_in_float32_for_low_precision_outputs():

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from edit import noise
 from edit.denoiser import Denoiser
-from edit.objectives import FlowMatching
+from edit.objectives import FlowMatching, RescaledFlow
 from edit.sampling import Sampler
-from edit.solvers import DDIMSolver, DDPMSolver, DPMSolver, Euler, EulerMaruyama, Grid, Heun, times
+from edit.solvers import DDIMSolver, DDPMSolver, DPMSolver, Euler, EulerMaruyama, Grid, Heun, StockEuler, times
+from edit.stream import Output, Stream
 
 
 @pytest.mark.parametrize("std", [0.5, 1.0, 2.0])
@@ -35,6 +36,31 @@ def test_samples_of_gaussian_data_have_its_mean_and_variance(predicts, solver, s
     assert x.mean().item() == pytest.approx(1.0, abs=0.03 * max(std, 1))
     # the oracle's 3 % for the variance: 0.8 % standard error, the rest is the solver's
     assert x.var().item() == pytest.approx(std**2, rel=0.03)
+
+
+class Loud(Gaussian):
+    """The exact predictor of s noise - x at x_t = (1 - t) x + t s noise."""
+
+    SCALE = 4.0
+
+    def readout(self, stream: Stream) -> Output:
+        x = stream.image.transpose(1, 2).unflatten(2, (self.grid, self.grid)).double()
+        t, mean = (v.double().view(-1, 1, 1, 1) for v in (stream.time, stream.cond))
+        data, loud = (1 - t) * self.std**2, t * self.SCALE**2
+        gain = (loud - data) / ((1 - t) * data + t * loud)
+        return Output((gain * (x - (1 - t) * mean) - mean).float(), None, stream.trace)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [Euler(200), Heun(50), EulerMaruyama(800, last=0.005), DPMSolver(50), StockEuler(200), Grid(times(200, 1.0)[:-1])],
+    ids=lambda s: type(s).__name__,
+)
+def test_every_flow_solver_begins_a_rescaled_flow_at_its_louder_noise(solver):
+    """A grid asks on the linear path, from noise of unit variance on."""
+    objective = RescaledFlow(scale=Loud.SCALE)
+    x = Sampler(solver)(Loud(0.5, grid=16), objective, labels(32), torch.arange(32)).double()
+    assert x.mean().item() == pytest.approx(1.0, abs=0.03) and x.var().item() == pytest.approx(0.25, rel=0.04)
 
 
 def flow_error(solver, std: float = 0.5) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 from edit.artifacts.card import few_steps
 from edit.artifacts.checkpoint import Artifact
+from edit.objectives import RescaledFlow
 from edit.sampling import Sampler
 from edit.solvers import FLOW_SCHEDULER as FLOW
 from edit.solvers import Euler, StockEuler, times
@@ -31,7 +32,7 @@ def steps_of(artifact: Artifact, scheduler: Mapping[str, Any] | None = None) -> 
         scheduler: the configuration of the pipeline's scheduler; None: the one that the family is published with
     """
     solver, grid, velocity = artifact.sampler.solver, few_steps(artifact), artifact.objective.prediction == "velocity"
-    family, remarks = artifact.denoiser.sampler(), _foreign_guidance(artifact)
+    family, remarks = artifact.denoiser.sampler(), (*_foreign_guidance(artifact), *_louder(artifact))
     even = family is not None and isinstance(family.solver, StockEuler) and family.solver.even
     named = scheduler["_class_name"] if scheduler else FLOW if velocity else "scheduler of the pipeline"
     if named != FLOW:
@@ -75,6 +76,12 @@ def _foreign_guidance(artifact: Artifact) -> tuple[str, ...]:
     names = ("interval", "channels", "perturbation", *(() if sampler.guidance == 1 else ("norm_patch",)))
     found = [f"{n}={getattr(sampler, n)}" for n in names if getattr(sampler, n) != getattr(family, n)]
     return (f"# evaluated with {', '.join(found)}, which the pipeline does otherwise",) if found else ()
+
+
+def _louder(artifact: Artifact) -> tuple[str, ...]:
+    """A remark on noise of another size than that of stock pipelines."""
+    scale = artifact.objective.scale if isinstance(artifact.objective, RescaledFlow) else 1
+    return () if scale == 1 else (f"# trained with {scale:g} times the noise: multiply the first latents by it",)
 
 
 def _are_even(asked: tuple[float, ...]) -> bool:

@@ -61,6 +61,7 @@ class DiTConfig:
     rope: bool = False  # 2-D rotary positions on q and k, in addition to the sin-cos table
     swiglu: bool = False
     rms_norm: bool = False
+    qk_rms: bool = False  # QK-norms alone are RMSNorms
     registers: Annotated[int, Limits(0, 1024)] = 0  # learned tokens in front of the image tokens, dropped at the end
 
     def __post_init__(self):
@@ -73,6 +74,8 @@ class DiTConfig:
             raise ValueError(f"DiT: num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
         if self.hidden_size % 4:
             raise ValueError(f"DiT: hidden_size must be a multiple of 4 for 2-D positions, got {self.hidden_size}")
+        if self.qk_rms and not self.qk_norm:
+            raise ValueError("DiT: qk_rms says of which kind QK-norms are, and there are none: set qk_norm too")
         if self.rope and (self.hidden_size // self.num_heads) % 4:
             raise ValueError(
                 f"DiT: 2-D RoPE needs a head width divisible by 4, got {self.hidden_size // self.num_heads}"
@@ -184,7 +187,7 @@ class Attention(nn.Module):
         self.num_heads = c.num_heads
         self.qkv = nn.Linear(c.hidden_size, 3 * c.hidden_size)
         self.proj = nn.Linear(c.hidden_size, c.hidden_size)
-        norm = nn.RMSNorm if c.rms_norm else nn.LayerNorm
+        norm = nn.RMSNorm if c.rms_norm or c.qk_rms else nn.LayerNorm
         self.q_norm = norm(head, eps=NORM_EPS) if c.qk_norm else None
         self.k_norm = norm(head, eps=NORM_EPS) if c.qk_norm else None
 

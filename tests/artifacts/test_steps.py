@@ -14,12 +14,13 @@ from exports import ABSENT, error_of, make_run, run
 
 import edit
 from edit import noise
+from edit.artifacts.steps import steps_of
 from edit.backbones.flux import Flux
 from edit.edits import describe
 from edit.few_step.consistency import Consistency
 from edit.few_step.flow_map import IntervalInput
 from edit.few_step.policy import MixtureHead
-from edit.objectives import DDPM, FlowMatching
+from edit.objectives import DDPM, FlowMatching, RescaledFlow
 from edit.sampling import Sampler
 from edit.solvers import DDIMSolver, DPMSolver, Euler, Grid, Heun, StockEuler, times
 from edit.tuning.lora import LoRA
@@ -297,3 +298,10 @@ def test_students_that_stock_diffusers_cannot_express_are_refused_by_name(own, f
         said = error_of(capsys)
         assert type(own).__name__ in said and ("'own' stays live" in said or "takes an artifact with a LoRA" in said)
     assert not (tmp_path / "out").exists()
+
+
+def test_louder_noise_than_a_pipelines_is_remarked(make_flux, tmp_path):
+    for scale, remarks in ((1.0, ()), (4.0, ("# trained with 4 times the noise: multiply the first latents by it",))):
+        folder = tmp_path / f"{scale}"
+        edit.save(make_flux(), folder, objective=RescaledFlow(scale=scale), sampler=Sampler(Euler(4)))
+        assert steps_of(edit.load(folder)).remarks == remarks

@@ -497,13 +497,34 @@ def test_buffers_are_recomputed_after_the_meta_device(make_dit):
 
 
 @torch.no_grad()
-def test_at_another_size_tables_are_those_of_that_size_and_weights_stay(make_dit):
-    small, large = (make_dit(rope=True, registers=2, input_size=n) for n in (8, 12))
-    large.model.load_state_dict(dict(small.model.named_parameters()), strict=False)
-    small.resize(large.spec)
-    assert small.config == small.base == large.config
-    x, t, label = torch.randn(2, 4, 12, 12), torch.rand(2), Condition(label=torch.zeros(2, dtype=torch.int64))
-    assert torch.equal(small.eval()(x, t, label).sample, large.eval()(x, t, label).sample)
+def test_a_trained_dit_goes_on_at_another_size_with_positions_extended(make_dit, batch, tmp_path):
+    """All weights stay; a larger grid begins with the former positions."""
+    small, large = make_dit(**MODERN), DiTConfig(**{**make_dit(**MODERN).config, "input_size": 16})
+    rows = small.model.pos_embed.view(4, 4, -1).clone()
+    before = {n: p.clone() for n, p in small.named_parameters()}
+    small.resize(large)
+    assert small.config == small.base == large.build().config and small.sample_shape == (4, 16, 16)
+    for name, buffer in large.build().named_buffers():
+        assert torch.equal(dict(small.named_buffers())[name], buffer)
+    assert torch.equal(small.model.pos_embed.view(8, 8, -1)[:4, :4], rows)
+    assert all(torch.equal(p, before[n]) for n, p in small.named_parameters())
+    x = torch.randn(4, 4, 16, 16)
+    edit.save(small, tmp_path / "a")
+    assert torch.equal(edit.load(tmp_path / "a").denoiser(x, *batch[1:]).sample, small(x, *batch[1:]).sample)
+    same = make_dit()
+    table = same.model.pos_embed
+    same.resize(same.spec)
+    assert same.model.pos_embed is table
+    with torch.device("meta"):
+        bare = DiTConfig(**make_dit(**MODERN).config).build()
+        bare.resize(large)
+    assert bare.config == small.config and bare.model.pos_embed.shape == (1, 64, 32) and bare.model.rope.is_meta
+
+
+def test_qk_norms_alone_may_be_rms_norms(make_dit):
+    block = make_dit(qk_norm=True, qk_rms=True).units[0]
+    assert isinstance(block.attn.q_norm, torch.nn.RMSNorm) and isinstance(block.norm1, torch.nn.LayerNorm)
+    assert isinstance(make_dit(qk_norm=True).units[0].attn.q_norm, torch.nn.LayerNorm)
 
 
 def test_every_parameter_receives_a_gradient(make_dit, batch):
@@ -544,6 +565,7 @@ def test_a_condition_without_labels_is_refused(dit, batch):
         ({"hidden_size": 30, "num_heads": 3}, "hidden_size must be a multiple of 4"),
         ({"hidden_size": 36, "num_heads": 6, "rope": True}, "head width divisible by 4, got 6"),
         ({"depth": 0}, "depth must be at least 1"),
+        ({"qk_rms": True}, "says of which kind QK-norms are, and there are none: set qk_norm too"),
         ({"registers": -1}, "registers must be at least 0"),
     ],
 )

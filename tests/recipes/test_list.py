@@ -108,7 +108,7 @@ def test_all_is_told_of_one(rows, capsys):
         "https://arxiv.org/abs/2410.03456",
         "edit/routing/dydit.py",
         "configs/method/dydit.yaml",
-        "worlds dit_digits, dit_pixels, flux_tiny, flux_wide, sit_xl_2",
+        "worlds dit_digits, dit_pixels, flux_tiny, flux_wide, shapes32, shapes64, sit_xl_2",
         "try it python train.py experiment=dit_digits/dydit",
         "benchmarks/claims/dit_digits_dydit.yaml",
         "settings, edits.dydit.<name>=<value>",

@@ -23,6 +23,7 @@ def test_a_data_config_names_every_argument_of_its_class_and_no_other(file):
             assert value == (list(default) if isinstance(default, tuple) else default)
 
 
-def test_there_are_the_nine_data_sets():
+def test_there_are_the_ten_data_sets():
     digits = ["captioned_digits", "digits", "digits_and_shades", "digits_moved"]
-    assert [f.stem for f in FILES] == [*digits, "image_folder", "latents", "moving_shapes", "shapes", "webdataset"]
+    shapes = ["labelled_shapes", "latents", "moving_shapes", "shapes"]
+    assert [f.stem for f in FILES] == [*digits, "image_folder", *shapes, "webdataset"]
