@@ -27,7 +27,7 @@ def tells(denoiser: Denoiser) -> bool:
 
 
 def measure_decisions(subject: Subject, sampler: Any, counted: Cost, out: Path, stem: str) -> dict[str, Any]:
-    """Generate the first images once more; count what runs, and draw what the edits decide.
+    """Generate the first images once more; count what runs, draw what the edits decide, print experts without tokens.
 
     Args:
         subject: the artifact
@@ -35,9 +35,6 @@ def measure_decisions(subject: Subject, sampler: Any, counted: Cost, out: Path, 
         counted: its cost at one image, whose times and memory are kept
         out: folder of the report; pictures go to `out`/grids
         stem: part of the pictures' file names
-
-    Prints:
-        the experts that no token has reached
 
     Returns:
         cost: as `counted`; with adaptive edits, MACs are means over these images; `share`: of the MACs that the same
