@@ -109,7 +109,8 @@ def launches(q: Tensor, parts: list[Part], scale: float = 0.125) -> Iterator[tup
         yield f"queries {i}", query_kernel, grid, {**arguments, **seen, "o": out, "dlse": lse, **sums}
     for i, plan in enumerate(plans):
         grid, arguments = plan.keys(q)
-        made = {"dk": plan.k, "dv": plan.v} if grid[1] == 1 else {"dk": summed, "dv": wide}
+        dtype = plan.k.dtype if grid[1] == 1 else torch.float32  # chunks are summed afterwards
+        made = {f"d{s}": x.new_empty(grid[1], *x.shape, dtype=dtype) for s, x in (("k", plan.k), ("v", plan.v))}
         yield f"keys {i}", key_kernel, grid, {**arguments, **seen, **made}
 
 

@@ -131,7 +131,7 @@ def case(name: str) -> tuple[Tensor, list[Part]]:
         border = Part(k, v, lists(1, 1, 4, 4, 4), rows=16, columns=16, near=near)
         return q, [border, Part(*pair(9))]
     if name == "disc of all":
-        return q, [Part(*pair(50), near=Near(grid(5, 10), grid(5, 10), 3))]
+        return q, [Part(*pair(50), near=Near(grid(5, 10), grid(5, 10), 4))]
     if name == "bias":
         bias = noise(2, 1, 70).masked_fill(torch.rand(2, 1, 70) < 0.3, -torch.inf)
         index = lists(2, 2, 4, 3, 5)
@@ -158,7 +158,7 @@ def case(name: str) -> tuple[Tensor, list[Part]]:
         cluster = Part(
             k, v, lists(1, 1, 2, 2, 3), torch.tensor([[[0, 5, 18]]]).int(), offsets(1, 2, 3, 20), noise(1, 1, 20)
         )
-        return noise(1, 2, 18, 16), [cluster, Part(*pair(18, b=1), near=Near(grid(3, 6), grid(3, 6), 3))]
+        return noise(1, 2, 18, 16), [cluster, Part(*pair(18, b=1), near=Near(grid(3, 6), grid(3, 6), 4))]
     if name == "small wide":  # rows and blocks of 64, widths that are no powers of two
         index = torch.tensor([[1], [0]]).int().view(1, 1, 2, 1)
         return noise(1, 1, 70, 24), [Part(*pair(66, 24, 40, 1, 1), index, 64, 64, bias=-0.5)]

@@ -113,6 +113,10 @@ def check_kernel(q: Tensor, parts: Sequence[Part]) -> None:
     for width in (q.shape[3], parts[0].v.shape[3]):
         if width > WIDEST:
             raise ValueError(f'the kernels take heads up to {WIDEST} wide, got {width}; path="plain" takes it')
+    if q.shape[0] * q.shape[1] > 65535:
+        raise ValueError(
+            f"the kernels take up to 65535 heads of a batch, got {q.shape[0] * q.shape[1]}; split the batch"
+        )
     longest = max(q.shape[2], *(part.k.shape[2] for part in parts))
     if longest * WIDEST >= 2**31:
         raise ValueError(f'the kernels take up to {2**31 // WIDEST - 1} tokens, got {longest}; path="plain" takes it')

@@ -2,7 +2,8 @@
 
     python tests/kernels/interpreted.py FILE case,case,...
 
-Saves o, lse and gradients of each case in fp32, as "case/name"; "raced", "compiled" and "checked" are no cases.
+Saves o, lse and gradients of each case in fp32, or of "case in fp16", as "case/name". "raced", "compiled" and "checked"
+are no cases.
 """
 
 import os
@@ -44,12 +45,14 @@ def checked() -> dict[str, Tensor]:
     return {key: torch.tensor(value == "SUCCESS") for key, value in found.items()}
 
 
+HALF = " in fp16"  # with the tiles of half precisions; bf16 is wrong under the interpreter
 OTHERS = {"raced": by_atomics, "compiled": compiled, "checked": checked}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     found = {}
     for name in sys.argv[2].split(","):
-        each = OTHERS[name]() if name in OTHERS else results(name, kernel, torch.float32)
+        dtype = torch.float16 if name.endswith(HALF) else torch.float32
+        each = OTHERS[name]() if name in OTHERS else results(name.removesuffix(HALF), kernel, dtype)
         found |= {f"{name}/{key}": value for key, value in each.items()}
     torch.save(found, sys.argv[1])
