@@ -100,6 +100,17 @@ ENTRIES = (
         180,
     ),
     Entry(
+        "attention",
+        "LLSA on our block-sparse kernels against flash attention and flex_attention",
+        "LLSA against flash attention",
+        module(
+            "attention",
+            "--precision bf16 --tokens 4096,16384,32768,65536,131072 --flex --rounds 10 --warmup 3 --batch 1",
+        ),
+        module("attention", "--tokens 256 --block 4 --top_k 2 --rounds 1 --warmup 0"),
+        240,
+    ),
+    Entry(
         "caching_flux1",
         "interval reuse on true blocks of FLUX.1",
         "interval reuse, six guided steps",
