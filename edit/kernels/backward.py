@@ -25,7 +25,6 @@ from edit.kernels.tiles import (
     other_tokens,
     own_tile,
     product,
-    shifted,
     span,
     upright,
     vectors,
@@ -44,12 +43,19 @@ def query_kernel(
 ):  # fmt: skip
     """dQ of one tile of queries, and D for the other kernel; arguments as of `forward_kernel`."""
     bh = tl.program_id(1).to(tl.int64)
-    row, start, end = own_tile(shifted(rows, bh, rows_step), tl.program_id(0), n, T, ROW)
+    if rows is not None:
+        rows += bh * rows_step
+    row, start, end = own_tile(rows, tl.program_id(0), n, T, ROW)
     if start >= end:
         return
-    listed = shifted(shifted(index, bh, index_step), row, entries)
-    gone = shifted(shifted(without, bh, without_step), row, left)
-    cut, b = shifted(columns, bh, columns_step), shifted(bias, bh, bias_step)
+    if index is not None:
+        index += bh * index_step + row * entries
+    if without is not None:
+        without += bh * without_step + row * left
+    if columns is not None:
+        columns += bh * columns_step
+    if bias is not None:
+        bias += bh * bias_step
     query = start + tl.arange(0, T)
     there = query < end
     x = vectors(q + bh * n * E, query, there, E, EP)
@@ -63,14 +69,14 @@ def query_kernel(
     ln = tl.where(ln == float("-inf"), 0.0, ln * 1.4426950408889634)
     acc = tl.zeros([EP, T] if NARROW else [T, EP], tl.float32)
     for j in range(0, reach if NESTED else 1):
-        _, first, last = span(j, 0, reach, listed, cut, blocks, m, COLUMN, NESTED)
+        _, first, last = span(j, 0, reach, index, columns, blocks, m, COLUMN, NESTED)
         for t in range(first, last, S):
-            key, key_there = other_tokens(t, last, listed, m, S, COLUMN, NESTED)
+            key, key_there = other_tokens(t, last, index, m, S, COLUMN, NESTED)
             y = vectors(k + bh * m * E, key, key_there, E, EP)
             z = vectors(v + bh * m * F, key, key_there, F, FP)
             if without is not None:
-                key_there = key_there & (left_out(key, gone, left) == 0)
-            s = logits(product(x, y, NARROW), query, there, key, key_there, b, near_queries, near_keys,
+                key_there = key_there & (left_out(key, without, left) == 0)
+            s = logits(product(x, y, NARROW), query, there, key, key_there, bias, near_queries, near_keys,
                        scale, shift, limit, AXES, DISC, KEYS)  # fmt: skip
             p = tl.exp2(s - tl.expand_dims(ln, KEYS))
             ds = p * (product(g, z, NARROW) - tl.expand_dims(d, KEYS))
@@ -98,11 +104,19 @@ def key_kernel(
     """
     chunk = tl.program_id(1)
     bh = tl.program_id(2).to(tl.int64)
-    block, start, end = own_tile(shifted(columns, bh, columns_step), tl.program_id(0), m, T, COLUMN)
+    if columns is not None:
+        columns += bh * columns_step
+    block, start, end = own_tile(columns, tl.program_id(0), m, T, COLUMN)
     if start >= end:
         return
-    by_block, cut = shifted(listed, bh, listed_step), shifted(rows, bh, rows_step)
-    b, gone = shifted(bias, bh, bias_step), shifted(without, bh, without_step)
+    if listed is not None:
+        listed += bh * listed_step
+    if rows is not None:
+        rows += bh * rows_step
+    if bias is not None:
+        bias += bh * bias_step
+    if without is not None:
+        without += bh * without_step
     lowest, highest = chunk * each, tl.minimum(chunk * each + each, reach)
     if starts is not None:
         segment = starts + bh * starts_step + block
@@ -116,18 +130,18 @@ def key_kernel(
     sum_k = tl.zeros([EP, T] if NARROW else [T, EP], tl.float32)
     sum_v = tl.zeros([FP, T] if NARROW else [T, FP], tl.float32)
     for j in range(lowest if NESTED else 0, highest if NESTED else 1):
-        row, first, last = span(j, lowest, highest, by_block, cut, groups, n, ROW, NESTED)
+        row, first, last = span(j, lowest, highest, listed, rows, groups, n, ROW, NESTED)
         key_there = there
         if without is not None:
-            key_there = there & (left_out(key, gone + row * left, left) == 0)
+            key_there = there & (left_out(key, without + row * left, left) == 0)
         for t in range(first, last, S):
-            query, query_there = other_tokens(t, last, by_block, n, S, ROW, NESTED)
+            query, query_there = other_tokens(t, last, listed, n, S, ROW, NESTED)
             x = vectors(q + bh * n * E, query, query_there, E, EP)
             g = vectors(do + bh * n * F, query, query_there, F, FP)
             ln = tl.load(lse + bh * n + query, mask=query_there, other=float("inf")) * 1.4426950408889634
             ln = tl.where(ln == float("-inf"), 0.0, ln)
             d = tl.load(delta + bh * n + query, mask=query_there, other=0.0)
-            s = logits(product(y, x, NARROW), query, query_there, key, key_there, b, near_queries, near_keys,
+            s = logits(product(y, x, NARROW), query, query_there, key, key_there, bias, near_queries, near_keys,
                        scale, shift, limit, AXES, DISC, KEYS)  # fmt: skip
             p = tl.exp2(s - tl.expand_dims(ln, KEYS))
             sum_v = mixture(sum_v, p, g, NARROW)

@@ -24,7 +24,6 @@ from edit.kernels.tiles import (
     other_tokens,
     own_tile,
     product,
-    shifted,
     span,
     upright,
     vectors,
@@ -48,12 +47,19 @@ def forward_kernel(
     KEYS: the axis of logits along which keys run.
     """
     bh = tl.program_id(1).to(tl.int64)
-    row, start, end = own_tile(shifted(rows, bh, rows_step), tl.program_id(0), n, T, ROW)
+    if rows is not None:
+        rows += bh * rows_step
+    row, start, end = own_tile(rows, tl.program_id(0), n, T, ROW)
     if start >= end:
         return
-    listed = shifted(shifted(index, bh, index_step), row, entries)
-    gone = shifted(shifted(without, bh, without_step), row, left)
-    cut, b = shifted(columns, bh, columns_step), shifted(bias, bh, bias_step)
+    if index is not None:
+        index += bh * index_step + row * entries
+    if without is not None:
+        without += bh * without_step + row * left
+    if columns is not None:
+        columns += bh * columns_step
+    if bias is not None:
+        bias += bh * bias_step
     query = start + tl.arange(0, T)
     there = query < end
     x = vectors(q + bh * n * E, query, there, E, EP)
@@ -65,14 +71,14 @@ def forward_kernel(
         total = tl.where(top == float("-inf"), 0.0, 1.0)
         acc = upright(vectors(o_before + bh * n * F, query, there, F, FP), NARROW)
     for j in range(0, reach if NESTED else 1):
-        _, first, last = span(j, 0, reach, listed, cut, blocks, m, COLUMN, NESTED)
+        _, first, last = span(j, 0, reach, index, columns, blocks, m, COLUMN, NESTED)
         for t in range(first, last, S):
-            key, key_there = other_tokens(t, last, listed, m, S, COLUMN, NESTED)
+            key, key_there = other_tokens(t, last, index, m, S, COLUMN, NESTED)
             y = vectors(k + bh * m * E, key, key_there, E, EP)
             z = vectors(v + bh * m * F, key, key_there, F, FP)
             if without is not None:
-                key_there = key_there & (left_out(key, gone, left) == 0)
-            s = logits(product(x, y, NARROW), query, there, key, key_there, b, near_queries, near_keys,
+                key_there = key_there & (left_out(key, without, left) == 0)
+            s = logits(product(x, y, NARROW), query, there, key, key_there, bias, near_queries, near_keys,
                        scale, shift, limit, AXES, DISC, KEYS)  # fmt: skip
             higher = tl.maximum(top, tl.max(s, KEYS))
             safe = tl.where(higher == float("-inf"), 0.0, higher)

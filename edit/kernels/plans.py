@@ -139,7 +139,7 @@ def query_tile(rows: int | Tensor | None, e: int, f: int, itemsize: int, backwar
     large = padded(e) + padded(f) > 128
     if backward and large:
         return Tile(min(own, 64), 64, 8, 2)
-    return Tile(own, 64, 8 if own == 128 else 4, 2 if backward or own < 64 else 3)
+    return Tile(own, 64, 8 if own == 128 or large and own == 64 else 4, 3 if rows is None and not backward else 2)
 
 
 def key_tile(columns: int | Tensor | None, e: int, f: int, itemsize: int, rows: int | Tensor | None) -> Tile:

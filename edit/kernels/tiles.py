@@ -19,14 +19,6 @@ from edit.kernels.language import tl, triton
 
 
 @triton.jit
-def shifted(pointer, number, step):
-    """pointer + number step, or None of None."""
-    if pointer is not None:
-        pointer = pointer + number * step
-    return pointer
-
-
-@triton.jit
 def own_tile(table, tile, tokens, T: tl.constexpr, GROUP: tl.constexpr):
     """Group, first token and end of a tile: from a table of (group, start, end), or of equal groups."""
     if table is not None:
