@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from edit.kernels.language import HAS_TRITON
@@ -55,6 +56,8 @@ def attend(
     if path not in ("kernel", "plain", None):
         raise ValueError(f'path is "kernel", "plain" or None, got {path!r}')
     if path == "plain" or path is None and not (HAS_TRITON and q.is_cuda):
-        return attend_plain(q, parts, scale)
+        kind = "cpu" if q.is_meta else q.device.type  # there is no autocast of meta
+        with torch.autocast(kind, enabled=False):  # as kernels do: sums in fp32, whatever is on outside
+            return attend_plain(q, parts, scale)
     check_kernel(q, parts)
     return attend_kernel(q, parts, scale, deterministic)

@@ -40,6 +40,15 @@ def test_half_precisions_are_computed_in_fp32(dtype):
     torch.testing.assert_close(o, reference.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
+def test_autocast_outside_changes_nothing():
+    q, parts = case("levels")
+    q, parts = q.float(), [Part(p.k.float(), p.v.float(), p.index, p.rows, p.columns, p.bias) for p in parts]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(q, parts)
+    for ours, other in zip(found, attend(q, parts), strict=True):
+        assert torch.equal(ours, other)
+
+
 def test_two_calls_merged_by_their_lse_equal_one_with_gradients():
     q, (first, second, third) = case("levels")
     q.requires_grad_()
