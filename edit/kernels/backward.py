@@ -101,8 +101,7 @@ def key_kernel(
     starts, listed: rows by block; None: all rows, of which a chunk takes `each`, in queries, or in rows where nested.
     columns: a table of tiles. rows: offsets. dk, dv: chunks b h m width.
     """
-    chunk = tl.program_id(1)
-    bh = tl.program_id(2).to(tl.int64)
+    chunk, bh = tl.program_id(1), tl.program_id(2).to(tl.int64)
     if columns is not None:
         columns += bh * columns_step
     block, start, end = own_tile(columns, tl.program_id(0), m, T, COLUMN)
