@@ -38,8 +38,8 @@ def query_kernel(
     index_step, rows_step, columns_step, bias_step, without_step,
     n, m, reach, entries, blocks, left, scale, shift, limit, factor,
     E: tl.constexpr, F: tl.constexpr, EP: tl.constexpr, FP: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
-    ROW: tl.constexpr, COLUMN: tl.constexpr, NARROW: tl.constexpr, NESTED: tl.constexpr,
-    AXES: tl.constexpr, DISC: tl.constexpr, KEYS: tl.constexpr,
+    ROW: tl.constexpr, COLUMN: tl.constexpr, NARROW: tl.constexpr, NESTED: tl.constexpr, AXES: tl.constexpr,
+    DISC: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries, and D for the other kernel; arguments as of `forward_kernel`."""
     bh = tl.program_id(1).to(tl.int64)
@@ -89,8 +89,7 @@ def query_kernel(
 
 @triton.jit
 def key_kernel(
-    q, k, v, lse, do, delta, dk, dv,
-    starts, listed, rows, columns, bias, without, near_queries, near_keys,
+    q, k, v, lse, do, delta, dk, dv, starts, listed, rows, columns, bias, without, near_queries, near_keys,
     starts_step, listed_step, rows_step, columns_step, bias_step, without_step,
     n, m, reach, each, groups, left, scale, shift, limit, factor,
     E: tl.constexpr, F: tl.constexpr, EP: tl.constexpr, FP: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
@@ -99,11 +98,10 @@ def key_kernel(
 ):  # fmt: skip
     """dK and dV of one tile of keys, summed over one chunk of queries: grid (tiles, chunks, b h).
 
-    starts, listed: rows by block; None: all rows, of which chunk i takes `each` from i times `each` on, in queries, or
-    in rows where nested. columns: a table of tiles, rows: offsets. dk, dv: chunks b h m width.
+    starts, listed: rows by block; None: all rows, of which a chunk takes `each`, in queries, or in rows where nested.
+    columns: a table of tiles. rows: offsets. dk, dv: chunks b h m width.
     """
-    chunk = tl.program_id(1)
-    bh = tl.program_id(2).to(tl.int64)
+    chunk, bh = tl.program_id(1), tl.program_id(2).to(tl.int64)
     if columns is not None:
         columns += bh * columns_step
     block, start, end = own_tile(columns, tl.program_id(0), m, T, COLUMN)

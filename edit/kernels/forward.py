@@ -32,8 +32,7 @@ from edit.kernels.tiles import (
 
 @triton.jit
 def forward_kernel(
-    q, k, v, o_before, lse_before, o, lse,
-    index, rows, columns, bias, without, near_queries, near_keys,
+    q, k, v, o_before, lse_before, o, lse, index, rows, columns, bias, without, near_queries, near_keys,
     index_step, rows_step, columns_step, bias_step, without_step,  # from one batch and head to the next; 0: shared
     n, m, reach, entries, blocks, left, scale, shift, limit,
     E: tl.constexpr, F: tl.constexpr, EP: tl.constexpr, FP: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
@@ -89,8 +88,7 @@ def forward_kernel(
             top = higher
     some = total > 0
     total = tl.where(some, total, 1.0)
-    acc = acc / tl.expand_dims(total, KEYS)
-    keep(o + bh * n * F, upright(acc, NARROW), query, there, F, FP)
+    keep(o + bh * n * F, upright(acc / tl.expand_dims(total, KEYS), NARROW), query, there, F, FP)
     ln = tl.where(some, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
     tl.store(lse + bh * n + query, ln, mask=there)
 
