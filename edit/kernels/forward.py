@@ -97,9 +97,10 @@ def forward(q: Tensor, plans: Sequence[Plan]) -> tuple[Tensor, Tensor]:
     """o b h n f in q's type and lse b h n in fp32; what goes from part to part is in fp32."""
     shape = (*q.shape[:3], plans[0].v.shape[-1])
     lse = q.new_empty(shape[:3], dtype=torch.float32)
-    running = q.new_empty(shape, dtype=torch.float32) if len(plans) > 1 else None
+    o = q.new_empty(shape)
+    between = q.new_empty(shape, dtype=torch.float32) if len(plans) > 1 else o
     for i, plan in enumerate(plans):
-        before = {"o_before": running, "lse_before": lse} if i else {"o_before": None, "lse_before": None}
-        o = running if i < len(plans) - 1 else q.new_empty(shape)
-        launch(forward_kernel, plan.queries(q), {"q": q, **before, "o": o, "lse": lse})
+        before = {"o_before": between if i else None, "lse_before": lse if i else None}
+        last = i == len(plans) - 1
+        launch(forward_kernel, plan.queries(q), {"q": q, **before, "o": o if last else between, "lse": lse})
     return o, lse

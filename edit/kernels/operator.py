@@ -111,22 +111,21 @@ def part_pairs(q: Tensor, part: Part) -> int:
     (b, h, n, _), m = q.shape, part.k.shape[2]
     if part.index is None:
         return b * h * n * m
-    lengths = [group_lengths(cut, tokens) for cut, tokens in ((part.rows, n), (part.columns, m))]
-    if all(isinstance(x, int) for x in lengths):
-        return b * h * n * part.index.shape[3] * lengths[1]
-    if any(isinstance(x, Tensor) and valueless(x) for x in lengths):  # groups of equal length
+    of_rows, of_blocks = group_lengths(part.rows, n), group_lengths(part.columns, m)
+    if isinstance(of_rows, int) and isinstance(of_blocks, int):
+        return b * h * n * part.index.shape[3] * of_blocks
+    if any(isinstance(x, Tensor) and valueless(x) for x in (of_rows, of_blocks)):  # groups of equal length
         return b * h * n * part.index.shape[3] * -(-m // part.blocks)
-    rows, columns = (x if isinstance(x, Tensor) else None for x in lengths)
     index = part.index.expand(b, h, -1, -1).long()
-    if columns is None:
-        wide = torch.full(index.shape[:3], lengths[1] * index.shape[3], device=q.device)
+    if isinstance(of_blocks, int):
+        wide = torch.full(index.shape[:3], of_blocks * index.shape[3], device=q.device)
     else:
-        columns = columns.expand(b, h, -1).long()
-        wide = columns.gather(-1, index.clamp_min(0).flatten(2)).view_as(index).masked_fill(index < 0, 0).sum(-1)
-    if rows is None:
-        starts = torch.arange(0, n, part.rows, device=q.device)
-        rows = (n - starts).clamp_max(part.rows)
-    return int((rows * wide).sum())
+        of_blocks = of_blocks.expand(b, h, -1).long()
+        wide = of_blocks.gather(-1, index.clamp_min(0).flatten(2)).view_as(index).masked_fill(index < 0, 0).sum(-1)
+    if isinstance(of_rows, int):
+        assert isinstance(part.rows, int)
+        of_rows = (n - torch.arange(0, n, part.rows, device=q.device)).clamp_max(part.rows)
+    return int((of_rows * wide).sum())
 
 
 def group_lengths(cut: int | Tensor, tokens: int) -> int | Tensor:

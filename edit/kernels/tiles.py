@@ -130,7 +130,7 @@ def logits(s, query, query_there, key, key_there, bias, near_queries, near_keys,
     seen = tl.expand_dims(query_there, KEYS) & tl.expand_dims(key_there, 1 - KEYS)
     if near_queries is not None:
         apart = tl.zeros_like(s).to(tl.int32)
-        for axis in tl.static_range(AXES):
+        for axis in tl.static_range(AXES):  # pyright: ignore[reportGeneralTypeIssues]
             p = tl.load(near_queries + query * AXES + axis, mask=query_there, other=0)
             r = tl.load(near_keys + key * AXES + axis, mask=key_there, other=0)
             d = tl.expand_dims(p, KEYS) - tl.expand_dims(r, 1 - KEYS)
