@@ -1,6 +1,6 @@
 """LLSA: trainable log-linear sparse attention (arXiv 2512.16615), in place of softmax attention between image tokens.
 
-Tokens stand in Morton order (`edit.attention.order`). Queries and keys, rotated and normalised already, and values are
+Tokens stand in Morton order (`edit.attention.orders`). Queries and keys, rotated and normalised already, and values are
 pooled in fp32 by the block size B, level by level, N_l = N / B^l:
 
     X^0 = X,   X^l[j] = mean of X^(l-1)[j B .. j B + B - 1],   l = 1 .. L,   X one of Q, K, V
@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.attention.order import morton, reordered
+from edit.attention.orders import morton, reordered
 from edit.attention.pyramid import lengths, pyramid, select
 from edit.denoiser import Denoiser, Edit
 from edit.edits import chosen

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from edit.inputs.trust import load_yaml
 from recipes.config import composed
 
-LINE = 110  # characters
+LINE = 118  # characters
 GROUPS = "$APP_CONFIG_GROUPS"  # in the template: the groups with their choices
 PAIRS = ("experiment", "world", "method", "size")  # groups that are told in other words than a list of files
 
@@ -40,6 +40,9 @@ def choices(config_dir: Path) -> Iterator[str]:
         told |= {f"  {part}s": ", ".join(_chosen(config_dir, part)) for part in ("world", "method") if part in groups}
     for group in sorted(set(groups) - set(PAIRS)):
         told[group] = ", ".join(sorted(file.stem for file in (config_dir / group).glob("*.yaml")))
+    if "edits" in told and "method" in groups:  # most are those of a method of the same name, which is told already
+        alone = [n for n in told["edits"].split(", ") if not _is_of_method(config_dir / "method" / f"{n}.yaml", n)]
+        told["edits"] = f"those of methods, by the same names, and {', '.join(alone)}"
     if sizes := _sizes(config_dir):
         told["size"] = f"of the backbone's family: {sizes}"
     for group, options in told.items():
@@ -53,11 +56,21 @@ def _chosen(config_dir: Path, part: str) -> list[str]:
     return [name for name in names if not {"part", "part of"} & composed.about(config_dir, part, name).keys()]
 
 
+def _is_of_method(file: Path, edits: str) -> bool:
+    """Whether there is a method in this file, with these edits."""
+    return file.exists() and re.search(rf"^  - override /edits: {edits}$", file.read_text(), re.MULTILINE) is not None
+
+
 def _sizes(config_dir: Path) -> str:
     """Sizes by family; families with the same sizes are told together."""
     by_sizes: dict[str, list[str]] = {}
     for family in composed.families(config_dir).values():
-        by_sizes.setdefault(", ".join(family.sizes), []).append(family.name)
+        ends: dict[str, list[str]] = {}  # S/2, S/4, S/8 are told as S/2|4|8
+        for size in family.sizes:
+            head, slash, patch = size.partition("/")
+            ends.setdefault(head + slash, []).append(patch)
+        told = ", ".join(head + "|".join(patches) for head, patches in ends.items())
+        by_sizes.setdefault(told, []).append(family.name)
     return "; ".join(f"{' and '.join(names)} {sizes}" for sizes, names in by_sizes.items())
 
 

@@ -13,7 +13,7 @@ from weights import randomise
 import edit
 from benchmarks.llsa_cost import TOKENS, curves, draw, relative, work
 from edit.attention.llsa import LLSA, Sparse, deepest, seen_by_images
-from edit.attention.order import morton
+from edit.attention.orders import morton
 from edit.attention.pyramid import pyramid, select
 from edit.backbones.dit import DiTConfig
 from edit.denoiser import Denoiser

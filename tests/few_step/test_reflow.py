@@ -6,7 +6,7 @@ from analytic import STD, given, roles, velocity
 from views import view
 
 from edit.few_step.reflow import CachedReflow, Reflow
-from edit.objectives import LogitNormal
+from edit.objectives import FlowMatching, LogitNormal
 from edit.paths import column
 from edit.solvers import Euler, Grid, Heun, times
 
@@ -31,7 +31,7 @@ def test_a_pair_is_a_noise_and_what_the_sampler_makes_of_it(shift):
     def predict(x, t, end=None):
         return velocity(x, torch.full((len(x),), t))
 
-    expected = Euler(7, shift).integrate(predict, z, None, None)
+    expected = Euler(7, shift).integrate(predict, z, FlowMatching(), None)
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-6)
     _, fine = Reflow(steps=400).pairs(view(roles(velocity, velocity), data_free()))
     torch.testing.assert_close(fine, STD * z, rtol=1e-2, atol=0)  # first order: an error of about 1 / 400

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from families import CONFIGS, family, inputs
 
-from edit.attention.order import morton, reordered, z_codes
+from edit.attention.orders import morton, reordered, z_codes
 from edit.stream import Layout, Stream
 
 GRIDS = [(1, 4, 4), (1, 8, 8), (1, 4, 16), (1, 32, 2), (2, 4, 8), (4, 4, 4), (1, 5, 7), (3, 5, 6), (1, 1, 1), (7, 1, 1)]
