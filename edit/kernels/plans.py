@@ -139,8 +139,8 @@ def query_tile(rows: int | Tensor | None, e: int, f: int, itemsize: int, backwar
     large = padded(e) + padded(f) > 128
     if backward and large:
         return Tile(min(own, 64), 64, 8, 2)
-    if backward and own == 64:
-        return Tile(64, 64, 8, 2)
+    if backward and own >= 64:
+        return Tile(own, 64, 8, 3 if own == 128 else 2)
     return Tile(own, 64, 8 if own == 128 or large and own == 64 else 4, 3 if rows is None and not backward else 2)
 
 
@@ -150,7 +150,9 @@ def key_tile(columns: int | Tensor | None, e: int, f: int, itemsize: int, rows: 
     step = min(64, padded(rows)) if isinstance(rows, int) else 64
     if itemsize > 2:
         return Tile(own, min(step, 32 if own < 64 else 16), 4, 1)
-    return Tile(own, step, 8 if own == 64 and (rows is not None or padded(e) + padded(f) > 128) else 4, 2)
+    if own == 64:  # groups that are walked one by one take more registers
+        return Tile(64, step if rows is None else min(step, 32), 8, 2)
+    return Tile(own, step, 4, 2)
 
 
 def launch(kernel: Any, plan: tuple[tuple[int, ...], Mapping[str, Any]], given: Mapping[str, Any]) -> None:
