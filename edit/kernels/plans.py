@@ -141,7 +141,10 @@ def query_tile(rows: int | Tensor | None, e: int, f: int, itemsize: int, backwar
         return Tile(min(own, 64), 64, 8, 2)
     if backward and own >= 64:
         return Tile(own, 64, 8, 3 if own == 128 else 2)
-    return Tile(own, 64, 8 if own == 128 or large and own == 64 else 4, 3 if rows is None and not backward else 2)
+    if large and own == 64:
+        return Tile(64, 64, 8, 3) if isinstance(rows, Tensor) else Tile(64, 32, 8, 2)
+    small = padded(e) + padded(f) <= 64
+    return Tile(own, 64, 8 if own == 128 else 4, 3 if not backward and (rows is None or small) else 2)
 
 
 def key_tile(columns: int | Tensor | None, e: int, f: int, itemsize: int, rows: int | Tensor | None) -> Tile:
