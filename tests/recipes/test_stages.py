@@ -14,6 +14,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from omegaconf import OmegaConf
+from processes import ended
 from ranks import run_ranks
 from small_runs import CONFIGS, config, rows
 
@@ -314,16 +315,7 @@ def test_a_signal_reaches_the_run_and_a_kill_leaves_none_behind(tmp_path, number
     out, _ = driver.communicate(timeout=30)
     if number == signal.SIGTERM:
         assert told.exists() and out.splitlines()[-1] == "143"
-    while Path(f"/proc/{pid.read_text()}").exists() and "Z" not in _state(pid.read_text()):
-        assert time.monotonic() < end, "the run outlived its command"
-        time.sleep(0.01)
-
-
-def _state(pid: str) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return "Z"
+    assert ended(int(pid.read_text()), within=30), "the run outlived its command"
 
 
 def test_a_needed_run_is_trained_once(tmp_path, capfd):
