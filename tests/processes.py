@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def ended(pid: int, within: float) -> bool:
-    """Whether a process is gone, or only waits for its parent, in so many seconds: a signal is obeyed after its sending."""
+    """Whether a process is gone, or only waits for its parent, within so many seconds: a signal takes a moment."""
     last = time.monotonic() + within
     while time.monotonic() < last:
         try:

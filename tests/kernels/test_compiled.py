@@ -7,7 +7,7 @@ import pytest
 from benchmarks.kernels import SHAPES, SHARED, Compiled, compiled, launches
 from edit.kernels.language import HAS_TRITON
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")]
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 REGISTERS = {True: 176, False: 255}  # of a thread; narrow tiles, of which many share a processor, and wide ones
 CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # each kind of part; other shapes have the same launches
@@ -30,7 +30,10 @@ def fits(done: Compiled, arguments: dict, target: int) -> None:
         assert cores["mma.sync"] == 0
 
 
-@pytest.mark.parametrize("target", SHARED)
+# by default one chip, that of the targets of speed: each compiles for 3 to 5 s
+@pytest.mark.parametrize(
+    "target", [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
+)
 def test_one_launch_of_each_kernel_keeps_within_a_chip(target):
     done = set()
     for _, kernel, _, arguments in launches(*SHAPES["llsa_16k"](64)):
@@ -40,6 +43,7 @@ def test_one_launch_of_each_kernel_keeps_within_a_chip(target):
     assert len(done) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", SHARED)
 @pytest.mark.parametrize(
     ("shape", "width"), [(s, w) for s in KINDS for w in (64, 128)] + [("llsa_16k", w) for w in (32, 72, 96)]
