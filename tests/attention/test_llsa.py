@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import BACKBONES, family, inputs
+from ranks import run_ranks
 from torch import Tensor
 from torch.autograd import gradcheck
 from weights import randomise
@@ -506,3 +507,22 @@ def test_of_another_size_of_picture_the_levels_follow():
         out = flux(torch.randn(2, 4, side, side), torch.tensor([0.3, 0.7]), given)
         assert out.sample.shape == (2, 4, side, side) and out.grid == (1, side // 2, side // 2)
         assert flux.applied["llsa"].depth(tokens) == (tokens > 32)
+
+
+def compiled_units_train_as_eager_ones(rank: int = 0) -> None:
+    def gradients(model: Denoiser) -> list[Tensor]:
+        model(*asked()).sample.square().sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    eager, compiled = (edit.apply(pixels(**MODERN), {"llsa": settings(2, 2)}) for _ in range(2))
+    for unit in compiled.units:
+        unit.compile(backend="aot_eager", fullgraph=True)
+    pairs = list(zip(gradients(eager), gradients(compiled), strict=True))
+    assert len(pairs) > 20
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_unit_compiles_to_one_graph_and_has_the_gradients_of_the_eager_one():
+    run_ranks(compiled_units_train_as_eager_ones, 1)  # in a child: what has compiled cannot be forked from
