@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from edit.kernels.language import HAS_TRITON
 from edit.kernels.operator import attend_kernel
@@ -43,7 +44,8 @@ def attend(
         parts: keys and values, with who sees them; a key in two parts counts twice
         scale: s; None: 1 / sqrt(e)
         deterministic: sums of gradients in the same order at each run
-        path: None: the kernel where q is on a GPU and there is Triton, else plain PyTorch
+        path: None: the kernel where q is on a GPU and there is Triton, else plain PyTorch. A q that is faked stands for
+            one on a GPU, so that plans of a run's memory (`edit.measuring.probe`) see what kernels hold
 
     Returns:
         o b h n f in q's type, and lse b h n in fp32 (fp64 where q is). A query that sees nothing: 0, -inf, no gradients
@@ -55,7 +57,9 @@ def attend(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if path not in ("kernel", "plain", None):
         raise ValueError(f'path is "kernel", "plain" or None, got {path!r}')
-    if path == "plain" or path is None and not (HAS_TRITON and q.is_cuda):
+    if path is None:
+        path = "kernel" if isinstance(q, FakeTensor) or HAS_TRITON and q.is_cuda else "plain"
+    if path == "plain":
         kind = "cpu" if q.is_meta else q.device.type  # there is no autocast of meta
         with torch.autocast(kind, enabled=False):  # as kernels do: sums in fp32, whatever is on outside
             return attend_plain(q, parts, scale)

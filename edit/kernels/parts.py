@@ -104,9 +104,9 @@ def check_kernel(q: Tensor, parts: Sequence[Part]) -> None:
     Raises:
         ValueError: in one sentence
     """
-    if not HAS_TRITON:
+    if not HAS_TRITON and not valueless(q):
         raise ValueError('the kernels need Triton, which is not installed; path="plain" does without')
-    if not (q.is_cuda or q.is_meta or os.environ.get("TRITON_INTERPRET") == "1"):
+    if not (q.is_cuda or valueless(q) or os.environ.get("TRITON_INTERPRET") == "1"):
         raise ValueError(f'the kernels run on a GPU, got tensors on {q.device}; path="plain" runs anywhere')
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f'the kernels take bf16, fp16 or fp32, got {q.dtype}; path="plain" takes it')

@@ -21,6 +21,7 @@ from edit.denoiser import Denoiser
 from edit.edits import trains
 from edit.kernels.block_sparse import attend
 from edit.measuring.cost import macs
+from edit.measuring.probe import Probe
 from edit.stream import Condition, Layout
 
 ALL = 10**6  # every key of every level
@@ -389,6 +390,24 @@ def test_executed_macs_are_those_of_the_keys_that_are_seen_and_of_the_selection(
     selection = (4 * 4 + 16 * 8) * e
     assert before - after == depth * heads * (2 * tokens * (tokens - 20) * e - selection)
     assert work(settings(2, 2), 64, e) == 2 * tokens * 20 * e + selection
+
+
+def test_a_plan_of_memory_sees_the_kernels_and_no_copy_of_keys_for_each_block():
+    """Lists and means add a twelfth to the model's own attention; the plain path gathers keys, and doubles it."""
+
+    def bytes_of(*edits: LLSA) -> int:
+        def structure() -> Denoiser:
+            return edit.apply(
+                DiTConfig(**PIXELS | {"input_size": 16}).build(), {f"e{i}": e for i, e in enumerate(edits)}
+            )
+
+        return (
+            Probe(structure, (1, 16, 16), Condition(label=torch.zeros(1, dtype=torch.int64)))
+            .step(4, True, False)
+            .flowing
+        )
+
+    assert 1 < bytes_of(settings(3, 4)) / bytes_of() < 1.1
 
 
 def test_counted_work_grows_as_n_log_n_where_levels_grow_with_n_and_as_the_square_with_one(tmp_path):
