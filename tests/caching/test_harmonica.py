@@ -280,7 +280,9 @@ def test_weights_are_a_function_of_the_seed_and_those_of_one_alone_are_others():
 # ---- 7: cost ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["dit", "pixart", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flux", "sd3 dual"))])
+@pytest.mark.parametrize(
+    "name", ["dit", "pixart", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flux", "sd3 dual"))]
+)
 def test_a_generation_executes_what_its_table_says_and_launches_no_more(name):
     whole, parts = branches_of(family(name))
     denoiser = family(name)

@@ -274,7 +274,8 @@ def test_the_table_is_the_network_at_every_evaluation_and_nothing_else_is_left(n
 
 
 @pytest.mark.parametrize(
-    ("name", "site"), [("dit", "velocity"), ("pixart", "last_hidden"), ("flux", "post_norm")]
+    ("name", "site"),
+    [("dit", "velocity"), ("pixart", "last_hidden"), ("flux", "post_norm")]
     + [pytest.param("flux", "last_hidden", marks=pytest.mark.slow)],
 )
 def test_the_artifact_has_the_table_and_paints_the_same(name, site, tmp_path):

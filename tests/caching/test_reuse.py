@@ -106,7 +106,13 @@ def test_a_generation_executes_what_the_arithmetic_says(name):
 
 
 @pytest.mark.parametrize(
-    "name, branch", [pytest.param("flux", "feed", marks=pytest.mark.slow), ("flux", "fused"), ("pixart", "cross"), ("sd3 dual", "second")]
+    "name, branch",
+    [
+        pytest.param("flux", "feed", marks=pytest.mark.slow),
+        ("flux", "fused"),
+        ("pixart", "cross"),
+        ("sd3 dual", "second"),
+    ],
 )
 def test_what_is_not_chosen_is_computed_every_time(name, branch):
     whole, parts = branches_of(family(name))

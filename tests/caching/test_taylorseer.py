@@ -99,7 +99,9 @@ def test_what_is_predicted_is_not_run(name, site):
     assert calls == whole
 
 
-@pytest.mark.parametrize("name", ["dit", "pixart", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flux", "sd3 dual"))])
+@pytest.mark.parametrize(
+    "name", ["dit", "pixart", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flux", "sd3 dual"))]
+)
 def test_a_generation_of_predicted_spans_executes_what_the_arithmetic_says(name):
     """Embedding and output layer at every evaluation, all units at the one that is computed."""
 

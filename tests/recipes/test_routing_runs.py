@@ -165,7 +165,8 @@ def test_two_ranks_of_dydit_draw_for_themselves_and_keep_one_model_and_one_budge
     assert float(two[key]) == pytest.approx(float(one[key]), rel=1e-5) and two["train/flow"] != one["train/flow"]
 
 
-@pytest.mark.parametrize("name", ["elastic", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dydit", "td_lora"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["elastic", "dydit", "td_lora"])
 def test_what_a_sharded_run_leaves_decides_in_one_process_as_its_last_preview_did(folder, sharded, name):
     check_decided(folder, f"{name}_fsdp2", sharded(name))
 
@@ -209,7 +210,9 @@ def _trained_by_zero(folder, overrides, on_the_cpu):
 # ---- a kill ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["elastic", *(pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n != "elastic")])
+@pytest.mark.parametrize(
+    "name", ["elastic", *(pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n != "elastic")]
+)
 def test_a_killed_run_goes_on_bit_equal_with_its_phases_and_draws(folder, tmp_path, name):
     kill_at(tmp_path, "killed", 6, *words_of(name, folder))
     train_ranks(tmp_path, "name=killed", *words_of(name, folder))

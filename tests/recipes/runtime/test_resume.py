@@ -200,8 +200,12 @@ def test_another_configuration_is_refused_with_the_key_that_differs(tmp_path):
     assert len(checkpoints(tmp_path / "a" / "checkpoints")) == 2, "nothing is lost"
 
 
-@pytest.mark.parametrize("change",
-    ["trainer.clip=0.5", *(pytest.param(c, marks=pytest.mark.slow) for c in ("trainer.accumulate=2", "data.batch_size=32"))],
+@pytest.mark.parametrize(
+    "change",
+    [
+        "trainer.clip=0.5",
+        *(pytest.param(c, marks=pytest.mark.slow) for c in ("trainer.accumulate=2", "data.batch_size=32")),
+    ],
 )
 def test_what_decides_the_numbers_of_a_step_cannot_change(tmp_path, change):
     train(tmp_path, "name=a", "trainer.max_steps=4")
