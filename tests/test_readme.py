@@ -1,4 +1,5 @@
-"""Every command of the README is run, in order, in an empty folder, with fewer steps.
+"""Every command of the README is read as it will be, and the first two are run; with -m slow all are, in order, in an
+empty folder, with fewer steps.
 
 Those that need a cluster or ImageNet are composed and checked against the signatures, or run on a stand-in.
 """
@@ -15,9 +16,23 @@ import pytest
 from hydra import compose, initialize_config_dir
 from scripts import python
 
+import data.generate
+import data.precompute
+import recipes.apply
+import recipes.cost
+import recipes.export
+import recipes.page
+import recipes.prune
+import recipes.sweep
+from edit.inputs.words import apart, read
+from recipes import list as listing
+from recipes import plan
 from recipes.config.check import check
 from recipes.config.composed import names
 from recipes.config.sources import register
+from recipes.config.staged import stages_of
+from recipes.report import request
+from recipes.variants import variants
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -38,6 +53,10 @@ def words(command):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    return clone(tmp_path_factory)
+
+
+def clone(tmp_path_factory):
     """Looks like a clone in which nothing has been run."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("train.py", "eval.py", "configs"):
@@ -64,6 +83,81 @@ def shortened(arguments):
     return [*arguments, *measure]
 
 
+def test_the_first_two_commands_run_in_an_empty_folder(tmp_path_factory):
+    folder = clone(tmp_path_factory)
+    first, second = ([*shortened(words(c)), "features=none"] if "eval.py" in c else words(c) for c in COMMANDS[:2])
+    assert (first, second[0]) == (["train.py"], "eval.py"), "a newcomer trains and evaluates"
+    run(folder, [*first, *SHORT, "evaluate=null"])
+    run(folder, second)
+    (artifact,) = json.loads((folder / "runs/digits/report.json").read_text())["artifacts"]
+    assert "error" not in artifact and artifact["results"][0]["cost"]["uncounted"] == []
+    assert (folder / "runs/digits/report.html").exists() and (folder / "runs/digits/artifact/edits.json").exists()
+
+
+def test_every_command_is_read_without_a_mistake_and_reads_what_an_earlier_one_leaves():
+    left, heard = {"runs/dit_digits_deep", "runs/dit_digits_uneven"}, set()  # these are stages of stages
+    for command in COMMANDS:
+        program, *given = words(command)
+        program, given = (given[0], given[1:]) if program == "-m" else (program, given)
+        wanted = set(re.findall(r"(?:artifact|init|reference|model)=(runs/\w+)", command))
+        assert wanted <= left, f"{command}: {wanted - left} is made by no command before"
+        READ[program](given)
+        heard.add(program)
+        left |= set(re.findall(r" out=(\S+)", command))
+        if program == "train.py" and "--help" not in given:
+            left |= leaves(composed_of(given))
+    assert heard == set(READ) and len(COMMANDS) >= 30
+
+
+def composed_of(given):
+    """The configuration of the first job."""
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+        return compose("train", [word.split(",")[0] for word in given if word != "-m"])
+
+
+def leaves(cfg):
+    """Run folders of a run and of its stages."""
+    stages = [dict(w.partition("=")[::2] for w in stage.all if "=" in w) for stage in stages_of(cfg)]
+    names = {s.get("name", s.get("experiment", "").replace("/", "_")) for s in stages}
+    return {f"runs/{cfg.name}", *(f"runs/{name}" for name in names if name), *(s["out"] for s in stages if "out" in s)}
+
+
+def read_train(given):
+    assert given == ["--help"] or check(composed_of(given)) == []
+
+
+def read_plan(given):
+    assumed, settings = plan.parse(given)
+    assert assumed.peak is None and check(composed_of(settings)) == []
+
+
+def read_eval(given):
+    own, texts = apart(given, ("variant",))
+    assert request.parse(own)["artifact"] and len(variants(texts)) == len({k.split(".")[1] for k in texts})
+
+
+def read_list(given):
+    assert not given or len(listing.meant(given[0], listing.entries())) == 1
+
+
+READ = {
+    "train.py": read_train,
+    "eval.py": read_eval,
+    "recipes.apply": recipes.apply.parse,
+    "recipes.export": recipes.export.parse,
+    "recipes.prune": recipes.prune.parse,
+    "recipes.plan": read_plan,
+    "recipes.sweep": lambda given: read(recipes.sweep.Summing, given),
+    "recipes.page": lambda given: read(recipes.page.Paging, given),
+    "recipes.cost": lambda given: recipes.cost.main([*given, "--json"]) and pytest.fail("not counted"),
+    "recipes.list": read_list,
+    "data.precompute": lambda given: data.precompute.parser().parse_args(given),
+    "data.generate": data.generate.parse,
+}
+
+
+@pytest.mark.slow
 def test_the_commands_run_in_the_order_of_the_readme(folder):
     runnable = [c for c in COMMANDS if not any(n in c for n in NEEDS_DATA)]
     first = next(i for i, c in enumerate(runnable) if c.endswith("out=reports/depth")) + 1
@@ -122,6 +216,7 @@ def test_the_precompute_command_runs_on_a_stand_in_for_imagenet(folder):
     assert (folder / "latents/imagenet256/manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_the_flux_commands_run_on_a_stand_in_of_its_depth(folder):
     """19 double and 38 single units of 8 channels, its own kind of VAE and encoders: from prompts to the pipeline."""
     import torch

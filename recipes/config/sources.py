@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,13 +30,15 @@ class Files(FileConfigSource):
             if (made := composed.made(Path(self.path), config_path)) is not None:
                 header = {"package": made.package}
                 return ConfigResult(self.provider, self.full_path(), OmegaConf.create(made.content), header)
-            if file.exists():
-                read_yaml(file)
-            result = super().load_config(config_path)
+            if not file.exists():
+                return super().load_config(config_path)  # Hydra says what is missing
+            state = file.stat()
+            known = _loaded(file, state.st_mtime_ns, state.st_size)
         except RecursionError as error:
             raise ValueError(f"{file} is nested too deep: no settings need that") from error
-        composed.finish(config_path, result.config)
-        return result
+        config = deepcopy(known.config)
+        composed.finish(config_path, config)
+        return replace(known, provider=self.provider, path=self.full_path(), config=config, header=dict(known.header))
 
     def is_config(self, config_path: str) -> bool:
         return super().is_config(config_path) or composed.made(Path(self.path), config_path) is not None
@@ -49,12 +54,20 @@ class Files(FileConfigSource):
         return sorted({*own, *(["size"] if group else [])})
 
 
+@functools.lru_cache(maxsize=512)
+def _loaded(file: Path, changed: int, length: int) -> ConfigResult:
+    """A file that Hydra reads once as long as it stays as it is: a launch composes twice, a sweep for each job."""
+    read_yaml(file)
+    return FileConfigSource("file", str(file.parent)).load_config(file.name)
+
+
 def register() -> None:
     """Make `root_schema` available to defaults lists, and replace Hydra's file source by `Files`.
 
     Files cannot read the environment: its values would be written into config.yaml and reports.
     """
-    ConfigStore.instance().store(name="root_schema", node=Root)
+    if "root_schema.yaml" not in ConfigStore.instance().repo:  # 20 ms
+        ConfigStore.instance().store(name="root_schema", node=Root)
     Plugins.instance()  # registers Hydra's own sources, one of which is replaced
     SourcesRegistry.instance().types[Files.scheme()] = Files
     OmegaConf.register_new_resolver("oc.env", _refuse_environment, replace=True)

@@ -188,7 +188,9 @@ def test_an_artifact_of_weights_that_are_not_finite_is_not_saved(flux, tmp_path)
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("targets", [("attn.to_q", "proj_out", "norm1.linear"), "all-linear"])
+@pytest.mark.parametrize(
+    "targets", [pytest.param(("attn.to_q", "proj_out", "norm1.linear"), marks=pytest.mark.slow), "all-linear"]
+)
 @torch.no_grad()
 def test_diffusers_loads_a_lora_with_outputs_equal_to_ours(targets, asked, tmp_path, pipeline):
     from diffusers import FluxPipeline

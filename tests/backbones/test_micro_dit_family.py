@@ -321,6 +321,7 @@ def test_the_published_sizes_have_their_parameters():
     assert (count(tiny) + blocks + between) / 1e6 == pytest.approx(202, rel=0.005)
 
 
+@pytest.mark.slow
 def test_a_quarter_of_the_tokens_leaves_36_hundredths_of_the_products():
     """Oracle 7: 110.6 and 39.8 GMAC, 16.9 of them in the mixer; a table that leaves out what the caption costs."""
     mixer_, found = 16.9, []

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from caches import MADE, executed, family, paint
+from caches import FEW, MADE, executed, family, paint
 
 from edit.caching.fora import FORA
 from edit.caching.reuse import Reuse
@@ -21,7 +21,7 @@ def test_the_first_is_computed_and_every_nth_counted_from_the_last():
     assert computed(1, 4) == [0, 1, 2, 3] and computed(9, 5) == [0, 4]
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in MADE])
 def test_it_is_taylorseer_of_order_zero_at_the_same_evaluations_bit_for_bit(name):
     fora, taylor = family(name, cache=FORA(3)), family(name, cache=TaylorSeer(3, 0))
     taylor.applied["cache"].computed = lambda index: index in (0, 1, 4, 7)

@@ -280,7 +280,9 @@ def test_weights_are_a_function_of_the_seed_and_those_of_one_alone_are_others():
 # ---- 7: cost ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(
+    "name", ["dit", "pixart", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flux", "sd3 dual"))]
+)
 def test_a_generation_executes_what_its_table_says_and_launches_no_more(name):
     whole, parts = branches_of(family(name))
     denoiser = family(name)
@@ -460,6 +462,7 @@ def test_the_artifact_is_a_table_of_its_sampler(folder, run):
         artifact.sample(labels=[1, 2], seed=0, steps=6)
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_inside_a_generation_goes_on_bit_equal(folder, run):
     """After update 4 comes the next measurement of the weights, inside the second generation."""
     for last in (4, 5):

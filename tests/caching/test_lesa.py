@@ -274,7 +274,9 @@ def test_the_table_is_the_network_at_every_evaluation_and_nothing_else_is_left(n
 
 
 @pytest.mark.parametrize(
-    ("name", "site"), [("dit", "velocity"), ("flux", "last_hidden"), ("pixart", "last_hidden"), ("flux", "post_norm")]
+    ("name", "site"),
+    [("dit", "velocity"), ("pixart", "last_hidden"), ("flux", "post_norm")]
+    + [pytest.param("flux", "last_hidden", marks=pytest.mark.slow)],
 )
 def test_the_artifact_has_the_table_and_paints_the_same(name, site, tmp_path):
     of = Schedule(DDIMSolver(STEPS), DDPM()) if name == "pixart" else OF_8
@@ -590,6 +592,7 @@ def taylor(order: int, omega) -> float:
     return sum(found) / len(found)
 
 
+@pytest.mark.slow
 def test_on_its_own_history_it_comes_nearer_than_reuse_taylor_and_what_only_saw_the_truth():
     omega = torch.full((50,), 0.2)
     free, forced = (error(taught(omega, 300, closed), omega) for closed in (0.5, 0.0))

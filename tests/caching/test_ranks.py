@@ -53,7 +53,9 @@ def shared(cache) -> list:
     return [images.tolist(), decided]
 
 
-@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize(
+    "name", [n if n in ("tea_cache", "cg_taylor each") else pytest.param(n, marks=pytest.mark.slow) for n in GATES]
+)
 def test_ranks_with_other_samples_decide_as_one_batch(name):
     cache = GATES[name]
     alone = [painted(family("dit", cache=replace(cache)), rows_of(r))[1] for r in range(2)]

@@ -96,7 +96,7 @@ def test_chosen_units_and_branches_alone_are_repeated(make_flux):
 # ---- what it costs ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in MADE])
 def test_a_generation_executes_what_the_arithmetic_says(name):
     whole, parts = branches_of(family(name))
     assert 0.5 < sum(parts.values()) / whole < 1
@@ -106,7 +106,13 @@ def test_a_generation_executes_what_the_arithmetic_says(name):
 
 
 @pytest.mark.parametrize(
-    "name, branch", [("flux", "feed"), ("flux", "fused"), ("pixart", "cross"), ("sd3 dual", "second")]
+    "name, branch",
+    [
+        pytest.param("flux", "feed", marks=pytest.mark.slow),
+        ("flux", "fused"),
+        ("pixart", "cross"),
+        ("sd3 dual", "second"),
+    ],
 )
 def test_what_is_not_chosen_is_computed_every_time(name, branch):
     whole, parts = branches_of(family(name))

@@ -106,7 +106,8 @@ def compiled(name: str, cache: str) -> None:
 )
 @pytest.mark.parametrize(
     "name, cache",
-    [("dit", "taylorseer"), ("dit", "taylorseer last"), ("dit", "span_reuse"), ("dit", "pab")]
+    [("dit", "taylorseer")]
+    + [pytest.param("dit", cache, marks=pytest.mark.slow) for cache in ("taylorseer last", "span_reuse", "pab")]
     + [pytest.param("flux", cache, marks=pytest.mark.slow) for cache in STATIC],  # seconds of tracing
 )
 def test_no_step_compiles_a_unit_again(name, cache):

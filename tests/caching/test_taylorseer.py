@@ -99,7 +99,9 @@ def test_what_is_predicted_is_not_run(name, site):
     assert calls == whole
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(
+    "name", ["dit", "pixart", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flux", "sd3 dual"))]
+)
 def test_a_generation_of_predicted_spans_executes_what_the_arithmetic_says(name):
     """Embedding and output layer at every evaluation, all units at the one that is computed."""
 
@@ -248,7 +250,7 @@ def test_settings_that_cannot_be_are_refused(make_dit):
     edit.apply(net, {"cache": small(site="span", spare=(2, 0))})
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("guidance", [pytest.param(1.0, marks=pytest.mark.slow), 2.0])
 @pytest.mark.parametrize("site, order", [("module", 2), ("last", 1), ("span", 3)])
 def test_bytes_held_are_order_plus_one_tensors_of_tokens_for_each_site_and_branch(site, order, guidance):
     """Counted while the real model and a twin without weights generate."""

@@ -165,8 +165,15 @@ def test_frozen_weights_have_no_gradients_and_no_optimizer():
     assert held(role, DDP, 2).gradients == 4 * role.trained
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
-@pytest.mark.parametrize("name", ["dit", "flux"])
+@pytest.mark.parametrize(
+    "name, checkpointing",
+    [
+        pytest.param("dit", False, id="dit-stored"),
+        pytest.param("dit", True, id="dit-recomputed", marks=pytest.mark.slow),
+        pytest.param("flux", False, id="flux-stored", marks=pytest.mark.slow),
+        pytest.param("flux", True, id="flux-recomputed"),
+    ],
+)
 def test_the_predicted_peak_is_the_measured_one(name, checkpointing, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks.plan import Case, train

@@ -25,6 +25,7 @@ def test_pruned_students_cost_what_table_d0_says(blocks, teraflops):
     assert 2 * probe(spec, 128).macs() / 1e12 == pytest.approx(teraflops, rel=0.01)
 
 
+@pytest.mark.slow
 def test_checkpointing_stores_the_tokens_of_each_unit_and_nothing_else():
     """57 N D 2 bytes at any resolution, plus one unit's own activations: two depths differ by their tokens."""
 

@@ -86,6 +86,7 @@ def test_replaced_weights_are_in_no_checkpoint_no_average_and_no_artifact(tmp_pa
     assert trained == len(list(denoiser.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_train_experts_as_one_process_does(tmp_path, strategy):
     train(tmp_path, "name=one", *EXPERTS, "trainer.max_steps=4")

@@ -96,6 +96,7 @@ def test_both_turns_in_one_step_have_the_gradients_of_each_alone(folder, watched
     assert watched[0][0, "critic"]
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_loss(folder):
     both = MATCHING.replace("every: 2", "every: 2, together: true")
     words = [both if w == MATCHING else w for w in student(folder, "plain")]
@@ -105,6 +106,7 @@ def test_gradient_checkpointing_changes_no_loss(folder):
     assert a == pytest.approx(b, rel=1e-5)  # recomputed units round alike, fused ones nearly
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_its_critic_as_if_nothing_had_happened(folder):
     even = "optimizer.schedule=constant"
     train(folder, *student(folder, "whole", "trainer.max_steps=8", even))
@@ -115,6 +117,7 @@ def test_a_stopped_run_goes_on_with_its_critic_as_if_nothing_had_happened(folder
     assert losses(folder, "whole") == losses(folder, "parts")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_train_the_roles_of_one_process(folder, strategy):
     two = student(folder, f"two_{strategy}", f"trainer={strategy}", *TWO_RANKS, "data.batch_size=8")
@@ -232,6 +235,7 @@ def test_deepspeed_which_moves_everything_in_every_step_takes_no_turns(folder):
         config(folder, *student(folder, "zero", "trainer=zero2", "critic.follow=0.03"))
 
 
+@pytest.mark.slow
 def test_a_student_with_a_guidance_input_is_told_what_the_teacher_is_asked_at(tmp_path, monkeypatch):
     from edit.backbones.flux import Flux
 

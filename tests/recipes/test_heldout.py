@@ -80,7 +80,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_numbers(folder):
     assert {step: stopped[step] for step in whole} == whole
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_ranks_share_the_samples_and_train_the_same_to_the_last_bit(tmp_path, folder, strategy):
     two = (*TWO_RANKS, f"trainer={strategy}", "data.batch_size=8", *HELD, "trainer.max_steps=6")
     train_ranks(tmp_path, "name=with", *two, world=2)

@@ -56,6 +56,7 @@ def test_a_shallower_student_learns_from_the_teacher_and_the_teacher_is_not_save
     assert blocks == {"0"}, "one block of two: the teacher's second is nowhere"
 
 
+@pytest.mark.slow
 def test_guidance_of_the_teacher_is_distilled_into_a_single_pass(tmp_path):
     told = teacher_of(tmp_path)
     train(tmp_path, "name=plain", *told, OUTPUT)
@@ -102,6 +103,7 @@ def test_an_offloaded_teacher_answers_to_the_bit_and_its_layers_are_fetched(fami
     assert not any(hasattr(m, "_diffusers_hook") for m in whole.modules())
 
 
+@pytest.mark.slow
 def test_a_run_with_an_offloaded_teacher_has_the_losses_of_one_with_a_replicated(tmp_path):
     told = (*teacher_of(tmp_path), OUTPUT, *FEATURES, "edits=depth", "trainer.max_steps=3")
     for placement in ("replicated", "offloaded"):
@@ -109,6 +111,7 @@ def test_a_run_with_an_offloaded_teacher_has_the_losses_of_one_with_a_replicated
     assert losses(tmp_path, "replicated") == losses(tmp_path, "offloaded")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", ["replicated", "sharded"])
 def test_two_ranks_with_a_teacher_have_the_losses_of_one(tmp_path, placement):
     told = (*teacher_of(tmp_path), OUTPUT, *FEATURES, "edits=depth")
@@ -124,6 +127,7 @@ def test_two_ranks_with_a_teacher_have_the_losses_of_one(tmp_path, placement):
         assert a == pytest.approx(b, rel=2e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_distillation_has_the_losses_of_an_uninterrupted_one(tmp_path):
     told = (
         *teacher_of(tmp_path),
@@ -197,6 +201,7 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path):
         train(tmp_path, "name=a", f"teacher.path={tmp_path}/teacher", OUTPUT)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_where_no_loss_reaches_the_last_unit(tmp_path):
     told = (*teacher_of(tmp_path), "+terms.f._target_=edit.distillation.features.FeatureKD", "+terms.f.pairs=[[0,0]]")
     two = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true", "data.batch_size=8")

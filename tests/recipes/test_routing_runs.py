@@ -137,7 +137,7 @@ def sharded(folder):
     return made
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_ranks_of_elastic_train_as_one_process_with_the_budgets_of_the_global_batch(folder, sharded, strategy):
     if strategy == "fsdp2":
         sharded("elastic")
@@ -151,6 +151,7 @@ def test_two_ranks_of_elastic_train_as_one_process_with_the_budgets_of_the_globa
         )
 
 
+@pytest.mark.slow
 def test_two_ranks_of_dydit_draw_for_themselves_and_keep_one_model_and_one_budget(folder):
     told = ("name=dydit_ddp", "trainer=ddp", *words_of("dydit", folder), *TWO)
     (first, _), (second, _) = run_ranks(_trained, 2, args=(folder, told), timeout=120)
@@ -164,7 +165,8 @@ def test_two_ranks_of_dydit_draw_for_themselves_and_keep_one_model_and_one_budge
     assert float(two[key]) == pytest.approx(float(one[key]), rel=1e-5) and two["train/flow"] != one["train/flow"]
 
 
-@pytest.mark.parametrize("name", ["elastic", pytest.param("dydit", marks=pytest.mark.slow), "td_lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["elastic", "dydit", "td_lora"])
 def test_what_a_sharded_run_leaves_decides_in_one_process_as_its_last_preview_did(folder, sharded, name):
     check_decided(folder, f"{name}_fsdp2", sharded(name))
 
@@ -208,7 +210,9 @@ def _trained_by_zero(folder, overrides, on_the_cpu):
 # ---- a kill ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", ["elastic", *(pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n != "elastic")]
+)
 def test_a_killed_run_goes_on_bit_equal_with_its_phases_and_draws(folder, tmp_path, name):
     kill_at(tmp_path, "killed", 6, *words_of(name, folder))
     train_ranks(tmp_path, "name=killed", *words_of(name, folder))

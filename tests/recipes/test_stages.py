@@ -236,6 +236,7 @@ def test_under_torchrun_rank_0_runs_each_once_by_itself_and_all_ranks_wait(tmp_p
     assert capfd.readouterr().out.count("before    one: ") == 1  # said by the first alone
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_run_that_fails_ends_every_rank_with_its_code(tmp_path):
     slow_script(tmp_path)
     answers = run_ranks(_before, args=(tmp_path, ["name=stop"], ["name=never"]))
@@ -318,6 +319,7 @@ def test_a_signal_reaches_the_run_and_a_kill_leaves_none_behind(tmp_path, number
     assert ended(int(pid.read_text()), within=30), "the run outlived its command"
 
 
+@pytest.mark.slow
 def test_a_needed_run_is_trained_once(tmp_path, capfd):
     words = ["name=first", "trainer.max_steps=2", "evaluate=null", "preview.every=0", "backbone.depth=1"]
     cfg = config(tmp_path, "name=second", "before=[[" + ",".join(f"'{w}'" for w in words) + "]]")

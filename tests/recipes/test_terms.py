@@ -33,6 +33,7 @@ def kept(folder, name):
     return torch.load(newest(folder / name / "checkpoints"), weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_term_that_asks_the_average_at_another_time_and_one_that_ends_train_alike_on_two_ranks(tmp_path, strategy):
     train(tmp_path, "name=one", TOYS, SELF, VISION, "data.batch_size=16")
@@ -74,7 +75,7 @@ def ended(folder, overrides):
     return alive["left"]
 
 
-@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["single", *(pytest.param(s, marks=pytest.mark.slow) for s in ("ddp", "fsdp2"))])
 def test_after_its_end_a_term_leaves_no_loss_no_parameter_and_no_state(tmp_path, strategy):
     words, world = ("name=a", TOYS, VISION), 1
     if strategy != "single":
@@ -96,8 +97,8 @@ def test_a_term_that_has_ended_leaves_the_losses_of_a_run_in_which_it_weighed_no
     assert never == ended
 
 
-@pytest.mark.parametrize("at", [5, 9], ids=["before the end", "after it"])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("at", [5, pytest.param(9, marks=pytest.mark.slow)], ids=["before the end", "after it"])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_killed_before_or_after_the_end_goes_on_bit_equal(tmp_path, at, world):
     words = [TOYS, SELF, VISION, *(["trainer=fsdp2", *TWO_RANKS] if world == 2 else [])]
     train_ranks(tmp_path, "name=whole", *words, world=world)

@@ -72,6 +72,7 @@ def test_the_temperature_of_each_step_is_in_its_checkpoint(folder):
     assert found == pytest.approx([4.0, 4 - 3.9 * 6 / 12, 4 - 3.9 * 11 / 12])  # steps begin at 0, 6/12 and 11/12
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_bit_equal_with_the_same_draws(tmp_path, folder):
     words = (f"init={folder}/whole", *SEARCH)
     kill_at(tmp_path, "killed", 6, *words)
@@ -134,6 +135,7 @@ def check_ranks(answers, folder):
     assert saved.isfinite().all() and saved.shape == (2, 2) and not torch.equal(saved.flatten(), logits[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_search_with_the_same_logits(tmp_path, folder, strategy):
     words = (f"init={folder}/whole", *SEARCH, f"trainer={strategy}", *RANKS)
@@ -214,6 +216,7 @@ def same(one, two):
     return one.keys() == two.keys() and all(torch.equal(v, two[f][k]) for f in one for k, v in one[f].items())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_one_command_searches_prunes_recovers_and_exports_and_the_runs_can_be_started_alone(tmp_path, forked_stages):
     from diffusers import DiTTransformer2DModel

@@ -118,6 +118,7 @@ def test_bf16_without_a_cache_of_weights_has_the_losses_of_bf16_with_one(tmp_pat
     assert losses(tmp_path, "uncached") == losses(tmp_path, "cached") != losses(tmp_path, "exact")
 
 
+@pytest.mark.slow
 def test_a_run_of_any_name_goes_on_and_prints_a_command_that_means_it(tmp_path, capsys):
     for name, hydra in (("run[1]", "name='run[1]'"), (odd := "a=b, {c} café", f"name='{odd}'")):
         plain = ("preview.every=2", "checkpoint.every=2", f"trainer.max_steps={2}")
@@ -280,7 +281,7 @@ def _terms_on_two_ranks(folder, overrides):
     train_with(folder, overrides, terms={"mean": MeanPixel()})
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_parameters_of_terms_are_trained_alike_on_two_ranks(tmp_path, strategy):
     two = ("name=two", f"trainer={strategy}", *TWO_RANKS, "data.batch_size=8")
     run_ranks(_terms_on_two_ranks, 2, args=(tmp_path, two), timeout=120)
@@ -309,7 +310,7 @@ def test_what_edits_report_and_ask_for_is_logged_under_their_name(tmp_path):
     assert float(last["train/loss"]) == pytest.approx(total, rel=1e-5)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_fsdp2_previews_and_saves_in_bf16(tmp_path, world):
     overrides = ["trainer=fsdp2", *TWO_RANKS, f"trainer.devices={world}", "trainer.precision=bf16-mixed"]
     overrides += ["preview.every=6", "preview.count=10", "sampler.solver.steps=2", "data.batch_size=8"]
@@ -373,6 +374,7 @@ def test_a_launcher_that_starts_too_few_processes_is_caught(tmp_path, monkeypatc
         train(tmp_path, "name=a", "trainer=ddp", *TWO_RANKS)
 
 
+@pytest.mark.slow
 def test_fsdp2_trains_lora_with_accumulation_as_one_process_does(tmp_path):
     train(tmp_path, "name=base")
     lora = ["edits=lora", f"init={tmp_path}/base", "edits.lora.rank=2", "trainer.accumulate=2"]

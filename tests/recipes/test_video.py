@@ -96,6 +96,7 @@ def test_a_run_previews_its_videos_as_rows_of_frames_and_its_artifact_loads(fold
     assert loaded.sample_shape == (12, 4, 8, 8) and loaded(*inputs(loaded)).sample.shape == (2, 12, 4, 8, 8)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(folder):
     train(folder, "name=parts", "trainer.max_steps=2", "optimizer.schedule=constant")
     train(folder, "name=parts", "optimizer.schedule=constant")

@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from scripts import python
 
+from edit.denoiser import Spec
 from edit.inputs.trust import load_yaml
 from recipes.config import composed
 from recipes.config.check import check
@@ -20,6 +21,7 @@ from recipes.config.errors import UserError
 from recipes.config.launch import launch
 from recipes.config.schema import Evaluation
 from recipes.config.sources import register
+from recipes.cost import from_file
 
 ROOT = Path(__file__).parents[3]
 FILES = {
@@ -568,7 +570,12 @@ SHIPPED = [
     for group in CHOSEN
     for file in sorted((CONFIGS / group).rglob("*.yaml"))
 ]
-SHIPPED += [f"backbone={name}" for name in composed.names(CONFIGS, "backbone")]
+FAMILIES = composed.families(CONFIGS).values()
+BETWEEN = {name for family in FAMILIES for name in list(family.names)[1:]} - {family.name for family in FAMILIES}
+SHIPPED += [
+    pytest.param(f"backbone={name}", marks=[pytest.mark.slow] if name in BETWEEN else [])
+    for name in composed.names(CONFIGS, "backbone")
+]
 
 
 NEED_A_START = ("experiment=dit_digits/depth", "experiment=dit_digits/lora")
@@ -595,6 +602,12 @@ def test_each_shipped_option_composes_and_fits_the_signatures(choice):
             assert [e.split(":")[0] for e in check(cfg)] == ["init is missing"]
             cfg.init = "somewhere"
         assert check(cfg) == []
+
+
+def test_every_size_of_every_family_makes_its_backbone():
+    """Those behind the first of a family are composed whole with -m slow alone."""
+    for name in composed.names(CONFIGS, "backbone"):
+        assert isinstance(from_file(CONFIGS, "backbone", name), Spec), name
 
 
 def test_unset_keys_of_evaluate_are_those_of_eval_py():

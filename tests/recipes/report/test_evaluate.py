@@ -362,7 +362,7 @@ def test_an_edit_that_needs_training_becomes_a_row_with_the_reason(cli, runs, ba
     assert "not training-free" in (runs / "whole/report.html").read_text()
 
 
-@pytest.mark.parametrize("how", [KeyboardInterrupt, signal.SIGTERM])
+@pytest.mark.parametrize("how", [pytest.param(KeyboardInterrupt, marks=pytest.mark.slow), signal.SIGTERM])
 def test_what_was_measured_stays_when_the_command_is_stopped(cli, runs, bare, monkeypatch, capsys, how):
     def stopped(subject, *rest, measure=sample_and_measure):
         if subject.name == "whole + few":

@@ -220,6 +220,7 @@ def history(file):
     return found
 
 
+@pytest.mark.slow
 def test_an_offline_run_that_is_resumed_continues_its_steps_without_a_warning(tmp_path, no_wandb, capfd):
     import wandb
 

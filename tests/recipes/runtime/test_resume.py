@@ -39,7 +39,7 @@ def shards(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_on_webdataset_shards_goes_on_bit_equal_mid_epoch(tmp_path, shards, world):
     """150 pictures and 32 or more a step: checkpoint and kill both fall inside an epoch, with flips and two workers."""
     overrides = ["data=webdataset", f"data.set.shards={shards}", "data.set.size=8", "data.workers=2"]
@@ -55,8 +55,8 @@ def test_a_killed_run_on_webdataset_shards_goes_on_bit_equal_mid_epoch(tmp_path,
     "overrides, world",
     [
         (ONE, 1),
-        (("trainer=ddp", *TWO_RANKS, "data.workers=1", "data.batch_size=100"), 2),
-        (("trainer=fsdp2", *TWO_RANKS), 2),
+        pytest.param(("trainer=ddp", *TWO_RANKS, "data.workers=1", "data.batch_size=100"), 2, marks=pytest.mark.slow),
+        pytest.param(("trainer=fsdp2", *TWO_RANKS), 2, marks=pytest.mark.slow),
     ],
     ids=["one process, workers, accumulation", "ddp", "fsdp2"],
 )
@@ -112,6 +112,7 @@ def test_sigterm_saves_the_step_and_the_same_command_finishes_equal(tmp_path):
     assert losses(tmp_path, "told") == losses(tmp_path, "whole")
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves_the_step_and_the_same_command_finishes_equal(tmp_path):
     """A real one: the kernel hangs up, and whatever is printed afterwards fails."""
     train(tmp_path, "name=whole")
@@ -148,6 +149,7 @@ def _read_until_closed(terminal: int) -> None:
                 os.read(terminal, 1000)
 
 
+@pytest.mark.slow
 def test_under_nohup_a_hang_up_stops_nothing(tmp_path):
     def nohup():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -198,7 +200,13 @@ def test_another_configuration_is_refused_with_the_key_that_differs(tmp_path):
     assert len(checkpoints(tmp_path / "a" / "checkpoints")) == 2, "nothing is lost"
 
 
-@pytest.mark.parametrize("change", ["trainer.accumulate=2", "trainer.clip=0.5", "data.batch_size=32"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "trainer.clip=0.5",
+        *(pytest.param(c, marks=pytest.mark.slow) for c in ("trainer.accumulate=2", "data.batch_size=32")),
+    ],
+)
 def test_what_decides_the_numbers_of_a_step_cannot_change(tmp_path, change):
     train(tmp_path, "name=a", "trainer.max_steps=4")
     with pytest.raises(UserError, match=rf"{change.split('=')[0]}.*another name="):
@@ -228,6 +236,7 @@ def test_without_checkpoints_a_finished_run_is_not_overwritten_by_another(tmp_pa
         train(tmp_path, "name=a", "trainer.max_steps=4", "backbone.depth=3")
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ranks_goes_on_with_one_at_the_same_batch(tmp_path):
     train(tmp_path, "name=one", "optimizer.schedule=constant")
     two = ("trainer=ddp", *TWO_RANKS, "data.batch_size=8", "optimizer.schedule=constant")
@@ -246,6 +255,7 @@ def _limited(folder, size, overrides):
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_both_ranks(tmp_path):
     two = ("name=a", "trainer=ddp", *TWO_RANKS)
     train_ranks(tmp_path, *(o.replace("steps=12", "steps=4") for o in two), world=2)
@@ -273,6 +283,7 @@ def test_a_full_disk_ends_in_one_sentence_and_keeps_earlier_checkpoints(tmp_path
     assert not list((tmp_path / "a" / "checkpoints").glob("*.tmp-*"))
 
 
+@pytest.mark.slow
 def test_a_run_is_not_continued_with_another_teacher_under_the_same_path(tmp_path):
     train(tmp_path, "name=t", "trainer.max_steps=2")
     kd = ("name=s", f"teacher.path={tmp_path}/t", "+terms.kd._target_=edit.distillation.output.OutputKD")

@@ -12,6 +12,8 @@ from recipes.runtime.traces import Before
 ROOT = Path(__file__).parents[3]
 SHORT = ("evaluate=null", "preview.every=0", "trainer.max_steps=2", "backbone.depth=1", "optimizer.warmup=0")
 
+SLOW = pytest.mark.slow  # the folder goes in the same way whatever was refused
+
 
 def launch(folder: Path, *words: str):
 
@@ -23,15 +25,15 @@ def launch(folder: Path, *words: str):
     ("words", "said"),
     [
         (("init=nowhere",), "nowhere"),
-        (("teacher.path=nowhere",), "nowhere"),
-        (("data=webdataset", "data.set.shards=nowhere"), "nowhere"),
-        (("data=latents", "data.set.path=nowhere"), "nowhere"),
-        (("trainer.memory=0.0000001",), "trainer.memory=0"),
-        (("backbone.input_size=16",), "backbone.input_size=8"),
+        pytest.param(("teacher.path=nowhere",), "nowhere", marks=SLOW),
+        pytest.param(("data=webdataset", "data.set.shards=nowhere"), "nowhere", marks=SLOW),
+        pytest.param(("data=latents", "data.set.path=nowhere"), "nowhere", marks=SLOW),
+        pytest.param(("trainer.memory=0.0000001",), "trainer.memory=0", marks=SLOW),
+        pytest.param(("backbone.input_size=16",), "backbone.input_size=8", marks=SLOW),
         (("trainer=gpu",), "no GPU"),
-        (("data=image_folder", f"data.set.path={ROOT}/configs"), "image"),
+        pytest.param(("data=image_folder", f"data.set.path={ROOT}/configs"), "image", marks=SLOW),
         (("before=[[recipes.prune,model=nowhere,by=random,'pattern=1:2',out=runs/never]]",), "nowhere"),
-        (("sampler=ddpm",), "integrates a noise"),
+        pytest.param(("sampler=ddpm",), "integrates a noise", marks=SLOW),
         (("+terms.o={_target_: edit.distillation.output.OutputKD}",), "teacher.path="),
     ],
 )
