@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.alignment.encoder import Encoder
-from edit.alignment.repa import REPA, Grid, Projectors
+from edit.alignment.repa import REPA, Projectors
 from edit.denoiser import Denoiser
+from edit.grid import Grid
 from edit.inputs.limits import Count, Natural, check_numbers
 from edit.losses import Frozen, Seen, Term
 from edit.objectives import Weight, weight_at

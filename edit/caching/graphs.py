@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edit.caching.engine import Cached, CachedBranch, Scheduled, names_of
+from edit.caching.branches import CachedBranch
+from edit.caching.engine import Cached, Scheduled, names_of
 from edit.caching.spans import SpanUnit
 from edit.denoiser import Denoiser
 from edit.measuring.timing import tensors

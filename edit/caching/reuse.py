@@ -20,7 +20,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from edit.caching.engine import BranchCached, Latest, Predictor
+from edit.caching.branches import BranchCached
+from edit.caching.engine import Latest, Predictor
 from edit.inputs.limits import Count, Share, check_numbers
 from edit.stream import Step
 

@@ -1,6 +1,6 @@
 """The site of a cache that is a span of units: computed together or predicted together.
 
-The other site, residual branches, and gates and predictors of both are in `edit.caching.engine`.
+The other site, residual branches, is in `edit.caching.branches`, gates and predictors in `edit.caching.engine`.
 
 Specification: methods/feature-cache-baselines.md.
 """

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 
 import torch
 
-from edit.caching.engine import BranchCached, CachedBranch, Latest, Predictor, names_of
+from edit.caching.branches import BranchCached, CachedBranch
+from edit.caching.engine import Latest, Predictor, names_of
 from edit.denoiser import Denoiser
 from edit.inputs.limits import check_numbers
 from edit.sampling import Sampler

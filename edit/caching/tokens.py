@@ -19,7 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from edit.caching.engine import BranchCached, Latest, Predictor, each, names_of
+from edit.caching.branches import BranchCached
+from edit.caching.engine import Latest, Predictor, each, names_of
 from edit.denoiser import Denoiser
 from edit.stream import Branch, Layout, Step, Stream
 from edit.unit import Divides, Run, Unit

@@ -13,7 +13,8 @@ from weights import randomise
 
 import edit
 from edit.backbones.dit import DiTConfig
-from edit.caching.harmonica import Effects, HarmoniCa, StepWiseDenoising
+from edit.caching.harmonica import HarmoniCa
+from edit.caching.harmonica_training import Effects, StepWiseDenoising
 from edit.caching.reuse import Reuse
 from edit.caching.table_reuse import TableReuse
 from edit.calibrating import OnData
