@@ -5,16 +5,16 @@
 h (B, N, D): image tokens behind unit k, both residuals added, not normalised. P: Linear D -> K, SiLU, Linear K -> K,
 SiLU, Linear K -> D_e. y (B, N_e, D_e): patch tokens behind the encoder's final norm, of the clean sample. Where the
 grids differ, h goes to the encoder's by bilinear interpolation, before P. At every t, with and without a dropped label.
-"nt_xent": -log of softmax over all tokens of the rank's batch of cos / temperature, at the token's own.
+"nt_xent": cross-entropy of cos / temperature over all tokens y of the rank's batch, the token's own the label.
 
 iREPA: P is one 3 x 3 convolution on the grid of tokens ("conv"); y <- (y - gamma mean_n y) / (std_n y + 1e-6) per
 channel, gamma 0.6 (`standardise`); lambda 1.
 
 The paper counts blocks from 1, units here count from 0: its k = 8 is unit=7. Specification: methods/repa.md.
 
-Inferred: P starts as the SiT port's does (Xavier-uniform, no bias) in every family, the convolution as torch has it;
-the temperature 0.1 over the tokens of one rank; the frames of a video are looked at each by itself and averaged over
-each frame of tokens. Where the data do not have y, the encoder sees decoded samples, the reference the images.
+Inferred: P starts as the SiT port's does (Xavier-uniform, zero bias) in every family, the convolution as torch has it;
+the temperature 0.1; the encoder sees each frame of a video alone, and y is the mean over the frames of a token. Where
+the data do not have y, the encoder sees decoded samples, in the reference the images.
 """
 
 from __future__ import annotations

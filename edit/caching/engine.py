@@ -103,8 +103,8 @@ class Gate(ABC):
             state: of the gate in this generation and guidance branch
 
         Returns:
-            For all samples, or b bool, each for its own; the samples that are computed run as one batch. A decision for
-            all samples is the same on all ranks where the unit is sharded (`quotient`, `anywhere`)
+            One decision for all samples, the same on all ranks of a sharded unit (`quotient`, `anywhere`); or b bool,
+            one for each: those that are computed run as one batch
         """
 
 
@@ -120,24 +120,23 @@ class Scheduled(Gate):
 
 
 def distance(unit: Unit, new: Tensor, old: Tensor) -> Tensor:
-    """The mean absolute difference over the mean absolute value of `old`, a scalar: of all samples together, as
-    published, so that a decision depends on the batch; where the unit is sharded, of those of all ranks."""
+    """mean|new - old| / mean|old|, a scalar over all samples, as published: a decision depends on the batch. Of a
+    sharded unit, over those of all ranks."""
     new, old = new.float(), old.float()
     return quotient(unit, (new - old).abs().mean(), old.abs().mean(), len(new))
 
 
 def quotient(unit: Unit, above: Tensor, below: Tensor, samples: int) -> Tensor:
-    """Of two means over a batch, scalars; where the unit is sharded, over the batches of all ranks.
+    """The quotient of two means over a batch, scalars; of a sharded unit, over the batches of all ranks.
 
-    Calling a sharded unit is a collective, which a rank that decides otherwise would leave out: the others would wait
-    for it for ever.
+    A call of a sharded unit is a collective: did one rank decide otherwise, the others would wait for it for ever.
     """
     above, below = over_ranks(torch.stack((above, below)) * samples) if sharded(unit) else (above, below)
     return above / below
 
 
 def anywhere(unit: Unit, flag: bool, device: torch.device) -> bool:
-    """Whether it is so; where the unit is sharded, on any rank."""
+    """The flag; of a sharded unit, whether that of any rank is set."""
     return over_ranks(torch.tensor(float(flag), device=device)).item() > 0 if sharded(unit) else flag
 
 
@@ -178,7 +177,7 @@ class Cached(Edit):
         return float(step.index)
 
     def kind(self, step: Step) -> Hashable:
-        """What is decided at an evaluation besides what is computed, where that is known beforehand (`graphs`)."""
+        """What tells evaluations apart besides what is computed, known beforehand: `edit.caching.graphs` keys by it."""
         return None
 
     def refuse_cached(self, denoiser: Denoiser) -> None:

@@ -144,8 +144,8 @@ class Kind:
 class Graphed:
     """Stands before a denoiser in a sampler, for one generation at a time; several may follow each other.
 
-    The first evaluation of a kind runs as ever, the second is recorded, from then on it is run again. So does the first
-    of each guidance branch in each generation, which prepares what caches remember.
+    The first evaluation of a kind runs as ever, the second is recorded, later ones replay the record. The first of each
+    guidance branch in each generation always runs as ever: it begins what caches remember.
 
     Args:
         denoiser: in eval mode; edits other than caches must not read the step's numbers

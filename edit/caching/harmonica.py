@@ -9,9 +9,9 @@ no input, o the branch before its gate and C what is remembered of it:
 
 The first row is fixed: it computes all. `relaxation="ste"` trains with hard decisions and the gradient of the mixture,
 so that training sees what inference does; its lambda_i is 0 as long as the hard row i repeats nothing. A router is soft
-while its own module is in training mode and there is a step: an update on a walk (`recipe=rollout`), or a generation in
-`StepWiseDenoising.refresh`. Previews and reports are of models in eval mode. Without a step the model is dense, which
-is the teacher.
+at evaluations of a generation while its module is in training mode: in updates of `recipe=rollout` and in
+`StepWiseDenoising.refresh`. In eval mode (previews, reports) it is hard. Outside of generations the model is dense:
+that is the teacher.
 
 `edit.caching.harmonica_training` minimises the distance to the dense model and, for speed, beta sum_m r_(i,m) / M. The
 paper has a sum over m with 7e-8 for the M = 56 of DiT-XL/2; here beta weighs the mean, 56 * 7e-8 = 4e-6, and means the

@@ -56,7 +56,7 @@ class StepWiseDenoising(RolloutMethod):
     `refresh` makes T + 1 generations ("single": T + 2) of recipe.samples samples.
 
     Args:
-        iepo: lambda_i of replay at i beside that at all evaluations before ("incremental"), or at i alone ("single")
+        iepo: lambda_i of replay at i after that at all evaluations before ("incremental"), or at i alone ("single")
         every: C, updates between two measurements of lambda
         limit: of |rho|, after each update
     """

@@ -181,10 +181,10 @@ def gathered(stream: Stream, tokens: Branch) -> Stream:
 
 
 class Watched:
-    """A slot of an attention with what it had before, and something more, remembered where tokens are renewed next.
+    """An attention slot that also keeps what scores are made of, where the next evaluation is not computed.
 
     Args:
-        before: what the slot had
+        before: what filled the slot
         index: of the unit
         edit: whose memory this is
         seen: makes b s of queries, keys, values and layout
