@@ -3,8 +3,8 @@
     o_i = sum_j w_ij v_j / sum_j w_ij,   w_ij = phi(q_i) phi(k_j)',   phi(x) = elu(a x) + 1
 
 over the joint sequence, after QK-norm and RoPE. phi is positive, so the denominator cannot vanish. Ours: the sharpness
-a of each head. It starts at e^(1/4), e the width of a head, and is trained: to first order the weights are then those of
-softmax, 1 + q k' / sqrt(e), beside a bias of each key. On normal queries and keys outputs start 6 to 15 % nearer to
+a of each head. It starts at e^(1/4), e the width of a head, and is trained: to first order the weights are then those
+of softmax, 1 + q k' / sqrt(e), beside a bias of each key. On normal queries and keys outputs start 6 to 15 % nearer to
 those of softmax than at a = 1, and still far. No gate: mixing with a softmax would cost the saving. Features are
 computed in fp32; sums are means over keys, which fp16 can hold.
 
