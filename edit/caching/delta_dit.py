@@ -55,6 +55,9 @@ class DeltaDiT(Cached):
         begun = math.ceil(self.switch * step.count) if self.late(step) else 0
         return (step.index - begun) % self.interval == 0
 
+    def kind(self, step: Step) -> tuple[bool, bool]:
+        return self.late(step), self.due(step)
+
     def ranges(self, denoiser: Denoiser) -> tuple[range, range]:
         """The units of the rear, and those of the front.
 

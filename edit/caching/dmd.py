@@ -30,7 +30,7 @@ from torch import Tensor
 from edit.caching.engine import Predictor
 from edit.caching.forecast import Forecast, Site
 from edit.inputs.limits import Count, Limits, check_numbers
-from edit.stream import Branch
+from edit.stream import Branch, Step
 
 Window = Annotated[int, Limits(2, 16)]
 Growth = Annotated[float, Limits(1, 10)]
@@ -64,6 +64,9 @@ class DMD(Forecast):
     @property
     def predictor(self) -> Predictor:
         return Modes(self.window, self.growth)
+
+    def kind(self, step: Step) -> int:
+        return step.index  # a forecast's horizon is a number of the host
 
     def check(self, sampler: Any, times: tuple[float, ...]) -> None:
         super().check(sampler, times)

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from edit.caching.branches import CachedBranch
 from edit.caching.engine import Cached, Scheduled, names_of
 from edit.caching.spans import SpanUnit
+from edit.caching.tokens import TokenCached
 from edit.denoiser import Denoiser
 from edit.measuring.timing import tensors
 from edit.stream import Condition, Output, Step, pack, unpack
@@ -34,7 +35,7 @@ Run = Callable[[], Any]
 
 def check_kinds(denoiser: Denoiser) -> None:
     """Raises ValueError if evaluations are of no fixed kinds: an edit decides by numbers that only a run knows."""
-    dynamic = {n for n, e in denoiser.applied.items() if e.adaptive or e.batchwise}
+    dynamic = {n for n, e in denoiser.applied.items() if e.adaptive or e.batchwise or isinstance(e, TokenCached)}
     dynamic |= {span.edit.name for span in _spans(denoiser) if not isinstance(span.gate, Scheduled)}
     if dynamic:
         name = min(dynamic)
