@@ -27,6 +27,7 @@ from edit.caching.toca import ToCa
 from edit.objectives import default_objective
 from edit.routing.dydit import DyDiT
 from edit.solvers import Heun
+from edit.stream import Step, unpack
 
 STATIC = {
     "module": TaylorSeer(3, 2, first=3),
@@ -150,6 +151,15 @@ def test_evaluations_of_one_kind_differ_in_the_contents_of_tensors_alone(cache):
 def test_what_decides_by_numbers_is_refused(edits):
     with pytest.raises(ValueError, match="c .* decides by numbers that only a run knows"):
         Graphed(family("dit", **edits))
+
+
+def test_values_that_change_places_are_not_overwritten_on_the_way():
+    net, step = Graphed(made("dit", "reuse")), Step(0, 4, 0.5, memory={})
+    step.recall("cache", 0)["v"] = [torch.tensor(1.0), torch.tensor(2.0)]
+    first, second = unpack(net._settle(step))["cache", 0, step.branch]["v"]
+    step.recall("cache", 0)["v"] = [second, first]
+    net._settle(step)
+    assert (first.item(), second.item()) == (2.0, 1.0)
 
 
 def test_two_generations_at_once_are_refused():
