@@ -18,8 +18,9 @@ from edit.caching.dmd import DMD
 from edit.caching.duca import DuCa
 from edit.caching.first_block_cache import FirstBlockCache
 from edit.caching.foca import FoCa
-from edit.caching.graphs import Graphed, Tape, kind_of
+from edit.caching.graphs import Graphed, kind_of
 from edit.caching.pab import PAB
+from edit.caching.recorders import Tape
 from edit.caching.reuse import Reuse
 from edit.caching.span_reuse import SpanReuse
 from edit.caching.taylorseer import TaylorSeer
