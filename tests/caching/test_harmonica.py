@@ -342,6 +342,15 @@ def test_what_a_table_decides_now_and_next_is_known_before_an_evaluation():
     assert [cache.due(step, "feed") for step in steps] == [True, False, True]
 
 
+@torch.no_grad()
+def test_after_an_update_rho_is_within_the_limit_on_both_sides():
+    net = family("dit", cache=HarmoniCa(steps=2))
+    net.edits["cache"].rho[1].copy_(torch.tensor([7.0, -7.0, 2.5, -2.5]))
+    for limit, expected in ((5.0, [5.0, -5.0, 2.5, -2.5]), (2.0, [2.0, -2.0, 2.0, -2.0])):
+        StepWiseDenoising(limit=limit).constrain(net, None)
+        assert net.edits["cache"].rho[1].tolist() == expected
+
+
 @pytest.mark.parametrize(
     ("other", "sentence"),
     [
