@@ -132,6 +132,7 @@ def test_few_steps_of_a_student_are_refused_and_those_that_lie_close_are_not(mak
             with pytest.raises(ValueError, match=rf"cache \({type(cache).__name__}\): the 3 evaluations of a few-step"):
                 Sampler(Grid(times[::3], renoise=jump)).check(denoiser, FlowMatching())
         Sampler(Grid(times)).check(denoiser, FlowMatching())
+    Sampler(Grid(times[::2])).check(edit.apply(make_dit(), {"cache": Reuse()}), FlowMatching())  # four are enough
 
 
 def test_a_span_of_no_unit_is_refused(make_dit):
