@@ -275,6 +275,8 @@ def test_settings_that_cannot_be_are_refused(make_dit):
         edit.apply(make_dit(), {"cache": TaylorSeer(site="span", spare=(2, 1))})
     with pytest.raises(ValueError, match="order 4 needs 5 computed evaluations, and of the 8 of this sampler 3 are"):
         paint(edit.apply(make_dit(), {"cache": TaylorSeer()}), 8)
+    with pytest.raises(ValueError, match="order 3 needs 4 computed evaluations, and of the 8 of this sampler 3 are"):
+        paint(edit.apply(make_dit(), {"cache": TaylorSeer(order=3)}), 8)
     net = edit.apply(make_dit(), {"reuse": Reuse(units=(1,))})
     for site in SITES:
         with pytest.raises(ValueError, match="TaylorSeer: 'reuse' caches attention of unit 1 already"):
