@@ -264,6 +264,21 @@ def test_a_line_in_the_axis_is_followed_exactly(axis, make_dit):
     )
 
 
+@pytest.mark.parametrize("axis", ["step", "t", "sigma", "logsnr"])
+def test_where_all_times_are_known_a_line_in_the_axis_is_followed_exactly_too(axis):
+    from edit.caching.engine import place
+
+    cache, times, memory, state = small(axis=axis, interval=3, first=2), (0.9, 0.7, 0.4, 0.2, 0.0), {}, {}
+    cache.name = "cache"
+    for index in range(3):
+        step = Step(index, 4, times[index], times=times, memory=memory)
+        cache.embed(replace(stream(0.0, index, 4), step=step), torch.zeros(2), Condition(), None)
+        line = 3 * place(step, axis) + 1
+        if index < 2:
+            cache.predictor.observe(state, cache.at(step), Branch(torch.full((1, 1, 1), line)))
+    assert cache.predictor.predict(state, cache.at(step)).image.item() == pytest.approx(line, rel=1e-4)
+
+
 def test_settings_that_cannot_be_are_refused(make_dit):
     with pytest.raises(ValueError, match="TaylorSeer: order must be at most 4, got 5"):
         TaylorSeer(order=5)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from edit.kernels.block_sparse import Part, attend
 from edit.kernels.language import HAS_TRITON
 from edit.kernels.operator import pairs, part_pairs
+from edit.kernels.plans import Plan
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
@@ -82,6 +83,13 @@ def test_short_groups_are_counted_by_their_tokens():
     index = torch.tensor([0, 1, 0, 1], dtype=torch.int32).view(1, 1, 4, 1)  # rows of 16, 16, 16 and 2
     cut = torch.tensor([0, 10, 70], dtype=torch.int32).view(1, 1, 3)
     assert part_pairs(q, Part(k, k, index, rows=16, columns=cut)) == 16 * 10 + 16 * 60 + 16 * 10 + 2 * 60
+
+
+def test_chunks_of_queries_leave_none_out():
+    """1100 queries in chunks of eight steps of 64 at most: three, which do not divide them."""
+    q, k = torch.zeros(1, 1, 1100, 16, dtype=torch.bfloat16), torch.zeros(1, 1, 5, 16, dtype=torch.bfloat16)
+    (_, chunks, _), told = Plan(q, Part(k, k), 1.0).keys(q)
+    assert (chunks, told["reach"], told["each"]) == (3, 1100, 367)
 
 
 def test_the_plain_path_is_counted_as_the_kernels_are():
