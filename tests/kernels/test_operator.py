@@ -92,6 +92,14 @@ def test_chunks_of_queries_leave_none_out():
     assert (chunks, told["reach"], told["each"]) == (3, 1100, 367)
 
 
+def test_a_table_of_some_heads_is_written_out_for_all_and_one_of_none_is_shared():
+    q = torch.zeros(3, 2, 4, 16)
+    plan, heads = Plan(q, Part(q, q), 1.0), torch.arange(8, dtype=torch.int32).view(1, 2, 4)
+    table, step = plan.shared(heads)
+    assert step == 4 and torch.equal(table, heads.expand(3, 2, 4)) and table.is_contiguous()
+    assert plan.shared(heads[:, :1])[1] == 0 and plan.shared(None) == (None, 0)
+
+
 def test_the_plain_path_is_counted_as_the_kernels_are():
     q, parts = case("levels")
     with FlopCounterMode(display=False) as counter:
