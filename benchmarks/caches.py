@@ -33,7 +33,8 @@ from benchmarks.caching import flux_tiny
 from benchmarks.common import arguments, prepare, race, show, write
 from benchmarks.routing import flux1
 from edit.backbones.flux import Flux, FluxConfig
-from edit.caching.engine import BranchCached, Cached
+from edit.caching.branches import BranchCached
+from edit.caching.engine import Cached
 from edit.caching.first_block_cache import FirstBlockCache
 from edit.caching.host_cache_dit import to_cache_dit
 from edit.caching.host_diffusers import to_diffusers

@@ -6,6 +6,7 @@ A row is added when a module or class moves, and never removed. No other file of
 from __future__ import annotations
 
 CLASSES = {  # of modules that were divided
+    "edit.caching.harmonica.StepWiseDenoising": "edit.caching.harmonica_training.StepWiseDenoising",
     "edit.distillation.student.FixedGuidance": "edit.tuning.guidance.FixedGuidance",
     "edit.distillation.student.GuidanceInput": "edit.tuning.guidance.GuidanceInput",
     "edit.sampling.DDIMSolver": "edit.solvers.DDIMSolver",

@@ -73,8 +73,7 @@ class Encoder(Frozen):
     def identity(self) -> dict[str, Any]:
         """By what cached features know their encoder: its name, the SHA-256 of its files, its width and side.
 
-        That is of the names and sums of its weights and of what says how images are prepared: a change of its mean
-        makes other features.
+        The files are weights and configurations: another mean of the images makes other features.
         """
         from edit.artifacts.checksums import of_file
 

@@ -10,10 +10,10 @@ Of a joint sequence, the image's rows and keys alone: image tokens stand last in
 smaller of the two numbers. Where the grids differ, the student's probabilities are resized over keys, then over
 queries, and renormalised over keys (to renormalise is inferred). Of a video, each frame within itself.
 
-Both terms end for good at step `ends` (tau; it goes with the images seen, so halve it where the batch doubles), or,
-with a `trigger`, when their gradient has turned against the denoising gradient; then encoder and projector are gone.
-The paper's trigger takes 2048 images at four times; this one takes a few batches as they are trained on, and the mean
-of their cosines. Blocks: `unit` of features and pairs both count from 0 here. Specification: methods/haste.md.
+Both terms, encoder and projector end for good at step `ends` (tau; halve it where the batch doubles), or, with a
+`trigger`, earlier: when their gradient has turned against the denoising gradient. The paper's trigger takes 2048 images
+at four times; this one the mean cosine of a few batches as they are trained on. Units count from 0 here.
+Specification: methods/haste.md.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.alignment.encoder import Encoder
-from edit.alignment.repa import REPA, Grid, Projectors
+from edit.alignment.repa import REPA, Projectors
 from edit.denoiser import Denoiser
+from edit.grid import Grid
 from edit.inputs.limits import Count, Natural, check_numbers
 from edit.losses import Frozen, Seen, Term
 from edit.objectives import Weight, weight_at

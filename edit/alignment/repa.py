@@ -5,21 +5,20 @@
 h (B, N, D): image tokens behind unit k, both residuals added, not normalised. P: Linear D -> K, SiLU, Linear K -> K,
 SiLU, Linear K -> D_e. y (B, N_e, D_e): patch tokens behind the encoder's final norm, of the clean sample. Where the
 grids differ, h goes to the encoder's by bilinear interpolation, before P. At every t, with and without a dropped label.
-"nt_xent": -log of softmax over all tokens of the rank's batch of cos / temperature, at the token's own.
+"nt_xent": cross-entropy of cos / temperature over all tokens y of the rank's batch, the token's own the label.
 
 iREPA: P is one 3 x 3 convolution on the grid of tokens ("conv"); y <- (y - gamma mean_n y) / (std_n y + 1e-6) per
 channel, gamma 0.6 (`standardise`); lambda 1.
 
 The paper counts blocks from 1, units here count from 0: its k = 8 is unit=7. Specification: methods/repa.md.
 
-Inferred: P starts as the SiT port's does (Xavier-uniform, no bias) in every family, the convolution as torch has it;
-the temperature 0.1 over the tokens of one rank; the frames of a video are looked at each by itself and averaged over
-each frame of tokens. Where the data do not have y, the encoder sees decoded samples, the reference the images.
+Inferred: P starts as the SiT port's does (Xavier-uniform, zero bias) in every family, the convolution as torch has it;
+the temperature 0.1; the encoder sees each frame of a video alone, and y is the mean over the frames of a token. Where
+the data do not have y, the encoder sees decoded samples, in the reference the images.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from edit.alignment.encoder import Encoder
 from edit.alignment.heads import mlp
 from edit.alignment.looker import Encoded
+from edit.alignment.targets import averaged, check_cached, resized, side_by_side, standardised
 from edit.denoiser import Denoiser
 from edit.frames import folded
 from edit.grid import Grid
@@ -39,8 +39,6 @@ from edit.losses import Frozen, Seen, Term
 from edit.objectives import Weight, weight_at
 from edit.subset import gathered
 from edit.widths import Scale
-
-SMALL = 1e-6
 
 
 @dataclass
@@ -208,76 +206,3 @@ def projector(width: int, theirs: int, hidden: int | None) -> nn.Module:
     if hidden is None:
         return nn.Conv2d(width, theirs, 3, padding=1)
     return mlp(width, hidden, hidden, theirs)
-
-
-# ---- targets ---------------------------------------------------------------------------------------------------------
-
-
-def resized(h: Tensor, grid: Grid, to: Grid) -> Tensor:
-    """Tokens b (f n) d on a grid of rows and columns of another size, each frame by itself, bilinear.
-
-    Raises:
-        ValueError: if the tokens are no such grid
-    """
-    if h.shape[1] != math.prod(grid):
-        raise ValueError(
-            f"REPA: {h.shape[1]} tokens are no grid of {' x '.join(map(str, grid))}: align a unit that has all of them"
-        )
-    if grid == to:
-        return h
-    maps = h.unflatten(1, grid).flatten(0, 1).movedim(-1, 1)  # (b f) d y x
-    maps = F.interpolate(maps, to[1:], mode="bilinear", align_corners=False)
-    return maps.movedim(1, -1).reshape(len(h), -1, h.shape[-1])
-
-
-def averaged(tokens: Tensor, samples: int, frames: int, count: int) -> Tensor:
-    """The encoder's tokens of all frames (b F) n d -> b (f n) d: the mean over the frames of each frame of tokens."""
-    y = tokens.unflatten(0, (samples, -1))  # b F n d
-    if y.shape[1] != frames:
-        y = F.adaptive_avg_pool1d(y.flatten(2).transpose(1, 2), frames).transpose(1, 2).unflatten(2, (count, -1))
-    return y.flatten(1, 2)
-
-
-def standardised(y: Tensor, gamma: float) -> Tensor:
-    """iREPA's targets: b n d, mean and deviation over the tokens of a sample, per channel."""
-    return (y - gamma * y.mean(1, keepdim=True)) / (y.std(1, keepdim=True) + SMALL)
-
-
-def side_by_side(count: int, grid: Grid) -> tuple[int, int]:
-    """Rows and columns of cached features: the student's, where there are as many; else they are a square.
-
-    Raises:
-        ValueError: if they are neither
-    """
-    if count == grid[1] * grid[2]:
-        return grid[1], grid[2]
-    if (side := math.isqrt(count)) ** 2 != count:
-        raise ValueError(
-            f"REPA: the data have features of {count} patches, which are neither the {grid[1]} x {grid[2]} of the "
-            "model nor a square: make them anew of square pictures, or say cached=false"
-        )
-    return side, side
-
-
-def check_cached(encoder: Encoder, record: Mapping[str, Any] | None) -> None:
-    """Refuse features that the data do not have, or have of another encoder.
-
-    Args:
-        encoder: that the term names
-        record: what the data say of their features: sha256, width, side, and grid as rows and columns; None: none
-
-    Raises:
-        ValueError: with what to do
-    """
-    if record is None:
-        raise ValueError(
-            "cached=true, and the data give no features: make them with `python -m data.precompute ... --features` and "
-            "say data.set.encoded=true, or say cached=false"
-        )
-    mine = encoder.identity()
-    if differing := [k for k in ("sha256", "width", "side") if k in record and record[k] != mine[k]]:
-        k = differing[0]
-        raise ValueError(
-            f"the data have features of another encoder: {record.get('name')}, {k} {record[k]}, and the term names "
-            f"{mine['name']}, {k} {mine[k]}: make them anew, name that encoder, or say cached=false"
-        )

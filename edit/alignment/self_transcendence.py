@@ -17,14 +17,13 @@ Heads are three layers D -> 2048 -> 2048 -> D with SiLU; in stage 1 a LayerNorm 
 token's part of the sample follow; in stage 2 the last of the three has the teacher's width. The teacher's null
 condition must have been trained: label_drop above 0 in stage 1.
 
-The paper counts blocks from 1, units count from 0 here: SiT-B/2 a 2, m 6, n 8 are 1, 5, 7; SiT-XL/2 4, 8, 16 (read off
-the figures) are 3, 7, 15; the MMDiT of 24 blocks has 4, 12, 16, omega 5 and no range.
+The paper counts blocks from 1, units count from 0 here. Blocks a, m, n are 2, 6, 8 of SiT-B/2 (units 1, 5, 7); 4, 8, 16
+of SiT-XL/2, read off the figures; 4, 12, 16 of an MMDiT of 24 blocks, with omega 5 and no range.
 
-Specification: methods/self-transcendence.md. The released range has no effect: of shape (b, 1, 1, 1) it is multiplied
-by losses (b), so that the mean is mean(loss) mean(w). Here w acts on its own sample; `legacy_trange` takes the length
-of the range in its place, which is the mean of that under uniform times. The release teaches by raw weights: the first
-run's ema.decay is 0 in configs/method/self_transcendence_warm.yaml, so that its artifact has them. Sequences of frames
-and families of two streams: ours.
+Specification: methods/self-transcendence.md. The released range has no effect: w of shape (b, 1, 1, 1) times losses (b)
+has the mean mean(loss) mean(w). Here w acts on its own sample; `legacy_trange` has the length of the range instead, the
+mean of w under uniform times. The release teaches by raw weights: ema.decay is 0 in
+configs/method/self_transcendence_warm.yaml. Sequences of frames and families of two streams: ours.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ of the tokens has a second time t' ~ U(0, 1) of its own. The average sees each g
 u_g independent (inferred). The velocity that is learned does not depend on times; an objective that weighs them
 (`snr_cap`) would weigh the second group by the first one's.
 
-Specification: methods/sra.md. The cosine of the published formula runs over channels, that of the released code by its
-default axis over tokens: `axis` has both. J has no moving average here, unlike the release, where nothing reads it. The
-release's average runs all blocks. Other families than DiT and SiT: ours; of two streams the image's is compared.
+Specification: methods/sra.md. The cosine runs over channels in the paper, over tokens in the released code: `axis` has
+both. J has no moving average, unlike in the release, where nothing reads it. The release's average runs all blocks.
+Other families than DiT and SiT: ours; of two streams the image's is compared.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class SRA(Term):
 
     Args:
         units: m of the student and n of the average, from 0, n at least m
-        weight: lambda, a number or a `Decay` with the optimiser step; None: the source's of the distance, `Decay()` of
-            the paper's smooth L1, 0.5 of the released cosine
+        weight: lambda, a number or a `Decay` with the optimiser step; None: `Decay()` of the paper's smooth L1, 0.5 of
+            the released cosine
         offset: kappa, the largest distance of the two times
         distance: "smooth_l1" or "cosine"
         axis: of "cosine": "channels", a cosine for each token, or "tokens", one for each channel

@@ -1,11 +1,12 @@
 """Linear attention in place of softmax attention (arXiv 2006.16236): cost grows with the tokens, not with their square.
 
-o_i = phi(q_i) sum_j phi(k_j) v_j' / phi(q_i) sum_j phi(k_j)', phi(x) = elu(a x) + 1, over the joint sequence and after
-QK-norm and RoPE, as the softmax has it; all features are positive, so the denominator cannot vanish. The sharpness a of
-each head is ours. It starts at e^(1/4), e the width of a head, and is trained: to first order the weights are then
-1 + q k' / sqrt(e), those of softmax, beside a bias of each key. Outputs on normal queries and keys start 6 to 15 %
-nearer to those of softmax than at a = 1, and still far. No gate: mixing with a softmax would cost the saving.
-Features are computed in fp32; sums are means over keys, which fp16 can hold.
+    o_i = sum_j w_ij v_j / sum_j w_ij,   w_ij = phi(q_i) phi(k_j)',   phi(x) = elu(a x) + 1
+
+over the joint sequence, after QK-norm and RoPE. phi is positive, so the denominator cannot vanish. Ours: the sharpness
+a of each head. It starts at e^(1/4), e the width of a head, and is trained: to first order the weights are then those
+of softmax, 1 + q k' / sqrt(e), beside a bias of each key. On normal queries and keys outputs start 6 to 15 % nearer to
+those of softmax than at a = 1, and still far. No gate: mixing with a softmax would cost the saving. Features are
+computed in fp32; sums are means over keys, which fp16 can hold.
 
 As in CLEAR (arXiv 2412.16112) the projections q, k, v and out alone are trained, of all units; those of the text in
 two-stream units are not, nor SD3's second attention, which stays softmax. CLEAR's own table warns that 10 000 such

@@ -1,9 +1,9 @@
 """Orders of image tokens: curves along which neighbours in the sequence are neighbours in the picture or the video.
 
 A method whose blocks are runs of consecutive tokens sets an order once, in `Edit.embed`: `Denoiser.run` applies the
-permutation to tokens and positions in front of the first unit, and takes it back behind the last. Orders are functions
-of the grid alone, on the device and without a wait for it; they hold positions in the grid, row-major, in the order in
-which tokens stand: x[order] is the sequence, x[order.argsort()] undoes it.
+permutation to tokens and positions in front of the first unit, and undoes it behind the last. An order depends on the
+grid alone, and is made on the device without a wait. It lists row-major positions in the grid: x[order] is the
+sequence, x[order.argsort()] undoes it.
 
 Morton's Z-order (methods/llsa.md, "Token reordering") interleaves the bits of column (lowest), row and frame. Only bits
 that a side has take part, so that 2^a x 2^b x 2^c grids are covered without gaps, and every aligned run of 2^i tokens

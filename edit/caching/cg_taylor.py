@@ -9,8 +9,8 @@ tokens behind the last, and two ladders of finite differences (`edit.caching.tay
 A is refreshed with B alone: so both look equally far ahead, and e tells how far B can be trusted. Were A refreshed at
 every evaluation, e would stay small while B drifts.
 
-The mean is over the batch, as published; `reduction` takes the largest error of a sample instead, or lets each sample
-decide for itself: those that fail run as one batch, with anchors of their own (ours).
+The mean is over the batch, as published. Ours: `reduction` takes the largest error of a sample, or each sample decides
+for itself; those that fail run as one batch, with anchors of their own.
 
 Defaults are those of the release for DiT-XL/2 at 50 steps of DDIM; it has tau = 0.13 or 0.03 and order_gate = 1 for
 FLUX, 0.36 and 3 for Wan 2.1. tau depends on model, steps and schedule. Gate and target look at image tokens (inferred
@@ -48,7 +48,7 @@ class CGTaylor(SpanCached):
         order_target: of the polynomial of the last unit's output
         warmup: W, the last of the evaluations at the beginning that are all computed
         max_skip: predicted evaluations one after the other at most; none, as published: no limit
-        reduction: of the error over the batch: "batch_mean", as published; "batch_max"; "per_sample": none
+        reduction: of the error over the batch: "batch_mean", as published; "batch_max"; "per_sample": each decides
     """
 
     tau: NotNegative = 0.008

@@ -6,9 +6,9 @@ first N_c from there on. With h_in and h_out the tokens in front of the range an
 
     D = h_out - h_in at computed evaluations;   h_out = h_in + D at the others
 
-The deviation D, not h_out, is repeated, so that what the present evaluation has of its own passes on. Every N-th
-evaluation is computed. The ranges may overlap. From abstract and reviews of the paper, not compared with code, of which
-none was released: inferred is that the interval begins anew at b, where the front's first deviation is computed.
+The deviation D is repeated, not h_out, so that the present h_in passes on. Every N-th evaluation is computed. Ranges
+may overlap. Written from abstract and reviews of the paper, which has no released code. Inferred: the interval begins
+anew at b, where the front's first deviation is computed.
 `edit.caching.span_reuse.SpanReuse` repeats one range from beginning to end.
 
 Specification: methods/feature-cache-baselines.md.
@@ -54,6 +54,9 @@ class DeltaDiT(Cached):
         """Whether an evaluation is computed."""
         begun = math.ceil(self.switch * step.count) if self.late(step) else 0
         return (step.index - begun) % self.interval == 0
+
+    def kind(self, step: Step) -> tuple[bool, bool]:
+        return self.late(step), self.due(step)
 
     def ranges(self, denoiser: Denoiser) -> tuple[range, range]:
         """The units of the rear, and those of the front.

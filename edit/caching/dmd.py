@@ -6,13 +6,13 @@ that leads from each snapshot to the next is looked for in the space of the firs
 
     X = U S V',   A = U' X' V S^-1 = W L W^-1,   Y(m + k) = U W L^k W^-1 U' Y_m,   k = (s - s_m) / gap
 
-from the textbook equations, as cache-dit has them for a predictor of DBCache; not compared with its code. Singular
-values below 1e-4 of the largest are noise and left out. Each sample, and image and text, have a fit of their own. Of
-1 + m snapshots the fit is exact on sums of m exponentials; where a polynomial runs away, they decay or turn.
+Equations are the textbook's; cache-dit has such a predictor of DBCache, not compared with its code. Singular values
+below 1e-4 of the largest are noise and left out. Each sample has its fit, image and text apart. With 1 + m snapshots
+the fit is exact on sums of m exponentials; where a polynomial runs away, they decay or turn.
 
-Ours: U is never made, since all of the above follows from the products of pairs of snapshots, and a forecast is a
-weighted sum of snapshots. What the modes leave of Y_m is repeated. Eigenvalues are held to `growth` in size. One
-snapshot is repeated, and from two on there is a fit, where cache-dit waits for four and follows a line until then.
+Ours: U is never made, since everything follows from products of pairs of snapshots, and a forecast is a weighted sum of
+snapshots. The part of Y_m outside of the modes is repeated. Eigenvalues are held to `growth` in size. One snapshot is
+repeated; a fit begins with two, where cache-dit waits for four and follows a line until then.
 
 A change of the gap begins anew with the last two. The window is short, as the map itself drifts along the path.
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from edit.caching.engine import Predictor
 from edit.caching.forecast import Forecast, Site
 from edit.inputs.limits import Count, Limits, check_numbers
-from edit.stream import Branch
+from edit.stream import Branch, Step
 
 Window = Annotated[int, Limits(2, 16)]
 Growth = Annotated[float, Limits(1, 10)]
@@ -64,6 +64,9 @@ class DMD(Forecast):
     @property
     def predictor(self) -> Predictor:
         return Modes(self.window, self.growth)
+
+    def kind(self, step: Step) -> int:
+        return step.index  # a forecast's horizon is a number of the host
 
     def check(self, sampler: Any, times: tuple[float, ...]) -> None:
         super().check(sampler, times)

@@ -5,9 +5,9 @@ step), the one after it runs the feed-forward again on a part of the tokens (con
 (`edit.caching.tokens`). Tokens are chosen at random, which the paper finds no worse than ToCa's scores, or by the norm
 of their values in the attention. Neither needs the attention map, so the attention stays the fused kernel.
 
-Inferred: the interval is constant and counted from the first evaluation, and the part is the same for all units;
-larger values are chosen first, those of the last computed evaluation. Random picks are a function of seed, evaluation
-and unit, the same for all samples and guidance branches: a picture does not depend on its batch.
+Inferred: a constant interval, counted from the first evaluation; the same part in all units; the largest norms of the
+last computed evaluation are chosen. Random picks are a function of seed, evaluation and unit, the same for all samples
+and guidance branches: a picture does not depend on its batch.
 
 Specification: methods/feature-cache-baselines.md.
 """

@@ -1,8 +1,8 @@
 """Feature caches: at some evaluations of a generation, parts of the model are predicted instead of run.
 
-A cache is a *site* (residual branches of units, or a span of units: `edit.caching.spans`), a *gate* (which evaluations
-are computed) and a *predictor* (what stands in for a value that is not). A method is an `Edit` that puts the three
-together; its state is in the generation's memory, apart for each guidance branch and each cache, and nowhere else.
+A cache is a *site* (residual branches of units: `edit.caching.branches`; a span of units: `edit.caching.spans`), a
+*gate* (decides which evaluations are computed) and a *predictor* (gives the values of the others). A method is an
+`Edit` that puts the three together. Its state is in the generation's memory alone, apart for each guidance branch.
 
 Specification: methods/feature-cache-baselines.md.
 """
@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from edit.denoiser import Denoiser, Edit
-from edit.edits import chosen
 from edit.routing.batches import sharded
 from edit.solvers import Grid
 from edit.stream import Branch, Step, Stream
-from edit.unit import Run, Unit, core
+from edit.unit import Unit, core
 
 EXECUTED = "executed"
 FEW = 4  # evaluations of a few-step sampler, below which there is next to nothing to predict
@@ -104,8 +103,8 @@ class Gate(ABC):
             state: of the gate in this generation and guidance branch
 
         Returns:
-            For all samples, or b bool, each for its own; the samples that are computed run as one batch. A decision for
-            all samples is the same on all ranks where the unit is sharded (`quotient`, `anywhere`)
+            One decision for all samples, the same on all ranks of a sharded unit (`quotient`, `anywhere`); or b bool,
+            one for each: those that are computed run as one batch
         """
 
 
@@ -121,24 +120,23 @@ class Scheduled(Gate):
 
 
 def distance(unit: Unit, new: Tensor, old: Tensor) -> Tensor:
-    """The mean absolute difference over the mean absolute value of `old`, a scalar: of all samples together, as
-    published, so that a decision depends on the batch; where the unit is sharded, of those of all ranks."""
+    """mean|new - old| / mean|old|, a scalar over all samples, as published: a decision depends on the batch. Of a
+    sharded unit, over those of all ranks."""
     new, old = new.float(), old.float()
     return quotient(unit, (new - old).abs().mean(), old.abs().mean(), len(new))
 
 
 def quotient(unit: Unit, above: Tensor, below: Tensor, samples: int) -> Tensor:
-    """Of two means over a batch, scalars; where the unit is sharded, over the batches of all ranks.
+    """The quotient of two means over a batch, scalars; of a sharded unit, over the batches of all ranks.
 
-    Calling a sharded unit is a collective, which a rank that decides otherwise would leave out: the others would wait
-    for it for ever.
+    A call of a sharded unit is a collective: did one rank decide otherwise, the others would wait for it for ever.
     """
     above, below = over_ranks(torch.stack((above, below)) * samples) if sharded(unit) else (above, below)
     return above / below
 
 
 def anywhere(unit: Unit, flag: bool, device: torch.device) -> bool:
-    """Whether it is so; where the unit is sharded, on any rank."""
+    """The flag; of a sharded unit, whether that of any rank is set."""
     return over_ranks(torch.tensor(float(flag), device=device)).item() > 0 if sharded(unit) else flag
 
 
@@ -179,7 +177,7 @@ class Cached(Edit):
         return float(step.index)
 
     def kind(self, step: Step) -> Hashable:
-        """What is decided at an evaluation besides what is computed, where that is known beforehand (`graphs`)."""
+        """What tells evaluations apart besides what is computed, known beforehand: `edit.caching.graphs` keys by it."""
         return None
 
     def refuse_cached(self, denoiser: Denoiser) -> None:
@@ -213,88 +211,3 @@ def names_of(unit: Unit) -> tuple[str, ...]:
 def covered(denoiser: Denoiser, units: Sequence[int], branches: Collection[str] = ()) -> set[tuple[int, str]]:
     """Units with those of their branches that are named; none named: all."""
     return {(i, n) for i in units for n in names_of(core(denoiser.units[i])) if not branches or n in branches}
-
-
-# ---- site: residual branches ----------------------------------------------------------------------------------------
-
-
-class BranchCached(Cached):
-    """A cache of residual branches before their gates: gates and modulation are those of the present evaluation.
-
-    A predicted branch runs neither norm nor product.
-    """
-
-    units: tuple[int, ...]  # counted from 0; none given: all
-    branches: tuple[str, ...]  # "attention", "feed", "cross", "second", "fused"; none given: all
-
-    @property
-    @abstractmethod
-    def predictor(self) -> Predictor: ...
-
-    @abstractmethod
-    def due(self, step: Step, branch: str) -> bool:
-        """Whether a branch is computed at this evaluation, whatever is remembered."""
-
-    def remembers(self, step: Step, branch: str) -> bool:
-        """Whether an evaluation that follows will need this one's value."""
-        return True
-
-    def sites(self, denoiser: Denoiser) -> dict[int, Unit]:
-        """The units with such branches, by index.
-
-        Raises:
-            ValueError: if there are none, or one of those that are named is not there
-        """
-        units = {i: core(denoiser.units[i]) for i in chosen(type(self).__name__, self.units, denoiser)}
-        there = {name: None for unit in units.values() for name in names_of(unit)}
-        if unknown := [name for name in self.branches if name not in there]:
-            raise ValueError(
-                f"{type(self).__name__}: these units have the branches {', '.join(there)}, got {unknown[0]!r}"
-            )
-        return units
-
-    def covers(self, denoiser: Denoiser) -> Collection[tuple[int, str]]:
-        return covered(denoiser, list(self.sites(denoiser)), self.branches)
-
-    def apply(self, denoiser: Denoiser) -> None:
-        units = self.sites(denoiser)
-        self.refuse_cached(denoiser)
-        for i, unit in units.items():
-            unit.slots.branch = CachedBranch(unit, i, self)
-
-
-class CachedBranch:
-    """The slot `branch`: what the slot had before, computed or predicted."""
-
-    def __init__(self, unit: Unit, index: int, edit: BranchCached):
-        self.before, self.index, self.edit = unit.slots.branch, index, edit
-
-    @torch.compiler.disable(recursive=False)  # what is run stays compiled
-    def __call__(self, stream: Stream, name: str, run: Run) -> Branch:
-        step, edit = stream.step, self.edit
-        if step is None or (edit.branches and name not in edit.branches):
-            return self.before(stream, name, run)
-        if (branch := self.predicted(stream, step, name)) is None:
-            branch = self.before(stream, name, run)
-            self.observe(step, name, branch)
-        return branch
-
-    @torch.compiler.disable  # places and factors are Python numbers: compiled, each evaluation would compile anew
-    def predicted(self, stream: Stream, step: Step, name: str) -> Branch | None:
-        """The value of a branch that is not computed at this evaluation; None: it is."""
-        edit = self.edit
-        state = step.memory.get((edit.name, self.index, step.branch), {}).get(name)
-        executed = state is None or edit.due(step, name)
-        layout, record = stream.layout, edit.record(self.index)
-        assert layout.notes is not None
-        if record not in layout.notes:  # the same of all branches
-            layout.note(record, stream.image.new_full((len(stream.image),), float(executed)))
-        return None if executed else edit.predictor.predict(state, edit.at(step))
-
-    @torch.compiler.disable
-    def observe(self, step: Step, name: str, branch: Branch) -> None:
-        """Take a computed value, where an evaluation that follows will need it."""
-        edit = self.edit
-        if edit.remembers(step, name):
-            state = step.recall(edit.name, self.index).setdefault(name, {})
-            edit.predictor.observe(state, edit.at(step), branch)

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edit.caching.engine import BranchCached, Latest, Predictor
+from edit.caching.branches import BranchCached
+from edit.caching.engine import Latest, Predictor
 from edit.inputs.limits import Count, check_numbers
 from edit.stream import Step
 

@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Literal
 
-from edit.caching.engine import Axis, BranchCached, Scheduled, place
+from edit.caching.branches import BranchCached
+from edit.caching.engine import Axis, Scheduled, place
 from edit.caching.spans import SpanCached
 from edit.denoiser import Denoiser
 from edit.stream import Step

@@ -2,8 +2,7 @@
 
 A static policy has few kinds of evaluations: computed, predicted, and those at the beginning, where less is remembered.
 What tells two evaluations of one kind apart is in tensors: sample, time, condition, and what caches remember. `Graphed`
-stands before a denoiser and keeps these tensors at fixed places. On CUDA a kind is a CUDA graph; elsewhere it is a
-`Tape`, which shows the same on a CPU: what was recorded is all that an evaluation needs.
+stands before a denoiser and keeps these tensors at fixed places. `edit.caching.recorders` has the graphs.
 
     sampler(Graphed(denoiser), objective, condition, samples)
 """
@@ -16,24 +15,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from edit.caching.engine import Cached, CachedBranch, Scheduled, names_of
+from edit.caching.branches import CachedBranch
+from edit.caching.engine import Cached, Scheduled, names_of
+from edit.caching.recorders import CudaGraph, Tape
 from edit.caching.spans import SpanUnit
+from edit.caching.tokens import TokenCached
 from edit.denoiser import Denoiser
-from edit.measuring.timing import tensors
 from edit.stream import Condition, Output, Step, pack, unpack
 from edit.unit import Wrapper
-
-Run = Callable[[], Any]
-
 
 # ---- kinds ----------------------------------------------------------------------------------------------------------
 
 
 def check_kinds(denoiser: Denoiser) -> None:
     """Raises ValueError if evaluations are of no fixed kinds: an edit decides by numbers that only a run knows."""
-    dynamic = {n for n, e in denoiser.applied.items() if e.adaptive or e.batchwise}
+    dynamic = {n for n, e in denoiser.applied.items() if e.adaptive or e.batchwise or isinstance(e, TokenCached)}
     dynamic |= {span.edit.name for span in _spans(denoiser) if not isinstance(span.gate, Scheduled)}
     if dynamic:
         name = min(dynamic)
@@ -70,63 +67,6 @@ def kind_of(denoiser: Denoiser, step: Step) -> Hashable:
     return tuple(found)
 
 
-# ---- recorders ------------------------------------------------------------------------------------------------------
-
-
-class CudaGraph:
-    """Kernels that were captured while `run` was called; nothing was computed by them.
-
-    Args:
-        run: reads and writes tensors at fixed places
-        kept: the tensors that it writes
-        pool: of memory, shared by all graphs
-    """
-
-    def __init__(self, run: Run, kept: Sequence[Tensor], pool: Any):
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.result = run()
-
-    def replay(self) -> None:
-        self.graph.replay()
-
-
-class Tape(TorchDispatchMode):
-    """The same of operators, for devices without graphs; arguments as of `CudaGraph`.
-
-    Raises:
-        RuntimeError: if the host reads a number of a tensor, or makes one of its own numbers, as a CUDA graph cannot
-    """
-
-    HOST = ("_local_scalar_dense", "lift_fresh", "nonzero")
-
-    def __init__(self, run: Run, kept: Sequence[Tensor], pool: Any = None):
-        super().__init__()
-        self.calls: list[tuple[Any, tuple, dict, list[Tensor]]] = []
-        before = [v.clone() for v in kept]
-        with self:
-            self.result = run()
-        for v, old in zip(kept, before, strict=True):
-            v.copy_(old)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if (name := func.overloadpacket.__name__) in self.HOST:
-            raise RuntimeError(f"{name}: what host and device tell each other cannot be recorded")
-        out = func(*args, **kwargs)
-        places = {v.untyped_storage()._cdata for v in tensors((args, kwargs))}
-        own = [v for v in tensors((out,)) if v.untyped_storage()._cdata not in places]
-        if own or func._schema.is_mutable:  # a view has what its tensor has
-            self.calls.append((func, args, kwargs, own))
-        return out
-
-    def replay(self) -> None:
-        for func, args, kwargs, own in self.calls:
-            out = func(*args, **kwargs)
-            for old, new in zip(own, tensors((out,)), strict=False):
-                old.copy_(new)
-
-
 # ---- the denoiser ---------------------------------------------------------------------------------------------------
 
 
@@ -143,8 +83,8 @@ class Kind:
 class Graphed:
     """Stands before a denoiser in a sampler, for one generation at a time; several may follow each other.
 
-    The first evaluation of a kind runs as ever, the second is recorded, from then on it is run again. So does the first
-    of each guidance branch in each generation, which prepares what caches remember.
+    The first evaluation of a kind runs as ever, the second is recorded, later ones replay the record. The first of each
+    guidance branch in each generation always runs as ever: it begins what caches remember.
 
     Args:
         denoiser: in eval mode; edits other than caches must not read the step's numbers

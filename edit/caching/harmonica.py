@@ -9,20 +9,15 @@ no input, o the branch before its gate and C what is remembered of it:
 
 The first row is fixed: it computes all. `relaxation="ste"` trains with hard decisions and the gradient of the mixture,
 so that training sees what inference does; its lambda_i is 0 as long as the hard row i repeats nothing. A router is soft
-while its own module is in training mode and there is a step: an update on a walk (`recipe=rollout`), or a generation in
-`StepWiseDenoising.refresh`. Previews and reports are of models in eval mode. Without a step the model is dense, which
-is the teacher.
+at evaluations of a generation while its module is in training mode: in updates of `recipe=rollout` and in
+`StepWiseDenoising.refresh`. In eval mode (previews, reports) it is hard. Outside of generations the model is dense:
+that is the teacher.
 
-At evaluation i the rollout minimises, at the student's own sample and with the guided predictions,
+`edit.caching.harmonica_training` minimises the distance to the dense model and, for speed, beta sum_m r_(i,m) / M. The
+paper has a sum over m with 7e-8 for the M = 56 of DiT-XL/2; here beta weighs the mean, 56 * 7e-8 = 4e-6, and means the
+same at any M. Tune it with the number of steps, the latent's scale and `iepo`.
 
-    L_i = lambda_i |student - teacher|^2 / d  +  beta sum_m r_(i,m) / M
-
-lambda_i is how much replay at i changes the final latent, made anew every so many updates (IEPO). The paper has a sum
-over m with 7e-8 for the M = 56 of DiT-XL/2; here beta weighs the mean, 56 * 7e-8 = 4e-6, and means the same where M
-is another. It is to be tuned with the number of steps, the latent's scale and `iepo`.
-
-An artifact has the table alone (`TableReuse`). Ours: fused units, two-stream and PixArt's branches, "ste", the error
-after hard decisions as a metric.
+An artifact has the table alone (`TableReuse`). Ours: fused units, two-stream and PixArt's branches, "ste".
 
 Specification: methods/harmonica.md.
 """
@@ -36,13 +31,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from edit.caching.engine import EXECUTED, each
+from edit.caching.engine import each
 from edit.caching.table_reuse import Rows, TableBranch, Tabled, TableReuse
-from edit.calibrating import OnData
 from edit.denoiser import Denoiser
-from edit.inputs.limits import Count, Inside, NotNegative, Positive, Steps, check_numbers
-from edit.paths import mean
-from edit.rollout import RolloutMethod, Visit
+from edit.inputs.limits import Inside, NotNegative, Steps, check_numbers
 from edit.sampling import Sampler
 from edit.stream import Branch, Step, Stream
 from edit.unit import Run, Unit
@@ -181,103 +173,3 @@ class RoutedBranch(TableBranch):
         # chosen on the device: the host does not wait
         memory["value"] = each(lambda y, c: torch.where(kept, y.detach(), c), mixed, old)
         return mixed
-
-
-# ---- training -------------------------------------------------------------------------------------------------------
-
-
-class Effects(nn.Module):
-    """What replay does to the final latent, as mean squares over samples and elements; made by `refresh`."""
-
-    weights: Tensor  # T, lambda: of replay at an evaluation
-    soft: Tensor  # of the soft table as a whole
-    hard: Tensor  # of the hard table as a whole
-    executed: Tensor  # share of the branches that the hard table computes
-
-    def __init__(self, steps: int):
-        super().__init__()
-        self.register_buffer("weights", torch.zeros(steps))
-        for name in ("soft", "hard", "executed"):
-            self.register_buffer(name, torch.zeros(()))
-
-
-@dataclass(frozen=True)
-class StepWiseDenoising(RolloutMethod):
-    """HarmoniCa's training (SDT): each evaluation follows the dense model at the sample that the cached one came to.
-
-    `refresh` makes T + 1 generations ("single": T + 2) of recipe.samples samples.
-
-    Args:
-        iepo: lambda_i is the change of the final latent when replay begins at i, too, after all evaluations before it
-            ("incremental", the released code), or at i alone ("single", the paper)
-        every: C, updates between two measurements of lambda
-        limit: of |rho|, after each update
-    """
-
-    iepo: Literal["incremental", "single"] = "incremental"
-    every: Count = 500
-    limit: Positive = 5.0
-
-    def __post_init__(self):
-        check_numbers(self)
-        if self.iepo not in ("incremental", "single"):
-            raise ValueError(f"StepWiseDenoising: iepo is incremental or single, got {self.iepo!r}")
-
-    def check(self, student: Denoiser, sampler: Sampler, times: tuple[float, ...]) -> None:
-        routed(student)
-
-    def build(self, student: Denoiser, teacher: Denoiser | None = None) -> nn.Module:
-        return Effects(routed(student)[1].steps)
-
-    def losses(self, visit: Visit) -> dict[str, Tensor]:
-        assert visit.student is not None and visit.teacher is not None
-        distance = mean((visit.student.prediction - visit.teacher.prediction).square())
-        return {"distance": visit.own.weights[visit.step.index] * distance}
-
-    def metrics(self, visit: Visit) -> dict[str, Tensor]:
-        return {f"effect_{name}": getattr(visit.own, name) for name in ("soft", "hard", "executed")}
-
-    def constrain(self, student: Denoiser, own: nn.Module | None) -> None:
-        for p in student.edits[routed(student)[0]].rho:  # type: ignore[union-attr]
-            p.clamp_(-self.limit, self.limit)
-
-    def refresh(self, student: Denoiser, batches: OnData, own: nn.Module | None) -> None:
-        assert isinstance(own, Effects)
-        name, edit = routed(student)
-        router = student.edits[name]
-        assert isinstance(router, Router)
-
-        def latents(watch=None) -> Tensor:
-            return torch.cat(batches.generate(watch))
-
-        router.train()  # soft, while the rest samples
-        router.on.fill_(False)
-        dense = before = latents()
-        for i in range(1, edit.steps):
-            if self.iepo == "single":
-                router.on.fill_(False)
-            router.on[i] = True
-            now = latents()
-            own.weights[i] = (now - before).square().mean()
-            before = now if self.iepo == "incremental" else dense
-        router.on.fill_(True)
-        soft = latents() if self.iepo == "single" else before
-        router.eval()
-        shares: list[Tensor] = []
-        hard = latents(lambda step, out: shares.append(edit.decisions(out.trace)[EXECUTED].mean()))
-        own.soft.copy_((soft - dense).square().mean())
-        own.hard.copy_((hard - dense).square().mean())
-        own.executed.copy_(torch.stack(shares).mean())
-
-
-def routed(denoiser: Denoiser) -> tuple[str, HarmoniCa]:
-    """The one router of a denoiser, with its name.
-
-    Raises:
-        ValueError: if there is none, or several
-    """
-    found = [(name, e) for name, e in denoiser.applied.items() if isinstance(e, HarmoniCa)]
-    if len(found) != 1:
-        names = ", ".join(name for name, _ in found) or "none"
-        raise ValueError(f"StepWiseDenoising trains one router, an edit {HarmoniCa.__name__}, and there are: {names}")
-    return found[0]

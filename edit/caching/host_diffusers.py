@@ -20,7 +20,8 @@ from typing import Any
 
 from torch import float32
 
-from edit.caching.engine import BranchCached, names_of
+from edit.caching.branches import BranchCached
+from edit.caching.engine import names_of
 from edit.caching.first_block_cache import DBCache, FirstBlockCache
 from edit.caching.hosts import cache_of, evaluations, refused
 from edit.caching.mag_cache import MagCache, nearest

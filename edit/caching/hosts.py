@@ -2,7 +2,7 @@
 
 Both are for generations of so many evaluations of a stock pipeline, and refuse with the reason what the library cannot
 express. Pictures equal ours up to the rounding of another order of sums; in bf16 the libraries round differences of
-features earlier, too. Both count steps by themselves, where ours are told them by the sampler.
+features earlier, too. Both count steps themselves; ours are told them by the sampler.
 """
 
 from __future__ import annotations

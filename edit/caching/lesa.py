@@ -4,14 +4,14 @@ LESA (arXiv 2602.20497). Of T evaluations at the noise levels tau_0 > tau_1 > ..
 
     s < E,   s = 3,   or   s = E - 1 + k N,   k = 1, 2, ...
 
-At every other the tokens behind the last unit are what the expert of the stage that tau_s lies in makes of those at the
-evaluations before, computed or not (`edit.caching.lesa_predictor`). The output layer is that of the present evaluation.
-The expert's network sees times alone, so its step size is one number of each evaluation: what was trained for one
-schedule becomes a table (`BakedLESA`), and no network is left. tau is s / (a + s) of a sample a x + s noise, so stages
-of models of noise are where those of flows are.
+Else the tokens behind the last unit are predicted from those of the evaluations before, computed or not, by the expert
+of the stage in which tau_s lies (`edit.caching.lesa_predictor`). The output layer runs at every evaluation. The
+expert's network sees times alone, so its step size is one number for each evaluation: trained for one schedule, it
+becomes a table (`BakedLESA`), and no network is left. Of a sample a x + b noise, tau = b / (a + b): models of noise
+have their stages where flows have them.
 
-Sites behind the last unit have today's modulation in the value, too: "post_norm" lies in front of the output layer,
-"velocity" behind it, so that nothing is computed. What was trained at one is of no use at another.
+Two further sites include the output's modulation in the value: "post_norm", behind the last norm, and "velocity",
+behind the output layer, so that nothing runs. Weights of one site are of no use at another.
 
 It is trained by `edit.caching.lesa_training`.
 

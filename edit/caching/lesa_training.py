@@ -6,9 +6,8 @@ LESA (arXiv 2602.20497). At every evaluation that is not computed
 
 is one update. First with the true history: h'_s is remembered in place of h_s, and no unit runs. Then with the
 predictor's own: computed evaluations run the units on the student's sample, and h_s is remembered, without its graph.
-Each run has its own optimiser and schedule, parameters in fp32 and gradients of all ranks, which the release lacks; its
-behaviour is not offered. The un-accelerated generation is made beside the student's, or was stored (`data.generate
-taps=...`).
+Unlike the release, each run has its own optimiser and schedule, parameters in fp32 and gradients of all ranks. The
+un-accelerated generation runs beside the student's, or was stored (`data.generate taps=...`).
 
 Specification: methods/lesa.md.
 """

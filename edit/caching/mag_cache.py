@@ -10,8 +10,8 @@ are almost the same for all prompts, so they are measured once (`python train.py
     ratio <- ratio gamma_s,  steps <- steps + 1,  err <- err + |1 - ratio|
     err <= threshold and steps <= most:   h <- h + R, the last one;   else the units run, and the three begin anew
 
-Defaults are those of diffusers; the release has 0.24, 5 and 0.1 for FLUX. A table is read at the nearest of its places
-where a sampler has another number of evaluations. It is of the model and the sampler that it was measured on.
+Defaults are those of diffusers; the release has 0.24, 5 and 0.1 for FLUX. A sampler with
+another number of evaluations reads the table at the nearest places. A table belongs to one model and one sampler.
 
 Specification: methods/feature-cache-baselines.md.
 """

@@ -6,7 +6,7 @@ F a branch before its gate, norm included, s the evaluation and s0 the first one
     F_s = F(x_s)  where s < s0 or (s - s0) mod N = 0,  else F_s = F_(s-1);  x <- x + g_s F_s
 
 Gates and modulation are those of the present step. A repeated branch runs neither norm nor product. Each guidance
-branch repeats its own; where the sampler begins or ends to join two of them, all is computed.
+branch repeats its own; where the sampler starts or stops to join two of them, all is computed.
 
 FORA as released, which counts them down to 0, is `edit.caching.fora.FORA`; `backwards` is the same here. Ours: families
 other than DiT, where image and text are repeated together; chosen units and branches; a warm-up. Between two
@@ -20,7 +20,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from edit.caching.engine import BranchCached, Latest, Predictor
+from edit.caching.branches import BranchCached
+from edit.caching.engine import Latest, Predictor
 from edit.inputs.limits import Count, Share, check_numbers
 from edit.stream import Step
 

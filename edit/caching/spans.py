@@ -1,6 +1,6 @@
 """The site of a cache that is a span of units: computed together or predicted together.
 
-The other site, residual branches, and gates and predictors of both are in `edit.caching.engine`.
+The other site, residual branches, is in `edit.caching.branches`, gates and predictors in `edit.caching.engine`.
 
 Specification: methods/feature-cache-baselines.md.
 """
@@ -38,10 +38,10 @@ class Span:
         target: "residual", tokens behind the last unit less those in front of the first, added to the present ones; or
             "hidden", the tokens behind the last unit
         at: the place of an evaluation, for the predictor
-        end: "units"; or the value is taken further behind, where the last unit is the model's: after the last "norm",
-            or after the "output" layer, and what is passed by ends there
-        text: what the span does to the text: "kept", it writes none that is read afterwards; "written"; "ended", the
-            last unit leaves none; found by `read`
+        end: where the value is taken: behind the last of the "units"; where that is the model's last, also behind the
+            last "norm" or the "output" layer
+        text: of the span, found by `read`: "kept", it writes no text that is read later; "written"; "ended", its last
+            unit leaves none
     """
 
     edit: Cached
@@ -93,10 +93,11 @@ class Span:
         return stream
 
     def enter(self, unit: Any, stream: Stream, memory: dict) -> Stream:
-        """Decide; the stream of the first unit, of the samples that are computed; where none is, that behind the last.
+        """Decide in front of the first unit. The memory keeps for `leave`: `whole`, the stream of all samples; `rows`,
+        those that are computed, None: all; `computed`, whether there are any.
 
-        What is kept until the last unit leaves the memory there: `whole`, the stream of all samples; `rows`, those that
-        are computed, None: all; `computed`, whether there are any.
+        Returns:
+            The stream of the samples that are computed; if none is, the predicted stream behind the last unit
         """
         chosen = self.gate.computes(core(unit), stream, memory.setdefault("gate", {}))
         if "value" not in memory:  # the sampler has begun to join branches, or ended, between two computed evaluations

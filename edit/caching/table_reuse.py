@@ -9,8 +9,8 @@ A column is a residual branch of a chosen unit: units in order, and in each of t
 families image and text of a branch share a column. Gates and modulation are those of the present step; a repeated
 branch runs neither norm nor product. The first evaluation computes all, as nothing is remembered.
 
-A table by hand, and what is left of a learned one (`edit.caching.harmonica`). It is of the sampler that it was made
-for. A value is remembered only where the next evaluation repeats it.
+A table is written by hand, or is what is left of a learned one (`edit.caching.harmonica`). It belongs to the sampler
+that it was made for. A value is remembered only where the next evaluation repeats it.
 
 Specification: methods/harmonica.md, arXiv 2410.01723.
 """
@@ -23,7 +23,8 @@ from dataclasses import dataclass
 
 import torch
 
-from edit.caching.engine import BranchCached, CachedBranch, Latest, Predictor, names_of
+from edit.caching.branches import BranchCached, CachedBranch
+from edit.caching.engine import Latest, Predictor, names_of
 from edit.denoiser import Denoiser
 from edit.inputs.limits import check_numbers
 from edit.sampling import Sampler

@@ -121,7 +121,7 @@ def tick(clock: dict, ladder: Ladder, places: Sequence[float], computed: Sequenc
     CUDA graph) goes on by itself when it is run again.
 
     Args:
-        clock: its state; without a table, this evaluation is the first, and computed whatever is said
+        clock: its state; without a table, this evaluation is the first, and counts as computed
         ladder: whose numbers these are
         places: of this evaluation and all that follow; read at the first
         computed: whether they are; read at the first

@@ -8,8 +8,8 @@ modulated by the time, and p a polynomial fitted once for a model,
 
 The first and the last evaluation are computed. The comparison is with the evaluation before, computed or not.
 
-The default polynomial is the release's for FLUX.1; 1 0 (p(d) = d) for a model without one, where the threshold means
-the change itself.
+The default polynomial is the release's for FLUX.1. For a model without one take [1, 0], p(d) = d: the threshold is then
+one of the change itself.
 
 Specification: methods/feature-cache-baselines.md.
 """

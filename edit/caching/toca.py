@@ -12,11 +12,11 @@ With s = T - 1, ..., 0 evaluations counted down, the part of unit l of L that is
 
     ratio * 2.5 * (1 + a - 2 a l / (L - 1)) * (1 + w - 2 w s / T),   a = -0.2, w = 2, within [0, 1]
 
-and the interval is round(N / (1 + 0.4 - 0.8 s / T)), as it was at the last computed evaluation, but 2 while s is 20 to
-40 % of T: an evaluation is computed where it divides s. N = 1 computes all.
+The interval behind a computed evaluation s is n = round(N / (1 + 0.4 - 0.8 s / T)), or 2 for s in [0.2 T, 0.4 T). The
+next computed one is the next s that n divides. N = 1 computes all.
 
-The map is not kept: its column sums are made of queries and keys at computed evaluations that others follow, in chunks
-of queries, which costs the product of both once more. DuCa does without.
+The map is not kept. Its column sums are computed from queries and keys, in chunks of queries, at computed evaluations
+that a partial one follows: that product runs a second time there. DuCa does without.
 
 Inferred: k is rounded down; cross-attention and a second attention have ratio 0 like the first; w2 = 1 and w3 = 0.25
 (the release for PixArt scores by s2 alone); text tokens of two-stream families are scored by s1 and s3. Scores of cond

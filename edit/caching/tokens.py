@@ -19,7 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from edit.caching.engine import BranchCached, Latest, Predictor, each, names_of
+from edit.caching.branches import BranchCached
+from edit.caching.engine import Latest, Predictor, each, names_of
 from edit.denoiser import Denoiser
 from edit.stream import Branch, Layout, Step, Stream
 from edit.unit import Divides, Run, Unit
@@ -180,10 +181,10 @@ def gathered(stream: Stream, tokens: Branch) -> Stream:
 
 
 class Watched:
-    """A slot of an attention with what it had before, and something more, remembered where tokens are renewed next.
+    """An attention slot that also keeps what scores are made of, where the next evaluation is not computed.
 
     Args:
-        before: what the slot had
+        before: what filled the slot
         index: of the unit
         edit: whose memory this is
         seen: makes b s of queries, keys, values and layout

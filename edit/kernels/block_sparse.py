@@ -8,9 +8,9 @@ CLEAR (arXiv 2412.16112) is a part of whole blocks, and one of border blocks wit
 part without a list. Results of calls over disjoint keys can be merged outside, as gradients come through lse, too.
 
 Two paths give the same: Triton kernels (`forward.py`, `backward.py`) on a GPU, and plain PyTorch (`plain.py`).
-flex_attention can express the same and serves as a test, not as a third path: its block masks are transposed through a
-dense table of rows and columns, the quadratic cost that lists avoid, and have one tile for queries and all kinds of
-keys; compiled for a GPU it wants blocks of 128, uncompiled it ignores lists; on a CPU it has no gradients.
+flex_attention expresses the same and is a test, not a third path: its masks are transposed through a dense table of
+rows and columns, the quadratic cost that lists avoid, and have one tile for all kinds of keys; compiled for a GPU it
+wants blocks of 128, uncompiled it ignores lists; on a CPU it has no gradients.
 """
 
 from __future__ import annotations

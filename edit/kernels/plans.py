@@ -21,7 +21,7 @@ from edit.kernels.parts import Part
 from edit.kernels.tiles import table
 
 LOG2E = 1.4426950408889634
-PROGRAMS = 1024  # what keys that all queries see are split into, so that all processors of a large chip have work
+PROGRAMS = 1024  # at most, for keys that all queries see: so many that all processors of a large chip have work
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from encoders import HEADS, KINDS, LAYERS, MEAN, STD, WIDTH
 from torch.utils._pytree import tree_leaves
 
-from edit.alignment.encoder import Encoder
+from edit.alignment.encoder import Encoder, refuse_larger
 from edit.alignment.looker import in_fp32
 from edit.measuring.looks import Look
 
@@ -274,6 +274,14 @@ def test_a_strangers_configuration_names_no_other_weights_and_no_more_of_them(ch
     (tmp_path / "timm/config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
         Encoder(str(tmp_path / "timm")).load()
+
+
+def test_a_file_has_a_byte_or_more_for_each_weight(tmp_path):
+    (tmp_path / "weights").write_bytes(bytes(16))
+    refuse_larger(lambda: torch.nn.Linear(4, 4, bias=False), tmp_path / "weights")
+    (tmp_path / "weights").write_bytes(bytes(15))
+    with pytest.raises(ValueError, match="weights has 15 bytes, and its config.json describes 16 weights"):
+        refuse_larger(lambda: torch.nn.Linear(4, 4, bias=False), tmp_path / "weights")
 
 
 @pytest.mark.parametrize("kind", ["timm", "vit"])

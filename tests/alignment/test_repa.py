@@ -16,7 +16,8 @@ from weights import randomise
 import edit
 from edit.alignment.encoder import Encoder
 from edit.alignment.looker import Encoded
-from edit.alignment.repa import REPA, Projectors, averaged, projector, resized, standardised
+from edit.alignment.repa import REPA, Projectors, projector
+from edit.alignment.targets import averaged, resized, standardised
 from edit.backbones.dit import DiTConfig
 from edit.backbones.pixart import PixArtConfig
 from edit.backbones.sd3 import SD3Config

@@ -136,6 +136,7 @@ def test_keys_per_query_grow_by_less_than_a_half_while_tokens_grow_sixteenfold()
     assert LLSA(levels=1).keys_per_query(16_384) == 1152 and LLSA(levels=1).keys_per_query(65_536) == 4224
     assert LLSA(levels=2).keys_per_query(262_144) == 1280 and LLSA(levels=3).keys_per_query(65_536) == 400
     assert published.keys_per_query(4095) == 4095  # dense below
+    assert settings(2, 8).keys_per_query(64) == 8 * 4 + 4 * 4 + 4  # the top has fewer keys than top_k
     assert LLSA(enrichment=0).keys_per_query(16_384) == 128 and LLSA(enrichment=1).keys_per_query(16_384) == 256
 
 
@@ -218,6 +219,19 @@ def test_refined_keys_are_children_of_the_keys_that_the_parent_selected():
     for low, high in zip(index, index[1:], strict=False):
         parents = high.repeat_interleave(4, 2)
         assert ((low // 4)[..., None] == parents[..., None, :]).any(-1).all()
+
+
+def test_with_a_short_last_block_each_query_selects_as_a_loop_does():
+    """22 tokens: 6 and 2 pooled ones, of which the second has the children 4 and 5."""
+    q, k, _ = qkv(tokens=22)
+    (q1, q2), (k1, k2) = pyramid(q, 4, 2), pyramid(k, 4, 2)
+    found, top = select((q1, q2), (k1, k2), 4, 1)
+    for b, h in ((b, h) for b in range(2) for h in range(2)):
+        for u in range(6):
+            parent = int((k2[b, h] @ q2[b, h, u // 4]).argmax())
+            assert int(top[b, h, u // 4]) == parent
+            children = range(4 * parent, min(4 * parent + 4, 6))
+            assert int(found[b, h, u]) == max(children, key=lambda c: float(k1[b, h, c] @ q1[b, h, u]))
 
 
 def test_where_the_top_takes_all_it_is_the_flat_top_k_of_its_children():

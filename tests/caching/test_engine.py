@@ -7,13 +7,15 @@ from functools import cache as remembered
 import pytest
 import torch
 from caches import FEW, MADE, executed, family, paint, told
+from gates import UNIT
 
 import edit
+from edit.caching.branches import BranchCached
 from edit.caching.cg_taylor import CGTaylor
 from edit.caching.delta_dit import DeltaDiT
 from edit.caching.dmd import DMD, Modes
 from edit.caching.duca import DuCa
-from edit.caching.engine import BranchCached, Cached, place
+from edit.caching.engine import Cached, distance, place
 from edit.caching.first_block_cache import DBCache, FirstBlockCache
 from edit.caching.foca import Calibrated, FoCa
 from edit.caching.fora import FORA
@@ -137,6 +139,7 @@ def test_few_steps_of_a_student_are_refused_and_those_that_lie_close_are_not(mak
             with pytest.raises(ValueError, match=rf"cache \({type(cache).__name__}\): the 3 evaluations of a few-step"):
                 Sampler(Grid(times[::3], renoise=jump)).check(denoiser, FlowMatching())
         Sampler(Grid(times)).check(denoiser, FlowMatching())
+    Sampler(Grid(times[::2])).check(edit.apply(make_dit(), {"cache": Reuse()}), FlowMatching())  # four are enough
 
 
 def test_a_span_of_no_unit_is_refused(make_dit):
@@ -150,6 +153,10 @@ def test_places_of_evaluations_follow_their_definitions():
     assert (place(step, "step"), place(step, "t")) == (3.0, 0.8)
     assert place(step, "sigma") == pytest.approx(4) and place(step, "logsnr") == pytest.approx(-2.772589)
     assert place(Step(0, 10, 1.0), "sigma") == pytest.approx(999)
+
+
+def test_a_change_is_a_part_of_the_old_value():
+    assert distance(UNIT, torch.full((2, 3, 4), 3.0), torch.full((2, 3, 4), 2.0)).item() == 0.5
 
 
 @pytest.mark.parametrize("cache", OFTEN)

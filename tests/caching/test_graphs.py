@@ -13,15 +13,22 @@ from caches import family, paint, sampler, told
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edit.caching.cg_taylor import CGTaylor
+from edit.caching.delta_dit import DeltaDiT
+from edit.caching.dmd import DMD
+from edit.caching.duca import DuCa
 from edit.caching.first_block_cache import FirstBlockCache
-from edit.caching.graphs import Graphed, Tape, kind_of
+from edit.caching.foca import FoCa
+from edit.caching.graphs import Graphed, kind_of
 from edit.caching.pab import PAB
+from edit.caching.recorders import Tape
 from edit.caching.reuse import Reuse
 from edit.caching.span_reuse import SpanReuse
 from edit.caching.taylorseer import TaylorSeer
+from edit.caching.toca import ToCa
 from edit.objectives import default_objective
 from edit.routing.dydit import DyDiT
 from edit.solvers import Heun
+from edit.stream import Step, unpack
 
 STATIC = {
     "module": TaylorSeer(3, 2, first=3),
@@ -33,6 +40,7 @@ STATIC = {
     "span reuse": SpanReuse(3, front=0),
     "fnbn": SpanReuse(3, front=1),
     "pab": PAB(2, 2, 3, window=(0.0, 900.0)),
+    "delta": DeltaDiT(1, interval=3),
 }
 FAMILIES = ["dit", pytest.param("flux", marks=pytest.mark.slow), pytest.param("sd3 dual", marks=pytest.mark.slow)]
 STEPS = 12
@@ -52,6 +60,14 @@ def test_recorded_kinds_make_the_images_bit_for_bit_and_again_in_the_next_genera
     assert net.kinds.keys() == kinds.keys(), "the next generation has no kinds of its own"
     recorded = [k for k in net.kinds.values() if k is not None]
     assert len(recorded) == len(net.kinds) <= 6
+
+
+@pytest.mark.parametrize("cache", [DMD(3), FoCa(3)])
+def test_predictors_that_count_on_the_host_have_a_kind_for_each_evaluation(cache):
+    wanted, net = paint(family("dit", cache=replace(cache)), 10), Graphed(family("dit", cache=replace(cache)))
+    for _ in range(3):  # runs, is recorded, is run again
+        assert torch.equal(paint(net, 10), wanted)
+    assert len(net.kinds) >= 9  # the first of a generation always runs
 
 
 @pytest.mark.parametrize("cache", ["module", "last", "reuse"])
@@ -129,10 +145,22 @@ def test_evaluations_of_one_kind_differ_in_the_contents_of_tensors_alone(cache):
 # ---- refused ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("edits", [{"c": FirstBlockCache()}, {"c": CGTaylor(reduction="per_sample")}, {"c": DyDiT()}])
+@pytest.mark.parametrize(
+    "edits",
+    [{"c": e} for e in (FirstBlockCache(), CGTaylor(reduction="per_sample"), DyDiT(), ToCa(), DuCa(by="norm"))],
+)
 def test_what_decides_by_numbers_is_refused(edits):
     with pytest.raises(ValueError, match="c .* decides by numbers that only a run knows"):
         Graphed(family("dit", **edits))
+
+
+def test_values_that_change_places_are_not_overwritten_on_the_way():
+    net, step = Graphed(made("dit", "reuse")), Step(0, 4, 0.5, memory={})
+    step.recall("cache", 0)["v"] = [torch.tensor(1.0), torch.tensor(2.0)]
+    first, second = unpack(net._settle(step))["cache", 0, step.branch]["v"]
+    step.recall("cache", 0)["v"] = [second, first]
+    net._settle(step)
+    assert (first.item(), second.item()) == (2.0, 1.0)
 
 
 def test_two_generations_at_once_are_refused():

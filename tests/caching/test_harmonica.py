@@ -13,7 +13,8 @@ from weights import randomise
 
 import edit
 from edit.backbones.dit import DiTConfig
-from edit.caching.harmonica import Effects, HarmoniCa, StepWiseDenoising
+from edit.caching.harmonica import HarmoniCa
+from edit.caching.harmonica_training import Effects, StepWiseDenoising
 from edit.caching.reuse import Reuse
 from edit.caching.table_reuse import TableReuse
 from edit.calibrating import OnData
@@ -23,7 +24,7 @@ from edit.rollout import Answer
 from edit.sampling import Sampler
 from edit.solvers import DDIMSolver, Euler, Heun
 from edit.stream import Branch, Condition, Step, pack
-from edit.unit import core
+from edit.unit import Divides, core
 from recipes.config.check import check
 from recipes.config.sources import register
 from recipes.models import made
@@ -315,6 +316,41 @@ def test_what_is_left_is_a_table_that_generates_the_same(name, tmp_path):
     edit.save(left, tmp_path, sampler=table.sampler)
     read = edit.load(tmp_path).denoiser
     assert read.applied["it"] == table and torch.equal(paint(read), paint(denoiser))
+
+
+class InParts(Divides):
+    """The slot `branch` of a fused unit, which asks for attention and feed-forward apart."""
+
+    def __init__(self, before):
+        self.before = before
+
+    def divides(self, stream):
+        return True
+
+    def __call__(self, stream, name, run):
+        return self.before(stream, name, run)
+
+
+def test_a_fused_branch_that_runs_in_two_parts_has_one_column_and_counts_once():
+    net = family("flux", cache=TableReuse(("1", "0", "1")))
+    for unit in map(core, net.units[2:]):
+        unit.slots.branch = InParts(unit.slots.branch)
+    assert executed(net, 3, "cache")["joint"] == [[1.0] * 4, [0.0] * 4, [1.0] * 4]
+
+
+def test_what_a_table_decides_now_and_next_is_known_before_an_evaluation():
+    cache, steps = TableReuse(("1", "0", "01")), [Step(i, 3, 0.5) for i in range(3)]
+    assert [cache.kind(step) for step in steps] == [("1", "0"), ("0", "01"), ("01",)]
+    assert [cache.due(step, "feed") for step in steps] == [True, False, True]
+
+
+@torch.no_grad()
+def test_after_an_update_rho_is_within_the_limit_on_both_sides():
+    net = family("dit", cache=HarmoniCa(steps=2))
+    net.edits["cache"].rho[1].copy_(torch.tensor([7.0, -7.0, 2.5, -2.5]))
+    for limit, expected in ((5.0, [5.0, -5.0, 2.5, -2.5]), (2.0, [2.0, -2.0, 2.0, -2.0])):
+        StepWiseDenoising(limit=limit).constrain(net, None)
+        assert net.edits["cache"].rho[1].tolist() == expected
 
 
 @pytest.mark.parametrize(

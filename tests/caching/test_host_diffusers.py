@@ -87,6 +87,12 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("fp32, kind", [(True, torch.float32), (False, torch.bfloat16)])
+def test_differences_have_the_type_that_ours_have(fp32, kind):
+    net = edit.apply(family("flux").bfloat16(), {"cache": TaylorSeer(3, 1, first=2, fp32=fp32, **DIFFUSERS)})
+    assert to_diffusers(net, STEPS).taylor_factors_dtype == kind
+
+
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_diffusers_cannot_express_is_refused_with_the_reason(reason):
     net = edit.apply(family("flux"), {"cache": replace(REFUSED[reason])})

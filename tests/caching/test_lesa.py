@@ -183,6 +183,15 @@ def test_stages_lie_between_noise_levels():
     assert (found.index(1), found.index(2)) == (13, 38)
 
 
+def test_the_network_reads_how_much_higher_the_present_level_is_than_each():
+    offsets = Predictors(LESA(steps=2, hidden=4)).offsets((1.0, 0.75, 0.0))
+    assert offsets.tolist() == [[0.0, 0.25, 1.0], [-0.25, 0.0, 0.75]]
+
+
+def test_kinds_of_evaluations_are_of_a_stage_and_of_the_values_there_are():
+    assert [small().kind(at(i)) for i in (0, 3, 8, 9, 19)] == [(0, 0), (1, 3), (1, 8), (1, 8), (2, 8)]
+
+
 def test_of_a_model_of_noise_stages_and_offsets_are_of_noise_levels():
     """Halfway through its thousand steps DDPM's sample is three quarters noise."""
     net, objective = moved(family("pixart", lesa=small(steps=10))), DDPM()

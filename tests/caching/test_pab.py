@@ -16,9 +16,10 @@ def computed(cache: PAB, branch: str) -> list[int]:
 
 
 def test_each_kind_of_attention_has_its_interval_inside_the_window_and_runs_outside_of_it():
-    cache = PAB(attention=2, cross=3, window=(150, 850))  # evaluations 2 to 8
+    cache = PAB(attention=2, second=4, cross=3, window=(150, 850))  # evaluations 2 to 8
     assert computed(cache, "attention") == [0, 1, 2, 4, 6, 8, 9]
     assert computed(cache, "cross") == [0, 1, 2, 5, 8, 9]
+    assert computed(cache, "second") == [0, 1, 2, 6, 9]
     assert computed(PAB(1, 1, 1), "attention") == list(range(10))
 
 

@@ -1,6 +1,7 @@
 """Gates that read numbers, on ranks that share units: all ranks call them, or none does."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from ranks import run_ranks
 from torch.distributed.fsdp import fully_shard
 
 from edit.caching.cg_taylor import CGTaylor
-from edit.caching.engine import EXECUTED
+from edit.caching.engine import EXECUTED, anywhere, quotient
 from edit.caching.first_block_cache import FirstBlockCache
 from edit.caching.tea_cache import TeaCache
 from edit.objectives import default_objective
@@ -68,3 +69,18 @@ def test_ranks_with_other_samples_decide_as_one_batch(name):
         ours = wanted[rows_of(rank)]
         # fp32 products of other batches are summed in another order, which the extrapolation enlarges
         torch.testing.assert_close(torch.tensor(images), ours, rtol=0, atol=1e-3 * wanted.abs().max().item())
+
+
+def agreed() -> tuple[float, bool, bool]:
+    """Rank 0 has one sample, rank 1 three."""
+    dist.init_process_group("gloo")
+    rank, unit = dist.get_rank(), SimpleNamespace(unshard=None)
+    share = quotient(unit, torch.tensor([1.0, 4.0][rank]), torch.tensor(2.0), [1, 3][rank]).item()
+    found = share, *(anywhere(unit, flag, torch.device("cpu")) for flag in (rank == 1, False))
+    dist.barrier()
+    dist.destroy_process_group()
+    return found
+
+
+def test_means_weigh_by_samples_and_a_flag_of_one_rank_is_that_of_all():
+    assert run_ranks(agreed) == [((1 + 3 * 4) / (2 + 3 * 2), True, False)] * 2

@@ -1,19 +1,22 @@
 """TaylorSeer: which evaluations are computed, what stands in for the others, what it costs and holds."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from caches import FEW, MADE, executed, family, paint, sampler, told
+from gates import stream
 from torch import nn
 
 import edit
 from edit.artifacts.checkpoint import default_objective, load, save
 from edit.caching.reuse import Reuse
+from edit.caching.taylor import Ladder
 from edit.caching.taylorseer import TaylorSeer
 from edit.measuring.cost import cost, count_generation, twin
 from edit.measuring.flops import Flops
-from edit.stream import Branch, Step
+from edit.stream import Branch, Condition, Step
 from edit.unit import core
 
 SITES = ["module", "last", "span"]
@@ -47,6 +50,27 @@ def test_fifty_evaluations_are_computed_as_often_as_published(interval, first, s
         assert found == [0, 1, 2, 8, 14, 20, 26, 32, 38, 44]
     if schedule == "diffusers":
         assert found[3:] == [4, 9, 14, 19, 24, 29, 34, 39, 44, 49]
+
+
+def test_anchors_are_the_computed_ones_of_a_samplers_evaluations():
+    """0, 1, 5 of nine, whose times have a tenth, 0, at the end."""
+    cache = TaylorSeer(4, 1, first=2)
+    assert [cache.anchors((0.5,) * count) for count in (9, 10, 11)] == [3, 3, 4]
+
+
+def test_settings_reach_the_predictor():
+    assert TaylorSeer(order=2, form="newton", fp32=True).predictor == Ladder(2, "newton", True)
+
+
+def test_a_time_that_comes_twice_is_found_where_a_generation_begins_late():
+    """Guidance that begins at evaluation 1 has a clock that counts from there."""
+    cache, times, memory = small(first=4, axis="t"), (1.0, 0.9, 0.7, 0.7, 0.4, 0.0), {}
+    cache.name, again = "cache", []
+    for index in (1, 2, 3):
+        step = Step(index, 5, times[index], times=times, memory=memory)
+        cache.embed(replace(stream(0.0, index, 5), step=step), torch.zeros(2), Condition(), None)
+        again.append((cache.at(step).again, cache.kind(step)))
+    assert again == [(False, False), (False, False), (True, True)]
 
 
 # ---- generations (oracles 2, 5, 6, 7, 8) -----------------------------------------------------------------------------
@@ -156,6 +180,16 @@ def test_gates_of_a_predicted_branch_are_those_of_the_present_evaluation(make_di
     assert torch.equal(x0, x1) and not torch.equal(g0.image, g1.image) and not torch.equal(y0, y1)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("site", ["last", "span"])
+def test_the_last_tokens_are_repeated_themselves_and_a_span_adds_what_it_did(site):
+    net, memory, seen = family("dit", cache=small(site=site, order=0)), {}, []
+    for index, t in enumerate((0.9, 0.2)):
+        step, x = Step(index, 4, t, memory=memory), torch.randn(2, *net.sample_shape)
+        seen.append(net(x, torch.full((2,), t), told(net), step=step, taps=(1,)).trace["unit.1"])
+    assert torch.equal(*seen) == (site == "last")
+
+
 @pytest.mark.parametrize("site, order", [("module", 2), ("last", 1), ("span", 3)])
 def test_a_generation_holds_order_plus_one_tensors_for_each_site_and_the_next_begins_with_none(site, order):
     net, held = family("dit", cache=TaylorSeer(2, order, first=order + 1, site=site)), []
@@ -232,6 +266,21 @@ def test_a_line_in_the_axis_is_followed_exactly(axis, make_dit):
     )
 
 
+@pytest.mark.parametrize("axis", ["step", "t", "sigma", "logsnr"])
+def test_where_all_times_are_known_a_line_in_the_axis_is_followed_exactly_too(axis):
+    from edit.caching.engine import place
+
+    cache, times, memory, state = small(axis=axis, interval=3, first=2), (0.9, 0.7, 0.4, 0.2, 0.0), {}, {}
+    cache.name = "cache"
+    for index in range(3):
+        step = Step(index, 4, times[index], times=times, memory=memory)
+        cache.embed(replace(stream(0.0, index, 4), step=step), torch.zeros(2), Condition(), None)
+        line = 3 * place(step, axis) + 1
+        if index < 2:
+            cache.predictor.observe(state, cache.at(step), Branch(torch.full((1, 1, 1), line)))
+    assert cache.predictor.predict(state, cache.at(step)).image.item() == pytest.approx(line, rel=1e-4)
+
+
 def test_settings_that_cannot_be_are_refused(make_dit):
     with pytest.raises(ValueError, match="TaylorSeer: order must be at most 4, got 5"):
         TaylorSeer(order=5)
@@ -243,6 +292,8 @@ def test_settings_that_cannot_be_are_refused(make_dit):
         edit.apply(make_dit(), {"cache": TaylorSeer(site="span", spare=(2, 1))})
     with pytest.raises(ValueError, match="order 4 needs 5 computed evaluations, and of the 8 of this sampler 3 are"):
         paint(edit.apply(make_dit(), {"cache": TaylorSeer()}), 8)
+    with pytest.raises(ValueError, match="order 3 needs 4 computed evaluations, and of the 8 of this sampler 3 are"):
+        paint(edit.apply(make_dit(), {"cache": TaylorSeer(order=3)}), 8)
     net = edit.apply(make_dit(), {"reuse": Reuse(units=(1,))})
     for site in SITES:
         with pytest.raises(ValueError, match="TaylorSeer: 'reuse' caches attention of unit 1 already"):

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from edit.kernels.block_sparse import Part, attend
 from edit.kernels.language import HAS_TRITON
 from edit.kernels.operator import pairs, part_pairs
+from edit.kernels.plans import Plan
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
@@ -61,6 +62,42 @@ def test_counted_work_is_two_products_forward_and_seven_backward():
         assert counter.get_total_flops() == 2 * seen * (16 + 16)
         (o.sum() + lse.sum()).backward()
     assert counter.get_total_flops() == 2 * seen * 16 * (2 + 7)
+
+
+@needs_triton
+def test_counted_work_knows_widths_of_keys_and_of_values():
+    """4 queries, 5 keys: q k' and P v forward; q k' twice, dS k and dS' q, dO v' twice, P' dO backward."""
+    q, k = (torch.zeros(1, 1, n, 16, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (4, 5))
+    v = torch.zeros(1, 1, 5, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        o, _ = attend(q, [Part(k, v)], path="kernel")
+        assert counter.get_total_flops() == 2 * 20 * (16 + 8)
+        o.sum().backward()
+    assert counter.get_total_flops() == 2 * 20 * (16 + 8) + 2 * 20 * (4 * 16 + 3 * 8)
+
+
+def test_short_groups_are_counted_by_their_tokens():
+    q, k = torch.zeros(1, 1, 50, 16), torch.zeros(1, 1, 70, 16)
+    one = torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+    assert part_pairs(q, Part(k, k, one, rows=50, columns=128)) == 50 * 70
+    index = torch.tensor([0, 1, 0, 1], dtype=torch.int32).view(1, 1, 4, 1)  # rows of 16, 16, 16 and 2
+    cut = torch.tensor([0, 10, 70], dtype=torch.int32).view(1, 1, 3)
+    assert part_pairs(q, Part(k, k, index, rows=16, columns=cut)) == 16 * 10 + 16 * 60 + 16 * 10 + 2 * 60
+
+
+def test_chunks_of_queries_leave_none_out():
+    """1100 queries in chunks of eight steps of 64 at most: three, which do not divide them."""
+    q, k = torch.zeros(1, 1, 1100, 16, dtype=torch.bfloat16), torch.zeros(1, 1, 5, 16, dtype=torch.bfloat16)
+    (_, chunks, _), told = Plan(q, Part(k, k), 1.0).keys(q)
+    assert (chunks, told["reach"], told["each"]) == (3, 1100, 367)
+
+
+def test_a_table_of_some_heads_is_written_out_for_all_and_one_of_none_is_shared():
+    q = torch.zeros(3, 2, 4, 16)
+    plan, heads = Plan(q, Part(q, q), 1.0), torch.arange(8, dtype=torch.int32).view(1, 2, 4)
+    table, step = plan.shared(heads)
+    assert step == 4 and torch.equal(table, heads.expand(3, 2, 4)) and table.is_contiguous()
+    assert plan.shared(heads[:, :1])[1] == 0 and plan.shared(None) == (None, 0)
 
 
 def test_the_plain_path_is_counted_as_the_kernels_are():

@@ -49,6 +49,11 @@ def test_autocast_outside_changes_nothing():
         assert torch.equal(ours, other)
 
 
+def test_the_scale_that_is_not_given_is_that_of_the_head_width():
+    expected = torch.nn.functional.scaled_dot_product_attention(Q, K, V)
+    torch.testing.assert_close(attend(Q, [Part(K, V)])[0], expected, rtol=1e-12, atol=1e-12)
+
+
 def test_two_calls_merged_by_their_lse_equal_one_with_gradients():
     q, (first, second, third) = case("levels")
     q.requires_grad_()
