@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from edit.calibration import Calibration
-from edit.facts import Facts, Prediction
+from edit.facts import Facts, Prediction, check_units
 from edit.groups import Group
 from edit.stream import Branch, Condition, Forced, Output, Step, Stream, force, permuted, record_branch, restored
 from edit.subset import subset, whole
@@ -481,8 +481,7 @@ class Denoiser(nn.Module, ABC):
         if t.shape != x.shape[:1]:
             raise ValueError(f"t must be one time per sample, shape ({len(x)},), got {tuple(t.shape)}")
         depth = len(self.units)
-        if bad := [i for i in taps if i not in ENDS and not -depth <= i < depth]:
-            raise ValueError(f"cannot tap unit {bad[0]} of a {self.name} with {depth} units (0 to {depth - 1})")
+        check_units("taps", (i for i in taps if i not in ENDS), depth, f"this {self.name}", -depth)  # type: ignore
 
     def extra_repr(self) -> str:
         return f"units={len(self.units)}, edits={list(self.applied)}"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser, Edit
+from edit.facts import check_units
 from edit.groups import Group
 from edit.inputs import trust
 from edit.replaced import drop, gone, within
@@ -101,8 +102,7 @@ def chosen(who: str, units: tuple[int, ...], denoiser: Denoiser) -> tuple[int, .
         ValueError: if a unit does not exist, or is given twice
     """
     depth = len(denoiser.units)
-    if bad := [i for i in units if not 0 <= i < depth]:
-        raise ValueError(f"{who}: this {denoiser.name} has units 0 to {depth - 1}, got {bad[0]}")
+    check_units(who, units, depth, f"this {denoiser.name}")
     if len(set(units)) < len(units):
         raise ValueError(f"{who}: name each unit once, got {list(units)}")
     return units or tuple(range(depth))

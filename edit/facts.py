@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -47,3 +47,35 @@ class Facts:
     def told(self) -> bool:
         """Whether the model has its guidance scale as an input, `Condition.guidance`."""
         return self.scale is not None
+
+
+def check_units(who: str, units: Iterable[int], depth: int, of: str, first: int = 0) -> None:
+    """Refuse a unit that a model does not have: the one sentence of all that name units.
+
+    Args:
+        who: names them: a class, a setting
+        units: that are named
+        depth: units of the model
+        of: the model, in words: "this dit", "the teacher"
+        first: the lowest number that is one: 0, or -depth where units are counted from the end, too
+
+    Raises:
+        ValueError: naming the first that does not exist
+    """
+    if bad := [i for i in units if not first <= i < depth]:
+        raise ValueError(f"{who}: {of} has units 0 to {depth - 1}, got {bad[0]}")
+
+
+def check_kept(units: Collection[int], depth: int, of: str) -> None:
+    """Refuse to keep no unit at all, or one that a model does not have.
+
+    Args:
+        units: that are to stay
+        depth, of: as of `check_units`
+
+    Raises:
+        ValueError: if there is none, or one does not exist
+    """
+    if not units:
+        raise ValueError(f"keep: at least one unit of {of} must stay, got none")
+    check_units("keep", units, depth, of)

@@ -17,6 +17,7 @@ from torch import Tensor
 from edit.denoiser import ENDS, Denoiser
 from edit.distillation.guidance import TeacherGuidance
 from edit.edits import shards, without
+from edit.facts import check_units
 from edit.measuring.memory import Placement
 from edit.stream import Condition, Output
 from edit.unit import Unit
@@ -96,8 +97,8 @@ class Teacher:
         if self.denoiser is not None:
             self.denoiser.requires_grad_(False).eval()
         depth = len(model.units)
-        if bad := [i for i in (*taps, *branches, *maps) if i not in ENDS and not -depth <= i < depth]:
-            raise ValueError(f"a term compares with unit {bad[0]} of the teacher, which has {depth} units")
+        told = (i for i in (*taps, *branches, *maps) if i not in ENDS)
+        check_units("a term", told, depth, "the teacher", -depth)  # type: ignore[arg-type]
         return model
 
     def _shard(self) -> Denoiser:

@@ -16,6 +16,7 @@ from data.sets.latents import padded, text_length
 from edit.artifacts.location import find, is_hub_id
 from edit.data_set import collate
 from edit.denoiser import Denoiser
+from edit.facts import check_units
 from edit.objectives import default_objective
 from edit.solvers import (
     DDIMSolver,
@@ -54,8 +55,7 @@ def described_taps(
         ValueError: if the teacher does not have such a unit, or cannot be run without weights
     """
     depth = len(denoiser.units)
-    if bad := [i for i in request.taps if not -depth <= i < depth]:
-        raise ValueError(f"taps={bad[0]}: the teacher has {depth} units, 0 to {depth - 1}")
+    check_units("taps", request.taps, depth, "the teacher", -depth)
     taps = sorted({i % depth for i in request.taps})
     told = condition_of(request, denoiser, encoders, encoders.embed([""]))[0]
     try:

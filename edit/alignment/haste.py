@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from edit.alignment.encoder import Encoder
 from edit.alignment.repa import REPA, Projectors
 from edit.denoiser import Denoiser
+from edit.facts import check_units
 from edit.grid import Grid
 from edit.inputs.limits import Count, Natural, check_numbers
 from edit.losses import Frozen, Seen, Term
@@ -115,12 +116,8 @@ class HASTE(Term):
         self.features.check_data(data, pixels)
 
     def build(self, student: Denoiser, teacher: Denoiser | None = None) -> nn.Module:
-        depth = len(student.units)
         units = [unit for unit, _ in self.pairs] + ([] if self.trigger is None else [self.trigger.unit])
-        if bad := [unit for unit in units if not 0 <= unit < depth]:
-            raise ValueError(
-                f"HASTE: unit {bad[0]} is none of the {depth} of this {student.name}: choose 0 to {depth - 1}"
-            )
+        check_units("HASTE", units, len(student.units), f"this {student.name}")
         self.encoder.structure()  # refuses layers that it does not have
         projectors = self.features.build(student)
         return projectors if self.trigger is None else Watched(projectors)

@@ -32,6 +32,7 @@ from edit.alignment.heads import mlp
 from edit.alignment.looker import Encoded
 from edit.alignment.targets import averaged, check_cached, resized, side_by_side, standardised
 from edit.denoiser import Denoiser
+from edit.facts import check_units
 from edit.frames import folded
 from edit.grid import Grid
 from edit.inputs.limits import Count, Natural, NotNegative, Positive, check_numbers
@@ -110,14 +111,9 @@ class REPA(Term):
                 looker.size(*shape[-2:])
 
     def build(self, student: Denoiser, teacher: Denoiser | None = None) -> Projectors:
-        depth, width = len(student.units), student.facts.width
-        if self.unit >= depth:
-            raise ValueError(
-                f"REPA: unit {self.unit} (block {self.unit + 1} where the paper counts) is none of the {depth} of this "
-                f"{student.name}: choose 0 to {depth - 1}"
-            )
+        check_units("REPA", [self.unit], len(student.units), f"this {student.name}")
         widths = [encoder.structure().width for encoder in self.encoders]
-        hidden = None if self.projector == "conv" else self.hidden
+        width, hidden = student.facts.width, None if self.projector == "conv" else self.hidden
         return Projectors([projector(width, theirs, hidden) for theirs in widths])
 
     def losses(self, seen: Seen) -> dict[str, Tensor]:

@@ -36,8 +36,9 @@ import torch
 from torch import Tensor, nn
 
 from edit.alignment.heads import linear, mlp
-from edit.alignment.units import as_units, check_unit
+from edit.alignment.units import as_units
 from edit.denoiser import Denoiser
+from edit.facts import check_units
 from edit.grid import patches
 from edit.inputs.limits import Count, Natural, NotNegative, check_numbers
 from edit.losses import Seen, Term
@@ -74,7 +75,7 @@ class VAEWarmUp(Term):
         self.taps = (self.unit,)
 
     def build(self, student: Denoiser, teacher: Denoiser | None = None) -> PatchHead:
-        check_unit("VAEWarmUp", self.unit, student, "the student")
+        check_units("VAEWarmUp", [self.unit], len(student.units), f"this {student.name}")
         return PatchHead(student, self.width)
 
     def losses(self, seen: Seen) -> dict[str, Tensor]:
@@ -116,8 +117,8 @@ class SelfTranscendence(Term):
     def build(self, student: Denoiser, teacher: Denoiser | None = None) -> FeatureHead:
         if teacher is None:
             raise ValueError("SelfTranscendence learns from a first run and there is none: give it with teacher.path")
-        check_unit("SelfTranscendence", self.units[0], student, "the student")
-        check_unit("SelfTranscendence", self.units[1], teacher, "the teacher")
+        check_units("SelfTranscendence", self.units[:1], len(student.units), "the student")
+        check_units("SelfTranscendence", self.units[1:], len(teacher.units), "the teacher")
         facts = teacher.facts
         if facts.classes is None and not facts.text:
             raise ValueError(

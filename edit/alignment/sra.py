@@ -36,8 +36,9 @@ from torch import Tensor, nn
 
 from edit.alignment.heads import mlp
 from edit.alignment.token_times import TokenTimes
-from edit.alignment.units import as_units, check_unit
+from edit.alignment.units import as_units
 from edit.denoiser import Denoiser
+from edit.facts import check_units
 from edit.grid import patches, pixels
 from edit.inputs.limits import Count, Limits, Natural, NotNegative, Positive, Share, check_numbers
 from edit.losses import Seen, Term
@@ -106,7 +107,7 @@ class SRA(Term):
         self.taps = (self.units[0],)
 
     def build(self, student: Denoiser, teacher: Denoiser | None = None) -> Head:
-        check_unit("SRA", self.units[1], student, "the average")
+        check_units("SRA", self.units, len(student.units), f"this {student.name}")
         if self.dual:
             if student.prediction == "noise":
                 raise ValueError(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edit.denoiser import Denoiser
-
 
 def as_units(who: str, units: Sequence[int]) -> tuple[int, int]:
     """The unit m of a student and n of its teacher, from configuration.
@@ -20,9 +18,3 @@ def as_units(who: str, units: Sequence[int]) -> tuple[int, int]:
             f"m; got {list(units)}"
         )
     return units[0], units[1]
-
-
-def check_unit(who: str, unit: int, model: Denoiser, role: str) -> None:
-    """Refuse a unit that a model does not have."""
-    if unit >= len(model.units):
-        raise ValueError(f"{who}: unit {unit} of {role} is wanted, which has units 0 to {len(model.units) - 1}")

@@ -59,6 +59,6 @@ def from_official(checkpoint: Mapping[str, Any], config: DiTConfig) -> dict[str,
     with torch.device("meta"):
         wanted = DiTWeights(config).state_dict()
     check_layout(wanted, state, "the official checkpoint")
-    if not torch.allclose(state["pos_embed"][0].float(), config.positions(), atol=1e-4):
+    if not torch.allclose(state["pos_embed"][0].float(), config.tables()["pos_embed"][0], atol=1e-4):
         raise ValueError("the checkpoint's pos_embed is not the 2-D sin-cos table of this model: another input_size?")
     return state

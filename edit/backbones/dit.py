@@ -9,17 +9,16 @@ Which of them stock `diffusers` can run is said in `dit_conversion.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from edit.backbones.dit_conversion import config_from_diffusers, from_diffusers, to_diffusers, why_not_diffusers
-from edit.denoiser import Denoiser
+from edit.backbones.patches import PatchDenoiser, with_tables, without_tables
 from edit.facts import Facts, Prediction
 from edit.inputs.limits import Count, Limits, Units, check_numbers, check_table
 from edit.stream import Branch, Condition, Layout, Output, Stream
@@ -91,9 +90,12 @@ class DiTConfig:
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
-    def positions(self) -> Tensor:
-        """The table of the tokens' positions: n d."""
-        return position_table(self.hidden_size, self.grid)
+    def tables(self) -> dict[str, Tensor]:
+        """Positions of the tokens: those that are added, 1 n d, and of RoPE, n e, registers first."""
+        found = {"pos_embed": position_table(self.hidden_size, self.grid)[None]}
+        if self.rope:
+            found["rope"] = rope_table(self.hidden_size // self.num_heads, self.grid, self.registers)
+        return found
 
     def build(self) -> DiT:
         return DiT(self)
@@ -349,26 +351,19 @@ class DiTWeights(nn.Module):
 # ---- the denoiser ---------------------------------------------------------------------------------------------------
 
 
-class DiT(Denoiser):
+class DiT(PatchDenoiser):
     """Class-conditional DiT over latents or pixels b c y x."""
 
     name = "dit"
     reads: ClassVar = {"DiTTransformer2DModel": {}, "Transformer2DModel": {"norm_type": "ada_norm_zero"}}
 
+    spec: DiTConfig
+    spec_class = DiTConfig
+
     def __init__(self, config: DiTConfig):
-        self.spec = config
         model = DiTWeights(config)
         model.initialise()
-        super().__init__(model, list(model.blocks))
-        self.reset_buffers()
-
-    @property
-    def config(self) -> dict:
-        return asdict(self.spec)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> DiT:
-        return DiTConfig(**config).build()
+        super().__init__(config, model)
 
     @property
     def facts(self) -> Facts:
@@ -378,31 +373,8 @@ class DiT(Denoiser):
         return Facts(c.hidden_size, c.num_heads, classes=c.num_classes, tokenwise=True, **parts, **widths)
 
     @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        return self.spec.in_channels, self.spec.input_size, self.spec.input_size
-
-    @property
     def prediction(self) -> Prediction:
         return PREDICTIONS.get(self.spec.time, "velocity")
-
-    def resize(self, spec: Any) -> None:
-        if not isinstance(spec, DiTConfig) or spec.input_size == self.spec.input_size:
-            return
-        size, m = {"input_size": spec.input_size}, self.model
-        self.spec, self.base = replace(self.spec, **size), {**self.base, **size}
-        count = self.spec.grid**2
-        m.pos_embed = m.pos_embed.new_empty(1, count, self.spec.hidden_size)
-        if m.rope is not None:
-            m.rope = m.rope.new_empty(self.spec.registers + count, m.rope.shape[1])
-        self.reset_buffers()
-
-    def reset_buffers(self) -> None:
-        c, m = self.spec, self.model
-        if m.pos_embed.is_meta:
-            return
-        m.pos_embed.copy_(c.positions()[None])
-        if c.rope:
-            m.rope.copy_(rope_table(c.hidden_size // c.num_heads, c.grid, c.registers))
 
     def pack(self, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Tensor]:
         if condition.label is None:
@@ -421,13 +393,9 @@ class DiT(Denoiser):
             return c_noise(t)
         return t if c.time == "flow" else 1 - t if c.time == "sit" else torch.round(t.float() * 1000 - 1)
 
-    def embed_times(self, t: Tensor) -> Tensor:
-        return self.model.t_embedder(self.times(t))
-
     def embed(self, sample: Tensor, timestep: Tensor, label: Tensor) -> Stream:
         m, c = self.model, self.spec
-        # the table first: the sum then takes its layout, tokens in order, not the channels-first one of the convolution
-        x = m.pos_embed + m.x_embedder(sample.to(m.x_embedder.proj.weight.dtype))
+        x = self.placed(sample)
         if m.registers is not None:
             x = torch.cat((m.registers.expand(len(x), -1, -1), x), dim=1)
         time = m.t_embedder(timestep)
@@ -439,27 +407,13 @@ class DiT(Denoiser):
         image = stream.image[:, self.spec.registers :]
         return replace(stream, image=self.model.final_layer.normed(image, stream.cond, stream.layout))
 
-    def last_layer(self, stream: Stream) -> Stream:
-        return replace(stream, image=self.model.final_layer.linear(stream.image))
-
     def readout(self, stream: Stream) -> Output:
         c, stream = self.spec, self.projected(stream)
-        x = stream.image  # b n (p p c)
-        _, rows, columns = stream.layout.grid
-        p = c.patch_size
-        x = rearrange(x, "b (y x) (p q c) -> b c (y p) (x q)", y=rows, x=columns, p=p, q=p)
+        x = self.pixels(stream)
         sample, variance = x.chunk(2, dim=1) if c.learn_sigma else (x, None)
         if c.time == "sit":
             sample = -sample
         return Output(sample, variance if c.time == "ddpm" else None, stream.trace)
-
-    def keep(self, indices: Sequence[int]) -> None:
-        blocks = self.model.blocks
-        if not indices or not all(0 <= i < len(blocks) for i in indices):
-            raise ValueError(f"dit: can keep units 0 to {len(blocks) - 1}, at least one, got {list(indices)}")
-        self.units = [self.units[i] for i in indices]
-        self.model.blocks = nn.ModuleList(blocks[i] for i in indices)
-        self.spec = replace(self.spec, depth=len(indices))
 
     def null(self, condition: Condition) -> Condition:
         assert condition.label is not None
@@ -470,9 +424,7 @@ class DiT(Denoiser):
         c = DiTConfig(**config)
         if (reason := why_not_diffusers(asdict(c))) is None:
             return to_diffusers(asdict(c), state)
-        tables = ("pos_embed", "rope")  # recomputed, never stored
-        kept = {k: v for k, v in state.items() if k not in tables}
-        return {"_class_name": "edit.DiT", "_not_diffusers_because": reason, **asdict(c)}, kept
+        return {"_class_name": "edit.DiT", "_not_diffusers_because": reason, **asdict(c)}, without_tables(state)
 
     @classmethod
     def from_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
@@ -481,10 +433,4 @@ class DiT(Denoiser):
             state = from_diffusers(c.depth, state) if state else {}
         else:
             c, state = DiTConfig(**{k: v for k, v in config.items() if not k.startswith("_")}), dict(state)
-        if not state:
-            return asdict(c), {}
-        dtype = state["x_embedder.proj.weight"].dtype
-        state["pos_embed"] = c.positions()[None].to(dtype)
-        if c.rope:
-            state["rope"] = rope_table(c.hidden_size // c.num_heads, c.grid, c.registers).to(dtype)
-        return asdict(c), state
+        return asdict(c), with_tables(state, c)

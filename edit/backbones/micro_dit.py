@@ -18,18 +18,16 @@ stored under our names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from edit.backbones.dit import PatchEmbed, c_noise, position_table, sinusoid
 from edit.backbones.micro_dit_block import STD, Attention, GatedFeed, MicroDiTBlock, gain_norm, modulation
-from edit.denoiser import Denoiser
+from edit.backbones.patches import PatchDenoiser, with_tables, without_tables
 from edit.edm import EDMHeun
 from edit.facts import Facts, Prediction
 from edit.inputs.limits import Count, Positive, Side, Units, check_numbers, check_table
@@ -98,6 +96,10 @@ class MicroDiTConfig:
     def hidden(self) -> int:
         """Channels of a feed-forward."""
         return gated_width(self.width, self.mlp_ratio, self.multiple)
+
+    def tables(self) -> dict[str, Tensor]:
+        """Positions of the tokens: 1 n d."""
+        return {"pos_embed": position_table(self.width, self.grid, self.pos_interp_scale)[None]}
 
     def build(self) -> MicroDiT:
         return MicroDiT(self)
@@ -191,26 +193,20 @@ class MicroDiTWeights(nn.Module):
 # ---- the denoiser ---------------------------------------------------------------------------------------------------
 
 
-class MicroDiT(Denoiser):
+class MicroDiT(PatchDenoiser):
     """MicroDiT over latents b c y x that read a caption."""
 
     name = "micro_dit"
     masks = False
 
+    spec: MicroDiTConfig
+    spec_class = MicroDiTConfig
+    resized = ("input_size", "pos_interp_scale")
+
     def __init__(self, config: MicroDiTConfig):
-        self.spec = config
         model = MicroDiTWeights(config)
         model.initialise()
-        super().__init__(model, list(model.blocks))
-        self.reset_buffers()
-
-    @property
-    def config(self) -> dict:
-        return asdict(self.spec)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> MicroDiT:
-        return MicroDiTConfig(**config).build()
+        super().__init__(config, model)
 
     @property
     def facts(self) -> Facts:
@@ -220,30 +216,11 @@ class MicroDiT(Denoiser):
         return Facts(c.width, c.width // c.head, text=told, modulation=modulated, lora=parts, **widths)
 
     @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        return self.spec.in_channels, self.spec.input_size, self.spec.input_size
-
-    @property
     def prediction(self) -> Prediction:
         return "mixture"
 
     def sampler(self) -> Sampler:
         return Sampler(EDMHeun(), guidance=5.0)
-
-    def resize(self, spec: Any) -> None:
-        """With the size, its `pos_interp_scale`."""
-        if not isinstance(spec, MicroDiTConfig) or spec.input_size == self.spec.input_size:
-            return
-        size = {"input_size": spec.input_size, "pos_interp_scale": spec.pos_interp_scale}
-        self.spec, self.base = replace(self.spec, **size), {**self.base, **size}
-        self.model.pos_embed = self.model.pos_embed.new_empty(1, self.spec.grid**2, self.spec.width)
-        self.reset_buffers()
-
-    def reset_buffers(self) -> None:
-        table = self.model.pos_embed
-        if not table.is_meta:
-            c = self.spec
-            table.copy_(position_table(c.width, c.grid, c.pos_interp_scale)[None])
 
     def need_length(self, length: int | None) -> None:
         """Raises ValueError for texts of no fixed length (None): padding is attended to, and is in their mean."""
@@ -271,16 +248,11 @@ class MicroDiT(Denoiser):
         """c_noise of times, b."""
         return c_noise(t)
 
-    def embed_times(self, t: Tensor) -> Tensor:
-        return self.model.t_embedder(self.times(t))
-
     def embed(self, sample: Tensor, c_noise: Tensor, caption: Tensor) -> Stream:
         """b c y x, b, b l c."""
         m, c = self.model, self.spec
-        dtype = m.x_embedder.proj.weight.dtype
-        # the table first: the sum then takes its layout, tokens in order, not the channels-first one of the convolution
-        x = m.pos_embed + m.x_embedder(sample.to(dtype))
-        y = m.text_block(m.y_embedder(caption.to(dtype)))
+        x = self.placed(sample)
+        y = m.text_block(m.y_embedder(caption.to(m.x_embedder.proj.weight.dtype)))
         time = m.t_embedder(c_noise)
         cond = time + m.pooled_embedder(y.mean(1))
         layout = Layout(grid=(1, c.grid, c.grid), text_length=y.shape[1])
@@ -289,22 +261,9 @@ class MicroDiT(Denoiser):
     def last_norm(self, stream: Stream) -> Stream:
         return replace(stream, image=self.model.final_layer.normed(stream.image, stream.cond))
 
-    def last_layer(self, stream: Stream) -> Stream:
-        return replace(stream, image=self.model.final_layer.linear(stream.image))
-
     def readout(self, stream: Stream) -> Output:
-        stream, p = self.projected(stream), self.spec.patch_size
-        _, rows, columns = stream.layout.grid
-        x = rearrange(stream.image, "b (y x) (p q c) -> b c (y p) (x q)", y=rows, x=columns, p=p, q=p)
-        return Output(x, None, stream.trace)
-
-    def keep(self, indices: Sequence[int]) -> None:
-        blocks = self.model.blocks
-        if not indices or not all(0 <= i < len(blocks) for i in indices):
-            raise ValueError(f"micro_dit: can keep units 0 to {len(blocks) - 1}, at least one, got {list(indices)}")
-        self.units = [self.units[i] for i in indices]
-        self.model.blocks = nn.ModuleList(blocks[i] for i in indices)
-        self.spec = replace(self.spec, depth=len(indices))
+        stream = self.projected(stream)
+        return Output(self.pixels(stream), None, stream.trace)
 
     def null(self, condition: Condition) -> Condition:
         """Zeros in place of the text embedding."""
@@ -313,14 +272,10 @@ class MicroDiT(Denoiser):
 
     @classmethod
     def to_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-        kept = {k: v for k, v in state.items() if k != "pos_embed"}  # computed again, never stored
         reason = "diffusers has no such model"
-        return {"_class_name": "edit.MicroDiT", "_not_diffusers_because": reason, **config}, kept
+        return {"_class_name": "edit.MicroDiT", "_not_diffusers_because": reason, **config}, without_tables(state)
 
     @classmethod
     def from_stock(cls, config: Mapping, state: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
         c = MicroDiTConfig(**{k: v for k, v in config.items() if not k.startswith("_")})
-        if not state:
-            return asdict(c), {}
-        table = position_table(c.width, c.grid, c.pos_interp_scale)[None]
-        return asdict(c), {**state, "pos_embed": table.to(state["x_embedder.proj.weight"].dtype)}
+        return asdict(c), with_tables(state, c)

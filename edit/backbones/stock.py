@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser
-from edit.facts import Facts
+from edit.facts import Facts, check_kept
 from edit.importing import uncollected
 from edit.stream import Branch, Condition, Layout, Stream
 from edit.unit import Features, Unit
@@ -192,9 +192,7 @@ class StockDenoiser(Denoiser):
         self.base = {**self.base, **{k: _plain(v) for k, v in values.items()}}
 
     def keep(self, indices: Sequence[int]) -> None:
-        depth = len(self.units)
-        if not indices or not all(0 <= i < depth for i in indices):
-            raise ValueError(f"{self.name}: can keep units 0 to {depth - 1}, at least one, got {list(indices)}")
+        check_kept(indices, len(self.units), f"this {self.name}")
         if sorted(set(indices)) != list(indices):
             raise ValueError(f"{self.name}: units to keep must be increasing without repeats, got {list(indices)}")
         start = 0

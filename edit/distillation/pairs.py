@@ -13,6 +13,7 @@ from itertools import accumulate
 from torch import Tensor
 
 from edit.denoiser import Denoiser
+from edit.facts import check_units
 from edit.losses import Seen
 
 Pairs = tuple[tuple[int, int], ...]
@@ -108,9 +109,7 @@ def check_pairs(who: str, pairs: Pairs, denoiser: Denoiser, teacher: Denoiser | 
     if teacher is None:
         raise ValueError(f"{who} compares with a teacher and there is none: give one (teacher.path), or drop the term")
     for i, (role, model) in enumerate((("student", denoiser), ("teacher", teacher))):
-        depth = len(model.units)
-        if bad := [p for p in pairs if not 0 <= p[i] < depth]:
-            raise ValueError(f"{who}: the {role} of pair {bad[0]} has units 0 to {depth - 1} only")
+        check_units(f"{who}, pairs", [pair[i] for pair in pairs], len(model.units), f"the {role}")
     if widths and (mine := denoiser.facts.width) != (theirs := teacher.facts.width):
         raise ValueError(f"{who}: tokens of the student are {mine} wide, those of the teacher {theirs}: not comparable")
     return teacher

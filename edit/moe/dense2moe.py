@@ -49,6 +49,7 @@ from edit.moe.experts import (
     routed_parameters,
     take_neurons,
 )
+from edit.moe.feeds import replaced
 from edit.moe.routing import (
     LOADS,
     PROBABILITIES,
@@ -221,9 +222,7 @@ class Dense2MoE(Edit):
         found = []
         for key in denoiser.edits[self.name]:  # type: ignore[union-attr]
             unit = core(denoiser.units[int(key.partition("_")[0])])
-            features = unit.anatomy.text_feed if key.endswith("_text") else unit.anatomy.feed
-            assert features is not None
-            found += layers_of(denoiser, unit, features)
+            found += layers_of(denoiser, unit, replaced(unit, text=key.endswith("_text")))
         return found
 
     def activated(self, denoiser: Denoiser) -> Mapping[str, float]:

@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser, Edit
-from edit.edits import chosen
 from edit.groups import Group
 from edit.inputs.limits import Count, Natural, NotNegative, Positive, check_numbers
 from edit.moe.experts import Experts, FeedForward, MoE, dense, expert_groups, layers_of, routed_parameters, take_neurons
+from edit.moe.feeds import replaced, separate
 from edit.moe.routing import LOADS, PROBABILITIES, Gate, Router, balance, layers, load_metrics, loads_of, recorded
 from edit.routing.batches import mean_over_ranks
 from edit.unit import Features, Unit, core, hidden_of
@@ -107,14 +107,8 @@ class DiTMoE(Edit):
         """The units whose feed-forwards are replaced."""
         depth, middle = len(denoiser.units), (len(denoiser.units) + 1) // 2
         halves = {"all": range(depth), "deep": range(middle, depth), "shallow": range(middle)}
-        fused = {i for i, unit in enumerate(denoiser.units) if core(unit).anatomy.fused}
-        if odd := sorted(fused & {*self.units}):
-            raise ValueError(
-                f"DiTMoE: unit {odd[0]} of this {denoiser.name} has one output layer for attention and feed-forward: "
-                "list others in units"
-            )
-        found = [i for i in chosen("DiTMoE", self.units, denoiser) if i in halves[self.half] and i not in fused]
-        found = [i for i in found if (i + 1) % self.every == 0]
+        units = separate("DiTMoE", self.units, denoiser)
+        found = [i for i in units if i in halves[self.half] and (i + 1) % self.every == 0]
         if not found:
             raise ValueError(
                 f"DiTMoE: every={self.every} and half={self.half} leave none of the {depth} units of this "
@@ -151,8 +145,9 @@ class DiTMoE(Edit):
             return
         for i, layer in self.stacks(denoiser).items():
             unit = core(denoiser.units[i])
-            every = torch.arange(hidden(unit).size, device=layer.router.weight.device).expand(self.experts, -1)
-            take_neurons(layer, dense(unit, hidden(unit)), None, every)
+            features = replaced(unit)
+            every = torch.arange(features.size, device=layer.router.weight.device).expand(self.experts, -1)
+            take_neurons(layer, dense(unit, features), None, every)
             if layer.shared is not None:
                 nn.init.zeros_(layer.shared.out.weight)
 
@@ -164,7 +159,7 @@ class DiTMoE(Edit):
 
     def replaces(self, denoiser: Denoiser) -> list[str]:
         units = (core(denoiser.units[i]) for i in self.stacks(denoiser))
-        return [path for unit in units for path in layers_of(denoiser, unit, hidden(unit))]
+        return [path for unit in units for path in layers_of(denoiser, unit, replaced(unit))]
 
     def activated(self, denoiser: Denoiser) -> Mapping[str, float]:
         return dict.fromkeys(routed_parameters(denoiser, self.name), self.k / self.experts)
@@ -191,10 +186,3 @@ class DiTMoE(Edit):
 
     def loads(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return loads_of(trace, self.name)
-
-
-def hidden(unit: Unit) -> Features:
-    """The hidden channels of the feed-forward that the experts stand in place of."""
-    features = unit.anatomy.feed
-    assert features is not None
-    return features

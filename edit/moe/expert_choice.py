@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser, Edit
-from edit.edits import chosen
 from edit.groups import Group
 from edit.inputs.limits import Count, Positive, check_numbers
 from edit.moe.experts import Experts, computing, expert_groups, layers_of, routed_parameters
+from edit.moe.feeds import replaced, separate
 from edit.moe.routing import LOADS, Router, layers, loads_of, recorded
 from edit.scaling.layer_wise import feed_ratio, round_up
 from edit.stream import Layout
@@ -230,15 +230,10 @@ class ExpertChoice(Edit):
     def places(self, denoiser: Denoiser) -> list[int]:
         """The units whose feed-forwards are replaced."""
         depth = len(denoiser.units)
-        fused = {i for i, unit in enumerate(denoiser.units) if core(unit).anatomy.fused}
-        if odd := sorted(fused & {*self.units}):
-            raise ValueError(
-                f"ExpertChoice: unit {odd[0]} of this {denoiser.name} has one output layer for attention and "
-                "feed-forward: list others in units"
-            )
+        found = separate("ExpertChoice", self.units, denoiser)
         if self.units:
-            return list(chosen("ExpertChoice", self.units, denoiser))
-        found = [i for i in range(self.every - 1, depth - 1, self.every) if i not in fused]
+            return found
+        found = [i for i in range(self.every - 1, depth - 1, self.every) if i in found]
         if not found:
             raise ValueError(
                 f"ExpertChoice: every={self.every} leaves none of the {depth} units of this {denoiser.name} whose "
@@ -253,13 +248,8 @@ class ExpertChoice(Edit):
     # ---- what is said of parameters -------------------------------------------------------------------------------
 
     def replaces(self, denoiser: Denoiser) -> list[str]:
-        found = []
-        for i in self.stacks(denoiser):
-            unit = core(denoiser.units[i])
-            features = unit.anatomy.feed
-            assert features is not None
-            found += layers_of(denoiser, unit, features)
-        return found
+        units = (core(denoiser.units[i]) for i in self.stacks(denoiser))
+        return [path for unit in units for path in layers_of(denoiser, unit, replaced(unit))]
 
     def activated(self, denoiser: Denoiser) -> Mapping[str, float]:
         """On average over tokens."""

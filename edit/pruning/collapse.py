@@ -15,6 +15,7 @@ from torch import nn
 
 from edit.denoiser import Denoiser, Edit
 from edit.distillation.pairs import Pairs, as_intervals
+from edit.facts import check_units
 from edit.inputs.limits import check_numbers
 
 
@@ -39,8 +40,7 @@ class Collapse(Edit):
 
     def apply(self, denoiser: Denoiser) -> None:
         units = denoiser.units
-        if self.intervals[-1][1] >= len(units):
-            raise ValueError(f"Collapse: interval {self.intervals[-1]} leaves the units 0 to {len(units) - 1}")
+        check_units("Collapse, intervals", self.intervals[-1], len(units), f"this {denoiser.name}")
         gone: set[int] = set()
         for first, last in self.intervals:
             if len(kinds := {type(u).__name__ for u in units[first : last + 1]}) > 1:

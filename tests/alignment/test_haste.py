@@ -261,9 +261,9 @@ def test_settings_that_mean_nothing_are_refused(settings, sentence, features):
 
 
 def test_units_and_layers_that_do_not_exist_are_refused(features, dit):
-    with pytest.raises(ValueError, match="HASTE: unit 3 is none of the 3 of this dit: choose 0 to 2"):
+    with pytest.raises(ValueError, match="HASTE: this dit has units 0 to 2, got 3"):
         HASTE(features, [(3, -1)]).build(dit)
-    with pytest.raises(ValueError, match="HASTE: unit 4 is none of the 3"):
+    with pytest.raises(ValueError, match="HASTE: this dit has units 0 to 2, got 4"):
         HASTE(features, [(1, -1)], trigger=GradientAngle()).build(dit)
     with pytest.raises(ValueError, match="layers: 3 is none of the 3 of .*eye: choose 0 to 2"):
         HASTE(features, [(1, 3)]).build(dit)

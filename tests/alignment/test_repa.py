@@ -357,10 +357,8 @@ def test_features_of_another_encoder_or_none_are_refused(folder, encoder):
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 
-def test_a_unit_that_does_not_exist_is_refused_with_the_papers_number(encoder, dit):
-    with pytest.raises(
-        ValueError, match=r"unit 7 \(block 8 where the paper counts\) is none of the 3 of this dit: choo"
-    ):
+def test_a_unit_that_does_not_exist_is_refused(encoder, dit):
+    with pytest.raises(ValueError, match="REPA: this dit has units 0 to 2, got 7"):
         REPA(encoder, 7).build(dit)
 
 

@@ -218,9 +218,9 @@ def test_models_that_cannot_teach_are_refused(make_dit, make_flux):
     dit, term = make_dit(), SelfTranscendence((0, 2))
     with pytest.raises(ValueError, match="there is none: give it with teacher.path"):
         term.build(dit, None)
-    with pytest.raises(ValueError, match="unit 2 of the teacher is wanted, which has units 0 to 1"):
+    with pytest.raises(ValueError, match="the teacher has units 0 to 1, got 2"):
         term.build(dit, make_dit(depth=2))
-    with pytest.raises(ValueError, match="unit 5 of the student is wanted"):
+    with pytest.raises(ValueError, match="this dit has units 0 to 2, got 5"):
         VAEWarmUp(5).build(dit)
     with pytest.raises(ValueError, match="knows no null condition"):
         term.build(make_flux(guidance_embeds=True), make_flux(guidance_embeds=True))

@@ -187,7 +187,7 @@ def test_settings_that_mean_nothing_are_refused(options, words):
 
 
 def test_units_that_the_model_has_not_are_refused(dit):
-    with pytest.raises(ValueError, match="unit 7 of the average is wanted, which has units 0 to 2"):
+    with pytest.raises(ValueError, match="this dit has units 0 to 2, got 7"):
         SRA((0, 7)).build(dit)
 
 

@@ -541,8 +541,8 @@ def test_keeping_units_leaves_a_shallower_dit(make_dit, batch):
     dit.keep([0, 2])
     assert dit.units == kept == list(dit.model.blocks) and dit.spec.depth == dit.config["depth"] == 2
     assert DiTConfig(**dit.config).build().state_dict().keys() == dit.state_dict().keys()
-    for wrong in ([], [2], [-1]):
-        with pytest.raises(ValueError, match="can keep units 0 to 1, at least one"):
+    for wrong, said in (([], "at least one unit of this dit"), ([2], "units 0 to 1, got 2"), ([-1], "got -1")):
+        with pytest.raises(ValueError, match=f"keep: .*{said}"):
             dit.keep(wrong)
 
 

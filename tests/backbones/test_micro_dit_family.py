@@ -256,7 +256,7 @@ def test_wrong_inputs_and_sizes_are_refused(model):
     ):
         with pytest.raises(ValueError, match=said):
             replace(TINY, **options)
-    with pytest.raises(ValueError, match="can keep units 0 to 2"):
+    with pytest.raises(ValueError, match="keep: this micro_dit has units 0 to 2"):
         model.keep([3])
 
 

@@ -243,7 +243,7 @@ def test_impossible_groups_are_refused(blocks, said):
 @pytest.mark.parametrize(
     "name, group, said",
     [
-        ("dit", (1, 2, 1), "this dit has units 0 to 1, a group ends at 2: choose others"),
+        ("dit", (1, 2, 1), "groups: this dit has units 0 to 1, got 2"),
         ("flux", (1, 2, 1), "units 1 to 2 of this flux are of two kinds: let a group end at one of 1, 3"),
         ("sd3", (2, 1, 1), "unit 2 of this sd3 leaves no text, so no sample can do without it: leave it out of groups"),
     ],

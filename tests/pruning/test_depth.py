@@ -82,5 +82,5 @@ def test_impossible_settings_are_refused(options, complaint):
 
 
 def test_units_that_are_not_there_are_refused(dit):
-    with pytest.raises(ValueError, match=r"can keep units 0 to 2, at least one, got \[0, 7\]"):
+    with pytest.raises(ValueError, match="keep: this dit has units 0 to 2, got 7"):
         edit.apply(dit, {"deep": DepthPruning(pattern="listed", units=(0, 7))})

@@ -59,7 +59,7 @@ def test_the_forecast_counts_the_features_and_a_unit_that_is_not_there_is_refuse
         made(f"forecast_{name}", said.append, taps=taps, dtype="float32")
     sizes = [s.split("at most ")[1].split(" (")[0] for s in said if "at most" in s]
     assert sizes[0] != sizes[1]
-    with pytest.raises(ValueError, match=r"taps=2: the teacher has 2 units, 0 to 1"):
+    with pytest.raises(ValueError, match="taps: the teacher has units 0 to 1, got 2"):
         made("refused", taps=(2,))
 
 
