@@ -109,7 +109,7 @@ def check_pairs(who: str, pairs: Pairs, denoiser: Denoiser, teacher: Denoiser | 
     if teacher is None:
         raise ValueError(f"{who} compares with a teacher and there is none: give one (teacher.path), or drop the term")
     for i, (role, model) in enumerate((("student", denoiser), ("teacher", teacher))):
-        check_units(f"{who}, pairs", [pair[i] for pair in pairs], len(model.units), f"the {role}")
+        check_units(f"{who}: pairs", [pair[i] for pair in pairs], len(model.units), f"the {role}")
     if widths and (mine := denoiser.facts.width) != (theirs := teacher.facts.width):
         raise ValueError(f"{who}: tokens of the student are {mine} wide, those of the teacher {theirs}: not comparable")
     return teacher

@@ -20,12 +20,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from edit.kernels.language import HAS_TRITON
 from edit.kernels.operator import attend_kernel
 from edit.kernels.parts import Near, Part, check, check_kernel
 from edit.kernels.plain import attend_plain
+from edit.kernels.valueless import counted
 
 __all__ = ["Near", "Part", "attend"]
 
@@ -58,7 +58,7 @@ def attend(
     if path not in ("kernel", "plain", None):
         raise ValueError(f'path is "kernel", "plain" or None, got {path!r}')
     if path is None:
-        path = "kernel" if isinstance(q, FakeTensor) or HAS_TRITON and q.is_cuda else "plain"
+        path = "kernel" if counted(q) and not q.is_meta or HAS_TRITON and q.is_cuda else "plain"
     if path == "plain":
         kind = "cpu" if q.is_meta else q.device.type  # there is no autocast of meta
         with torch.autocast(kind, enabled=False):  # as kernels do: sums in fp32, whatever is on outside

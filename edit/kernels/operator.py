@@ -18,8 +18,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from edit.kernels.backward import backward
 from edit.kernels.forward import forward
-from edit.kernels.parts import Near, Part, valueless
+from edit.kernels.parts import Near, Part
 from edit.kernels.plans import Plan, on
+from edit.kernels.valueless import valueless
 
 SHARED = (
     "Tensor q, Tensor[] k, Tensor[] v, Tensor?[] tables, int[] sizes, float[] shifts, float scale, bool deterministic"

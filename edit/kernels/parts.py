@@ -14,9 +14,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from edit.kernels.language import HAS_TRITON
+from edit.kernels.valueless import valueless
 
 WIDEST = 128  # head width that the kernels take
 
@@ -68,11 +68,6 @@ class Part:
         if isinstance(self.columns, Tensor):
             return self.columns.shape[-1] - 1
         return -(-self.k.shape[2] // self.columns)
-
-
-def valueless(x: Tensor) -> bool:
-    """Whether a tensor has a shape, but no numbers: on the meta device, or faked."""
-    return x.is_meta or isinstance(x, FakeTensor)
 
 
 def readable(x: Tensor) -> bool:

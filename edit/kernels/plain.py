@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edit.kernels.parts import Near, Part, valueless
+from edit.kernels.parts import Near, Part
+from edit.kernels.valueless import valueless
 
 
 class Seen(NamedTuple):

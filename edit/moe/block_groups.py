@@ -45,7 +45,7 @@ def check_groups(who: str, groups: Groups, denoiser: Denoiser) -> None:
     lengths, depth = runs_of_one_kind(denoiser), len(denoiser.units)
     borders = [0, *accumulate(lengths)]
     for a, m, _ in groups:
-        check_units(f"{who}, groups", [a + m - 1], depth, f"this {denoiser.name}")
+        check_units(f"{who}: groups", [a + m - 1], depth, f"this {denoiser.name}")
         if not any(low <= a and a + m <= high for low, high in zip(borders, borders[1:], strict=False)):
             raise ValueError(
                 f"{who}: units {a} to {a + m - 1} of this {denoiser.name} are of two kinds: let a group end at one of "

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from edit.kernels.valueless import counted
 
 ALIGNED = 16  # bytes: what torch's operator wants strides to be multiples of
 
@@ -22,14 +23,9 @@ def grouped(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         weight: E o i, a linear layer for each group
         ends: E, int32, the row behind each group; the last is r
     """
-    if valueless(rows):
+    if counted(rows):
         return evenly(rows, weight)
     return torch._grouped_mm(rows, weight.mT, offs=ends) if direct(rows, weight) else segmented(rows, weight, ends)
-
-
-def valueless(x: Tensor) -> bool:
-    """Whether there is nothing but a shape, and no compiler that would run something later."""
-    return not torch.compiler.is_compiling() and (x.is_meta or isinstance(x, FakeTensor))
 
 
 def direct(rows: Tensor, weight: Tensor) -> bool:

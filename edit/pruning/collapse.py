@@ -40,7 +40,7 @@ class Collapse(Edit):
 
     def apply(self, denoiser: Denoiser) -> None:
         units = denoiser.units
-        check_units("Collapse, intervals", self.intervals[-1], len(units), f"this {denoiser.name}")
+        check_units("Collapse: intervals", self.intervals[-1], len(units), f"this {denoiser.name}")
         gone: set[int] = set()
         for first, last in self.intervals:
             if len(kinds := {type(u).__name__ for u in units[first : last + 1]}) > 1:

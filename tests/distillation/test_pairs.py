@@ -70,9 +70,9 @@ def test_impossible_pairs_are_refused(call, complaint):
 
 
 def test_pairs_that_do_not_fit_the_models_are_refused(flux, make_dit):
-    with pytest.raises(ValueError, match="KD, pairs: the student has units 0 to 2, got 3"):
+    with pytest.raises(ValueError, match="KD: pairs: the student has units 0 to 2, got 3"):
         check_pairs("KD", ((0, 0), (3, 0)), make_dit(), flux)
-    with pytest.raises(ValueError, match="KD, pairs: the teacher has units 0 to 6, got 7"):
+    with pytest.raises(ValueError, match="KD: pairs: the teacher has units 0 to 6, got 7"):
         check_pairs("KD", ((0, 7),), make_dit(), flux)
     with pytest.raises(ValueError, match="tokens of the student are 64 wide, those of the teacher 32"):
         check_pairs("KD", ((0, 0),), make_dit(hidden_size=64), flux)

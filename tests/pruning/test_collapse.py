@@ -107,7 +107,7 @@ def test_impossible_intervals_are_refused(flux):
         Collapse(((0, 2), (2, 3)))
     with pytest.raises(ValueError, match=r"interval \(2, 3\) mixes DoubleUnit and SingleUnit: split it there"):
         edit.apply(flux, {"short": Collapse(((2, 3),))})
-    with pytest.raises(ValueError, match="Collapse, intervals: this flux has units 0 to 6, got 7"):
+    with pytest.raises(ValueError, match="Collapse: intervals: this flux has units 0 to 6, got 7"):
         edit.apply(flux, {"short": Collapse(((5, 7),))})
     assert len(flux.units) == 7
 

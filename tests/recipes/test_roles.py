@@ -167,7 +167,7 @@ def test_a_teacher_that_does_not_fit_is_refused_in_one_sentence(tmp_path, words,
 
 def test_a_term_that_names_no_unit_of_the_teacher_is_refused(tmp_path):
     told = teacher_of(tmp_path)
-    with pytest.raises((UserError, ValueError), match="unit 7"):
+    with pytest.raises((UserError, ValueError), match="the teacher has units 0 to 1, got 7"):
         train(
             tmp_path,
             "name=a",
