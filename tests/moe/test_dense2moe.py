@@ -17,7 +17,7 @@ from edit.measuring.flops import Flops
 from edit.moe.block_groups import layout
 from edit.moe.dense2moe import Dense2MoE, take
 from edit.moe.division import deal, united
-from edit.moe.experts import Dense, Experts, FeedForward, MoE, take_neurons
+from edit.moe.experts import Dense, Experts, FeedForward, MoE, dense, take_neurons
 from edit.moe.mixture_of_blocks import MixtureOfBlocks
 from edit.moe.routing import LOADS, PROBABILITIES, Router
 from edit.moe.taylor import TaylorRanking
@@ -81,6 +81,17 @@ def test_any_division_of_a_feed_forward_adds_up_to_it_with_b2_once(gated, how):
     again = united(moe)
     take_neurons(moe, again, *deal(torch.rand(20, generator=g), 4, 4, how, g))
     torch.testing.assert_close(moe(u, Layout((1, 1, 5))), F.linear(hidden, w2, b2), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["dit", "flux"])
+def test_before_it_is_divided_channels_are_in_their_own_order_as_a_ranking_counts_them(name):
+    whole, denoiser = family(name), family(name)
+    method = Dense2MoE(**PLAIN)
+    method.name = "moe"
+    own = method.apply(denoiser)
+    for unit, key in zip(whole.units, ("0", "1"), strict=False):
+        theirs, mine = dense(unit, unit.anatomy.feed), united(own[key])
+        assert torch.equal(mine.into, theirs.into) and torch.equal(mine.out, theirs.out)
 
 
 def test_snake_order_deals_by_falling_importance_and_back():
