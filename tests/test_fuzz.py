@@ -20,9 +20,9 @@ import pytest
 import torch
 from damage import BYTES, changed, huge
 from diffusers import AutoencoderKL
-from scripts import python
 
 import edit
+from benchmarks.forked import python
 from edit.backbones.dit import DiTConfig
 from edit.sampling import Sampler
 from edit.solvers import Euler

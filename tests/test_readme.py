@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from scripts import python
 
 import data.generate
 import data.precompute
@@ -24,6 +23,7 @@ import recipes.export
 import recipes.page
 import recipes.prune
 import recipes.sweep
+from benchmarks.forked import python
 from edit.inputs.words import apart, read
 from recipes import list as listing
 from recipes import plan

@@ -9,12 +9,12 @@ from hydra.core.global_hydra import GlobalHydra
 from killed_runs import kill_at
 from ranks import run_ranks
 from safetensors.torch import load_file
-from scripts import python
 from small_runs import SMALL, TWO_RANKS, rows, train, train_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import edit
+from benchmarks.forked import python
 from edit.backbones.dit import DiTConfig
 from edit.pruning.tinyfusion import Gates, TinyFusion
 from edit.stream import Condition
@@ -189,7 +189,7 @@ TINY = [*(word for word in SMALL if "depth" not in word), "optimizer.warmup=0", 
 
 
 def run(*words) -> str:
-    """What a command says, in a fork, which imports nothing again (`scripts.py`)."""
+    """What a command says, in a fork, which imports nothing again (`benchmarks.forked`)."""
     done = python(*words, cwd=ROOT)
     assert done.returncode == 0, f"{words}:\n{done.stdout}{done.stderr}"
     return done.stdout

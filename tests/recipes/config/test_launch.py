@@ -11,8 +11,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
-from scripts import python
 
+from benchmarks.forked import python
 from edit.denoiser import Spec
 from edit.inputs.trust import load_yaml
 from recipes.config import composed

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from scripts import python
 from small_runs import CONFIGS, config
 
+from benchmarks.forked import python
 from recipes.runtime.files import LOCK, is_locked, locked
 from recipes.runtime.traces import Before
 
