@@ -58,6 +58,7 @@ SETTINGS = {
 RANKS = {"ddp": "trainer=ddp", "fsdp2": "trainer=fsdp2"}
 TOOLS = ("plan", "train", *SETTINGS, "resume", "cost", "export", "eval", *RANKS)
 WHOLE = "init=${runs}/dit_digits_teacher"  # for a method that leaves its start open
+MORE = {"add": ("matching.vision.path=${runs}/vision",)}  # words that a method needs and its configuration leaves open
 HOLDS, REFUSED, FAILED, NONE = "holds", "refused", "failed", "-"
 
 
@@ -132,7 +133,7 @@ def cases() -> tuple[Case, ...]:
             name, classes = f"{smallest(method)}/{method}", list(about.get("rows", {}))
             starts = () if (composed.read(CONFIGS, "experiment", name) or {}).get("init") != "" else (WHOLE,)
             kind = folder(rows[classes[0]]) if classes else ""
-            found.append(Case(method, kind, (f"experiment={name}", *starts)))
+            found.append(Case(method, kind, (f"experiment={name}", *starts, *MORE.get(method, ()))))
             covered |= set(classes)
     for e in rows.values():
         if e.name not in covered and (words := runnable(example(e))):
@@ -375,22 +376,34 @@ def work(out: Path, queue: Any, results: Any) -> None:
 
 
 def begun(bench: Bench, whole: Path) -> Bench:
-    """The case with the whole model of its world in its folder of runs, if that is what it starts from.
+    """The case with the whole model of its world in its folder of runs, and a model of images if it looks with one.
 
     Raises:
-        RuntimeError: if that model cannot be trained
+        RuntimeError: if the whole model cannot be trained
     """
     from recipes.plan import compose
 
-    cfg = compose(CONFIGS, bench.case.words)
-    world = cfg.world.name or "dit_digits"
-    if (kept := whole / f"{world}_teacher").is_dir() is False:
+    world = compose(CONFIGS, bench.case.words).world.name or "dit_digits"
+    kept = whole / f"{world}_teacher"
+    if not kept.is_dir():
         words = (f"experiment={world}/teacher", f"runs={whole}", *SMALL, "trainer.max_steps=2")
         ended = python("train.py", *words, cwd=ROOT, timeout=LIMIT, threads=1)
         if ended.returncode:
             raise RuntimeError(f"the whole model of {world} was not trained: {read(ended).said}")
     shutil.copytree(kept, bench.runs / kept.name)
+    if bench.case.name in MORE:
+        write_vision(bench.runs / "vision")
     return bench
+
+
+def write_vision(folder: Path) -> None:
+    """A DINOv2 of the published depth, small and random."""
+    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    size = {"height": 28, "width": 28}
+    shape = Dinov2Config(hidden_size=16, num_hidden_layers=12, num_attention_heads=2, image_size=28, patch_size=7)
+    Dinov2Model(shape).save_pretrained(folder)
+    BitImageProcessorPil(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder)
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
+from omegaconf.errors import MissingMandatoryValue
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -179,6 +180,8 @@ def drafted(assumed: Assumptions, cfg: DictConfig, notes: list[str]) -> Draft:
         models = models_of(cfg, StandIns(cfg, assumed.shape, assumed.text, notes, assumed.frames))
     except InstantiationException as error:
         raise ValueError(str(error.__cause__ or error).split("\nfull_key")[0]) from error
+    except MissingMandatoryValue as error:  # without it the structure is not known
+        raise ValueError(f"{error.full_key} has no value; give one with {error.full_key}=...") from error
     known = None if cfg.trainer.accelerator == "cpu" else peak_here() or 989e12
     return draft_of(models, cfg, notes, assumed.peak * 1e12 if assumed.peak else known, assumed.mfu)
 

@@ -110,6 +110,7 @@ def test_the_table_says_whether_it_fits_and_what_would_help(capsys):
         (["text=99999999999"], "text must be at most 100000, got 99999999999"),
         (["seed=-1"], "seed: expected a number from 0 to 4294967295, got -1"),
         (["mfu=2"], "mfu must be at most 1, got 2"),
+        (["experiment=sd3_tiny/add"], "matching.vision.path has no value; give one with matching.vision.path="),
         (["teacher={path: x,placement: sharded}"], "teacher.placement=sharded needs several devices"),
     ],
 )
