@@ -15,6 +15,7 @@ from edit.backbones.micro_dit import MicroDiT, MicroDiTConfig
 from edit.backbones.micro_dit_block import MicroDiTBlock
 from edit.denoiser import Denoiser
 from edit.edits import per_token
+from edit.edm import EDMHeun
 from edit.measuring.cost import macs
 from edit.moe.expert_choice import ExpertChoiceFeed
 from edit.pruning.depth import DepthPruning
@@ -303,6 +304,11 @@ def mixer(denoiser: Denoiser, width: int, depth: int) -> tuple[int, int, int]:
     sparse = depth // 2
     dense = depth * count(block) - sparse * count(block.mlp) + sparse * count(layer)
     return dense, sparse * count(layer.experts), count(*between)
+
+
+def test_a_sample_is_made_as_published_by_heun_in_sigma_at_a_guidance_of_5(model):
+    sampler = model.sampler()
+    assert isinstance(sampler.solver, EDMHeun) and sampler.guidance == 5.0
 
 
 def test_the_published_sizes_have_their_parameters():

@@ -1,17 +1,19 @@
 import math
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from analytic import STD, flow, given, jump, roles, velocity
-from torch import nn
+from torch import Tensor, nn
 from views import view
 
 from edit.few_step.consistency import Consistency, PhasedConsistency, TruncatedConsistency
 from edit.few_step.method import pseudo_huber
+from edit.few_step.progressive import time_grid
+from edit.losses import Draws
 from edit.objectives import FlowMatching
-from edit.paths import column, mean
+from edit.paths import column, corrupt, mean
 from edit.solvers import Euler, Grid, Heun, times
 from edit.stream import Output
 
@@ -131,6 +133,38 @@ def test_the_boundary_scalings_matter_near_data_only():
     # 10 on the grid of 50: c_skip below 1e-5, of samples of size 1, in a difference
     torch.testing.assert_close(losses(50, 10.0), losses(50, None), rtol=0, atol=3e-5)
     assert (losses(5000, 1.0) - losses(5000, None)).abs().max() > 1e-4
+
+
+def test_near_data_a_prediction_is_mixed_by_the_published_scalings():
+    """With s = 1 and 5000 steps r goes from 0.4 to 4 over the last ten; the student's velocity is 1."""
+
+    def mixed(x, t):
+        r = 1000 * t / 0.5
+        return column(1 / (1 + r**2), x) * x + column(r / (1 + r**2) ** 0.5, x) * (x - column(t, x))
+
+    grid, batch = time_grid(5000, 1.0, torch.device("cpu")), given(64)
+    batch = replace(batch, draws=Near(batch.draws, 1 - batch.draws.uniform(0) / 500))
+    k = (batch.draws.uniform(0) * 5000).long()
+    x_t = corrupt(batch.x, batch.draws.gaussian(1), grid[k])
+    x_next = x_t + column(grid[k + 1] - grid[k], x_t) * velocity(x_t, grid[k], batch.condition)
+    wanted = pseudo_huber(mixed(x_t, grid[k]) - mixed(x_next, grid[k + 1]), 1e-3)
+    ones = roles(lambda x, t, condition: torch.ones_like(x), velocity)
+    found = total(Consistency(5000, average=False, scaling=1.0), ones, batch)
+    torch.testing.assert_close(found, wanted)
+
+
+@dataclass(frozen=True)
+class Near:
+    """Draws whose first uniform numbers are given."""
+
+    draws: Draws
+    first: Tensor
+
+    def uniform(self, stream):
+        return self.first if stream == 0 else self.draws.uniform(stream)
+
+    def gaussian(self, stream):
+        return self.draws.gaussian(stream)
 
 
 # ---- phases ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from views import Models, view
 
 from edit.few_step.trajectory_matching import TrajectoryMatching, renoise
 from edit.losses import Draws, Seen
-from edit.paths import column
+from edit.paths import column, corrupt
 from edit.solvers import Euler, Grid
 from edit.stream import Condition
 
@@ -106,6 +106,23 @@ def test_gradients_shrink_near_the_goal_and_are_bounded_far_from_it():
     far, near, nearer = length(0.25), length(1 + 1e-4), length(1 + 1e-5)
     assert near < 0.2 * far and nearer == pytest.approx(0.1 * near, rel=0.1)  # below c = 1e-3 as the difference does
     assert length(0.1) == pytest.approx(far, rel=0.2)  # signs, over a distance to the teacher that hardly changes
+
+
+def test_data_and_noise_of_a_view_are_on_the_straight_path_through_what_the_student_saw():
+    """x = x_t - t v and eps = x_t + (1 - t) v: noised to t again they are x_t, and they are v apart, at every step."""
+    for moment in range(8):
+        seen = []
+
+        def student(x_t, t, condition, seen=seen):
+            seen.append((x_t, t))
+            return 0.5 * x_t + 1
+
+        method = TrajectoryMatching(grid=(0.9, 0.6, 0.2))
+        batch = view(roles(student), given(moment=moment))
+        x, eps, *_ = method.step(batch, 2)
+        x_t, t = seen[-1]
+        torch.testing.assert_close(corrupt(x, eps, t), x_t)
+        torch.testing.assert_close(eps - x, 0.5 * x_t + 1)
 
 
 def test_noise_stays_inside_the_segment_below_the_step_and_all_segments_come():

@@ -85,6 +85,25 @@ def assembled(make, units: list[int], **options) -> Denoiser:
 
 
 @pytest.mark.parametrize("tau", [4.0, 1.0, 0.1])
+def test_the_gradient_of_a_draw_is_the_softmax_s_over_tau(tau):
+    """d m_i / d l_j = kappa / tau sum_c O_ci y_c (1[c = j] - y_j), y = softmax((kappa l + G) / tau)."""
+    gates = Gates(((1, 2), (2, 3)), 0.02, 10.0, tau)
+    logits = gates.logits.detach()
+    torch.manual_seed(1)
+    gumbel = -torch.empty(1, *logits.shape).exponential_().log()[0]
+    y = ((10 * logits.masked_fill(~gates.exists, -torch.inf) + gumbel).double() / tau).softmax(1)
+    wanted = torch.zeros(5, *logits.shape, dtype=torch.float64)
+    for i, (g, place) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]):
+        keeps = gates.options[g, :, place].double()
+        wanted[i, g] = 10 / tau * (y[g] * keeps - y[g] * (y[g] * keeps).sum())
+    torch.manual_seed(1)
+    masks = gates.draw(1)[0]
+    for i in range(5):
+        (found,) = torch.autograd.grad(masks[i], gates.logits, retain_graph=True)
+        torch.testing.assert_close(found.double(), wanted[i], rtol=1e-4, atol=1e-5)  # fp32
+
+
+@pytest.mark.parametrize("tau", [4.0, 1.0, 0.1])
 def test_draws_follow_the_softmax_of_the_logits_whatever_the_temperature(tau):
     gates = Gates(((2, 4),), 0.02, 100.0, tau)
     with torch.no_grad():

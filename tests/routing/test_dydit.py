@@ -356,6 +356,17 @@ def test_a_draw_is_open_as_often_as_the_sigmoid_says_whatever_the_temperature(te
     assert own.eval().opened(logits).tolist() == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("temperature", [1.0, 5.0])
+def test_the_gradient_of_a_draw_is_the_sigmoid_s_over_the_temperature(temperature):
+    own, logits = DyDiTRouters((), 4, None, None, temperature), torch.linspace(-3, 3, 50).requires_grad_()
+    torch.manual_seed(1)
+    own.opened(logits).sum().backward()
+    torch.manual_seed(1)
+    first, second = (torch.empty(50).exponential_().log() for _ in range(2))
+    y = torch.sigmoid((logits.detach() + second - first) / temperature)
+    torch.testing.assert_close(logits.grad, y * (1 - y) / temperature)
+
+
 @torch.no_grad()
 def test_the_first_head_and_group_are_always_on():
     denoiser = routed(tiny("dit"), True, bias=-1e4, token_bias=-1e4)
