@@ -30,7 +30,8 @@ from edit.backbones.dit import DiTConfig
 from edit.denoiser import Denoiser, Edit
 from edit.measuring.flops import Flops
 from edit.routing.dydit import DyDiT
-from edit.routing.elastic import Elastic, forced
+from edit.routing.elastic import Elastic
+from edit.routing.elastic_routers import forced
 from edit.stream import Step
 from edit.tuning.td_lora import TDLoRA
 

@@ -7,7 +7,7 @@ from benchmarks.experts import LAYOUTS, both, counted, forward
 from benchmarks.masking import counted as masked
 from benchmarks.routing import BELOW, DYDIT, ELASTIC, dydit, elastic, executed
 from edit.backbones.dit import DiTConfig
-from edit.routing.elastic import forced
+from edit.routing.elastic_routers import forced
 from edit.stream import Step
 from edit.tokens.micro_dit import PatchMixer
 

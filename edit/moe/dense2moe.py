@@ -37,19 +37,8 @@ from edit.groups import Group
 from edit.inputs.limits import Count, Natural, NotNegative, Positive, Seed, check_numbers
 from edit.moe.dense2moe_stages import STAGES, ranking_of, take_over
 from edit.moe.division import deal, magnitude, names_inside, united
-from edit.moe.experts import (
-    Dense,
-    Experts,
-    FeedForward,
-    MoE,
-    dense,
-    divided,
-    expert_groups,
-    layers_of,
-    routed_parameters,
-    take_neurons,
-)
-from edit.moe.feeds import replaced
+from edit.moe.experts import Experts, FeedForward, MoE, expert_groups, routed_parameters
+from edit.moe.feeds import Dense, dense, divided, layers_of, replaced, take_neurons
 from edit.moe.routing import (
     LOADS,
     PROBABILITIES,

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from edit.denoiser import Denoiser, Edit
 from edit.groups import Group
 from edit.inputs.limits import Count, Natural, NotNegative, Positive, check_numbers
-from edit.moe.experts import Experts, FeedForward, MoE, dense, expert_groups, layers_of, routed_parameters, take_neurons
-from edit.moe.feeds import replaced, separate
+from edit.moe.experts import Experts, FeedForward, MoE, expert_groups, routed_parameters
+from edit.moe.feeds import dense, layers_of, replaced, separate, take_neurons
 from edit.moe.routing import LOADS, PROBABILITIES, Gate, Router, balance, layers, load_metrics, loads_of, recorded
 from edit.routing.batches import mean_over_ranks
 from edit.unit import Features, Unit, core, hidden_of

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from edit.denoiser import Denoiser
-from edit.moe.experts import Dense, MoE
+from edit.moe.experts import MoE
+from edit.moe.feeds import Dense
 from edit.unit import core
 
 

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from edit.denoiser import Denoiser, Edit
 from edit.groups import Group
 from edit.inputs.limits import Count, Positive, check_numbers
-from edit.moe.experts import Experts, computing, expert_groups, layers_of, routed_parameters
-from edit.moe.feeds import replaced, separate
+from edit.moe.experts import Experts, computing, expert_groups, routed_parameters
+from edit.moe.feeds import layers_of, replaced, separate
 from edit.moe.routing import LOADS, Router, layers, loads_of, recorded
 from edit.scaling.layer_wise import feed_ratio, round_up
 from edit.stream import Layout

@@ -27,7 +27,6 @@ from edit.groups import Group
 from edit.moe.grouped import grouped
 from edit.moe.routing import Choice, Gate, Router, check_gate, choose, record
 from edit.stream import Layout
-from edit.unit import Features, Unit
 from edit.widths import Scale
 
 Activation = Callable[[Tensor], Tensor]
@@ -227,51 +226,7 @@ class MoE(nn.Module):
         return y if always is None else always + y
 
 
-# ---- from and to dense feed-forwards --------------------------------------------------------------------------------
-
-
-class Dense(NamedTuple):
-    """The weights of a dense feed-forward."""
-
-    into: Tensor  # w d
-    into_bias: Tensor | None
-    out: Tensor  # d h
-    out_bias: Tensor | None  # None, too, where the layer is another branch's as well (fused units)
-
-
-def dense(unit: Unit, features: Features) -> Dense:
-    """The feed-forward of a unit, as views on its weights.
-
-    Args:
-        unit: of any family
-        features: its hidden channels: `unit.anatomy.feed` or `text_feed`
-    """
-
-    def joined(parts: list[Tensor | None]) -> Tensor | None:
-        known = [p for p in parts if p is not None]
-        return None if not known else known[0] if len(known) == 1 else torch.cat(known)
-
-    writers: list[Any] = [unit.get_submodule(path) for path, _ in features.writers]
-    (path, first), *_ = features.readers
-    reader: Any = unit.get_submodule(path)
-    own = reader.in_features == features.size
-    into = joined([w.weight for w in writers])
-    assert into is not None
-    out = reader.weight[:, first : first + features.size]
-    return Dense(into, joined([w.bias for w in writers]), out, reader.bias if own else None)
-
-
-def layers_of(denoiser: Denoiser, unit: Unit, features: Features) -> list[str]:
-    """Full names of the layers that are a feed-forward's alone (`Edit.replaces`): a fused unit's output layer is not.
-
-    Args:
-        denoiser: around the unit
-        unit: of the family
-        features: as of `dense`
-    """
-    at = next(name for name, m in denoiser.named_modules() if m is unit)
-    readers = [path for path, _ in features.readers if unit.get_submodule(path).in_features == features.size]
-    return [f"{at}.{path}" for path in (*(path for path, _ in features.writers), *readers)]
+# ---- parameters -----------------------------------------------------------------------------------------------------
 
 
 def routed_parameters(denoiser: Denoiser, edit: str) -> dict[str, nn.Parameter]:
@@ -287,52 +242,3 @@ def expert_groups(denoiser: Denoiser, edit: str) -> dict[str, Group]:
     """Their kinds of parameters (`Edit.groups`): matrices of experts are stacks."""
     found = routed_parameters(denoiser, edit)
     return {name: Group(kind="stack" if p.ndim == 3 else "vector") for name, p in found.items()}
-
-
-def divided(who: str, hidden: int, shared: int, experts: int) -> int:
-    """The width of each routed expert where hidden channels are divided among a shared one and E equal ones.
-
-    Raises:
-        ValueError: naming `who`, if they do not divide
-    """
-    rest = hidden - shared
-    if rest <= 0 or rest % experts:
-        raise ValueError(
-            f"{who}: {hidden} hidden channels less {shared} shared ones cannot be divided among {experts} experts of "
-            "one width: choose another number of experts or of shared channels"
-        )
-    return rest // experts
-
-
-@torch.no_grad()
-def take_neurons(moe: MoE, source: Dense, shared: Tensor | None, routed: Tensor) -> None:
-    """Give a layer the hidden channels of a dense feed-forward: divided, as in Dense2MoE, or copies.
-
-    b2 goes whole to whatever has one: the shared expert of a divided feed-forward alone, each of the copies.
-
-    Args:
-        moe: whose weights are written
-        source: of h channels
-        shared: those of the shared expert, int64; None: it keeps its weights
-        routed: E x channels of an expert, int64
-    """
-    parts = source.into.chunk(1 + moe.experts.gated)
-
-    def rows(of: tuple[Tensor, ...], which: Tensor) -> Tensor:
-        return torch.cat([part[which] for part in of], which.ndim - 1)
-
-    moe.experts.into.copy_(rows(parts, routed))
-    moe.experts.out.copy_(source.out[:, routed].movedim(0, 1))
-    biases = None if source.into_bias is None else source.into_bias.chunk(1 + moe.experts.gated)
-    if biases is not None and moe.experts.into_bias is not None:
-        moe.experts.into_bias.copy_(rows(biases, routed))
-    if source.out_bias is not None and moe.experts.out_bias is not None:
-        moe.experts.out_bias.copy_(source.out_bias.expand_as(moe.experts.out_bias))
-    if shared is None or moe.shared is None:
-        return
-    moe.shared.into.weight.copy_(rows(parts, shared))
-    moe.shared.out.weight.copy_(source.out[:, shared])
-    if biases is not None and moe.shared.into.bias is not None:
-        moe.shared.into.bias.copy_(rows(biases, shared))
-    if source.out_bias is not None and moe.shared.out.bias is not None:
-        moe.shared.out.bias.copy_(source.out_bias)

@@ -24,15 +24,12 @@ part; memory that ends with the generation.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit.denoiser import Denoiser, Edit
@@ -40,18 +37,14 @@ from edit.inputs.limits import Count, check_numbers
 from edit.objectives import Ramp, Weight, weight_at
 from edit.pruning.tinyfusion import mix
 from edit.routing.batches import mean_over_ranks, rows_on, run_grouped, sharded
+from edit.routing.elastic_residuals import Residuals
+from edit.routing.elastic_routers import EPS, OPEN, WIDTHS, ElasticRouters, Router
 from edit.routing.ranking import check_order, order_channels
 from edit.routing.slices import compiled_as, narrowed
 from edit.stream import Condition, Routing, Stream
 from edit.unit import Unit, Wrapper, hidden_of
 
 GATE, WIDTH = "elastic.gate", "elastic.width"  # the budgets of a training pass
-WIDTHS = 4  # of an MLP: 1/4, 1/2, 3/4 and 1 of its hidden channels
-EPS = 1e-6
-OPEN = 0.7  # p of a fresh router
-WHOLE = 2.0  # lead of the whole width over each other in a fresh router's logits: its probability is 0.71
-
-Rule = Callable[[int, Tensor, Tensor | None], Tensor]
 
 
 @dataclass
@@ -206,109 +199,6 @@ def stacked(trace: Mapping[str, Tensor], what: str) -> Tensor:
     return torch.stack([trace[n] for n in takewhile(trace.__contains__, (f"elastic.{i}.{what}" for i in count()))])
 
 
-@contextmanager
-def forced(denoiser: Denoiser, rule: Rule) -> Iterator[None]:
-    """Inside the block a rule decides in place of the routers, in training and in eval mode; they are asked all the
-    same, so budgets and costs stay what they are. What routing is worth is measured against such rules:
-
-        with forced(denoiser, lambda i, p, q: torch.full_like(p, 4)): ...              # the dense model
-        with forced(denoiser, lambda i, p, q: torch.full_like(p, 4 * (i in kept))): ...  # static pruning
-        with forced(denoiser, lambda i, p, q: 4 * (torch.rand_like(p) < rate)): ...      # as much, at random
-
-    Under gradient checkpointing units are run once more in the backward pass, which must then be inside the block, too.
-
-    Args:
-        denoiser: with an Elastic edit
-        rule: of the unit's number, p [b] and q [b 4] (None where MLPs stay whole): b decisions, 0 closed, else the
-            width in quarters
-
-    Raises:
-        ValueError: if the denoiser has no Elastic edit
-    """
-    own = next((own for own in denoiser.edits.values() if isinstance(own, ElasticRouters)), None)
-    if own is None:
-        raise ValueError(f"this {denoiser.name} has no routers whose decisions could be forced: apply Elastic first")
-    before, own.rule = own.rule, rule
-    try:
-        yield
-    finally:
-        own.rule = before
-
-
-# ---- routers --------------------------------------------------------------------------------------------------------
-
-
-class ElasticRouters(nn.ModuleList):
-    """One router per unit, and the settings that `Elastic.advance` schedules for all."""
-
-    gate: float
-    gate_at_noise: float
-    width: float | None  # None: MLPs are run whole while training
-    rule: Rule | None
-
-    def __init__(self, routers: Sequence[Router]):
-        super().__init__(routers)
-        self.rule = None
-
-
-class Router(nn.Module):
-    """Which of its unit a sample needs. A fresh one says: all; without noise, so that it says the same again.
-
-    Args:
-        size: d, width of the tokens
-        width: of the router
-        widths: decide on the MLP, too
-    """
-
-    def __init__(self, size: int, width: int, widths: bool):
-        super().__init__()
-        self.modulation, self.trunk = nn.Linear(size, 2 * size), nn.Linear(size, width)
-        for p in (*self.modulation.parameters(), self.trunk.bias):
-            nn.init.zeros_(p)
-        self.gate, self.width = SmallLinear(width, 1), SmallLinear(width, WIDTHS) if widths else None
-        nn.init.constant_(self.gate.bias, math.log(OPEN / (1 - OPEN)))
-        if self.width is not None:
-            nn.init.constant_(self.width.bias[-1:], WHOLE)
-
-    def forward(self, signal: Tensor, image: Tensor, text: Tensor | None, mask: Tensor | None):
-        """p [b] and q [b 4], fp32; q is None where MLPs stay whole.
-
-        Args:
-            signal: b d, all that modulates the units
-            image: b n d
-            text: b l d, where the unit writes it
-            mask: b l, bool, text that is no padding; None: all
-        """
-        dtype = self.trunk.weight.dtype
-        shift, scale = self.modulation(F.silu(signal.to(dtype)))[:, None].chunk(2, 2)
-
-        def features(tokens: Tensor) -> Tensor:
-            x = torch.addcmul(shift, F.layer_norm(tokens, tokens.shape[2:], eps=EPS), 1 + scale)
-            return F.relu(self.trunk(x.to(dtype)))
-
-        total, number = features(image).sum(1, dtype=torch.float32), image.shape[1]
-        if text is not None:
-            h = features(text)
-            h, length = (h, text.shape[1]) if mask is None else (h * mask[..., None], mask.sum(1, keepdim=True))
-            total, number = total + h.sum(1, dtype=torch.float32), number + length
-        pooled = total / number
-        return self.gate(pooled)[:, 0].sigmoid(), None if self.width is None else self.width(pooled).softmax(1)
-
-
-class SmallLinear(nn.Linear):
-    """b c -> b k in fp32, under autocast too: steps of bf16 are 1/256 near the threshold, and the band is 1/67."""
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=1e-3)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return (input[:, None] * self.weight.float()).sum(2) + self.bias.float()
-
-
-# ---- units ----------------------------------------------------------------------------------------------------------
-
-
 class ElasticUnit(Wrapper):
     """A unit behind its router: with factors while training, afterwards run at the width that each sample needs, if at
     all."""
@@ -407,46 +297,3 @@ class ElasticUnit(Wrapper):
     def run(self, width: int, stream: Stream) -> Stream:
         """The unit at a width, compiled where the unit is."""
         return compiled_as(self.unit, self.widths[width])(stream)
-
-
-class Residuals:
-    """A unit's last addition to the tokens of each sample, and the number of repetitions since."""
-
-    def __init__(self, samples: int):
-        self.count: list[float] = [math.inf] * samples  # nothing there that could be repeated
-        self.near = [False] * samples  # in the band now or before
-        self.image: Tensor | None = None  # b n d
-        self.text: Tensor | None = None  # b l d
-
-    def where(self, rows: list[int], device: torch.device) -> Tensor | None:
-        """None: all."""
-        return None if len(rows) == len(self.count) else rows_on(device, rows)
-
-    def store(self, rows: list[int], before: Stream, after: Stream, text: bool) -> None:
-        where = self.where(rows, after.image.device)
-        self.image = put(self.image, where, before.image, after.image)
-        if text and before.text is not None and after.text is not None:
-            self.text = put(self.text, where, before.text, after.text)
-        for i in rows:
-            self.count[i] = 0
-
-    def added(self, stream: Stream, rows: list[int]) -> Stream:
-        where = self.where(rows, stream.image.device)
-        for i in rows:
-            self.count[i] += 1
-
-        def plus(tokens: Tensor | None, kept: Tensor | None) -> Tensor | None:
-            if tokens is None or kept is None:
-                return tokens
-            kept = kept.to(tokens.dtype)
-            return tokens + kept if where is None else tokens.index_add(0, where, kept.index_select(0, where))
-
-        image = plus(stream.image, self.image)
-        assert image is not None
-        return replace(stream, image=image, text=plus(stream.text, self.text))
-
-
-def put(kept: Tensor | None, rows: Tensor | None, before: Tensor, after: Tensor) -> Tensor:
-    """The differences of some samples, None: of all, in place of those kept so far."""
-    change = (after - before).to(after.dtype)
-    return change if kept is None or rows is None else kept.index_copy_(0, rows, change.index_select(0, rows))

@@ -37,7 +37,8 @@ from edit.objectives import FlowMatching
 from edit.pruning.depth import DepthPruning
 from edit.pruning.width import FeedForwardWidth
 from edit.routing.dydit import RATIO, DyDiT
-from edit.routing.elastic import Elastic, forced
+from edit.routing.elastic import Elastic
+from edit.routing.elastic_routers import forced
 from edit.sampling import Sampler
 from edit.solvers import Euler
 from edit.stream import Branch, Condition, Forced, Step, Stream

@@ -17,7 +17,8 @@ from edit.measuring.flops import Flops
 from edit.moe.block_groups import layout
 from edit.moe.dense2moe import Dense2MoE, take
 from edit.moe.division import deal, united
-from edit.moe.experts import Dense, Experts, FeedForward, MoE, dense, take_neurons
+from edit.moe.experts import Experts, FeedForward, MoE
+from edit.moe.feeds import Dense, dense, take_neurons
 from edit.moe.mixture_of_blocks import MixtureOfBlocks
 from edit.moe.routing import LOADS, PROBABILITIES, Router
 from edit.moe.taylor import TaylorRanking

@@ -28,7 +28,9 @@ from edit.measuring.cost import count_forward, macs
 from edit.objectives import FlowMatching, Ramp
 from edit.pruning.modulation import ModulationApproximator
 from edit.routing.dydit import DyDiT
-from edit.routing.elastic import GATE, WIDTH, Elastic, ElasticRouters, ElasticUnit, Residuals, Router, forced, stacked
+from edit.routing.elastic import GATE, WIDTH, Elastic, ElasticUnit, stacked
+from edit.routing.elastic_residuals import Residuals
+from edit.routing.elastic_routers import ElasticRouters, Router, forced
 from edit.sampling import Sampler
 from edit.solvers import Euler
 from edit.stream import Condition, Layout, Routing, Step, Stream

@@ -16,7 +16,8 @@ from edit.denoiser import Denoiser
 from edit.edits import trains, without
 from edit.measuring.flops import Flops
 from edit.routing.dydit import DyDiT
-from edit.routing.elastic import Elastic, forced
+from edit.routing.elastic import Elastic
+from edit.routing.elastic_routers import forced
 from edit.routing.ranking import order_channels, order_heads
 from edit.routing.slices import narrowed, one_sequence
 from edit.stream import Step

@@ -18,7 +18,8 @@ from edit.measuring.cost import count_generation, twin
 from edit.objectives import FlowMatching
 from edit.routing.batches import run_grouped
 from edit.routing.dydit import DyDiT
-from edit.routing.elastic import Elastic, ElasticRouters, Router, forced
+from edit.routing.elastic import Elastic
+from edit.routing.elastic_routers import ElasticRouters, Router, forced
 from edit.sampling import Sampler
 from edit.solvers import Euler, Heun
 from edit.stream import Condition, Stream
