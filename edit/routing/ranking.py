@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from edit.routing.slices import Adapted
+from edit.routing.adapted import Adapted
 from edit.unit import Features, Unit, heads_of, hidden_of
 
 

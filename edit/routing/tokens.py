@@ -13,8 +13,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from edit.routing.adapted import one_sequence
 from edit.routing.dydit_routers import TOKENS
-from edit.routing.slices import one_sequence
 from edit.stream import Branch, Layout, Routing, Stream
 from edit.unit import Run, Unit
 

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from edit.denoiser import Denoiser, Edit
 from edit.inputs.limits import Count, Positive, check_numbers
-from edit.routing.slices import Adapted, Pieces, UnitCalls, merged, taken
+from edit.routing.adapted import Adapted, Pieces, UnitCalls
+from edit.routing.slices import merged, taken
 from edit.tuning.lora import switched_off
 from edit.unit import Unit, heads_of, hidden_of
 

@@ -21,8 +21,9 @@ from edit.few_step.flow_map import IntervalInput
 from edit.measuring.flops import Flops
 from edit.objectives import DDPM, FlowMatching, Ramp
 from edit.pruning.tinyfusion import TinyFusion
-from edit.routing.dydit import PLAN, RATIO, DyDiT, Routed
+from edit.routing.dydit import RATIO, DyDiT
 from edit.routing.dydit_routers import TOKENS, WIDTHS, DyDiTRouters, Logits, TokenRouter, work
+from edit.routing.dydit_units import PLAN, Routed
 from edit.routing.slices import Narrow
 from edit.sampling import Sampler
 from edit.solvers import Euler

@@ -13,15 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import edit
 from edit.edits import without
+from edit.routing.adapted import Part
 from edit.routing.ranking import order
-from edit.routing.slices import (
-    Narrow,
-    Part,
-    joined_pieces,
-    narrowed,
-    taken,
-    variant,
-)
+from edit.routing.slices import Narrow, joined_pieces, narrowed, taken, variant
 from edit.stream import Routing
 from edit.tuning.lora import LoRA
 from edit.unit import Features, heads_of, hidden_of

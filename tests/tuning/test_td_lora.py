@@ -15,11 +15,12 @@ from edit.backbones.dit import DiTConfig
 from edit.denoiser import Denoiser
 from edit.edits import trains, without
 from edit.measuring.flops import Flops
+from edit.routing.adapted import one_sequence
 from edit.routing.dydit import DyDiT
 from edit.routing.elastic import Elastic
 from edit.routing.elastic_routers import forced
 from edit.routing.ranking import order_channels, order_heads
-from edit.routing.slices import narrowed, one_sequence
+from edit.routing.slices import narrowed
 from edit.stream import Step
 from edit.tuning.lora import LoRA
 from edit.tuning.td_lora import TDLoRA, Timed, merging_saves, timed, weights_at
