@@ -33,7 +33,8 @@ from edit.inputs import words
 from edit.inputs.command import guarded
 from edit.inputs.limits import Count, Positive, Steps
 from edit.scaling.coordinates import OUTPUT, STEEP, Row, Trial, coordinates
-from edit.scaling.mup import MuP, scaled
+from edit.scaling.mup import MuP
+from edit.scaling.mup_rules import scaled
 from recipes.models import made
 from recipes.plan import compose
 from recipes.report.curves import dress, label_of, png_of

@@ -18,7 +18,8 @@ from edit.backbones.dit import DiTConfig
 from edit.denoiser import Denoiser
 from edit.edits import grouped, per_token, shards
 from edit.measuring.flops import Flops
-from edit.moe.switch_dit import AGREEMENT, CHOSEN, PRIOR, Experts, P, SwitchDiT, Switched, SwitchExperts, gate_table
+from edit.moe.switch_dit import AGREEMENT, CHOSEN, PRIOR, P, SwitchDiT, Switched, gate_table
+from edit.moe.switch_experts import Experts, SwitchExperts
 from edit.moe.switch_prior import divergence, matching, shared, starts, top, window
 from edit.objectives import DDPM
 from edit.pruning.depth import DepthPruning
@@ -227,7 +228,7 @@ def test_a_step_matches_the_present_choices_which_then_lose_nothing(time, monkey
 def test_costs_are_distances_of_columns(monkeypatch):
     net = switched(small())
     own, seen = own_of(net), []
-    monkeypatch.setattr("edit.moe.switch_dit.matching", lambda cost, *_: seen.append(cost) or torch.arange(9))
+    monkeypatch.setattr("edit.moe.switch_experts.matching", lambda cost, *_: seen.append(cost) or torch.arange(9))
     with torch.autocast("cpu", torch.bfloat16):  # which would round counts above 256
         own.match()
     q = (top(own.table(), 2) > 0).flatten(1).int()

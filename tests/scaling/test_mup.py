@@ -23,7 +23,8 @@ from edit.groups import PLAIN, Group
 from edit.moe.dit_moe import DiTMoE
 from edit.moe.expert_choice import ExpertChoice
 from edit.moe.switch_dit import SwitchDiT
-from edit.scaling.mup import MuP, Readout, factors
+from edit.scaling.mup import MuP, Readout
+from edit.scaling.mup_rules import factors
 from edit.stream import Condition
 from edit.tokens.micro_dit import PatchMixer
 from edit.tuning.lora import LoRA
