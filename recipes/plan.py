@@ -131,7 +131,11 @@ def main(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     with Console(stderr=True).status("planning"):
         assumed, settings = parse(args.settings)
-        report = resolve(assumed, compose(args.configs, settings))
+        cfg = compose(args.configs, settings)
+        try:
+            report = resolve(assumed, cfg)
+        except FileNotFoundError as error:
+            raise ValueError(one_line(error) + maker(cfg, args.configs, str(error))) from error
     print(json.dumps(report, indent=2)) if args.json else show(report)
     return 0 if report["fits"] else 1
 
@@ -163,6 +167,20 @@ def compose(configs: Path, overrides: Sequence[str]) -> Any:
     if wrong:
         raise ValueError(wrong[0])
     return cfg
+
+
+def maker(cfg: DictConfig, configs: Path, missing: str) -> str:
+    """How the stage before the run is started alone that makes what is missing; "": none does."""
+    from data.names import setting, typed
+    from recipes.ahead import look_ahead
+
+    for item in look_ahead(cfg, configs):
+        for one in (*item.inside(), item):
+            if one.out is not None and f"{one.out}/" in missing:
+                there = [] if cfg.runs == "runs" else [setting("runs", cfg.runs)]
+                words = ("-m", *one.stage.all) if one.cfg is None else ("train.py", *one.stage.all, *there)
+                return f"; the stage {one.stage.name} makes it, and can be started alone: {typed('python', *words)}"
+    return ""
 
 
 # ---- from a configuration to a draft --------------------------------------------------------------------------------

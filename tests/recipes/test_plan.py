@@ -120,6 +120,13 @@ def test_a_mistake_ends_in_one_sentence(settings, sentence, capsys):
     assert len(err) == 1 and err[0].startswith("error: ") and sentence in err[0]
 
 
+def test_what_a_stage_will_make_is_refused_with_the_command_of_that_stage(tmp_path, capsys):
+    assert main(["experiment=dit_digits/repa", f"runs={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert f"no folder {tmp_path}/dit_digits_encoder/encoder" in said
+    assert said.strip().endswith(f"python train.py experiment=dit_digits/encoder runs={tmp_path}")
+
+
 def test_devices_that_cannot_be_counted_are_asked_for(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert main(["trainer=ddp"]) == 2
