@@ -45,7 +45,7 @@ from edit.caching.span_reuse import SpanReuse
 from edit.caching.taylorseer import TaylorSeer
 from edit.measuring.cost import count_generation, twin
 from edit.measuring.timing import stopwatch
-from edit.objectives import default_objective
+from edit.predictions import default_objective
 from edit.sampling import Sampler
 from edit.solvers import Euler
 from edit.stream import Branch

@@ -28,7 +28,7 @@ from edit.caching.reuse import Reuse
 from edit.caching.span_reuse import SpanReuse
 from edit.caching.taylorseer import TaylorSeer
 from edit.measuring.cost import cost
-from edit.objectives import default_objective
+from edit.predictions import default_objective
 from edit.sampling import Sampler
 from edit.solvers import Euler
 

@@ -30,7 +30,7 @@ from edit.inputs.command import Parser, guarded
 from edit.inputs.limits import Limits
 from edit.measuring.cost import cost
 from edit.measuring.devices import find_device, mfu
-from edit.objectives import default_objective
+from edit.predictions import default_objective
 from edit.sampling import Sampler, default_sampler
 from recipes.config import composed
 

@@ -29,7 +29,7 @@ from edit.backbones.pixart import PixArtConfig
 from edit.backbones.qwen_image import QwenImageConfig
 from edit.backbones.sd3 import SD3Config
 from edit.backbones.stock import tokens_of
-from edit.objectives import default_objective
+from edit.predictions import default_objective
 from edit.sampling import Sampler, default_sampler
 from edit.solvers import Euler, StockEuler, tokens_in
 from edit.stream import Condition
