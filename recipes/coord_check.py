@@ -30,7 +30,7 @@ from rich.table import Table
 import edit
 from edit.denoiser import Denoiser, Edit
 from edit.inputs import words
-from edit.inputs.command import guarded
+from edit.inputs.command import guarded, helped
 from edit.inputs.limits import Count, Positive, Steps
 from edit.scaling.coordinates import OUTPUT, STEEP, Row, Trial, coordinates
 from edit.scaling.mup import MuP
@@ -69,10 +69,8 @@ class Asked:
 
 
 @guarded(mistakes=(ValueError, TypeError, OSError))
+@helped(Asked)
 def main(argv: list[str]) -> int:
-    if not argv or words.asks_help(argv):
-        print(f"{__doc__}\n{words.explained(Asked)}")
-        return 0 if argv else 2
     known = words.keys(Asked)
     own = [word for word in argv if word.partition("=")[0] in known]
     asked = words.read(Asked, own)
