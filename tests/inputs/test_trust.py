@@ -97,7 +97,7 @@ OTHERS = [
     "data.tar_index.Path",
     "data.sets.latents.Tars",
     "data.making.request.Request",
-    "data.sets.digits.Tensors",
+    "data.sets.tensors.Tensors",
 ]
 OTHERS += [
     "data.split.DataSet",
