@@ -37,7 +37,7 @@ from edit.scaling.mup import MuP
 from edit.scaling.mup_rules import scaled
 from recipes.models import made
 from recipes.plan import compose
-from recipes.report.curves import dress, label_of, png_of
+from recipes.report.drawing import dress, label_of, png_of
 from recipes.runtime.files import write
 
 CONFIGS = Path(__file__).parents[1] / "configs"
