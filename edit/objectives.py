@@ -418,11 +418,16 @@ class Ramp:
     def __call__(self, progress: float) -> float:
         way = min(1.0, max(0.0, (progress - self.begin) / (self.until - self.begin)))
         if self.levels is not None:  # one level: `start`
-            way = min(int(way * self.levels), self.levels - 1) / max(1, self.levels - 1)
+            way = part_of(way, self.levels) / max(1, self.levels - 1)
         return self.start + (self.end - self.start) * way
 
 
 Weight = NotNegative | Ramp
+
+
+def part_of(progress: float, count: int) -> int:
+    """Which of `count` equal parts of the run is under way, counted from 0."""
+    return min(int(progress * count), count - 1)
 
 
 def weight_at(weight: Weight, progress: float) -> float:

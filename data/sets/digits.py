@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.sets.tensors import OfTensors, Tensors
+from data.sets.tensors import Tensors, TensorSet
 from edit import noise
 
 
-class Digits(OfTensors):
+class Digits(TensorSet):
     """Digits as 1 x 8 x 8 in [-1, 1]; 1437 to train on, 360 held out."""
 
     shape = (1, 8, 8)

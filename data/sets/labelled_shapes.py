@@ -14,10 +14,10 @@ from torch import Tensor
 from data.sets.captioned import APART, PALETTE
 from data.sets.shape_pictures import draw
 from data.sets.shape_scenes import KINDS, Scene, Thing
-from data.sets.tensors import OfTensors, Tensors
+from data.sets.tensors import Tensors, TensorSet
 
 
-class LabelledShapes(OfTensors):
+class LabelledShapes(TensorSet):
     """3 x size x size in [-1, 1]; 24 classes, as often each.
 
     Args:

@@ -22,7 +22,7 @@ class Tensors:
         return dict(self._rows[index])
 
 
-class OfTensors:
+class TensorSet:
     """A set of pixels in [-1, 1]. Subclasses make the splits, and tell shape and classes."""
 
     def __init__(self, train: Tensors, heldout: Tensors):
