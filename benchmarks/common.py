@@ -12,9 +12,9 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +225,28 @@ def inputs(config: DiTConfig, batch: int, device: torch.device) -> tuple[Tensor,
 
 
 # ---- timing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Models of one size with the same weights, whose predictions agree, and a batch for them."""
+
+    size: str
+    config: DiTConfig
+    models: dict[str, nn.Module]  # ours is "edit", and first
+    predict: dict[str, Predict]
+    batch: tuple[Tensor, Tensor, Tensor]  # x b c y x, t b, label b
+
+
+def contests(args: argparse.Namespace, device: torch.device) -> Iterator[Contest]:
+    """One for each size that the command line asks for."""
+    for size in args.sizes.split(","):
+        config = config_of(size)
+        models = rivals(config, device, args.compile, args.rivals.split(","))
+        predict, batch = predictors(models), inputs(config, args.batch, device)
+        with cast(args.precision, device):
+            check_equal(predict, *batch, tolerance=1e-3 if args.precision == "fp32" else 0.1)
+        yield Contest(size, config, models, predict, batch)
 
 
 def race(
