@@ -30,7 +30,7 @@ from torch import Tensor
 
 import edit
 from benchmarks.caching import flux_tiny
-from benchmarks.common import arguments, prepare, race, show, write
+from benchmarks.common import arguments, prepare, race, show, stirred, write
 from benchmarks.routing import flux1
 from edit.backbones.flux import Flux, FluxConfig
 from edit.caching.branches import BranchCached
@@ -197,12 +197,7 @@ def main() -> None:
     args = parser.parse_args()
     device, rows = prepare(args), []
     for name in args.models.split(","):
-        torch.manual_seed(0)
-        net = MODELS[name]().eval().to(device)
-        for p in net.parameters():
-            p.add_(0.02 * torch.randn_like(p))  # a fresh model is the identity
-        if args.precision == "bf16":
-            net.bfloat16()
+        net = stirred(MODELS[name], args, device)
         rows += [compared(name, net, policy, args, device) for policy in args.policies.split(",")]
     write(args, device, rows)
 

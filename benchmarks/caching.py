@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import edit
-from benchmarks.common import arguments, cast, from_file, prepare, race, show, write
+from benchmarks.common import arguments, cast, from_file, prepare, race, show, stirred, write
 from benchmarks.pruned import FAMILIES
 from benchmarks.routing import dit_tiny, flux1
 from edit.caching.reuse import Reuse
@@ -51,12 +51,7 @@ def main() -> None:
     device = prepare(args)
     rows, known = [], FAMILIES | {"flux_tiny": flux_tiny, "flux1": flux1, "dit_tiny": dit_tiny}
     for name in args.families.split(","):
-        torch.manual_seed(0)
-        plain = known[name]().eval().to(device)
-        for p in plain.parameters():
-            p.add_(0.02 * torch.randn_like(p))  # a fresh model is the identity
-        if args.precision == "bf16":
-            plain.bfloat16()
+        plain = stirred(known[name], args, device)
         models = {"plain": plain}
         for interval in map(int, args.intervals.split(",")):
             models[f"reuse {interval}"] = edit.apply(deepcopy(plain), {"reuse": Reuse(interval)})
