@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import vaes
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DiTPipeline,
     DPMSolverMultistepScheduler,
@@ -179,16 +179,8 @@ def test_what_does_not_fit_is_refused():
 
 def pipeline(scheduler) -> DiTPipeline:
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(4, 4),
-        layers_per_block=1,
-        latent_channels=3,
-        norm_num_groups=2,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
     model = stock(num_embeds_ada_norm=1000)  # the pipeline's null class is 1000
-    pipe = DiTPipeline(transformer=model, vae=vae.eval(), scheduler=scheduler)
+    pipe = DiTPipeline(transformer=model, vae=vaes.halved(3), scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

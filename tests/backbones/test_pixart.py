@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import vaes
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     PixArtAlphaPipeline,
@@ -174,15 +174,9 @@ def test_conditions_that_do_not_fit_are_refused():
 
 def pipeline(kind, scheduler, **options):
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(4, 4),
-        layers_per_block=1,
-        latent_channels=3,
-        norm_num_groups=2,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+    pipe = kind(
+        tokenizer=None, text_encoder=None, vae=vaes.halved(3), transformer=stock(**options), scheduler=scheduler
     )
-    pipe = kind(tokenizer=None, text_encoder=None, vae=vae.eval(), transformer=stock(**options), scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
