@@ -26,7 +26,9 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import date
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -349,7 +351,7 @@ def made(out: Path, asked: Sequence[Case], workers: int) -> dict[str, dict[str, 
         name, row = results.get()
         rows[name] = row
         write(out / "rows" / f"{name}.json", json.dumps({tool: asdict(one) for tool, one in row.items()}, indent=2))
-        write(out / "all_tools.md", markdown(rows))
+        write(out / "all_tools.md", page(rows))
         told = ", ".join(f"{tool} {o.state}" for tool, o in row.items() if o.state in (REFUSED, FAILED)) or "all hold"
         took = sum(o.seconds for o in row.values())
         print(f"[{done}/{left}] {name}: {told} ({took:.0f} s; {time.monotonic() - begin:.0f} s in all)", flush=True)
@@ -407,6 +409,22 @@ def write_vision(folder: Path) -> None:
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------
+
+HEAD = """# What holds for every method
+
+Written by `python -m benchmarks.all_tools`: four steps on the smallest world that has what a method needs, on the CPU.
+*train*: with bf16 autocast, gradient checkpointing and compiled units, as far as the next three columns hold; *resume*:
+after SIGKILL at the first checkpoint, on the same line of steps; *ddp*, *fsdp2*: two ranks, one method of each folder
+of edit/. *refused*: with the sentence below the table; "-": nothing to do. Nothing is said of quality.
+"""
+
+
+def page(rows: Mapping[str, Mapping[str, Outcome]]) -> str:
+    """The table with its head, the versions that it was made with, and the time that all commands took."""
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "lightning", "diffusers"))
+    minutes = sum(o.seconds for row in rows.values() for o in row.values()) / 60
+    told = f"{date.today()}, {versions}; {len(rows)} cases, {minutes:.0f} minutes of commands, one core each."
+    return f"{HEAD}\n{told}\n\n{markdown(rows)}"
 
 
 def markdown(rows: Mapping[str, Mapping[str, Outcome]]) -> str:

@@ -5,8 +5,6 @@ The same command continues a run from its last whole checkpoint; a finished run 
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -39,7 +37,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         SystemExit: with 143, if the run was told to stop before its last step
         UserError: for what the user can mend, in one sentence
     """
-    quiet()
     print_any_name()
     out = settle(cfg)
     refuse_other_run(cfg, out)
@@ -203,12 +200,3 @@ def numbers(report: Mapping[str, Any]) -> dict[str, float]:
         for result in artifact["results"]
         for name, measure in result["quality"].items()
     }
-
-
-def quiet() -> None:
-    """Silence Lightning's advice about loaders, loggers and tips, which does not concern this program."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning.*")
-    # units hand `cond` on as FSDP2 gave it to them; nothing writes into it
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from edit.denoiser import Denoiser
 from edit.few_step.discriminator import Heads, judge, square_generator, square_real_fake
-from edit.few_step.distribution_matching import direction
 from edit.few_step.method import FewStepMethod, check_times, decreasing, need_turns
 from edit.few_step.progressive import time_grid
+from edit.few_step.scores import direction
 from edit.few_step.vision import Vision, feature_distance
 from edit.inputs.limits import Count, Steps, check_numbers
 from edit.losses import Seen

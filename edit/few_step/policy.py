@@ -195,7 +195,7 @@ class PolicyImitation(FewStepMethod):
         if not isinstance(solver, PolicySolver) or (solver.steps, solver.last, solver.shift) != mine:
             raise ValueError(
                 f"PolicyImitation trains {self.steps} segments, the last {self.last:g} as long as the others, with "
-                f"shift {self.shift:g}, the sampler is {solver}: use sampler.solver={{_target_: edit.distillation."
+                f"shift {self.shift:g}, the sampler is {solver}: use sampler.solver={{_target_: edit.few_step."
                 f"policy.PolicySolver, steps: {self.steps}, last: {self.last:g}, shift: {self.shift:g}}}"
             )
 

@@ -19,8 +19,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from edit.few_step.distribution_matching import capped, check_grid, data_distance, rollout
 from edit.few_step.method import FewStepMethod, need_turns, pseudo_huber
+from edit.few_step.scores import capped, check_grid, data_distance, rollout
 from edit.inputs.limits import Count, check_numbers
 from edit.losses import Seen
 from edit.paths import column, corrupt, mean

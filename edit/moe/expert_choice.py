@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from edit.groups import Group
 from edit.inputs.limits import Count, Positive, check_numbers
 from edit.moe.experts import Experts, computing, expert_groups, routed_parameters
 from edit.moe.feeds import layers_of, replaced, separate
+from edit.moe.order import Rows, from_choosers, rows_of, to_choosers
 from edit.moe.routing import LOADS, Router, layers, loads_of, recorded
 from edit.scaling.layer_wise import feed_ratio, round_up
 from edit.stream import Layout
@@ -42,58 +43,6 @@ from edit.widths import Scale
 
 STD = 0.02  # of W1
 IDLE = "unserved"  # record of a layer, after its name and a dot: the share of a sample's tokens that no expert takes
-
-
-# ---- rows -----------------------------------------------------------------------------------------------------------
-
-
-class Rows(NamedTuple):
-    """The tokens of all experts: row (e, b, i) is the i-th token that expert e takes of sample b."""
-
-    tokens: Tensor  # r, int64: each row's token among (b t)
-    order: Tensor  # r, int64: rows by token
-    starts: Tensor  # (b t), int64: the first row of each token in `order`
-
-
-def rows_of(chosen: Tensor, length: int) -> Rows:
-    """The order of rows for the tokens that experts take: b E k, each below `length` -> Rows."""
-    b = chosen.shape[0]
-    first = torch.arange(b, device=chosen.device).view(-1, 1, 1) * length
-    tokens = (chosen + first).transpose(0, 1).flatten()  # e b k
-    counts = tokens.new_zeros(b * length).scatter_add_(0, tokens, torch.ones_like(tokens))
-    return Rows(tokens, tokens.argsort(stable=True), counts.cumsum(0) - counts)
-
-
-def summed(rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    """The sum of each token's rows, in their order: r d -> (b t) d; zeros where there is none."""
-    return F.embedding_bag(order, rows, starts, mode="sum")
-
-
-class _Taken(torch.autograd.Function):
-    """The token of each row, with a gradient that is summed in the rows' order: (b t) d -> r d."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-        ctx.save_for_backward(order, starts)
-        return x[tokens]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        return summed(gradients[0].contiguous(), *ctx.saved_tensors), None, None, None
-
-
-class _Returned(torch.autograd.Function):
-    """The sum of each token's rows: r d -> (b t) d."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, tokens: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens)
-        return summed(rows, order, starts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (tokens,) = ctx.saved_tensors
-        return gradients[0][tokens], None, None, None
 
 
 # ---- the layer ------------------------------------------------------------------------------------------------------
@@ -141,12 +90,12 @@ class ExpertChoiceFeed(nn.Module):
         s = self.router(tokens).softmax(-1)  # b t E
         gates, chosen = s.transpose(1, 2).topk(self.taken(t), dim=-1)  # b E k
         rows = rows_of(chosen, t)
-        x = _Taken.apply(tokens.to(dtype).flatten(0, 1), *rows).view(s.shape[-1], -1, d)  # E (b k) d
+        x = to_choosers(tokens.to(dtype).flatten(0, 1), rows).view(s.shape[-1], -1, d)  # E (b k) d
         hidden = gelu(torch.bmm(x, self.experts.into.to(dtype).mT))
         y = torch.bmm(hidden, self.experts.out.to(dtype).mT).flatten(0, 1)
         y = y * gates.transpose(0, 1).reshape(-1, 1)  # in fp32
         self.record(layout, rows, b)
-        return _Returned.apply(y, *rows).view(b, t, d).to(dtype)
+        return from_choosers(y, rows).view(b, t, d).to(dtype)
 
     def record(self, layout: Layout, rows: Rows, samples: int) -> None:
         """Hand to the trace which share of tokens no expert takes, b, and the experts' load, b E, which is even."""

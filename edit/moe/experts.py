@@ -16,7 +16,7 @@ of a token, h hidden channels of an expert, w rows of W1: h, or 2 h where it is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,63 +25,12 @@ from torch import Tensor, nn
 from edit.denoiser import Denoiser
 from edit.groups import Group
 from edit.moe.grouped import grouped
+from edit.moe.order import Order, ordered, to_experts, to_tokens
 from edit.moe.routing import Choice, Gate, Router, check_gate, choose, record
 from edit.stream import Layout
 from edit.widths import Scale
 
 Activation = Callable[[Tensor], Tensor]
-
-
-# ---- order ----------------------------------------------------------------------------------------------------------
-
-
-class Order(NamedTuple):
-    """Rows by expert. A row is a token at one of its k experts; tokens' own order is that of (token, place)."""
-
-    rows: Tensor  # r, int64: which row stands at each place
-    places: Tensor  # r, int64, the inverse: where each row stands
-    ends: Tensor  # E, int32: the place behind each expert's rows
-    experts: Tensor  # r, int64: the expert at each place
-
-
-def ordered(experts: Tensor, count: int) -> Order:
-    """The order of rows for the experts that tokens take: n k -> Order. Among one expert's rows it is the tokens'."""
-    each = experts.flatten()
-    found, rows = each.sort(stable=True)
-    places = torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows), device=rows.device))
-    counts = torch.zeros(count, dtype=torch.int32, device=each.device)
-    counts = counts.scatter_add_(0, each, torch.ones_like(each, dtype=torch.int32))  # bincount's shape would wait
-    return Order(rows, places, counts.cumsum(0, dtype=torch.int32), found)
-
-
-class _Gathered(torch.autograd.Function):
-    """x[rows], with a gradient that is gathered, too, instead of being added up in whatever order.
-
-    It has no forward mode, as torch's grouped product has none, and compilers take no function with one of its own.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, back: Tensor, times: int) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.times = times
-        return x[rows]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (back,) = ctx.saved_tensors
-        g = gradients[0][back]
-        return g if ctx.times == 1 else g.unflatten(0, (-1, ctx.times)).sum(1), None, None, None
-
-
-def to_experts(tokens: Tensor, order: Order, k: int) -> Tensor:
-    """A row for each expert of each token, by expert: n d -> r d."""
-    return _Gathered.apply(tokens, order.rows // k, order.places, k)
-
-
-def to_tokens(rows: Tensor, order: Order, gates: Tensor) -> Tensor:
-    """The gated sum of each token's rows, in fp32: r d, n k -> n d."""
-    own = _Gathered.apply(rows, order.places, order.rows, 1)
-    return (own.unflatten(0, gates.shape) * gates[..., None]).sum(1)
 
 
 # ---- feed-forwards --------------------------------------------------------------------------------------------------

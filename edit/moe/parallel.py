@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edit.moe.experts import Experts, MoE, Order, computing, ordered, to_experts, to_tokens
+from edit.moe.experts import Experts, MoE, computing
+from edit.moe.order import Order, ordered, to_experts, to_tokens
 from edit.moe.routing import Choice
 
 if TYPE_CHECKING:  # a second, which one process needs nothing of

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,16 @@ def make_strategy(t: TrainerConfig, devices: int, turns: bool) -> Strategy | str
     )
 
 
+def quiet() -> None:
+    """Silence Lightning's advice about loaders, loggers and tips, which does not concern this program. Its import sets
+    the level of its messages, so this comes after it."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning.*")
+    # units hand `cond` on as FSDP2 gave it to them; nothing writes into it
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
 def make_trainer(
     t: TrainerConfig, out: Path, loggers: list[Logger], callbacks: list[Callback], turns: bool = False
 ) -> pl.Trainer:
@@ -61,6 +73,7 @@ def make_trainer(
     Raises:
         UserError: if devices, strategy or launch environment do not fit together
     """
+    quiet()
     devices = count_devices(t)
     kind = accelerator_of(t)
     deepspeed = t.strategy.startswith("zero")

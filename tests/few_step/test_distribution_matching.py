@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from views import Models, view
 
-from edit.few_step.distribution_matching import DistributionMatching, capped, direction, rollout
+from edit.few_step.distribution_matching import DistributionMatching
 from edit.few_step.divergence import DIVERGENCES, WeighedHeads
+from edit.few_step.scores import capped, direction, rollout
 from edit.losses import Draws, Seen
 from edit.objectives import DDPM, LogitNormal, Shifted
 from edit.paths import column, move

@@ -10,8 +10,8 @@ from torch import nn
 from views import Models, view
 
 from edit.few_step.discriminator import square_generator, square_real_fake
-from edit.few_step.distribution_matching import direction
 from edit.few_step.flash import LEAST, NOISE, Flash
+from edit.few_step.scores import direction
 from edit.few_step.vision import Vision, feature_distance
 from edit.objectives import Ramp
 from edit.paths import column, corrupt, mean

@@ -11,7 +11,8 @@ from edit.caching.toca import ToCa
 from edit.denoiser import Denoiser
 from edit.edits import grouped, per_token
 from edit.measuring.flops import Flops
-from edit.moe.expert_choice import IDLE, ExpertChoice, ExpertChoiceFeed, gelu, put, rows_of
+from edit.moe.expert_choice import IDLE, ExpertChoice, ExpertChoiceFeed, gelu, put
+from edit.moe.order import rows_of
 from edit.stream import Layout
 
 D, E, H = 16, 4, 24

@@ -8,9 +8,10 @@ from torch.utils.checkpoint import checkpoint
 
 from edit.measuring.flops import Flops
 from edit.moe import grouped as execution
-from edit.moe.experts import Experts, FeedForward, MoE, ordered
+from edit.moe.experts import Experts, FeedForward, MoE
 from edit.moe.feeds import Dense, take_neurons
 from edit.moe.grouped import evenly, grouped, segmented
+from edit.moe.order import ordered
 from edit.moe.routing import Choice, Router, choose
 from edit.stream import Layout
 
