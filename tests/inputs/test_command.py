@@ -61,8 +61,10 @@ def test_a_word_that_means_nothing_is_one_sentence(words, capsys):
 def test_no_words_and_a_call_for_help_show_the_modules_text_and_the_keys_and_do_no_work(capsys):
     @dataclass
     class Settings:
-        """Args:
-        depth: how deep
+        """Settings.
+
+        Args:
+            depth: how deep
         """
 
         depth: int = 3
