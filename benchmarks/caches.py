@@ -30,7 +30,7 @@ from torch import Tensor
 
 import edit
 from benchmarks.caching import flux_tiny
-from benchmarks.common import arguments, prepare, race, show, write
+from benchmarks.common import arguments, prepare, race, show, stirred, write
 from benchmarks.routing import flux1
 from edit.backbones.flux import Flux, FluxConfig
 from edit.caching.branches import BranchCached
@@ -45,7 +45,7 @@ from edit.caching.span_reuse import SpanReuse
 from edit.caching.taylorseer import TaylorSeer
 from edit.measuring.cost import count_generation, twin
 from edit.measuring.timing import stopwatch
-from edit.objectives import default_objective
+from edit.predictions import default_objective
 from edit.sampling import Sampler
 from edit.solvers import Euler
 from edit.stream import Branch
@@ -197,12 +197,7 @@ def main() -> None:
     args = parser.parse_args()
     device, rows = prepare(args), []
     for name in args.models.split(","):
-        torch.manual_seed(0)
-        net = MODELS[name]().eval().to(device)
-        for p in net.parameters():
-            p.add_(0.02 * torch.randn_like(p))  # a fresh model is the identity
-        if args.precision == "bf16":
-            net.bfloat16()
+        net = stirred(MODELS[name], args, device)
         rows += [compared(name, net, policy, args, device) for policy in args.policies.split(",")]
     write(args, device, rows)
 

@@ -20,15 +20,14 @@ import torch
 from torch import Tensor
 
 import edit
-from benchmarks.common import arguments, cast, from_file, prepare, race, show, write
+from benchmarks.common import arguments, cast, from_file, prepare, race, show, stirred, write
 from benchmarks.pruned import FAMILIES
 from benchmarks.routing import dit_tiny, flux1
 from edit.caching.reuse import Reuse
 from edit.denoiser import Denoiser
 from edit.measuring.cost import count_generation, twin
-from edit.objectives import default_objective
-from edit.sampling import Sampler
-from edit.solvers import DDIMSolver, Euler
+from edit.predictions import KINDS, default_objective
+from edit.sampling import Sampler, at_steps
 
 BAR = 1 / 0.97  # time of interval 1 over the plain model's
 
@@ -47,22 +46,17 @@ def main() -> None:
         help="of dit, flux, flux_tiny, sd3, pixart, flux1, dit_tiny (dit,flux_tiny)",
     )
     parser.add_argument("--intervals", default="1,2,3", help="(1,2,3)")
-    parser.add_argument("--steps", type=int, default=6, help="evaluations of a generation (6)")
+    parser.add_argument("--steps", type=int, default=6, help="of the solver (6)")
     args = parser.parse_args()
     device = prepare(args)
     rows, known = [], FAMILIES | {"flux_tiny": flux_tiny, "flux1": flux1, "dit_tiny": dit_tiny}
     for name in args.families.split(","):
-        torch.manual_seed(0)
-        plain = known[name]().eval().to(device)
-        for p in plain.parameters():
-            p.add_(0.02 * torch.randn_like(p))  # a fresh model is the identity
-        if args.precision == "bf16":
-            plain.bfloat16()
+        plain = stirred(known[name], args, device)
         models = {"plain": plain}
         for interval in map(int, args.intervals.split(",")):
             models[f"reuse {interval}"] = edit.apply(deepcopy(plain), {"reuse": Reuse(interval)})
-        solver = DDIMSolver(args.steps) if plain.prediction == "noise" else Euler(args.steps)
-        sampler, samples = Sampler(solver, guidance=3.0), torch.arange(args.batch)
+        usual = Sampler(KINDS[plain.prediction].solver, guidance=3.0)
+        sampler, samples = at_steps(usual, args.steps), torch.arange(args.batch)
         objective, condition = default_objective(plain), plain.example(args.batch, 16 if name == "flux_tiny" else 128)
 
         def run(model: Denoiser, sampler=sampler, objective=objective, told=condition, samples=samples) -> Tensor:

@@ -12,9 +12,9 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from edit.backbones.dit import DiTConfig
 from edit.backbones.dit_conversion import to_diffusers
+from edit.denoiser import Denoiser
 from edit.measuring.devices import device_name
 from edit.measuring.timing import Spread, stopwatch
 from edit.stream import Condition
@@ -164,6 +165,21 @@ def config_of(size: str) -> DiTConfig:
     return replace(config, frequency_shift=1.0, time="flow", learn_sigma=False)
 
 
+@torch.no_grad()
+def stir(model: nn.Module) -> None:
+    """Move all weights: a fresh model is the identity with zero output, and its tokens are all alike."""
+    for p in model.parameters():
+        p.add_(0.02 * torch.randn_like(p))
+
+
+def stirred(build: Callable[[], Denoiser], args: argparse.Namespace, device: torch.device) -> Denoiser:
+    """A model in eval mode, in the precision of the command line; the same weights each time."""
+    torch.manual_seed(0)
+    model = build().eval().to(device)
+    stir(model)
+    return model.bfloat16() if args.precision == "bf16" else model
+
+
 def rivals(config: DiTConfig, device: torch.device, compile: bool, others: Collection[str]) -> dict[str, nn.Module]:
     """Ours, and of "plain" and "diffusers" those that are named, with the same random weights.
 
@@ -171,9 +187,7 @@ def rivals(config: DiTConfig, device: torch.device, compile: bool, others: Colle
     """
     torch.manual_seed(0)
     ours = config.build()
-    with torch.no_grad():
-        for p in ours.parameters():
-            p.add_(0.02 * torch.randn_like(p))  # a fresh DiT is the identity with zero output
+    stir(ours)
     models: dict[str, nn.Module] = {"edit": ours}
     if "plain" in others:
         models["plain"] = PlainDiT(config)
@@ -225,6 +239,28 @@ def inputs(config: DiTConfig, batch: int, device: torch.device) -> tuple[Tensor,
 
 
 # ---- timing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Models of one size with the same weights, whose predictions agree, and a batch for them."""
+
+    size: str
+    config: DiTConfig
+    models: dict[str, nn.Module]  # ours is "edit", and first
+    predict: dict[str, Predict]
+    batch: tuple[Tensor, Tensor, Tensor]  # x b c y x, t b, label b
+
+
+def contests(args: argparse.Namespace, device: torch.device) -> Iterator[Contest]:
+    """One for each size that the command line asks for."""
+    for size in args.sizes.split(","):
+        config = config_of(size)
+        models = rivals(config, device, args.compile, args.rivals.split(","))
+        predict, batch = predictors(models), inputs(config, args.batch, device)
+        with cast(args.precision, device):
+            check_equal(predict, *batch, tolerance=1e-3 if args.precision == "fp32" else 0.1)
+        yield Contest(size, config, models, predict, batch)
 
 
 def race(

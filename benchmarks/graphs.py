@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import edit
-from benchmarks.common import arguments, config_of, prepare, race, show, write
+from benchmarks.common import arguments, config_of, prepare, race, show, stir, write
 from edit.caching.engine import Cached
 from edit.caching.graphs import Graphed
 from edit.caching.pab import PAB
@@ -28,7 +28,7 @@ from edit.caching.reuse import Reuse
 from edit.caching.span_reuse import SpanReuse
 from edit.caching.taylorseer import TaylorSeer
 from edit.measuring.cost import cost
-from edit.objectives import default_objective
+from edit.predictions import default_objective
 from edit.sampling import Sampler
 from edit.solvers import Euler
 
@@ -64,9 +64,7 @@ def main() -> None:
     for size in args.sizes.split(","):
         torch.manual_seed(0)
         plain = config_of(size).build().eval().to(device)
-        with torch.no_grad():
-            for p in plain.parameters():
-                p.add_(0.02 * torch.randn_like(p))  # a fresh model is the identity
+        stir(plain)
         sampler, samples = Sampler(Euler(args.steps), guidance=3.0), torch.arange(args.batch)
         objective, told = default_objective(plain), plain.example(args.batch)
 

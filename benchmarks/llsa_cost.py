@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edit.attention.llsa import LLSA, deepest
+from recipes.report.drawing import dress, png_of
 
 TOKENS = tuple(2**i for i in range(10, 19))
 PUBLISHED = LLSA(dense_below=0)
@@ -61,11 +62,9 @@ def draw(found: dict[str, list[int]], path: Path) -> None:
         axes.loglog(TOKENS, [v / 1e9 for v in values], "-o", color=f"C{i}", markersize=3, linewidth=1, label=name)
     first = found["levels grow with N"][0] / (TOKENS[0] * math.log2(TOKENS[0]))
     axes.loglog(TOKENS, [first * n * math.log2(n) / 1e9 for n in TOKENS], "--", color="0.5", label="N log N")
-    axes.set_xlabel("image tokens")
-    axes.set_ylabel("attention of a head, G MACs")
-    axes.grid(alpha=0.3)
+    dress(axes, "image tokens", "attention of a head, G MACs")
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+    path.write_bytes(png_of(figure))
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import edit
-from benchmarks.common import arguments, cast, config_of, inputs, prepare, race, show, write
+from benchmarks.common import arguments, cast, config_of, inputs, prepare, race, show, stir, write
 from edit.backbones.dit import DiTConfig
 from edit.denoiser import Denoiser
 from edit.losses import Draws, Seen
@@ -37,9 +37,7 @@ def models(config: DiTConfig, mixer: PatchMixer) -> dict[str, Denoiser]:
     found = {"naive": config.build(), "mixer": edit.apply(config.build(), {"mixer": mixer})}
     for denoiser in found.values():
         denoiser.train()
-        with torch.no_grad():
-            for p in denoiser.parameters():
-                p.add_(0.02 * torch.randn_like(p))
+        stir(denoiser)
     return found
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import edit
-from benchmarks.common import arguments, cast, prepare, race, show, write
+from benchmarks.common import arguments, cast, prepare, race, show, stirred, write
 from benchmarks.pruned import FAMILIES
 from edit.backbones.dit import DiTConfig
 from edit.denoiser import Denoiser, Edit
@@ -111,12 +111,7 @@ def main() -> None:
     device = prepare(args)
     rows, known = [], FAMILIES | {"flux1": flux1, "dit_tiny": dit_tiny}
     for name in args.families.split(","):
-        torch.manual_seed(0)
-        dense = known[name]().eval().to(device)
-        for p in dense.parameters():
-            p.add_(0.02 * torch.randn_like(p))  # a fresh model is the identity, and its tokens are all alike
-        if args.precision == "bf16":
-            dense.bfloat16()
+        dense = stirred(known[name], args, device)
         for batch in map(int, args.batches.split(",")):
             x = torch.randn(batch, *dense.sample_shape, device=device)
             t = torch.full((batch,), 0.5, device=device)

@@ -12,20 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.common import (
-    Predict,
-    arguments,
-    cast,
-    check_equal,
-    config_of,
-    inputs,
-    predictors,
-    prepare,
-    race,
-    rivals,
-    show,
-    write,
-)
+from benchmarks.common import Predict, arguments, cast, contests, prepare, race, show, write
 from edit.objectives import FlowMatching
 from edit.sampling import Sampler
 from edit.solvers import Euler
@@ -54,28 +41,23 @@ def main() -> None:
     args = parser.parse_args()
     device = prepare(args)
     rows = []
-    for size in args.sizes.split(","):
-        config = config_of(size)
-        models = rivals(config, device, args.compile, args.rivals.split(","))
-        predict = predictors(models)
-        x, t, y = inputs(config, args.batch, device)
-        with cast(args.precision, device):
-            check_equal(predict, x, t, y, tolerance=1e-3 if args.precision == "fp32" else 0.1)
+    for contest in contests(args, device):
+        x, _, y = contest.batch
         for guidance in map(float, args.guidance.split(",")):
             sampler = Sampler(Euler(args.steps), guidance)
             samples = torch.arange(args.batch)
 
-            def ours(sampler=sampler, samples=samples, y=y, model=models["edit"]) -> Tensor:
+            def ours(sampler=sampler, samples=samples, y=y, model=contest.models["edit"]) -> Tensor:
                 with cast(args.precision, device):
                     return sampler(model, FlowMatching(), Condition(label=y), samples)
 
-            def theirs(f: Predict, x=x, y=y, guidance=guidance, null=config.num_classes) -> Tensor:
+            def theirs(f: Predict, x=x, y=y, guidance=guidance, null=contest.config.num_classes) -> Tensor:
                 with cast(args.precision, device):
                     return plain_loop(f, torch.randn_like(x), y, null, args.steps, guidance)
 
-            runs = {"edit": ours} | {n: lambda f=predict[n], go=theirs: go(f) for n in list(models)[1:]}
+            runs = {"edit": ours} | {n: lambda f=f, go=theirs: go(f) for n, f in contest.predict.items() if n != "edit"}
             seconds, ratios = race(runs, device, args.rounds, args.warmup)
-            rows.append(show(f"{size} batch {args.batch} guidance {guidance:g}", seconds, ratios))
+            rows.append(show(f"{contest.size} batch {args.batch} guidance {guidance:g}", seconds, ratios))
             write(args, device, rows)
 
 

@@ -19,21 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.common import (
-    Predict,
-    arguments,
-    cast,
-    check_equal,
-    config_of,
-    from_file,
-    inputs,
-    predictors,
-    prepare,
-    race,
-    rivals,
-    show,
-    write,
-)
+from benchmarks.common import Predict, arguments, cast, contests, from_file, prepare, race, show, write
 from edit.denoiser import Denoiser
 from edit.measuring.timing import Spread
 from edit.stream import Condition
@@ -139,14 +125,9 @@ def main() -> None:
         write(args, device, [recipe_step(device, args.batch, args.rounds, max(1, args.warmup), args.precision)])
         return
     rows = []
-    for size in args.sizes.split(","):
-        config = config_of(size)
-        models = rivals(config, device, args.compile, args.rivals.split(","))
-        predict = predictors(models)
-        x, t, y = inputs(config, args.batch, device)
+    for contest in contests(args, device):
+        x, t, y = contest.batch
         target = torch.randn_like(x)
-        with cast(args.precision, device):
-            check_equal(predict, x, t, y, tolerance=1e-3 if args.precision == "fp32" else 0.1)
 
         def step(f: Predict, model: nn.Module, x=x, t=t, y=y, target=target) -> None:
             model.zero_grad(set_to_none=True)
@@ -154,9 +135,9 @@ def main() -> None:
                 loss = F.mse_loss(f(x, t, y).float(), target)
             loss.backward()
 
-        runs = {name: lambda f=f, m=models[name], go=step: go(f, m) for name, f in predict.items()}
+        runs = {name: lambda f=f, m=contest.models[name], go=step: go(f, m) for name, f in contest.predict.items()}
         seconds, ratios = race(runs, device, args.rounds, args.warmup)
-        rows.append(show(f"{size} batch {args.batch}", seconds, ratios))
+        rows.append(show(f"{contest.size} batch {args.batch}", seconds, ratios))
         write(args, device, rows)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from edit.inputs import words
-from edit.inputs.command import guarded, working
+from edit.inputs.command import guarded, helped, working
 from edit.inputs.limits import Count
 
 
@@ -66,10 +66,8 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
 
 
 @guarded
+@helped(Words)
 def main(argv: list[str]) -> int:
-    if not argv or words.asks_help(argv):
-        print(f"{__doc__}\n{words.explained(Words)}")
-        return 0
     asked = words.read(Words, argv)
     with working(ValueError, OSError):
         print(f"prompts and encoders: {write_world(Path(asked.out), asked.count).parent}")

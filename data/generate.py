@@ -5,6 +5,9 @@
 
 At the end it prints a command that trains a small student on them.
 Stop it whenever you like: the same command goes on after the last finished shard, and answers at once when all is made.
+
+On several machines, start the same command on each with RANK and WORLD_SIZE set: shards are divided among them, and the
+last to finish writes the manifest.
 """
 
 from __future__ import annotations
@@ -18,10 +21,7 @@ from data import manifest
 from data.making.advice import next_step
 from data.making.request import Request
 from edit.inputs import words
-from edit.inputs.command import guarded, number_of, working
-
-SEVERAL = """On several machines, start the same command on each with RANK and WORLD_SIZE set: shards are divided among
-them, and the last to finish writes the manifest."""
+from edit.inputs.command import guarded, helped, number_of, working
 
 
 def parse(argv: Sequence[str]) -> dict[str, Any]:
@@ -30,10 +30,8 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
 
 
 @guarded(interrupted="interrupted: the same command goes on after the last finished shard")
+@helped(Request)
 def main(argv: list[str]) -> int:
-    if not argv or words.asks_help(argv):
-        print(f"{__doc__}\n{words.explained(Request)}\n\n{SEVERAL}")
-        return 0
     request = words.read(Request, argv, rank=number_of("RANK", 0), world=number_of("WORLD_SIZE", 1))
     import torch
 

@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,6 @@ from edit.inputs.limits import Count, Inside, Limits, NotNegative, Positive, che
 from edit.paths import column, corrupt, mean, noise_to_velocity
 from edit.stream import Output
 from edit.subset import covered
-
-if TYPE_CHECKING:
-    from edit.denoiser import Denoiser
 
 # ---- times: maps of a uniform number in (0, 1), so that a sample's time depends on its number alone -----------------
 
@@ -82,6 +79,7 @@ class Objective(ABC):
     """One way to corrupt data and to score a prediction. Subclasses are dataclasses."""
 
     prediction: ClassVar[Prediction]
+    solvers: ClassVar[str]  # that integrate its prediction, in words: what helps where another was chosen
     time: TimeLaw
 
     def times(self, u: Tensor) -> Tensor:
@@ -124,6 +122,7 @@ class FlowMatching(Objective):
     """Linear interpolant, velocity prediction: x_t = (1 - t) x + t noise, v = noise - x."""
 
     prediction = "velocity"
+    solvers = "Euler, Heun or EulerMaruyama"
     time: TimeLaw = field(default_factory=Uniform)
     weighting: Literal["none", "snr_cap"] = "none"
     cap: Positive = 5.0  # of "snr_cap": min-SNR-gamma, written for velocities: min(snr, cap) / (snr + 1)
@@ -207,6 +206,7 @@ class DDPM(Objective):
     """
 
     prediction = "noise"
+    solvers = "DDPMSolver or DDIMSolver"
     time: TimeLaw = field(default_factory=Uniform)
     steps: Annotated[int, Limits(2, 10_000)] = 1000
     beta_start: Inside = 1e-4
@@ -310,6 +310,7 @@ class EDM(Objective):
     """
 
     prediction = "mixture"
+    solvers = "edit.edm.EDMHeun (sampler=edm_heun)"
     sigma_data: Positive = 0.9
     time: TimeLaw = field(default_factory=lambda: LogitNormal(-0.6, 1.2))
 
@@ -417,18 +418,17 @@ class Ramp:
     def __call__(self, progress: float) -> float:
         way = min(1.0, max(0.0, (progress - self.begin) / (self.until - self.begin)))
         if self.levels is not None:  # one level: `start`
-            way = min(int(way * self.levels), self.levels - 1) / max(1, self.levels - 1)
+            way = part_of(way, self.levels) / max(1, self.levels - 1)
         return self.start + (self.end - self.start) * way
 
 
 Weight = NotNegative | Ramp
 
 
+def part_of(progress: float, count: int) -> int:
+    """Which of `count` equal parts of the run is under way, counted from 0."""
+    return min(int(progress * count), count - 1)
+
+
 def weight_at(weight: Weight, progress: float) -> float:
     return weight(progress) if isinstance(weight, Ramp) else float(weight)
-
-
-def default_objective(denoiser: Denoiser) -> Objective:
-    """That of the denoiser's convention: of noise, of the velocity, or EDM's of a mixture of data and noise."""
-    usual = {"velocity": FlowMatching, "noise": DDPM, "mixture": EDM}
-    return usual[denoiser.prediction]()

@@ -70,6 +70,22 @@ def skeleton(config: Any) -> Any:
         return AutoModel.from_config(config)
 
 
+def check_layers(setting: str, layers: Sequence[int], depth: int, of: str) -> None:
+    """Refuse a layer that a vision model does not have; negative ones count from its end.
+
+    Args:
+        setting: that names the layers
+        layers: that it names
+        depth: layers of the model
+        of: the model, in words
+
+    Raises:
+        ValueError: naming the first that does not exist
+    """
+    if bad := [i for i in layers if not -depth <= i < depth]:
+        raise ValueError(f"{setting}: {bad[0]} is none of the {depth} of {of}: choose 0 to {depth - 1}")
+
+
 class Normalised(nn.Module):
     """Pixels in [-1, 1] with the mean and deviation that a model was trained with, told for pixels in [0, 1]."""
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from edit import noise
 from edit.denoiser import Denoiser
-from edit.edm import EDMHeun
 from edit.inputs.limits import Count, NotNegative, check_numbers
 from edit.objectives import Objective
-from edit.solvers import DDIMSolver, DDPMSolver, Euler, Query, Solver
+from edit.predictions import KINDS
+from edit.solvers import DDPMSolver, Euler, Query, Solver
 from edit.stream import Condition, Output, Step
 from edit.walk import Look, Walk
 
@@ -320,8 +320,7 @@ def default_sampler(denoiser: Denoiser, objective: Objective | None = None) -> S
     own, predicted = denoiser.sampler(), objective.prediction if objective else denoiser.prediction
     if own is not None and predicted in own.solver.integrates:
         return own
-    usual = {"velocity": Euler(50), "noise": DDIMSolver(50), "mixture": EDMHeun()}
-    return Sampler(usual[predicted])
+    return Sampler(KINDS[predicted].solver)
 
 
 def at_guidance(sampler: Sampler, denoiser: Denoiser, weight: float) -> Sampler:

@@ -41,11 +41,6 @@ class Predict(Protocol):
 
 
 LogShift = Annotated[float, Limits(-20, 20)]
-CURES = {
-    "velocity": "Euler, Heun or EulerMaruyama",
-    "noise": "DDPMSolver or DDIMSolver",
-    "mixture": "edit.edm.EDMHeun (sampler=edm_heun)",
-}
 Draw = Callable[[int], Tensor]  # step -> fresh standard normal noise, shaped as x
 
 
@@ -69,8 +64,8 @@ class Solver(ABC):
         name, predicted = type(self).__name__, objective.prediction
         if predicted not in self.integrates:
             raise ValueError(
-                f"{name} integrates a {self.integrates[0]}, but this model predicts a {predicted}: use "
-                f"{CURES[predicted]}"
+                f"{name} integrates a {self.integrates[0]}, but this model predicts a {predicted}: "
+                f"use {objective.solvers}"
             )
         if isinstance(objective, DDPM) and self.steps > objective.steps:
             raise ValueError(f"{name}: steps must be at most {objective.steps}, got {self.steps}")

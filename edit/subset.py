@@ -10,6 +10,7 @@ go with them, tables of rotary positions become those of the sample; registers, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -81,7 +82,17 @@ def gathered(tokens: Tensor, kept: Tensor, layout: Layout | None = None) -> Tens
     """
     if layout is not None and (layout.registers or layout.further):
         kept = places(kept, layout.registers, math.prod(layout.grid), tokens.shape[1])
-    return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
+    return tokens.gather(1, wide(kept, tokens))
+
+
+def wide(rows: Tensor, like: Tensor) -> Tensor:
+    """Numbers of tokens for all channels of these tokens: b k -> b k d."""
+    return rows[..., None].expand(-1, -1, like.shape[2])
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """The places of the highest scores, in ascending order: ... n -> ... k, int64."""
+    return scores.topk(count).indices.sort().values
 
 
 def places(kept: Tensor, start: int, count: int, total: int) -> Tensor:
@@ -97,7 +108,7 @@ def whole(stream: Stream) -> Stream:
     if kept is None:
         return stream
     zeros = image.new_zeros(len(image), math.prod(stream.layout.grid), image.shape[2])
-    return replace(stream, image=zeros.scatter(1, kept[..., None].expand_as(image), image))
+    return replace(stream, image=zeros.scatter(1, wide(kept, image), image))
 
 
 def covered(output: Output) -> Tensor | None:
@@ -105,5 +116,10 @@ def covered(output: Output) -> Tensor | None:
     if output.kept is None:
         return None
     assert output.grid is not None, "every forward tells it"
-    none = torch.zeros(len(output.kept), math.prod(output.grid), dtype=torch.bool, device=output.kept.device)
-    return pixels(none.scatter(1, output.kept, True), output.grid, output.sample.shape[2:])
+    return marked(output.kept, output.grid, output.sample.shape[2:])
+
+
+def marked(tokens: Tensor, grid: tuple[int, int, int], sizes: Sequence[int]) -> Tensor:
+    """Where tokens are in a sample: b k numbers of tokens -> b 1 *sizes, bool."""
+    none = torch.zeros(len(tokens), math.prod(grid), dtype=torch.bool, device=tokens.device)
+    return pixels(none.scatter(1, tokens, True), grid, sizes)

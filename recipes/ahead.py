@@ -27,6 +27,7 @@ from recipes.config.errors import UserError
 from recipes.config.explain import explain
 from recipes.config.sources import register
 from recipes.config.staged import Stage, for_stage, gathered, readable, shared, stages_of
+from recipes.report.amounts import duration
 from recipes.runtime.checkpoint_files import checkpoints, step_of
 from recipes.runtime.devices import accelerator_of
 from recipes.runtime.machine import device_name, pick_device
@@ -196,8 +197,6 @@ def _work(item: Ahead) -> str:
 
 
 def _how_long(item: Ahead, steps: int) -> str:
-    from recipes.plan import duration
-
     assert item.cfg is not None
     if (known := timed(item.cfg)) is None:
         return "how long is not known: no run like it was timed on this device yet"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edit.inputs import words
-from edit.inputs.command import guarded, working
+from edit.inputs.command import guarded, helped, working
 from recipes.config.errors import UserError
 from recipes.variants import Variant, variant
 
@@ -46,10 +46,8 @@ class Applying:
 
 
 @guarded(mistakes=(UserError, ValueError, OSError), interrupted="interrupted: nothing was replaced")
+@helped(Applying)
 def main(argv: list[str]) -> int:
-    if not argv or words.asks_help(argv):
-        print(f"{__doc__}\n{words.explained(Applying)}")
-        return 0 if argv else 2
     chosen, made = parse(argv)
     with working(UserError, ValueError, OSError):
         print(f"applied   {apply(chosen, made)}")

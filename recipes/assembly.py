@@ -20,6 +20,7 @@ from edit.distillation.guidance import TeacherGuidance
 from edit.few_step.method import FewStepMethod
 from edit.losses import Loss
 from edit.objectives import Objective
+from edit.predictions import KINDS
 from edit.sampling import Sampler
 from edit.stream import Condition
 from recipes.config.errors import UserError
@@ -91,15 +92,12 @@ def training_of(cfg: DictConfig) -> Training:
 # ---- parts that do not fit ------------------------------------------------------------------------------------------
 
 
-FITTING = {"velocity": "objective=flow or objective=sit", "noise": "objective=ddpm", "mixture": "objective=edm"}
-
-
 def refuse_unfit_objective(student: Denoiser, objective: Objective) -> None:
     """Raises UserError if the backbone predicts another quantity than the objective trains."""
     if student.prediction != objective.prediction:
         raise UserError(
             f"the backbone predicts a {student.prediction}, the objective trains a {objective.prediction}: choose "
-            f"{FITTING[student.prediction]}, or another backbone.time"
+            f"{KINDS[student.prediction].settings}, or another backbone.time"
         )
 
 

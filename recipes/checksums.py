@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from edit.artifacts.checksums import accept
 from edit.inputs import words
-from edit.inputs.command import guarded
+from edit.inputs.command import guarded, helped
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,8 @@ class Words:
 
 
 @guarded
+@helped(Words)
 def main(argv: list[str]) -> int:
-    if words.asks_help(argv):
-        print(f"{__doc__}\n{words.explained(Words)}")
-        return 0
     print(f"accepted  {accept(words.read(Words, argv, bare='artifact').artifact)}")
     return 0
 

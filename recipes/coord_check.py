@@ -30,14 +30,14 @@ from rich.table import Table
 import edit
 from edit.denoiser import Denoiser, Edit
 from edit.inputs import words
-from edit.inputs.command import guarded
+from edit.inputs.command import guarded, helped
 from edit.inputs.limits import Count, Positive, Steps
 from edit.scaling.coordinates import OUTPUT, STEEP, Row, Trial, coordinates
 from edit.scaling.mup import MuP
 from edit.scaling.mup_rules import scaled
 from recipes.models import made
 from recipes.plan import compose
-from recipes.report.curves import dress, label_of, png_of
+from recipes.report.drawing import dress, label_of, png_of
 from recipes.runtime.files import write
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -69,10 +69,8 @@ class Asked:
 
 
 @guarded(mistakes=(ValueError, TypeError, OSError))
+@helped(Asked)
 def main(argv: list[str]) -> int:
-    if not argv or words.asks_help(argv):
-        print(f"{__doc__}\n{words.explained(Asked)}")
-        return 0 if argv else 2
     known = words.keys(Asked)
     own = [word for word in argv if word.partition("=")[0] in known]
     asked = words.read(Asked, own)

@@ -30,9 +30,10 @@ from edit.inputs.command import Parser, guarded
 from edit.inputs.limits import Limits
 from edit.measuring.cost import cost
 from edit.measuring.devices import find_device, mfu
-from edit.objectives import default_objective
+from edit.predictions import default_objective
 from edit.sampling import Sampler, default_sampler
 from recipes.config import composed
+from recipes.report.amounts import short
 
 GROUPS = ("backbone", "sampler", "edits")  # of configs/
 SHORT = {"sampler.steps": "sampler.solver.steps"}
@@ -230,14 +231,6 @@ def show(report: Mapping[str, Any]) -> None:
     if r["peak_memory"]:
         table.add_row(f"peak memory, generating {n}", f"{r['peak_memory'] / 2**20:,.1f} MiB")
     Console().print(table)
-
-
-def short(n: float) -> str:
-    """A count with its SI prefix: 118,621,421,568 -> 118.62 G."""
-    for scale, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if n >= scale:
-            return f"{n / scale:.2f}{prefix}"
-    return f"{n:.0f}"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from edit.artifacts.export import ExportSettings, export
 from edit.inputs import words
-from edit.inputs.command import guarded
+from edit.inputs.command import guarded, helped
 
 
 def parse(argv: Sequence[str]) -> ExportSettings:
@@ -24,10 +24,8 @@ def parse(argv: Sequence[str]) -> ExportSettings:
 
 
 @guarded(mistakes=(ValueError, TypeError, OSError), interrupted="interrupted: nothing was replaced")
+@helped(ExportSettings)
 def main(argv: list[str]) -> int:
-    if words.asks_help(argv):
-        print(f"{__doc__}\n{words.explained(ExportSettings)}")
-        return 0
     print(export(parse(argv), lambda stage: print(stage, file=sys.stderr, flush=True)))
     return 0
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data.names import legible
 from edit.inputs import words
-from edit.inputs.command import Failed, guarded, working
+from edit.inputs.command import Failed, guarded, helped, working
 from recipes.report.run_index import write_index
 from recipes.report.run_page import write_page
 from recipes.report.run_record import Record, find_runs, is_run, read
@@ -34,10 +34,8 @@ class Paging:
 
 
 @guarded(interrupted="interrupted: pages that were written are whole")
+@helped(Paging)
 def main(argv: list[str]) -> int:
-    if not argv or words.asks_help(argv):
-        print(f"{__doc__}\n{words.explained(Paging)}")
-        return 0 if argv else 2
     chosen = words.read(Paging, argv)
     folders = chosen_folders(chosen)
     with working(OSError):

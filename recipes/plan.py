@@ -37,9 +37,9 @@ from edit.measuring.probe import Probe
 from edit.measuring.turns import calls_of
 from recipes.config.chosen import procedure_of
 from recipes.config.errors import UserError, one_line
-from recipes.cost import short
 from recipes.models import Models, models_of
 from recipes.procedure import Probed, Procedure
+from recipes.report.amounts import duration, short
 from recipes.stand_ins import StandIns
 
 MOST_DEVICES = 1_000_000
@@ -427,13 +427,6 @@ def forwards(calls: Mapping[str, Mapping[str, float]]) -> str:
 
 def gigabytes(bytes: float) -> str:
     return f"{bytes / GB:.2f}" if bytes >= 1e8 else f"{bytes / GB:.4f}"
-
-
-def duration(seconds: float) -> str:
-    for size, name in ((86_400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {name}"
-    return f"{seconds:.1f} seconds"
 
 
 if __name__ == "__main__":

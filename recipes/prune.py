@@ -26,6 +26,7 @@ from edit.inputs.words import parse as parsed
 from recipes.config.errors import UserError
 from recipes.config.mistakes import mistakes
 from recipes.config.values import rule
+from recipes.report.drawing import png_of
 from recipes.runtime.files import write
 
 if TYPE_CHECKING:
@@ -286,8 +287,6 @@ class Batches:
 
 def picture(path: Path, chosen: Pruning, depth: int, choice: Choice) -> None:
     """Draw how units were chosen: confidence over the steps of a search, scores of units, or losses of patterns."""
-    from io import BytesIO
-
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5), layout="constrained")
@@ -310,9 +309,7 @@ def picture(path: Path, chosen: Pruning, depth: int, choice: Choice) -> None:
         top.set_axis_off()
     bottom.imshow([[float(i in choice.kept) for i in range(depth)]], cmap="Blues", vmin=0, vmax=1.3, aspect="auto")
     bottom.set(yticks=[], xlabel=f"units that stay, by {chosen.by}")
-    file = BytesIO()
-    figure.savefig(file, dpi=120, format="png")
-    write(path, file.getvalue())
+    write(path, png_of(figure))
 
 
 def confidences(metrics: Path) -> list[tuple[list[int], list[float]]]:

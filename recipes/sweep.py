@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edit.inputs import words
-from edit.inputs.command import guarded
+from edit.inputs.command import guarded, helped
 from recipes.report.run_index import write_index
 from recipes.report.sweep_page import show, write_sweep
 from recipes.report.swept import summarise
@@ -40,10 +40,8 @@ class Summing:
 
 
 @guarded(interrupted="interrupted: no page was written")
+@helped(Summing)
 def main(argv: list[str]) -> int:
-    if not argv or words.asks_help(argv):
-        print(f"{__doc__}\n{words.explained(Summing)}")
-        return 0 if argv else 2
     chosen = words.read(Summing, argv)
     sweep = summarise(Path(chosen.runs), chosen.by, chosen.guidance)
     path = write_sweep(sweep)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from views import Models
 
+from edit.denoiser import Denoiser
 from edit.losses import Draws, Field, Seen
 from edit.paths import column
 from edit.stream import Condition
@@ -62,3 +63,13 @@ def roles(student: Field, teacher: Field | None = None, average: Field | None = 
         raise AssertionError("a role that this method does not ask")
 
     return Models(student, nobody, average or nobody, teacher or nobody, nobody, nobody)
+
+
+def networks(student: Denoiser, teacher: Denoiser) -> Models:
+    """The same of two networks, of which no gradient reaches the teacher's."""
+
+    def asked(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        with torch.no_grad():
+            return teacher(x_t, t, condition).sample
+
+    return roles(lambda x_t, t, condition: student(x_t, t, condition).sample, asked)

@@ -18,6 +18,8 @@ from edit.backbones.qwen_image import QwenImageConfig
 from edit.backbones.sd3 import SD3Config
 from edit.backbones.wan import WanConfig
 from edit.denoiser import Denoiser
+from edit.predictions import KINDS
+from edit.solvers import Grid, Solver
 from edit.stream import Condition, Stream
 from edit.unit import Unit
 
@@ -55,6 +57,15 @@ def family(name: str) -> Denoiser:
     denoiser = CONFIGS[name].build()
     randomise(denoiser)
     return denoiser.double().eval()
+
+
+def solver_at(denoiser: Denoiser, evaluations: int) -> Solver:
+    """One that fits what the model predicts, of so many evaluations: the usual one; even steps of Euler where that
+    takes none of this number, as Heun's no even one."""
+    usual: Any = KINDS[denoiser.prediction].solver
+    found = [replace(usual, steps=steps) for steps in (evaluations, (evaluations + 1) // 2)]
+    even = Grid(tuple(i / evaluations for i in range(evaluations, 0, -1)))
+    return next((solver for solver in found if solver.evaluations == evaluations), even)
 
 
 def inputs(denoiser: Denoiser, count: int = 2) -> tuple[torch.Tensor, torch.Tensor, Condition]:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from edit import noise
 from edit.denoiser import Denoiser
 from edit.facts import Facts
-from edit.objectives import DDPM, FlowMatching
+from edit.predictions import default_objective
 from edit.sampling import Sampler
 from edit.stream import Condition, Layout, Output, Stream
 
@@ -34,6 +34,10 @@ class Gaussian(Denoiser):
     @property
     def facts(self):
         return Facts(width=4, heads=1, classes=11)
+
+    @property
+    def prediction(self):
+        return self.predicts
 
     @property
     def sample_shape(self):
@@ -80,8 +84,7 @@ def labels(n: int, label: int = 10) -> Condition:
 
 
 def generate(denoiser: Denoiser, solver, n: int = 8, seed: int = 0, **settings) -> Tensor:
-    objective = DDPM() if getattr(denoiser, "predicts", "velocity") == "noise" else FlowMatching()
-    return Sampler(solver, **settings)(denoiser, objective, labels(n), torch.arange(n), seed=seed)
+    return Sampler(solver, **settings)(denoiser, default_objective(denoiser), labels(n), torch.arange(n), seed=seed)
 
 
 def start(n: int = 8, seed: int = 0, grid: int = 4) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 from edit.backbones.dit import DiTConfig
 from edit.backbones.micro_dit import MicroDiTConfig
 from edit.edm import EDMHeun
-from edit.objectives import DDPM, EDM, FlowMatching, LogitNormal, default_objective
+from edit.objectives import DDPM, EDM, FlowMatching, LogitNormal
 from edit.paths import corrupt
+from edit.predictions import default_objective
 from edit.sampling import default_sampler
 from edit.solvers import DDIMSolver, Euler, Grid, Solver
 from edit.stream import Output

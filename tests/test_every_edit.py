@@ -22,7 +22,7 @@ from edit.caching.engine import Cached
 from edit.denoiser import Denoiser, Edit
 from edit.edits import trains
 from edit.measuring.flops import Flops
-from edit.objectives import default_objective
+from edit.predictions import default_objective
 from edit.sampling import Sampler, default_sampler
 from edit.solvers import Grid
 from edit.stream import Condition, Output

@@ -14,7 +14,8 @@ import edit
 from edit import noise
 from edit.backbones.flux import FluxConfig
 from edit.denoiser import Denoiser, Edit
-from edit.objectives import DDPM, FlowMatching
+from edit.objectives import FlowMatching
+from edit.predictions import default_objective
 from edit.sampling import Sampler
 from edit.solvers import DDIMSolver, DDPMSolver, DPMSolver, Euler, EulerMaruyama, Grid, Heun
 from edit.stream import Condition, Layout, Step, Stream
@@ -26,8 +27,8 @@ ALL = [Euler(4), Heun(3), EulerMaruyama(4), DPMSolver(4), DDPMSolver(4), DDIMSol
 
 @pytest.mark.parametrize("solver", ALL, ids=repr)
 def test_an_image_does_not_depend_on_its_batch(solver):
-    denoiser = Gaussian(predicts="noise" if isinstance(solver, (DDPMSolver, DDIMSolver)) else "velocity")
-    objective = DDPM() if denoiser.predicts == "noise" else FlowMatching()
+    denoiser = Gaussian(predicts=solver.integrates[0])
+    objective = default_objective(denoiser)
     condition = Condition(label=torch.arange(8))
 
     def images(size: int) -> Tensor:
@@ -82,7 +83,7 @@ def test_nothing_is_drawn_from_the_global_generator():
     denoisers = {predicts: Gaussian(predicts=predicts) for predicts in ("velocity", "noise")}
     before = torch.get_rng_state()
     for solver in ALL:
-        generate(denoisers["noise" if isinstance(solver, (DDPMSolver, DDIMSolver)) else "velocity"], solver)
+        generate(denoisers[solver.integrates[0]], solver)
     assert torch.equal(before, torch.get_rng_state())
 
 

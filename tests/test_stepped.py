@@ -18,7 +18,8 @@ from edit.caching.reuse import Reuse
 from edit.denoiser import Denoiser, Edit
 from edit.edits import compact
 from edit.few_step.policy import MixtureHead, PolicySolver
-from edit.objectives import DDPM, FlowMatching, Objective
+from edit.objectives import FlowMatching, Objective
+from edit.predictions import default_objective
 from edit.sampling import Sampler
 from edit.solvers import DDIMSolver, DDPMSolver, DPMSolver, Euler, EulerMaruyama, Grid, Heun, Query, Solver, StockEuler
 from edit.stream import Branch, Stream, pack, unpack
@@ -65,7 +66,7 @@ def cached(make_dit: Callable, solver: Solver, time: str) -> tuple[Denoiser, Obj
         edit.apply(denoiser, {"policy": MixtureHead(2)})
         nn.init.normal_(denoiser.edits["policy"][1].weight, std=0.1)
     edit.apply(denoiser, {"reuse": Reuse(2)})
-    return denoiser, DDPM() if time == "ddpm" else FlowMatching()
+    return denoiser, default_objective(denoiser)
 
 
 def begin(denoiser: Denoiser, sampler: Sampler, objective: Objective | None = None, **told: Any) -> Walk:

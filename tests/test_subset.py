@@ -11,8 +11,9 @@ from weights import randomise
 
 from edit.denoiser import Denoiser
 from edit.grid import pixels
-from edit.objectives import DDPM, EDM, FlowMatching, default_objective
+from edit.objectives import DDPM, EDM, FlowMatching
 from edit.paths import mean
+from edit.predictions import default_objective
 from edit.stream import Condition, Layout, Output, Stream
 from edit.subset import covered, gathered, left, subset, whole
 

@@ -39,7 +39,7 @@ from data.making.teacher import (
 from edit.artifacts.checkpoint import skeleton
 from edit.artifacts.location import find
 from edit.measuring.devices import find_device
-from edit.objectives import default_objective
+from edit.predictions import default_objective
 
 # fields of a request on which its samples do not depend
 PASSING = ("out", "batch", "processes", "device", "rank", "world")

@@ -17,7 +17,7 @@ from edit.artifacts.location import find, is_hub_id
 from edit.data_set import collate
 from edit.denoiser import Denoiser
 from edit.facts import check_units
-from edit.objectives import default_objective
+from edit.predictions import default_objective
 from edit.solvers import (
     DDIMSolver,
     DDPMSolver,

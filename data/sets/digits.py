@@ -6,26 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.pixels import frames_of
-from data.split import Split
+from data.sets.tensors import Tensors, TensorSet
 from edit import noise
 
 
-class Tensors:
-    """A split held in memory: x b c y x, label b."""
-
-    def __init__(self, x: Tensor, label: Tensor):
-        self.x, self.label = x, label
-        self._rows = [{"x": a, "label": b} for a, b in zip(x, label, strict=True)]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def sample(self, index: int, draw: int) -> dict[str, Tensor]:
-        return dict(self._rows[index])
-
-
-class Digits:
+class Digits(TensorSet):
     """Digits as 1 x 8 x 8 in [-1, 1]; 1437 to train on, 360 held out."""
 
     shape = (1, 8, 8)
@@ -40,17 +25,7 @@ class Digits:
         label = torch.from_numpy(digits.target).long()
         held = heldout_indices(label)
         kept = torch.ones(len(label), dtype=torch.bool).index_fill_(0, held, False)
-        self._train, self._heldout = Tensors(x[kept], label[kept]), Tensors(x[held], label[held])
-
-    def train(self) -> Split:
-        return self._train
-
-    def heldout(self) -> Split:
-        return self._heldout
-
-    def to_frames(self, x: Tensor) -> Tensor:
-        """b 1 8 8 in [-1, 1] -> uint8 b 1 8 8 3."""
-        return frames_of(x)
+        super().__init__(Tensors(x[kept], label[kept]), Tensors(x[held], label[held]))
 
 
 class MovedDigits(Digits):

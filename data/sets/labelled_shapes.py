@@ -11,15 +11,13 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from data.pixels import frames_of
 from data.sets.captioned import APART, PALETTE
-from data.sets.digits import Tensors
 from data.sets.shape_pictures import draw
 from data.sets.shape_scenes import KINDS, Scene, Thing
-from data.split import Split
+from data.sets.tensors import Tensors, TensorSet
 
 
-class LabelledShapes:
+class LabelledShapes(TensorSet):
     """3 x size x size in [-1, 1]; 24 classes, as often each.
 
     Args:
@@ -41,19 +39,7 @@ class LabelledShapes:
         if count < 1 or held < 1:
             raise ValueError(f"count and held are at least 1, got {count} and {held}")
         self.shape = (3, size, size)
-        self._train, self._heldout = (
-            pictures(first + torch.arange(n), size, seed) for first, n in ((0, count), (APART, held))
-        )
-
-    def train(self) -> Split:
-        return self._train
-
-    def heldout(self) -> Split:
-        return self._heldout
-
-    def to_frames(self, x: Tensor) -> Tensor:
-        """b 3 y x in [-1, 1] -> uint8 b 1 y x 3."""
-        return frames_of(x)
+        super().__init__(*(pictures(first + torch.arange(n), size, seed) for first, n in ((0, count), (APART, held))))
 
 
 def pictures(numbers: Tensor, size: int, seed: int) -> Tensors:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.pretrained import Normalised
+from edit.pretrained import Normalised, check_layers
 from edit.stream import map_rows
 
 # of `transformers`; True: resamples its position table where it is asked to, False: always, or it has none
@@ -55,8 +55,7 @@ class Looker(nn.Module):
         depth = len(self.attentions())
         if not depth:
             raise ValueError(f"{self.path} has no plain attention over patches, so it shows no maps: leave out layers")
-        if bad := [i for i in self.layers if not -depth <= i < depth]:
-            raise ValueError(f"layers: {bad[0]} is none of the {depth} of {self.path}: choose 0 to {depth - 1}")
+        check_layers("layers", self.layers, depth, self.path)
 
     width: int  # of a token
     channels: int  # of the images that the model takes

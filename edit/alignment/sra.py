@@ -25,7 +25,6 @@ Other families than DiT and SiT: ours; of two streams the image's is compared.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
@@ -39,11 +38,12 @@ from edit.alignment.token_times import TokenTimes
 from edit.alignment.units import as_units
 from edit.denoiser import Denoiser
 from edit.facts import check_units
-from edit.grid import patches, pixels
+from edit.grid import patches
 from edit.inputs.limits import Count, Limits, Natural, NotNegative, Positive, Share, check_numbers
 from edit.losses import Seen, Term
 from edit.stream import Condition
 from edit.structure import grid_of
+from edit.subset import marked
 from edit.widths import Scale
 
 
@@ -127,7 +127,7 @@ class SRA(Term):
         scores = patches(seen.draws.gaussian(1), grid)[..., 0]  # b n
         apart = scores.topk(max(1, round(self.dual * scores.shape[1])), 1).indices
         second = seen.draws.uniform(2)
-        x_t = torch.where(places(apart, grid, seen.x.shape[2:]), seen.corrupt(seen.x, seen.noise, second), seen.x_t)
+        x_t = torch.where(marked(apart, grid, seen.x.shape[2:]), seen.corrupt(seen.x, seen.noise, second), seen.x_t)
         return x_t, replace(seen.condition, second=second, apart=apart)
 
     def losses(self, seen: Seen) -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ class SRA(Term):
         if condition.second is not None and condition.apart is not None:
             second = cleaner(condition.second, seen.draws.uniform(3), self.offset, seen.discrete)
             there = seen.corrupt(seen.x, seen.noise, second)
-            x_s = torch.where(places(condition.apart, seen.output.grid, seen.x.shape[2:]), there, x_s)
+            x_s = torch.where(marked(condition.apart, seen.output.grid, seen.x.shape[2:]), there, x_s)
             condition = replace(condition, second=second)
         r = seen.tapped_average(x_s, s, condition, (n,))[f"unit.{n}"].float()
         z = seen.own(seen.output.trace[f"unit.{m}"].float())
@@ -171,12 +171,6 @@ class Head(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.layers(tokens)
-
-
-def places(apart: Tensor, grid: tuple[int, int, int], sizes: Sequence[int]) -> Tensor:
-    """Where tokens are in a sample: b k numbers of tokens -> b 1 *sizes, bool."""
-    none = torch.zeros(len(apart), math.prod(grid), dtype=torch.bool, device=apart.device)
-    return pixels(none.scatter(1, apart, True), grid, sizes)
 
 
 def cleaner(t: Tensor, u: Tensor, offset: float, discrete: int | None) -> Tensor:

@@ -47,7 +47,8 @@ from edit.artifacts.weights import (
 from edit.artifacts.whole import replacing
 from edit.denoiser import Denoiser, Edit
 from edit.inputs import trust
-from edit.objectives import Objective, default_objective
+from edit.objectives import Objective
+from edit.predictions import default_objective
 from edit.replaced import gone
 from edit.sampling import Sampler, default_sampler
 from edit.solvers import StockEuler

@@ -28,7 +28,7 @@ from edit.artifacts.lora import write_lora
 from edit.artifacts.pipeline import pipeline_index, write_pipeline
 from edit.artifacts.usage import Usage
 from edit.artifacts.whole import replacing
-from edit.objectives import default_objective
+from edit.predictions import default_objective
 from edit.sampling import default_sampler
 
 FORMAT = 1

@@ -57,10 +57,6 @@ class DMD(Forecast):
     site: Site = "last"
     spare: tuple[int, int] = (0, 0)
 
-    def __post_init__(self):
-        check_numbers(self)
-        self.check_spare()
-
     @property
     def predictor(self) -> Predictor:
         return Modes(self.window, self.growth)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from edit.caching.engine import Predictor, each
 from edit.caching.forecast import Forecast, Site
-from edit.inputs.limits import Count, check_numbers
+from edit.inputs.limits import Count
 from edit.stream import Branch
 
 
@@ -49,10 +49,6 @@ class FoCa(Forecast):
     first: Count = 2
     site: Site = "module"
     spare: tuple[int, int] = (0, 0)
-
-    def __post_init__(self):
-        check_numbers(self)
-        self.check_spare()
 
     @property
     def predictor(self) -> Predictor:

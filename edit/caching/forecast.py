@@ -22,6 +22,7 @@ from edit.caching.branches import BranchCached
 from edit.caching.engine import Axis, Scheduled, place
 from edit.caching.spans import SpanCached
 from edit.denoiser import Denoiser
+from edit.inputs.limits import check_numbers
 from edit.stream import Step
 
 Schedule = Literal["paper", "diffusers", "cache_dit"]
@@ -41,12 +42,8 @@ class Forecast(BranchCached, SpanCached):
     units = ()
     branches = ()
 
-    def check_spare(self) -> None:
-        """Bring `spare` into its form.
-
-        Raises:
-            ValueError: if it is no pair, or given for another site
-        """
+    def __post_init__(self):
+        check_numbers(self)
         self.spare = tuple(self.spare)
         if len(self.spare) != 2 or min(self.spare) < 0 or (any(self.spare) and self.site != "span"):
             raise ValueError(

@@ -22,8 +22,8 @@ from edit.caching.lesa import LESA, SITES, Site, full
 from edit.caching.lesa_predictor import remember
 from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, Natural, check_numbers
-from edit.objectives import default_objective
 from edit.paths import mean
+from edit.predictions import default_objective
 from edit.rollout import Answer, RolloutMethod, Visit
 from edit.sampling import Sampler
 from edit.stream import Output

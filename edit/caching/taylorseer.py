@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from edit.caching.engine import Axis, place
 from edit.caching.forecast import Forecast, Schedule, Site
 from edit.caching.taylor import Form, Ladder, Order, Row, present, tick
-from edit.inputs.limits import Count, check_numbers
+from edit.inputs.limits import Count
 from edit.stream import Condition, Step, Stream
 
 CLOCK = -1  # in place of a unit's number: memory of all units together
@@ -51,10 +51,6 @@ class TaylorSeer(Forecast):
     axis: Axis = "step"
     form: Form = "taylor"
     fp32: bool = False
-
-    def __post_init__(self):
-        check_numbers(self)
-        self.check_spare()
 
     @property
     def predictor(self) -> Ladder:

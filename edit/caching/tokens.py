@@ -23,6 +23,7 @@ from edit.caching.branches import BranchCached
 from edit.caching.engine import Latest, Predictor, each, names_of
 from edit.denoiser import Denoiser
 from edit.stream import Branch, Layout, Step, Stream
+from edit.subset import best, gathered, wide
 from edit.unit import Divides, Run, Unit
 
 Kind = Literal["computed", "partial", "replayed"]
@@ -146,7 +147,7 @@ class TokenBranch(Divides):
         picks = [best(part, k) for part, k in zip(scores, counts, strict=False) if part is not None]
         rows = Branch(*picks)
         given = Branch(stream.image, None if old.text is None else stream.text)
-        new = self.before(gathered(stream, each(rows_of, given, rows)), FEED, run)
+        new = self.before(alone(stream, each(gathered, given, rows)), FEED, run)
         state["value"] = each(lambda v, i, part: v.scatter(1, wide(i, v), part.to(v.dtype)), old, rows, new)
         state["run"] = each(lambda at, i: at.scatter(1, i, float(step.index)), state["run"], rows)
         return state["value"], counts[0] / old.image.shape[1]
@@ -157,22 +158,7 @@ def ran(branch: Branch, step: Step) -> Branch:
     return each(lambda v: v.new_full(v.shape[:2], step.index, dtype=torch.float32), branch)
 
 
-def best(scores: Tensor, count: int) -> Tensor:
-    """The places of the highest scores, in ascending order: b n -> b k int64."""
-    return scores.topk(count, dim=1).indices.sort(dim=1).values
-
-
-def wide(rows: Tensor, like: Tensor) -> Tensor:
-    """b k -> b k d."""
-    return rows[..., None].expand(-1, -1, like.shape[-1])
-
-
-def rows_of(tokens: Tensor, rows: Tensor) -> Tensor:
-    """Tokens at chosen places: b n d, b k -> b k d."""
-    return tokens.gather(1, wide(rows, tokens))
-
-
-def gathered(stream: Stream, tokens: Branch) -> Stream:
+def alone(stream: Stream, tokens: Branch) -> Stream:
     """The stream with these tokens alone, for parts that treat tokens one by one."""
     if tokens.text is None:
         return replace(stream, image=tokens.image)

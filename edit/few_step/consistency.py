@@ -23,6 +23,7 @@ from edit.few_step.method import FewStepMethod, pseudo_huber
 from edit.few_step.progressive import check_steps, time_grid
 from edit.inputs.limits import Count, Positive, Steps, check_numbers
 from edit.losses import Field, Seen
+from edit.objectives import part_of
 from edit.paths import column, corrupt, move
 from edit.solvers import Grid, Solver, times
 
@@ -142,7 +143,7 @@ class PhasedConsistency(FewStepMethod):
         phase starts and ends. All belong to `Seen.x` noised to a random time of the grid.
         """
         condition, grid = seen.condition, time_grid(self.steps, self.shift, seen.x.device)
-        length = self.steps // self.phases[min(int(seen.progress * len(self.phases)), len(self.phases) - 1)]
+        length = self.steps // self.phases[part_of(seen.progress, len(self.phases))]
         k, x_t, x_next = _teacher_step(seen, grid)
         t, after, start, end = grid[k], grid[k + 1], grid[k // length * length], grid[(k // length + 1) * length]
         with torch.no_grad():

@@ -28,7 +28,7 @@ from edit.few_step.scores import direction
 from edit.few_step.vision import Vision, feature_distance
 from edit.inputs.limits import Count, Steps, check_numbers
 from edit.losses import Seen
-from edit.objectives import Ramp, TimeLaw, Uniform, Weight, weight_at
+from edit.objectives import Ramp, TimeLaw, Uniform, Weight, part_of, weight_at
 from edit.paths import corrupt, mean, move
 from edit.solvers import Solver
 
@@ -108,7 +108,7 @@ class Flash(FewStepMethod):
 
     def begin(self, seen: Seen) -> tuple[Tensor, Tensor]:
         """Noised data where the student starts, and its time: b c *sizes, [b]."""
-        odds = self.stages[min(int(seen.progress * len(self.stages)), len(self.stages) - 1)]
+        odds = self.stages[part_of(seen.progress, len(self.stages))]
         u = seen.draws.uniform(MODE)
         t = torch.full_like(u, self.modes[-1])
         for mode, edge in [*zip(self.modes, accumulate(odds), strict=True)][-2::-1]:

@@ -27,7 +27,7 @@ from edit.frames import by_sample, folded
 from edit.inputs.limits import Count, check_numbers
 from edit.losses import Frozen, Seen
 from edit.paths import mean
-from edit.pretrained import Normalised, described, loaded, skeleton
+from edit.pretrained import Normalised, check_layers, described, loaded, skeleton
 
 KINDS = ("dinov2", "dinov2_with_registers")
 ROW, COLUMN = 90, 91  # streams of `Draws`: where the crop lies
@@ -77,11 +77,8 @@ class Vision(Frozen):
             return Eye(skeleton(config), self.layers, preparation)
 
     def check(self, shapes: Sequence[tuple[int, ...]]) -> None:
-        least = min(side for shape in shapes for side in shape[-2:])
-        if self.crop is not None and self.crop > least:
-            raise ValueError(
-                f"vision.crop={self.crop} is more than the {least} rows of a sample: lower it, or leave it out"
-            )
+        for shape in shapes:
+            check_crop(self.crop, *shape[-2:])
 
     def heads(self, student: Denoiser) -> Heads:
         """New heads on the chosen layers."""
@@ -118,8 +115,7 @@ class Eye(nn.Module):
     def __init__(self, model: Any, layers: Sequence[int], preparation: Mapping[str, Any]):
         super().__init__()
         depth = model.config.num_hidden_layers
-        if bad := [i for i in layers if not -depth <= i < depth]:
-            raise ValueError(f"vision.layers: {bad[0]} is none of the model's {depth} layers: choose 0 to {depth - 1}")
+        check_layers("vision.layers", layers, depth, "the model")
         size = preparation.get("crop_size") or preparation["size"]
         self.model = model.requires_grad_(False).eval()
         self.layers, self.width = sorted({i % depth for i in layers}), model.config.hidden_size
@@ -133,6 +129,13 @@ class Eye(nn.Module):
         return {f"unit.{i}": states[i + 1][:, -self.tokens :] for i in self.layers}  # patches come last
 
 
+def check_crop(size: int | None, height: int, width: int) -> None:
+    if size is not None and size > min(height, width):
+        raise ValueError(
+            f"vision.crop={size} is more than the {height} x {width} of a sample: lower it, or leave it out"
+        )
+
+
 def cropped(x: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
     """A square of each sample, at one place in all of its frames given by numbers in (0, 1): b c *sizes -> the same
     with `size` rows and columns.
@@ -141,10 +144,7 @@ def cropped(x: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
         ValueError: if the samples are smaller
     """
     height, width = x.shape[-2:]
-    if size > min(height, width):
-        raise ValueError(
-            f"vision.crop={size} is more than the {height} x {width} of a sample: lower it, or leave it out"
-        )
+    check_crop(size, height, width)
     steps = torch.arange(size, device=x.device)
     rows = (row * (height - size + 1)).long()[:, None] + steps
     columns = (column * (width - size + 1)).long()[:, None] + steps

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn, overload
 
+from edit.inputs.words import asks_help, explained
+
 DEBUG = ("debug=true", "debug=false")  # words of every command
 Main = Callable[[list[str]], int]  # words -> exit code
 Command = Callable[[Sequence[str] | None], int]
@@ -107,3 +109,23 @@ def _guard(main: Main, mistakes: tuple[type[Exception], ...], interrupted: str) 
             return 2 if isinstance(error, mistakes) else 1
 
     return command
+
+
+def helped(settings: type) -> Callable[[Main], Main]:
+    """Answer no words at all, and words that ask for help, with the help of a command; the exit code is 2 for none.
+
+    Args:
+        settings: its keys, the fields of a dataclass; before them the help has the text of the command's module
+    """
+
+    def wrap(main: Main) -> Main:
+        @functools.wraps(main)
+        def answered(argv: list[str]) -> int:
+            if argv and not asks_help(argv):
+                return main(argv)
+            print(f"{main.__globals__['__doc__']}\n{explained(settings)}")
+            return 0 if argv else 2
+
+        return answered
+
+    return wrap

@@ -22,7 +22,8 @@ from edit.denoiser import Denoiser
 from edit.measuring.devices import device_name
 from edit.measuring.flops import Flops, Uncounted, uncounted
 from edit.measuring.timing import Spread, distinct_bytes, in_turns, peak_memory, steadiest, tensors
-from edit.objectives import Objective, default_objective
+from edit.objectives import Objective
+from edit.predictions import default_objective
 from edit.sampling import Sampler, default_sampler
 from edit.stream import Condition, Output, Step
 

@@ -28,12 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.denoiser import Denoiser, Edit
-from edit.groups import Group
+from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, Natural, NotNegative, Positive, check_numbers
-from edit.moe.experts import Experts, FeedForward, MoE, expert_groups, routed_parameters
-from edit.moe.feeds import dense, layers_of, replaced, separate, take_neurons
-from edit.moe.routing import LOADS, PROBABILITIES, Gate, Router, balance, layers, load_metrics, loads_of, recorded
+from edit.moe.experts import Experts, FeedForward, MoE, routed_parameters
+from edit.moe.feeds import dense, replaced, separate, take_neurons
+from edit.moe.in_feeds import InFeeds
+from edit.moe.routing import LOADS, PROBABILITIES, Gate, Router, balance, layers, load_metrics, recorded
 from edit.routing.batches import mean_over_ranks
 from edit.unit import Features, Unit, core, hidden_of
 
@@ -41,7 +41,7 @@ GATES: dict[str, Gate] = {"none": "softmax", "topk": "softmax_renorm"}
 
 
 @dataclass
-class DiTMoE(Edit):
+class DiTMoE(InFeeds):
     """Experts in place of feed-forwards.
 
     Args:
@@ -151,24 +151,10 @@ class DiTMoE(Edit):
             if layer.shared is not None:
                 nn.init.zeros_(layer.shared.out.weight)
 
-    def stacks(self, denoiser: Denoiser) -> dict[int, MoE]:
-        """The layers by their units."""
-        return {int(i): layer for i, layer in denoiser.edits[self.name].items()}  # type: ignore[misc, union-attr]
-
     # ---- what is said of parameters -------------------------------------------------------------------------------
-
-    def replaces(self, denoiser: Denoiser) -> list[str]:
-        units = (core(denoiser.units[i]) for i in self.stacks(denoiser))
-        return [path for unit in units for path in layers_of(denoiser, unit, replaced(unit))]
 
     def activated(self, denoiser: Denoiser) -> Mapping[str, float]:
         return dict.fromkeys(routed_parameters(denoiser, self.name), self.k / self.experts)
-
-    def groups(self, denoiser: Denoiser) -> Mapping[str, Group]:
-        return expert_groups(denoiser, self.name)
-
-    def shards(self, denoiser: Denoiser) -> list[nn.Module]:
-        return list(self.stacks(denoiser).values())
 
     # ---- load -----------------------------------------------------------------------------------------------------
 
@@ -183,6 +169,3 @@ class DiTMoE(Edit):
 
     def metrics(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return load_metrics(trace, self.name)
-
-    def loads(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return loads_of(trace, self.name)

@@ -29,13 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.denoiser import Denoiser, Edit
-from edit.groups import Group
+from edit.denoiser import Denoiser
 from edit.inputs.limits import Count, Positive, check_numbers
-from edit.moe.experts import Experts, computing, expert_groups, routed_parameters
-from edit.moe.feeds import layers_of, replaced, separate
+from edit.moe.experts import Experts, computing, routed_parameters
+from edit.moe.feeds import separate
+from edit.moe.in_feeds import InFeeds
 from edit.moe.order import Rows, from_choosers, rows_of, to_choosers
-from edit.moe.routing import LOADS, Router, layers, loads_of, recorded
+from edit.moe.routing import LOADS, Router, layers, recorded
 from edit.scaling.layer_wise import feed_ratio, round_up
 from edit.stream import Layout
 from edit.unit import Unit, core, hidden_of
@@ -136,7 +136,7 @@ def put(unit: Unit, name: str, hidden: int, experts: int, capacity: float, std: 
 
 
 @dataclass
-class ExpertChoice(Edit):
+class ExpertChoice(InFeeds):
     """Experts that choose tokens in place of every second feed-forward.
 
     Args:
@@ -190,25 +190,11 @@ class ExpertChoice(Edit):
             )
         return found
 
-    def stacks(self, denoiser: Denoiser) -> dict[int, ExpertChoiceFeed]:
-        """The layers by their units."""
-        return {int(i): layer for i, layer in denoiser.edits[self.name].items()}  # type: ignore[misc, union-attr]
-
     # ---- what is said of parameters -------------------------------------------------------------------------------
-
-    def replaces(self, denoiser: Denoiser) -> list[str]:
-        units = (core(denoiser.units[i]) for i in self.stacks(denoiser))
-        return [path for unit in units for path in layers_of(denoiser, unit, replaced(unit))]
 
     def activated(self, denoiser: Denoiser) -> Mapping[str, float]:
         """On average over tokens."""
         return dict.fromkeys(routed_parameters(denoiser, self.name), self.capacity / self.experts)
-
-    def groups(self, denoiser: Denoiser) -> Mapping[str, Group]:
-        return expert_groups(denoiser, self.name)
-
-    def shards(self, denoiser: Denoiser) -> list[nn.Module]:
-        return list(self.stacks(denoiser).values())
 
     # ---- load -----------------------------------------------------------------------------------------------------
 
@@ -216,6 +202,3 @@ class ExpertChoice(Edit):
         """The share of tokens that no expert takes, mean over layers and samples."""
         names = layers(trace, self.name)
         return {IDLE: recorded(trace, names, IDLE).mean()} if names else {}
-
-    def loads(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return loads_of(trace, self.name)

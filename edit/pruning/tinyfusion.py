@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from edit.denoiser import Denoiser, Edit
 from edit.inputs.limits import NotNegative, check_numbers
+from edit.objectives import Ramp
 from edit.pruning.patterns import Groups, Pattern, groups_of, options, runs_of_one_kind
 from edit.stream import Condition, Stream
 from edit.unit import Wrapper
@@ -76,8 +77,8 @@ class TinyFusion(Edit):
 
     def advance(self, progress: float, own: nn.Module | None) -> None:
         assert isinstance(own, Gates)
-        own.kappa.fill_(self.kappa[0] + (self.kappa[1] - self.kappa[0]) * progress)
-        own.tau.fill_(self.tau[0] + (self.tau[1] - self.tau[0]) * progress)
+        own.kappa.fill_(Ramp(*self.kappa)(progress))
+        own.tau.fill_(Ramp(*self.tau)(progress))
 
     def embed(self, stream: Stream, t: Tensor, condition: Condition, own: nn.Module | None) -> Stream:
         assert isinstance(own, Gates)

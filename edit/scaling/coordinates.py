@@ -24,7 +24,7 @@ from edit.denoiser import Denoiser
 from edit.edits import grouped, trains
 from edit.groups import PLAIN
 from edit.inputs.limits import Count, Inside, NotNegative, Positive, Share, Steps, check_numbers
-from edit.objectives import default_objective
+from edit.predictions import default_objective
 from edit.stream import Condition
 from edit.widths import scale_of
 

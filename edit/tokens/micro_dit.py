@@ -46,7 +46,7 @@ from edit.moe.routing import loads_of
 from edit.scaling.layer_wise import gated_width, round_up
 from edit.stream import Condition, Layout, Stream
 from edit.structure import entrance, grid_of
-from edit.subset import gathered, left, thinned
+from edit.subset import best, gathered, left, thinned
 from edit.unit import passed
 from edit.widths import Scale
 
@@ -233,7 +233,7 @@ class DeferredMasking(Term):
         if not self.ratio or seen.progress >= self.drops_until:
             return x_t, condition
         scores = replace(seen.draws, shape=(count,)).gaussian(0)  # b n, the order of a random permutation
-        kept = scores.topk(left(count, self.ratio), 1).indices.sort(1).values
+        kept = best(scores, left(count, self.ratio))
         return x_t, replace(condition, kept=kept)
 
     def losses(self, seen: Seen) -> dict[str, Tensor]:

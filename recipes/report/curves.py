@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from recipes.report.drawing import dress, label_of, png_of
 
 POINTS = 1500  # of a drawn curve; more are averaged in neighbours
 DECADES = 20.0  # largest over smallest value, from which on an axis is logarithmic
@@ -178,24 +175,3 @@ def _said(curve: Curve) -> str:
     name = {LOSS: "training loss", HELD_LOSS: "held-out loss"}.get(curve.name, curve.name)
     lost = f", {curve.lost} values not finite" if curve.lost else ""
     return f"{name} {curve.values[0]:.4g} at step {curve.steps[0]:,}, {curve.end:.4g} at step {curve.steps[-1]:,}{lost}"
-
-
-def dress(axes: Axes, x: str, y: str) -> None:
-    """The look of all plots."""
-    axes.set(xlabel=x, ylabel=y)
-    if x == "step":
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def png_of(figure) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=130)
-    return out.getvalue()
-
-
-def label_of(name: str) -> str:
-    """A name for matplotlib, which reads $ as mathematics and hides labels that begin with an underscore."""
-    shown = name.replace("$", r"\$")
-    return f"\N{ZERO WIDTH SPACE}{shown}" if shown.startswith("_") else shown

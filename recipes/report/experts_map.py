@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from recipes.report.routing_map import spaced
+from recipes.report.drawing import count_rows, head, heat, image_of, over_time, spaced
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -137,30 +137,21 @@ def idle_experts(n: Mapping[str, Any]) -> str:
 
 def draw_loads(loads: Loads) -> Image:
     """Two maps: experts against time, mean over units, and experts against units, mean over time."""
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from PIL import Image
 
     relative = loads.shares * loads.shares.shape[2]
     figure = Figure(figsize=(11, 3.4), dpi=110, layout="constrained")
-    figure.suptitle("Load of experts, over the mean", x=0.01, ha="left", fontsize=11, fontweight="bold")
+    head(figure, "Load of experts, over the mean", bold=True)
     by_time, by_unit = figure.subplots(1, 2)
-    times, most = list(loads.times.values()), max(2.0, relative.mean(0).max().item())
+    most = max(2.0, relative.mean(0).max().item())
     for axes, values in ((by_time, relative.mean(1).T), (by_unit, relative.mean(0).T)):
-        heat = axes.imshow(values.numpy(), vmin=0, vmax=most, cmap="viridis", aspect="auto", interpolation="nearest")
-        axes.set_ylabel("expert", fontsize=9)
-        axes.yaxis.get_major_locator().set_params(integer=True)
-        axes.tick_params(labelsize=8)
-    columns = spaced(len(times), 8)
-    by_time.set_xticks(columns, [f"{times[i]:.2f}" for i in columns])
-    by_time.set_xlabel("level of noise, from noise (1) to image (0)", fontsize=9)
+        drawn = heat(axes, values, most)
+        count_rows(axes, "expert")
+    over_time(by_time, list(loads.times.values()))
     by_time.set_title("at each moment, mean over units", fontsize=9)
     rows = spaced(len(loads.layers), 12)
     by_unit.set_xticks(rows, [loads.layers[i] for i in rows])
     by_unit.set_xlabel("unit, 0 is the first", fontsize=9)
     by_unit.set_title("in each unit, mean over the generation", fontsize=9)
-    figure.colorbar(heat, ax=[by_time, by_unit]).ax.tick_params(labelsize=8)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    figure.colorbar(drawn, ax=[by_time, by_unit]).ax.tick_params(labelsize=8)
+    return image_of(figure)

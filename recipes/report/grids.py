@@ -9,6 +9,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
+from recipes.report.drawing import spaced
 from recipes.runtime.files import write
 
 if TYPE_CHECKING:
@@ -105,9 +106,7 @@ def font(size: int) -> FreeTypeFont:
 
 def strip(frames: Tensor) -> Tensor:
     """At most `STRIP` frames of each sample in one picture, left to right: uint8 b f y x 3 -> b y (f x) 3."""
-    count = min(frames.shape[1], STRIP)
-    shown = [round(i * (frames.shape[1] - 1) / max(1, count - 1)) for i in range(count)]
-    return frames[:, shown].transpose(1, 2).flatten(2, 3)
+    return frames[:, spaced(frames.shape[1], STRIP)].transpose(1, 2).flatten(2, 3)
 
 
 def save_grid(frames: Tensor, path: Path, columns: int, labels: Sequence[str] = ()) -> Path:

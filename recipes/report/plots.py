@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from recipes.report.columns import Column, Row, present, rows
+from recipes.report.drawing import dress, label_of, png_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = "osD^vP*X"
 SIZE = (5.6, 3.9)  # inches
-DPI = 130
 
 
 def plots(report: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
@@ -38,7 +37,7 @@ def _against(quality: Column, cost: Column, table: list[Row]) -> bytes:
         points = sorted(points, key=lambda p: p[0])
         if not points:
             continue
-        axes.plot([p[0] for p in points], [p[1] for p in points], "-", color=colour, linewidth=1, label=_label(name))
+        axes.plot([p[0] for p in points], [p[1] for p in points], "-", color=colour, linewidth=1, label=label_of(name))
         for x, y, row in points:
             marker = MARKERS[weights.index(row["guidance"]) % len(MARKERS)]
             across = cost.spread(row)
@@ -54,7 +53,7 @@ def _against(quality: Column, cost: Column, table: list[Row]) -> bytes:
     if cost.better < 0:
         axes.set_xlim(left=0)
     _legend(drawn)
-    return _png(drawn)
+    return png_of(drawn)
 
 
 def losses(report: Mapping[str, Any]) -> bytes | None:
@@ -64,13 +63,13 @@ def losses(report: Mapping[str, Any]) -> bytes | None:
         return None
     drawn, axes = _axes("optimiser step", "training loss")
     for name, curve in told.items():
-        axes.plot(curve["step"], curve["loss"], linewidth=1.2, label=_label(name))
+        axes.plot(curve["step"], curve["loss"], linewidth=1.2, label=label_of(name))
     low, high = (pick(v for curve in told.values() for v in curve["loss"]) for pick in (min, max))
     if low > 0 and high / low > 20:
         axes.set_yscale("log")
     if len(told) > 1:
         _legend(drawn)
-    return _png(drawn)
+    return png_of(drawn)
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Any]:
@@ -78,10 +77,8 @@ def _axes(x: str, y: str) -> tuple[Figure, Any]:
 
     drawn = Figure(figsize=SIZE, layout="constrained")
     axes = drawn.subplots()
-    axes.set(xlabel=x, ylabel=y)
     axes.margins(x=0.08, y=0.1)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    dress(axes, x, y)
     return drawn, axes
 
 
@@ -97,15 +94,3 @@ def _of_map(name: str, place: float) -> Any:
     from matplotlib import colormaps
 
     return colormaps[name](place)
-
-
-def _png(drawn: Figure) -> bytes:
-    out = io.BytesIO()
-    drawn.savefig(out, format="png", dpi=DPI)
-    return out.getvalue()
-
-
-def _label(name: str) -> str:
-    """Escape a name for matplotlib, which reads $ as mathematics and hides labels that begin with an underscore."""
-    shown = name.replace("$", r"\$")
-    return f"\N{ZERO WIDTH SPACE}{shown}" if shown.startswith("_") else shown

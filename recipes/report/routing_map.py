@@ -12,6 +12,8 @@ from textwrap import wrap
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from recipes.report.drawing import count_rows, head, heat, image_of, over_time, spaced
+
 if TYPE_CHECKING:
     from numpy import ndarray
     from PIL.Image import Image
@@ -177,10 +179,7 @@ def draw(
         look: sample number -> its picture, uint8 y x 3, shown beside its tokens; None without a picture
         decides: of what each quantity is the share, in plain words
     """
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from PIL import Image
 
     rows: list[tuple[float, Callable[[Any], None]]] = []  # height in inches, and the function that draws
     for quantity, branches in maps.items():
@@ -196,41 +195,26 @@ def draw(
     parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
     for part, (_, paint) in zip(parts, rows, strict=True):
         paint(part)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
-
-def _heat(axes: Any, values: Tensor, aspect: str = "auto") -> Any:
-    return axes.imshow(values.numpy(), vmin=0, vmax=1, cmap="viridis", aspect=aspect, interpolation="nearest")
-
-
-def _head(part: Any, text: str, bold: bool = False) -> None:
-    part.suptitle(text, x=0.01, ha="left", fontsize=11 if bold else 9, fontweight="bold" if bold else "normal")
+    return image_of(figure)
 
 
 def _large(what: str, branches: Mapping[str, Map], part: Any) -> None:
-    _head(part, f"Share of {what}", bold=True)
+    head(part, f"Share of {what}", bold=True)
     places = part.subplots(1, len(branches), squeeze=False)[0]
     for axes, (name, seen) in zip(places, branches.items(), strict=True):
-        heat = _heat(axes, seen.shares.mean(2).T)
-        times = list(seen.times.values())
-        columns = spaced(len(times), 8)
-        axes.set_xticks(columns, [f"{times[i]:.2f}" for i in columns], fontsize=8)
-        axes.tick_params(axis="y", labelsize=8)
-        axes.yaxis.get_major_locator().set_params(integer=True)
-        axes.set_xlabel("level of noise, from noise (1) to image (0)", fontsize=9)
-        axes.set_ylabel("unit, 0 is the first", fontsize=9)
+        shares = heat(axes, seen.shares.mean(2).T)
+        over_time(axes, list(seen.times.values()))
+        count_rows(axes, "unit, 0 is the first")
         axes.set_title(f"{BRANCHES.get(name, name)}: {seen.shares.mean():.1%} on average", fontsize=9)
-    bar = part.colorbar(heat, ax=places.tolist(), ticks=[0, 0.5, 1])
+    bar = part.colorbar(shares, ax=places.tolist(), ticks=[0, 0.5, 1])
     bar.ax.set_yticklabels(["0 %, none", "50 %", "100 %, all"], fontsize=8)
 
 
 def _small(seen: Map, groups: Mapping[str, Sequence[int]], part: Any) -> None:
-    _head(part, "The same for single classes or prompts: units downwards, noise on the left, image on the right")
+    head(part, "The same for single classes or prompts: units downwards, noise on the left, image on the right")
     places = part.subplots(1, len(groups), squeeze=False)[0]
     for axes, (title, members) in zip(places, groups.items(), strict=True):
-        _heat(axes, seen.shares[:, :, list(members)].mean(2).T)
+        heat(axes, seen.shares[:, :, list(members)].mean(2).T)
         axes.set(xticks=[], yticks=[])
         axes.set_title(_folded(title, len(groups)), fontsize=8, parse_math=False)
 
@@ -244,7 +228,7 @@ def _tokens(seen: Map, look: Look, part: Any) -> None:
     tokens, grid = seen.tokens, seen.grid
     assert tokens is not None and grid is not None
     frames = "" if grid[0] == 1 else ", frames beside each other"
-    _head(part, f"The same for each token of single images, mean over units: a square is a token at its place{frames}")
+    head(part, f"The same for each token of single images, mean over units: a square is a token at its place{frames}")
     labels, moments = list(seen.times.values()), spaced(len(seen.times), MOMENTS)
     places = part.subplots(tokens.shape[1], 1 + len(moments), squeeze=False)
     for k, (left, *right) in enumerate(places):
@@ -253,7 +237,7 @@ def _tokens(seen: Map, look: Look, part: Any) -> None:
             if k == 0:
                 left.set_title("image", fontsize=8)
         for axes, i in zip(right, moments, strict=True):
-            _heat(axes, side_by_side(tokens[i, k], grid), "equal")
+            heat(axes, side_by_side(tokens[i, k], grid), aspect="equal")
             if k == 0:
                 axes.set_title(f"noise {labels[i]:.2f}", fontsize=8)
         for axes in (left, *right):
@@ -263,9 +247,3 @@ def _tokens(seen: Map, look: Look, part: Any) -> None:
 def side_by_side(tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """Tokens in rows and columns, frames beside each other: n -> y (f x)."""
     return tokens.view(grid).transpose(0, 1).flatten(1)
-
-
-def spaced(length: int, most: int) -> list[int]:
-    """At most `most` indices, evenly spaced from the first to the last."""
-    count = min(length, most)
-    return [round(i * (length - 1) / max(1, count - 1)) for i in range(count)]

@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from data.names import legible, our_script, typed
 from edit.inputs.trust import named
+from recipes.report.amounts import duration, short
 from recipes.report.columns import COSTS, QUALITIES
 from recipes.report.curves import HELD_LOSS, Curve, Plot, others, plots, read_curves, seconds
 from recipes.report.html import details, document, figure, image
@@ -325,22 +326,6 @@ def _details(record: Record) -> Iterator[str]:
 def link(path: str | os.PathLike) -> str:
     """A relative path as the address of a link, for single quotes."""
     return escape(quote(os.fsencode(path)), quote=True)
-
-
-def short(n: float) -> str:
-    """A count with its SI prefix: 3,492,144 -> 3.49 M."""
-    for scale, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if n >= scale:
-            return f"{n / scale:.2f}{prefix}"
-    return f"{n:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """A time in the unit that fits: 75 -> 1.2 minutes."""
-    for size, name in ((86_400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {name}"
-    return f"{seconds:.1f} seconds"
 
 
 def _name(node: Any) -> str:

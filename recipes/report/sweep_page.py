@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.names import legible
-from recipes.report.curves import dress, label_of, png_of
+from recipes.report.drawing import dress, label_of, png_of
 from recipes.report.html import document, figure, image
 from recipes.report.run_index import SWEEP_PAGE
 from recipes.report.run_page import PAGE, STYLE, link

@@ -9,12 +9,13 @@ from self_aligned import gradients, look
 from small_runs import losses, rows, train
 
 import edit
-from edit.alignment.sra import SRA, places
+from edit.alignment.sra import SRA
 from edit.alignment.token_times import Separated, TokenTimes
 from edit.attention.linear import LinearAttention
 from edit.grid import patches, pixels
 from edit.measuring.flops import Flops
 from edit.stream import Apart, Condition, Layout
+from edit.subset import marked
 
 RUN = "+terms.sra={_target_: edit.alignment.sra.SRA, units: [0, 1], dual: 0.25}"
 EDIT = "edits=token_times"
@@ -160,7 +161,7 @@ def test_a_quarter_of_the_tokens_is_at_the_second_time_and_the_average_sees_each
     assert condition.apart.shape == (4, 4) and all(len(set(row)) == 4 for row in condition.apart.tolist())
     assert len({tuple(sorted(row)) for row in condition.apart.tolist()}) > 1  # each sample its own
     assert not torch.equal(condition.second, seen.t) and torch.equal(condition.label, seen.condition.label)
-    there = patches(places(condition.apart, (1, 4, 4), (8, 8)).expand_as(seen.x), (1, 4, 4))[..., 0]
+    there = patches(marked(condition.apart, (1, 4, 4), (8, 8)).expand_as(seen.x), (1, 4, 4))[..., 0]
     assert (there.sum(1) == 4).all() and there.gather(1, condition.apart).all()
     at = torch.where(there, condition.second[:, None], seen.t[:, None])[..., None]  # b n 1
 

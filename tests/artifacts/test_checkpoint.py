@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import edit
 from edit.artifacts import weights
-from edit.objectives import DDPM, FlowMatching, LogitNormal
+from edit.edm import EDMHeun
+from edit.objectives import DDPM, EDM, FlowMatching, LogitNormal
 from edit.pruning.depth import DepthPruning
 from edit.sampling import Sampler
 from edit.solvers import DDIMSolver, Euler, Heun
@@ -59,9 +60,10 @@ def test_an_artifact_holds_all_that_sampling_and_judging_need(tmp_path, dit, bat
 
 
 def test_without_an_objective_the_backbones_convention_decides(tmp_path, make_dit):
-    for time, objective in (("flow", FlowMatching()), ("sit", FlowMatching()), ("ddpm", DDPM())):
+    flow = FlowMatching(), Euler(50)
+    usual = {"flow": flow, "sit": flow, "ddpm": (DDPM(), DDIMSolver(50)), "edm": (EDM(), EDMHeun(30))}
+    for time, (objective, solver) in usual.items():
         path = edit.save(make_dit(time=time), tmp_path / time)
-        solver = DDIMSolver(50) if time == "ddpm" else Euler(50)
         assert edit.load(path).objective == objective and edit.load(path).sampler == Sampler(solver)
 
 

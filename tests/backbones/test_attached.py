@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import vaes
 from einops import rearrange
 from torch import Tensor
 from weights import randomise
@@ -25,17 +26,6 @@ from edit.stream import Step, Stream
 HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
 TEXT: dict[str, Any] = {"joint_attention_dim": 24, "pooled_projection_dim": 20}
 NO_TEXT = {f"{kind}{n}": None for kind in ("text_encoder", "tokenizer") for n in ("", "_2")}
-
-
-def vae() -> diffusers.AutoencoderKL:
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8,),
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=0.4,
-        shift_factor=0.1,
-    ).eval()
 
 
 def made(config: Any) -> StockDenoiser:
@@ -84,7 +74,7 @@ def flux_from_image(pipe: Any, samples: int = 1, **options) -> Any:
 
 def flux_pipeline(denoiser: StockDenoiser) -> Any:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    return diffusers.FluxImg2ImgPipeline(scheduler=scheduler, vae=vae(), transformer=denoiser.model, **NO_TEXT)
+    return diffusers.FluxImg2ImgPipeline(scheduler=scheduler, vae=vaes.flat(), transformer=denoiser.model, **NO_TEXT)
 
 
 def sd3_from_image(pipe: Any, **options) -> Any:
@@ -102,7 +92,7 @@ def sd3_pipeline(denoiser: StockDenoiser, kind: Any = None, scheduler: Any = Non
     scheduler = scheduler or diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     kind = kind or diffusers.StableDiffusion3Img2ImgPipeline
     more = {"text_encoder_3": None, "tokenizer_3": None}
-    return kind(scheduler=scheduler, vae=vae(), transformer=denoiser.model, **NO_TEXT, **more)
+    return kind(scheduler=scheduler, vae=vaes.flat(), transformer=denoiser.model, **NO_TEXT, **more)
 
 
 # ---- where a generation begins ---------------------------------------------------------------------------------------
@@ -393,7 +383,7 @@ def dit_from_label(pipe: Any, **options) -> Any:
 
 
 def dit_pipeline(denoiser: StockDenoiser) -> Any:
-    return diffusers.DiTPipeline(denoiser.model, vae(), diffusers.DDIMScheduler())
+    return diffusers.DiTPipeline(denoiser.model, vaes.flat(), diffusers.DDIMScheduler())
 
 
 def dit() -> StockDenoiser:

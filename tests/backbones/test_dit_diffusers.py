@@ -1,19 +1,17 @@
 """The family over `diffusers.DiTTransformer2DModel` computes what that class computes, whatever its embedders hold."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import vaes
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DiTPipeline,
-    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
 )
+from natives import DIT, close, ours
 from torch import Tensor
-from weights import randomise
 
 import edit
 from edit.backbones.attached import attached
@@ -21,42 +19,11 @@ from edit.backbones.dit import DiT
 from edit.backbones.dit_diffusers import DiTDiffusers, DiTDiffusersConfig
 from edit.objectives import DDPM
 from edit.pruning.depth import DepthPruning
-from edit.stream import Branch, Condition, Forced
+from edit.stream import Condition
 from recipes.config.composed import read
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-TINY = {
-    "in_channels": 3,
-    "out_channels": 6,
-    "num_layers": 3,
-    "num_attention_heads": 4,
-    "attention_head_dim": 8,
-    "sample_size": 8,
-    "num_embeds_ada_norm": 10,
-}
-
-
-def stock(seed: int = 0, **options) -> DiTTransformer2DModel:
-    """In every block other embedders, as the class allows."""
-    torch.manual_seed(seed)
-    model = DiTTransformer2DModel(**{**TINY, **options})
-    randomise(model, seed)
-    return model.eval()
-
-
-def native(model: DiTTransformer2DModel, size: int = 8) -> dict:
-    """Arguments of the stock forward: three samples, the last of the null class."""
-    x = torch.randn(3, model.config.in_channels, size, size, generator=torch.Generator().manual_seed(1))
-    return {"hidden_states": x, "timestep": torch.tensor([0, 500, 999]), "class_labels": torch.tensor([0, 7, 10])}
-
-
-def ours(dit: DiTDiffusers, arguments: dict) -> Tensor:
-    return dit.native(dit.run(dit.embed(**arguments)))
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    """1e-6 of the largest element: some ten fp32 roundings, of which fused multiply-adds save a few."""
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * b.abs().max().item())
+TINY, stock, native = DIT.tiny, DIT.stock, DIT.words
 
 
 OPTIONS = {
@@ -140,17 +107,6 @@ def test_our_own_dit_reads_the_same_folder_where_the_embedders_agree(tmp_path):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * b.abs().max().item())  # one matrix for q, k and v
 
 
-def test_names_are_the_stock_models_and_of_shares_its_storage():
-    model = stock()
-    before = list(model.state_dict())
-    dit = DiTDiffusers.of(model)
-    assert list(dit.model.state_dict()) == before == list(model.state_dict())
-    assert type(model.transformer_blocks[0]).__name__ == "BasicTransformerBlock"  # it stays as it is
-    for (_, mine), (_, theirs) in zip(dit.model.named_parameters(), model.named_parameters(), strict=True):
-        assert mine is theirs
-    assert dit.model.pos_embed.pos_embed.data_ptr() == model.pos_embed.pos_embed.data_ptr()
-
-
 def configured(name: str) -> DiTDiffusersConfig:
     values = read(CONFIGS, "backbone", f"dit_diffusers_{name}")
     assert values.pop("_target_") == "edit.backbones.dit_diffusers.DiTDiffusersConfig"
@@ -180,103 +136,7 @@ def test_a_fresh_model_is_the_identity_in_every_block_predicts_zero_and_learns()
     assert dit.model.proj_out_2.bias.grad.any()
 
 
-@torch.no_grad()
-def test_keep_leaves_the_stock_model_of_those_blocks():
-    model = stock()
-    dit = DiTDiffusers.of(model)
-    dit.keep([1, 2])  # without the first block, whose embedders the readout used
-    shallow = stock(num_layers=2)
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith("transformer_blocks.0.")}
-    for i in (1, 2):
-        names = [k for k in state if k.startswith(f"transformer_blocks.{i}.")]
-        state.update({k.replace(f"blocks.{i}.", f"blocks.{i - 1}.", 1): state.pop(k) for k in names})
-    shallow.load_state_dict(state)
-    a = native(model)
-    assert dit.config["num_layers"] == 2
-    close(ours(dit, a), shallow(**a).sample)
-
-
-@torch.no_grad()
-def test_a_saved_folder_is_read_by_us_and_by_stock_diffusers(tmp_path):
-    model = stock()
-    a = native(model)
-    dit = DiTDiffusers.of(model)
-    edit.save(dit, tmp_path / "dit")
-    again = DiTTransformer2DModel.from_pretrained(tmp_path / "dit").eval()
-    assert torch.equal(again(**a).sample, model(**a).sample)
-    loaded = edit.load(tmp_path / "dit").denoiser
-    assert isinstance(loaded, DiTDiffusers)
-    close(ours(loaded, a), model(**a).sample)
-    edit.apply(dit, {"depth": DepthPruning(ratio=1 / 3)})
-    edit.save(dit, tmp_path / "pruned")
-    loaded = edit.load(tmp_path / "pruned").denoiser
-    assert len(loaded.units) == 2
-    assert torch.equal(ours(loaded, a), ours(dit, a))
-
-
-def test_gradient_checkpointing_changes_no_gradient():
-    dit = DiTDiffusers.of(stock())
-    grads = []
-    for on in (False, True):
-        dit.gradient_checkpointing = on
-        dit.zero_grad()
-        ours(dit, native(dit.model)).square().mean().backward()
-        grads.append([p.grad for p in dit.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
-@torch.no_grad()
-def test_bf16_is_as_close_to_fp32_as_the_stock_model():
-    model = stock()
-    a = native(model)
-    exact = model(**a).sample
-    model = model.to(torch.bfloat16)
-    a["hidden_states"] = a["hidden_states"].to(torch.bfloat16)
-    theirs, mine = model(**a).sample, ours(DiTDiffusers.of(model), a)
-    assert mine.dtype == torch.bfloat16
-    error = (theirs - exact).abs().mean()
-    assert (mine - exact).abs().mean() < 1.2 * error < 0.1 * exact.abs().mean()
-
-
 # ---- slots, taps ----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_branches_before_their_gates_add_up_to_the_unit():
-    dit = DiTDiffusers.of(stock())
-    start = dit.embed(**native(dit.model))
-    stream = dit.run(start, taps=(0, 1), branches=(1,))
-    m = dit.units[1].modulate(replace(stream, image=stream.trace["unit.0"]))
-    x = stream.trace["unit.0"] + m.attention_gate.image * stream.trace["unit.1.attention"]
-    close(x + m.feed_gate.image * stream.trace["unit.1.feed"], stream.trace["unit.1"])
-    assert "unit.0.attention" not in stream.trace
-
-
-@torch.no_grad()
-def test_every_slot_reaches_the_output_and_comes_back():
-    dit = DiTDiffusers.of(stock())
-    a = native(dit.model)
-    before, unit = ours(dit, a), dit.units[1]
-    slots = {
-        "attention": lambda q, k, v, layout, step: v,
-        "mixer": lambda stream, tokens: tokens,
-        "ffn": lambda tokens, layout: tokens,
-    }
-    for name, other in slots.items():
-        setattr(unit.slots, name, other)
-        assert (ours(dit, a) - before).abs().max() > 1e-3
-        delattr(unit.slots, name)
-        assert torch.equal(ours(dit, a), before)
-
-
-@torch.no_grad()
-def test_forcing_a_units_input_makes_the_rest_follow():
-    dit, teacher = DiTDiffusers.of(stock()), DiTDiffusers.of(stock(seed=5))
-    x, t, condition = torch.randn(2, 3, 8, 8), torch.tensor([0.4, 0.8]), Condition(label=torch.tensor([1, 2]))
-    tokens = teacher(x, t, condition, taps=(0,)).trace["unit.0"]
-    free = dit(x, t, condition).sample
-    forced = dit(x, t, condition, forced={1: Forced(Branch(tokens), torch.tensor([True, False]))}).sample
-    assert (forced[0] - free[0]).abs().max() > 1e-3 and torch.equal(forced[1], free[1])
 
 
 @torch.no_grad()
@@ -319,16 +179,8 @@ def test_what_does_not_fit_is_refused():
 
 def pipeline(scheduler) -> DiTPipeline:
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(4, 4),
-        layers_per_block=1,
-        latent_channels=3,
-        norm_num_groups=2,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
     model = stock(num_embeds_ada_norm=1000)  # the pipeline's null class is 1000
-    pipe = DiTPipeline(transformer=model, vae=vae.eval(), scheduler=scheduler)
+    pipe = DiTPipeline(transformer=model, vae=vaes.halved(3), scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -6,6 +6,7 @@ from itertools import pairwise
 import diffusers
 import pytest
 import torch
+import vaes
 from diffusers import FluxTransformer2DModel
 from ranks import run_ranks
 
@@ -217,16 +218,8 @@ def test_the_shift_of_the_steps_is_the_published_one():
 
 def pipeline(transformer) -> diffusers.FluxPipeline:
     torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8,),
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=0.4,
-        shift_factor=0.1,
-    )
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    pipe = diffusers.FluxPipeline(scheduler, vae.eval(), None, None, None, None, transformer)
+    pipe = diffusers.FluxPipeline(scheduler, vaes.flat(), None, None, None, None, transformer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -1,20 +1,18 @@
 """The PixArt family computes what `diffusers.PixArtTransformer2DModel` computes, and stands in for it everywhere."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import vaes
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
-    PixArtTransformer2DModel,
 )
+from natives import PIXART, close, ours
 from torch import Tensor
-from weights import randomise
 
 import edit
 from edit.backbones.attached import attached
@@ -22,53 +20,11 @@ from edit.backbones.pixart import PixArt, PixArtConfig
 from edit.denoiser import Denoiser
 from edit.objectives import DDPM
 from edit.pruning.depth import DepthPruning
-from edit.stream import Branch, Condition, Forced
+from edit.stream import Condition
 from recipes.config.composed import read
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-TINY = {
-    "in_channels": 3,
-    "out_channels": 6,
-    "num_layers": 3,
-    "num_attention_heads": 4,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 32,
-    "caption_channels": 20,
-    "sample_size": 8,
-}
-
-
-def stock(seed: int = 0, **options) -> PixArtTransformer2DModel:
-    torch.manual_seed(seed)
-    model = PixArtTransformer2DModel(**{**TINY, **options})
-    randomise(model, seed)
-    return model.eval()
-
-
-def native(model: PixArtTransformer2DModel, size=(8, 8), masked=True, width: int | None = None) -> dict:
-    """Arguments of the stock forward: three samples, seven text tokens, of which the last sample has one real."""
-    g = torch.Generator().manual_seed(1)
-    c = model.config
-    told = None
-    if model.use_additional_conditions:
-        told = {"resolution": torch.tensor([[64.0, 96.0]] * 3), "aspect_ratio": torch.tensor([[64 / 96]] * 3)}
-    mask = torch.tensor([[1] * 7, [1] * 2 + [0] * 5, [1] + [0] * 6])
-    return {
-        "hidden_states": torch.randn(3, c.in_channels, *size, generator=g),
-        "encoder_hidden_states": torch.randn(3, 7, c.caption_channels or c.cross_attention_dim, generator=g),
-        "timestep": torch.tensor([0, 500, 999]),
-        "added_cond_kwargs": told,
-        "encoder_attention_mask": mask if masked else None,
-    }
-
-
-def ours(pixart: PixArt, arguments: dict) -> Tensor:
-    return pixart.native(pixart.run(pixart.embed(**arguments)))
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    """1e-6 of the largest element: some ten fp32 roundings, of which fused multiply-adds save a few."""
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * b.abs().max().item())
+TINY, stock, native = PIXART.tiny, PIXART.stock, PIXART.words
 
 
 OPTIONS = {
@@ -144,17 +100,6 @@ def test_forward_packs_times_masks_and_image_sizes_as_the_stock_model_wants_them
     close(out.variance, theirs[:, 3:])
 
 
-def test_names_are_the_stock_models_and_of_shares_its_storage():
-    model = stock()
-    before = list(model.state_dict())
-    pixart = PixArt.of(model)
-    assert list(pixart.model.state_dict()) == before == list(model.state_dict())
-    assert type(model.transformer_blocks[0]).__name__ == "BasicTransformerBlock"  # it stays as it is
-    for (_, mine), (_, theirs) in zip(pixart.model.named_parameters(), model.named_parameters(), strict=True):
-        assert mine is theirs
-    assert pixart.model.pos_embed.pos_embed.data_ptr() == model.pos_embed.pos_embed.data_ptr()
-
-
 PUBLISHED = {"alpha_512": 610_856_096, "alpha_1024": 611_349_152, "sigma_512": 610_856_096, "sigma_1024": 610_856_096}
 
 
@@ -181,113 +126,6 @@ def test_a_fresh_model_predicts_zero_and_learns():
     assert out.sample.shape == out.variance.shape == x.shape and not out.sample.any() and not out.variance.any()
     DDPM().losses(out, x, torch.randn_like(x), x, t)["noise"].mean().backward()
     assert pixart.model.proj_out.weight.grad.any()
-
-
-@torch.no_grad()
-def test_keep_leaves_the_stock_model_of_those_blocks():
-    model = stock()
-    pixart = PixArt.of(model)
-    pixart.keep([0, 2])
-    assert pixart.config["num_layers"] == 2 and len(pixart.units) == 2
-    shallow = stock(num_layers=2)
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith("transformer_blocks.1.")}
-    shallow.load_state_dict({k.replace("transformer_blocks.2.", "transformer_blocks.1."): v for k, v in state.items()})
-    a = native(model)
-    close(ours(pixart, a), shallow(**a).sample)
-
-
-@torch.no_grad()
-def test_a_saved_folder_is_read_by_us_and_by_stock_diffusers(tmp_path):
-    model = stock()
-    a = native(model)
-    edit.save(PixArt.of(model), tmp_path / "pixart")
-    again = PixArtTransformer2DModel.from_pretrained(tmp_path / "pixart").eval()
-    assert torch.equal(again(**a).sample, model(**a).sample)
-    loaded = edit.load(tmp_path / "pixart").denoiser
-    close(ours(loaded, a), model(**a).sample)
-    model.save_pretrained(tmp_path / "stock")  # a published folder
-    close(ours(edit.load(tmp_path / "stock").denoiser, a), model(**a).sample)
-
-
-@torch.no_grad()
-def test_an_edited_model_comes_back_from_its_folder(tmp_path):
-    pixart = PixArt.of(stock())
-    edit.apply(pixart, {"depth": DepthPruning(ratio=1 / 3)})
-    edit.save(pixart, tmp_path / "pruned")
-    a = native(pixart.model)
-    loaded = edit.load(tmp_path / "pruned").denoiser
-    assert len(loaded.units) == 2
-    assert torch.equal(ours(loaded, a), ours(pixart, a))
-
-
-def test_gradient_checkpointing_changes_no_gradient():
-    pixart = PixArt.of(stock())
-    grads = []
-    for on in (False, True):
-        pixart.gradient_checkpointing = on
-        pixart.zero_grad()
-        ours(pixart, native(pixart.model)).square().mean().backward()
-        grads.append([p.grad for p in pixart.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
-@torch.no_grad()
-def test_bf16_is_as_close_to_fp32_as_the_stock_model():
-    model = stock()
-    a = native(model)
-    exact = model(**a).sample
-    model = model.to(torch.bfloat16)
-    half = {k: v.to(torch.bfloat16) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in a.items()}
-    theirs, mine = model(**half).sample, ours(PixArt.of(model), half)
-    assert mine.dtype == torch.bfloat16
-    error = (theirs - exact).abs().mean()
-    assert (mine - exact).abs().mean() < 1.2 * error < 0.1 * exact.abs().mean()
-
-
-# ---- slots, taps ----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_branches_before_their_gates_add_up_to_the_unit():
-    model = stock()
-    pixart, a = PixArt.of(model), native(model)
-    stream = pixart.run(pixart.embed(**a), taps=(0, 1), branches=(1,))
-    start = replace(pixart.embed(**a), image=stream.trace["unit.0"])
-    m = pixart.units[1].modulate(start)
-    x = start.image + m.attention_gate.image * stream.trace["unit.1.attention"]
-    x = x + stream.trace["unit.1.cross"] + m.feed_gate.image * stream.trace["unit.1.feed"]
-    close(x, stream.trace["unit.1"])
-    assert torch.equal(stream.trace["unit.1.text"], start.text)  # the caption is the same in all units
-    assert "unit.0.attention" not in stream.trace
-
-
-@torch.no_grad()
-def test_every_slot_reaches_the_output_and_comes_back():
-    model = stock()
-    pixart, a = PixArt.of(model), native(model)
-    before, unit = ours(pixart, a), pixart.units[1]
-    slots = {
-        "attention": lambda q, k, v, layout, step: v,
-        "mixer": lambda stream, tokens: tokens,
-        "cross": lambda q, k, v, layout, step: q,
-        "ffn": lambda tokens, layout: tokens,
-    }
-    for name, other in slots.items():
-        setattr(unit.slots, name, other)
-        assert (ours(pixart, a) - before).abs().max() > 1e-3
-        delattr(unit.slots, name)
-        assert torch.equal(ours(pixart, a), before)
-
-
-@torch.no_grad()
-def test_forcing_a_units_input_makes_the_rest_follow():
-    pixart = PixArt.of(stock())
-    x, t, condition = torch.randn(2, 3, 8, 8), torch.tensor([0.4, 0.8]), Condition(text=torch.randn(2, 5, 20))
-    teacher = PixArt.of(stock(seed=5))
-    tokens = teacher(x, t, condition, taps=(0,)).trace["unit.0"]
-    free = pixart(x, t, condition).sample
-    forced = pixart(x, t, condition, forced={1: Forced(Branch(tokens), torch.tensor([True, False]))}).sample
-    assert (forced[0] - free[0]).abs().max() > 1e-3 and torch.equal(forced[1], free[1])
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
@@ -336,15 +174,9 @@ def test_conditions_that_do_not_fit_are_refused():
 
 def pipeline(kind, scheduler, **options):
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(4, 4),
-        layers_per_block=1,
-        latent_channels=3,
-        norm_num_groups=2,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+    pipe = kind(
+        tokenizer=None, text_encoder=None, vae=vaes.halved(3), transformer=stock(**options), scheduler=scheduler
     )
-    pipe = kind(tokenizer=None, text_encoder=None, vae=vae.eval(), transformer=stock(**options), scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

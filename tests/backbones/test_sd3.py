@@ -6,6 +6,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+import vaes
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 from weights import randomise
@@ -399,19 +400,11 @@ def test_what_does_not_fit_is_refused_in_one_sentence():
 
 def pipeline(transformer) -> diffusers.StableDiffusion3Pipeline:
     torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8,),
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=0.4,
-        shift_factor=0.1,
-    )
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     pipe = diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=scheduler,
-        vae=vae.eval(),
+        vae=vaes.flat(),
         text_encoder=None,
         tokenizer=None,
         text_encoder_2=None,

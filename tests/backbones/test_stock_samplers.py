@@ -6,8 +6,8 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+import vaes
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DiTPipeline,
     DPMSolverMultistepScheduler,
@@ -29,7 +29,7 @@ from edit.backbones.pixart import PixArtConfig
 from edit.backbones.qwen_image import QwenImageConfig
 from edit.backbones.sd3 import SD3Config
 from edit.backbones.stock import tokens_of
-from edit.objectives import default_objective
+from edit.predictions import default_objective
 from edit.sampling import Sampler, default_sampler
 from edit.solvers import Euler, StockEuler, tokens_in
 from edit.stream import Condition
@@ -49,18 +49,6 @@ PUBLISHED = {
         **{"base_image_seq_len": 256, "max_image_seq_len": 8192, "time_shift_type": "exponential"},
     },
 }
-
-
-def latent_vae(channels: int) -> AutoencoderKL:
-    """Of half the size, so that a latent of 8 is an image of 16; only DiT's is asked for pictures."""
-    return AutoencoderKL(
-        block_out_channels=(4, 4),
-        layers_per_block=1,
-        latent_channels=channels,
-        norm_num_groups=2,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    ).eval()
 
 
 def words(width: int, pooled: int = 0, seed: int = 2) -> Condition:
@@ -84,7 +72,7 @@ def make(config):
 def flux(guided: bool, scheduler: dict):
     axes = {"axes_dims_rope": (4, 6, 6), "in_channels": 16, "sample_size": SIZE, "guidance_embeds": guided}
     denoiser, stock = make(FluxConfig(num_layers=1, num_single_layers=1, **axes, **HEADS, **TEXT))
-    pipe = FluxPipeline(Flow(**scheduler), latent_vae(4), None, None, None, None, stock)
+    pipe = FluxPipeline(Flow(**scheduler), vaes.halved(4), None, None, None, None, stock)
     told = words(24, 12)
 
     def paint(x: Tensor, **options) -> Tensor:
@@ -103,7 +91,7 @@ def sd3():
     denoiser, stock = make(SD3Config(num_layers=2, **shape, **HEADS, **TEXT))
     parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
     pipe = StableDiffusion3Pipeline(
-        transformer=stock, scheduler=Flow(**PUBLISHED["sd3"]), vae=latent_vae(4), **dict.fromkeys(parts)
+        transformer=stock, scheduler=Flow(**PUBLISHED["sd3"]), vae=vaes.halved(4), **dict.fromkeys(parts)
     )
     told, negative = words(24, 12), words(24, 12, seed=3)
 
@@ -138,7 +126,7 @@ def qwen_image():
 def pixart(kind):
     shape = {"in_channels": 4, "out_channels": 8, "sample_size": 8}
     denoiser, stock = make(PixArtConfig(num_layers=2, cross_attention_dim=32, caption_channels=24, **shape, **HEADS))
-    pipe = kind(None, None, latent_vae(4), stock, DPMSolverMultistepScheduler())
+    pipe = kind(None, None, vaes.halved(4), stock, DPMSolverMultistepScheduler())
     told, negative = words(24), words(24, seed=3)
     real = torch.ones(2, 5, dtype=torch.int64)
 
@@ -195,7 +183,7 @@ def test_with_default_settings_both_paint_the_same(name):
 def test_the_class_conditional_pipeline_too(monkeypatch):
     config = DiTDiffusersConfig(num_layers=2, in_channels=4, out_channels=8, sample_size=8, **HEADS)
     denoiser, stock = make(config)
-    pipe = DiTPipeline(stock, latent_vae(4), DDIMScheduler(clip_sample=False))
+    pipe = DiTPipeline(stock, vaes.halved(4), DDIMScheduler(clip_sample=False))
     pipe.set_progress_bar_config(disable=True)
     told = Condition(label=torch.tensor([3, 5]))
     x = noise.gaussian(5, torch.arange(2), noise.NOISE, (4, 8, 8))

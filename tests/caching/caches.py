@@ -4,19 +4,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from families import CONFIGS
+from families import CONFIGS, solver_at
 from torch import Tensor
 from weights import randomise
 
 import edit
 from edit.caching.engine import EXECUTED
 from edit.denoiser import Denoiser
-from edit.edm import EDMHeun
 from edit.measuring.cost import count_generation, twin
 from edit.measuring.flops import Flops
-from edit.objectives import default_objective
+from edit.predictions import default_objective
 from edit.sampling import Sampler
-from edit.solvers import DDIMSolver, Euler, Grid
 from edit.stream import Condition, Step
 from edit.unit import core
 
@@ -40,10 +38,7 @@ def told(denoiser: Denoiser, count: int = 2) -> Condition:
 
 
 def sampler(denoiser: Denoiser, steps: int, **options: Any) -> Sampler:
-    solvers = {"noise": DDIMSolver(steps), "velocity": Euler(steps)}
-    # as many evaluations: of Heun's steps in sigma an odd number, else Euler's steps
-    mixture = EDMHeun((steps + 1) // 2) if steps % 2 else Grid(tuple(i / steps for i in range(steps, 0, -1)))
-    return Sampler(solvers.get(denoiser.prediction, mixture), **{"guidance": 2.0, **options})
+    return Sampler(solver_at(denoiser, steps), **{"guidance": 2.0, **options})
 
 
 def paint(denoiser: Denoiser, steps: int = 4, watch: Any = None, **options: Any) -> Tensor:

@@ -10,9 +10,9 @@ from caches import family, told
 from torch import Tensor
 
 from edit import noise
-from edit.artifacts.checkpoint import default_objective
 from edit.backbones.stock import tokens_of
 from edit.denoiser import Denoiser
+from edit.predictions import default_objective
 from edit.stream import Condition
 
 STEPS = 8

@@ -11,7 +11,7 @@ import edit
 from edit.caching.cg_taylor import CGTaylor, Confidence
 from edit.caching.taylor import Ladder, RowLadder
 from edit.measuring.cost import cost
-from edit.objectives import default_objective
+from edit.predictions import default_objective
 from edit.stream import Branch
 from edit.unit import core
 

@@ -7,8 +7,8 @@ from operators import Operators
 
 import edit
 from edit.caching.duca import DuCa, norms
-from edit.caching.tokens import best
 from edit.stream import Branch, Layout, Step, Stream
+from edit.subset import best
 from edit.unit import core
 
 

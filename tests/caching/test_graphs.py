@@ -25,7 +25,7 @@ from edit.caching.reuse import Reuse
 from edit.caching.span_reuse import SpanReuse
 from edit.caching.taylorseer import TaylorSeer
 from edit.caching.toca import ToCa
-from edit.objectives import default_objective
+from edit.predictions import default_objective
 from edit.routing.dydit import DyDiT
 from edit.solvers import Heun
 from edit.stream import Step, unpack

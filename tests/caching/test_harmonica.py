@@ -19,10 +19,11 @@ from edit.caching.reuse import Reuse
 from edit.caching.table_reuse import TableReuse
 from edit.calibrating import OnData
 from edit.edits import compact, trains
-from edit.objectives import FlowMatching, default_objective
+from edit.objectives import FlowMatching
+from edit.predictions import default_objective
 from edit.rollout import Answer
 from edit.sampling import Sampler
-from edit.solvers import DDIMSolver, Euler, Heun
+from edit.solvers import Euler, Heun
 from edit.stream import Branch, Condition, Step, pack
 from edit.unit import Divides, core
 from recipes.config.check import check
@@ -305,7 +306,7 @@ def test_a_generation_executes_what_its_table_says_and_launches_no_more(name):
 
 @pytest.mark.parametrize("name", ["dit", "pixart"])
 def test_what_is_left_is_a_table_that_generates_the_same(name, tmp_path):
-    denoiser = routed(name, sampler=Sampler(DDIMSolver(T) if name == "pixart" else Euler(T), 2.0))
+    denoiser = routed(name, sampler=sampler(family(name), T))
     wanted = drawn(len(denoiser.edits["it"].rho[0]))
     decide(denoiser, wanted)
     left = compact(denoiser)

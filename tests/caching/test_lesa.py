@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from caches import executed, family, paint, sampler, told
+from families import solver_at
 
 import edit
 from edit.caching.engine import Latest, Scheduled
@@ -18,7 +19,8 @@ from edit.caching.spans import SpanCached
 from edit.caching.taylor import Ladder
 from edit.denoiser import Denoiser
 from edit.edits import compact, trains
-from edit.objectives import DDPM, FlowMatching, default_objective, schedule_tables
+from edit.objectives import DDPM, FlowMatching, schedule_tables
+from edit.predictions import default_objective
 from edit.rollout import Answer, Visit
 from edit.sampling import Sampler
 from edit.solvers import DDIMSolver, Euler, Heun, times
@@ -26,6 +28,10 @@ from edit.stream import Branch, Output, Step, pack
 
 STEPS = 8
 OF_8 = Schedule(Euler(STEPS), FlowMatching())
+
+
+def scheduled(denoiser: Denoiser) -> Schedule:
+    return Schedule(solver_at(denoiser, STEPS), default_objective(denoiser))
 
 
 def small(**fields) -> LESA:
@@ -288,7 +294,7 @@ def test_the_table_is_the_network_at_every_evaluation_and_nothing_else_is_left(n
     + [pytest.param("flux", "last_hidden", marks=pytest.mark.slow)],
 )
 def test_the_artifact_has_the_table_and_paints_the_same(name, site, tmp_path):
-    of = Schedule(DDIMSolver(STEPS), DDPM()) if name == "pixart" else OF_8
+    of = scheduled(family(name))
     net = moved(family(name, lesa=small(schedule=of, site=site)))
     wanted = paint(net, STEPS)
     edit.save(compact(net), tmp_path / "a")

@@ -5,9 +5,10 @@ import torch
 from caches import family, paint, sampler, told
 from gates import UNIT, stream
 
-from edit.artifacts.checkpoint import default_objective, load, save
+from edit.artifacts.checkpoint import load, save
 from edit.caching.mag_cache import Budget, MagCache, Ratios, nearest
 from edit.calibrating import OnData, calibrate
+from edit.predictions import default_objective
 
 
 def measured(steps: int, length: int = 8, name: str = "dit"):

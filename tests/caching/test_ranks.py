@@ -14,7 +14,7 @@ from edit.caching.cg_taylor import CGTaylor
 from edit.caching.engine import EXECUTED, anywhere, quotient
 from edit.caching.first_block_cache import FirstBlockCache
 from edit.caching.tea_cache import TeaCache
-from edit.objectives import default_objective
+from edit.predictions import default_objective
 from edit.unit import core
 
 GATES = {  # of which two samples that are apart would decide differently

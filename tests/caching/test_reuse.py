@@ -16,12 +16,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import edit
 from edit import noise
-from edit.artifacts.checkpoint import default_objective, load, save
+from edit.artifacts.checkpoint import load, save
 from edit.backbones.attached import attached
 from edit.backbones.stock import tokens_of
 from edit.caching.engine import EXECUTED
 from edit.caching.reuse import Reuse
 from edit.denoiser import Denoiser
+from edit.predictions import default_objective
 from edit.pruning.tinyfusion import Gated, TinyFusion
 from edit.routing.dydit import DyDiT
 from edit.stream import Step

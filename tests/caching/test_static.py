@@ -11,13 +11,13 @@ from caches import FEW, family, paint, told
 from ranks import run_ranks
 from torch.overrides import TorchFunctionMode
 
-from edit.artifacts.checkpoint import default_objective
 from edit.caching.first_block_cache import FirstBlockCache
 from edit.caching.pab import PAB
 from edit.caching.reuse import Reuse
 from edit.caching.span_reuse import SpanReuse
 from edit.caching.taylorseer import TaylorSeer
 from edit.denoiser import Denoiser
+from edit.predictions import default_objective
 from edit.sampling import Sampler
 from edit.solvers import Euler
 from edit.unit import core

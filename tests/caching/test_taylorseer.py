@@ -10,12 +10,13 @@ from gates import stream
 from torch import nn
 
 import edit
-from edit.artifacts.checkpoint import default_objective, load, save
+from edit.artifacts.checkpoint import load, save
 from edit.caching.reuse import Reuse
 from edit.caching.taylor import Ladder
 from edit.caching.taylorseer import TaylorSeer
 from edit.measuring.cost import cost, count_generation, twin
 from edit.measuring.flops import Flops
+from edit.predictions import default_objective
 from edit.stream import Branch, Condition, Step
 from edit.unit import core
 

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import edit
 from edit.caching.reuse import Reuse
 from edit.caching.toca import ToCa, column_sums, entropies, spread
-from edit.caching.tokens import best
 from edit.stream import Branch, Layout, Step, Stream
+from edit.subset import best
 from edit.unit import core
 
 ALL = {"ratio": 1.0, "by_unit": 0.0, "by_step": 0.0}  # every token is run

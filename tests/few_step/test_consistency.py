@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from analytic import STD, flow, given, jump, roles, velocity
+from analytic import STD, flow, given, jump, networks, roles, velocity
 from torch import Tensor, nn
 from views import view
 
@@ -274,14 +274,10 @@ def test_each_side_of_the_discriminator_learns_from_its_own_loss_through_frozen_
     heads = method.build(student, teacher)
     assert method.judges(heads) == list(heads.parameters())
 
-    def asked(x_t, t, condition):
-        with torch.no_grad():
-            return teacher(x_t, t, condition).sample
-
     def features(x_t, t, condition):
         return teacher(x_t, t, condition, taps=method.teacher_taps)
 
-    plain = roles(lambda x_t, t, condition: student(x_t, t, condition).sample, asked)
+    plain = networks(student, teacher)
     who, batch = replace(plain, features=features, own=heads), given(3, (4, 8, 8), label=torch.tensor([0, 3, 9]))
     heads.requires_grad_(False)  # as the recipe does
     method.student_losses(view(who, batch))["generator"].sum().backward()
@@ -341,11 +337,7 @@ def test_the_gradient_reaches_all_of_the_student_and_nobody_else(method, dit):
     student, teacher = deepcopy(dit).requires_grad_(True), deepcopy(dit).requires_grad_(True)
     labels = torch.tensor([0, 3, 9])
 
-    def asked(x_t, t, condition):
-        with torch.no_grad():
-            return teacher(x_t, t, condition).sample
-
-    who = roles(lambda x_t, t, condition: student(x_t, t, condition).sample, asked)
+    who = networks(student, teacher)
     loss = total(method, who, given(3, (4, 8, 8), label=labels))
     assert loss.shape == (3,) and (loss > 0).all()
     loss.sum().backward()

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from analytic import STD, flow, given, jump, roles, velocity
+from analytic import STD, flow, given, jump, networks, roles, velocity
 from views import view
 
 from edit.few_step.endpoint import CachedEndpoint, Endpoint
@@ -83,11 +83,7 @@ def test_later_starts_lie_on_the_teacher_s_path_and_all_lead_to_data():
 def test_the_gradient_reaches_all_of_the_student_and_not_the_teacher(make_dit):
     student, teacher = make_dit(0).requires_grad_(True), make_dit(1).requires_grad_(True)
 
-    def asked(x_t, t, condition):
-        with torch.no_grad():
-            return teacher(x_t, t, condition).sample
-
-    who = roles(lambda x_t, t, condition: student(x_t, t, condition).sample, asked)
+    who = networks(student, teacher)
     batch = data_free(3, shape=(4, 8, 8), label=torch.tensor([0, 3, 9]))
     Endpoint(2).student_losses(view(who, batch))["endpoint"].sum().backward()
     assert all(p.grad is None for p in teacher.parameters())

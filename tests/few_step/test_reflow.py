@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from analytic import STD, given, roles, velocity
+from analytic import STD, given, networks, roles, velocity
 from views import view
 
 from edit.few_step.reflow import CachedReflow, Reflow
@@ -90,11 +90,7 @@ def test_times_follow_their_law():
 def test_the_gradient_reaches_all_of_the_student_and_not_the_teacher(make_dit):
     student, teacher = make_dit(0).requires_grad_(True), make_dit(1).requires_grad_(True)
 
-    def asked(x_t, t, condition):
-        with torch.no_grad():
-            return teacher(x_t, t, condition).sample
-
-    who = roles(lambda x_t, t, condition: student(x_t, t, condition).sample, asked)
+    who = networks(student, teacher)
     batch = replace(given(3, (4, 8, 8), label=torch.tensor([0, 3, 9])), x=None)
     Reflow(steps=2).student_losses(view(who, batch))["reflow"].sum().backward()
     assert all(p.grad is None for p in teacher.parameters())

@@ -198,7 +198,7 @@ def changed(folder, tmp_path, **config):
 def test_what_is_no_whole_dinov2_is_refused_in_one_sentence(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="no vision model with its preprocessor in .*nowhere: give the folder"):
         Vision(str(tmp_path / "nowhere")).load()
-    with pytest.raises(ValueError, match="layers: 23 is none of the model's 4 layers: choose 0 to 3"):
+    with pytest.raises(ValueError, match="vision.layers: 23 is none of the 4 of the model: choose 0 to 3"):
         Vision(str(folder), layers=(0, 23)).structure()
     with pytest.raises(ValueError, match="holds a vit, expected one of dinov2"):
         Vision(str(changed(folder, tmp_path, model_type="vit")), layers=(0,)).load()

@@ -1,12 +1,13 @@
 """Whatever goes wrong in a command is one sentence and an exit code."""
 
 import ast
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import edit
-from edit.inputs.command import Failed, guarded
+from edit.inputs.command import Failed, guarded, helped
 from recipes.cost import main as cost
 
 
@@ -17,8 +18,8 @@ def test_every_command_has_the_net_below_it():
         tree = ast.parse(file.read_text())
         mains = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main"]
         for main in mains:
-            (decorator,) = (ast.unparse(d) for d in main.decorator_list)
-            assert decorator.partition("(")[0] == "guarded", file
+            outermost = ast.unparse(main.decorator_list[0])
+            assert outermost.partition("(")[0] == "guarded", file
             guards += 1
     assert guards >= 7
 
@@ -55,3 +56,29 @@ def test_a_word_that_means_nothing_is_one_sentence(words, capsys):
         code = stop.code
     err = capsys.readouterr().err
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_no_words_and_a_call_for_help_show_the_modules_text_and_the_keys_and_do_no_work(capsys):
+    @dataclass
+    class Settings:
+        """Settings.
+
+        Args:
+            depth: how deep
+        """
+
+        depth: int = 3
+
+    done = []
+
+    @guarded
+    @helped(Settings)
+    def command(argv: list[str]) -> int:
+        done.append(argv)
+        return 7
+
+    for words, code in (([], 2), (["--help"], 0), (["depth=2", "-h"], 0)):
+        assert command(words) == code
+        shown = capsys.readouterr().out
+        assert shown.startswith(__doc__) and "depth=" in shown and "how deep (3)" in shown
+    assert command(["depth=2"]) == 7 and done == [["depth=2"]]

@@ -97,7 +97,7 @@ OTHERS = [
     "data.tar_index.Path",
     "data.sets.latents.Tars",
     "data.making.request.Request",
-    "data.sets.digits.Tensors",
+    "data.sets.tensors.Tensors",
 ]
 OTHERS += [
     "data.split.DataSet",
@@ -216,7 +216,7 @@ def test_backbones_and_data_sets_are_known_by_their_shape_and_nothing_else_is():
     sets = {c.__name__ for c in ours(data, (Splits,)) if not getattr(c, "_is_protocol", False)}
     assert sets >= {"Digits", "MovedDigits", "Shapes", "CaptionedDigits", "ImageFolder", "ImageShards", "Latents"}
     assert sets <= {*(c.__name__ for c in (Digits, ImageFolder, ImageShards)), "MovedDigits", "DigitsAndShades"} | {
-        *("Shapes", "LabelledShapes", "CaptionedDigits", "MovingShapes", "Latents", "World", "PictureSet")
+        *("Shapes", "LabelledShapes", "CaptionedDigits", "MovingShapes", "Latents", "World", "PictureSet", "TensorSet")
     }
 
 

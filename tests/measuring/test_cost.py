@@ -19,7 +19,8 @@ from edit.measuring.cost import Cost, _Reads, cost, count_forward, macs, twin
 from edit.pruning.depth import DepthPruning
 from edit.sampling import Sampler
 from edit.solvers import DDIMSolver, Euler, Heun
-from recipes.cost import main, short, show
+from recipes.cost import main, show
+from recipes.report.amounts import short
 
 # methods/sit-dit-baseline.md: width, depth, heads, GMACs of the blocks at 256 px for patches 2, 4, 8
 TABLE = {

@@ -14,7 +14,7 @@ from edit.calibrating import OnData, calibrate
 from edit.moe.dense2moe import Dense2MoE
 from edit.moe.division import deal
 from edit.moe.taylor import TaylorRanking, channels
-from edit.objectives import default_objective
+from edit.predictions import default_objective
 from edit.sampling import default_sampler
 
 BATCHES, EACH = 2, 3

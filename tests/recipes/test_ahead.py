@@ -15,7 +15,7 @@ from recipes.ahead import Ahead, look_ahead, timed, told
 from recipes.config.errors import UserError
 from recipes.config.sources import register
 from recipes.config.staged import Stage, gathered
-from recipes.plan import duration
+from recipes.report.amounts import duration
 from recipes.runtime.machine import device_name, pick_device
 
 TINYFUSION = "experiment=dit_digits/tinyfusion"

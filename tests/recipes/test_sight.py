@@ -59,7 +59,7 @@ def test_distribution_matching_trains_with_it_beside_its_critic(folder):
 def test_what_cannot_be_looked_at_is_refused_before_anything_is_built(folder):
     with pytest.raises(UserError, match="matching looks with a frozen model: no vision model .*nowhere"):
         train(folder, *student(folder, "gone", "add.ADD", path="nowhere"))
-    with pytest.raises(UserError, match="matching .* vision.crop=9 is more than the 8 rows of a sample"):
+    with pytest.raises(UserError, match="matching .* vision.crop=9 is more than the 8 x 8 of a sample"):
         train(folder, *student(folder, "large", "add.ADD", "+matching.vision.crop=9"))
     assert not (folder / "gone").exists() and not (folder / "large").exists()
 

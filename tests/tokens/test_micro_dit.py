@@ -17,7 +17,7 @@ from edit.denoiser import Denoiser
 from edit.losses import Draws, Seen
 from edit.measuring.flops import Flops
 from edit.moe.expert_choice import ExpertChoice
-from edit.objectives import default_objective
+from edit.predictions import default_objective
 from edit.scaling.layer_wise import LayerWiseScaling
 from edit.stream import Condition
 from edit.structure import grid_of

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from data.loader import EndlessLoader
-from data.sets.digits import Digits, DigitsAndShades, MovedDigits, Tensors, heldout_indices, moved
+from data.sets.digits import Digits, DigitsAndShades, MovedDigits, heldout_indices, moved
+from data.sets.tensors import Tensors
 
 
 def test_the_split_is_1437_to_360_stratified_and_fixed():

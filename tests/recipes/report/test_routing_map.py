@@ -24,8 +24,9 @@ from edit.sampling import Sampler
 from edit.solvers import Euler, Heun
 from edit.stream import Condition, Stream
 from recipes.config.schema import Evaluation
+from recipes.report.drawing import spaced
 from recipes.report.evaluate import run
-from recipes.report.routing_map import Decisions, Map, _folded, draw, groups, numbers, side_by_side, spaced
+from recipes.report.routing_map import Decisions, Map, _folded, draw, groups, numbers, side_by_side
 
 DIGITS = {"_target_": "data.sets.digits.Digits"}
 
