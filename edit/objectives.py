@@ -79,7 +79,7 @@ class Objective(ABC):
     """One way to corrupt data and to score a prediction. Subclasses are dataclasses."""
 
     prediction: ClassVar[Prediction]
-    solvers: ClassVar[str]  # that integrate its prediction, in words: what helps where another was chosen
+    solvers: ClassVar[str] = "one that integrates that"  # in words: what helps where another was chosen
     time: TimeLaw
 
     def times(self, u: Tensor) -> Tensor:
