@@ -40,7 +40,8 @@ from recipes.config import composed
 from recipes.details import example
 from recipes.runtime.files import write
 
-LIMIT = 600.0  # seconds of one command
+LIMIT = 1200.0  # seconds of one command
+LATE = f"it was ended after {LIMIT:.0f} s"
 STEPS, FIRST = 4, 2  # optimiser steps of a run, and those after which its first checkpoint is written
 SMALL = (  # of each run, those before it too
     "data.batch_size=8",
@@ -231,7 +232,7 @@ class Bench:
         """Train, kill and resume with all settings, then without those that do not work."""
         found, left = dict[str, Outcome](), list(SETTINGS)
         last = self.resumed(left)
-        while last["train"].state != HOLDS and left:
+        while last["train"].state != HOLDS and last["train"].said != LATE and left:
             for one in left:
                 rest = [s for s in left if s != one]
                 without = self.resumed(rest)
@@ -327,7 +328,7 @@ def read(ended: subprocess.CompletedProcess[str]) -> Outcome:
     if ended.returncode == 2 and told and not any(line.startswith("Traceback") for line in lines):
         return Outcome(REFUSED, told[-1].removeprefix("error: "))
     if ended.returncode == KILLED:
-        return Outcome(FAILED, f"it was ended after {LIMIT:.0f} s")
+        return Outcome(FAILED, LATE)
     return Outcome(FAILED, lines[-1] if lines else f"it ended with code {ended.returncode} and said nothing")
 
 

@@ -130,6 +130,18 @@ def test_the_setting_that_is_refused_is_found_and_the_others_are_still_tried(mon
     assert training(monkeypatch, tmp_path, lambda s: False) == {"train": REFUSED}  # no setting is to blame
 
 
+def test_a_run_that_takes_too_long_is_not_tried_again_with_fewer_settings(monkeypatch, tmp_path):
+    tried = []
+
+    def resumed(self, settings):
+        tried.append(list(settings))
+        return {"train": Outcome(FAILED, all_tools.LATE)}
+
+    monkeypatch.setattr(all_tools.Bench, "resumed", resumed)
+    assert all_tools.Bench(Case("x", "", ()), tmp_path, tmp_path).training()["train"].said == all_tools.LATE
+    assert len(tried) == 1
+
+
 def test_the_table_has_each_sentence_once_with_the_cases_that_said_it():
     row = {tool: Outcome(HOLDS) for tool in TOOLS} | {"export": Outcome(REFUSED, "/tmp/a/lcm/artifact: lcm stays live")}
     text = markdown(
