@@ -163,7 +163,8 @@ def runnable(command: str) -> tuple[str, ...]:
     words = [w for w in shlex.split(command)[2:] if not w.startswith("name=")]
     if command.startswith("python eval.py"):
         edits = next((w.partition("=")[2] for w in words if w.startswith("variant.fast=")), None)
-        words = ["recipe=calibrate", "init=runs/digits", f"edits={edits}"] if edits else []
+        steps = [f"sampler.solver.{w}" for w in words if w.startswith("steps=")]
+        words = ["recipe=calibrate", "init=runs/digits", f"edits={edits}", *steps] if edits else []
     if any("FLUX.1-dev" in w for w in words):
         return ()
     return tuple(WHOLE if w == "init=runs/digits" else w for w in words)
@@ -215,6 +216,8 @@ class Bench:
         if (self.run / "artifact").is_dir():
             there = f"artifact={self.run}"
             found["cost"] = self.tool("cost", "-m", "recipes.cost", there, "--json")
+            if "--real" in found["cost"].said:  # it decides by what tokens are, and is counted as the sentence says
+                found["cost"] = self.tool("cost", "-m", "recipes.cost", there, "--json", "--real")
             found["export"] = self.tool("export", "-m", "recipes.export", there, f"out={self.run}_exported")
             few = ("n=8", "batch=8", "guidance=1.5", "rounds=1", "references=64", "device=cpu")
             found["eval"] = self.tool("eval", "eval.py", there, *few, f"out={self.run}_report")
@@ -324,8 +327,8 @@ def read(ended: subprocess.CompletedProcess[str]) -> Outcome:
     if ended.returncode == 0:
         return Outcome(HOLDS)
     lines = [line for line in (ended.stdout + "\n" + ended.stderr).splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("error: ")]
-    if ended.returncode == 2 and told and not any(line.startswith("Traceback") for line in lines):
+    told = [line for line in lines if line.startswith("error: ") and "shows the traceback" not in line]
+    if ended.returncode in (1, 2) and told and not any(line.startswith("Traceback") for line in lines):
         return Outcome(REFUSED, told[-1].removeprefix("error: "))
     if ended.returncode == KILLED:
         return Outcome(FAILED, LATE)

@@ -286,7 +286,8 @@ class _Meter:
                 raise
             reason = str(error).splitlines()[0]
             raise ValueError(
-                f"{self.denoiser.name} cannot be counted without weights, count a real run: {reason}"
+                f"{self.denoiser.name} cannot be counted without weights, count a real run (real=True; a command: "
+                f"--real): {reason}"
             ) from error
         return flops.total // 2, out
 

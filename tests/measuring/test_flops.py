@@ -122,7 +122,7 @@ def test_flex_attention_inside_a_unit_is_counted_in_a_run_and_refused_without_we
         unit.slots.attention = lambda q, k, v, layout, step: flex_attention(q, k, v)
     count = count_forward(flex, flex.example(), 1)
     assert count.macs == count_forward(plain, plain.example(), 1).macs and count.uncounted == ()
-    with pytest.raises(ValueError, match="cannot be counted without weights, count a real run: .*meta device"):
+    with pytest.raises(ValueError, match="cannot be counted without weights, count a real run .*: .*meta device"):
         count_forward(flex.to("meta"), flex.example(), 1)
 
 

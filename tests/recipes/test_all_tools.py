@@ -73,6 +73,8 @@ def test_one_case_of_each_folder_is_trained_on_two_ranks():
 def test_an_edit_without_training_becomes_an_artifact_of_its_own():
     words = runnable("python eval.py artifact=runs/digits variant.fast=pab")
     assert words == ("recipe=calibrate", "init=${runs}/dit_digits_teacher", "edits=pab")
+    steps = runnable("python eval.py artifact=runs/digits variant.fast=table_reuse steps=10")
+    assert steps[-1] == "sampler.solver.steps=10"
     assert runnable("python train.py experiment=flux_dev/guidance_free backbone.path=FLUX.1-dev") == ()
 
 
@@ -91,7 +93,11 @@ def test_runs_before_a_run_are_as_small_as_it_is_to_any_depth():
         (ended(2, err="error: lr must be positive"), Outcome(REFUSED, "lr must be positive")),
         (ended(1, err="Traceback (most recent call last):\nKeyError: 'x'"), Outcome(FAILED, "KeyError: 'x'")),
         (ended(2, err="Traceback (most recent call last):\nerror: x"), Outcome(FAILED, "error: x")),
-        (ended(1, err="error: ZeroDivisionError: x"), Outcome(FAILED, "error: ZeroDivisionError: x")),
+        (ended(1, err="error: no such steps"), Outcome(REFUSED, "no such steps")),
+        (
+            ended(1, err="error: KeyError: 'x'; debug=true shows the traceback"),
+            Outcome(FAILED, "error: KeyError: 'x'; debug=true shows the traceback"),
+        ),
         (ended(1), Outcome(FAILED, "it ended with code 1 and said nothing")),
     ],
 )
