@@ -330,7 +330,7 @@ def test_a_wrong_token_is_one_sentence_and_the_folder_stays(flux, tmp_path, hub,
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "artifact is missing: artifact=<"),
+        (("out=x",), "artifact is missing: artifact=<"),
         (("artifact=x",), "out is missing: out=<"),
         (("artifact=x", "out=y", "dytpe=bf16"), "did you mean dtype?"),
         (("artifact=x", "out=y", "dtype=int4"), "dtype is one of bf16, fp16, fp32, got int4"),

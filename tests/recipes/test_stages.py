@@ -31,6 +31,8 @@ with open({log!r}, "a") as f:
 sys.exit(int(dict(w.split("=", 1) for w in sys.argv[1:]).get("seed", 0)))
 """
 
+HELP = ["data.generate", "--help"]  # a module of ours that ends well at once
+
 
 def recorder(folder: Path) -> tuple[Path, Path]:
     """A script that writes its words into a file, in place of train.py."""
@@ -144,7 +146,7 @@ def test_a_module_of_ours_is_run_with_its_own_words_alone(tmp_path, monkeypatch,
 
 
 def test_what_follows_a_run_comes_in_order_and_ends_the_command_with_its_code(tmp_path, capfd):
-    cfg = unchecked(tmp_path, after=[["data.generate"], ["data.generate", "teacher=a"], ["data.generate"]])
+    cfg = unchecked(tmp_path, after=[HELP, ["data.generate", "teacher=a"], HELP])
     with pytest.raises(SystemExit) as ended:
         run_after(cfg)
     said, error = capfd.readouterr()
@@ -168,7 +170,7 @@ def test_what_lightning_tells_its_ranks_is_gone_after_the_run(monkeypatch):
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
 def test_what_follows_a_run_is_the_first_ranks(tmp_path, monkeypatch, name, capfd):
-    cfg = unchecked(tmp_path, after=[["data.generate"]])
+    cfg = unchecked(tmp_path, after=[HELP])
     for rank, times in (("1", 0), ("0", 1)):
         monkeypatch.setenv(name, rank)
         run_after(cfg)
@@ -252,7 +254,7 @@ def _under_slurm(folder: Path) -> int:
         "PROCID": rank, "LOCALID": rank, "NODEID": "0", "NTASKS": "2", "NTASKS_PER_NODE": "2", "JOB_NAME": "job",
         "NODELIST": "localhost"}.items()} | {"MASTER_PORT": port}  # fmt: skip
     assert SLURMEnvironment.detect()
-    return _before(folder, *[["data.generate"]] * 2, ["data.generate", "teacher=a"], ["name=never"])[0]
+    return _before(folder, *[HELP] * 2, ["data.generate", "teacher=a"], ["name=never"])[0]
 
 
 def test_under_slurm_the_first_task_runs_modules_one_by_one_and_all_tasks_wait(tmp_path, capfd):
