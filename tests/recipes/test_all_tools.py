@@ -149,12 +149,14 @@ def test_a_run_that_takes_too_long_is_not_tried_again_with_fewer_settings(monkey
 
 
 def test_the_table_has_each_sentence_once_with_the_cases_that_said_it():
-    row = {tool: Outcome(HOLDS) for tool in TOOLS} | {"export": Outcome(REFUSED, "/tmp/a/lcm/artifact: lcm stays live")}
+    row = {tool: Outcome(HOLDS) for tool in TOOLS} | {
+        "export": Outcome(REFUSED, "/tmp/a/lcm/artifact: 'a' stays live: A cannot")
+    }
     text = markdown(
-        {"lcm": row, "dydit": row | {"export": Outcome(REFUSED, "/tmp/b/dydit/artifact: dydit stays live")}}
+        {"lcm": row, "dydit": row | {"export": Outcome(REFUSED, "/tmp/b/dydit/artifact: 'b' stays live: B cannot")}}
     )
     assert "| lcm | holds |" in text
-    assert "- export of lcm, dydit: artifact: <name> stays live" in text
+    assert "- export of lcm, dydit: artifact: '...' stays live: it cannot" in text
     assert "Failed" not in text
 
 
